@@ -1,0 +1,199 @@
+"""The plain definition of visual prompt tuning, written to be read and trusted, not to be fast.
+
+Prompts are concatenated to the tokens, timm's own blocks run on all of them, and autograd does everything else. The
+engine is held against this in float64. Nothing here imports vpt_fast.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[int] | None) -> list[int]:
+    """Indices of the blocks with prompts of their own: all, the first k (k > 0), the last -k (k < 0) or those named."""
+    if prompt_type == "shallow":
+        return [0]
+    if prompt_layers is None:
+        return list(range(depth))
+    if isinstance(prompt_layers, int):
+        return list(range(depth))[:prompt_layers] if prompt_layers > 0 else list(range(depth))[prompt_layers:]
+    return sorted(prompt_layers)
+
+
+class ConcatenatedViT(nn.Module):
+    """A frozen timm VisionTransformer with prompts, by concatenation. Settings as those of vpt_fast.PromptedViT.
+
+    The trainable tensors start at zero: take them from another model with `load_trainables`.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        num_classes: int,
+        num_prompts: int | None = None,
+        prompt_type: str = "deep",
+        *,
+        prompt_layers: int | Sequence[int] | None = None,
+        after_prompts: str = "flow",
+        prompt_location: str = "prepend",
+        prompt_shared: bool = False,
+        prompt_project: int | None = None,
+        pool: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.vit = copy.deepcopy(vit).eval().requires_grad_(False)
+        self.location, self.after_prompts, self.pool_type = prompt_location, after_prompts, pool
+        self.layers = prompted_blocks(len(vit.blocks), prompt_type, prompt_layers)
+        self.shared = prompt_shared
+
+        embed = vit.patch_embed
+        (height, width), (patch_h, patch_w), m = embed.img_size, embed.patch_size, num_prompts or 0
+        sets, dim = 1 if prompt_shared else len(self.layers), prompt_project or vit.embed_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "prepend": (sets, m, dim),
+            "add": (sets, vit.num_prefix_tokens + embed.num_patches, dim),
+            "add-1": (sets, 1, dim),
+            "prepend-pixel": (1, 3, patch_h, patch_w * m),
+            "pad": (1, 3, 2 * m, width),  # the backbone's image is the padded one
+            "concat-channel": (1, m, height, width),
+        }
+        self.num_border = m
+        self.prompts = nn.Parameter(torch.zeros(shapes[prompt_location]))
+        if prompt_location == "pad":
+            self.prompts_sides = nn.Parameter(torch.zeros(1, 3, height - 2 * m, 2 * m))
+        if prompt_location == "concat-channel":
+            proj = embed.proj
+            self.patch_embedding = nn.Conv2d(3 + m, proj.out_channels, proj.kernel_size, proj.stride)
+            self.vit.patch_embed.proj = nn.Identity()  # the trainable one runs in its place
+        if prompt_project is not None:
+            self.prompt_projection = nn.Linear(prompt_project, vit.embed_dim)
+        self.head = nn.Linear(vit.embed_dim, num_classes)
+
+    def train(self, mode: bool = True) -> ConcatenatedViT:
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def trainables(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainables(self, state: Mapping[str, Tensor]) -> ConcatenatedViT:
+        """Copies tensors by name; both sides must hold the same names and shapes."""
+        own = self.trainables()
+        if own.keys() != state.keys():
+            raise KeyError(f"trainable tensors differ: here {sorted(own)}, given {sorted(state)}")
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(f"{name}: shape {tuple(state[name].shape)}, wanted {tuple(parameter.shape)}")
+            parameter.copy_(state[name])
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)  # (B, prefix + patches, d)
+        held = 0  # how many prompts stand in the sequence now, right after the prefix tokens
+        for i, block in enumerate(self.vit.blocks):
+            if i in self.layers:
+                x, held = self.with_prompts(x, held, i)
+            elif self.after_prompts == "drop":
+                x, held = self.without_prompts(x, held), 0
+            x = block(x)
+        x = self.vit.fc_norm(self.pool(self.vit.norm(x), held))  # (B, d)
+        return self.head(x.to(self.head.weight.dtype))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens as they enter the first block, without prompts of their own: (B, prefix + patches, d)."""
+        images = images.to(self.vit.patch_embed.proj.weight.dtype) if self.location != "concat-channel" else images
+        if self.location == "pad":
+            m = self.num_border
+            mean = images.new_tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
+            std = images.new_tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1)
+            top_bottom = ((self.prompts.to(images) - mean) / std).expand(len(images), -1, -1, -1)
+            sides = ((self.prompts_sides.to(images) - mean) / std).expand(len(images), -1, -1, -1)
+            images = torch.cat([sides[..., :m], images, sides[..., m:]], dim=3)
+            images = torch.cat([top_bottom[:, :, :m], images, top_bottom[:, :, m:]], dim=2)
+        if self.location == "concat-channel":
+            channels = torch.cat([images, self.prompts.expand(len(images), -1, -1, -1).to(images)], dim=1)
+            patches = self.patch_embedding(channels).flatten(2).transpose(1, 2)  # (B, patches, d)
+            x = self.vit.patch_embed.norm(patches)
+            if self.vit.dynamic_img_size:
+                x = x.unflatten(1, self.vit.patch_embed.grid_size)
+        else:
+            x = self.vit.patch_embed(images)
+        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
+
+    def with_prompts(self, x: Tensor, held: int, block: int) -> tuple[Tensor, int]:
+        if self.location in ("pad", "concat-channel"):  # they entered with the image
+            return x, 0
+        if self.location == "prepend-pixel":
+            embed = self.vit.patch_embed
+            strip = embed.proj(self.prompts.to(x.dtype)).flatten(2).transpose(1, 2)  # (1, m, d), no position
+            prompts = self.vit.norm_pre(embed.norm(strip))
+        else:
+            index = 0 if self.shared else self.layers.index(block)
+            prompts = self.prompts[index : index + 1]  # (1, m, d)
+            if hasattr(self, "prompt_projection"):
+                prompts = self.prompt_projection(prompts)
+            prompts = prompts.to(x.dtype)
+        if self.location in ("add", "add-1"):
+            return x + prompts, 0
+        prefix = self.vit.num_prefix_tokens
+        x = self.without_prompts(x, held)
+        x = torch.cat([x[:, :prefix], prompts.expand(len(x), -1, -1), x[:, prefix:]], dim=1)
+        return x, prompts.shape[1]
+
+    def without_prompts(self, x: Tensor, held: int) -> Tensor:
+        prefix = self.vit.num_prefix_tokens
+        return torch.cat([x[:, :prefix], x[:, prefix + held :]], dim=1)
+
+    def pool(self, x: Tensor, held: int) -> Tensor:
+        prefix = self.vit.num_prefix_tokens
+        if self.pool_type is None:
+            return self.vit.pool(self.without_prompts(x, held))
+        if self.pool_type == "cls":
+            return x[:, 0]
+        if self.pool_type == "image":
+            return x[:, prefix + held :].mean(dim=1)
+        if self.pool_type == "prompts":
+            return x[:, prefix : prefix + held].mean(dim=1)
+        if self.pool_type == "image_and_prompts":
+            return x[:, prefix:].mean(dim=1)
+        raise ValueError(f"pool: {self.pool_type!r}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward and backward pass gave: logits (B, classes), the mean cross-entropy, gradients by name."""
+
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    """Runs one forward and backward pass from cleared gradients; every trainable parameter must get one."""
+    model.zero_grad(set_to_none=True)
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                raise AssertionError(f"{name} got no gradient")
+            gradients[name] = parameter.grad.detach().clone()
+    return Step(logits.detach(), loss.detach(), gradients)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected`, in float64; 0 where both are exactly zero."""
+    difference = (actual.double() - expected.double()).norm()
+    return 0.0 if difference == 0 else float(difference / expected.double().norm())

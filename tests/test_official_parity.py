@@ -1,0 +1,293 @@
+"""PromptedViT against recorded outputs of the official implementation (KMnP/vpt): one test per golden file.
+
+Each file in $VPT_GOLDEN_DIR (default: tests/golden) holds the settings, weights, inputs and results of one run of the
+official code on a small random model. A file whose settings cannot be mapped fails, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from concatenation import ConcatenatedViT, step
+from safetensors import safe_open
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast import PromptedViT
+
+GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
+# With no file in the folder one test remains, and it fails on the missing file instead of being skipped.
+GOLDEN_FILES = sorted(GOLDEN_DIR.glob("*.safetensors")) or [GOLDEN_DIR / "no_golden_file.safetensors"]
+
+# The files were computed in float32. The largest error seen on any tensor, over its largest entry, is 2e-6 in float64
+# and 3e-6 in float32; a wrong formula shows as 1e-3 or more.
+TOLERANCE = 1e-5
+
+OFFICIAL_DEFAULTS: dict[str, Any] = {
+    "NUM_TOKENS": None,  # given by the file's metadata
+    "LOCATION": "prepend",
+    "INITIATION": "random",
+    "CLSEMB_FOLDER": "",
+    "CLSEMB_PATH": "",
+    "PROJECT": -1,
+    "DEEP": False,
+    "NUM_DEEP_LAYERS": None,
+    "REVERSE_DEEP": False,
+    "DEEP_SHARED": False,
+    "FORWARD_DEEP_NOEXPAND": False,
+    "VIT_POOL_TYPE": "original",
+    "DROPOUT": 0.0,
+    "SAVE_FOR_EACH_EPOCH": False,
+}
+TOKEN_LOCATIONS = ("prepend", "add", "add-1")  # the ones that may be deep and may be projected
+LOCATIONS = {
+    "prepend": "prepend",
+    "add": "add",
+    "add-1": "add-1",
+    "prepend-pixel": "prepend-pixel",
+    "prepend-pixel-gaussian": "prepend-pixel",  # another start for the same thing, and the start is in the file
+    "pad": "pad",
+    "below": "concat-channel",
+}
+POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "image_and_prompts"}
+
+
+class Unmapped(ValueError):
+    """A golden file says something that has no counterpart in PromptedViT, or that the official code gets wrong."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden file: its metadata and tensors, and the official prompt settings with defaults filled in."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+    prompt: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
+        given = json.loads(metadata["prompt"]) if "prompt" in metadata else {}
+        if metadata.get("arch") == "mae":
+            given = {"DEEP": metadata["deep"] == "True", "VIT_POOL_TYPE": metadata["pool"]} | given
+        unknown = sorted(given.keys() - OFFICIAL_DEFAULTS.keys())
+        if unknown:
+            raise Unmapped(f"unknown prompt settings {unknown}; known: {sorted(OFFICIAL_DEFAULTS)}")
+        return cls(metadata, tensors, OFFICIAL_DEFAULTS | given)
+
+    def __getitem__(self, size: str) -> int:
+        return int(self.metadata[size])
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    @property
+    def is_mae(self) -> bool:
+        return self.metadata.get("arch") == "mae"
+
+
+def mapped_settings(golden: Golden) -> dict[str, Any]:
+    """The keyword arguments of PromptedViT that mean what the official settings mean."""
+    prompt, depth, num_prompts = golden.prompt, golden["num_layers"], golden["num_prompts"]
+    location, deep, pool = prompt["LOCATION"], prompt["DEEP"], prompt["VIT_POOL_TYPE"]
+    if location == "prepend-pixel-imgnettransform":
+        raise Unmapped("LOCATION prepend-pixel-imgnettransform: PromptedViT takes the strip's pixels as they are")
+    if location not in LOCATIONS:
+        raise Unmapped(f"LOCATION {location!r}; known: {sorted(LOCATIONS)}")
+    if pool != "original" and pool not in POOLS:
+        raise Unmapped(f"VIT_POOL_TYPE {pool!r}; known: original, {', '.join(POOLS)}")
+    if prompt["INITIATION"] not in ("random", "final-cls", "cls-nolastl", "cls-nofirstl"):
+        raise Unmapped(f"INITIATION {prompt['INITIATION']!r}; the start is in the file, so any official one will do")
+    if prompt["DROPOUT"] != 0:
+        raise Unmapped(f"DROPOUT {prompt['DROPOUT']}: results under random masks cannot be compared")
+    if prompt["NUM_TOKENS"] not in (None, num_prompts):
+        raise Unmapped(f"NUM_TOKENS {prompt['NUM_TOKENS']} but the file's num_prompts is {num_prompts}")
+    if pool != "original" and location != "prepend":
+        raise Unmapped(f"VIT_POOL_TYPE {pool} with LOCATION {location}: the official code refuses it")
+    if golden.is_mae:
+        return mapped_mae_settings(golden)
+
+    if deep and location not in TOKEN_LOCATIONS:
+        raise Unmapped(f"DEEP with LOCATION {location}: the official code has no deep prompts there")
+    if not deep and (prompt["REVERSE_DEEP"] or prompt["FORWARD_DEEP_NOEXPAND"]):
+        raise Unmapped("REVERSE_DEEP and FORWARD_DEEP_NOEXPAND need DEEP")
+
+    settings: dict[str, Any] = {
+        "num_prompts": None if location in ("add", "add-1") else num_prompts,
+        "prompt_type": "deep" if deep else "shallow",
+        "prompt_location": LOCATIONS[location],
+        "pool": POOLS.get(pool),
+    }
+    if location in TOKEN_LOCATIONS and prompt["PROJECT"] > -1:
+        settings["prompt_project"] = prompt["PROJECT"]
+    if not deep:
+        return settings
+
+    first = prompt["NUM_DEEP_LAYERS"]
+    if first is not None and not 1 <= first <= depth:
+        raise Unmapped(f"NUM_DEEP_LAYERS {first} of {depth} blocks")
+    if prompt["REVERSE_DEEP"]:
+        if first is None:
+            raise Unmapped("REVERSE_DEEP needs NUM_DEEP_LAYERS")
+        if location == "prepend":
+            raise Unmapped(
+                "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never inserted, so "
+                "it loses the first num_prompts patches"
+            )
+        return settings | {"prompt_layers": -first}
+
+    drop = prompt["FORWARD_DEEP_NOEXPAND"]
+    if drop and location != "prepend":
+        raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
+    if first is not None:
+        settings["prompt_layers"] = first
+    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path never looks at DEEP_SHARED
+    settings["after_prompts"] = "drop" if drop else "flow"
+    if drop and first is not None and first < depth:
+        if pool in ("img_pool", "prompt_pool"):
+            raise Unmapped(
+                f"FORWARD_DEEP_NOEXPAND with {pool}: the official code counts num_prompts rows that are gone, so it "
+                "pools the wrong patches"
+            )
+        if pool == "imgprompt_pool":  # no prompt is left: all but CLS are the patches
+            settings["pool"] = "image"
+    return settings
+
+
+def mapped_mae_settings(golden: Golden) -> dict[str, Any]:
+    """The official MAE model reads DEEP, VIT_POOL_TYPE and LOCATION alone, and averages the prompts by default."""
+    prompt = golden.prompt
+    if prompt["LOCATION"] != "prepend":
+        raise Unmapped(f"LOCATION {prompt['LOCATION']} with MAE: the official code refuses it")
+    return {
+        "num_prompts": golden["num_prompts"],
+        "prompt_type": "deep" if prompt["DEEP"] else "shallow",
+        "pool": POOLS.get(prompt["VIT_POOL_TYPE"], "image_and_prompts"),
+    }
+
+
+def build_backbone(golden: Golden, folder: Path) -> VisionTransformer:
+    """The file's frozen weights, through timm's own loader of the public JAX checkpoints or as an MAE state dict."""
+    border = golden["num_prompts"] if golden.prompt["LOCATION"] == "pad" else 0
+    sizes: dict[str, Any] = {
+        "img_size": golden["img_size"] + 2 * border,
+        "patch_size": golden["patch_size"],
+        "embed_dim": golden["hidden_size"],
+        "depth": golden["num_layers"],
+        "num_heads": golden["num_heads"],
+        "norm_layer": partial(LayerNorm, eps=1e-6),
+        "num_classes": 0,
+    }
+    state, npz = golden.under("state:"), golden.under("npz:")
+    if golden.is_mae and state:
+        mlp_dim = state["blocks.0.mlp.fc1.weight"].shape[0]
+        vit = VisionTransformer(**sizes, mlp_ratio=mlp_dim / sizes["embed_dim"], global_pool="avg")
+        vit.load_state_dict(state)
+        return vit
+    if "arch" in golden.metadata or not npz:
+        raise Unmapped(f"arch {golden.metadata.get('arch')!r}: PromptedViT takes a ViT (npz: tensors) or MAE (state:)")
+    vit = VisionTransformer(**sizes, mlp_ratio=golden["mlp_dim"] / sizes["embed_dim"])
+    position = tuple(npz["Transformer/posembed_input/pos_embedding"].shape)
+    if vit.pos_embed is None or position != tuple(vit.pos_embed.shape):
+        raise Unmapped(f"position embedding {position}, wanted one for an image of {sizes['img_size']} pixels")
+    np.savez(folder / "backbone.npz", **{name: tensor.numpy() for name, tensor in npz.items()})
+    vit.load_pretrained(str(folder / "backbone.npz"))
+    return vit
+
+
+def to_our_names(golden: Golden, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official tensors of the trained parameters (values, gradients) under the names that PromptedViT gives them."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in official.items()}
+    ours = {
+        "head.weight": tensors.pop("head.last_layer.weight"),
+        "head.bias": tensors.pop("head.last_layer.bias"),
+    }
+    location, settings = golden.prompt["LOCATION"], mapped_settings(golden)
+    shallow = tensors.pop("prompt_embeddings", None)
+    deep = tensors.pop("deep_prompt_embeddings", None)
+    if settings.get("prompt_shared") or settings["prompt_type"] == "shallow":
+        deep = None  # there, but never used
+    sets = [tensor for tensor in (shallow, deep) if tensor is not None]  # REVERSE_DEEP has no shallow ones
+    if sets:
+        ours["prompts"] = torch.cat(sets)
+    if location == "pad":
+        ours["prompts"] = tensors.pop("prompt_embeddings_tb")
+        ours["prompts_sides"] = tensors.pop("prompt_embeddings_lr")
+    if location == "below":
+        ours["patch_embedding.weight"] = tensors.pop("embeddings.patch_embeddings.weight")
+        ours["patch_embedding.bias"] = tensors.pop("embeddings.patch_embeddings.bias")
+    projection = {part: tensors.pop(f"prompt_proj.{part}", None) for part in ("weight", "bias")}
+    if "prompt_project" in settings:  # with a location in pixel space the official projection is never used
+        ours |= {f"prompt_projection.{part}": tensor for part, tensor in projection.items() if tensor is not None}
+    if tensors:
+        raise Unmapped(f"tensors without a counterpart: {sorted(tensors)}")
+    return ours
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, official {tuple(expected.shape)}"
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    assert error <= TOLERANCE, f"{what}: off by {error:.1e} of the official tensor's largest entry"
+
+
+def check_against(golden: Golden, model: nn.Module, dtype: torch.dtype) -> None:
+    """Holds logits, loss, every gradient and, where the file has them, the SGD steps against the official ones."""
+    images, labels = golden.tensors["images"].to(dtype), golden.tensors["labels"]
+    first = step(model, images, labels)
+    assert_close(first.logits, golden.tensors["logits"], "logits")
+    assert_close(first.loss, golden.tensors["loss"], "loss")
+    expected = to_our_names(golden, golden.under("grad:"))
+    assert first.gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(first.gradients[name], gradient, f"gradient of {name}")
+
+    if "sgd" not in golden.metadata:
+        if golden.under("after3:") or not golden.is_mae:
+            raise Unmapped("the file has no settings for its SGD steps")
+        return
+    sgd = json.loads(golden.metadata["sgd"])
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(
+        trainable.values(), lr=sgd["lr"], momentum=sgd["momentum"], weight_decay=sgd["weight_decay"]
+    )
+    losses = []
+    for _ in range(sgd["steps"]):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+    assert_close(torch.stack(losses), golden.tensors["losses_sgd"], "losses of the SGD steps")
+    for name, value in to_our_names(golden, golden.under(f"after{sgd['steps']}:")).items():
+        assert_close(trainable[name].detach(), value, f"{name} after {sgd['steps']} SGD steps")
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_prompted_vit_matches_the_official_implementation(path: Path, tmp_path: Path) -> None:
+    golden = Golden.read(path)
+    settings, backbone = mapped_settings(golden), build_backbone(golden, tmp_path)
+    for dtype in (torch.float64, torch.float32):
+        model = PromptedViT(backbone, golden["num_classes"], dtype=dtype, **settings).to(dtype).train()
+        start = to_our_names(golden, golden.under("init:"))
+        model.load_trainable_state_dict({name: tensor.to(dtype) for name, tensor in start.items()})
+        check_against(golden, model, dtype)
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_the_plain_definition_matches_the_official_implementation(path: Path, tmp_path: Path) -> None:
+    golden = Golden.read(path)
+    model = ConcatenatedViT(build_backbone(golden, tmp_path), golden["num_classes"], **mapped_settings(golden))
+    model.load_trainables(to_our_names(golden, golden.under("init:")))
+    check_against(golden, model.double(), torch.float64)
