@@ -1,0 +1,227 @@
+"""Image files to RGB pixels, and the files that cannot be decoded found before training."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .folder import DataError, ImageList
+from .preprocessing import Preprocessing
+from .resident import ResidentBuilder, ResidentImages
+
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_NAMES_SHOWN = 5
+
+
+class DecodeError(DataError):
+    """An image file that cannot be decoded, and the reason."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: object) -> None:
+        super().__init__(os.fspath(path), str(reason))  # what pickle builds it again from, in another process
+        self.path = Path(path)
+        self.reason = str(reason)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """A file left out, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckedImages:
+    """What `check_images` found.
+
+    Attributes:
+        images: the images that can be decoded.
+        skipped: the others.
+        resident: the decoded and resized pixels of `images`, where they were to be kept.
+    """
+
+    images: ImageList
+    skipped: tuple[SkippedImage, ...]
+    resident: ResidentImages | None
+
+
+def decode_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decodes an image file to RGB with 8 bits a channel, upright.
+
+    - EXIF orientation is applied. Colour profiles are not. Of an animation, the first frame.
+    - Transparent pixels (an alpha channel, or a palette entry or colour marked transparent) are laid over
+      white: the colour stored under full transparency never shows.
+    - 16-bit greyscale is scaled, 65535 becoming 255, not clipped.
+    - 32-bit integers are taken for 16-bit values, as other programs store them; floats for [0, 1] or, if any
+      is above 1, [0, 255].
+    - CMYK, palette, 1-bit, YCbCr: Pillow's conversion.
+
+    Raises:
+        DecodeError: the file is missing, unreadable, truncated or not an image; it has more pixels than
+            Pillow's limit against decompression bombs allows; or its pixels are outside the ranges above.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            upright = ImageOps.exif_transpose(file)
+        return _to_rgb(upright)
+    except MemoryError:
+        raise
+    # Pillow's parsers meet broken files with almost any exception: SyntaxError, struct.error, KeyError, ...
+    except Exception as error:
+        reason = str(error) or "broken file"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image in a format that Pillow knows"
+        raise DecodeError(path, reason) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if min(image.size) < 1:
+        raise ValueError(f"{image.width}×{image.height} pixels, wanted 1×1 or more")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """(h, w) of 16-bit, 32-bit or floating-point grey levels -> uint8."""
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind == "f":
+        if not (low >= 0 and high <= 255):  # NaN fails too
+            raise ValueError(f"floating-point pixels from {low:g} to {high:g}, wanted 0 to 1 or 0 to 255")
+        scale = 255.0 if high <= 1 else 1.0
+    else:
+        if low < 0 or high > 65535:
+            raise ValueError(f"32-bit pixels from {low:.0f} to {high:.0f}, wanted 0 to 65535")
+        scale = 1 / 257
+    return np.rint(values * scale).astype(np.uint8)
+
+
+def load_image(path: str | os.PathLike[str], preprocessing: Preprocessing) -> torch.Tensor:
+    """Decodes and resizes: `Preprocessing.resize_image` of a file.
+
+    Raises:
+        DecodeError: as `decode_image`, or too thin an image to be resized with its shape kept.
+    """
+    image = decode_image(path)
+    try:
+        return preprocessing.resize_image(image)
+    except ValueError as error:
+        raise DecodeError(path, error) from error
+
+
+def check_images(
+    images: ImageList,
+    *,
+    workers: int = 0,
+    preprocessing: Preprocessing | None = None,
+    keep_bytes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckedImages:
+    """Decodes every image in full and leaves out those that cannot be decoded.
+
+    With a `preprocessing` the resized pixels are kept on the way, as long as they fit into `keep_bytes`, so
+    that a set that will be resident is decoded once: hand the result to `Batches`.
+
+    Args:
+        workers: decoding threads; 0 decodes in the calling thread.
+        keep_bytes: the most bytes of pixels to keep; `resident_budget(device)` is what `Batches` would use.
+        progress: called with (images done, images in all) after each image.
+
+    Raises:
+        DataError: a class has lost all of its images; the text names the class and a reason.
+    """
+    builder = None
+    if preprocessing is not None and keep_bytes > 0:
+        builder = ResidentBuilder(preprocessing, len(images), keep_bytes)
+
+    def load(path: Path) -> torch.Tensor | DecodeError | None:
+        try:
+            if preprocessing is None:
+                decode_image(path)
+                return None
+            return load_image(path, preprocessing)
+        except DecodeError as error:
+            return error
+
+    kept: list[int] = []
+    skipped: list[SkippedImage] = []
+    for i, loaded in enumerate(map_threads(load, images.paths, workers)):
+        if isinstance(loaded, DecodeError):
+            skipped.append(SkippedImage(images.paths[i], loaded.reason))
+        else:
+            kept.append(i)
+            if builder is not None and loaded is not None:
+                builder.add(loaded)
+        if progress is not None:
+            progress(i + 1, len(images))
+
+    remaining = images.select(kept)
+    lost = sorted(set(images.labels) - set(remaining.labels))
+    if lost:
+        names = ", ".join(images.classes[label] for label in lost[:_NAMES_SHOWN])
+        more = f" and {len(lost) - _NAMES_SHOWN} more" if len(lost) > _NAMES_SHOWN else ""
+        first = next(s for s in skipped if images.labels[images.paths.index(s.path)] == lost[0])
+        raise DataError(
+            f"no image of {names}{more} can be decoded; the first is {first.path}: {first.reason}"
+        )
+    return CheckedImages(remaining, tuple(skipped), None if builder is None else builder.build())
+
+
+def load_resident(
+    images: ImageList, preprocessing: Preprocessing, *, workers: int, max_bytes: int
+) -> ResidentImages | None:
+    """Decodes and resizes all images; None if that is more than `max_bytes`.
+
+    Raises:
+        DecodeError: for the first file that cannot be decoded.
+    """
+    builder = ResidentBuilder(preprocessing, len(images), max_bytes)
+    for pixels in map_threads(lambda path: load_image(path, preprocessing), images.paths, workers):
+        if not builder.add(pixels):
+            return None
+    return builder.build()
+
+
+def map_threads(function: Callable, items: tuple, workers: int) -> Iterator:
+    """map() in `workers` threads (Pillow decodes and resizes outside the interpreter's lock), in the items'
+    order.
+
+    No more than a few items a thread are under way, so that an interruption ends soon and results do not pile
+    up.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: {workers}, wanted 0 or more")
+    if workers == 0:
+        yield from map(function, items)
+        return
+    executor = ThreadPoolExecutor(workers)
+    under_way: deque[Future] = deque()
+    try:
+        for item in items:
+            under_way.append(executor.submit(function, item))
+            if len(under_way) > 4 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,109 @@
+"""The 1,797 real handwritten digits that scikit-learn ships, as a folder of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from .folder import DataError
+
+DIGITS_SPLITS = {"train": 800, "val": 200, "test": 797}
+"""Images in each split: 1,000 to train and choose on, as VTAB-1k, and the rest."""
+DIGITS_SIZE = 32
+"""Height and width of the images written, in pixels; the digits were scanned to 8×8."""
+_MANIFEST = "digits.json"
+
+
+def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
+    """Writes the UCI handwritten digits (scikit-learn's `load_digits`) as
+    `root/{train,val,test}/{0..9}/*.png`.
+
+    1,797 greyscale images, 8×8 with 17 levels of grey, scaled to 0..255 and up to 32×32 (bicubic), split by
+    `seed` into 800 / 200 / 797, each class in proportion. The folder appears complete or not at all. A
+    complete one of the same seed is left as it is; one of another seed, or with files missing, is written
+    anew.
+
+    Raises:
+        DataError: `root` is a file, or a folder with files that this function did not write.
+        ValueError: `seed` is negative.
+    """
+    if seed < 0:
+        raise ValueError(f"seed: {seed}, wanted 0 or more")
+    root = Path(root).expanduser()
+    files = _split_digits(seed)
+    manifest = {"source": "sklearn.datasets.load_digits", "seed": seed, "images": DIGITS_SPLITS}
+    if _is_complete(root, manifest, set(files)):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    images = load_digits().images  # (1797, 8, 8), 0..16
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
+        new = Path(scratch) / "new"
+        for name, index in files.items():
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grey = Image.fromarray(np.rint(images[index] * (255 / 16)).astype(np.uint8))
+            grey.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC).save(path)
+        (new / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        if root.exists():
+            os.rename(root, Path(scratch) / "old")
+        try:
+            os.rename(new, root)
+        except OSError:
+            # Another process, of the same run perhaps, has been quicker.
+            if not _is_complete(root, manifest, set(files)):
+                raise
+
+
+def _split_digits(seed: int) -> dict[str, int]:
+    """File name below the root -> index of the image in scikit-learn's list."""
+    labels = load_digits().target
+    chosen = np.arange(len(labels))
+    train, rest = train_test_split(
+        chosen, train_size=DIGITS_SPLITS["train"], stratify=labels, random_state=seed
+    )
+    val, test = train_test_split(
+        rest, train_size=DIGITS_SPLITS["val"], stratify=labels[rest], random_state=seed
+    )
+    splits = {"train": train, "val": val, "test": test}
+    return {f"{split}/{labels[i]}/{i:04d}.png": int(i) for split, part in splits.items() for i in part}
+
+
+def _is_complete(root: Path, manifest: dict[str, Any], files: set[str]) -> bool:
+    """Whether `root` holds just that; False where it can be written or replaced.
+
+    Raises:
+        DataError: it holds something else, which is not ours to replace.
+    """
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file; wanted a new folder for the digits")
+    present = {path.relative_to(root).as_posix() for path in root.rglob("[!.]*") if not path.is_dir()}
+    if not present:
+        return False
+    found = _read_manifest(root / _MANIFEST)
+    ours = set() if found is None else {_MANIFEST, *_split_digits(found["seed"])}
+    if foreign := sorted(present - ours):
+        raise DataError(
+            f"{root}: holds {len(foreign)} files that are not the digits', such as {foreign[0]}; "
+            "wanted a new folder"
+        )
+    return found == manifest and present == files | {_MANIFEST}
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none that `export_digits` could have written."""
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    seed = manifest.get("seed") if isinstance(manifest, dict) else None
+    return manifest if isinstance(seed, int) and seed >= 0 else None
