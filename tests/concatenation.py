@@ -1,7 +1,7 @@
 """The plain definition of visual prompt tuning, written to be read and trusted, not to be fast.
 
-Prompts are concatenated to the tokens, timm's own blocks run on all of them, and autograd does everything else. The
-engine is held against this in float64. Nothing here imports vpt_fast.
+Prompts are concatenated to the tokens, timm's own blocks run on all of them, and autograd does everything
+else. The engine is held against this in float64. Nothing here imports vpt_fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[int] | None) -> list[int]:
-    """Indices of the blocks with prompts of their own: all, the first k (k > 0), the last -k (k < 0) or those named."""
+    """Indices of the blocks with prompts of their own: all, the first k, the last -k, or those named."""
     if prompt_type == "shallow":
         return [0]
     if prompt_layers is None:
@@ -29,9 +29,10 @@ def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[
 
 
 class ConcatenatedViT(nn.Module):
-    """A frozen timm VisionTransformer with prompts, by concatenation. Settings as those of vpt_fast.PromptedViT.
+    """A frozen timm VisionTransformer with prompts, by concatenation.
 
-    The trainable tensors start at zero: take them from another model with `load_trainables`.
+    The settings are those of vpt_fast.PromptedViT. The trainable tensors start at zero: take them from
+    another model with `load_trainables`.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class ConcatenatedViT(nn.Module):
         prompt_location: str = "prepend",
         prompt_shared: bool = False,
         prompt_project: int | None = None,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
         pool: str | None = None,
     ) -> None:
         super().__init__()
         self.vit = copy.deepcopy(vit).eval().requires_grad_(False)
         self.location, self.after_prompts, self.pool_type = prompt_location, after_prompts, pool
         self.layers = prompted_blocks(len(vit.blocks), prompt_type, prompt_layers)
-        self.shared = prompt_shared
+        self.shared, self.dropout, self.dropout_per = prompt_shared, prompt_dropout, prompt_dropout_per
 
         embed = vit.patch_embed
         (height, width), (patch_h, patch_w), m = embed.img_size, embed.patch_size, num_prompts or 0
@@ -111,7 +114,8 @@ class ConcatenatedViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens as they enter the first block, without prompts of their own: (B, prefix + patches, d)."""
-        images = images.to(self.vit.patch_embed.proj.weight.dtype) if self.location != "concat-channel" else images
+        proj = self.patch_embedding if self.location == "concat-channel" else self.vit.patch_embed.proj
+        images = images.to(proj.weight.dtype)
         if self.location == "pad":
             m = self.num_border
             mean = images.new_tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1)
@@ -122,7 +126,7 @@ class ConcatenatedViT(nn.Module):
             images = torch.cat([top_bottom[:, :, :m], images, top_bottom[:, :, m:]], dim=2)
         if self.location == "concat-channel":
             channels = torch.cat([images, self.prompts.expand(len(images), -1, -1, -1).to(images)], dim=1)
-            patches = self.patch_embedding(channels).flatten(2).transpose(1, 2)  # (B, patches, d)
+            patches = proj(channels).flatten(2).transpose(1, 2)  # (B, patches, d)
             x = self.vit.patch_embed.norm(patches)
             if self.vit.dynamic_img_size:
                 x = x.unflatten(1, self.vit.patch_embed.grid_size)
@@ -142,7 +146,9 @@ class ConcatenatedViT(nn.Module):
             prompts = self.prompts[index : index + 1]  # (1, m, d)
             if hasattr(self, "prompt_projection"):
                 prompts = self.prompt_projection(prompts)
-            prompts = prompts.to(x.dtype)
+            if self.dropout_per == "image":
+                prompts = prompts.expand(len(x), -1, -1)
+            prompts = F.dropout(prompts, self.dropout, self.training).to(x.dtype)
         if self.location in ("add", "add-1"):
             return x + prompts, 0
         prefix = self.vit.num_prefix_tokens
@@ -171,7 +177,7 @@ class ConcatenatedViT(nn.Module):
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward and backward pass gave: logits (B, classes), the mean cross-entropy, gradients by name."""
+    """What one pass gave: logits (B, classes), the mean cross-entropy, gradients by parameter name."""
 
     logits: Tensor
     loss: Tensor

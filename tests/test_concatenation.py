@@ -1,0 +1,362 @@
+"""PromptedViT against plain concatenation: the same logits and gradients, in float64, for every setting."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from concatenation import ConcatenatedViT, relative_error, step
+from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
+from tiny import random_batch, randomise, tiny_vit
+from torch import nn
+
+from vpt_fast import LinearProbe, PromptedViT
+
+NUM_CLASSES = 5
+TOLERANCE = 1e-9  # relative, in float64
+
+
+def prompted_and_concatenated(
+    vit: VisionTransformer, seed: int = 3, **settings: Any
+) -> tuple[PromptedViT, ConcatenatedViT]:
+    """Both models in float64 with the same random trainable tensors."""
+    prompted = PromptedViT(vit, NUM_CLASSES, dtype=torch.float64, **settings).double()
+    trainable = [name for name, p in prompted.named_parameters() if p.requires_grad]
+    with torch.no_grad():
+        randomised = randomise(copy.deepcopy(prompted), seed)
+    state = {name: randomised.get_parameter(name).detach() for name in trainable}
+    prompted.load_trainable_state_dict(state)
+    return prompted, ConcatenatedViT(vit, NUM_CLASSES, **settings).double().load_trainables(state)
+
+
+def assert_equal_to_concatenation(
+    vit: VisionTransformer, batch_size: int = 2, image_size: tuple[int, int] | None = None, **settings: Any
+) -> None:
+    prompted, concatenated = prompted_and_concatenated(vit, **settings)
+    images, labels = random_batch(prompted, batch_size, NUM_CLASSES)
+    if image_size is not None:
+        images = torch.randn(batch_size, 3, *image_size, dtype=torch.float64)
+    actual, expected = step(prompted, images, labels), step(concatenated, images, labels)
+    assert relative_error(actual.logits, expected.logits) < TOLERANCE, "logits"
+    assert relative_error(actual.loss, expected.loss) < TOLERANCE, "loss"
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(actual.gradients[name], gradient) < TOLERANCE, f"gradient of {name}"
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "shallow": {"prompt_type": "shallow"},
+    "all": {},
+    "first_1": {"prompt_layers": 1},
+    "first_2": {"prompt_layers": 2},
+    "last_1": {"prompt_layers": -1},
+    "last_2": {"prompt_layers": -2},
+    "gap_0_3": {"prompt_layers": [0, 3]},
+    "middle_1_2": {"prompt_layers": [1, 2]},
+}
+POOLS = (None, "cls", "image", "prompts", "image_and_prompts")
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("after_prompts", ["flow", "drop"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_prepend(layers: str, after_prompts: str, pool: str | None) -> None:
+    settings = LAYERS[layers] | {"after_prompts": after_prompts, "pool": pool, "num_prompts": 4}
+    vit = tiny_vit(depth=4)
+    ends_without = after_prompts == "drop" and layers in ("shallow", "first_1", "first_2", "middle_1_2")
+    if ends_without and pool in ("prompts", "image_and_prompts"):
+        with pytest.raises(ValueError, match="pool"):
+            PromptedViT(vit, NUM_CLASSES, **settings)
+        return
+    assert_equal_to_concatenation(vit, **settings)
+
+
+PIXEL = {"prompt_location": "prepend-pixel", "prompt_type": "shallow", "num_prompts": 3}
+PAD = {"prompt_location": "pad", "prompt_type": "shallow", "num_prompts": 4}
+CHANNELS = {"prompt_location": "concat-channel", "prompt_type": "shallow", "num_prompts": 2}
+LOCATIONS: dict[str, dict[str, Any]] = {
+    "add_shallow": {"prompt_location": "add", "prompt_type": "shallow"},
+    "add_deep": {"prompt_location": "add"},
+    "add_first_2": {"prompt_location": "add", "prompt_layers": 2},
+    "add_last_1": {"prompt_location": "add", "prompt_layers": -1},
+    "add_gap_image_pool": {"prompt_location": "add", "prompt_layers": [0, 2], "pool": "image"},
+    "add_shared": {"prompt_location": "add", "prompt_shared": True},
+    "add_projected": {"prompt_location": "add", "prompt_project": 6},
+    "add1_shallow": {"prompt_location": "add-1", "prompt_type": "shallow"},
+    "add1_deep": {"prompt_location": "add-1"},
+    "add1_middle": {"prompt_location": "add-1", "prompt_layers": [1]},
+    "add1_shared_projected": {"prompt_location": "add-1", "prompt_shared": True, "prompt_project": 6},
+    "pixel": PIXEL,
+    "pixel_drop": PIXEL | {"after_prompts": "drop"},
+    "pixel_prompt_pool": PIXEL | {"pool": "prompts"},
+    "pad": PAD,
+    "pad_image_pool": PAD | {"pool": "image"},
+    "channels": CHANNELS,
+    "channels_image_pool": CHANNELS | {"pool": "image", "num_prompts": 1},
+    "prepend_shared": {"prompt_shared": True, "num_prompts": 4},
+    "prepend_shared_gap": {"prompt_shared": True, "num_prompts": 4, "prompt_layers": [0, 2]},
+    "prepend_projected": {"prompt_project": 6, "num_prompts": 4},
+    "prepend_projected_shallow": {"prompt_project": 6, "num_prompts": 4, "prompt_type": "shallow"},
+    "prepend_shared_projected": {"prompt_shared": True, "prompt_project": 6, "num_prompts": 4},
+}
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_location(location: str) -> None:
+    assert_equal_to_concatenation(tiny_vit(), **LOCATIONS[location])
+
+
+@pytest.mark.parametrize("location", [name for name in LOCATIONS if "pool" not in name])
+def test_location_with_registers_pre_norm_and_no_cls_position(location: str) -> None:
+    vit = tiny_vit(reg_tokens=2, pre_norm=True, no_embed_class=True)
+    assert_equal_to_concatenation(vit, **LOCATIONS[location])
+
+
+@pytest.mark.parametrize("num_prompts", [1, 7, 50])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("layers", ["all", "shallow"])
+def test_ragged_batch_and_prompts(layers: str, batch_size: int, num_prompts: int) -> None:
+    assert_equal_to_concatenation(tiny_vit(depth=2), batch_size, num_prompts=num_prompts, **LAYERS[layers])
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "one_patch": {"img_size": 8},
+    "two_patches": {"img_size": (8, 16)},
+    "wide_image": {"img_size": (16, 40)},
+    "tall_image": {"img_size": (56, 8)},
+    "wide_patch": {"img_size": (24, 32), "patch_size": (4, 8)},
+    "one_block": {"depth": 1},
+    "one_head": {"num_heads": 1},
+    "heads_of_20": {"embed_dim": 40},
+}
+
+
+@pytest.mark.parametrize("location", ["all", "shallow", "prepend_projected", "pixel", "add_deep", "channels"])
+@pytest.mark.parametrize("size", SIZES)
+def test_ragged_sizes(size: str, location: str) -> None:
+    settings = LOCATIONS[location] if location in LOCATIONS else LAYERS[location] | {"num_prompts": 3}
+    assert_equal_to_concatenation(tiny_vit(**SIZES[size]), **settings)
+
+
+@pytest.mark.parametrize("img_size", [(24, 32), (32, 24), (40, 40)])
+@pytest.mark.parametrize("border", [1, 4, 7])
+def test_pad_by_any_border(img_size: tuple[int, int], border: int) -> None:
+    # A border that leaves part of a patch over: the patch embedding's stride drops what does not fill one.
+    vit = tiny_vit(img_size=tuple(side + 2 * border for side in img_size))
+    assert_equal_to_concatenation(vit, prompt_location="pad", prompt_type="shallow", num_prompts=border)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "registers": {"reg_tokens": 3},
+    "registers_gap": {"reg_tokens": 3, "class_token": False, "global_pool": "avg"},
+    "no_cls_gap": {"class_token": False, "global_pool": "avg"},
+    "no_cls_gap_final_norm": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "cls_gap": {"global_pool": "avg"},
+    "cls_token_fc_norm": {"fc_norm": True},
+    "max_pool": {"global_pool": "max"},
+    "avgmax_pool": {"global_pool": "avgmax"},
+    "no_final_norm": {"final_norm": False},
+    "attention_pool": {"global_pool": "map", "class_token": False},
+    "attention_pool_cls": {"global_pool": "map"},
+    "refined_pool": {"global_pool": "prr"},
+    "layer_scale": {"init_values": 1e-5},
+    "pre_norm_quick_gelu": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "gelu_tanh": {"act_layer": "gelu_tanh"},
+    "relu": {"act_layer": "relu"},
+    "silu": {"act_layer": "silu"},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm_rms": {"qk_norm": True, "norm_layer": RmsNorm},
+    "rms_norm": {"norm_layer": RmsNorm},
+    "norm_eps": {"norm_layer": partial(nn.LayerNorm, eps=1e-2)},
+    "no_qkv_bias": {"qkv_bias": False},
+    "no_qkv_bias_qk_norm": {"qkv_bias": False, "qk_norm": True},
+    "no_proj_bias": {"proj_bias": False},
+    "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": "silu"},
+    "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu"},
+    "swiglu_layer_scale": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "init_values": 1e-5},
+    "no_embed_class": {"no_embed_class": True},
+    "no_position": {"pos_embed": "none"},
+    "embed_norm": {"embed_norm_layer": nn.LayerNorm},
+    "dynamic_image_size": {"dynamic_img_size": True},
+    "pool_includes_prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "rates_of_training": {
+        "drop_rate": 0.5,
+        "proj_drop_rate": 0.5,
+        "attn_drop_rate": 0.5,
+        "drop_path_rate": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("layers", ["all", "shallow", "last_2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_timm_variant(variant: str, layers: str) -> None:
+    assert_equal_to_concatenation(tiny_vit(**VARIANTS[variant]), num_prompts=3, **LAYERS[layers])
+
+
+@pytest.mark.parametrize("pool", ["image", "prompts", "image_and_prompts"])
+@pytest.mark.parametrize("variant", ["registers", "no_cls_gap", "cls_token_fc_norm", "attention_pool"])
+def test_pool_on_timm_variant(variant: str, pool: str) -> None:
+    assert_equal_to_concatenation(tiny_vit(**VARIANTS[variant]), num_prompts=3, pool=pool)
+
+
+@pytest.mark.parametrize(
+    "variant", ["qk_norm", "qk_norm_rms", "registers", "swiglu_packed", "attention_pool"]
+)
+@pytest.mark.parametrize(
+    "location", ["pixel", "pad", "channels", "add_deep", "add1_middle", "prepend_shared"]
+)
+def test_location_on_timm_variant(location: str, variant: str) -> None:
+    assert_equal_to_concatenation(tiny_vit(**VARIANTS[variant]), **LOCATIONS[location])
+
+
+@pytest.mark.parametrize("image_size", [(16, 48), (24, 8), (32, 32)])
+@pytest.mark.parametrize("no_embed_class", [False, True])
+def test_another_input_size_than_the_backbones(no_embed_class: bool, image_size: tuple[int, int]) -> None:
+    vit = tiny_vit(dynamic_img_size=True, no_embed_class=no_embed_class)
+    assert_equal_to_concatenation(vit, image_size=image_size, num_prompts=3)
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+NAMES: dict[str, dict[str, Any]] = {
+    "vit_base_patch16_224": {},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_base_patch16_clip_224": {},
+    "vit_base_patch16_gap_224": {},
+    "vit_medium_patch16_reg4_gap_256": {},
+    "vit_betwixt_patch16_reg4_gap_256": {},
+    "vit_base_patch16_siglip_224": {},
+    "vit_base_patch16_siglip_gap_224": {},
+    "vit_so400m_patch14_siglip_224": {"mlp_ratio": 2.5},
+    "vit_small_patch14_dinov2": {},
+    "vit_base_patch14_reg4_dinov2": {},
+    "vit_giant_patch14_dinov2": {},
+    "vit_base_patch16_224_miil": {},
+    "deit3_base_patch16_224": {},
+    "vit_base_patch16_rpn_224": {},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timm_name_built_small(name: str) -> None:
+    vit = timm.create_model(name, num_classes=0, **(SMALL | NAMES[name]))
+    randomise(vit)
+    assert_equal_to_concatenation(vit.double().eval(), num_prompts=3)
+
+
+@pytest.mark.parametrize("per", ["image", "batch"])
+@pytest.mark.parametrize(
+    "location", ["all", "shallow", "last_2", "prepend_shared", "prepend_projected", "add_deep"]
+)
+def test_prompt_dropout(location: str, per: str) -> None:
+    settings = LOCATIONS[location] if location in LOCATIONS else LAYERS[location] | {"num_prompts": 3}
+    settings = settings | {"prompt_dropout": 0.4, "prompt_dropout_per": per}
+    prompted, concatenated = prompted_and_concatenated(tiny_vit(), **settings)
+    images, labels = random_batch(prompted, 3, NUM_CLASSES)
+    results = []
+    for model in (prompted.train(), concatenated.train()):
+        torch.manual_seed(0)  # both draw one mask a prompted block, in order
+        results.append(step(model, images, labels))
+    assert relative_error(results[0].logits, results[1].logits) < TOLERANCE
+    for name, gradient in results[1].gradients.items():
+        assert relative_error(results[0].gradients[name], gradient) < TOLERANCE, name
+
+
+def test_prompt_dropout_is_off_in_eval_mode() -> None:
+    prompted, concatenated = prompted_and_concatenated(tiny_vit(), num_prompts=3, prompt_dropout=0.9)
+    images, _ = random_batch(prompted)
+    assert relative_error(prompted.eval()(images), concatenated.eval()(images)) < TOLERANCE
+
+
+class GatedViT(VisionTransformer):
+    """Attention with a gate on its output, as in GenLIP."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for block in self.blocks:
+            block.attn.gate = nn.Linear(self.embed_dim, self.embed_dim)
+
+
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "res_post_norm_block": (lambda: tiny_vit(block_fn=ResPostBlock), "ResPostBlock"),
+    "parallel_scaling_block": (lambda: tiny_vit(block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
+    "parallel_things_block": (lambda: tiny_vit(block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
+    "differential_attention": (lambda: tiny_vit(attn_layer="diff"), "DiffAttention"),
+    "gated_attention": (
+        lambda: GatedViT(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+        "gate",
+    ),
+    "attention_scale_norm": (lambda: tiny_vit(scale_attn_norm=True), "norm"),
+    "mlp_scale_norm": (lambda: tiny_vit(scale_mlp_norm=True), "norm"),
+    "swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(1, 1)),
+        "SwinTransformer",
+    ),
+    "swin_by_name": (lambda: "swin_tiny_patch4_window7_224", "swin_tiny"),
+    "convnet_by_name": (lambda: "resnet10t", "resnet10t"),
+    "eva_by_name": (lambda: "eva02_tiny_patch14_224", "eva02"),
+    "no_such_name": (lambda: "vit_base_patch16_225", "vit_base_patch16_224"),
+    "distilled": (lambda: "deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+}
+
+
+@pytest.mark.parametrize("backbone", UNSUPPORTED)
+def test_unsupported_backbone_is_named(backbone: str) -> None:
+    build, named = UNSUPPORTED[backbone]
+    with pytest.raises((ValueError, NotImplementedError), match=named):
+        PromptedViT(build(), NUM_CLASSES, 3)
+
+
+@pytest.mark.parametrize("variant", ["registers", "attention_pool", "cls_gap", "swiglu_packed", "qk_norm"])
+def test_linear_probe_equals_the_backbones_own_features(variant: str) -> None:
+    vit = tiny_vit(**VARIANTS[variant])
+    probe = LinearProbe(vit, NUM_CLASSES, dtype=torch.float64).double()
+    images, labels = random_batch(probe, 2, NUM_CLASSES)
+    actual = step(probe, images, labels)
+
+    head = nn.Linear(vit.embed_dim, NUM_CLASSES, dtype=torch.float64)
+    head.load_state_dict({"weight": probe.head.weight, "bias": probe.head.bias})
+    with torch.no_grad():
+        features = vit(images)
+    logits = head(features)
+    nn.functional.cross_entropy(logits, labels).backward()
+    assert relative_error(actual.logits, logits) < TOLERANCE
+    assert relative_error(actual.gradients["head.weight"], head.weight.grad) < TOLERANCE
+    assert actual.gradients.keys() == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("layers", ["all", "shallow"])
+def test_low_precision_error_is_at_most_that_of_concatenation(layers: str, dtype: torch.dtype) -> None:
+    settings = LAYERS[layers] | {"num_prompts": 8}
+    squares: dict[str, list[float]] = {}  # by tensor: mean square error of vpt_fast, of concatenation
+    for seed in range(3):
+        vit = tiny_vit(dtype=torch.float32, seed=seed, embed_dim=64, img_size=40)
+        reference, concatenated = prompted_and_concatenated(vit.double(), seed, **settings)
+        state = {name: t.float() for name, t in reference.trainable_state_dict().items()}
+        images, labels = random_batch(reference, 4, NUM_CLASSES, seed=seed)
+        expected = step(concatenated, images, labels)
+
+        prompted = PromptedViT(vit.float(), NUM_CLASSES, dtype=dtype, **settings)
+        prompted.load_trainable_state_dict(state)
+        plain = ConcatenatedViT(vit.to(dtype), NUM_CLASSES, **settings).load_trainables(state)
+        for which, model in enumerate((prompted, plain)):
+            actual = step(model, images.float(), labels)
+            pairs = {"logits": (actual.logits, expected.logits)} | {
+                name: (actual.gradients[name], gradient) for name, gradient in expected.gradients.items()
+            }
+            for name, pair in pairs.items():
+                squares.setdefault(name, [0.0, 0.0])[which] += relative_error(*pair) ** 2
+    for name, (ours, theirs) in squares.items():
+        ours, theirs = ours**0.5, theirs**0.5
+        assert ours <= 1.25 * theirs + 1e-5, f"{name}: {ours:.2e}, concatenation {theirs:.2e}"

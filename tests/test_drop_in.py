@@ -1,0 +1,329 @@
+"""PromptedViT in the training loops and tools that people already have."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from concatenation import ConcatenatedViT, Step, relative_error, step
+from tiny import random_batch, tiny_vit
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+from vpt_fast import PromptedViT
+
+NUM_CLASSES = 5
+TRAINED = {"prompts", "head.weight", "head.bias"}
+PROMPTS = {"deep": {"num_prompts": 4}, "shallow": {"num_prompts": 4, "prompt_type": "shallow"}}
+
+
+def build(dtype: torch.dtype = torch.float64, seed: int = 0, **settings) -> PromptedViT:
+    """A two-block model with random trainable tensors."""
+    torch.manual_seed(seed)
+    vit = tiny_vit(dtype, seed, depth=2)
+    model = PromptedViT(vit, NUM_CLASSES, dtype=dtype, **(settings or PROMPTS["deep"])).to(dtype)
+    with torch.no_grad():
+        model.prompts.normal_()
+        model.head.bias.normal_()
+    return model.train()
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items() if name not in TRAINED}
+
+
+def assert_same_step(actual: Step, expected: Step, tolerance: float) -> None:
+    assert relative_error(actual.logits, expected.logits) <= tolerance, "logits"
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(actual.gradients[name], gradient) <= tolerance, f"gradient of {name}"
+
+
+def test_only_prompts_and_head_get_gradients() -> None:
+    model = build()
+    F.cross_entropy(model(random_batch(model)[0]), torch.tensor([0, 1])).backward()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == TRAINED
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == TRAINED
+
+
+def test_backbone_stays_frozen_and_in_eval_mode() -> None:
+    model = build()
+    own = {module for module in model.modules() if any(p.requires_grad for p in module.parameters())}
+    for mode in (False, True):
+        model.train(mode)
+        assert model.training is mode
+        assert not any(module.training for module in model.modules() if module not in own)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == TRAINED
+
+
+def test_the_given_backbone_is_not_modified() -> None:
+    vit = tiny_vit(torch.float32).train()
+    before = copy.deepcopy(vit.state_dict())
+    model = PromptedViT(vit, NUM_CLASSES, 4)
+    model(random_batch(model, dtype=torch.float32)[0]).sum().backward()
+    assert vit.training
+    assert all(p.requires_grad and p.grad is None for p in vit.parameters())
+    assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
+
+
+def test_the_next_forward_sees_an_optimizer_step() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    plain = ConcatenatedViT(tiny_vit(depth=2), NUM_CLASSES, **PROMPTS["deep"]).double()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    step(model, images, labels)
+    optimizer.step()
+    plain.load_trainables(model.trainable_state_dict())
+    assert_same_step(step(model, images, labels), step(plain, images, labels), 1e-9)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_inference_mode_gives_the_logits_of_training(prompts: str) -> None:
+    model = build(**PROMPTS[prompts])
+    images, _ = random_batch(model)
+    expected = model(images).detach()
+    with torch.inference_mode():
+        assert relative_error(model.eval()(images), expected) < 1e-12
+
+
+def test_channels_last_images() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    assert_same_step(step(model, images.to(memory_format=torch.channels_last), labels), expected, 1e-12)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_gradient_of_the_images_where_it_is_wanted(prompts: str) -> None:
+    model = build(**PROMPTS[prompts])
+    plain = ConcatenatedViT(tiny_vit(depth=2), NUM_CLASSES, **PROMPTS[prompts]).double()
+    plain.load_trainables(model.trainable_state_dict())
+    images, labels = random_batch(model)
+    gradients = []
+    for each in (model, plain):
+        pixels = images.clone().requires_grad_()
+        F.cross_entropy(each(pixels), labels).backward()
+        gradients.append(pixels.grad)
+    assert relative_error(*gradients) < 1e-9
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_autocast_error_is_at_most_that_of_concatenation(prompts: str) -> None:
+    errors: dict[str, list[float]] = {}  # by tensor: sum of squares for vpt_fast, for concatenation
+    for seed in range(3):
+        vit = tiny_vit(torch.float32, seed, depth=2, embed_dim=64)
+        model = PromptedViT(vit, NUM_CLASSES, **PROMPTS[prompts])
+        plain = ConcatenatedViT(vit, NUM_CLASSES, **PROMPTS[prompts])
+        with torch.no_grad():
+            model.prompts.normal_(generator=torch.Generator().manual_seed(seed))
+        plain.load_trainables(model.trainable_state_dict())
+        images, labels = random_batch(model, 4, dtype=torch.float32, seed=seed)
+        expected = step(copy.deepcopy(plain).double(), images.double(), labels)
+        for which, each in enumerate((model, plain)):
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = step(each, images, labels)
+            for name, gradient in expected.gradients.items():
+                assert actual.gradients[name].dtype == torch.float32
+                error = relative_error(actual.gradients[name], gradient)
+                errors.setdefault(name, [0.0, 0.0])[which] += error**2
+    for name, (ours, theirs) in errors.items():
+        assert ours**0.5 <= 1.25 * theirs**0.5 + 1e-5, f"{name}: {ours**0.5:.2e}, concat {theirs**0.5:.2e}"
+
+
+def test_grad_scaler() -> None:
+    model = build(torch.float32)
+    images, labels = random_batch(model, dtype=torch.float32)
+    expected = step(model, images, labels)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(images), labels)).backward()
+    scaler.unscale_(optimizer)
+    before = model.prompts.detach().clone()
+    for name, gradient in expected.gradients.items():  # a power of two scales without rounding
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-6
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.allclose(model.prompts, before - 0.1 * expected.gradients["prompts"])
+
+
+def test_gradient_accumulation_equals_the_joined_batch() -> None:
+    model = build()
+    images, labels = random_batch(model, batch_size=6)
+    expected = step(model, images, labels)
+    model.zero_grad()
+    for part in range(3):
+        rows = slice(2 * part, 2 * part + 2)
+        (F.cross_entropy(model(images[rows]), labels[rows]) / 3).backward()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12
+
+
+def test_two_backward_passes_through_one_graph_give_the_same_gradients() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    loss = F.cross_entropy(model(images), labels)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    second = torch.autograd.grad(loss, trained)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_double_backward_raises() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    (gradient,) = torch.autograd.grad(
+        F.cross_entropy(model(images), labels), [model.prompts], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_deepcopy_is_equal_and_independent() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    twin = copy.deepcopy(model)
+    assert_same_step(step(twin, images, labels), expected, 0.0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert_same_step(step(model, images, labels), expected, 0.0)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_state_dict_carries_everything_onto_another_model(prompts: str) -> None:
+    model, fresh = build(seed=0, **PROMPTS[prompts]), build(seed=1, **PROMPTS[prompts])
+    images, labels = random_batch(model)
+    fresh.load_state_dict(model.state_dict())
+    assert_same_step(step(fresh, images, labels), step(model, images, labels), 0.0)
+
+
+def why_inductor_cannot_run() -> str | None:
+    if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+        return "torch.compile's default backend needs a C++ compiler"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "torch.compile's default backend needs the Python headers"
+    return None
+
+
+NO_INDUCTOR = why_inductor_cannot_run()
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                why_inductor_cannot_run() is not None, reason=str(why_inductor_cannot_run())
+            ),
+        ),
+    ],
+)
+def test_compiled_model_equals_eager(backend: str, prompts: str) -> None:
+    torch._dynamo.reset()
+    model = build(**PROMPTS[prompts])
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    loss = F.cross_entropy(compiled(images), labels)
+    model.zero_grad()
+    loss.backward()
+    assert relative_error(loss.detach(), expected.loss) < 1e-9
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-9
+
+
+def distributed_step(rank: int, world_size: int, folder: str) -> None:
+    """One process of the test below: runs its share of the batch, then rank 0 writes the gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        model = build()
+        images, labels = random_batch(model, batch_size=6)
+        share = slice(3 * rank, 3 * rank + 3)
+        parallel = DistributedDataParallel(model)
+        F.cross_entropy(parallel(images[share]), labels[share]).backward()
+        if rank == 0:
+            torch.save({name: model.get_parameter(name).grad for name in TRAINED}, f"{folder}/gradients.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(distributed_step, args=(2, str(tmp_path)), nprocs=2)
+    model = build()
+    expected = step(model, *random_batch(model, batch_size=6))
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, gradient in expected.gradients.items():
+        assert relative_error(gradients[name], gradient) < 1e-12, name
+
+
+def loader(model: PromptedViT) -> DataLoader:
+    return DataLoader(TensorDataset(*random_batch(model, 8, NUM_CLASSES, torch.float32)), batch_size=4)
+
+
+def assert_trained(model: PromptedViT, losses: list[float], frozen: dict[str, Tensor]) -> None:
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses
+    after = frozen_state(model)
+    assert frozen.keys() == after.keys()
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen), "the backbone changed"
+
+
+def test_lightning_loop(tmp_path: Path) -> None:
+    import lightning
+
+    losses: list[float] = []
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build(torch.float32)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            images, labels = batch
+            loss = F.cross_entropy(self.model(images), labels)
+            losses.append(float(loss))
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.1)
+
+    task = Task()
+    frozen = frozen_state(task.model)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(task, loader(task.model))
+    assert_trained(task.model, losses, frozen)
+
+
+def test_accelerate_loop() -> None:
+    import accelerate
+
+    model = build(torch.float32)
+    frozen, batches = frozen_state(model), loader(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=1)
+    prepared, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    losses = []
+    for _ in range(4):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(prepared(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            losses.append(float(loss))
+    assert_trained(accelerator.unwrap_model(prepared), losses, frozen)

@@ -1,0 +1,59 @@
+"""Small random backbones and batches for tests."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fills every parameter with random values of a sensible size, norm affines, biases and LayerScales too.
+
+    Freshly built layers start with affines of one and biases of zero, which would hide a folding mistake.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+        if name.endswith("gamma"):  # LayerScale
+            parameter.copy_(0.7 + 0.3 * noise)
+        elif name.endswith("weight") and parameter.dim() == 1:  # a norm's
+            parameter.copy_(1 + 0.3 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif name.endswith("weight"):
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        else:  # positions, CLS, registers, prompts
+            parameter.copy_(0.5 * noise)
+    return module
+
+
+def tiny_vit(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> VisionTransformer:
+    """A timm VisionTransformer of width 32 with 3 blocks for 32x32 images, every weight random."""
+    defaults = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "num_classes": 0,
+    }
+    vit = VisionTransformer(**(defaults | arguments))
+    randomise(vit, seed)
+    return vit.to(dtype).eval()
+
+
+def random_batch(
+    model: nn.Module,
+    batch_size: int = 2,
+    num_classes: int = 5,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) of the size the model takes, and labels (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch_size, 3, *model.image_size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(num_classes, (batch_size,), generator=generator)
+    return images.to(dtype), labels
