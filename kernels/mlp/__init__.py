@@ -1,0 +1,1 @@
+"""The activation between the two linear layers of a block's MLP."""

@@ -1,0 +1,1 @@
+"""LayerNorm and RMSNorm without affine part (it is folded into the frozen weights that follow)."""

@@ -1,0 +1,134 @@
+"""Prompted attention, forward and backward, in plain PyTorch: the definition.
+
+With K = [K_P; K_I] and V = [V_P; V_I], prompt rows before image rows, per image and head:
+
+    S = Q Kᵀ         (the softmax scale is folded into Q's frozen projection)
+    P = softmax(S)   lse = log Σ exp(S)
+    O = P V
+
+All sums are formed in at least float32, whatever the tensors' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and lse for the query rows `q`.
+
+    Args:
+        q: (B, R, H, D), the rows whose output is wanted.
+        k, v: (B, N, H, D), keys and values of the image-side tokens.
+        prompt_k, prompt_v: (1 or B, m, H, D), or None where the block has no prompts.
+
+    Returns:
+        O (B, R, H, D) in q's dtype, and lse (B, H, R) in at least float32.
+    """
+    queries, keys, values = _heads_first(q), _extend(prompt_k, k), _extend(prompt_v, v)
+    scores = torch.matmul(queries, keys.transpose(-1, -2))  # (B, H, R, m + N)
+    row_max = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(row_max).exp_()  # softmax but for its denominator
+    row_sum = weights.sum(-1, keepdim=True)
+    out = torch.matmul(weights, values).div_(row_sum)  # (B, H, R, D)
+    lse = (row_max + row_sum.log()).squeeze(-1)
+    return out.transpose(1, 2).to(q.dtype), lse
+
+
+def attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    need_q: bool,
+    need_kv: bool,
+) -> tuple[
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]:
+    """Gradients of `attention`, only those that are wanted.
+
+    With δ = rowsum(dO ∘ O):  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - δ),  dQ = dS K,  dK = dSᵀ Q.
+    Prompt gradients are always formed where there are prompts; those of shared prompts (batch dimension 1)
+    are summed over the batch. With neither `need_q` nor `need_kv` (the first prompted block) only the
+    prompts' columns of S are computed, and `k` and `v` may be None.
+
+    Args:
+        grad_out: dO (B, R, H, D).
+        q, k, v, prompt_k, prompt_v: as given to `attention`.
+        out, lse: as it returned them.
+        need_q: form dQ.
+        need_kv: form dK and dV of the image-side tokens.
+
+    Returns:
+        dQ (B, R, H, D), dK, dV (B, N, H, D), dK_P, dV_P (1 or B, m, H, D), each in q's dtype or None.
+    """
+    m = 0 if prompt_k is None else prompt_k.shape[1]
+    queries, grad = _heads_first(q), _heads_first(grad_out)
+    if need_q or need_kv:
+        keys, values = _extend(prompt_k, k), _extend(prompt_v, v)
+    else:  # only the prompts' columns: the rows' lse already holds the sum over all keys
+        batch = q.shape[0]
+        keys = _heads_first(prompt_k).expand(batch, -1, -1, -1)
+        values = _heads_first(prompt_v).expand(batch, -1, -1, -1)
+
+    delta = (grad * _heads_first(out)).sum(-1, keepdim=True)  # (B, H, R, 1)
+    probabilities = torch.matmul(queries, keys.transpose(-1, -2)).sub_(lse.unsqueeze(-1)).exp_()
+    grad_scores = torch.matmul(grad, values.transpose(-1, -2)).sub_(delta).mul_(probabilities)
+
+    grad_q = torch.matmul(grad_scores, keys) if need_q else None  # (B, H, R, D)
+    first, last = (0, keys.shape[2]) if need_kv else (0, m)  # columns whose gradient is wanted
+    grad_k = torch.matmul(grad_scores[..., first:last].transpose(-1, -2), queries)
+    grad_v = torch.matmul(probabilities[..., first:last].transpose(-1, -2), grad)
+
+    def prompt_part(columns: torch.Tensor) -> torch.Tensor | None:
+        if prompt_k is None:
+            return None
+        part = columns[:, :, :m]
+        if prompt_k.shape[0] == 1:
+            part = part.sum(0, keepdim=True)
+        return _rows_first(part, q.dtype)
+
+    return (
+        None if grad_q is None else _rows_first(grad_q, q.dtype),
+        _rows_first(grad_k[:, :, m:], q.dtype) if need_kv else None,
+        _rows_first(grad_v[:, :, m:], q.dtype) if need_kv else None,
+        prompt_part(grad_k),
+        prompt_part(grad_v),
+    )
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(B, N, H, D) -> (B, H, N, D), contiguous for the batched products, in at least float32."""
+    return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _rows_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, N, D) -> (B, N, H, D) in `dtype`."""
+    return x.transpose(1, 2).to(dtype)
+
+
+def _extend(prompts: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tensor:
+    """Prompt rows before image rows: (1 or B, m, H, D) and (B, N, H, D) -> (B, H, m + N, D)."""
+    assert x is not None
+    if prompts is None:
+        return _heads_first(x)
+    shape = (x.shape[0], x.shape[2], prompts.shape[1] + x.shape[1], x.shape[3])
+    joined = torch.empty(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    joined[:, :, : prompts.shape[1]] = prompts.transpose(1, 2)
+    joined[:, :, prompts.shape[1] :] = x.transpose(1, 2)
+    return joined

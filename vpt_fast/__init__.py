@@ -1,0 +1,18 @@
+"""Exact visual prompt tuning without the dead work.
+
+    model = vpt_fast.PromptedViT("vit_base_patch16_224", num_classes=200, num_prompts=50, pretrained=True)
+
+tunes prompts through a frozen vision transformer (Jia et al., ECCV 2022) with the results of concatenating
+them to the sequence, at about the cost of a ViT without prompts.
+"""
+
+from importlib.metadata import version
+
+from vpt_fast.backbones import demo as _demo  # registers vpt_fast_demo with timm
+from vpt_fast.model import LinearProbe, PromptedViT
+from vpt_fast.pretrained import load_pretrained
+
+__version__ = version("vpt_fast")
+__all__ = ["LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
+
+del _demo, version

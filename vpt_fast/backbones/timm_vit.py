@@ -1,0 +1,355 @@
+"""Reading a timm VisionTransformer: the frozen blocks, and everything before and after them.
+
+What timm can build and this file does not know raises; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU, to_2tuple
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.plan import Read
+from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
+from vpt_fast.kernels import get_ops
+
+# Pooling by name: the mean over these rows, after the final norm (Fig. 8).
+POOLS = {
+    "cls": Read.CLS,
+    "image": Read.PATCHES,
+    "prompts": Read.PROMPTS,
+    "image_and_prompts": Read.PATCHES_AND_PROMPTS,
+}
+
+_VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a backbone came from: timm's name for it, or None for an instance that the user built; whether
+    timm's weights were loaded; and the keywords that went to timm."""
+
+    name: str | None
+    pretrained: bool
+    kwargs: dict[str, Any]
+
+
+def resolve_backbone(
+    backbone: str | VisionTransformer, pretrained: bool, kwargs: dict[str, Any], border: int = 0
+) -> tuple[VisionTransformer, Origin]:
+    """The VisionTransformer that the user means.
+
+    Args:
+        backbone: a timm name, with or without a pretrained tag, or an instance.
+        pretrained: load timm's published weights (only with a name).
+        kwargs: go to timm.create_model (only with a name).
+        border: pixels to add on each side of a named model's image size.
+
+    Raises:
+        ValueError: no such model in timm, one that is not a VisionTransformer, an img_size that the patch
+            size does not divide, or keywords beside an instance.
+    """
+    if isinstance(backbone, VisionTransformer):
+        if pretrained or kwargs:
+            given = ["pretrained"] * pretrained + sorted(kwargs)
+            raise ValueError(
+                f"{', '.join(given)}: only with a backbone's name; this backbone is built already and its "
+                "weights are used as they are"
+            )
+        return backbone, Origin(None, False, {})
+    if not isinstance(backbone, str):
+        raise ValueError(f"backbone: got a {type(backbone).__name__}, want a timm name or VisionTransformer")
+    if not timm.is_model(backbone):
+        close = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
+    # Known from the module's name alone, before any weights are downloaded. Models that others register
+    # with timm have modules of their own.
+    module = timm.models.model_entrypoint(backbone).__module__
+    if module.startswith("timm.") and module not in _VIT_MODULES:
+        raise ValueError(f"backbone: {backbone!r} is not a timm VisionTransformer, the one kind supported")
+    build_kwargs = dict(kwargs)
+    if border:
+        default = timm.get_pretrained_cfg(backbone).input_size[1:]
+        height, width = to_2tuple(kwargs.get("img_size") or default)
+        build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
+    vit = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **build_kwargs)
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm VisionTransformer")
+    if "img_size" in build_kwargs and not vit.patch_embed.dynamic_img_pad:
+        size, patch = to_2tuple(build_kwargs["img_size"]), vit.patch_embed.patch_size
+        if size[0] % patch[0] or size[1] % patch[1]:
+            with_border = f" (with a border of {border} pixels on each side)" if border else ""
+            raise ValueError(
+                f"img_size: got {size[0]}x{size[1]}{with_border}, want a multiple of the patch size "
+                f"{patch[0]}x{patch[1]}"
+            )
+    return vit, Origin(backbone, pretrained, dict(kwargs))
+
+
+def fingerprint(vit: VisionTransformer) -> str:
+    """SHA-256 over the names, shapes and float32 values of every weight but the classifier's."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(vit.state_dict().items()):
+        if name.startswith("head."):
+            continue
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FrozenViT(nn.Module):
+    """A timm VisionTransformer with frozen, folded blocks and no classifier.
+
+    The given model is read and not changed: the blocks' weights are folded copies, the rest is copied.
+    Every parameter has requires_grad False, and the module stays in eval mode whatever `train` is called
+    with, since a frozen backbone has no dropout to switch on.
+
+    Args:
+        vit: the model to read.
+        dtype: of the frozen weights; None keeps the model's own.
+        backend: see `kernels.get_ops`.
+
+    Raises:
+        ValueError: the model has a part that is not supported; the message names it.
+    """
+
+    def __init__(self, vit: VisionTransformer, dtype: torch.dtype | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        ops = get_ops(backend)
+        _check(vit)
+        # Everything but blocks and classifier, in one deep copy.
+        self.stem: VisionTransformer = copy.deepcopy(
+            vit, memo={id(vit.blocks): nn.Identity(), id(vit.head): nn.Identity()}
+        )
+        self.stem.requires_grad_(False)
+        if dtype is not None:
+            self.stem.to(dtype)
+        self.blocks = nn.ModuleList()
+        for index, block in enumerate(vit.blocks):
+            self.blocks.append(FrozenBlock(*fold(_block_parts(block, index), dtype), ops))
+        self.eval()
+        # Read off the model as it came: folding and dtype do not change which backbone it is.
+        self.fingerprint = fingerprint(vit)
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
+        self.num_parameters = sum(
+            p.numel() for name, p in vit.named_parameters() if not name.startswith("head.")
+        )
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.stem.embed_dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.stem.num_prefix_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """N at the model's own image size: prefix tokens and patches."""
+        return self.num_prefix_tokens + self.stem.patch_embed.num_patches
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the position embedding was made for."""
+        return tuple(self.stem.patch_embed.img_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return tuple(self.stem.patch_embed.patch_size)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> tokens before the first block (B, N, d), in at least float32.
+
+        The residual stream is at least float32 whatever the weights' dtype: it is not kept for backward,
+        so that its precision costs no memory.
+        """
+        x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
+        x = self._norm_pre(self.stem._pos_embed(x))
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Prompts given as a strip of patches: (1, C, p, p·m) -> (1, m, d), with no position added."""
+        patch_embed = self.stem.patch_embed
+        x = patch_embed.proj(pixels.to(patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self._norm_pre(patch_embed.norm(x))
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def _norm_pre(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem.norm_pre(x.to(_dtype_of(self.stem.norm_pre, default=x.dtype)))
+
+    def head_reads(self, pool: str | None) -> Read:
+        """The rows that pooling by `pool` reads; None is the model's own pooling.
+
+        Raises:
+            ValueError: a pool that this model has no tokens for.
+        """
+        if pool is None:
+            if self.stem.attn_pool is None and self.stem.global_pool == "token":
+                return Read.CLS
+            return Read.TOKENS if self.stem.pool_include_prefix else Read.PATCHES
+        if pool == "cls" and not self.stem.has_class_token:
+            raise ValueError("pool: got 'cls', and this backbone has no CLS token")
+        return POOLS[pool]
+
+    def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
+        """The rows that `head_reads(pool)` names, after the last block (B, R, d), to features (B, d)."""
+        stem = self.stem
+        x = stem.norm(rows.to(_dtype_of(stem.norm, stem.fc_norm, stem.attn_pool, default=rows.dtype)))
+        if pool is not None:
+            x = x[:, 0] if pool == "cls" else x.mean(dim=1)
+        elif stem.attn_pool is not None:
+            x = stem.attn_pool(x)
+        elif stem.global_pool == "token":
+            x = x[:, 0]
+        elif stem.global_pool == "avg":
+            x = x.mean(dim=1)
+        elif stem.global_pool == "max":
+            x = x.amax(dim=1)
+        else:  # avgmax; _check lets no other through
+            x = 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+        return stem.fc_norm(x)
+
+
+def _dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
+    """The dtype of the first weight in the modules, which is what their input must have."""
+    for module in modules:
+        for parameter in () if module is None else module.parameters():
+            return parameter.dtype
+    return default
+
+
+def _check(vit: VisionTransformer) -> None:
+    for method in ("forward_features", "_pos_embed", "pool", "forward_head"):
+        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
+            raise ValueError(f"backbone: {type(vit).__name__} has its own {method}, which is not supported")
+    if len(vit.blocks) == 0:
+        raise ValueError("backbone: got a VisionTransformer without blocks")
+    if vit.attn_pool is None and vit.global_pool not in ("token", "avg", "max", "avgmax"):
+        raise ValueError(
+            f"backbone: global_pool={vit.global_pool!r} gives no feature vector; "
+            "want 'token', 'avg', 'max', 'avgmax' or an attention-pool head"
+        )
+    if not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d):
+        raise ValueError(
+            f"backbone: patch embedding {type(vit.patch_embed).__name__} is not supported, want a convolution"
+        )
+
+
+def _block_parts(block: nn.Module, index: int) -> BlockParts:
+    where = f"backbone: blocks.{index}"
+    if type(block) is not Block:
+        raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's Block")
+    attn = block.attn
+    if type(attn) is not Attention:
+        raise ValueError(f"{where}.attn is a {type(attn).__name__}, which is not supported; want timm's Attention")
+    if attn.gate is not None:
+        raise ValueError(f"{where}.attn has an output gate, which is not supported")
+    if not isinstance(attn.norm, nn.Identity):
+        raise ValueError(f"{where}.attn has a norm on its output (scale_attn_norm), which is not supported")
+    has_qk_norm = not isinstance(attn.q_norm, nn.Identity)
+    fc1, fc2, activation = _mlp_parts(block.mlp, f"{where}.mlp")
+    return BlockParts(
+        num_heads=attn.num_heads,
+        norm1=_norm_parts(block.norm1, f"{where}.norm1"),
+        qkv=_linear_parts(attn.qkv),
+        q_norm=_norm_parts(attn.q_norm, f"{where}.attn.q_norm") if has_qk_norm else None,
+        k_norm=_norm_parts(attn.k_norm, f"{where}.attn.k_norm") if has_qk_norm else None,
+        proj=_linear_parts(attn.proj),
+        scale1=_layer_scale(block.ls1, f"{where}.ls1"),
+        norm2=_norm_parts(block.norm2, f"{where}.norm2"),
+        fc1=fc1,
+        activation=activation,
+        fc2=fc2,
+        scale2=_layer_scale(block.ls2, f"{where}.ls2"),
+    )
+
+
+def _linear_parts(linear: nn.Linear) -> LinearParts:
+    return LinearParts(linear.weight, linear.bias)
+
+
+def _norm_parts(norm: nn.Module, where: str) -> NormParts:
+    if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
+        return NormParts("layer", norm.eps, norm.weight, norm.bias)
+    if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
+        # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is float32.
+        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        return NormParts("rms", eps, norm.weight, None)
+    raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
+
+
+def _layer_scale(scale: nn.Module, where: str) -> torch.Tensor | None:
+    if isinstance(scale, nn.Identity):
+        return None
+    if isinstance(scale, LayerScale):
+        return scale.gamma
+    raise ValueError(f"{where} is a {type(scale).__name__}, which is not supported; want LayerScale")
+
+
+def _activation(act: nn.Module, where: str) -> str:
+    if isinstance(act, nn.GELU):
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    names: dict[Callable[..., nn.Module], str] = {
+        GELU: "gelu",
+        GELUTanh: "gelu_tanh",
+        QuickGELU: "quick_gelu",
+        nn.SiLU: "silu",
+        nn.ReLU: "relu",
+    }
+    if type(act) not in names:
+        raise ValueError(f"{where}.act is a {type(act).__name__}, which is not supported")
+    return names[type(act)]
+
+
+def _mlp_parts(mlp: nn.Module, where: str) -> tuple[LinearParts, LinearParts, str]:
+    """fc1 with the gate before the value where there is one, fc2, and the activation's name."""
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        raise ValueError(
+            f"{where} is a {type(mlp).__name__}, which is not supported; want timm's Mlp, GluMlp or SwiGLU"
+        )
+    if not isinstance(mlp.norm, nn.Identity):
+        raise ValueError(f"{where} has a norm inside (scale_mlp_norm), which is not supported")
+    activation = _activation(mlp.act, where)
+    if type(mlp) is Mlp:
+        if not isinstance(mlp.fc1, nn.Linear):
+            raise ValueError(f"{where}.fc1 is a {type(mlp.fc1).__name__}, which is not supported; want Linear")
+        return _linear_parts(mlp.fc1), _linear_parts(mlp.fc2), activation
+    if activation != "silu":
+        raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
+    if type(mlp) is GluMlp:
+        if mlp.gate_last:
+            fc1 = _join(*(_half(mlp.fc1, half) for half in (1, 0)))
+        else:
+            fc1 = _linear_parts(mlp.fc1)
+    else:
+        fc1 = _join(_linear_parts(mlp.fc1_g), _linear_parts(mlp.fc1_x))
+    return fc1, _linear_parts(mlp.fc2), "swiglu"
+
+
+def _half(linear: nn.Linear, half: int) -> LinearParts:
+    bias = None if linear.bias is None else linear.bias.chunk(2)[half]
+    return LinearParts(linear.weight.chunk(2)[half], bias)
+
+
+def _join(gate: LinearParts, value: LinearParts) -> LinearParts:
+    bias = None
+    if gate.bias is not None and value.bias is not None:
+        bias = torch.cat((gate.bias, value.bias))
+    return LinearParts(torch.cat((gate.weight, value.weight)), bias)

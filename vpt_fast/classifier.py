@@ -1,0 +1,309 @@
+"""A frozen backbone with a trained linear head: what every tuned model here is, and how it is stored."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import huggingface_hub
+import safetensors.torch
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, Origin
+from vpt_fast.files import replacing
+from vpt_fast.kernels import get_ops
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# Bias of the head at the start: every class at probability 1/100, the choice of the official code.
+_HEAD_BIAS = -math.log(99.0)
+
+_Model = TypeVar("_Model", bound="FrozenClassifier")
+
+
+def check_arguments(num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str) -> None:
+    """What can be checked before a backbone is built or downloaded.
+
+    Raises:
+        ValueError, NotImplementedError: an argument out of range or not supported; the message names it.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
+    if pool is not None and pool not in POOLS:
+        raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: got {dtype!r}, want a floating-point torch.dtype or None")
+    get_ops(backend)
+
+
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Origin):
+    """Which backbone a model stands on: where it came from, and the SHA-256 of its weights."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is needed, beside the trained tensors and the backbone, to build a model again."""
+
+    model: str  # the class's name
+    backbone: BackboneConfig
+    num_classes: int
+    pool: str | None
+    dtype: str | None
+    backend: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold."""
+        return asdict(self)
+
+
+class FrozenClassifier(nn.Module):
+    """Backbone and head; subclasses say what stands between them.
+
+    Args:
+        vit, origin: from `backbones.timm_vit.resolve_backbone`.
+        num_classes: of the head.
+        pool: what the head reads: None for the backbone's own pooling, or a name of `backbones.timm_vit.POOLS`.
+        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        origin: Origin,
+        num_classes: int,
+        *,
+        pool: str | None,
+        dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.backbone = FrozenViT(vit, dtype, backend)
+        self.pool = pool
+        self.head = nn.Linear(self.backbone.embed_dim, num_classes)
+        nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
+        nn.init.constant_(self.head.bias, _HEAD_BIAS)
+        self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=self.backbone.fingerprint)
+        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        self._backend = backend
+
+    @property
+    def config(self) -> ClassifierConfig:
+        """The settings that rebuild this model."""
+        return ClassifierConfig(
+            model=type(self).__name__,
+            backbone=self._backbone_config,
+            num_classes=self.head.out_features,
+            pool=self.pool,
+            dtype=self._dtype,
+            backend=self._backend,
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model takes."""
+        return self.backbone.image_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return self.backbone.patch_size
+
+    @property
+    def embed_dim(self) -> int:
+        """d: the width of the tokens."""
+        return self.backbone.embed_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """L: the number of transformer blocks."""
+        return len(self.backbone.blocks)
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """timm's data settings of the backbone: mean, std, interpolation, crop_pct, input_size."""
+        return dict(self.backbone.data_config)
+
+    @property
+    def num_backbone_parameters(self) -> int:
+        """Parameters of the backbone as it came, without a classifier."""
+        return self.backbone.num_parameters
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """Parameters that are trained, and stored."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _weight_bytes(self) -> int:
+        """All parameters, and gradient and momentum of the trained ones."""
+        return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in self.parameters())
+
+    def trainable_state_dict(self) -> dict[str, torch.Tensor]:
+        """Name to tensor of everything that is trained, detached, sharing memory with the model."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy trained tensors into the model.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a shape differs; nothing is changed then.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        for kind, names in (("missing", own.keys() - tensors.keys()), ("unknown", tensors.keys() - own.keys())):
+            if names:
+                raise ValueError(f"trained tensors: {kind} {', '.join(sorted(names))}")
+        for name, parameter in own.items():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"trained tensors: {name} has shape {tuple(tensors[name].shape)}, want {tuple(parameter.shape)}"
+                )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write what was trained, and how to build the model again, to a folder.
+
+        config.json holds the settings and the backbone's fingerprint, model.safetensors the trained tensors
+        alone. Files that are there already are replaced one by one, each complete or not at all.
+
+        Raises:
+            ValueError: a keyword that went to timm cannot be written as JSON.
+        """
+        directory = Path(directory)
+        settings = {"vpt_fast_version": version("vpt_fast"), **self.config.to_dict()}
+        try:
+            text = json.dumps(settings, indent=2) + "\n"
+        except TypeError as error:
+            raise ValueError(f"timm keywords: {self._backbone_config.kwargs} cannot be saved: {error}") from None
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in self.trainable_state_dict().items()}
+        with replacing(directory / WEIGHTS_FILE) as temporary:
+            safetensors.torch.save_file(tensors, temporary)
+        with replacing(directory / CONFIG_FILE) as temporary:
+            temporary.write_text(text)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_Model],
+        path: str | os.PathLike[str],
+        backbone: str | VisionTransformer | None = None,
+        **overrides: Any,
+    ) -> _Model:
+        """Build a saved model again.
+
+        Args:
+            path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
+            backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
+            overrides: `dtype` and `backend`, if other than the saved ones.
+
+        Raises:
+            FileNotFoundError: the folder lacks a file.
+            ValueError: the folder holds another class, or the backbone's weights are not those that the
+                model was trained on.
+        """
+        settings, tensors = read_pretrained(path)
+        return cls._from_settings(settings, tensors, backbone, str(path), overrides)
+
+    @classmethod
+    def _from_settings(
+        cls: type[_Model],
+        settings: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        backbone: str | VisionTransformer | None,
+        path: str,
+        overrides: dict[str, Any],
+    ) -> _Model:
+        unknown = overrides.keys() - {"dtype", "backend"}
+        if unknown:
+            raise TypeError(f"from_pretrained: got unknown {', '.join(sorted(unknown))}, want dtype or backend")
+        if settings.get("model") != cls.__name__:
+            raise ValueError(f"{path}: holds a {settings.get('model')}, want a {cls.__name__}")
+        saved = BackboneConfig(**settings["backbone"])
+        if backbone is None:
+            if saved.name is None:
+                raise ValueError(
+                    f"backbone: {path} was trained on a backbone that has no timm name; pass it as backbone=..."
+                )
+            backbone = saved.name
+        keywords = {"pretrained": saved.pretrained, **saved.kwargs} if isinstance(backbone, str) else {}
+        dtype = None if settings["dtype"] is None else getattr(torch, settings["dtype"])
+        model = cls(
+            backbone,
+            settings["num_classes"],
+            pool=settings["pool"],
+            dtype=overrides.get("dtype", dtype),
+            backend=overrides.get("backend", settings["backend"]),
+            **cls._constructor_keywords(settings),
+            **keywords,
+        )
+        got = model.backbone.fingerprint
+        if got != saved.fingerprint:
+            raise ValueError(
+                f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
+                f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
+            )
+        model.load_trainable_state_dict(tensors)
+        return model
+
+    @classmethod
+    def _constructor_keywords(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """What the subclass's constructor takes beside the arguments that all have."""
+        return {}
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub.
+
+        Returns:
+            The address of the commit.
+        """
+        api = huggingface_hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
+            )
+        return str(commit)
+
+
+def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The settings and the trained tensors of a saved model, from a folder or a hub repository.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        ValueError: the settings are not what `save_pretrained` writes.
+    """
+    folder = Path(path)
+    if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
+        folder = Path(
+            huggingface_hub.snapshot_download(str(path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        )
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
+    missing = {"model", "backbone", "num_classes", "pool", "dtype", "backend"} - settings.keys()
+    if missing:
+        raise ValueError(f"{folder / CONFIG_FILE}: lacks {', '.join(sorted(missing))}")
+    return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)

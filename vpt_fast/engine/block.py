@@ -1,0 +1,351 @@
+"""The frozen, prompted transformer block: the unit of work.
+
+One block is one `torch.autograd.Function` with its forward and backward written out, so that what is
+computed and what is kept for backward are decided in one place. Of the dead work of an ordinary block on a
+concatenated sequence it does none:
+
+- prompts enter as keys and values; their queries, attention rows and MLP exist only where their outputs go
+  on (`rows` reaches past the image-side tokens);
+- prompts that are the same for every image are normalised and projected once for the batch;
+- only the rows in `rows` get a query, an attention row, a projection and an MLP;
+- no gradient of a frozen weight is formed; where nothing below is trained, neither is the gradient of the
+  image-side tokens, and nothing is kept for it.
+
+Shapes: B images, N image-side tokens (CLS, registers, patches), m prompts, R rows that are read, d width,
+H heads of D, h MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from vpt_fast.engine.weights import BlockSpec, BlockWeights
+from vpt_fast.kernels import Ops
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of a block is asked for.
+
+    image, fresh: the ranges of the N image-side tokens and of the m prompts whose output is read.
+    dtype: of the matrix products and of what is kept. grad_tokens: whether anything below is trained.
+    """
+
+    spec: BlockSpec
+    ops: Ops
+    image: slice
+    fresh: slice
+    packed: bool  # every image-side token and no prompt is read, and the tokens' gradient is wanted
+    dtype: torch.dtype
+    grad_tokens: bool
+
+    @property
+    def num_image_rows(self) -> int:
+        return self.image.stop - self.image.start
+
+    @property
+    def num_fresh_rows(self) -> int:
+        return self.fresh.stop - self.fresh.start
+
+
+class _Kept(NamedTuple):
+    """What backward needs, and nothing else."""
+
+    x_hat1: torch.Tensor | None  # (B, N, d); None where the tokens' gradient is not wanted
+    rstd1: torch.Tensor | None  # (B, N, 1)
+    qkv: torch.Tensor | None  # (B, N, 3, H, D) where every image-side row and no other is read, else
+    q: torch.Tensor | None  # (B, R, H, D) and
+    kv: torch.Tensor | None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
+    q_rstd: torch.Tensor | None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
+    k_rstd: torch.Tensor | None  # (B, N, H, 1)
+    prompt_x_hat: torch.Tensor | None  # (1 or B, m, d)
+    prompt_rstd: torch.Tensor | None  # (1 or B, m, 1)
+    prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
+    prompt_k_rstd: torch.Tensor | None  # (1 or B, m, H, 1)
+    out: torch.Tensor  # (B, R, H, D)
+    lse: torch.Tensor  # (B, H, R)
+    x_hat2: torch.Tensor  # (B, R, d)
+    rstd2: torch.Tensor  # (B, R, 1)
+    u: torch.Tensor  # (B, R, h): the MLP's pre-activation
+
+
+class FrozenBlock(nn.Module):
+    """A frozen pre-norm transformer block that takes prompts beside its tokens.
+
+    Args:
+        spec, weights: from `engine.weights.fold`.
+        ops: the implementation of its operations, from `kernels.get_ops`.
+    """
+
+    def __init__(self, spec: BlockSpec, weights: BlockWeights, ops: Ops) -> None:
+        super().__init__()
+        self.spec = spec
+        self.ops = ops
+        # Parameters and not buffers: DistributedDataParallel broadcasts buffers before every forward pass,
+        # and a frozen backbone needs to be sent once.
+        for name, weight in weights._asdict().items():
+            parameter = None if weight is None else nn.Parameter(weight, requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    def forward(
+        self, tokens: torch.Tensor, prompts: torch.Tensor | None, rows: tuple[int, int]
+    ) -> torch.Tensor:
+        """The block's output for the rows that are read.
+
+        Args:
+            tokens: (B, N, d), the residual stream, in at least float32.
+            prompts: (1, m, d) where they are the same for every image, (B, m, d) where they differ, or None.
+            rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
+
+        Returns:
+            (B, R, d), dtype of `tokens`.
+        """
+        num_tokens = tokens.shape[1]
+        grad_tokens = tokens.requires_grad and torch.is_grad_enabled()
+        call = _Call(
+            spec=self.spec,
+            ops=self.ops,
+            image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
+            fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
+            packed=grad_tokens and rows == (0, num_tokens),
+            dtype=_compute_dtype(tokens.device.type, self.qkv_weight.dtype),
+            grad_tokens=grad_tokens,
+        )
+        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        if prompts is not None:
+            prompts = prompts.to(tokens.dtype)
+        grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
+        if call.grad_tokens or grad_prompts:
+            return _FrozenBlockFunction.apply(tokens, prompts, call, *weights)
+        with torch.autocast(tokens.device.type, enabled=False):
+            output, _ = _forward(tokens, prompts, weights.to(call.dtype), call)
+        return output
+
+
+class _FrozenBlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: torch.Tensor,
+        prompts: torch.Tensor | None,
+        call: _Call,
+        *weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            output, kept = _forward(tokens, prompts, BlockWeights(*weights).to(call.dtype), call)
+        ctx.call = call
+        # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
+        # go in as they came: a copy cast for autocast would be a second backbone.
+        ctx.save_for_backward(*kept, *weights)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        call = ctx.call
+        kept = _Kept(*ctx.saved_tensors[: len(_Kept._fields)])
+        weights = BlockWeights(*ctx.saved_tensors[len(_Kept._fields) :]).to(call.dtype)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_tokens, grad_prompts = _backward(grad, kept, weights, call, ctx.needs_input_grad[1])
+        return grad_tokens, grad_prompts, None, *(None for _ in weights)
+
+
+def _forward(
+    x: torch.Tensor, prompts: torch.Tensor | None, w: BlockWeights, call: _Call
+) -> tuple[torch.Tensor, _Kept]:
+    spec, ops, dtype = call.spec, call.ops, call.dtype
+    heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
+    batch = x.shape[0]
+
+    # Attention's inputs. One packed projection where its q, k and v are all needed again in backward; else
+    # apart, so that what is not needed is not kept alive by what is.
+    x_hat1, rstd1 = ops.normalize(x, spec.norm1[1], spec.norm1[0], dtype)
+    qkv = kv = None
+    if call.packed:
+        qkv = F.linear(x_hat1, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
+        q, k, v = qkv.unbind(2)
+    else:
+        q = _project(x_hat1[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
+        kv = _project(x_hat1, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
+        k, v = kv.unbind(2)
+
+    prompt_x_hat = prompt_rstd = prompt_kv = prompt_k = prompt_v = prompt_k_rstd = None
+    residual = x[:, call.image]
+    if prompts is not None:
+        prompt_x_hat, prompt_rstd = ops.normalize(prompts, spec.norm1[1], spec.norm1[0], dtype)
+        prompt_kv = _project(prompt_x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
+        prompt_k, prompt_v = prompt_kv.unbind(2)  # (1 or B, m, H, D)
+        if call.num_fresh_rows:
+            prompt_q = _project(prompt_x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
+            q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
+            residual = torch.cat((residual, prompts[:, call.fresh].expand(batch, -1, -1)), dim=1)
+
+    q_rstd = k_rstd = None
+    q_in, k_in, prompt_k_in = q, k, prompt_k
+    if spec.qk_norm is not None:
+        # q̂ and k̂ take the place of q and k in memory: backward needs nothing else of them.
+        kind, q_eps, k_eps = spec.qk_norm
+        q_hat, q_rstd = ops.normalize(q, q_eps, kind, dtype)
+        q = q.copy_(q_hat)
+        k_hat, k_rstd = ops.normalize(k, k_eps, kind, dtype)
+        k.copy_(k_hat)
+        if prompt_k is not None:
+            prompt_k_hat, prompt_k_rstd = ops.normalize(prompt_k, k_eps, kind, dtype)
+            prompt_k.copy_(prompt_k_hat)
+        q_in = _affine(q, w.q_norm_weight, w.q_norm_bias)
+        k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
+        prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
+
+    out, lse = ops.attention(q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
+    hidden = residual + F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
+
+    x_hat2, rstd2 = ops.normalize(hidden, spec.norm2[1], spec.norm2[0], dtype)
+    u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
+    output = hidden.add_(F.linear(ops.activate(u, spec.activation), w.fc2_weight, w.fc2_bias))
+
+    # The image's keys are needed again where a gradient flows through them: into the tokens, or into the
+    # queries of prompts whose outputs are read.
+    keep_image_keys = call.grad_tokens or call.num_fresh_rows > 0
+    return output, _Kept(
+        x_hat1=x_hat1 if call.grad_tokens else None,
+        rstd1=rstd1 if call.grad_tokens else None,
+        qkv=qkv,
+        q=None if call.packed else q,
+        kv=kv if keep_image_keys else None,
+        q_rstd=q_rstd if keep_image_keys else None,
+        k_rstd=k_rstd if call.grad_tokens else None,
+        prompt_x_hat=prompt_x_hat,
+        prompt_rstd=prompt_rstd,
+        prompt_kv=prompt_kv,
+        prompt_k_rstd=prompt_k_rstd,
+        out=out,
+        lse=lse,
+        x_hat2=x_hat2,
+        rstd2=rstd2,
+        u=u,
+    )
+
+
+def _backward(
+    grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Call, grad_prompts_wanted: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    spec, ops, dtype = call.spec, call.ops, call.dtype
+    heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
+    num_image = call.num_image_rows
+
+    # MLP: (B, R, d) -> (B, R, h) -> (B, R, d)
+    grad_u = ops.activate_backward(grad.to(dtype) @ w.fc2_weight, kept.u, spec.activation)
+    grad_hidden = ops.normalize_backward(grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, spec.norm2[0])
+    grad_hidden = grad_hidden.add_(grad)
+    # Attention's output: (B, R, d) -> (B, R, H, D)
+    grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, heads)
+
+    q, k, v = _unbind_kept(kept)
+    prompt_k, prompt_v = (None, None) if kept.prompt_kv is None else kept.prompt_kv.unbind(2)
+    q_hat, k_hat, prompt_k_hat = q, k, prompt_k
+    if spec.qk_norm is not None:
+        q = _affine(q_hat, w.q_norm_weight, w.q_norm_bias)
+        k = _affine(k_hat, w.k_norm_weight, w.k_norm_bias)
+        prompt_k = _affine(prompt_k_hat, w.k_norm_weight, w.k_norm_bias)
+
+    grad_q = grad_k = grad_v = grad_prompt_k = grad_prompt_v = None
+    if call.grad_tokens:
+        grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v = ops.attention_backward(
+            grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse, need_q=True, need_kv=True
+        )
+    else:
+        # Nothing below is trained. The image's rows send a gradient to the prompts' keys and values alone;
+        # prompts whose outputs are read send one to their own queries too, through all of the keys.
+        for part, need_q in ((slice(0, num_image), False), (slice(num_image, None), True)):
+            if grad_out[:, part].shape[1] == 0:
+                continue
+            grad_q, _, _, part_k, part_v = ops.attention_backward(
+                grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, kept.out[:, part],
+                kept.lse[:, :, part], need_q=need_q, need_kv=False,
+            )  # fmt: skip
+            grad_prompt_k = part_k if grad_prompt_k is None else grad_prompt_k + part_k
+            grad_prompt_v = part_v if grad_prompt_v is None else grad_prompt_v + part_v
+
+    if spec.qk_norm is not None:
+        kind = spec.qk_norm[0]
+        grad_q_rows = slice(None) if call.grad_tokens else slice(num_image, None)
+
+        def before_norm(
+            grad: torch.Tensor | None, weight: torch.Tensor | None, x_hat: Any, rstd: Any
+        ) -> torch.Tensor | None:
+            if grad is None:
+                return None
+            return ops.normalize_backward(grad * weight, x_hat, rstd, kind).to(dtype)
+
+        grad_q = before_norm(
+            grad_q,
+            w.q_norm_weight,
+            q_hat[:, grad_q_rows],
+            None if kept.q_rstd is None else kept.q_rstd[:, grad_q_rows],
+        )
+        grad_k = before_norm(grad_k, w.k_norm_weight, k_hat, kept.k_rstd)
+        grad_prompt_k = before_norm(grad_prompt_k, w.k_norm_weight, prompt_k_hat, kept.prompt_k_rstd)
+
+    grad_tokens = None
+    if call.grad_tokens:
+        # (B, N, 3·H·D) or (B, N, 2·H·D) -> (B, N, d)
+        if call.packed:
+            grad_x_hat = torch.stack((grad_q, grad_k, grad_v), dim=2).flatten(2) @ w.qkv_weight
+        else:
+            grad_x_hat = torch.stack((grad_k, grad_v), dim=2).flatten(2) @ w.qkv_weight[attn_dim:]
+            grad_x_hat[:, call.image] += grad_q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
+        grad_tokens = ops.normalize_backward(grad_x_hat, kept.x_hat1, kept.rstd1, spec.norm1[0])
+        grad_tokens[:, call.image] += grad_hidden[:, :num_image]
+
+    grad_prompts = None
+    if grad_prompts_wanted:
+        shared = kept.prompt_kv.shape[0] == 1
+
+        def per_prompt(x: torch.Tensor) -> torch.Tensor:
+            return x.sum(0, keepdim=True) if shared else x
+
+        # (1 or B, m, 2·H·D) -> (1 or B, m, d)
+        grad_p_hat = torch.stack((grad_prompt_k, grad_prompt_v), dim=2).flatten(2) @ w.qkv_weight[attn_dim:]
+        if call.num_fresh_rows:
+            grad_fresh_q = grad_q[:, -call.num_fresh_rows :].flatten(2)
+            grad_p_hat[:, call.fresh] += per_prompt(grad_fresh_q) @ w.qkv_weight[:attn_dim]
+        grad_prompts = ops.normalize_backward(
+            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, spec.norm1[0]
+        )
+        if call.num_fresh_rows:
+            grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:])
+    return grad_tokens, grad_prompts
+
+
+def _unbind_kept(kept: _Kept) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if kept.qkv is not None:
+        return kept.qkv.unbind(2)  # type: ignore[return-value]
+    assert kept.q is not None
+    if kept.kv is None:
+        return kept.q, None, None
+    return kept.q, *kept.kv.unbind(2)
+
+
+def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> torch.Tensor:
+    """The output features [start, stop) of the packed projection."""
+    bias = None if w.qkv_bias is None else w.qkv_bias[start:stop]
+    return F.linear(x_hat, w.qkv_weight[start:stop], bias)
+
+
+def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    if x_hat is None:
+        return None
+    return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+
+def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix products: the weights' own, or autocast's, which leaves float64 alone."""
+    if torch.is_autocast_enabled(device_type) and weight_dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight_dtype

@@ -1,0 +1,322 @@
+"""PromptedViT: visual prompts through a frozen vision transformer, and the linear probe it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.classifier import ClassifierConfig, FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.plan import plan_blocks, row_range
+from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
+
+
+@dataclass(frozen=True)
+class PromptedViTConfig(ClassifierConfig):
+    """The settings of a PromptedViT."""
+
+    prompts: PromptConfig
+
+
+class PromptedViT(FrozenClassifier):
+    """A frozen vision transformer tuned by visual prompts (Jia et al., ECCV 2022).
+
+    Same logits, loss and gradients as concatenating the prompts to the sequence of an ordinary ViT, without
+    the work that concatenation does for nothing (see `engine`).
+
+    Args:
+        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
+            not changed. With ``pad`` a name's image size is that of the image without its border, and an
+            instance must have been built for the image with its border.
+        num_classes: of the head.
+        num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
+        prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
+        pool: what the head reads, after the final norm: None for the backbone's own pooling; ``"cls"``;
+            ``"image"``, the mean over the patches; ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
+        dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
+            the backbone's own. Prompts, head and the residual stream are float32 or more.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        pretrained: load timm's published weights (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name).
+
+    Attributes:
+        prompts: what is trained: (prompted blocks, m, d), (1, m, d) when shallow or shared; with
+            `prompt_project` p, (.., m, p); ``add``: m is the number of tokens; ``add-1``: 1;
+            ``prepend-pixel``: (1, 3, patch height, m · patch width); ``pad``: (1, 3, 2m, W + 2m), the rows
+            above and then those below; ``concat-channel``: (1, m, H, W).
+        prompts_sides: (``pad`` only) (1, 3, H, 2m), the columns on the left and then those on the right.
+        prompt_projection: (with `prompt_project` only) nn.Linear from p to d dimensions.
+        head: nn.Linear, from d features to logits.
+
+    Raises:
+        ValueError: an argument out of range, settings that exclude each other, or a part of the backbone
+            that is not supported; the message names it.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        num_prompts: int | None = None,
+        prompt_type: str = "deep",
+        *,
+        prompt_layers: int | Sequence[int] | None = None,
+        after_prompts: str = "flow",
+        prompt_location: str = "prepend",
+        prompt_shared: bool = False,
+        prompt_project: int | None = None,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        # Every setting is checked before the backbone is built or downloaded.
+        check_arguments(num_classes, pool, dtype, backend)
+        settings = PromptConfig(
+            num_prompts=num_prompts,
+            prompt_type=prompt_type,
+            prompt_layers=prompt_layers,  # type: ignore[arg-type]  # made a tuple there
+            after_prompts=after_prompts,
+            prompt_location=prompt_location,
+            prompt_shared=prompt_shared,
+            prompt_project=prompt_project,
+            prompt_dropout=prompt_dropout,
+            prompt_dropout_per=prompt_dropout_per,
+        )
+        border = settings.border
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, border=border)
+        super().__init__(vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend)
+        self.prompt_settings = settings
+        self._prompted = settings.prompted_blocks(self.num_blocks)
+        self._plans = plan_blocks(
+            self.num_blocks,
+            self._prompted if prompt_location in IN_SEQUENCE else (),
+            after_prompts,
+            self.backbone.head_reads(pool),
+        )
+        self._make_prompts()
+
+    def _make_prompts(self) -> None:
+        settings, embed_dim = self.prompt_settings, self.embed_dim
+        location, m = settings.prompt_location, settings.num_prompts
+        height, width = self.image_size
+        shape: tuple[int, ...]
+        if location in IN_TOKENS:
+            expected = {"prepend": m, "add": self.backbone.num_tokens, "add-1": 1}[location]
+            if m is not None and m != expected:
+                raise ValueError(
+                    f"num_prompts: got {m} with prompt_location={location!r}, want None or {expected}"
+                )
+            num_sets = 1 if settings.prompt_shared else len(self._prompted)
+            shape = (num_sets, expected, settings.prompt_project or embed_dim)
+        elif location == "prepend-pixel":
+            shape = (1, 3, self.patch_size[0], m * self.patch_size[1])
+        elif location == "pad":
+            shape = (1, 3, 2 * m, width + 2 * m)
+            self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m))
+        else:  # concat-channel
+            shape = (1, m, height, width)
+            self._widen_patch_embedding(m)
+        # Where prompts are embeddings the bound is theirs; where they are pixels, the model's width is.
+        bound = init_bound(self.patch_size, settings.prompt_project or embed_dim)
+        start = torch.rand(shape) if location == "pad" else torch.empty(shape).uniform_(-bound, bound)
+        self.prompts = nn.Parameter(start)
+        self.prompt_projection: nn.Linear | None = None
+        if settings.prompt_project is not None:
+            self.prompt_projection = nn.Linear(settings.prompt_project, embed_dim)
+            nn.init.kaiming_normal_(self.prompt_projection.weight, a=0, mode="fan_out")
+
+    def _widen_patch_embedding(self, extra: int) -> None:
+        """Let the patch embedding take `extra` more channels, and train all of it, in float32."""
+        frozen = self.backbone.stem.patch_embed.proj
+        trained = nn.Conv2d(
+            frozen.in_channels + extra,
+            frozen.out_channels,
+            frozen.kernel_size,
+            frozen.stride,
+            bias=frozen.bias is not None,
+            device=frozen.weight.device,
+        )
+        bound = init_bound(self.patch_size, self.embed_dim)
+        with torch.no_grad():
+            nn.init.uniform_(trained.weight, -bound, bound)
+            trained.weight[:, : frozen.in_channels] = frozen.weight
+            if trained.bias is not None:
+                trained.bias.copy_(frozen.bias)
+        self.backbone.stem.patch_embed.proj = trained
+
+    @property
+    def config(self) -> PromptedViTConfig:
+        """The settings that rebuild this model."""
+        base = super().config
+        shallow = {field.name: getattr(base, field.name) for field in fields(base)}
+        return PromptedViTConfig(**shallow, prompts=self.prompt_settings)
+
+    @classmethod
+    def _constructor_keywords(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return settings["prompts"]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the model takes: without the border, where prompts are one."""
+        height, width = self.backbone.image_size
+        border = self.prompt_settings.border
+        return height - 2 * border, width - 2 * border
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, 3, H, W) to logits (B, num_classes).
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        settings = self.prompt_settings
+        x = self._tokens(images)  # (B, N, d)
+        num_tokens = x.shape[1]
+        sets = self._prompt_sets(x.shape[0])
+        added = dict(zip(self._prompted, sets)) if settings.prompt_location in ("add", "add-1") else {}
+        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans)):
+            if index in added:
+                x = x + added[index]
+            prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
+            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, settings.num_prompts or 0)
+            x = block(x, prompts, rows)
+        features = self.backbone.features(x, self.pool)
+        return self.head(features.to(self.head.weight.dtype))
+
+    def _tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), with the prompts that are part of them, to tokens (B, N, d)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, want (batch, 3, height, width)")
+        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
+        if location in ("pad", "concat-channel"):
+            if tuple(images.shape[2:]) != self.image_size:
+                raise ValueError(
+                    f"images: got {images.shape[2]}x{images.shape[3]}, want {self.image_size[0]}x"
+                    f"{self.image_size[1]}: prompt_location={location!r} is tied to one size"
+                )
+            if location == "pad":
+                images = pad_image(images, self.prompts, self.prompts_sides, m)
+            else:
+                images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
+        trained = images.requires_grad or self.backbone.stem.patch_embed.proj.weight.requires_grad
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.backbone.embed(images)
+
+    def _prompt_sets(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """One set of prompts (1 or B, m, d) for every prompted block, where they are tokens."""
+        settings = self.prompt_settings
+        if settings.prompt_location == "prepend-pixel":
+            return (self.backbone.embed_pixel_prompts(self.prompts),)
+        if settings.prompt_location not in IN_TOKENS:
+            return ()
+        prompts = self.prompts if self.prompt_projection is None else self.prompt_projection(self.prompts)
+        # unbind, not indexing: its backward is one stack, where each index's would be a whole tensor of zeros
+        sets = prompts.unsqueeze(1).unbind(0)
+        if settings.prompt_shared:
+            sets = sets * len(self._prompted)
+        if self.training and settings.prompt_dropout > 0.0:
+            p, per = settings.prompt_dropout, settings.prompt_dropout_per
+            sets = tuple(drop(prompts, p, per, batch_size) for prompts in sets)
+        return sets
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size, in its own dtype.
+
+        Args:
+            batch_size: images a step.
+        """
+        settings = self.prompt_settings
+        num_tokens, m = self.backbone.num_tokens, settings.num_prompts or 0
+        per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
+        copies = batch_size if per_image else 1
+        in_tokens = settings.prompt_location in IN_SEQUENCE
+        below = not in_tokens and settings.prompt_location not in ("add", "add-1")
+        kept = workspace = 0
+        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans)):
+            below = below or (not in_tokens and index in self._prompted)
+            own = plan.prompt_index is not None
+            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
+            if below or own:
+                dtype = block.qkv_weight.dtype
+                kept += cost.kept_bytes(
+                    block,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    num_tokens=num_tokens + (m if plan.prompts_in else 0),
+                    rows=rows,
+                    prompt_shape=(copies, m) if own else None,
+                    grad_tokens=below,
+                )
+                block_workspace = cost.workspace_bytes(
+                    block, dtype=dtype, batch_size=batch_size, num_rows=rows[1] - rows[0]
+                )
+                workspace = max(workspace, block_workspace)
+            below = below or own
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
+
+
+class LinearProbe(FrozenClassifier):
+    """A linear head on the features of a frozen vision transformer.
+
+    Args:
+        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
+            not changed.
+        num_classes: of the head.
+        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        dtype: of the frozen weights; None keeps the backbone's own.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        pretrained: load timm's published weights (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name).
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        *,
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        super().__init__(vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend)
+        self._plans = plan_blocks(self.num_blocks, (), "drop", self.backbone.head_reads(pool))
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, 3, H, W) to what the head reads (B, d)."""
+        x = self.backbone.embed(images)
+        num_tokens = x.shape[1]
+        for block, plan in zip(self.backbone.blocks, self._plans):
+            x = block(x, None, row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, 0))
+        return self.backbone.features(x, self.pool)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, 3, H, W) to logits (B, num_classes)."""
+        return self.head(self.features(images).to(self.head.weight.dtype))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size, in its own dtype."""
+        workspace = max(
+            cost.workspace_bytes(
+                block, dtype=block.qkv_weight.dtype, batch_size=batch_size, num_rows=self.backbone.num_tokens
+            )
+            for block in self.backbone.blocks
+        )
+        kept = batch_size * self.embed_dim * self.head.weight.element_size()
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)

@@ -1,0 +1,209 @@
+"""Where prompts live, how many there are, how they start, and what dropout does to them.
+
+Paper: Jia et al., Visual Prompt Tuning, ECCV 2022. Deep prompts (eq. 6 to 7) enter every block anew, shallow
+ones (eq. 4 to 5) the first block only; Fig. 5 compares where they are put, Fig. 7 in which blocks, Fig. 8
+what the head reads.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+PROMPT_TYPES = ("deep", "shallow")
+LOCATIONS = ("prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
+AFTER_PROMPTS = ("flow", "drop")
+DROPOUT_PER = ("image", "batch")
+
+IN_TOKENS = ("prepend", "add", "add-1")  # locations that deep prompts, shared ones and projections exist for
+IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
+
+# The border prompts of `pad` are pixels in [0, 1], normalised as ImageNet images are.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """Everything about the prompts of one model.
+
+    Attributes:
+        num_prompts: m: prompts per prompted block (prepend, prepend-pixel), pixels of border on each side
+            (pad), extra input channels (concat-channel). ``add`` has one prompt for every token and
+            ``add-1`` has one: None there, or that number.
+        prompt_type: ``"deep"``: blocks get prompts of their own; ``"shallow"``: the first block does.
+        prompt_layers: which blocks get prompts of their own (deep): None for all, k > 0 for the first k,
+            k < 0 for the last -k, or the blocks' indices from 0.
+        after_prompts: what a block without prompts of its own gets when an earlier block had some:
+            ``"flow"``: their outputs, as ordinary tokens (as in shallow prompting); ``"drop"``: nothing.
+        prompt_location: ``"prepend"``: tokens beside the image's (the paper's choice); ``"add"``: added to
+            the tokens, one prompt for every position; ``"add-1"``: one prompt added to every token;
+            ``"prepend-pixel"``: patches of pixels beside the image's, with no position; ``"pad"``: a
+            border of pixels around the image; ``"concat-channel"``: extra input channels, with the whole
+            patch embedding trained.
+        prompt_shared: one set of prompts for all prompted blocks.
+        prompt_project: prompts live in this many dimensions, and one trained linear layer lifts them to
+            the model's width; None for none.
+        prompt_dropout: probability that an element of a prompt is dropped in training.
+        prompt_dropout_per: ``"image"``: a mask for every image (the standard recipe); ``"batch"``: one for
+            the batch, which is cheaper and another regulariser.
+    """
+
+    num_prompts: int | None
+    prompt_type: str = "deep"
+    prompt_layers: int | tuple[int, ...] | None = None
+    after_prompts: str = "flow"
+    prompt_location: str = "prepend"
+    prompt_shared: bool = False
+    prompt_project: int | None = None
+    prompt_dropout: float = 0.0
+    prompt_dropout_per: str = "image"
+
+    def __post_init__(self) -> None:
+        layers = self.prompt_layers
+        if isinstance(layers, (Sequence, range)):
+            object.__setattr__(self, "prompt_layers", tuple(_index("prompt_layers", i) for i in layers))
+        elif layers is not None:
+            object.__setattr__(self, "prompt_layers", _index("prompt_layers", layers))
+        if self.num_prompts is not None:
+            object.__setattr__(self, "num_prompts", _index("num_prompts", self.num_prompts))
+        if self.prompt_project is not None:
+            object.__setattr__(self, "prompt_project", _index("prompt_project", self.prompt_project))
+
+        _one_of("prompt_type", self.prompt_type, PROMPT_TYPES)
+        _one_of("after_prompts", self.after_prompts, AFTER_PROMPTS)
+        _one_of("prompt_location", self.prompt_location, LOCATIONS)
+        _one_of("prompt_dropout_per", self.prompt_dropout_per, DROPOUT_PER)
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want 0 <= p < 1")
+        if self.prompt_location not in ("add", "add-1"):
+            if self.num_prompts is None:
+                raise ValueError(f"num_prompts: got None, and prompt_location={self.prompt_location!r} needs it")
+            if self.num_prompts < 1:
+                raise ValueError(f"num_prompts: got {self.num_prompts}, want 1 or more")
+        if self.prompt_project is not None and self.prompt_project < 1:
+            raise ValueError(f"prompt_project: got {self.prompt_project}, want 1 or more dimensions")
+        if self.prompt_type == "shallow":
+            if self.prompt_layers is not None:
+                raise ValueError(
+                    f"prompt_layers: got {self.prompt_layers} with prompt_type='shallow', whose prompts enter "
+                    "the first block; want prompt_type='deep'"
+                )
+            if self.prompt_shared:
+                raise ValueError("prompt_shared: got True with prompt_type='shallow', which has one set anyway")
+        if self.prompt_location not in IN_TOKENS:
+            if self.prompt_type == "deep":
+                raise ValueError(
+                    f"prompt_type: got 'deep' with prompt_location={self.prompt_location!r}, whose prompts are "
+                    "part of the image; want 'shallow'"
+                )
+            if self.prompt_project is not None:
+                raise ValueError(
+                    f"prompt_project: got {self.prompt_project} with prompt_location={self.prompt_location!r}, "
+                    "whose prompts are pixels; want None"
+                )
+            if self.prompt_dropout:
+                raise ValueError(
+                    f"prompt_dropout: got {self.prompt_dropout} with prompt_location={self.prompt_location!r}, "
+                    "whose prompts are pixels; want 0"
+                )
+        if self.prompt_location not in IN_SEQUENCE and self.after_prompts != "flow":
+            raise ValueError(
+                f"after_prompts: got {self.after_prompts!r} with prompt_location={self.prompt_location!r}, which "
+                "adds no tokens that could be dropped"
+            )
+
+    @property
+    def border(self) -> int:
+        """Pixels of border on each side of the image."""
+        return (self.num_prompts or 0) if self.prompt_location == "pad" else 0
+
+    def prompted_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The indices of the blocks that get prompts of their own, in order.
+
+        Raises:
+            ValueError: prompt_layers names a block that is not there, one twice, or none.
+        """
+        layers = self.prompt_layers
+        if self.prompt_type == "shallow":
+            return (0,)
+        if layers is None:
+            return tuple(range(num_blocks))
+        if isinstance(layers, int):
+            if layers == 0 or abs(layers) > num_blocks:
+                raise ValueError(
+                    f"prompt_layers: got {layers}, want 1 to {num_blocks} for the first blocks or "
+                    f"-1 to -{num_blocks} for the last"
+                )
+            return tuple(range(layers)) if layers > 0 else tuple(range(num_blocks + layers, num_blocks))
+        wrong = [i for i in layers if not 0 <= i < num_blocks]
+        if wrong or not layers or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"prompt_layers: got {list(layers)}, want different block indices from 0 to {num_blocks - 1}"
+            )
+        return tuple(sorted(layers))
+
+
+def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:
+    """Bound of the uniform distribution that prompts start from: √(6 / (3·patch area + prompt dim)).
+
+    Xavier's bound for a patch embedding's weight, the choice of the official implementation.
+    """
+    return math.sqrt(6.0 / (3 * patch_size[0] * patch_size[1] + prompt_dim))
+
+
+def drop(prompts: torch.Tensor, p: float, per: str, batch_size: int) -> torch.Tensor:
+    """Dropout on prompts, in training.
+
+    Args:
+        prompts: (1, m, d).
+        p: probability of dropping an element; the others are scaled by 1 / (1 - p).
+        per: ``"image"``: a mask for every image, the result is (B, m, d); ``"batch"``: one, (1, m, d).
+        batch_size: B.
+    """
+    if p == 0.0:
+        return prompts
+    if per == "image":
+        prompts = prompts.expand(batch_size, -1, -1)
+    return F.dropout(prompts, p)
+
+
+def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, border: int) -> torch.Tensor:
+    """Put the border prompts around each image.
+
+    Args:
+        images: (B, 3, H, W).
+        rows: (1, 3, 2·border, W + 2·border), the rows above and then the rows below, pixels in [0, 1].
+        sides: (1, 3, H, 2·border), the columns on the left and then those on the right.
+        border: pixels on each side.
+
+    Returns:
+        (B, 3, H + 2·border, W + 2·border).
+    """
+    mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    batch = images.shape[0]
+    left, right = ((sides - mean) / std).expand(batch, -1, -1, -1).split(border, dim=3)
+    top, bottom = ((rows - mean) / std).expand(batch, -1, -1, -1).split(border, dim=2)
+    middle = torch.cat((left, images, right), dim=3)
+    return torch.cat((top, middle, bottom), dim=2)
+
+
+def _index(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, want a whole number")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, want a whole number") from None
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
