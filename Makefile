@@ -1,0 +1,44 @@
+# make demo | test | lint | bench | gpu | clean.   ARGS is handed on: make test ARGS="tests/test_package.py -x"
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/installed
+ARGS ?=
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(READY)
+	@$(VENV)/bin/vpt-fast demo $(ARGS)
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest -m "not gpu" --durations=15 $(ARGS)
+
+lint: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+bench: $(READY)
+	@$(VENV)/bin/python benchmarks/throughput.py $(ARGS)
+
+# For a machine whose Python already has torch, triton, timm and pytest; nothing is downloaded.
+gpu:
+	@$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(PYTHON) -m pytest -m gpu tests
+	@$(PYTHON) benchmarks/throughput.py $(ARGS)
+
+# The stamp is written last, so an installation that broke off is done again.
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else \
+		f"$(PYTHON) is Python {v}; 3.10 or newer is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@echo "Setting up $(VENV) (once, about 2 minutes; PyTorch and its CUDA libraries are about 3 GB) ..."
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@echo "  environment made, installing PyTorch and the other packages ..."
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -c "import vpt_fast"
+	@touch $@
+	@echo "  ready."
+
+# Leaves .venv and the folders of your own runs.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find vpt_fast kernels benchmarks scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
