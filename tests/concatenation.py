@@ -16,6 +16,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+PATCH_EMBEDDING = "backbone.stem.patch_embed.proj"  # where PromptedViT holds it; trained with concat-channel
+
 
 def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[int] | None) -> list[int]:
     """Indices of the blocks with prompts of their own: all, the first k, the last -k, or those named."""
@@ -86,7 +88,9 @@ class ConcatenatedViT(nn.Module):
         return self
 
     def trainables(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """The trainable tensors under the names that PromptedViT gives them."""
+        named = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {name.replace("patch_embedding", PATCH_EMBEDDING): p for name, p in named.items()}
 
     @torch.no_grad()
     def load_trainables(self, state: Mapping[str, Tensor]) -> ConcatenatedViT:
@@ -184,6 +188,13 @@ class Step:
     gradients: dict[str, Tensor]
 
 
+def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by the names that PromptedViT uses."""
+    if isinstance(model, ConcatenatedViT):
+        return model.trainables()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     """Runs one forward and backward pass from cleared gradients; every trainable parameter must get one."""
     model.zero_grad(set_to_none=True)
@@ -191,11 +202,10 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     gradients = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                raise AssertionError(f"{name} got no gradient")
-            gradients[name] = parameter.grad.detach().clone()
+    for name, parameter in trainables(model).items():
+        if parameter.grad is None:
+            raise AssertionError(f"{name} got no gradient")
+        gradients[name] = parameter.grad.detach().clone()
     return Step(logits.detach(), loss.detach(), gradients)
 
 

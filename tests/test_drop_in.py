@@ -224,9 +224,7 @@ NO_INDUCTOR = why_inductor_cannot_run()
         "aot_eager",
         pytest.param(
             "inductor",
-            marks=pytest.mark.skipif(
-                why_inductor_cannot_run() is not None, reason=str(why_inductor_cannot_run())
-            ),
+            marks=pytest.mark.skipif(NO_INDUCTOR is not None, reason=str(NO_INDUCTOR)),
         ),
     ],
 )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from concatenation import ConcatenatedViT, step
+from concatenation import PATCH_EMBEDDING, ConcatenatedViT, step, trainables
 from safetensors import safe_open
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
@@ -229,8 +229,8 @@ def to_our_names(golden: Golden, official: Mapping[str, Tensor]) -> dict[str, Te
         ours["prompts"] = tensors.pop("prompt_embeddings_tb")
         ours["prompts_sides"] = tensors.pop("prompt_embeddings_lr")
     if location == "below":
-        ours["patch_embedding.weight"] = tensors.pop("embeddings.patch_embeddings.weight")
-        ours["patch_embedding.bias"] = tensors.pop("embeddings.patch_embeddings.bias")
+        ours[f"{PATCH_EMBEDDING}.weight"] = tensors.pop("embeddings.patch_embeddings.weight")
+        ours[f"{PATCH_EMBEDDING}.bias"] = tensors.pop("embeddings.patch_embeddings.bias")
     projection = {part: tensors.pop(f"prompt_proj.{part}", None) for part in ("weight", "bias")}
     if "prompt_project" in settings:  # with a location in pixel space the official projection is never used
         ours |= {f"prompt_projection.{part}": t for part, t in projection.items() if t is not None}
@@ -261,7 +261,7 @@ def check_against(golden: Golden, model: nn.Module, dtype: torch.dtype) -> None:
             raise Unmapped("the file has no settings for its SGD steps")
         return
     sgd = json.loads(golden.metadata["sgd"])
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = trainables(model)
     optimizer = torch.optim.SGD(
         trainable.values(), lr=sgd["lr"], momentum=sgd["momentum"], weight_decay=sgd["weight_decay"]
     )

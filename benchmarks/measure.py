@@ -1,0 +1,238 @@
+"""Measuring one training step: time by part, bytes kept for backward, peak memory, gradient error."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIB = 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, such as the GPU's or the processor's model name and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@dataclass
+class StepTimes:
+    """Seconds of one training step, by part."""
+
+    forward: float
+    backward: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.optimizer
+
+
+class Stopwatch:
+    """Marks in time, by device events on a GPU (read after the work is done) and by the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[torch.cuda.Event | float] = []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between each mark and the next."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+@dataclass
+class Contender:
+    """One implementation in the comparison.
+
+    Attributes:
+        model: trained parameters have requires_grad set, all others not.
+        run: what is called on images; the model itself or its compiled form.
+        autocast: dtype to run under torch.autocast, or None.
+        times: one entry a timed step.
+        kept_bytes: kept for backward, of one step; None until measured.
+        peak_bytes, peak_reserved_bytes: of one step with only this model's weights counted; None on a CPU.
+        error: why it could not run; None if it could.
+    """
+
+    name: str
+    model: nn.Module
+    run: Callable[[Tensor], Tensor]
+    autocast: torch.dtype | None = None
+    times: list[StepTimes] = field(default_factory=list)
+    kept_bytes: int | None = None
+    peak_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    gradient_error: float | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+            return F.cross_entropy(self.run(images).float(), labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> StepTimes:
+        """One training step, timed by part."""
+        watch = Stopwatch(images.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        watch.mark()
+        loss = self.loss(images, labels)
+        watch.mark()
+        loss.backward()
+        watch.mark()
+        self.optimizer.step()
+        watch.mark()
+        return StepTimes(*watch.seconds())
+
+
+def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> int:
+    """Bytes that autograd keeps between one forward and its backward.
+
+    Counted where autograd saves tensors (torch.autograd.graph.saved_tensors_hooks), by storage: a storage that is
+    saved several times, or through several views, counts once and in full. Storages of parameters and buffers
+    and of the images and labels are left out: they are there anyway.
+    """
+    outside = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*contender.model.parameters(), *contender.model.buffers(), images, labels)
+    }
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    contender.optimizer.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = contender.loss(images, labels)
+    total = sum(kept.values())  # read while the graph still holds them all, so that no address was used twice
+    loss.backward()
+    contender.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@contextmanager
+def peak_memory(contender: Contender, device: torch.device) -> Iterator[None]:
+    """Records the peak of what the enclosed step allocates, plus the weights of this contender alone.
+
+    The weights of the others lie on the device too, so the allocator's own peak would count them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before, reserved_before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    yield
+    torch.cuda.synchronize(device)
+    own = sum(
+        {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in own_tensors(contender)
+        }.values()
+    )
+    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + own
+    contender.peak_reserved_bytes = torch.cuda.max_memory_reserved(device) - reserved_before + own
+
+
+def own_tensors(contender: Contender) -> list[Tensor]:
+    momentum = [state["momentum_buffer"] for state in contender.optimizer.state.values()]
+    tensors = [*contender.model.parameters(), *contender.model.buffers(), *momentum]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def interleave(
+    contenders: list[Contender],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    repeats: int,
+    steps: int = 1,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
+
+    One warm-up step each (compilation happens there), one step for memory, then `repeats` rounds of `steps` steps
+    each. Results are stored in the contenders. One that raises RuntimeError (out of memory, no compiler) keeps
+    the message as its error and sits out the rest.
+    """
+    for round_ in range(-1, repeats):
+        for contender in contenders:
+            if contender.error is not None:
+                continue
+            progress(
+                f"{contender.name}: " + ("warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}")
+            )
+            gc.collect()
+            try:
+                if round_ < 0:
+                    contender.step(images, labels)
+                    contender.kept_bytes = kept_for_backward(contender, images, labels)
+                    with peak_memory(contender, images.device):
+                        contender.step(images, labels)
+                else:
+                    contender.times += [contender.step(images, labels) for _ in range(steps)]
+            except RuntimeError as failure:
+                contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+                contender.times = []
+            contender.optimizer.zero_grad(set_to_none=True)
+
+
+def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The gradient of every trained parameter, by name."""
+    contender.optimizer.zero_grad(set_to_none=True)
+    contender.loss(images, labels).backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in contender.model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative error, by norm, of any trained tensor's gradient; infinite if one is missing."""
+    if actual.keys() != expected.keys():
+        return float("inf")
+    errors = [
+        float((actual[name].double() - gradient.double()).norm() / gradient.double().norm())
+        for name, gradient in expected.items()
+    ]
+    return max(error if error == error else float("inf") for error in errors)  # NaN is never exact
+
+
+def median_times(times: list[StepTimes]) -> StepTimes:
+    """The median of each part."""
+    return StepTimes(
+        *(statistics.median(getattr(t, part) for t in times) for part in ("forward", "backward", "optimizer"))
+    )

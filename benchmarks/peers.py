@@ -1,0 +1,140 @@
+"""What vpt_fast is compared with: visual prompts by concatenation, and the same ViT with no prompts.
+
+Every peer reads a timm VisionTransformer, shares its frozen weights, and trains `prompts` and `head`, so that one
+set of trainable tensors goes into all of them. They import nothing of vpt_fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def with_shared_weights(vit: VisionTransformer) -> VisionTransformer:
+    """A copy of the modules that holds the very same parameters, frozen and in eval mode."""
+    twin = copy.deepcopy(vit, {id(tensor): tensor for tensor in (*vit.parameters(), *vit.buffers())})
+    return twin.requires_grad_(False).eval()
+
+
+def initial_state(
+    vit: VisionTransformer, num_prompts: int, prompt_type: str, num_classes: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Trainable tensors to start from, drawn as the official implementation draws them; float32.
+
+    prompts (prompted blocks, m, d), one block when shallow; head.weight (classes, d); head.bias (classes,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patch_area, width = math.prod(vit.patch_embed.patch_size), vit.embed_dim
+    blocks = len(vit.blocks) if prompt_type == "deep" else 1
+    bound = math.sqrt(6 / (3 * patch_area + width))
+    head = torch.empty(num_classes, width)
+    return {
+        "prompts": torch.empty(blocks, num_prompts, width).uniform_(-bound, bound, generator=generator),
+        "head.weight": nn.init.kaiming_normal_(head, a=0, mode="fan_out", generator=generator),
+        "head.bias": torch.full((num_classes,), -math.log(99.0)),
+    }
+
+
+class Concatenation(nn.Module):
+    """Common to the concatenating peers: the frozen ViT and the trainable tensors, float32 or more.
+
+    Args:
+        vit: read, not modified; its weights are shared.
+        state: from `initial_state`.
+    """
+
+    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.vit = with_shared_weights(vit)
+        self.prompts = nn.Parameter(state["prompts"].clone())
+        self.head = nn.Linear(vit.embed_dim, len(state["head.bias"]))
+        self.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+
+    def train(self, mode: bool = True) -> Concatenation:
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens before the first block, (B, N, d)."""
+        with torch.no_grad():
+            x = self.vit.patch_embed(images.to(self.vit.patch_embed.proj.weight.dtype))
+            return self.vit.norm_pre(self.vit._pos_embed(x))
+
+    def block_prompts(self, block: int, x: Tensor) -> Tensor:
+        """The prompts of one block for every image of x (B, .., d), in its dtype: (B, m, d)."""
+        return self.prompts[block].to(x.dtype).expand(len(x), -1, -1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features.to(self.head.weight.dtype))
+
+
+class ConcatReference(Concatenation):
+    """In the manner of the official code: prompts after the prefix tokens, attention from single operations."""
+
+    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+        super().__init__(vit, state)
+        for block in self.vit.blocks:
+            block.attn.fused_attn = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        prefix, m, held = self.vit.num_prefix_tokens, self.prompts.shape[1], 0
+        for i, block in enumerate(self.vit.blocks):
+            if i < len(self.prompts):
+                x = torch.cat([x[:, :prefix], self.block_prompts(i, x), x[:, prefix + held :]], dim=1)
+                held = m
+            x = block(x)
+        x = self.vit.norm(x)  # (B, N + m, d)
+        x = torch.cat([x[:, :prefix], x[:, prefix + held :]], dim=1)
+        return self.classify(self.vit.fc_norm(self.vit.pool(x)))
+
+
+class ConcatTimm(Concatenation):
+    """As a good engineer writes it today: fused attention, prompts at the end (attention does not see the order),
+    so that joining is one concatenation and leaving is one view, and the final norm on no more than is read.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        num_tokens = x.shape[1]
+        for i, block in enumerate(self.vit.blocks):
+            if i < len(self.prompts):
+                x = torch.cat([x[:, :num_tokens], self.block_prompts(i, x)], dim=1)  # (B, N + m, d)
+            x = block(x)
+        pools_first_token = self.vit.attn_pool is None and self.vit.global_pool == "token"
+        x = x[:, :1] if pools_first_token else x[:, :num_tokens]
+        return self.classify(self.vit.fc_norm(self.vit.pool(self.vit.norm(x))))
+
+
+class NoPrompts(nn.Module):
+    """The bound: the frozen ViT at its own length, with backward through every block and no prompt at all.
+
+    One trained vector, added to every token, is what backward goes down to; it costs next to nothing.
+    """
+
+    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.vit = with_shared_weights(vit)
+        self.offset = nn.Parameter(torch.zeros(vit.embed_dim, dtype=state["prompts"].dtype))
+        self.head = nn.Linear(vit.embed_dim, len(state["head.bias"]))
+        self.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+
+    def train(self, mode: bool = True) -> NoPrompts:
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.vit.patch_embed(images.to(self.vit.patch_embed.proj.weight.dtype))
+            x = self.vit.norm_pre(self.vit._pos_embed(x))
+        x = self.vit.blocks(x + self.offset.to(x.dtype))
+        pools_first_token = self.vit.attn_pool is None and self.vit.global_pool == "token"
+        x = x[:, :1] if pools_first_token else x
+        features = self.vit.fc_norm(self.vit.pool(self.vit.norm(x)))
+        return self.head(features.to(self.head.weight.dtype))

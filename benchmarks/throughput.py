@@ -1,0 +1,364 @@
+"""Training throughput and memory of vpt_fast beside what one would otherwise write. One command:
+
+    python benchmarks/throughput.py
+
+measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json next to
+this file. `--help` lists the flags. Every implementation starts from the same weights and the same trainable
+tensors; one whose gradients are not those of plain concatenation in float64 is marked and not ranked.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import measure
+import peers
+import timm
+import torch
+import typer
+from measure import MIB, Contender
+from rich.console import Console
+from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vpt_fast import PromptedViT
+
+NUM_CLASSES = 100
+CHECK_BATCH = 2  # images of the float64 gradient check
+RESULTS = Path(__file__).parent / "results"
+
+# A gradient is right when its relative error from float64 is at most this: rounding stays well below, a mistake
+# does not. bfloat16 itself is near 1e-2 on prompts.
+EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, other than by which implementation.
+
+    dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32; "amp":
+    float32 weights under torch.autocast to bfloat16.
+    """
+
+    model: str
+    num_prompts: int
+    batch_size: int
+    prompt_type: str
+    dtype: str
+    image_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that all implementations of one setting start from, on the device."""
+
+    vit: VisionTransformer  # float32
+    peer_vit: VisionTransformer  # in the dtype that peers run in
+    state: dict[str, Tensor]
+    setting: Setting
+
+
+@dataclass
+class Row:
+    """One line of the results; what is not known is None. Times are medians over steps, per step."""
+
+    model: str
+    num_prompts: int
+    batch_size: int
+    prompt_type: str
+    dtype: str
+    image_size: int
+    impl: str
+    memory: str | None  # the memory policy of vpt_fast, once there are several
+    exact: bool
+    rank: int | None  # among exact implementations of the same model, by images per second
+    images_per_second: float | None
+    images_per_second_min: float | None
+    images_per_second_max: float | None
+    forward_ms: float | None
+    backward_ms: float | None
+    optimizer_ms: float | None
+    repeats: int
+    peak_mib: float | None
+    peak_reserved_mib: float | None
+    kept_mib_per_image: float | None
+    essential_tflops: float | None
+    share_of_ceiling: float | None
+    gradient_error: float | None
+    error: str | None
+
+
+def _peer(build: Callable[[VisionTransformer, dict[str, Tensor]], nn.Module], compiled: bool = False) -> Any:
+    def contender(name: str, start: Start) -> Contender:
+        model = build(start.peer_vit, start.state).to(start.state["prompts"].device).train()
+        # Static shapes: the small batch of the gradient check must not turn the timed one into a dynamic one.
+        run = torch.compile(model, dynamic=False) if compiled else model
+        return Contender(name, model, run, torch.bfloat16 if start.setting.dtype == "amp" else None)
+
+    return contender
+
+
+def _vpt_fast(name: str, start: Start) -> Contender:
+    setting = start.setting
+    model = PromptedViT(
+        start.vit,
+        NUM_CLASSES,
+        setting.num_prompts,
+        setting.prompt_type,
+        dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
+    )
+    model = model.to(start.state["prompts"].device).train()
+    model.load_trainable_state_dict(start.state)
+    return Contender(name, model, model, torch.bfloat16 if setting.dtype == "amp" else None)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[str, Start], Contender]] = {
+    "vpt_fast": _vpt_fast,
+    "concat_reference": _peer(peers.ConcatReference),
+    "concat_timm": _peer(peers.ConcatTimm),
+    "concat_timm_compiled": _peer(peers.ConcatTimm, compiled=True),
+    "no_prompts": _peer(peers.NoPrompts),
+}
+BOUNDS = ("no_prompts",)  # another computation: a row to read the others by, not a way to tune prompts
+
+
+def make_start(setting: Setting, device: torch.device) -> Start:
+    torch.manual_seed(0)
+    size = {} if setting.image_size is None else {"img_size": setting.image_size}
+    vit = (
+        timm.create_model(setting.model, pretrained=False, num_classes=0, **size).eval().requires_grad_(False)
+    )
+    state = peers.initial_state(vit, setting.num_prompts, setting.prompt_type, NUM_CLASSES)
+    vit = vit.to(device)
+    peer_vit = copy.deepcopy(vit).to(torch.bfloat16) if setting.dtype == "bfloat16" else vit
+    return Start(vit, peer_vit, {name: tensor.to(device) for name, tensor in state.items()}, setting)
+
+
+def random_batch(vit: VisionTransformer, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, *vit.patch_embed.img_size, generator=generator)
+    return images.to(device), torch.randint(NUM_CLASSES, (batch_size,), generator=generator).to(device)
+
+
+def check_gradients(contenders: list[Contender], start: Start) -> None:
+    """Fills in every contender's gradient error, from plain concatenation (the bound: from itself) in float64."""
+    device = start.state["prompts"].device
+    images, labels = random_batch(start.vit, CHECK_BATCH, device)
+    vit = copy.deepcopy(start.vit).double()
+    state = {name: tensor.double() for name, tensor in start.state.items()}
+    expected: dict[type, dict[str, Tensor]] = {}
+    for contender in contenders:
+        build = peers.NoPrompts if contender.name in BOUNDS else peers.ConcatTimm
+        if build not in expected:
+            exact = build(vit, state).double().to(device)
+            expected[build] = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
+        try:
+            actual = measure.gradients(contender, images, labels)
+            contender.gradient_error = measure.gradient_error(actual, expected[build])
+        except RuntimeError as failure:
+            contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
+def make_row(contender: Contender, start: Start, repeats: int) -> Row:
+    setting, totals = start.setting, [times.total for times in contender.times]
+    median = measure.median_times(contender.times) if totals else None
+    speeds = sorted(setting.batch_size / total for total in totals)
+    error = contender.gradient_error
+
+    def mib(count: int | None, per: int = 1) -> float | None:
+        return None if count is None else count / MIB / per
+
+    return Row(
+        model=setting.model,
+        num_prompts=setting.num_prompts,
+        batch_size=setting.batch_size,
+        prompt_type=setting.prompt_type,
+        dtype=setting.dtype,
+        image_size=start.vit.patch_embed.img_size[0],
+        impl=contender.name,
+        memory=None,
+        exact=error is not None and error <= EXACT_BELOW[setting.dtype],
+        rank=None,
+        images_per_second=statistics.median(speeds) if speeds else None,
+        images_per_second_min=speeds[0] if speeds else None,
+        images_per_second_max=speeds[-1] if speeds else None,
+        forward_ms=median.forward * 1e3 if median else None,
+        backward_ms=median.backward * 1e3 if median else None,
+        optimizer_ms=median.optimizer * 1e3 if median else None,
+        repeats=repeats,
+        peak_mib=mib(contender.peak_bytes),
+        peak_reserved_mib=mib(contender.peak_reserved_bytes),
+        kept_mib_per_image=mib(contender.kept_bytes, setting.batch_size),
+        essential_tflops=None,
+        share_of_ceiling=None,
+        gradient_error=error if error is None or error < float("inf") else None,
+        error=contender.error,
+    )
+
+
+def rank(rows: list[Row]) -> list[Row]:
+    """Numbers the rows of one setting by speed, fastest first. Wrong gradients, failures and bounds get no rank."""
+    for row in rows:
+        row.rank = None
+    able = [row for row in rows if row.exact and row.images_per_second is not None and row.impl not in BOUNDS]
+    able.sort(key=lambda row: row.images_per_second or 0.0, reverse=True)
+    for place, row in enumerate(able, start=1):
+        row.rank = place
+    return rows
+
+
+def measure_setting(
+    setting: Setting,
+    implementations: list[str],
+    device: torch.device,
+    repeats: int,
+    steps: int,
+    console: Console,
+) -> list[Row]:
+    """One row for each implementation."""
+    start = make_start(setting, device)
+    contenders = [IMPLEMENTATIONS[name](name, start) for name in implementations]
+    images, labels = random_batch(start.vit, setting.batch_size, device)
+    with console.status("gradients against float64") as status:
+        check_gradients(contenders, start)
+        measure.interleave(contenders, images, labels, repeats=repeats, steps=steps, progress=status.update)
+    return rank([make_row(contender, start, repeats) for contender in contenders])
+
+
+def make_table(rows: list[Row]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first.model}, {first.prompt_type}, {first.num_prompts} prompts, batch {first.batch_size}, {first.dtype}"
+    )
+    for column in ("", "implementation", "images/s", "min to max", "× best concat"):
+        table.add_column(column, justify="left" if column == "implementation" else "right")
+    for column in ("forward ms", "backward", "optimizer", "peak MiB", "kept MiB/image", "gradient error"):
+        table.add_column(column, justify="right")
+    concat = [row.images_per_second or 0.0 for row in rows if row.impl.startswith("concat") and row.rank]
+
+    def number(value: float | None, form: str = ".1f") -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        relative = (
+            row.images_per_second / max(concat) if concat and row.images_per_second and row.exact else None
+        )
+        spread = f"{number(row.images_per_second_min, '.2f')} to {number(row.images_per_second_max, '.2f')}"
+        note = (
+            number(row.gradient_error, ".1e") if row.exact else f"WRONG {number(row.gradient_error, '.1e')}"
+        )
+        table.add_row(
+            "bound" if row.impl in BOUNDS else str(row.rank or "–"),
+            row.impl,
+            number(row.images_per_second, ".2f"),
+            spread if row.images_per_second else "",
+            number(relative, ".2f"),
+            number(row.forward_ms),
+            number(row.backward_ms),
+            number(row.optimizer_ms),
+            number(row.peak_mib),
+            number(row.kept_mib_per_image),
+            row.error or note,
+            style="" if row.exact else "red",
+        )
+    return table
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def make_report(rows: list[Row], device: torch.device) -> dict[str, Any]:
+    return {
+        "device": measure.device_name(device),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "timm": timm.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "date": datetime.date.today().isoformat(),
+        "ceiling_tflops": None,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes the report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def default_path(report: dict[str, Any]) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    return RESULTS / f"{slug}-{report['date']}.json"
+
+
+def listed(values: str, known: list[str] | None = None) -> list[str]:
+    names = [name.strip() for name in values.split(",") if name.strip()]
+    unknown = [name for name in names if known is not None and name not in known]
+    if unknown or not names:
+        raise typer.BadParameter(
+            f"got {values!r}, want a comma-separated list" + (f" of {known}" if known else "")
+        )
+    return names
+
+
+def main(
+    models: Annotated[str, typer.Option(help="timm names, comma-separated; default by device")] = "",
+    num_prompts: Annotated[str, typer.Option(help="prompts per block, comma-separated")] = "100",
+    batch_size: Annotated[str, typer.Option(help="images per step, comma-separated; default by device")] = "",
+    prompt_type: Annotated[str, typer.Option(help="deep or shallow, comma-separated")] = "deep",
+    implementations: Annotated[str, typer.Option(help="comma-separated")] = ",".join(IMPLEMENTATIONS),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or amp; default by device")] = "",
+    image_size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
+    steps: Annotated[int, typer.Option(min=0, help="steps a round; 0: by device")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: results/<device>-<date>.json")
+    ] = None,
+) -> None:
+    """Measure training throughput and memory; every flag has a default that suits the device."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = where.type == "cuda"
+    dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
+    big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
+    settings = [
+        Setting(model, int(m), int(batch), kind, dtype, image_size)
+        for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models())
+        for kind in listed(prompt_type, ["deep", "shallow"])
+        for m in listed(num_prompts)
+        for batch in listed(batch_size or ("64" if on_gpu else "8"))
+    ]
+    names = listed(implementations, list(IMPLEMENTATIONS))
+    console, rows = Console(), list[Row]()
+    console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
+    for setting in settings:
+        new = measure_setting(setting, names, where, repeats, steps or (10 if on_gpu else 1), console)
+        rows += new
+        console.print(make_table(new))
+        report = make_report(
+            rows, where
+        )  # after every setting, so that an interrupted run leaves what it has
+        path = output or default_path(report)
+        write_report(report, path)
+        console.print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
