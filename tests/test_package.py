@@ -1,0 +1,134 @@
+"""The package as a whole: its version, its public names, its layers, and what importing it does."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vpt_fast
+
+ROOT = Path(__file__).parent.parent
+
+# A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
+LAYERS = {
+    "files": ["files"],
+    "kernels": ["kernels"],
+    "engine": ["engine"],
+    "backbones": ["backbones"],
+    "model": ["prompts", "classifier", "model", "pretrained", ""],
+    "data": ["data"],
+    "train": ["methods", "recipe", "world", "plots", "run", "report", "loop", "inference"],
+    "commands": ["demo", "cli"],
+}
+BELOW = {
+    "files": [],
+    "kernels": [],
+    "engine": ["kernels"],
+    "backbones": ["kernels", "engine"],
+    "model": ["files", "kernels", "engine", "backbones"],
+    "data": ["files"],
+    "train": ["files", "data", "engine", "backbones", "model"],
+    "commands": ["files", "data", "model", "train"],
+}
+LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """Every module as (its dotted name under vpt_fast, its file)."""
+    folders = {"": ROOT / "vpt_fast", "kernels": ROOT / "kernels"}
+    found = []
+    for prefix, folder in folders.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = [prefix, *file.relative_to(folder).with_suffix("").parts]
+            found.append((".".join(p for p in parts if p and p != "__init__"), file))
+    return found
+
+
+def imports(name: str, file: Path) -> set[str]:
+    """Dotted names of all that a file imports, inside functions too; relative ones made absolute."""
+    package = ("vpt_fast." + name).rstrip(".").split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from vpt_fast import model` imports a part, `from vpt_fast.model import x` names it already.
+            found.update(f"{module}.{alias.name}" if module == "vpt_fast" else module for alias in node.names)
+    return found
+
+
+FILES = source_files()
+KERNEL_FILES = [entry for entry in FILES if entry[0].startswith("kernels")]
+
+
+@pytest.mark.parametrize(("name", "file"), FILES, ids=[name or "vpt_fast" for name, _ in FILES])
+def test_imports_point_down_the_layers(name, file):
+    part = name.split(".")[0]
+    assert part in LAYER_OF, f"vpt_fast/{part} is new: say in LAYERS where it stands"
+    imported = {module.split(".")[1] for module in imports(name, file) if module.startswith("vpt_fast.")}
+    layer = LAYER_OF[part]
+    assert {LAYER_OF[other] for other in imported if other in LAYER_OF} <= {layer, *BELOW[layer]}
+
+
+@pytest.mark.parametrize(("name", "file"), KERNEL_FILES, ids=[name for name, _ in KERNEL_FILES])
+def test_kernels_import_nothing_but_torch_and_triton(name, file):
+    others = {module.split(".")[0] for module in imports(name, file)} - set(sys.stdlib_module_names)
+    assert others <= {"torch", "triton", "vpt_fast"}
+
+
+def test_version_is_that_of_the_metadata():
+    assert vpt_fast.__version__ == importlib.metadata.version("vpt_fast")
+
+
+def test_public_names():
+    assert sorted(vpt_fast.__all__) == ["LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
+
+
+def test_weights_of_the_demo_backbone_are_package_data():
+    assert (Path(vpt_fast.__file__).parent / "backbones" / "demo.safetensors").is_file()
+
+
+STATE = """
+import os, random, warnings
+import numpy, torch, timm
+def state():
+    return {
+        "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "torch_rng": torch.get_rng_state().tolist(),
+        "numpy_rng": numpy.random.get_state()[1].tolist(),
+        "python_rng": random.getstate(),
+        "environment": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "cuda": torch.cuda.is_initialized(),
+    }
+before = state()
+import vpt_fast
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, changed
+"""
+
+
+def test_importing_changes_no_global_state():
+    result = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_prints_nothing():
+    result = subprocess.run([sys.executable, "-c", "import vpt_fast"], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("", "")
