@@ -1,7 +1,7 @@
-"""The backbone that the package carries: `timm.create_model("vpt_fast_demo")`, a ViT for 32x32 images, with no network.
+"""The backbone that the package carries: `timm.create_model("vpt_fast_demo")`, a ViT for 32x32 images.
 
-It exists only as the weights in demo.safetensors beside this file, so its entry point always loads them, whatever
-`pretrained` says. scripts/pretrain_demo_backbone.py made them; its log lies beside it.
+It exists only as the weights in demo.safetensors beside this file, so its entry point always loads them, with
+no network and whatever `pretrained` says. scripts/pretrain_demo_backbone.py made them and keeps its log.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ default_cfgs = generate_default_cfgs(
 
 
 def demo_metadata() -> dict[str, str]:
-    """What demo.safetensors says of itself: sizes, num_parameters, accuracy (%) on held_out_images, epochs."""
+    """What demo.safetensors says of itself: sizes, num_parameters, accuracy (%), held_out_images, epochs."""
     with safe_open(WEIGHTS, framework="pt") as file:
         return file.metadata()
 
 
 @register_model
 def vpt_fast_demo(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
-    """The packaged ViT, in fp32, with its weights. Takes timm's VisionTransformer arguments, img_size for one.
+    """The packaged ViT, in fp32, with its weights; takes timm's VisionTransformer arguments.
 
     With num_classes > 0 the classifier is new and random: the file has none.
     """
     metadata = demo_metadata()
-    sizes = {name: int(metadata[name]) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+    sizes = {name: int(metadata[name]) for name in names}
     return build_model_with_cfg(
         VisionTransformer,
         "vpt_fast_demo",
