@@ -76,7 +76,9 @@ class ConcatenatedViT(nn.Module):
             self.prompts_sides = nn.Parameter(torch.zeros(1, 3, height - 2 * m, 2 * m))
         if prompt_location == "concat-channel":
             proj = embed.proj
-            self.patch_embedding = nn.Conv2d(3 + m, proj.out_channels, proj.kernel_size, proj.stride)
+            self.patch_embedding = nn.Conv2d(
+                3 + m, proj.out_channels, proj.kernel_size, proj.stride, bias=proj.bias is not None
+            )
             self.vit.patch_embed.proj = nn.Identity()  # the trainable one runs in its place
         if prompt_project is not None:
             self.prompt_projection = nn.Linear(prompt_project, vit.embed_dim)
@@ -211,5 +213,5 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`, in float64; 0 where both are exactly zero."""
-    difference = (actual.double() - expected.double()).norm()
-    return 0.0 if difference == 0 else float(difference / expected.double().norm())
+    difference = (actual.detach().double() - expected.detach().double()).norm()
+    return 0.0 if difference == 0 else float(difference / expected.detach().double().norm())

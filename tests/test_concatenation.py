@@ -243,7 +243,6 @@ NAMES: dict[str, dict[str, Any]] = {
     "vit_giant_patch14_dinov2": {},
     "vit_base_patch16_224_miil": {},
     "deit3_base_patch16_224": {},
-    "vit_base_patch16_rpn_224": {},
 }
 
 
@@ -304,6 +303,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     ),
     "swin_by_name": (lambda: "swin_tiny_patch4_window7_224", "swin_tiny"),
     "convnet_by_name": (lambda: "resnet10t", "resnet10t"),
+    "post_norm_by_name": (lambda: "vit_base_patch16_rpn_224", "ResPostBlock"),
     "eva_by_name": (lambda: "eva02_tiny_patch14_224", "eva02"),
     "no_such_name": (lambda: "vit_base_patch16_225", "vit_base_patch16_224"),
     "distilled": (lambda: "deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
@@ -340,8 +340,8 @@ def test_linear_probe_equals_the_backbones_own_features(variant: str) -> None:
 def test_low_precision_error_is_at_most_that_of_concatenation(layers: str, dtype: torch.dtype) -> None:
     settings = LAYERS[layers] | {"num_prompts": 8}
     squares: dict[str, list[float]] = {}  # by tensor: mean square error of vpt_fast, of concatenation
-    for seed in range(3):
-        vit = tiny_vit(dtype=torch.float32, seed=seed, embed_dim=64, img_size=40)
+    for seed in range(10):  # rounding is noise: fewer would compare luck
+        vit = tiny_vit(dtype=torch.float32, seed=seed, embed_dim=64)
         reference, concatenated = prompted_and_concatenated(vit.double(), seed, **settings)
         state = {name: t.float() for name, t in reference.trainable_state_dict().items()}
         images, labels = random_batch(reference, 4, NUM_CLASSES, seed=seed)
