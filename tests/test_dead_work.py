@@ -1,0 +1,266 @@
+"""The dead work is really not done: operations counted, and bytes kept for backward, against closed forms.
+
+Each case lists, block by block, what there is to do; the forms below say what that costs. B images, N tokens
+in the block's input, m prompts that enter it anew, R rows that are read (of the tokens, and of those prompts).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import random_batch, tiny_vit
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from vpt_fast import LinearProbe, PromptedViT
+
+WIDTH, HEADS, HIDDEN, CLASSES, PATCH = 32, 2, 64, 5, 8
+BATCH = 3
+PATCHES, N = 16, 17
+M = 7
+
+
+class Block(NamedTuple):
+    """What one block has to do. tokens: in its input; prompts: sets of m that are projected (0, 1, or B
+    where each image has its own); rows, fresh: tokens and prompts whose output is read; below: whether the
+    tokens' gradient is wanted; trained: whether the block runs under autograd at all."""
+
+    tokens: int
+    prompts: int
+    rows: int
+    fresh: int
+    below: bool
+    trained: bool = True
+
+
+SETTINGS = {
+    "deep": dict(num_prompts=M),
+    "deep_image_pool": dict(num_prompts=M, pool="image"),
+    "deep_prompt_pool": dict(num_prompts=M, pool="prompts"),
+    "deep_image_and_prompt_pool": dict(num_prompts=M, pool="image_and_prompts"),
+    "deep_dropout_per_image": dict(num_prompts=M, prompt_dropout=0.5),
+    "deep_dropout_per_batch": dict(num_prompts=M, prompt_dropout=0.5, prompt_dropout_per="batch"),
+    "deep_shared": dict(num_prompts=M, prompt_shared=True),
+    "shallow": dict(num_prompts=M, prompt_type="shallow"),
+    "first_two_flow": dict(num_prompts=M, prompt_layers=2),
+    "first_two_drop": dict(num_prompts=M, prompt_layers=2, after_prompts="drop"),
+    "last_one": dict(num_prompts=M, prompt_layers=-1),
+    "last_two": dict(num_prompts=M, prompt_layers=-2),
+    "gap_flow": dict(num_prompts=M, prompt_layers=[0, 2]),
+    "gap_drop": dict(num_prompts=M, prompt_layers=[0, 2], after_prompts="drop"),
+    "add_deep": dict(prompt_location="add"),
+    "add_one_before_block_1": dict(prompt_location="add-1", prompt_layers=[1]),
+}
+
+ALL = N + M
+WORK = {
+    "deep": [Block(N, 1, N, 0, False), Block(N, 1, N, 0, True), Block(N, 1, 1, 0, True)],
+    "deep_image_pool": [Block(N, 1, N, 0, False), Block(N, 1, N, 0, True), Block(N, 1, PATCHES, 0, True)],
+    "deep_prompt_pool": [Block(N, 1, N, 0, False), Block(N, 1, N, 0, True), Block(N, 1, 0, M, True)],
+    "deep_image_and_prompt_pool": [
+        Block(N, 1, N, 0, False),
+        Block(N, 1, N, 0, True),
+        Block(N, 1, PATCHES, M, True),
+    ],
+    "deep_dropout_per_image": [
+        Block(N, BATCH, N, 0, False),
+        Block(N, BATCH, N, 0, True),
+        Block(N, BATCH, 1, 0, True),
+    ],
+    "shallow": [Block(N, 1, N, M, False), Block(ALL, 0, ALL, 0, True), Block(ALL, 0, 1, 0, True)],
+    "first_two_flow": [Block(N, 1, N, 0, False), Block(N, 1, N, M, True), Block(ALL, 0, 1, 0, True)],
+    "first_two_drop": [Block(N, 1, N, 0, False), Block(N, 1, N, 0, True), Block(N, 0, 1, 0, True)],
+    "last_one": [
+        Block(N, 0, N, 0, False, trained=False),
+        Block(N, 0, N, 0, False, trained=False),
+        Block(N, 1, 1, 0, False),
+    ],
+    "last_two": [
+        Block(N, 0, N, 0, False, trained=False),
+        Block(N, 1, N, 0, False),
+        Block(N, 1, 1, 0, True),
+    ],
+    # block 1's prompts are replaced before block 2: their rows are not computed
+    "gap_flow": [Block(N, 1, N, M, False), Block(ALL, 0, N, 0, True), Block(N, 1, 1, 0, True)],
+    "gap_drop": [Block(N, 1, N, 0, False), Block(N, 0, N, 0, True), Block(N, 1, 1, 0, True)],
+    "add_deep": [Block(N, 0, N, 0, True), Block(N, 0, N, 0, True), Block(N, 0, 1, 0, True)],
+    "add_one_before_block_1": [
+        Block(N, 0, N, 0, False, trained=False),
+        Block(N, 0, N, 0, True),
+        Block(N, 0, 1, 0, True),
+    ],
+}
+WORK["deep_dropout_per_batch"] = WORK["deep_shared"] = WORK["deep"]
+
+
+def linear(rows: int, inputs: int, outputs: int) -> int:
+    """Floating-point operations of a matrix product, two for each multiply-add."""
+    return 2 * rows * inputs * outputs
+
+
+def forward_flops(block: Block) -> int:
+    rows, keys = block.rows + block.fresh, block.tokens + (M if block.prompts else 0)
+    return (
+        linear(BATCH * block.tokens, WIDTH, 2 * WIDTH)  # keys and values of all tokens
+        + linear(BATCH * block.rows, WIDTH, WIDTH)  # queries of the rows that are read
+        + linear(block.prompts * M, WIDTH, 2 * WIDTH)
+        + linear(block.prompts * block.fresh, WIDTH, WIDTH)
+        + 2 * linear(BATCH * rows, WIDTH, keys)  # Q Kᵀ and P V, over all heads
+        + linear(BATCH * rows, WIDTH, WIDTH)
+        + 2 * linear(BATCH * rows, WIDTH, HIDDEN)
+    )
+
+
+def backward_flops(block: Block) -> int:
+    if not block.trained:
+        return 0
+    rows, keys = block.rows + block.fresh, block.tokens + (M if block.prompts else 0)
+    total = 2 * linear(BATCH * rows, WIDTH, HIDDEN) + linear(BATCH * rows, WIDTH, WIDTH)
+    if block.below:
+        total += 5 * linear(BATCH * rows, WIDTH, keys)  # S, dP, dQ, dK, dV
+        total += linear(BATCH * block.tokens, 2 * WIDTH, WIDTH) + linear(BATCH * block.rows, WIDTH, WIDTH)
+    else:
+        total += 4 * linear(BATCH * block.rows, WIDTH, M)  # S, dP, dK, dV over the prompts' columns alone
+        total += 3 * linear(BATCH * block.fresh, WIDTH, keys)  # S, dP, dQ of prompts that go on
+        total += 2 * linear(BATCH * block.fresh, WIDTH, M)  # and their share of the prompts' dK, dV
+    total += linear(block.prompts * M, 2 * WIDTH, WIDTH) + linear(block.prompts * block.fresh, WIDTH, WIDTH)
+    return total
+
+
+def kept_bytes(block: Block, size: int) -> int:
+    """In units of one element, `size` bytes each (the tests run in one dtype, statistics included)."""
+    if not block.trained:
+        return 0
+    rows = block.rows + block.fresh
+    elements = BATCH * rows * (WIDTH + WIDTH + WIDTH + HEADS + 1 + HIDDEN)  # Q, O, x̂2, lse, rstd2, MLP
+    if block.below or block.fresh:
+        elements += BATCH * block.tokens * 2 * WIDTH  # K, V
+    if block.below:
+        elements += BATCH * block.tokens * (WIDTH + 1)  # x̂1, rstd1
+    elements += block.prompts * M * (3 * WIDTH + 1)  # x̂, K, V and rstd of the prompts
+    return elements * size
+
+
+class KeptBytes:
+    """Counts what autograd keeps inside the context: each storage once, parameters and `known` left out."""
+
+    def __init__(self, model: torch.nn.Module, *known: torch.Tensor) -> None:
+        self._known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *known)}
+        self._storages: dict[int, int] = {}
+        self._alive: list[torch.Tensor] = []  # so that no address is used twice
+
+    def __enter__(self) -> KeptBytes:
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in self._known:
+                self._storages[storage.data_ptr()] = storage.nbytes()
+                self._alive.append(t)
+            return t
+
+        self._hooks = saved_tensors_hooks(pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    @property
+    def total(self) -> int:
+        return sum(self._storages.values())
+
+
+def prompted(setting: str, dtype: torch.dtype = torch.float64) -> PromptedViT:
+    return PromptedViT(tiny_vit(dtype=dtype), CLASSES, **SETTINGS[setting]).to(dtype).train()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_forward_operations_equal_the_closed_form(setting: str) -> None:
+    model = prompted(setting)
+    images, _ = random_batch(model, BATCH)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    patches = linear(BATCH * PATCHES, 3 * PATCH * PATCH, WIDTH)
+    head = linear(BATCH, WIDTH, CLASSES)
+    assert counter.get_total_flops() == patches + sum(map(forward_flops, WORK[setting])) + head
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_backward_operations_equal_the_closed_form(setting: str) -> None:
+    model = prompted(setting)
+    images, labels = random_batch(model, BATCH)
+    loss = F.cross_entropy(model(images), labels)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    head = 2 * linear(BATCH, WIDTH, CLASSES)  # gradients of the feature and of the head's weight
+    assert counter.get_total_flops() == sum(map(backward_flops, WORK[setting])) + head
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_bytes_kept_by_the_blocks_equal_the_closed_form(setting: str, dtype: torch.dtype) -> None:
+    model = prompted(setting, dtype)
+    images, _ = random_batch(model, BATCH, dtype=dtype)
+    with KeptBytes(model, images) as everything:
+        rows = record_last_rows(model)
+        model(images)
+    # After the blocks: the rows that the final norm is given, its mean and rstd, and the head's input. Before
+    # them: dropout's masks, which PyTorch keeps in the prompts' dtype on the CPU.
+    after = rows.count * (WIDTH + 2) + WIDTH
+    masks = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batch": 3 * M * WIDTH}
+    around = (BATCH * after + masks.get(setting, 0)) * dtype.itemsize
+    assert everything.total == sum(kept_bytes(block, dtype.itemsize) for block in WORK[setting]) + around
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str) -> None:
+    model = prompted(setting, torch.float32)
+    expected = sum(kept_bytes(block, torch.float32.itemsize) for block in WORK[setting])
+    assert model.estimate_training_bytes(BATCH)["kept"] == expected
+
+
+def test_half_precision_keeps_half_and_float32_statistics() -> None:
+    vit = tiny_vit(dtype=torch.float32)
+    model = PromptedViT(vit, CLASSES, M, dtype=torch.bfloat16).train()
+    images, _ = random_batch(model, BATCH, dtype=torch.float32)
+    with KeptBytes(model, images) as kept:
+        rows = record_last_rows(model)
+        model(images)
+    statistics = sum(  # rstd and lse stay float32, two bytes more an element than bfloat16
+        BATCH * (b.rows * (HEADS + 1) + b.tokens * b.below) + b.prompts * M for b in WORK["deep"]
+    )
+    blocks = sum(kept_bytes(b, 2) for b in WORK["deep"]) + 2 * statistics
+    # After the blocks: the final norm's input and statistics in bfloat16, the head's input in float32.
+    after = BATCH * (rows.count * (WIDTH + 2) * 2 + WIDTH * 4)
+    assert kept.total == blocks + after
+    assert model.estimate_training_bytes(BATCH)["kept"] == blocks
+
+
+def test_linear_probe_keeps_nothing_but_the_features() -> None:
+    model = LinearProbe(tiny_vit(), CLASSES).double()
+    images, _ = random_batch(model, BATCH)
+    with KeptBytes(model, images) as kept:
+        model(images)
+    assert kept.total == BATCH * WIDTH * 8
+    assert LinearProbe(tiny_vit(), CLASSES).double().estimate_training_bytes(BATCH)["kept"] == kept.total
+
+
+def test_inference_keeps_nothing() -> None:
+    model = prompted("deep").eval()
+    images, _ = random_batch(model, BATCH)
+    with KeptBytes(model, images) as kept, torch.no_grad():
+        model(images)
+    assert kept.total == 0
+
+
+class record_last_rows:
+    """How many rows of an image the last block gives to what follows it."""
+
+    def __init__(self, model: PromptedViT) -> None:
+        self.count = 0
+        model.backbone.blocks[-1].register_forward_hook(self._record)
+
+    def _record(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.count = output.shape[1]
