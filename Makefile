@@ -26,16 +26,18 @@ gpu:
 	@$(PYTHON) -m pytest -m gpu tests
 	@$(PYTHON) benchmarks/throughput.py $(ARGS)
 
-# The stamp is written last, so an installation that broke off is done again.
+# .venv/installing stands from before the first package until after the last, so a set-up that broke off starts afresh.
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else \
 		f"$(PYTHON) is Python {v}; 3.10 or newer is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
-	@echo "Setting up $(VENV) (once, about 2 minutes; PyTorch and its CUDA libraries are about 3 GB) ..."
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@echo "Setting up $(VENV): once, about 2 minutes (3 GB to download, PyTorch with CUDA; 6 GB on disk) ..."
+	@if [ -e $(VENV)/installing ] || ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
+	@touch $(VENV)/installing
 	@echo "  environment made, installing PyTorch and the other packages ..."
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(VENV)/bin/python -c "import vpt_fast"
-	@touch $@
+	@rm $(VENV)/installing && touch $@
 	@echo "  ready."
 
 # Leaves .venv and the folders of your own runs.
