@@ -1,0 +1,258 @@
+"""The vpt-fast command: flags in, one call, a report out.
+
+Exit codes: 0 done; 1 failed on the way (training diverged, a full disk, an image that cannot be read);
+2 what was asked for cannot be had; 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vpt_fast.recipe import Recipe, read_yaml
+
+# Modules that import torch are imported by the commands that need them, so that --help answers at once.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DeviceFlag = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0.", show_default="CUDA where there is a GPU")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder in one.")]
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Ends the program with one red line for what a user can put right; anything else is a bug."""
+    if debug:
+        yield
+        return
+    from vpt_fast.loop import SavingFailed, TrainingDiverged
+
+    try:
+        yield
+    except (TrainingDiverged, SavingFailed) as error:
+        fail(error, 1)
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+        fail(error, 2)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+
+
+def fail(error: Exception | str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    raise typer.Exit(code)
+
+
+def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag not given is None."""
+    hints = get_type_hints(Recipe)
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = []
+    for field in dataclasses.fields(Recipe):
+        name, kind = flag_type(field.name, hints[field.name])
+        option = typer.Option(
+            name,
+            help=field.metadata["help"],
+            rich_help_panel=field.metadata["panel"],
+            metavar=field.metadata["metavar"],
+            show_default=shown_default(field),
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own.values() if p.name != "flags"]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def flag_type(name: str, hint: Any) -> tuple[str, Any]:
+    """A field's flag and the type that typer parses; what typer has no type for, Recipe parses."""
+    flag = "--" + name.replace("_", "-")
+    if name == "backbone_arg":
+        return flag, list[str]
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [option for option in options if option is not type(None)]
+    if len(kinds) > 1:
+        return flag, str
+    if kinds[0] is bool:
+        return f"{flag}/--no-{flag.removeprefix('--')}", bool
+    return flag, kinds[0]
+
+
+def shown_default(field: dataclasses.Field) -> str | bool:
+    if field.metadata["shown"]:
+        return field.metadata["shown"]
+    if field.default is dataclasses.MISSING:
+        return False
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return str(field.default)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    """Visual Prompt Tuning of a frozen Vision Transformer, without the dead work."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("vpt_fast"))
+        raise typer.Exit
+
+
+@app.command()
+@with_recipe_flags
+def train(
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder.", rich_help_panel="Run", show_default="runs/DATA-BACKBONE-METHOD"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of these settings (a run's config.yaml is one); flags go over it.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start over: remove the run that --out holds.", rich_help_panel="Run"),
+    ] = False,
+    debug: DebugFlag = False,
+    **flags: Any,
+) -> None:
+    """Train visual prompts, or a linear probe, on a folder of images.
+
+    Ctrl-C stops after the step at hand; the same command goes on after the last completed epoch, to the
+    results of an uninterrupted run. Under torchrun, the processes share every batch.
+
+    [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
+    """
+    with one_line_errors(debug):
+        from vpt_fast.loop import train as run_training
+        from vpt_fast.run import default_run_folder
+
+        given = {name: value for name, value in flags.items() if value not in (None, [])}
+        recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
+        console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # torchrun's first process speaks
+        result = run_training(recipe, out or default_run_folder(recipe), console=console, fresh=fresh)
+    done, epochs = len(result.metrics), result.recipe.epochs
+    if not result.is_finished:
+        console.print(f"Stopped after epoch {done} of {epochs}; the same command goes on from there.")
+        raise typer.Exit(130)
+    if result.new_epochs == 0:
+        console.print(f"{result.path} holds this run, finished; --fresh trains it again.")
+    accuracy = result.metrics[-1]["val_accuracy"]
+    console.print(f"val accuracy {accuracy:.2%} after {epochs} epochs; run folder {result.path}")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path, typer.Option(help="Folder of images, laid out as for train.")],
+    split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
+    as_json: JsonFlag = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    device: DeviceFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Accuracy of a run on a split, for each class too (in fp32)."""
+    with one_line_errors(debug):
+        from vpt_fast.inference import evaluate_run
+
+        found = evaluate_run(run, data, split, device=device, batch_size=batch_size, workers=workers)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
+        return
+    console = Console()
+    table = Table("class", "images", "correct", "accuracy")
+    for name, images, correct in zip(
+        found.classes, found.evaluation.images, found.evaluation.correct, strict=True
+    ):
+        table.add_row(escape(name), str(images), str(correct), f"{correct / images:.2%}" if images else "-")
+    console.print(table)
+    for image in found.skipped:
+        console.print(f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}")
+    console.print(f"{split} accuracy {found.evaluation.accuracy:.2%} ({sum(found.evaluation.images)} images)")
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or patterns.")
+    ],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 1,
+    as_json: JsonFlag = False,
+    device: DeviceFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Classify images; exits with 1 when one of them cannot be read."""
+    with one_line_errors(debug):
+        from vpt_fast.inference import Classifier, expand_images
+
+        paths = expand_images(images)
+        answers = list(Classifier.load(run, device).predict(paths, top_k))
+    failed = [answer for answer in answers if "error" in answer]
+    if as_json:
+        typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
+    else:
+        table = Table("image", "class", "probability")
+        for answer in answers:
+            for rank, guess in enumerate(answer.get("predictions", [])):
+                image = escape(answer["image"]) if rank == 0 else ""
+                table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
+        if len(failed) < len(answers):
+            Console().print(table)
+    errors = Console(stderr=True, soft_wrap=True)
+    for answer in failed:
+        errors.print(f"[red]error:[/] {escape(answer['image'])}: {escape(answer['error'])}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for images and runs.")] = Path("runs/demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what is there.")] = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Linear probe, VPT-Shallow and VPT-Deep on real handwritten digits, in under 3 minutes on two cores."""
+    with one_line_errors(debug):
+        from vpt_fast.demo import run_demo
+
+        if not run_demo(out, console=Console(), fresh=fresh):
+            raise typer.Exit(130)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

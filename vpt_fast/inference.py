@@ -1,0 +1,167 @@
+"""Using a finished run: accuracy on a split, and predictions for image files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpt_fast.data import (
+    Batches,
+    DecodeError,
+    SkippedImage,
+    check_images,
+    decode_image,
+    open_splits,
+    resident_budget,
+)
+from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.loop import Evaluation, evaluate
+from vpt_fast.methods import Model
+from vpt_fast.pretrained import load_pretrained
+from vpt_fast.run import LABELS_FILE, Labels, RunError, RunFolder
+from vpt_fast.world import World, find_device
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model with what it needs to classify image files."""
+
+    model: Model
+    labels: Labels
+    device: torch.device
+
+    @classmethod
+    def load(cls, run: Path, device: str | None = None) -> Classifier:
+        """From a run folder or its prompts folder.
+
+        Raises ValueError when there is none, or when the backbone is not the one that it was trained on.
+        """
+        folder = RunFolder(run).prompts
+        if (run / LABELS_FILE).exists():
+            folder = run
+        elif not folder.exists() and RunFolder(run).config.exists():
+            raise RunError(f"the run in {run} has not completed an epoch yet")
+        labels = Labels.read(folder)
+        chosen = find_device(device)
+        return cls(load_pretrained(folder).to(chosen).eval(), labels, chosen)
+
+    @torch.no_grad()
+    def predict(self, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
+        """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}."""
+        top_k = min(top_k, len(self.labels.classes))
+        for start in range(0, len(paths), BATCH_SIZE):
+            answers: list[dict[str, Any]] = []
+            images, readable = [], []
+            for path in paths[start : start + BATCH_SIZE]:
+                answer: dict[str, Any] = {"image": str(path)}
+                try:
+                    images.append(self.labels.preprocessing(decode_image(path)))
+                    readable.append(answer)
+                except DecodeError as error:
+                    answer["error"] = error.reason
+                answers.append(answer)
+            if images:
+                logits = self.model(torch.stack(images).to(self.device))  # (b, classes)
+                top = logits.float().softmax(1).topk(top_k)  # (b, k)
+                for answer, values, indices in zip(
+                    readable, top.values.tolist(), top.indices.tolist(), strict=True
+                ):
+                    answer["predictions"] = [
+                        {"class": self.labels.classes[index], "probability": value}
+                        for value, index in zip(values, indices, strict=True)
+                    ]
+            yield from answers
+
+
+@dataclass(frozen=True)
+class SplitAccuracy:
+    """An evaluation of ``split``, and the files that were left out of it."""
+
+    split: str
+    classes: tuple[str, ...]
+    evaluation: Evaluation
+    skipped: tuple[SkippedImage, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.evaluation
+        return {
+            "split": self.split,
+            "images": sum(found.images),
+            "accuracy": found.accuracy,
+            "loss": found.loss,
+            "per_class": {
+                name: {"images": images, "accuracy": correct / images if images else None}
+                for name, images, correct in zip(self.classes, found.images, found.correct, strict=True)
+            },
+            "skipped": [{"image": str(image.path), "reason": image.reason} for image in self.skipped],
+        }
+
+
+def evaluate_run(
+    run: Path,
+    data: Path,
+    split: str,
+    *,
+    device: str | None = None,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+) -> SplitAccuracy:
+    """Accuracy of a run on the val or test split of ``data``; what has no val/ is split as in training.
+
+    Raises ValueError when the data has no such split or other classes, and as Classifier.load does.
+    """
+    classifier = Classifier.load(run, device)
+    labels = classifier.labels
+    splits = open_splits(data, val_fraction=labels.val_fraction, seed=labels.seed)
+    if splits.classes != labels.classes:
+        other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
+        raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
+    images = splits.test if split == "test" else splits.val
+    if images is None:
+        raise ValueError(f"{data} has no test/ folder; --split val is there")
+    checked = check_images(
+        images,
+        workers=workers,
+        preprocessing=labels.preprocessing.for_evaluation(),
+        keep_bytes=resident_budget(classifier.device),
+    )
+    batches = Batches(
+        checked,
+        labels.preprocessing.for_evaluation(),
+        batch_size,
+        train=False,
+        seed=0,
+        device=classifier.device,
+        workers=workers,
+    )
+    world = World(0, 1, classifier.device)
+    found = evaluate(classifier.model, batches, len(labels.classes), world, "fp32")
+    return SplitAccuracy(split, labels.classes, found, checked.skipped)
+
+
+def expand_images(arguments: Sequence[str]) -> list[Path]:
+    """Files as they are, folders as the images below them, patterns as their matches; ValueError for none."""
+    found: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            images = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()
+            )
+        elif path.exists() or not glob.has_magic(argument):
+            images = [path]  # a missing file is reported like any other that cannot be read
+        else:
+            images = [
+                Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()
+            ]
+        if not images:
+            raise ValueError(f"images is {argument!r}, where there are no images")
+        found += images
+    return found

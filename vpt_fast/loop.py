@@ -1,0 +1,553 @@
+"""The training loop, from the recipe to the run folder.
+
+:func:`train` reads top to bottom; the pieces it names follow in the order of their use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from vpt_fast.data import (
+    Batches,
+    CheckedImages,
+    Preprocessing,
+    Splits,
+    check_images,
+    open_splits,
+    resident_budget,
+)
+from vpt_fast.methods import Model, build_model
+from vpt_fast.model import LinearProbe
+from vpt_fast.plots import plot_curves
+from vpt_fast.recipe import Recipe
+from vpt_fast.report import Progress, checking_images, print_start
+from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, describe_data, environment
+from vpt_fast.world import World, join_world
+
+CHECK_EVERY = 16  # steps between looks at the loss: each look makes the CPU wait for a GPU
+FEATURE_BATCH = 64  # images in a forward pass when features are computed once
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a parameter stopped being a finite number."""
+
+
+class SavingFailed(OSError):
+    """The run folder could not be written; it holds the last good state."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
+
+    The last ``new_epochs`` rows are from this call.
+    """
+
+    path: Path
+    recipe: Recipe
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    new_epochs: int
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.metrics) == self.recipe.epochs
+
+
+def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: bool = False) -> TrainResult:
+    """Trains ``recipe`` in the run folder ``out``, going on from where an earlier call with it was stopped.
+
+    Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
+    first.
+
+    Raises:
+        ValueError: what was asked for cannot be had (RunError for the folder, DataError for the data).
+        TrainingDiverged: the loss is not finite; the folder keeps the last good state.
+        SavingFailed: the folder cannot be written any more; it keeps the last good state.
+    """
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(recipe.device))
+        console = console if console is not None and world.is_main else Console(quiet=True)
+
+        # What can be refused at once is refused before a folder is made or an image is read.
+        if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
+        splits = open_splits(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
+        recipe = recipe.resolved(
+            num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
+        )
+
+        # The run folder: a new one, or one that this very recipe began.
+        folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
+        begun = world.from_main(lambda: folder.clear() if fresh else folder.read())
+        if begun:
+            require_same_recipe(recipe, begun, folder)
+            if len(begun.metrics) == recipe.epochs:
+                return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0)
+
+        # Model and images.
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe, len(splits.classes)).to(world.device)
+        preprocessing = Preprocessing.for_model(
+            model.data_config,
+            model.image_size,
+            normalization=recipe.normalization,
+            augment=recipe.augment,
+            resize=recipe.resize,
+            interpolation=recipe.interpolation,
+        )
+        train_images, val_images = read_images(splits, preprocessing, recipe, world, console)
+        splits = replace(splits, train=train_images.images, val=val_images.images)
+        facts = describe_run(recipe, model, splits, world)
+        if begun:
+            require_same_inputs(facts, begun, folder)
+        train_batches: Source = make_batches(train_images, preprocessing, recipe, world, train=True)
+        val_batches: Source = make_batches(val_images, preprocessing, recipe, world, train=False)
+        skipped = (*train_images.skipped, *val_images.skipped)
+        print_start(console, recipe, model, splits, skipped, world, out, steps=len(train_batches))
+
+        # What is trained, and the network it is trained through: the head alone where its inputs stay.
+        optimizer, names = build_optimizer(recipe, model)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        network: nn.Module = model
+        feature_seconds = 0.0
+        if isinstance(model, LinearProbe) and caches_features(recipe, model, splits, world):
+            console.print("Computing the frozen features once.")
+            network = model.head
+            val_batches = FeatureBatches(model, val_images, preprocessing, recipe, world, train=False)
+            started = time.perf_counter()
+            train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
+            feature_seconds = time.perf_counter() - started
+        parallel = DistributedDataParallel(network) if world.size > 1 else network
+
+        # Begin, or go on after the last completed epoch.
+        rows: list[dict[str, Any]] = []
+        if begun and begun.checkpoint:
+            model.load_trainable_state_dict(begun.checkpoint.trainable)
+            load_optimizer(optimizer, names, begun.checkpoint.optimizer)
+            scaler.load_state_dict(begun.checkpoint.scaler)
+            rows = begun.metrics
+            console.print(f"Going on after epoch {len(rows)} of {recipe.epochs}.")
+        elif world.is_main:
+            with saving(folder, "the start of the run"):
+                folder.begin(recipe, facts)
+        done = len(rows)
+        labels = Labels(splits.classes, preprocessing, recipe.val_fraction, recipe.seed)
+        events = open_events(recipe, folder, world, done)
+
+        stop = stack.enter_context(stop_signals())
+        progress = stack.enter_context(Progress(console, recipe.epochs, len(train_batches), done=done))
+        for epoch in range(done, recipe.epochs):
+            lr = recipe.learning_rate(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            seed_epoch(recipe.seed, epoch, world.rank)
+            model.train()
+            started = time.perf_counter()
+            totals = train_epoch(
+                epoch, parallel, train_batches, recipe, optimizer, scaler, world, stop, progress
+            )
+            if totals is None:  # asked to stop: what this epoch had done is dropped
+                break
+            seconds = time.perf_counter() - started + feature_seconds
+            feature_seconds = 0.0
+
+            validation = evaluate(network, val_batches, len(splits.classes), world, recipe.precision)
+            require_finite_state(model, epoch, validation.loss)
+            row = {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": totals.loss / totals.images,
+                "train_accuracy": totals.hits / totals.images,
+                "val_loss": validation.loss,
+                "val_accuracy": validation.accuracy,
+                "images_per_second": totals.images / seconds,
+                "seconds": seconds,
+            }
+            rows.append(row)
+            if world.is_main:
+                state = Checkpoint(
+                    epochs_done=len(rows),
+                    trainable=model.trainable_state_dict(),
+                    optimizer=optimizer_tensors(optimizer, names),
+                    scaler=scaler.state_dict(),
+                )
+                with saving(folder, f"epoch {epoch + 1}"):
+                    folder.save_epoch(rows, state)
+                    folder.save_prompts(model, labels)
+            if events is not None:
+                for name in row.keys() - {"epoch", "seconds"}:
+                    events.add_scalar(name, row[name], epoch)
+            progress.end_epoch(row)
+
+        if events is not None:
+            events.close()
+        if rows and world.is_main:
+            with saving(folder, "the curves"):
+                plot_curves(rows, folder.curves)
+        return TrainResult(out, recipe, facts, rows, len(rows) - done)
+
+
+def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
+    """Raises RunError when the folder's run was begun with settings that give other results."""
+    if differences := recipe.differences(begun.recipe):
+        listed = ", ".join(
+            f"{name} ({theirs} there, {ours} now)" for name, (ours, theirs) in differences.items()
+        )
+        raise RunError(
+            f"{folder.path} holds a run with other settings: {listed}; "
+            "choose another --out, or --fresh to start over there"
+        )
+
+
+def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
+    """Raises RunError when backbone, images or processes are not those that the run was begun with."""
+    checks = (
+        ("the backbone's weights", lambda of: of["backbone"]["fingerprint"]),
+        ("the images", lambda of: of["data"]["digest"]),
+        ("the number of processes", lambda of: of["processes"]),
+    )
+    changed = [what for what, get in checks if get(facts) != get(begun.facts)]
+    if changed:
+        raise RunError(
+            f"{folder.path} holds a run that cannot go on: {' and '.join(changed)} changed since it began; "
+            "choose another --out, or --fresh to start over there"
+        )
+
+
+def read_images(
+    splits: Splits, preprocessing: Preprocessing, recipe: Recipe, world: World, console: Console
+) -> tuple[CheckedImages, CheckedImages]:
+    """The images of train and val that can be decoded; where they are few, decoded."""
+    budget = resident_budget(world.device)
+    with checking_images(console, len(splits.train) + len(splits.val)) as advance:
+        train, val = (
+            check_images(
+                images,
+                workers=recipe.workers,
+                preprocessing=preprocessing if images is splits.train else preprocessing.for_evaluation(),
+                keep_bytes=budget,
+                progress=advance,
+            )
+            for images in (splits.train, splits.val)
+        )
+    return train, val
+
+
+def make_batches(
+    images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World, *, train: bool
+) -> Batches:
+    """This process's share of the recipe's batches."""
+    assert recipe.batch_size is not None, "resolve the recipe first"
+    return Batches(
+        images,
+        preprocessing if train else preprocessing.for_evaluation(),
+        recipe.batch_size // world.size,
+        train=train,
+        seed=recipe.seed,
+        device=world.device,
+        workers=recipe.workers,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def describe_run(recipe: Recipe, model: Model, splits: Splits, world: World) -> dict[str, Any]:
+    """What run.json says: what the results depend on beside the recipe."""
+    return {
+        **environment(world.device),
+        "processes": world.size,
+        "backbone": {"name": recipe.backbone, "fingerprint": model.config.backbone.fingerprint},
+        "parameters": {"trained": model.num_trainable_parameters, "backbone": model.num_backbone_parameters},
+        "data": describe_data(Path(recipe.data).expanduser(), splits),
+    }
+
+
+class Source(Protocol):
+    """Where a network's inputs come from: images, or features of them."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
+
+
+def caches_features(recipe: Recipe, model: LinearProbe, splits: Splits, world: World) -> bool:
+    """Whether the head's inputs are the same in every epoch, and few enough to be kept."""
+    num_bytes = 4 * model.embed_dim * (len(splits.train) + len(splits.val))
+    return recipe.augment == "none" and num_bytes <= resident_budget(world.device)
+
+
+class FeatureBatches:
+    """What make_batches gives, with features (b, d) in place of images: all computed once by each process."""
+
+    def __init__(
+        self,
+        model: LinearProbe,
+        images: CheckedImages,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        world: World,
+        *,
+        train: bool,
+    ) -> None:
+        self.batches = make_batches(images, preprocessing, recipe, world, train=train)
+        in_order = Batches(
+            images,
+            preprocessing,
+            FEATURE_BATCH,
+            train=False,
+            seed=recipe.seed,
+            device=world.device,
+            workers=recipe.workers,
+        )
+        with autocast(recipe.precision, world.device):
+            found = [(model.features(x).to(model.head.weight.dtype), y) for x, y in in_order.epoch(0)]
+        self.features = torch.cat([features for features, _ in found])  # (n, d)
+        self.labels = torch.cat([labels for _, labels in found])  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = self.batches.indices(epoch).to(self.features.device)
+        for chunk in order.split(self.batches.batch_size):
+            yield self.features[chunk], self.labels[chunk]
+
+
+def build_optimizer(recipe: Recipe, model: Model) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer and the names of its parameters in its order; the head's bias has no weight decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [name for name in trained if name != "head.bias"]
+    groups = [
+        {"params": [trained[name] for name in decayed], "weight_decay": recipe.weight_decay},
+        {"params": [trained["head.bias"]], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0), [*decayed, "head.bias"]
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum), [*decayed, "head.bias"]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as "slot/parameter name" to tensor."""
+    state = optimizer.state_dict()["state"]  # index: {slot: tensor or None}
+    return {
+        f"{slot}/{names[index]}": value
+        for index, slots in state.items()
+        for slot, value in slots.items()
+        if value is not None
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Undoes :func:`optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        slot, _, name = key.partition("/")
+        state.setdefault(names.index(name), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seeds the generators that prompt dropout draws from: an epoch's draws depend on these three alone."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield stop
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over an epoch's images, of all processes."""
+
+    loss: float
+    hits: float
+    images: float
+
+
+def train_epoch(
+    epoch: int,
+    network: nn.Module,
+    batches: Source,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    world: World,
+    stop: threading.Event,
+    progress: Progress,
+) -> Totals | None:
+    """One pass over the training images; None when it was asked to stop on the way.
+
+    Raises TrainingDiverged at the first step whose loss is not finite, found at most CHECK_EVERY steps later.
+    """
+    progress.begin_epoch(epoch)
+    losses = torch.zeros(len(batches), device=world.device)  # (steps,), each summed over the step's images
+    hits = torch.zeros((), device=world.device)
+    num_images = 0
+    for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
+        # inputs (b, 3, H, W), or features (b, d); labels (b,): this process's share of the batch
+        losses[step], step_hits = train_step(network, inputs, labels, recipe, optimizer, scaler)
+        hits += step_hits
+        num_images += len(labels)
+        progress.step(len(labels) * world.size)
+        is_check = (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches)
+        if is_check:
+            seen = world.sum(losses[: step + 1])
+            if bad := (~torch.isfinite(seen)).nonzero().flatten().tolist():
+                lr = optimizer.param_groups[0]["lr"]
+                raise TrainingDiverged(
+                    f"the loss is {seen[bad[0]].item()} in epoch {epoch + 1} of {recipe.epochs}, "
+                    f"step {bad[0] + 1} of {len(batches)}, at a learning rate of {lr:g}"
+                )
+        # One process can stop after any step; several have to agree on one.
+        if (is_check or world.size == 1) and world.any(stop.is_set()):
+            return None
+    totals = world.sum(torch.stack([losses.sum(), hits, torch.full_like(hits, num_images)]))
+    return Totals(*totals.tolist())
+
+
+def train_step(
+    network: nn.Module,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step; returns the loss summed over the images, and how many were right, both ()."""
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), device=inputs.device)
+    hits = torch.zeros((), device=inputs.device)
+    parts = list(zip(inputs.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+    for i, (x, y) in enumerate(parts):  # x (b / accumulate, ...), y (b / accumulate,)
+        with exchange(network, now=i == len(parts) - 1):
+            with autocast(recipe.precision, inputs.device):
+                logits = network(x).float()  # (b / accumulate, classes)
+            loss = cross_entropy(logits, y, label_smoothing=recipe.label_smoothing, reduction="sum")  # ()
+            scaler.scale(loss / len(labels)).backward()
+        loss_sum += loss.detach()
+        hits += (logits.detach().argmax(1) == y).sum()
+    if recipe.clip_grad_norm is not None:
+        scaler.unscale_(optimizer)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return loss_sum, hits
+
+
+def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
+    """Has processes average their gradients in this backward pass, or leaves them for a later one to add to.
+
+    An average is right since all processes' shares of a batch are equally large.
+    """
+    if isinstance(network, DistributedDataParallel) and not now:
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
+def autocast(precision: str | None, device: torch.device) -> torch.autocast:
+    dtype = AUTOCAST[precision or "fp32"]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross entropy, and counts per class in the order of the classes."""
+
+    loss: float
+    correct: tuple[int, ...]
+    images: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / sum(self.images)
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, batches: Source, num_classes: int, world: World, precision: str
+) -> Evaluation:
+    """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode."""
+    network.eval()
+    loss = torch.zeros(1, device=world.device)
+    correct = torch.zeros(num_classes, device=world.device)
+    images = torch.zeros(num_classes, device=world.device)
+    for inputs, labels in batches.epoch(0):  # (b, 3, H, W) or (b, d); (b,)
+        with autocast(precision, world.device):
+            logits = network(inputs).float()  # (b, classes)
+        loss += cross_entropy(logits, labels, reduction="sum")
+        images += torch.bincount(labels, minlength=num_classes)
+        correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
+    sums = world.sum(torch.cat([loss, correct, images])).tolist()
+    counts = [int(count) for count in sums[1:]]
+    return Evaluation(
+        sums[0] / sum(counts[num_classes:]), tuple(counts[:num_classes]), tuple(counts[num_classes:])
+    )
+
+
+def require_finite_state(model: Model, epoch: int, val_loss: float) -> None:
+    """Raises TrainingDiverged when what is about to be saved is not good."""
+    broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
+    if broken or not math.isfinite(val_loss):
+        what = f"{', '.join(broken)} not finite" if broken else f"the validation loss is {val_loss}"
+        raise TrainingDiverged(f"{what} after the last step of epoch {epoch + 1}")
+
+
+@contextlib.contextmanager
+def saving(folder: RunFolder, what: str) -> Iterator[None]:
+    """Turns what goes wrong while ``what`` is written into SavingFailed."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SavingFailed(
+            f"{what} could not be saved in {folder.path}: {reason}; what was saved before is still there, "
+            "and the same command goes on from it"
+        ) from error
+
+
+def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
+    """A TensorBoard writer, None where none is wanted."""
+    if not recipe.tensorboard or not world.is_main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+    return SummaryWriter(str(folder.tensorboard), purge_step=epochs_done)

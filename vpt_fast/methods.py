@@ -1,0 +1,25 @@
+"""The ways to tune: method name to model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vpt_fast.model import LinearProbe, PromptedViT
+from vpt_fast.recipe import PROMPT_KNOBS, Recipe
+
+Model = PromptedViT | LinearProbe
+
+
+def build_model(recipe: Recipe, num_classes: int) -> Model:
+    """The model that a resolved recipe trains; what is random in it comes from torch's default generator."""
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("pool", "backend", "pretrained")}
+    settings["dtype"] = getattr(torch, recipe.dtype) if recipe.dtype else None
+    settings |= recipe.backbone_arg
+    if recipe.method == "linear":
+        return LinearProbe(recipe.backbone, num_classes, **settings)
+    settings |= {name: getattr(recipe, name) for name in PROMPT_KNOBS}
+    return PromptedViT(
+        recipe.backbone, num_classes, prompt_type=recipe.method.removeprefix("vpt-"), **settings
+    )

@@ -1,0 +1,378 @@
+"""The standard recipe of Visual Prompt Tuning as one dataclass; its fields are the YAML keys and the flags.
+
+Defaults follow the public code of Jia et al., "Visual Prompt Tuning", ECCV 2022 (KMnP/vpt): SGD with
+momentum, 100 epochs of which 10 warm up, a cosine after that, the learning rate set once per epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Method = Literal["vpt-deep", "vpt-shallow", "linear"]
+
+REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
+NUM_PROMPTS = 10  # the length most VTAB-1k tasks chose for VPT-Deep
+PROMPT_KNOBS = (
+    "num_prompts",
+    "prompt_layers",
+    "after_prompts",
+    "prompt_location",
+    "prompt_shared",
+    "prompt_project",
+    "prompt_dropout",
+    "prompt_dropout_per",
+)
+
+
+def _knob(
+    default: Any,
+    help: str,
+    panel: str,
+    *,
+    shown: str | None = None,
+    metavar: str | None = None,
+    result: bool = True,
+) -> Any:
+    """A field and what the command line says about it.
+
+    ``shown`` describes a default that depends on other knobs; ``result=False`` marks what may change between
+    the sessions of one run because no result depends on it.
+    """
+    metadata = {"help": help, "panel": panel, "shown": shown, "metavar": metavar, "result": result}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+REQUIRED = dataclasses.MISSING
+DATA, MODEL, PROMPTS, OPTIMISATION, RUN = "Data", "Model", "Prompts", "Optimisation", "Run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a training run is told; None means "by the recipe's rule", which :meth:`resolved` fills in.
+
+    Raises ValueError when a value is out of range, naming the field.
+    """
+
+    data: str = _knob(
+        REQUIRED,
+        "Folder of class folders, or of train/, val/ (and test/) that hold them.",
+        DATA,
+        result=False,
+    )
+    val_fraction: float = _knob(
+        0.2, "Share of each class held out for validation where there is no val/.", DATA
+    )
+    normalization: Literal["backbone", "imagenet", "inception", "none"] = _knob(
+        "backbone", "Mean and standard deviation of the images.", DATA
+    )
+    augment: Literal["none", "flip", "crop_flip"] = _knob(
+        "none", "Augmentation of the training images.", DATA
+    )
+    resize: Literal["squash", "shortest"] | None = _knob(
+        None,
+        "Resize to the exact size, or to cover it with the shape kept and crop.",
+        DATA,
+        shown="squash; shortest with --augment crop_flip",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = _knob(
+        None, "Filter that resizes.", DATA, shown="the backbone's own"
+    )
+    workers: int = _knob(0, "Processes that decode images.", DATA, result=False)
+
+    backbone: str = _knob(
+        REQUIRED, "timm name of the Vision Transformer to keep frozen, or vpt_fast_demo.", MODEL
+    )
+    method: Method = _knob("vpt-deep", "What is trained, besides the linear head.", MODEL)
+    pretrained: bool = _knob(True, "Load the backbone's pre-trained weights.", MODEL)
+    backbone_arg: dict[str, Any] = _knob(
+        {},
+        "Keyword argument for timm's create_model, such as img_size=384; may be repeated.",
+        MODEL,
+        shown="none",
+        metavar="KEY=VALUE",
+    )
+    pool: Literal["cls", "image", "prompts", "image_and_prompts"] | None = _knob(
+        None, "Output tokens whose mean the head reads.", MODEL, shown="the backbone's own"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = _knob(
+        None, "Data type of the frozen weights.", MODEL, shown="the backbone's own"
+    )
+    backend: Literal["auto", "torch", "triton"] = _knob("auto", "Implementation of the frozen blocks.", MODEL)
+
+    num_prompts: int | None = _knob(
+        None,
+        "Prompts per prompted block (pixels of border for --prompt-location pad).",
+        PROMPTS,
+        shown=f"{NUM_PROMPTS}; derived for add and add-1",
+    )
+    prompt_layers: int | list[int] | None = _knob(
+        None,
+        "Blocks with prompts of their own (vpt-deep): K the first K, -K the last K, I,J,... these indices.",
+        PROMPTS,
+        shown="all",
+        metavar="K|-K|I,J,...",
+    )
+    after_prompts: Literal["flow", "drop"] = _knob(
+        "flow",
+        "After the last prompted block the prompts' outputs flow on as tokens, or are dropped.",
+        PROMPTS,
+    )
+    prompt_location: Literal["prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel"] = _knob(
+        "prepend", "Where prompts enter (the paper's Fig. 5).", PROMPTS
+    )
+    prompt_shared: bool = _knob(False, "One set of prompts for all prompted blocks.", PROMPTS)
+    prompt_project: int | None = _knob(
+        None,
+        "Prompts live in this many dimensions and a trained linear layer lifts them.",
+        PROMPTS,
+        shown="off",
+    )
+    prompt_dropout: float | None = _knob(
+        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for vpt-deep, 0 for vpt-shallow"
+    )
+    prompt_dropout_per: Literal["image", "batch"] = _knob(
+        "image", "One dropout mask for each image, or one for the whole batch.", PROMPTS
+    )
+
+    epochs: int = _knob(100, "Passes over the training images.", OPTIMISATION)
+    warmup_epochs: int | None = _knob(
+        None,
+        "Epochs of linear warm-up; the first of them has a learning rate of 0.",
+        OPTIMISATION,
+        shown="a tenth of the epochs, at most 10",
+    )
+    base_lr: float = _knob(5.0, "Learning rate for a batch of 256; scaled by batch / 256.", OPTIMISATION)
+    batch_size: int | None = _knob(
+        None,
+        "Images per optimizer step, over all processes.",
+        OPTIMISATION,
+        shown="64 from 100 prompts on, else 128; 2048 for linear; at most the training set",
+    )
+    accumulate: int = _knob(
+        1, "Parts a batch is split into to save memory; the gradient is the same.", OPTIMISATION
+    )
+    optimizer: Literal["sgd", "adamw"] = _knob("sgd", "Optimizer.", OPTIMISATION)
+    momentum: float = _knob(0.9, "Momentum of SGD.", OPTIMISATION)
+    weight_decay: float = _knob(1e-4, "Weight decay; the head's bias has none.", OPTIMISATION)
+    label_smoothing: float = _knob(0.0, "Label smoothing of the cross entropy.", OPTIMISATION)
+    clip_grad_norm: float | None = _knob(None, "Largest norm of the gradient.", OPTIMISATION, shown="off")
+    precision: Literal["fp32", "bf16", "fp16"] | None = _knob(
+        None, "Autocast precision; fp16 scales the loss.", OPTIMISATION, shown="bf16 on CUDA, fp32 on a CPU"
+    )
+    seed: int = _knob(
+        42, "Seed of the split, the initialisation, the order of images and the dropout.", OPTIMISATION
+    )
+
+    device: str | None = _knob(
+        None, "Such as cpu or cuda:0.", RUN, shown="CUDA where there is a GPU", result=False
+    )
+    tensorboard: bool = _knob(False, "Write TensorBoard events too.", RUN, result=False)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Recipe)
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        for name, low in (
+            ("num_prompts", 1),
+            ("prompt_project", 1),
+            ("epochs", 1),
+            ("warmup_epochs", 0),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("workers", 0),
+            ("seed", 0),
+        ):
+            self._require(name, lambda v, low=low: v >= low, f"at least {low}")
+        for name in ("prompt_dropout", "momentum", "label_smoothing"):
+            self._require(name, lambda v: 0 <= v < 1, "in [0, 1)")
+        for name in ("base_lr", "clip_grad_norm"):
+            self._require(name, lambda v: 0 < v < math.inf, "positive and finite")
+        self._require("weight_decay", lambda v: 0 <= v < math.inf, "at least 0 and finite")
+        self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
+            )
+        if self.method == "linear":
+            self._reject_prompt_knobs()
+        if self.method == "vpt-shallow" and self.prompt_layers is not None:
+            raise ValueError(
+                "prompt_layers only applies to method vpt-deep; vpt-shallow has prompts in one place"
+            )
+
+    def _require(self, name: str, holds: Any, wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+    def _reject_prompt_knobs(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        given = [name for name in PROMPT_KNOBS if getattr(self, name) != defaults[name]]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: method linear has no prompts; leave it out or choose a vpt method"
+            )
+
+    def resolved(self, *, num_train_images: int, device_type: str, world_size: int = 1) -> Recipe:
+        """This recipe with the rules that depend on method, data and device applied: what is really run.
+
+        Raises ValueError when ``world_size`` processes cannot share a batch evenly.
+        """
+        changes: dict[str, Any] = {}
+        num_prompts = self.num_prompts
+        if self.method != "linear":
+            if num_prompts is None and self.prompt_location not in ("add", "add-1"):
+                num_prompts = changes["num_prompts"] = NUM_PROMPTS
+            if self.prompt_dropout is None:
+                changes["prompt_dropout"] = 0.1 if self.method == "vpt-deep" else 0.0
+        if self.warmup_epochs is None:
+            changes["warmup_epochs"] = min(10, self.epochs // 10)
+        batch_size = self.batch_size
+        if batch_size is None:
+            batch_size = 2048 if self.method == "linear" else 64 if (num_prompts or 0) >= 100 else 128
+        if batch_size > num_train_images:
+            batch_size = max(num_train_images // world_size, 1) * world_size
+        if batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}; {world_size} processes cannot share it evenly")
+        changes["batch_size"] = batch_size
+        if self.precision is None:
+            changes["precision"] = "bf16" if device_type == "cuda" else "fp32"
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate of a resolved recipe where warm-up ends."""
+        assert self.batch_size is not None, "resolve the recipe first"
+        return self.base_lr * self.batch_size / REFERENCE_BATCH
+
+    def learning_rate(self, epoch: int) -> float:
+        """Learning rate of a resolved recipe in ``epoch`` (counted from 0)."""
+        assert self.warmup_epochs is not None, "resolve the recipe first"
+        return self.peak_lr * lr_factor(epoch, warmup_epochs=self.warmup_epochs, epochs=self.epochs)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Raises ValueError for an unknown, a missing or a badly typed key."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=3)
+                hint = f"; close names: {', '.join(near)}" if near else ""
+                raise ValueError(f"unknown setting {key!r}{hint}")
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and values.get(name) is None:
+                raise ValueError(
+                    f"{name} is not given; it is a flag (--{name}) and a key of the configuration file"
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        """The recipe in a YAML file; raises ValueError when it cannot be used."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Settings that change results and differ: name to (this value, the other's)."""
+        return {
+            field.name: (getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+            if field.metadata["result"] and getattr(self, field.name) != getattr(other, field.name)
+        }
+
+
+def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int) -> float:
+    """Share of the peak learning rate in ``epoch``: epoch / warmup_epochs, then half a cosine towards 0."""
+    if epoch < warmup_epochs:
+        return epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ValueError when there is none."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"configuration file {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration file {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"configuration file {path} holds no mapping of settings")
+    return values
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the field's type, text parsed (to YAML "1e-4" is text); ValueError for what is not."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    if name == "prompt_layers":
+        return _prompt_layers(value)
+    kind = next(option for option in options if option is not type(None))
+    if name == "backbone_arg":
+        return _backbone_arg(value)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isnan(number) and (kind is float or number.is_integer()):
+            return kind(number)
+    raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
+
+
+def _prompt_layers(value: Any) -> int | list[int]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, int) and not isinstance(parts, bool):
+        return parts
+    try:
+        indices = [int(part) for part in parts if str(part).strip()]
+    except (TypeError, ValueError):
+        indices = []
+    if not indices:
+        raise ValueError(
+            f"prompt_layers is {value!r}; it must be K, -K or a list of block indices such as 0,2,5"
+        )
+    return indices[0] if isinstance(value, str) and "," not in value else indices
+
+
+def _backbone_arg(value: Any) -> dict[str, Any]:
+    """A mapping, or KEY=VALUE texts whose values are read as YAML (img_size=384, global_pool=avg)."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    arguments: dict[str, Any] = {}
+    for text in value:
+        key, equals, content = str(text).partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"backbone_arg is {text!r}; it must be KEY=VALUE")
+        arguments[key] = yaml.safe_load(content)
+    return arguments

@@ -1,0 +1,173 @@
+"""What training tells the person who started it."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from vpt_fast.data import SkippedImage, Splits
+from vpt_fast.methods import Model
+from vpt_fast.recipe import Recipe
+from vpt_fast.world import World
+
+NAMES_SHOWN = 10
+
+
+def print_start(
+    console: Console,
+    recipe: Recipe,
+    model: Model,
+    splits: Splits,
+    skipped: Sequence[SkippedImage],
+    world: World,
+    out: Path,
+    steps: int,
+) -> None:
+    """What will be trained, on what data, at what cost, where; skipped files by name."""
+    trained, backbone = model.num_trainable_parameters, model.num_backbone_parameters
+    batch = recipe.batch_size or 0
+    memory = model.estimate_training_bytes(-(-batch // (world.size * recipe.accumulate)))
+    expected = memory["weights"] + memory["kept"] + memory["workspace"]
+    free = free_bytes(world.device)
+    processes = f" in {world.size} processes" if world.size > 1 else ""
+    parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+    test = f", test {len(splits.test):,}" if splits.test else ""
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("backbone", f"{recipe.backbone}, frozen: {backbone:,} parameters")
+    table.add_row(
+        "method", f"{recipe.method}: trains {trained:,} parameters ({trained / backbone:.2%} of the backbone)"
+    )
+    table.add_row(
+        "data",
+        f"{recipe.data}: {len(splits.classes)} classes, train {len(splits.train):,}, "
+        f"val {len(splits.val):,}{test} images",
+    )
+    table.add_row(
+        "schedule",
+        f"{recipe.epochs} epochs of {steps} steps, batch {batch}{parts}, "
+        f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
+    )
+    table.add_row("device", f"{device_name(world.device)}{processes}")
+    table.add_row(
+        "memory", f"{gigabytes(expected)} expected{'' if free is None else f', {gigabytes(free)} free'}"
+    )
+    table.add_row("run folder", str(out))
+    console.print(table, highlight=False)
+    if free is not None and expected > free:
+        console.print("[yellow]More memory is expected than is free: --accumulate splits a batch.[/]")
+    if skipped:
+        console.print(f"[yellow]{len(skipped)} images cannot be read and are left out:[/]")
+        for image in skipped[:NAMES_SHOWN]:
+            console.print(f"  {image.path}: {image.reason}", highlight=False, markup=False)
+        if len(skipped) > NAMES_SHOWN:
+            console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
+
+
+@contextlib.contextmanager
+def checking_images(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar for check_images, which calls what this yields; several lists may be gone through."""
+    with Bars(
+        TextColumn("checking images"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        task = bars.add_task("", total=total)
+        yield lambda done, of: bars.advance(task)
+
+
+class Progress:
+    """A bar for the epoch at hand on a terminal, and a line for every epoch."""
+
+    def __init__(self, console: Console, epochs: int, steps: int, *, done: int) -> None:
+        self._console = console
+        self._epochs = epochs
+        self._steps = steps
+        self._bars = Bars(
+            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
+            BarColumn(),
+            TextColumn("{task.fields[step]}/" + f"{steps} steps"),
+            TextColumn("{task.fields[rate]:,.0f} images/s"),
+            TextColumn("{task.fields[memory]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        # One task over all epochs: its time left is the run's.
+        self._task = self._bars.add_task(
+            "", total=(epochs - done) * steps, epoch=done + 1, step=0, rate=0.0, memory=""
+        )
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def begin_epoch(self, epoch: int) -> None:
+        self._step = 0
+        self._images = 0
+        self._started = time.perf_counter()
+        self._bars.update(self._task, epoch=epoch + 1, step=0)
+
+    def step(self, images: int) -> None:
+        self._step += 1
+        self._images += images
+        rate = self._images / (time.perf_counter() - self._started)
+        self._bars.update(self._task, advance=1, step=self._step, rate=rate, memory=gigabytes(peak_bytes()))
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        width = len(str(self._epochs))
+        self._console.print(
+            f"epoch {row['epoch'] + 1:{width}}/{self._epochs}  lr {row['lr']:<8.4g} "
+            f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}  "
+            f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%}  "
+            f"{row['images_per_second']:,.0f} images/s",
+            highlight=False,
+        )
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def peak_bytes() -> int:
+    """Most memory held so far: by torch on the GPU where one is used, else by this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # in kilobytes everywhere else
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on ``device``, None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

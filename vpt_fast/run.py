@@ -1,0 +1,255 @@
+"""The run folder: what a training run leaves behind, and what it goes on from.
+
+    config.yaml              the resolved recipe
+    run.json                 versions, device, backbone, data
+    metrics.jsonl            one line per epoch
+    curves.png
+    prompts/                 prompts and head (save_pretrained), class names and preprocessing: all that is
+                             needed to classify images
+    checkpoint.safetensors   prompts, head and optimizer after the last completed epoch
+
+Every file is replaced whole or not at all, so an interruption or a full disk leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from vpt_fast.data import ImageList, Preprocessing, Splits
+from vpt_fast.files import replacing
+from vpt_fast.methods import Model
+from vpt_fast.recipe import Recipe
+
+CHECKPOINT_FORMAT = "1"
+LABELS_FILE = "labels.json"
+
+
+class RunError(ValueError):
+    """The run folder cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training needs to go on: the state after ``epochs_done`` epochs.
+
+    No generator state is kept: each epoch seeds its own from (seed, epoch, rank).
+    """
+
+    epochs_done: int
+    trainable: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]  # "slot/parameter name"
+    scaler: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What turns a saved model into a classifier of image files, saved beside its prompts."""
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    val_fraction: float
+    seed: int
+
+    def to_json(self) -> str:
+        return _json(
+            {
+                "classes": list(self.classes),
+                "preprocessing": self.preprocessing.to_dict(),
+                "split": {"val_fraction": self.val_fraction, "seed": self.seed},
+            }
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Labels:
+        """Raises RunError when ``folder`` holds none."""
+        path = folder / LABELS_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                tuple(values["classes"]),
+                Preprocessing.from_dict(values["preprocessing"]),
+                values["split"]["val_fraction"],
+                values["split"]["seed"],
+            )
+        except FileNotFoundError:
+            raise RunError(
+                f"{folder} is neither a run folder nor its prompts folder ({path} is missing)"
+            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{path} cannot be read: {error!r}") from None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that a folder holds: its resolved recipe, run.json, and what it has come to."""
+
+    recipe: Recipe
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]  # one row per epoch of the checkpoint
+    checkpoint: Checkpoint | None
+
+
+class RunFolder:
+    """Paths, reading and writing; :meth:`locked` is how training gets one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.facts = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.curves = path / "curves.png"
+        self.prompts = path / "prompts"
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: Path) -> Iterator[RunFolder]:
+        """Makes the folder and keeps every other process out of it; RunError where that cannot be."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / ".lock", "w")
+        except OSError as error:
+            raise RunError(f"out is {path}, which cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is training in {path}; wait for it or choose another --out"
+                ) from None
+            folder = cls(path)
+            try:
+                yield folder
+            finally:
+                if os.listdir(path) == [".lock"]:  # nothing came of it: leave no empty folder behind
+                    (path / ".lock").unlink()
+                    path.rmdir()
+
+    def clear(self) -> None:
+        """Removes an earlier run, and nothing else that the folder may hold."""
+        for path in (self.config, self.facts, self.metrics, self.curves, self.checkpoint):
+            path.unlink(missing_ok=True)
+        for path in (self.prompts, self.tensorboard):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def read(self) -> Begun | None:
+        """The run in this folder, None where there is none; RunError for a broken file."""
+        if not self.config.exists():
+            return None
+        checkpoint = self.read_checkpoint()
+        rows = []
+        if checkpoint is not None:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines][: checkpoint.epochs_done]
+        facts = json.loads(self.facts.read_text(encoding="utf-8"))
+        return Begun(Recipe.from_yaml(self.config), facts, rows, checkpoint)
+
+    def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+        """Writes what stays the same for the whole run; config.yaml last: it says that there is one."""
+        write(self.facts, _json(facts).encode())
+        write(self.config, recipe.to_yaml().encode())
+
+    def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+        """Metrics first: rows past the checkpoint are dropped when a run goes on; missing ones were lost."""
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write(self.metrics, lines.encode())
+        tensors = {f"trainable/{name}": tensor for name, tensor in checkpoint.trainable.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = {
+            "format": CHECKPOINT_FORMAT,
+            "epochs_done": str(checkpoint.epochs_done),
+            "scaler": json.dumps(checkpoint.scaler),
+        }
+        write(self.checkpoint, safetensors.torch.save(tensors, header))
+
+    def save_prompts(self, model: Model, labels: Labels) -> None:
+        model.save_pretrained(self.prompts)
+        write(self.prompts / LABELS_FILE, labels.to_json().encode())
+
+    def read_checkpoint(self) -> Checkpoint | None:
+        """The state after the last completed epoch, None before the first; RunError for a broken file."""
+        if not self.checkpoint.exists():
+            return None
+        try:
+            with safetensors.safe_open(self.checkpoint, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise RunError(f"{self.checkpoint} cannot be read: {error}") from None
+        if header.get("format") != CHECKPOINT_FORMAT:
+            raise RunError(f"{self.checkpoint} has format {header.get('format')}, not {CHECKPOINT_FORMAT}")
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        return Checkpoint(
+            int(header["epochs_done"]), part("trainable/"), part("optimizer/"), json.loads(header["scaler"])
+        )
+
+
+def default_run_folder(recipe: Recipe) -> Path:
+    """runs/<data>-<backbone>-<method>, the same for the same command."""
+    data = Path(recipe.data).resolve().name
+    backbone = recipe.backbone.replace("/", "_").replace(":", "_")
+    return Path("runs") / f"{data}-{backbone}-{recipe.method}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, for run.json."""
+    packages = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"versions": versions, "device": {"type": device.type, "name": name}}
+
+
+def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
+    """Counts, classes and a digest of which image is in which split and class, for run.json."""
+    digest = hashlib.sha256()
+    for images in (splits.train, splits.val):
+        for path, label in zip(images.paths, images.labels, strict=True):
+            digest.update(f"{os.path.relpath(path, root)}\0{images.classes[label]}\0".encode())
+        digest.update(b"\0")
+    return {
+        "classes": list(splits.classes),
+        "train": _counts(splits.train),
+        "val": _counts(splits.val),
+        "digest": digest.hexdigest(),
+    }
+
+
+def _counts(images: ImageList) -> dict[str, Any]:
+    per_class = [0] * len(images.classes)
+    for label in images.labels:
+        per_class[label] += 1
+    return {"images": len(images), "per_class": per_class}
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replaces ``path`` whole or not at all; raises OSError, for a full disk too."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

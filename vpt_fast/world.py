@@ -1,0 +1,96 @@
+"""The processes that train together: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's ``tensor``, on all of them."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the main process, on all; its ValueError or OSError likewise."""
+        if self.size == 1:
+            return function()
+        answer: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.is_main:
+            try:
+                answer[0] = (function(), None)
+            except (ValueError, OSError) as error:
+                answer[0] = (None, error)
+        dist.broadcast_object_list(answer, src=0)
+        value, raised = answer[0]
+        if raised is not None:
+            raise raised
+        return value  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def join_world(device: str | None) -> Iterator[World]:
+    """Joins torchrun's processes where it started this one; ``device`` None takes a GPU where there is one.
+
+    Raises ValueError for a device that torch does not know or this machine does not have.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = find_device(device, local_rank)
+    if not dist.is_torchelastic_launched():
+        yield World(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def find_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; None is this process's GPU where there is one, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device is {name!r}; it must be one that torch knows, such as cpu or cuda:0"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; only cpu and cuda are supported")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device is {name!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
+        return torch.device("cuda", index)
+    return device
