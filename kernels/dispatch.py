@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import reference as prompted_attention
@@ -55,6 +54,6 @@ def get_ops(backend: str) -> Ops:
         raise ValueError(f"backend: got {backend!r}, want one of {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
         raise NotImplementedError(
-            "backend='triton': this version of vpt_fast has no Triton kernels; use backend='torch' (or 'auto')"
+            "backend='triton': this version of vpt_fast has no Triton kernels; want 'torch' or 'auto'"
         )
     return TORCH_OPS

@@ -1,7 +1,7 @@
 """The dead work is really not done: operations counted, and bytes kept for backward, against closed forms.
 
 Each case lists, block by block, what there is to do; the forms below say what that costs. B images, N tokens
-in the block's input, m prompts that enter it anew, R rows that are read (of the tokens, and of those prompts).
+in the block's input, m prompts that enter it anew, R rows that are read, of the tokens and of those prompts.
 """
 
 from __future__ import annotations

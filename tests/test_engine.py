@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import tiny_vit
 from torch.nn import functional as F
+from vpt_fast.kernels import get_ops
+from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
-from vpt_fast.kernels import get_ops
-from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 OPS = get_ops("torch")
 
@@ -26,7 +26,8 @@ class TestNormalize:
     @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 7), (3, 197, 64)], ids=str)
     def test_equals_pytorch(self, kind: str, shape: tuple[int, ...]) -> None:
         x = random(*shape).requires_grad_()
-        expected = F.layer_norm(x, shape[-1:], eps=1e-6) if kind == "layer" else F.rms_norm(x, shape[-1:], eps=1e-6)
+        norm = F.layer_norm if kind == "layer" else F.rms_norm
+        expected = norm(x, shape[-1:], eps=1e-6)
         grad = random(*shape, seed=1)
         (expected_grad,) = torch.autograd.grad(expected, x, grad)
         x_hat, rstd = OPS.normalize(x.detach(), 1e-6, kind, torch.float64)
@@ -102,7 +103,9 @@ class TestPromptedAttention:
         q, k, v, prompt_k, prompt_v = inputs
         if not need_q:
             k = v = None
-        some = OPS.attention_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, need_q=need_q, need_kv=False)
+        some = OPS.attention_backward(
+            grad, q, k, v, prompt_k, prompt_v, out, lse, need_q=need_q, need_kv=False
+        )
         wanted = (need_q, False, False, True, True)
         assert tuple(g is not None for g in some) == wanted
         for actual, expected in zip(some, every, strict=True):
@@ -146,7 +149,8 @@ class TestFolding:
             F.linear(y, w.proj_weight, w.proj_bias),
             F.linear(y, block.proj.weight, block.proj.bias) * block.scale1,
         )
-        torch.testing.assert_close(F.linear(x_hat, w.fc1_weight), F.linear(x_hat * block.norm2.weight, block.fc1.weight))
+        fc1 = F.linear(x_hat * block.norm2.weight, block.fc1.weight)
+        torch.testing.assert_close(F.linear(x_hat, w.fc1_weight), fc1)
 
     def test_terms_that_a_block_lacks_stay_absent(self) -> None:
         _, w = fold(parts(norm1=NormParts("rms", 1e-6, None, None), qkv=LinearParts(random(24, 8), None)))

@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import safetensors.torch
@@ -30,7 +30,9 @@ _HEAD_BIAS = -math.log(99.0)
 _Model = TypeVar("_Model", bound="FrozenClassifier")
 
 
-def check_arguments(num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str) -> None:
+def check_arguments(
+    num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str
+) -> None:
     """What can be checked before a backbone is built or downloaded.
 
     Raises:
@@ -76,7 +78,7 @@ class FrozenClassifier(nn.Module):
     Args:
         vit, origin: from `backbones.timm_vit.resolve_backbone`.
         num_classes: of the head.
-        pool: what the head reads: None for the backbone's own pooling, or a name of `backbones.timm_vit.POOLS`.
+        pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
         dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
 
@@ -97,7 +99,7 @@ class FrozenClassifier(nn.Module):
         super().__init__()
         self.backbone = FrozenViT(vit, dtype, backend)
         self.pool = pool
-        self.head = nn.Linear(self.backbone.embed_dim, num_classes)
+        self.head = nn.Linear(self.backbone.embed_dim, num_classes, device=self.backbone.device)
         nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
         nn.init.constant_(self.head.bias, _HEAD_BIAS)
         self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=self.backbone.fingerprint)
@@ -167,14 +169,14 @@ class FrozenClassifier(nn.Module):
             ValueError: a name is missing or unknown, or a shape differs; nothing is changed then.
         """
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        for kind, names in (("missing", own.keys() - tensors.keys()), ("unknown", tensors.keys() - own.keys())):
+        missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+        for kind, names in (("missing", missing), ("unknown", unknown)):
             if names:
                 raise ValueError(f"trained tensors: {kind} {', '.join(sorted(names))}")
         for name, parameter in own.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"trained tensors: {name} has shape {tuple(tensors[name].shape)}, want {tuple(parameter.shape)}"
-                )
+            got, want = tuple(tensors[name].shape), tuple(parameter.shape)
+            if got != want:
+                raise ValueError(f"trained tensors: {name} has shape {got}, want {want}")
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
 
@@ -192,7 +194,8 @@ class FrozenClassifier(nn.Module):
         try:
             text = json.dumps(settings, indent=2) + "\n"
         except TypeError as error:
-            raise ValueError(f"timm keywords: {self._backbone_config.kwargs} cannot be saved: {error}") from None
+            kwargs = self._backbone_config.kwargs
+            raise ValueError(f"timm keywords: {kwargs} cannot be saved: {error}") from None
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in self.trainable_state_dict().items()}
         with replacing(directory / WEIGHTS_FILE) as temporary:
@@ -233,20 +236,21 @@ class FrozenClassifier(nn.Module):
     ) -> _Model:
         unknown = overrides.keys() - {"dtype", "backend"}
         if unknown:
-            raise TypeError(f"from_pretrained: got unknown {', '.join(sorted(unknown))}, want dtype or backend")
+            names = ", ".join(sorted(unknown))
+            raise TypeError(f"from_pretrained: got unknown {names}, want dtype or backend")
         if settings.get("model") != cls.__name__:
             raise ValueError(f"{path}: holds a {settings.get('model')}, want a {cls.__name__}")
         saved = BackboneConfig(**settings["backbone"])
         if backbone is None:
             if saved.name is None:
                 raise ValueError(
-                    f"backbone: {path} was trained on a backbone that has no timm name; pass it as backbone=..."
+                    f"backbone: the one that {path} was trained on has no timm name; pass it as backbone=..."
                 )
             backbone = saved.name
         keywords = {"pretrained": saved.pretrained, **saved.kwargs} if isinstance(backbone, str) else {}
         dtype = None if settings["dtype"] is None else getattr(torch, settings["dtype"])
-        model = cls(
-            backbone,
+        model = cls(  # the subclass's constructor, which takes the backbone in any form
+            backbone,  # type: ignore[arg-type]
             settings["num_classes"],
             pool=settings["pool"],
             dtype=overrides.get("dtype", dtype),

@@ -1,4 +1,4 @@
-"""PromptedViT: visual prompts through a frozen vision transformer, and the linear probe it is compared with."""
+"""PromptedViT: visual prompts through a frozen vision transformer. LinearProbe: what it is compared with."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class PromptedViT(FrozenClassifier):
         self._make_prompts()
 
     def _make_prompts(self) -> None:
-        settings, embed_dim = self.prompt_settings, self.embed_dim
+        settings, embed_dim, device = self.prompt_settings, self.embed_dim, self.backbone.device
         location, m = settings.prompt_location, settings.num_prompts
         height, width = self.image_size
         shape: tuple[int, ...]
@@ -122,17 +122,17 @@ class PromptedViT(FrozenClassifier):
             shape = (1, 3, self.patch_size[0], m * self.patch_size[1])
         elif location == "pad":
             shape = (1, 3, 2 * m, width + 2 * m)
-            self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m))
+            self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m, device=device))
         else:  # concat-channel
             shape = (1, m, height, width)
             self._widen_patch_embedding(m)
         # Where prompts are embeddings the bound is theirs; where they are pixels, the model's width is.
         bound = init_bound(self.patch_size, settings.prompt_project or embed_dim)
-        start = torch.rand(shape) if location == "pad" else torch.empty(shape).uniform_(-bound, bound)
-        self.prompts = nn.Parameter(start)
+        low, high = (0.0, 1.0) if location == "pad" else (-bound, bound)
+        self.prompts = nn.Parameter(torch.empty(shape, device=device).uniform_(low, high))
         self.prompt_projection: nn.Linear | None = None
         if settings.prompt_project is not None:
-            self.prompt_projection = nn.Linear(settings.prompt_project, embed_dim)
+            self.prompt_projection = nn.Linear(settings.prompt_project, embed_dim, device=device)
             nn.init.kaiming_normal_(self.prompt_projection.weight, a=0, mode="fan_out")
 
     def _widen_patch_embedding(self, extra: int) -> None:
@@ -180,14 +180,16 @@ class PromptedViT(FrozenClassifier):
         """
         settings = self.prompt_settings
         x = self._tokens(images)  # (B, N, d)
-        num_tokens = x.shape[1]
+        num_tokens, num_prefix = x.shape[1], self.backbone.num_prefix_tokens
+        num_prompts = settings.num_prompts or 0
         sets = self._prompt_sets(x.shape[0])
-        added = dict(zip(self._prompted, sets)) if settings.prompt_location in ("add", "add-1") else {}
-        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans)):
+        is_added = settings.prompt_location in ("add", "add-1")
+        added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
+        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             if index in added:
                 x = x + added[index]
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
-            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, settings.num_prompts or 0)
+            rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             x = block(x, prompts, rows)
         features = self.backbone.features(x, self.pool)
         return self.head(features.to(self.head.weight.dtype))
@@ -241,7 +243,7 @@ class PromptedViT(FrozenClassifier):
         in_tokens = settings.prompt_location in IN_SEQUENCE
         below = not in_tokens and settings.prompt_location not in ("add", "add-1")
         kept = workspace = 0
-        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans)):
+        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             below = below or (not in_tokens and index in self._prompted)
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
@@ -302,7 +304,7 @@ class LinearProbe(FrozenClassifier):
         """Normalised images (B, 3, H, W) to what the head reads (B, d)."""
         x = self.backbone.embed(images)
         num_tokens = x.shape[1]
-        for block, plan in zip(self.backbone.blocks, self._plans):
+        for block, plan in zip(self.backbone.blocks, self._plans, strict=True):
             x = block(x, None, row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, 0))
         return self.backbone.features(x, self.pool)
 

@@ -10,7 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from vpt_fast.classifier import read_pretrained
 from vpt_fast.model import LinearProbe, PromptedViT
 
-MODELS = {"PromptedViT": PromptedViT, "LinearProbe": LinearProbe}
+MODELS: dict[str, type[PromptedViT] | type[LinearProbe]] = {
+    model.__name__: model for model in (PromptedViT, LinearProbe)
+}
 
 
 def load_pretrained(

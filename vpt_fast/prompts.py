@@ -82,9 +82,10 @@ class PromptConfig:
         _one_of("prompt_dropout_per", self.prompt_dropout_per, DROPOUT_PER)
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want 0 <= p < 1")
+        where = f"prompt_location={self.prompt_location!r}"
         if self.prompt_location not in ("add", "add-1"):
             if self.num_prompts is None:
-                raise ValueError(f"num_prompts: got None, and prompt_location={self.prompt_location!r} needs it")
+                raise ValueError(f"num_prompts: got None, and {where} needs it")
             if self.num_prompts < 1:
                 raise ValueError(f"num_prompts: got {self.num_prompts}, want 1 or more")
         if self.prompt_project is not None and self.prompt_project < 1:
@@ -92,30 +93,30 @@ class PromptConfig:
         if self.prompt_type == "shallow":
             if self.prompt_layers is not None:
                 raise ValueError(
-                    f"prompt_layers: got {self.prompt_layers} with prompt_type='shallow', whose prompts enter "
-                    "the first block; want prompt_type='deep'"
+                    f"prompt_layers: got {self.prompt_layers} with prompt_type='shallow', whose prompts "
+                    "enter the first block; want prompt_type='deep'"
                 )
             if self.prompt_shared:
-                raise ValueError("prompt_shared: got True with prompt_type='shallow', which has one set anyway")
+                raise ValueError("prompt_shared: got True with prompt_type='shallow', which has one set")
         if self.prompt_location not in IN_TOKENS:
             if self.prompt_type == "deep":
                 raise ValueError(
-                    f"prompt_type: got 'deep' with prompt_location={self.prompt_location!r}, whose prompts are "
+                    f"prompt_type: got 'deep' with {where}, whose prompts are "
                     "part of the image; want 'shallow'"
                 )
             if self.prompt_project is not None:
                 raise ValueError(
-                    f"prompt_project: got {self.prompt_project} with prompt_location={self.prompt_location!r}, "
+                    f"prompt_project: got {self.prompt_project} with {where}, "
                     "whose prompts are pixels; want None"
                 )
             if self.prompt_dropout:
                 raise ValueError(
-                    f"prompt_dropout: got {self.prompt_dropout} with prompt_location={self.prompt_location!r}, "
+                    f"prompt_dropout: got {self.prompt_dropout} with {where}, "
                     "whose prompts are pixels; want 0"
                 )
         if self.prompt_location not in IN_SEQUENCE and self.after_prompts != "flow":
             raise ValueError(
-                f"after_prompts: got {self.after_prompts!r} with prompt_location={self.prompt_location!r}, which "
+                f"after_prompts: got {self.after_prompts!r} with {where}, which "
                 "adds no tokens that could be dropped"
             )
 

@@ -1,6 +1,6 @@
 """MLP activations, forward and backward, in plain PyTorch.
 
-`PACKED` activations are gated linear units: they take (..., 2h), the gate before the value, and give (..., h).
+`PACKED` activations are gated linear units: they take (..., 2h), gate before value, and give (..., h).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,9 @@ class FrozenViT(nn.Module):
         ValueError: the model has a part that is not supported; the message names it.
     """
 
-    def __init__(self, vit: VisionTransformer, dtype: torch.dtype | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, vit: VisionTransformer, dtype: torch.dtype | None = None, backend: str = "auto"
+    ) -> None:
         super().__init__()
         ops = get_ops(backend)
         _check(vit)
@@ -137,9 +139,9 @@ class FrozenViT(nn.Module):
         self.stem.requires_grad_(False)
         if dtype is not None:
             self.stem.to(dtype)
-        self.blocks = nn.ModuleList()
-        for index, block in enumerate(vit.blocks):
-            self.blocks.append(FrozenBlock(*fold(_block_parts(block, index), dtype), ops))
+        folded = (fold(_block_parts(block, index), dtype) for index, block in enumerate(vit.blocks))
+        # A ModuleList, typed as what it holds.
+        self.blocks: Sequence[FrozenBlock] = nn.ModuleList(FrozenBlock(*f, ops) for f in folded)  # type: ignore
         self.eval()
         # Read off the model as it came: folding and dtype do not change which backbone it is.
         self.fingerprint = fingerprint(vit)
@@ -151,6 +153,10 @@ class FrozenViT(nn.Module):
     def train(self, mode: bool = True) -> FrozenViT:
         """Stays in eval mode."""
         return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].qkv_weight.device
 
     @property
     def embed_dim(self) -> int:
@@ -252,13 +258,14 @@ def _check(vit: VisionTransformer) -> None:
         )
 
 
-def _block_parts(block: nn.Module, index: int) -> BlockParts:
+def _block_parts(block: Any, index: int) -> BlockParts:
     where = f"backbone: blocks.{index}"
     if type(block) is not Block:
         raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's Block")
     attn = block.attn
     if type(attn) is not Attention:
-        raise ValueError(f"{where}.attn is a {type(attn).__name__}, which is not supported; want timm's Attention")
+        kind = type(attn).__name__
+        raise ValueError(f"{where}.attn is a {kind}, which is not supported; want timm's Attention")
     if attn.gate is not None:
         raise ValueError(f"{where}.attn has an output gate, which is not supported")
     if not isinstance(attn.norm, nn.Identity):
@@ -281,7 +288,7 @@ def _block_parts(block: nn.Module, index: int) -> BlockParts:
     )
 
 
-def _linear_parts(linear: nn.Linear) -> LinearParts:
+def _linear_parts(linear: Any) -> LinearParts:
     return LinearParts(linear.weight, linear.bias)
 
 
@@ -303,10 +310,10 @@ def _layer_scale(scale: nn.Module, where: str) -> torch.Tensor | None:
     raise ValueError(f"{where} is a {type(scale).__name__}, which is not supported; want LayerScale")
 
 
-def _activation(act: nn.Module, where: str) -> str:
+def _activation(act: Any, where: str) -> str:
     if isinstance(act, nn.GELU):
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    names: dict[Callable[..., nn.Module], str] = {
+    names: dict[type, str] = {
         GELU: "gelu",
         GELUTanh: "gelu_tanh",
         QuickGELU: "quick_gelu",
@@ -318,7 +325,7 @@ def _activation(act: nn.Module, where: str) -> str:
     return names[type(act)]
 
 
-def _mlp_parts(mlp: nn.Module, where: str) -> tuple[LinearParts, LinearParts, str]:
+def _mlp_parts(mlp: Any, where: str) -> tuple[LinearParts, LinearParts, str]:
     """fc1 with the gate before the value where there is one, fc2, and the activation's name."""
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise ValueError(
@@ -329,7 +336,8 @@ def _mlp_parts(mlp: nn.Module, where: str) -> tuple[LinearParts, LinearParts, st
     activation = _activation(mlp.act, where)
     if type(mlp) is Mlp:
         if not isinstance(mlp.fc1, nn.Linear):
-            raise ValueError(f"{where}.fc1 is a {type(mlp.fc1).__name__}, which is not supported; want Linear")
+            kind = type(mlp.fc1).__name__
+            raise ValueError(f"{where}.fc1 is a {kind}, which is not supported; want Linear")
         return _linear_parts(mlp.fc1), _linear_parts(mlp.fc2), activation
     if activation != "silu":
         raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
@@ -343,7 +351,7 @@ def _mlp_parts(mlp: nn.Module, where: str) -> tuple[LinearParts, LinearParts, st
     return fc1, _linear_parts(mlp.fc2), "swiglu"
 
 
-def _half(linear: nn.Linear, half: int) -> LinearParts:
+def _half(linear: Any, half: int) -> LinearParts:
     bias = None if linear.bias is None else linear.bias.chunk(2)[half]
     return LinearParts(linear.weight.chunk(2)[half], bias)
 

@@ -83,6 +83,10 @@ class FrozenBlock(nn.Module):
         ops: the implementation of its operations, from `kernels.get_ops`.
     """
 
+    qkv_weight: torch.Tensor
+    proj_weight: torch.Tensor
+    fc1_weight: torch.Tensor
+
     def __init__(self, spec: BlockSpec, weights: BlockWeights, ops: Ops) -> None:
         super().__init__()
         self.spec = spec
@@ -325,11 +329,13 @@ def _backward(
 
 def _unbind_kept(kept: _Kept) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     if kept.qkv is not None:
-        return kept.qkv.unbind(2)  # type: ignore[return-value]
+        q, k, v = kept.qkv.unbind(2)
+        return q, k, v
     assert kept.q is not None
     if kept.kv is None:
         return kept.q, None, None
-    return kept.q, *kept.kv.unbind(2)
+    k, v = kept.kv.unbind(2)
+    return kept.q, k, v
 
 
 def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> torch.Tensor:

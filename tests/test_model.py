@@ -1,0 +1,410 @@
+"""PromptedViT and LinearProbe: what they are made of, what they refuse, and how they are stored."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+from tiny import random_batch, tiny_vit
+
+import vpt_fast
+from vpt_fast import LinearProbe, PromptedViT, load_pretrained
+from vpt_fast.files import replacing
+
+
+class TestParameters:
+    def test_prompts_are_one_parameter_of_the_documented_shape(self) -> None:
+        vit = tiny_vit()
+        assert PromptedViT(vit, 5, 7).prompts.shape == (3, 7, 32)
+        assert PromptedViT(vit, 5, 7, "shallow").prompts.shape == (1, 7, 32)
+        assert PromptedViT(vit, 5, 7, prompt_layers=[0, 2]).prompts.shape == (2, 7, 32)
+        assert PromptedViT(vit, 5, 7, prompt_shared=True).prompts.shape == (1, 7, 32)
+        assert PromptedViT(vit, 5, 7, prompt_project=4).prompts.shape == (3, 7, 4)
+        assert PromptedViT(vit, 5, prompt_location="add").prompts.shape == (3, 17, 32)
+        assert PromptedViT(vit, 5, prompt_location="add-1").prompts.shape == (3, 1, 32)
+
+    def test_pixel_prompts_have_the_documented_shapes(self) -> None:
+        vit = tiny_vit(img_size=(32, 48))
+        pixel = PromptedViT(vit, 5, 3, "shallow", prompt_location="prepend-pixel")
+        assert pixel.prompts.shape == (1, 3, 8, 24)
+        padded = PromptedViT(vit, 5, 4, "shallow", prompt_location="pad")
+        assert padded.image_size == (24, 40)
+        assert padded.prompts.shape == (1, 3, 8, 48) and padded.prompts_sides.shape == (1, 3, 24, 8)
+        channels = PromptedViT(vit, 5, 2, "shallow", prompt_location="concat-channel")
+        assert channels.prompts.shape == (1, 2, 32, 48)
+
+    def test_stored_sizes_agree_with_the_paper(self) -> None:
+        """ViT-B/16 with 50 prompts: 0.038 M shallow, 0.46 M deep."""
+        with torch.device("meta"):
+            vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+        vit.to_empty(device="cpu")
+        assert PromptedViT(vit, 1, 50, "shallow").prompts.numel() == 38_400
+        deep = PromptedViT(vit, 1, 50)
+        assert deep.prompts.numel() == 460_800
+        assert deep.num_backbone_parameters == 85_798_656
+
+    def test_prompts_start_uniform_within_the_official_bound(self) -> None:
+        prompts = PromptedViT(tiny_vit(), 5, 500).prompts.detach()
+        bound = math.sqrt(6 / (3 * 8 * 8 + 32))
+        assert prompts.abs().max() <= bound
+        assert prompts.mean().abs() < 0.01 * bound
+        assert prompts.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+    def test_head_starts_as_in_the_official_code(self) -> None:
+        head = PromptedViT(tiny_vit(), 400, 1).head
+        assert torch.all(head.bias == -math.log(99))
+        kaiming_fan_out = math.sqrt(2 / 400)
+        assert head.weight.detach().std() == pytest.approx(kaiming_fan_out, rel=0.05)
+
+    def test_what_is_trained_stays_float32_beside_a_bfloat16_backbone(self) -> None:
+        model = PromptedViT(tiny_vit(dtype=torch.float32), 5, 3, dtype=torch.bfloat16)
+        assert {t.dtype for t in model.trainable_state_dict().values()} == {torch.float32}
+        logits = model(torch.randn(2, 3, 32, 32))
+        assert logits.dtype == torch.float32
+
+    def test_counts_of_parameters(self) -> None:
+        vit = tiny_vit(num_classes=9)
+        model = PromptedViT(vit, 5, 7)
+        assert model.num_trainable_parameters == 3 * 7 * 32 + 5 * 32 + 5
+        head = sum(p.numel() for p in vit.head.parameters())
+        assert model.num_backbone_parameters == sum(p.numel() for p in vit.parameters()) - head
+
+
+class TestBackboneByName:
+    def test_keywords_go_to_timm(self) -> None:
+        model = PromptedViT("vit_tiny_patch16_224", 5, 3, img_size=(64, 96), depth=2)
+        assert model.image_size == (64, 96) and model.num_blocks == 2 and model.patch_size == (16, 16)
+        assert model(torch.randn(1, 3, 64, 96)).shape == (1, 5)
+
+    def test_border_is_added_to_the_image_that_is_asked_for(self) -> None:
+        settings = dict(prompt_location="pad", depth=1)
+        model = PromptedViT("vit_tiny_patch16_224", 5, 8, "shallow", **settings)
+        assert model.image_size == (224, 224)
+        assert model.backbone.image_size == (240, 240)
+        small = PromptedViT("vit_tiny_patch16_224", 5, 8, "shallow", img_size=32, **settings)
+        assert small.image_size == (32, 32)
+
+    def test_demo_backbone_needs_no_network_and_carries_its_weights(self) -> None:
+        first, second = (PromptedViT("vpt_fast_demo", 10, 4) for _ in range(2))
+        assert first.image_size == (32, 32)
+        assert first.backbone.fingerprint == second.backbone.fingerprint
+
+
+REFUSED = {
+    "num_prompts: got 0": dict(num_prompts=0),
+    "num_prompts: got None": dict(num_prompts=None),
+    "num_prompts: got 2.5": dict(num_prompts=2.5),
+    "num_prompts: got True": dict(num_prompts=True),
+    "num_prompts: got 5 with prompt_location='add', want None or 17": dict(prompt_location="add"),
+    "prompt_type: got 'medium'": dict(prompt_type="medium"),
+    "prompt_type: got 'deep' with prompt_location='pad'": dict(prompt_location="pad"),
+    "prompt_location: got 'below'": dict(prompt_location="below"),
+    "prompt_layers: got 4": dict(prompt_layers=4),
+    "prompt_layers: got 0": dict(prompt_layers=0),
+    "prompt_layers: got \\[\\]": dict(prompt_layers=[]),
+    "prompt_layers: got \\[0, 3\\]": dict(prompt_layers=[0, 3]),
+    "prompt_layers: got \\[1, 1\\]": dict(prompt_layers=[1, 1]),
+    "prompt_layers: got 1 with prompt_type='shallow'": dict(prompt_layers=1, prompt_type="shallow"),
+    "after_prompts: got 'stay'": dict(after_prompts="stay"),
+    "after_prompts: got 'drop' with prompt_location='add'": dict(
+        prompt_location="add", num_prompts=None, after_prompts="drop"
+    ),
+    "prompt_shared: got True with prompt_type='shallow'": dict(prompt_shared=True, prompt_type="shallow"),
+    "prompt_project: got 0": dict(prompt_project=0),
+    "prompt_project: got 4 with prompt_location='pad'": dict(
+        prompt_location="pad", prompt_type="shallow", prompt_project=4
+    ),
+    "prompt_dropout: got 1.0": dict(prompt_dropout=1.0),
+    "prompt_dropout: got 0.1 with prompt_location='pad'": dict(
+        prompt_location="pad", prompt_type="shallow", prompt_dropout=0.1
+    ),
+    "prompt_dropout_per: got 'epoch'": dict(prompt_dropout_per="epoch"),
+    "pool: got 'mean'": dict(pool="mean"),
+    "pool: the head reads prompts": dict(pool="prompts", prompt_layers=1, after_prompts="drop"),
+    "pool: the head reads patches and prompts": dict(
+        pool="image_and_prompts", prompt_location="add", num_prompts=None
+    ),
+    "num_classes: got 0": dict(num_classes=0),
+    "dtype: got torch.int8": dict(dtype=torch.int8),
+    "backend: got 'cuda'": dict(backend="cuda"),
+    "pretrained, img_size: only with a backbone's name": dict(pretrained=True, img_size=64),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_setting_is_refused_by_name(message: str) -> None:
+    settings = dict(num_classes=5, num_prompts=5) | REFUSED[message]
+    with pytest.raises(ValueError, match=message):
+        PromptedViT(tiny_vit(), **settings)
+
+
+def test_triton_backend_is_refused_and_not_replaced() -> None:
+    with pytest.raises(NotImplementedError, match="backend='triton'"):
+        PromptedViT(tiny_vit(), 5, 5, backend="triton")
+
+
+def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("built a backbone"))
+    for bad in (dict(num_prompts=0), dict(num_prompts=1, pool="mean"), dict(num_prompts=1, backend="x")):
+        with pytest.raises(ValueError):
+            PromptedViT("vit_base_patch16_224", 5, **bad)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("vit_base_patch16_225", "'vit_base_patch16_225'.*close names: vit_base_patch16_224"),
+        ("swin_tiny_patch4_window7_224", "not a timm VisionTransformer"),
+        ("resnet50", "not a timm VisionTransformer"),
+        (torch.nn.Linear(2, 2), "got a Linear"),
+        (None, "got a NoneType"),
+    ],
+)
+def test_backbone_of_another_kind_is_refused(backbone, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptedViT(backbone, 5, 5)
+
+
+@pytest.mark.parametrize("size", [225, (224, 200)], ids=str)
+def test_image_size_that_the_patch_size_does_not_divide_is_refused(size) -> None:
+    with pytest.raises(ValueError, match=r"img_size: got .*multiple of the patch size 16x16"):
+        PromptedViT("vit_tiny_patch16_224", 5, 5, img_size=size, depth=1)
+
+
+def test_border_that_the_patch_size_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"img_size: got 234x234 \(with a border of 5 pixels"):
+        PromptedViT("vit_tiny_patch16_224", 5, 5, "shallow", prompt_location="pad", depth=1)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32)], ids=str)
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images: got shape .*want \(batch, 3, height, width\)"):
+        PromptedViT(tiny_vit(), 5, 5).double()(torch.zeros(shape).double())
+
+
+@pytest.mark.parametrize("location", ["pad", "concat-channel"])
+def test_pixel_prompts_are_tied_to_one_image_size(location: str) -> None:
+    model = PromptedViT(tiny_vit(dynamic_img_size=True), 5, 4, "shallow", prompt_location=location)
+    with pytest.raises(ValueError, match="images: got 40x40"):
+        model(torch.zeros(1, 3, 40, 40))
+
+
+def test_pool_cls_without_a_cls_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="pool: got 'cls'"):
+        PromptedViT(tiny_vit(class_token=False, global_pool="avg"), 5, 5, pool="cls")
+
+
+SAVED = {
+    "deep": dict(num_prompts=5, prompt_dropout=0.25, pool="image"),
+    "some_blocks": dict(num_prompts=5, prompt_layers=[0, 2], after_prompts="drop"),
+    "projection": dict(num_prompts=5, prompt_project=4, prompt_type="shallow"),
+    "pad": dict(num_prompts=4, prompt_type="shallow", prompt_location="pad"),
+    "concat_channel": dict(num_prompts=2, prompt_type="shallow", prompt_location="concat-channel"),
+    "add": dict(prompt_location="add"),
+}
+
+
+class TestStorage:
+    @pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED)
+    def test_round_trip_gives_the_same_logits_and_settings(self, settings: dict, tmp_path: Path) -> None:
+        vit = tiny_vit()
+        model = PromptedViT(vit, 5, **settings).double().eval()
+        images, _ = random_batch(model)
+        model.save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, backbone=vit).double().eval()
+        assert torch.equal(again(images), model(images))
+        assert again.config == model.config
+
+    def test_folder_holds_settings_and_what_was_trained_alone(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 7, prompt_project=4).save_pretrained(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+        tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        names = ["head.bias", "head.weight", "prompt_projection.bias", "prompt_projection.weight", "prompts"]
+        assert sorted(tensors) == names
+        settings = json.loads((tmp_path / "config.json").read_text())
+        assert settings["prompts"]["num_prompts"] == 7 and len(settings["backbone"]["fingerprint"]) == 64
+
+    def test_named_backbone_is_built_again_from_its_settings(self, tmp_path: Path) -> None:
+        model = PromptedViT("vpt_fast_demo", 5, 4, "shallow", prompt_location="pad").eval()
+        model.save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path).eval()
+        images = torch.randn(2, 3, *model.image_size)
+        assert torch.equal(again(images), model(images))
+
+    def test_dtype_may_differ_from_the_saved_one(self, tmp_path: Path) -> None:
+        vit = tiny_vit(dtype=torch.float32)
+        PromptedViT(vit, 5, 4).save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, vit, dtype=torch.bfloat16)
+        assert again.backbone.blocks[0].qkv_weight.dtype == torch.bfloat16
+
+    def test_load_pretrained_gives_the_class_that_was_saved(self, tmp_path: Path) -> None:
+        vit = tiny_vit()
+        PromptedViT(vit, 5, 4).save_pretrained(tmp_path / "prompted")
+        LinearProbe(vit, 5).save_pretrained(tmp_path / "linear")
+        assert type(load_pretrained(tmp_path / "prompted", vit)) is PromptedViT
+        assert type(load_pretrained(tmp_path / "linear", vit)) is LinearProbe
+        with pytest.raises(ValueError, match="holds a LinearProbe, want a PromptedViT"):
+            PromptedViT.from_pretrained(tmp_path / "linear", vit)
+
+    def test_other_weights_are_refused(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(seed=0), 5, 4).save_pretrained(tmp_path)
+        other = tiny_vit(seed=0)
+        with torch.no_grad():
+            other.blocks[1].mlp.fc1.weight[3, 4] += 1e-3
+        with pytest.raises(ValueError, match="not those that .* was trained on"):
+            PromptedViT.from_pretrained(tmp_path, other)
+
+    def test_fingerprint_is_of_the_backbone_and_not_of_how_it_is_run(self) -> None:
+        vit = tiny_vit(dtype=torch.float32, num_classes=3)
+        prints = {
+            PromptedViT(vit, 5, 4).backbone.fingerprint,
+            PromptedViT(vit, 9, 4, dtype=torch.bfloat16).backbone.fingerprint,
+            LinearProbe(vit, 5).backbone.fingerprint,
+        }
+        assert len(prints) == 1
+
+    def test_instance_without_a_name_must_be_given_again(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="backbone=..."):
+            PromptedViT.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    def test_missing_file_is_named(self, name: str, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            PromptedViT.from_pretrained(tmp_path, tiny_vit())
+
+    def test_settings_that_are_not_json_are_named(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
+            PromptedViT.from_pretrained(tmp_path, tiny_vit())
+
+    def test_keyword_that_json_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
+        model = PromptedViT("vpt_fast_demo", 5, 4, act_layer=torch.nn.GELU)
+        with pytest.raises(ValueError, match="timm keywords"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    def test_full_disk_leaves_the_last_good_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = PromptedViT(tiny_vit(), 5, 4)
+        model.save_pretrained(tmp_path)
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+        def full_disk(tensors: dict, path: Path) -> None:
+            path.write_bytes(b"half a fi")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            model.save_pretrained(tmp_path)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+    def test_push_to_hub_uploads_what_save_pretrained_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sent = {}
+
+        class Hub:
+            def __init__(self, token: str | None = None) -> None:
+                sent["token"] = token
+
+            def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool):
+                sent["private"] = private
+                return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+            def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+                sent["repo"], sent["files"] = repo_id, sorted(p.name for p in Path(folder_path).iterdir())
+                return "https://huggingface.co/commit"
+
+        monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+        address = PromptedViT(tiny_vit(), 5, 4).push_to_hub("prompts", private=True, token="t")
+        assert address == "https://huggingface.co/commit"
+        assert sent == {
+            "token": "t",
+            "private": True,
+            "repo": "me/prompts",
+            "files": ["config.json", "model.safetensors"],
+        }
+
+    def test_from_pretrained_reads_a_hub_repository(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        PromptedViT("vpt_fast_demo", 5, 4).save_pretrained(tmp_path)
+        monkeypatch.setattr(
+            huggingface_hub, "snapshot_download", lambda repo, allow_patterns: {"me/prompts": tmp_path}[repo]
+        )
+        assert PromptedViT.from_pretrained("me/prompts").num_blocks > 0
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.pop("prompts"), "missing prompts"),
+            (lambda t: t.update(extra=torch.zeros(1)), "unknown extra"),
+            (lambda t: t.update(prompts=torch.zeros(3, 5, 32)), r"prompts has shape \(3, 5, 32\)"),
+        ],
+        ids=["missing", "unknown", "shape"],
+    )
+    def test_trained_tensors_that_do_not_fit_change_nothing(self, change, message: str) -> None:
+        model = PromptedViT(tiny_vit(), 5, 4)
+        before = {name: t.clone() for name, t in model.trainable_state_dict().items()}
+        tensors = {name: torch.zeros_like(t) for name, t in before.items()}
+        change(tensors)
+        with pytest.raises(ValueError, match=message):
+            model.load_trainable_state_dict(tensors)
+        assert all(torch.equal(t, before[name]) for name, t in model.trainable_state_dict().items())
+
+
+class TestReplacing:
+    def test_file_appears_when_it_is_complete(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.txt"
+        with replacing(target) as temporary:
+            temporary.write_text("new")
+            assert not target.exists()
+        assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+    def test_interruption_leaves_the_old_file(self, tmp_path: Path) -> None:
+        target = tmp_path / "a.txt"
+        target.write_text("old")
+        with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+        assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+    def test_file_is_readable_by_others_as_any_new_file_is(self, tmp_path: Path) -> None:
+        with replacing(tmp_path / "a.txt") as temporary:
+            temporary.write_text("new")
+        (tmp_path / "b.txt").write_text("plain")
+        assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_dropout_per_image_differs_between_images_and_per_batch_does_not() -> None:
+    vit, images = tiny_vit(), torch.randn(1, 3, 32, 32).double().expand(4, -1, -1, -1)
+    for per, distinct in (("image", 4), ("batch", 1)):
+        torch.manual_seed(0)
+        model = PromptedViT(vit, 5, 50, prompt_dropout=0.5, prompt_dropout_per=per).double().train()
+        logits = model(images)
+        # one row of a batch may differ from another in the last bits, whatever it holds
+        assert len({tuple(row.detach().numpy().round(8)) for row in logits}) == distinct
+
+
+def test_gradient_reaches_images_that_ask_for_one() -> None:
+    model = PromptedViT(tiny_vit(), 5, 4).double()
+    images = torch.randn(2, 3, 32, 32).double().requires_grad_()
+    model(images).sum().backward()
+    step = 1e-6 * torch.randn_like(images)
+    with torch.no_grad():
+        change = model(images + step).sum() - model(images - step).sum()
+    assert (images.grad * step).sum() * 2 == pytest.approx(change.item(), rel=1e-4)
+
+
+def test_public_names() -> None:
+    assert sorted(vpt_fast.__all__) == ["LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
