@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,12 +113,18 @@ class Batches:
         """Whether the pixels are kept decoded on the device."""
         return self._resident is not None
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of pixels kept on the device."""
+        return 0 if self._resident is None else self._resident.num_bytes
+
     def indices(self, epoch: int) -> torch.Tensor:
         """(num_rank_images,) int64: the images of this rank's epoch in order, as indices into the list."""
         return self._draw(epoch).indices
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of epoch `epoch`, 0 or more. Go through one epoch at a time."""
+        """The batches of epoch `epoch`, 0 or more. One epoch at a time: where files are decoded, starting one
+        ends any other, which then raises RuntimeError."""
         return self._batches(self._draw(epoch))
 
     def _batches(self, draws: _Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -149,17 +156,22 @@ class Batches:
         """The same, from the files."""
         assert self._loader is not None
         reads = list(zip(draws.indices.tolist(), draws.positions, strict=True))
-        self._plan.batches = [reads[chunk] for chunk in chunks]
+        plan = self._plan.batches = [reads[chunk] for chunk in chunks]
         for pixels in self._loader:
+            if self._plan.batches is not plan:  # the workers are one iterator: it has gone over to that epoch
+                raise RuntimeError("epoch: another epoch was started before this one had ended")
             if isinstance(pixels, DecodeError):
-                raise pixels
+                # Another one: with its own traceback in this frame, the loader would be freed by the garbage
+                # collector, after its queues, and wait for workers that it can no longer tell to stop.
+                raise DecodeError(pixels.path, pixels.reason)
             yield pixels.to(self.device, non_blocking=True)
 
     def _draw(self, epoch: int) -> _Draws:
         if epoch < 0:
             raise ValueError(f"epoch: {epoch}, wanted 0 or more")
         if not self.train:
-            mine = torch.arange(self.rank, self.num_images, self.world_size)
+            # not torch.arange: a rank beyond the last image has none
+            mine = torch.tensor(range(self.rank, self.num_images, self.world_size), dtype=torch.int64)
             return _Draws(mine, None, [None] * len(mine))
         state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
@@ -199,6 +211,7 @@ class Batches:
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # else each epoch takes a number from the global one
         )
 
@@ -238,6 +251,11 @@ class _Files(Dataset):
             return self._preprocessing.crop(load_image(self._paths[index], self._preprocessing), position)
         except DecodeError as error:
             return error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(loaded: list[torch.Tensor | DecodeError]) -> torch.Tensor | DecodeError:

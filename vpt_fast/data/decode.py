@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .folder import DataError, ImageList
 from .preprocessing import Preprocessing
 from .resident import ResidentBuilder, ResidentImages
 
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright."""
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _NAMES_SHOWN = 5
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class DecodeError(DataError):
@@ -74,8 +89,7 @@ def decode_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            upright = ImageOps.exif_transpose(file)
-        return _to_rgb(upright)
+            return _to_rgb(_upright(file))
     except MemoryError:
         raise
     # Pillow's parsers meet broken files with almost any exception: SyntaxError, struct.error, KeyError, ...
@@ -83,9 +97,19 @@ def decode_image(path: str | os.PathLike[str]) -> Image.Image:
         reason = str(error) or "broken file"
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
+        elif isinstance(error, UnidentifiedImageError):
             reason = "not an image in a format that Pillow knows"
         raise DecodeError(path, reason) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the metadata anew, and fails on what it cannot write.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, struct.error, ValueError):
+        return image  # broken metadata: the image as it is stored, as viewers show it
+    transposition = _TRANSPOSITIONS.get(orientation)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -94,7 +118,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_eight_bits(np.asarray(image))).convert("RGB")
+        values = np.asarray(image)
+        grey = _to_eight_bits(values)
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -164,10 +192,10 @@ def check_images(
             return error
 
     kept: list[int] = []
-    skipped: list[SkippedImage] = []
+    errors: dict[int, DecodeError] = {}
     for i, loaded in enumerate(map_threads(load, images.paths, workers)):
         if isinstance(loaded, DecodeError):
-            skipped.append(SkippedImage(images.paths[i], loaded.reason))
+            errors[i] = loaded
         else:
             kept.append(i)
             if builder is not None and loaded is not None:
@@ -176,15 +204,13 @@ def check_images(
             progress(i + 1, len(images))
 
     remaining = images.select(kept)
-    lost = sorted(set(images.labels) - set(remaining.labels))
-    if lost:
+    if lost := sorted(set(images.labels) - set(remaining.labels)):
         names = ", ".join(images.classes[label] for label in lost[:_NAMES_SHOWN])
-        more = f" and {len(lost) - _NAMES_SHOWN} more" if len(lost) > _NAMES_SHOWN else ""
-        first = next(s for s in skipped if images.labels[images.paths.index(s.path)] == lost[0])
-        raise DataError(
-            f"no image of {names}{more} can be decoded; the first is {first.path}: {first.reason}"
-        )
-    return CheckedImages(remaining, tuple(skipped), None if builder is None else builder.build())
+        more = f" and {len(lost) - _NAMES_SHOWN} more classes" if len(lost) > _NAMES_SHOWN else ""
+        example = next(error for i, error in errors.items() if images.labels[i] == lost[0])
+        raise DataError(f"no image of {names}{more} can be decoded; the first: {example}")
+    skipped = tuple(SkippedImage(images.paths[i], error.reason) for i, error in errors.items())
+    return CheckedImages(remaining, skipped, None if builder is None else builder.build())
 
 
 def load_resident(
@@ -202,7 +228,9 @@ def load_resident(
     return builder.build()
 
 
-def map_threads(function: Callable, items: tuple, workers: int) -> Iterator:
+def map_threads(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[_Result]:
     """map() in `workers` threads (Pillow decodes and resizes outside the interpreter's lock), in the items'
     order.
 
@@ -215,7 +243,7 @@ def map_threads(function: Callable, items: tuple, workers: int) -> Iterator:
         yield from map(function, items)
         return
     executor = ThreadPoolExecutor(workers)
-    under_way: deque[Future] = deque()
+    under_way: deque[Future[_Result]] = deque()
     try:
         for item in items:
             under_way.append(executor.submit(function, item))

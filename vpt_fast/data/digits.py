@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,10 +36,9 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
     """
     if seed < 0:
         raise ValueError(f"seed: {seed}, wanted 0 or more")
-    root = Path(root).expanduser()
+    root = Path(root).expanduser().resolve()
     files = _split_digits(seed)
-    manifest = {"source": "sklearn.datasets.load_digits", "seed": seed, "images": DIGITS_SPLITS}
-    if _is_complete(root, manifest, set(files)):
+    if _is_complete(root, set(files)):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     images = load_digits().images  # (1797, 8, 8), 0..16
@@ -51,6 +49,7 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             grey = Image.fromarray(np.rint(images[index] * (255 / 16)).astype(np.uint8))
             grey.resize((DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC).save(path)
+        manifest = {"source": "sklearn.datasets.load_digits", "seed": seed, "images": DIGITS_SPLITS}
         (new / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if root.exists():
             os.rename(root, Path(scratch) / "old")
@@ -58,7 +57,7 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
             os.rename(new, root)
         except OSError:
             # Another process, of the same run perhaps, has been quicker.
-            if not _is_complete(root, manifest, set(files)):
+            if not _is_complete(root, set(files)):
                 raise
 
 
@@ -76,7 +75,7 @@ def _split_digits(seed: int) -> dict[str, int]:
     return {f"{split}/{labels[i]}/{i:04d}.png": int(i) for split, part in splits.items() for i in part}
 
 
-def _is_complete(root: Path, manifest: dict[str, Any], files: set[str]) -> bool:
+def _is_complete(root: Path, files: set[str]) -> bool:
     """Whether `root` holds just that; False where it can be written or replaced.
 
     Raises:
@@ -89,21 +88,21 @@ def _is_complete(root: Path, manifest: dict[str, Any], files: set[str]) -> bool:
     present = {path.relative_to(root).as_posix() for path in root.rglob("[!.]*") if not path.is_dir()}
     if not present:
         return False
-    found = _read_manifest(root / _MANIFEST)
-    ours = set() if found is None else {_MANIFEST, *_split_digits(found["seed"])}
+    seed = _read_seed(root / _MANIFEST)
+    ours = set() if seed is None else {_MANIFEST, *_split_digits(seed)}
     if foreign := sorted(present - ours):
         raise DataError(
             f"{root}: holds {len(foreign)} files that are not the digits', such as {foreign[0]}; "
             "wanted a new folder"
         )
-    return found == manifest and present == files | {_MANIFEST}
+    return present == files | {_MANIFEST}
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none that `export_digits` could have written."""
+def _read_seed(path: Path) -> int | None:
+    """The seed in a manifest, or None where there is no manifest that `export_digits` could have written."""
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
     seed = manifest.get("seed") if isinstance(manifest, dict) else None
-    return manifest if isinstance(seed, int) and seed >= 0 else None
+    return seed if isinstance(seed, int) and seed >= 0 else None

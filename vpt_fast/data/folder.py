@@ -151,20 +151,20 @@ def _list_images(folder: Path) -> ImageList:
     """
     names = _visible_folders(folder)
     if not names:
-        loose = sum(1 for entry in os.scandir(folder) if _is_image(entry.name))
+        loose = sum(1 for entry in os.scandir(folder) if _is_image(entry.name) and entry.name[0] != ".")
         found = f"{loose} images and no class folders" if loose else "no class folders"
         raise DataError(f"{folder}: found {found}; wanted one folder a class, with that class's images in it")
 
     def wanted(path: str) -> bool:
-        parts = Path(path).relative_to(folder).parts
-        return _is_image(parts[-1]) and not any(part.startswith(".") for part in parts)
+        return _is_image(path) and os.sep + "." not in path[len(str(folder)) :]
 
     class_to_index = {name: index for index, name in enumerate(names)}
     samples = make_dataset(folder, class_to_index, is_valid_file=wanted, allow_empty=True)
     if not samples:
         raise DataError(f"{folder}: found no images in {_names(names)}{_other_files(folder)}")
     labels = tuple(label for _, label in samples)
-    empty = [name for name in names if class_to_index[name] not in set(labels)]
+    filled = set(labels)
+    empty = [name for name in names if class_to_index[name] not in filled]
     if empty:
         raise DataError(
             f"{folder}: found no images in {_names(empty)}{_other_files(folder / empty[0])}; "
@@ -212,7 +212,7 @@ def _split(root: Path, images: ImageList, val_fraction: float, seed: int) -> tup
     for name, members in zip(images.classes, by_class, strict=True):
         num_val = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
         # Seeded by the class name too, so that another class more or less leaves this one's split alone.
-        order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(members))
+        order = np.random.default_rng([seed, zlib.crc32(os.fsencode(name))]).permutation(len(members))
         val.extend(members[i] for i in sorted(order[:num_val]))
         train.extend(members[i] for i in sorted(order[num_val:]))
     return images.select(train), images.select(val)
@@ -228,7 +228,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _names(names: list[str]) -> str:

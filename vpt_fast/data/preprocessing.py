@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Preprocessing:
     augment: str = "none"
 
     def __post_init__(self) -> None:
-        # from JSON and YAML, tuples come as lists
+        # JSON and YAML give lists.
         object.__setattr__(self, "image_size", _numbers("image_size", self.image_size, 2))
         object.__setattr__(self, "mean", _numbers("mean", self.mean, 3))
         object.__setattr__(self, "std", _numbers("std", self.std, 3))
@@ -230,10 +231,10 @@ def _require_one_of(name: str, value: object, wanted: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: {value!r}, wanted one of {', '.join(wanted)}")
 
 
-def _numbers(name: str, value: Any, count: int) -> tuple[Any, ...]:
+def _numbers(name: str, value: Any, count: int) -> tuple[float, ...]:
     numbers = isinstance(value, tuple | list) and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value
+        isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in value
     )
     if not numbers or len(value) != count:
         raise ValueError(f"{name}: {value!r}, wanted {count} numbers")
-    return tuple(value)
+    return tuple(float(x) for x in value)

@@ -51,6 +51,8 @@ class ResidentImages:
 
     @property
     def num_bytes(self) -> int:
+        if isinstance(self.pixels, torch.Tensor):
+            return self.pixels.nbytes
         return sum(image.nbytes for image in self.pixels)
 
     def to(self, device: torch.device) -> ResidentImages:

@@ -1,0 +1,24 @@
+"""Small folders of real image files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from image_files import noise
+
+
+@pytest.fixture
+def write_images(tmp_path: Path) -> Callable[[Mapping[str, int]], Path]:
+    """Writes {"class folder": number of PNGs} below tmp_path and returns tmp_path."""
+
+    def write(counts: Mapping[str, int]) -> Path:
+        for name, count in counts.items():
+            folder = tmp_path / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                noise(6 + i % 3, 8, seed=i).save(folder / f"{i:03d}.png")
+        return tmp_path
+
+    return write

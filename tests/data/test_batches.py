@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+from image_files import noise
+
+from vpt_fast.data import (
+    Batches,
+    DecodeError,
+    ImageList,
+    Preprocessing,
+    check_images,
+    decode_image,
+    open_splits,
+)
+
+NUM_IMAGES = 11
+PREPROCESSINGS = {
+    "squash": Preprocessing((6, 8)),
+    "squash-flip": Preprocessing((6, 8), augment="flip"),
+    "shortest": Preprocessing((8, 8), resize="shortest"),
+    "shortest-flip": Preprocessing((8, 8), resize="shortest", augment="flip"),
+    "crop-flip": Preprocessing((8, 8), resize="shortest", augment="crop_flip"),
+}
+each_preprocessing = pytest.mark.parametrize("preprocessing", PREPROCESSINGS.values(), ids=PREPROCESSINGS)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> ImageList:
+    """Images of several shapes, in three classes."""
+    root = tmp_path_factory.mktemp("images")
+    paths = [root / f"{i}.png" for i in range(NUM_IMAGES)]
+    for i, path in enumerate(paths):
+        noise(9 + i % 3, 14 - i % 5, seed=i).save(path)
+    return ImageList(tuple(paths), tuple(i % 3 for i in range(NUM_IMAGES)), ("a", "b", "c"))
+
+
+def make(images, preprocessing=PREPROCESSINGS["squash"], batch_size=4, **options) -> Batches:
+    return Batches(
+        images, preprocessing, batch_size, **{"train": True, "seed": 0, "device": "cpu", **options}
+    )
+
+
+def assert_same(some, others) -> None:
+    for (pixels, labels), (other_pixels, other_labels) in zip(some, others, strict=True):
+        assert torch.equal(pixels, other_pixels)
+        assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@each_preprocessing
+def test_resident_and_decoded_batches_are_the_same(images, preprocessing, train):
+    resident = make(images, preprocessing, train=train, resident="always")
+    decoded = make(images, preprocessing, train=train, resident="never")
+    assert (resident.is_resident, decoded.is_resident) == (True, False)
+
+    for epoch in range(3):
+        assert_same(resident.epoch(epoch), decoded.epoch(epoch))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(images, workers):
+    one = make(images, PREPROCESSINGS["crop-flip"], resident="never")
+    more = make(images, PREPROCESSINGS["crop-flip"], resident="never", workers=workers)
+    for epoch in range(2):
+        assert_same(one.epoch(epoch), more.epoch(epoch))
+
+
+def test_evaluation_goes_through_the_list_in_order_as_the_model_sees_it(images):
+    preprocessing = PREPROCESSINGS["crop-flip"]
+    pixels, labels = zip(*make(images, preprocessing, train=False).epoch(0), strict=True)
+    expected = torch.stack([preprocessing(decode_image(path)) for path in images.paths])
+    assert torch.equal(torch.cat(pixels), expected)
+    assert tuple(torch.cat(labels).tolist()) == images.labels
+
+
+def test_training_covers_every_image_once_with_its_label(images):
+    batches = make(images)
+    expected = torch.stack([batches.preprocessing(decode_image(path)) for path in images.paths])
+    order = batches.indices(5)
+    assert sorted(order.tolist()) == list(range(NUM_IMAGES))
+    pixels, labels = zip(*batches.epoch(5), strict=True)
+    assert torch.equal(torch.cat(pixels), expected[order])
+    assert torch.equal(torch.cat(labels), torch.tensor(images.labels)[order])
+
+
+def test_batches_are_float32_and_int64_and_the_last_is_short(images):
+    batches = list(make(images).epoch(0))
+    assert [(tuple(x.shape), x.dtype, y.dtype) for x, y in batches] == [
+        ((size, 3, 6, 8), torch.float32, torch.int64) for size in (4, 4, 3)
+    ]
+
+
+@pytest.mark.parametrize("batch_size, steps", [(1, 11), (4, 3), (11, 1), (100, 1)])
+def test_length_is_the_number_of_steps(images, batch_size, steps):
+    batches = make(images, batch_size=batch_size)
+    assert len(batches) == len(list(batches.epoch(0))) == steps
+
+
+@each_preprocessing
+def test_same_seed_and_epoch_give_the_same_batches(images, preprocessing):
+    assert_same(make(images, preprocessing, seed=7).epoch(3), make(images, preprocessing, seed=7).epoch(3))
+
+
+def test_an_epoch_does_not_depend_on_those_before(images):
+    batches = make(images, PREPROCESSINGS["crop-flip"])
+    for epoch in range(3):
+        next(iter(batches.epoch(epoch)))
+    assert_same(batches.epoch(3), make(images, PREPROCESSINGS["crop-flip"]).epoch(3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_left_half_way_does_not_disturb_the_next(images, workers):
+    batches = make(images, batch_size=2, resident="never", workers=workers)
+    next(iter(batches.epoch(0)))
+    assert_same(batches.epoch(1), make(images, batch_size=2).epoch(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_at_once_are_refused(images, workers):
+    batches = make(images, batch_size=1, resident="never", workers=workers)
+    with pytest.raises(RuntimeError, match="epoch: another epoch was started"):
+        list(zip(batches.epoch(0), batches.epoch(1), strict=True))
+
+
+def test_ctrl_c_leaves_the_workers_to_the_process_that_trains(images):
+    batches = make(images, batch_size=1, resident="never", workers=2)
+    epoch = batches.epoch(0)
+    next(epoch), next(epoch)  # one from each worker: both are at work
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(epoch)) == NUM_IMAGES - 2
+
+
+def test_orders_differ_between_epochs_and_seeds(images):
+    orders = {
+        tuple(make(images, seed=seed).indices(epoch).tolist()) for seed in range(10) for epoch in range(10)
+    }
+    assert len(orders) == 100
+
+
+def test_every_image_is_mirrored_in_half_of_the_epochs(images):
+    batches = make(images, PREPROCESSINGS["squash-flip"], batch_size=NUM_IMAGES)
+    plain = torch.stack([batches.preprocessing(decode_image(path)) for path in images.paths])
+    mirrored = torch.zeros(NUM_IMAGES)
+    for epoch in range(100):
+        order, (pixels, _) = batches.indices(epoch), next(iter(batches.epoch(epoch)))
+        for i, image in zip(order.tolist(), pixels, strict=True):
+            assert torch.equal(image, plain[i]) or torch.equal(image, plain[i].flip(-1))
+            mirrored[i] += torch.equal(image, plain[i].flip(-1))
+    # 100 throws of a coin: 5 standard deviations
+    assert mirrored.min() >= 25 and mirrored.max() <= 75
+
+
+def test_crops_move_between_epochs_within_the_resized_image(images):
+    preprocessing = PREPROCESSINGS["crop-flip"]
+    resized = preprocessing.resize_image(decode_image(images.paths[0]))
+    places = [
+        preprocessing.normalize(crop)
+        for top in range(resized.shape[1] - 7)
+        for left in range(resized.shape[2] - 7)
+        for crop in (
+            resized[:, top : top + 8, left : left + 8],
+            resized[:, top : top + 8, left : left + 8].flip(-1),
+        )
+    ]
+    batches = make(images.select([0]), preprocessing)
+    seen = set()
+    for epoch in range(300):
+        image = next(iter(batches.epoch(epoch)))[0][0]
+        matches = [i for i, place in enumerate(places) if torch.equal(image, place)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) == len(places) > 2
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("resident", ["always", "never"])
+def test_ranks_together_take_the_batches_of_one_process(images, world_size, resident):
+    preprocessing = PREPROCESSINGS["crop-flip"]
+    alone = list(make(images, preprocessing, batch_size=2 * world_size).epoch(1))
+    ranks = [
+        list(make(images, preprocessing, 2, rank=r, world_size=world_size, resident=resident).epoch(1))
+        for r in range(world_size)
+    ]
+    for step in range(NUM_IMAGES // (2 * world_size)):
+        together = torch.stack([rank[step][0] for rank in ranks], dim=1).flatten(0, 1)
+        assert torch.equal(together, alone[step][0])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 16])
+def test_ranks_train_the_same_number_of_steps_and_cover_every_image(images, world_size):
+    ranks = [make(images, batch_size=2, rank=r, world_size=world_size) for r in range(world_size)]
+    assert {len(rank) for rank in ranks} == {math.ceil(math.ceil(NUM_IMAGES / world_size) / 2)}
+    counts = torch.bincount(torch.cat([rank.indices(0) for rank in ranks]), minlength=NUM_IMAGES)
+    padded = math.ceil(NUM_IMAGES / world_size) * world_size
+    assert counts.min() >= 1 and counts.max() <= math.ceil(padded / NUM_IMAGES) and counts.sum() == padded
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 16])
+def test_ranks_evaluate_every_image_exactly_once(images, world_size):
+    ranks = [make(images, train=False, rank=r, world_size=world_size) for r in range(world_size)]
+    seen = torch.cat([rank.indices(0) for rank in ranks])
+    assert sorted(seen.tolist()) == list(range(NUM_IMAGES))
+    labels = [labels for rank in ranks for _, labels in rank.epoch(0)]
+    assert torch.equal(torch.cat(labels), torch.tensor(images.labels)[seen])
+    assert {rank.num_images for rank in ranks} == {NUM_IMAGES}
+    assert [rank.num_rank_images for rank in ranks] == [len(rank.indices(0)) for rank in ranks]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("resident", ["always", "never"])
+def test_global_generator_is_left_alone(images, resident, workers):
+    batches = make(images, PREPROCESSINGS["crop-flip"], resident=resident, workers=workers)
+    before = torch.get_rng_state()
+    list(batches.epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_results_do_not_depend_on_the_global_generator(images):
+    torch.manual_seed(1)
+    first = list(make(images, PREPROCESSINGS["crop-flip"]).epoch(0))
+    torch.manual_seed(2)
+    assert_same(first, make(images, PREPROCESSINGS["crop-flip"]).epoch(0))
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@each_preprocessing
+def test_checked_images_bring_their_pixels(images, preprocessing, train, monkeypatch):
+    checked = check_images(images, preprocessing=preprocessing, keep_bytes=1 << 20)
+    expected = list(make(images, preprocessing, train=train).epoch(0))
+    monkeypatch.setattr("PIL.Image.open", None)  # nothing is decoded again
+    assert_same(make(checked, preprocessing, train=train).epoch(0), expected)
+
+
+@pytest.mark.parametrize(
+    "made_for, wanted",
+    [
+        (Preprocessing((8, 8)), Preprocessing((6, 8))),
+        (Preprocessing((8, 8)), Preprocessing((8, 8), interpolation="bilinear")),
+        (Preprocessing((8, 8)), Preprocessing((8, 8), resize="shortest")),
+        (Preprocessing((8, 8), resize="shortest"), Preprocessing((8, 8), resize="shortest", crop_pct=0.5)),
+        (Preprocessing((8, 8), resize="shortest"), PREPROCESSINGS["crop-flip"]),
+    ],
+    ids=["size", "interpolation", "resize", "crop_pct", "crop"],
+)
+def test_pixels_made_for_another_preprocessing_are_refused(images, made_for, wanted):
+    checked = check_images(images, preprocessing=made_for, keep_bytes=1 << 20)
+    with pytest.raises(ValueError, match="preprocessing: .*but the images were resized for"):
+        make(checked, wanted)
+
+
+@pytest.mark.parametrize("name", ["squash", "crop-flip"])
+def test_auto_is_resident_up_to_the_budget(images, name, monkeypatch):
+    preprocessing = PREPROCESSINGS[name]
+    num_bytes = check_images(images, preprocessing=preprocessing, keep_bytes=1 << 20).resident.num_bytes
+    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", num_bytes)
+    assert make(images, preprocessing).is_resident
+    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", num_bytes - 1)
+    assert not make(images, preprocessing).is_resident
+
+
+def test_evaluation_keeps_no_more_than_the_crop(images):
+    batches = make(images, PREPROCESSINGS["crop-flip"], train=False)
+    assert batches.resident_bytes == NUM_IMAGES * 3 * 8 * 8
+
+
+def test_kept_pixels_beyond_the_budget_are_let_go(images, monkeypatch):
+    checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20)
+    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", checked.resident.num_bytes - 1)
+    assert not make(checked).is_resident
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resident", ["always", "never"])
+def test_broken_file_is_named(images, tmp_path, resident, workers):
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    with_broken = ImageList((*images.paths, tmp_path / "broken.png"), (*images.labels, 0), images.classes)
+    with pytest.raises(DecodeError, match=r"broken\.png: not an image in a format that Pillow knows$"):
+        list(make(with_broken, resident=resident, workers=workers).epoch(0))
+
+
+def test_decode_error_crosses_processes():
+    error = pickle.loads(pickle.dumps(DecodeError("folder/x.png", "truncated")))
+    assert (str(error.path), error.reason, str(error)) == (
+        "folder/x.png",
+        "truncated",
+        "folder/x.png: truncated",
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size: 0, wanted 1 or more"),
+        ({"seed": -1}, "seed: -1, wanted 0 or more"),
+        ({"workers": -1}, "workers: -1, wanted 0 or more"),
+        ({"world_size": 0}, "world_size: 0, wanted 1 or more"),
+        ({"rank": 2, "world_size": 2}, "rank: 2, wanted 0 to world_size - 1 = 1"),
+        ({"resident": "yes"}, "resident: 'yes', wanted one of auto, always, never"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_that_cannot_be_used_is_named(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(images, **options)
+
+
+def test_empty_list_is_refused(images):
+    with pytest.raises(ValueError, match="images: 0, wanted 1 or more"):
+        make(images.select([]))
+
+
+def test_negative_epoch_is_refused(images):
+    with pytest.raises(ValueError, match="epoch: -1"):
+        make(images).epoch(-1)
+
+
+def test_one_image_of_each_class_is_enough(write_images):
+    splits = open_splits(write_images({"a": 2, "b": 2}))
+    assert [len(x) for x, _ in make(splits.train, batch_size=64).epoch(0)] == [2]
+
+
+@pytest.mark.parametrize("resident", ["always", "never"])
+@each_preprocessing
+def test_images_are_contiguous(images, preprocessing, resident):
+    batches = make(images, preprocessing, resident=resident)
+    assert all(pixels.is_contiguous() for pixels, _ in batches.epoch(0))
