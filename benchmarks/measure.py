@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import platform
 import statistics
 import time
@@ -49,22 +50,22 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.marks: list[torch.cuda.Event | float] = []
+        self.events: list[torch.cuda.Event] = []
+        self.readings: list[float] = []
 
     def mark(self) -> None:
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
+            self.events.append(torch.cuda.Event(enable_timing=True))
+            self.events[-1].record()
         else:
-            self.marks.append(time.perf_counter())
+            self.readings.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """Between each mark and the next."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.events)]
+        return [b - a for a, b in itertools.pairwise(self.readings)]
 
 
 @dataclass
@@ -117,9 +118,9 @@ class Contender:
 def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> int:
     """Bytes that autograd keeps between one forward and its backward.
 
-    Counted where autograd saves tensors (torch.autograd.graph.saved_tensors_hooks), by storage: a storage that is
-    saved several times, or through several views, counts once and in full. Storages of parameters and buffers
-    and of the images and labels are left out: they are there anyway.
+    Counted where autograd saves tensors (torch.autograd.graph.saved_tensors_hooks), by storage: one that is
+    saved several times, or through several views, counts once and in full. Storages of parameters, buffers,
+    images and labels are left out: they are there anyway.
     """
     outside = {
         tensor.untyped_storage().data_ptr()
@@ -183,9 +184,9 @@ def interleave(
 ) -> None:
     """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
 
-    One warm-up step each (compilation happens there), one step for memory, then `repeats` rounds of `steps` steps
-    each. Results are stored in the contenders. One that raises RuntimeError (out of memory, no compiler) keeps
-    the message as its error and sits out the rest.
+    A warm-up step each (compilation happens there), then one for the bytes kept and one for the peak, then
+    `repeats` rounds of `steps` steps each. Results are stored in the contenders. One that raises RuntimeError
+    (out of memory, no compiler) keeps the message as its error and sits out the rest.
     """
     for round_ in range(-1, repeats):
         for contender in contenders:

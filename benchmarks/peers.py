@@ -1,7 +1,7 @@
 """What vpt_fast is compared with: visual prompts by concatenation, and the same ViT with no prompts.
 
-Every peer reads a timm VisionTransformer, shares its frozen weights, and trains `prompts` and `head`, so that one
-set of trainable tensors goes into all of them. They import nothing of vpt_fast.
+Every peer reads a timm VisionTransformer, shares its frozen weights, and trains `prompts` and `head`, so that
+one set of trainable tensors goes into all of them. They import nothing of vpt_fast.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Concatenation(nn.Module):
 
 
 class ConcatReference(Concatenation):
-    """In the manner of the official code: prompts after the prefix tokens, attention from single operations."""
+    """In the official code's manner: prompts after the prefix tokens, attention from single operations."""
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(vit, state)
@@ -95,8 +95,10 @@ class ConcatReference(Concatenation):
 
 
 class ConcatTimm(Concatenation):
-    """As a good engineer writes it today: fused attention, prompts at the end (attention does not see the order),
-    so that joining is one concatenation and leaving is one view, and the final norm on no more than is read.
+    """As a good engineer writes it today: fused attention, and the final norm on no more than is read.
+
+    Prompts stand at the end, since attention does not see the order: joining is one concatenation and leaving
+    is a view.
     """
 
     def forward(self, images: Tensor) -> Tensor:

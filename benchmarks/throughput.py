@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py
 
-measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json next to
-this file. `--help` lists the flags. Every implementation starts from the same weights and the same trainable
-tensors; one whose gradients are not those of plain concatenation in float64 is marked and not ranked.
+measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json
+next to this file. `--help` lists the flags. Every implementation starts from the same weights and the same
+trainable tensors; one whose gradients are not those of concatenation in float64 is marked and not ranked.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import timm
 import torch
 import typer
 from measure import MIB, Contender
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
@@ -38,8 +39,8 @@ NUM_CLASSES = 100
 CHECK_BATCH = 2  # images of the float64 gradient check
 RESULTS = Path(__file__).parent / "results"
 
-# A gradient is right when its relative error from float64 is at most this: rounding stays well below, a mistake
-# does not. bfloat16 itself is near 1e-2 on prompts.
+# A gradient is right when its relative error from float64 is at most this: rounding stays well below, a
+# mistake does not. bfloat16 itself is near 1e-2 on prompts.
 EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
 
 
@@ -47,8 +48,8 @@ EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
 class Setting:
     """What is measured, other than by which implementation.
 
-    dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32; "amp":
-    float32 weights under torch.autocast to bfloat16.
+    dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32;
+    "amp": float32 weights under torch.autocast to bfloat16.
     """
 
     model: str
@@ -135,12 +136,14 @@ BOUNDS = ("no_prompts",)  # another computation: a row to read the others by, no
 
 def make_start(setting: Setting, device: torch.device) -> Start:
     torch.manual_seed(0)
-    size = {} if setting.image_size is None else {"img_size": setting.image_size}
-    vit = (
-        timm.create_model(setting.model, pretrained=False, num_classes=0, **size).eval().requires_grad_(False)
-    )
+    size: dict[str, Any] = {} if setting.image_size is None else {"img_size": setting.image_size}
+    vit = timm.create_model(setting.model, pretrained=False, num_classes=0, **size)
+    if not isinstance(vit, VisionTransformer):
+        raise typer.BadParameter(
+            f"models: {setting.model} is a {type(vit).__name__}, want a VisionTransformer"
+        )
+    vit.eval().requires_grad_(False).to(device)
     state = peers.initial_state(vit, setting.num_prompts, setting.prompt_type, NUM_CLASSES)
-    vit = vit.to(device)
     peer_vit = copy.deepcopy(vit).to(torch.bfloat16) if setting.dtype == "bfloat16" else vit
     return Start(vit, peer_vit, {name: tensor.to(device) for name, tensor in state.items()}, setting)
 
@@ -152,7 +155,7 @@ def random_batch(vit: VisionTransformer, batch_size: int, device: torch.device) 
 
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
-    """Fills in every contender's gradient error, from plain concatenation (the bound: from itself) in float64."""
+    """Fills in every contender's gradient error, from concatenation (the bound: from itself) in float64."""
     device = start.state["prompts"].device
     images, labels = random_batch(start.vit, CHECK_BATCH, device)
     vit = copy.deepcopy(start.vit).double()
@@ -208,7 +211,7 @@ def make_row(contender: Contender, start: Start, repeats: int) -> Row:
 
 
 def rank(rows: list[Row]) -> list[Row]:
-    """Numbers the rows of one setting by speed, fastest first. Wrong gradients, failures and bounds get no rank."""
+    """Numbers the rows of one setting by speed, fastest first; not wrong ones, failed ones or bounds."""
     for row in rows:
         row.rank = None
     able = [row for row in rows if row.exact and row.images_per_second is not None and row.impl not in BOUNDS]
@@ -238,38 +241,35 @@ def measure_setting(
 
 def make_table(rows: list[Row]) -> Table:
     first = rows[0]
-    table = Table(
-        title=f"{first.model}, {first.prompt_type}, {first.num_prompts} prompts, batch {first.batch_size}, {first.dtype}"
-    )
-    for column in ("", "implementation", "images/s", "min to max", "× best concat"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
-    for column in ("forward ms", "backward", "optimizer", "peak MiB", "kept MiB/image", "gradient error"):
-        table.add_column(column, justify="right")
+    prompts, batch = f"{first.num_prompts} {first.prompt_type} prompts", f"batch {first.batch_size}"
+    table = Table(title=f"{first.model}, {prompts}, {batch}, {first.dtype}", box=box.SIMPLE)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
+    for column in ("images/s", "(min–max)", "× concat", "forward", "backward", "optimizer ms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("peak MiB", "kept MiB/image"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("gradient error", justify="right")
     concat = [row.images_per_second or 0.0 for row in rows if row.impl.startswith("concat") and row.rank]
 
     def number(value: float | None, form: str = ".1f") -> str:
         return "" if value is None else format(value, form)
 
     for row in rows:
-        relative = (
-            row.images_per_second / max(concat) if concat and row.images_per_second and row.exact else None
-        )
-        spread = f"{number(row.images_per_second_min, '.2f')} to {number(row.images_per_second_max, '.2f')}"
-        note = (
-            number(row.gradient_error, ".1e") if row.exact else f"WRONG {number(row.gradient_error, '.1e')}"
-        )
+        speed = row.images_per_second
+        spread = f"{number(row.images_per_second_min, '.2f')}–{number(row.images_per_second_max, '.2f')}"
         table.add_row(
-            "bound" if row.impl in BOUNDS else str(row.rank or "–"),
+            "bound" if row.impl in BOUNDS else str(row.rank or ""),
             row.impl,
-            number(row.images_per_second, ".2f"),
-            spread if row.images_per_second else "",
-            number(relative, ".2f"),
+            number(speed, ".2f"),
+            spread if speed else "",
+            number(speed / max(concat), ".2f") if concat and speed and row.exact else "",
             number(row.forward_ms),
             number(row.backward_ms),
             number(row.optimizer_ms),
             number(row.peak_mib),
             number(row.kept_mib_per_image),
-            row.error or note,
+            row.error or ("" if row.exact else "WRONG ") + number(row.gradient_error, ".1e"),
             style="" if row.exact else "red",
         )
     return table
@@ -347,6 +347,7 @@ def main(
     ]
     names = listed(implementations, list(IMPLEMENTATIONS))
     console, rows = Console(), list[Row]()
+    console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
     for setting in settings:
         new = measure_setting(setting, names, where, repeats, steps or (10 if on_gpu else 1), console)

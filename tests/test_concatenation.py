@@ -249,6 +249,7 @@ NAMES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_timm_name_built_small(name: str) -> None:
     vit = timm.create_model(name, num_classes=0, **(SMALL | NAMES[name]))
+    assert isinstance(vit, VisionTransformer)
     randomise(vit)
     assert_equal_to_concatenation(vit.double().eval(), num_prompts=3)
 

@@ -6,6 +6,7 @@ import copy
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from vpt_fast import PromptedViT
 
 NUM_CLASSES = 5
 TRAINED = {"prompts", "head.weight", "head.bias"}
-PROMPTS = {"deep": {"num_prompts": 4}, "shallow": {"num_prompts": 4, "prompt_type": "shallow"}}
+PROMPTS: dict[str, dict[str, Any]] = {
+    "deep": {"num_prompts": 4},
+    "shallow": {"num_prompts": 4, "prompt_type": "shallow"},
+}
 
 
 def build(dtype: torch.dtype = torch.float64, seed: int = 0, **settings) -> PromptedViT:

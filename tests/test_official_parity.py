@@ -205,7 +205,8 @@ def build_backbone(golden: Golden, folder: Path) -> VisionTransformer:
     position = tuple(npz["Transformer/posembed_input/pos_embedding"].shape)
     if vit.pos_embed is None or position != tuple(vit.pos_embed.shape):
         raise Unmapped(f"position embedding {position}, want one for an image of {sizes['img_size']} pixels")
-    np.savez(folder / "backbone.npz", **{name: tensor.numpy() for name, tensor in npz.items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in npz.items()}
+    np.savez(folder / "backbone.npz", **arrays)
     vit.load_pretrained(str(folder / "backbone.npz"))
     return vit
 

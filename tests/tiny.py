@@ -54,6 +54,7 @@ def random_batch(
 ) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) of the size the model takes, and labels (B,)."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch_size, 3, *model.image_size, generator=generator, dtype=torch.float64)
+    size: tuple[int, int] = model.image_size  # type: ignore[assignment]
+    images = torch.randn(batch_size, 3, *size, generator=generator, dtype=torch.float64)
     labels = torch.randint(num_classes, (batch_size,), generator=generator)
     return images.to(dtype), labels
