@@ -13,7 +13,20 @@ Model = PromptedViT | LinearProbe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> Model:
-    """The model that a resolved recipe trains; what is random in it comes from torch's default generator."""
+    """The model that a resolved recipe trains; what is random in it comes from torch's default generator.
+
+    Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
+    backbone_arg.
+    """
+    try:
+        return _build(recipe, num_classes)
+    except (TypeError, AssertionError, RuntimeError, OSError) as error:  # timm's and the hub's ways to say no
+        arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
+        called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
+        raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
+
+
+def _build(recipe: Recipe, num_classes: int) -> Model:
     settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("pool", "backend", "pretrained")}
     settings["dtype"] = getattr(torch, recipe.dtype) if recipe.dtype else None
     settings |= recipe.backbone_arg

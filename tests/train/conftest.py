@@ -1,0 +1,90 @@
+"""A small backbone and small data sets for training in seconds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
+
+from vpt_fast.data import export_digits
+from vpt_fast.recipe import Recipe
+
+CLASSES = ("blue", "green", "red")
+
+
+default_cfgs = generate_default_cfgs({"train_test_vit": {"input_size": (3, 16, 16), "num_classes": 0}})
+
+
+@register_model
+def train_test_vit(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The same random weights every time, so that a saved run finds its backbone again."""
+    sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_model_with_cfg(
+            VisionTransformer, "train_test_vit", pretrained=False, **{**sizes, **kwargs}
+        )
+
+
+def write_images(root: Path, counts: dict[str, int], seed: int) -> None:
+    """Noise over one bright channel per class: root/class/i.png."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 160, (16, 16, 3), dtype=np.uint8)
+            pixels[..., CLASSES[::-1].index(name)] += 60
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+@pytest.fixture(scope="session")
+def color_images(tmp_path_factory) -> Path:
+    """Three classes; train 27, val 9, test 6 images. Not to be changed: copy it with `images`."""
+    root = tmp_path_factory.mktemp("data") / "colors"
+    for seed, (split, count) in enumerate({"train": 9, "val": 3, "test": 2}.items()):
+        write_images(root / split, dict.fromkeys(CLASSES, count), seed)
+    return root
+
+
+@pytest.fixture
+def images(color_images, tmp_path) -> Path:
+    """A copy of the images that a test may change."""
+    return Path(shutil.copytree(color_images, tmp_path / "colors"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "digits"
+    export_digits(root, seed=42)
+    return root
+
+
+@pytest.fixture
+def recipe(color_images) -> Recipe:
+    """VPT-Deep in 4 epochs of 4 steps, the last of 3 images, with prompt dropout."""
+    return Recipe(
+        data=str(color_images),
+        backbone="train_test_vit",
+        num_prompts=3,
+        epochs=4,
+        warmup_epochs=1,
+        batch_size=8,
+        base_lr=0.5,
+        prompt_dropout=0.2,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def command():
+    """Runs vpt-fast with the arguments given."""
+    from vpt_fast.cli import app
+
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -1,0 +1,275 @@
+"""The vpt-fast command, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+
+import pytest
+from PIL import Image
+
+from vpt_fast import loop
+from vpt_fast.run import Labels, RunFolder
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")  # so that no text is broken or cut
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, color_images):
+    """A finished run on the color images."""
+    from typer.testing import CliRunner
+
+    from vpt_fast.cli import app
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = CliRunner().invoke(app, train_arguments(color_images, out))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def train_arguments(images, out, **flags) -> list[str]:
+    flags = {
+        "data": images,
+        "out": out,
+        "backbone": "train_test_vit",
+        "num-prompts": 3,
+        "epochs": 6,
+        "batch-size": 8,
+        "base-lr": 1,
+        "prompt-dropout": 0,
+        "device": "cpu",
+        **flags,
+    }
+    return ["train", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
+
+
+def test_train_says_what_where_and_at_what_cost(command, color_images, tmp_path):
+    result = command(*train_arguments(color_images, tmp_path / "run", epochs=1))
+    assert result.exit_code == 0
+    for text in (
+        "vpt-deep: trains 291 parameters",  # 2 blocks × 3 prompts × 32, and a head of 33 × 3
+        "3 classes, train 27, val 9, test 6 images",
+        "1 epochs of 4 steps, batch 8",
+        "expected",
+        "cpu",
+        str(tmp_path / "run"),
+    ):
+        assert text in result.output
+
+
+def test_run_folder_holds_config_prompts_metrics_and_curves(run):
+    folder = RunFolder(run)
+    assert folder.read().recipe.precision == "fp32"
+    assert [row["epoch"] for row in folder.read().metrics] == [0, 1, 2, 3, 4, 5]
+    assert Labels.read(folder.prompts).classes == ("blue", "green", "red")
+    with Image.open(folder.curves) as picture:
+        assert picture.format == "PNG"
+
+
+def test_finished_run_says_so(command, run, color_images):
+    result = command(*train_arguments(color_images, run))
+    assert result.exit_code == 0 and "holds this run, finished" in result.output
+
+
+def test_eval_counts_each_class(command, run, color_images):
+    result = command("eval", run, "--data", color_images, "--split", "test", "--json")
+    found = json.loads(result.stdout)
+    assert found["split"] == "test" and found["images"] == 6
+    assert {name: entry["images"] for name, entry in found["per_class"].items()} == {
+        "blue": 2,
+        "green": 2,
+        "red": 2,
+    }
+    assert found["accuracy"] == pytest.approx(
+        sum(entry["accuracy"] for entry in found["per_class"].values()) / 3
+    )
+
+
+def test_eval_on_val_repeats_the_accuracy_of_training(command, run, color_images):
+    found = json.loads(command("eval", run, "--data", color_images, "--json").stdout)
+    assert found["accuracy"] == RunFolder(run).read().metrics[-1]["val_accuracy"]
+
+
+def test_eval_takes_the_prompts_folder_alone(command, run, color_images, tmp_path):
+    moved = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    assert command("eval", moved, "--data", color_images).exit_code == 0
+
+
+def test_eval_prints_a_table(command, run, color_images):
+    output = command("eval", run, "--data", color_images).stdout
+    assert "green" in output and "val accuracy" in output
+
+
+def test_predict_agrees_with_eval(command, run, color_images):
+    answers = json.loads(command("predict", run, color_images / "val", "--json").stdout)
+    right = sum(answer["predictions"][0]["class"] == answer["image"].split("/")[-2] for answer in answers)
+    assert right / len(answers) == RunFolder(run).read().metrics[-1]["val_accuracy"]
+
+
+def test_predict_gives_the_k_most_probable_classes(command, run, color_images):
+    image = color_images / "test" / "red" / "0.png"
+    (answer,) = json.loads(command("predict", run, image, "--top-k", 2, "--json").stdout)
+    first, second = (guess["probability"] for guess in answer["predictions"])
+    assert 1 >= first >= second >= 0
+
+
+def test_predict_takes_patterns(command, run, color_images):
+    answers = json.loads(command("predict", run, f"{color_images}/test/*/1.png", "--json").stdout)
+    assert len(answers) == 3
+
+
+def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, color_images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    good = color_images / "test" / "red" / "0.png"
+    result = command("predict", run, tmp_path / "broken.png", good, tmp_path / "missing.png")
+    assert result.exit_code == 1
+    assert "broken.png" in result.stderr and "missing.png" in result.stderr
+    assert "0.png" in result.stdout
+
+
+def test_predict_of_an_empty_folder_is_refused(command, run, tmp_path):
+    result = command("predict", run, tmp_path)
+    assert result.exit_code == 2 and "there are no images" in result.stderr
+
+
+def test_another_backbone_is_refused(command, run, color_images, tmp_path):
+    prompts = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    config = json.loads((prompts / "config.json").read_text())
+    config["backbone"]["fingerprint"] = "0" * 64
+    (prompts / "config.json").write_text(json.dumps(config))
+    result = command("eval", prompts, "--data", color_images)
+    assert result.exit_code == 2 and "fingerprint" in result.stderr
+
+
+def test_eval_on_other_classes_is_refused(command, run, images):
+    for split in ("train", "val", "test"):
+        (images / split / "red").rename(images / split / "rot")
+    result = command("eval", run, "--data", images)
+    assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
+
+
+def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
+    result = command("eval", tmp_path, "--data", color_images)
+    assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
+
+
+def only(folder, keep) -> None:
+    for path in folder.iterdir():
+        if path.name != keep:
+            shutil.rmtree(path)
+
+
+def no_images(root):
+    shutil.rmtree(root / "train")
+    (root / "train" / "red").mkdir(parents=True)
+
+
+def one_class(root):
+    for split in ("train", "val", "test"):
+        only(root / split, "red")
+
+
+def class_missing_from_val(root):
+    shutil.rmtree(root / "val" / "red")
+
+
+def class_all_broken(root):
+    for path in (root / "train" / "red").iterdir():
+        path.write_bytes(b"no image")
+
+
+def nothing_wrong(root):
+    pass
+
+
+@pytest.mark.parametrize(
+    "spoil, flags, message",
+    [
+        (no_images, {}, "no images"),
+        (one_class, {}, "one class"),
+        (class_missing_from_val, {}, "red"),
+        (class_all_broken, {}, "no image of red"),
+        (nothing_wrong, {"data": "nowhere"}, "nowhere"),
+        (nothing_wrong, {"data": None}, "data is not given"),
+        (nothing_wrong, {"num-prompts": 0}, "num_prompts is 0"),
+        (nothing_wrong, {"backbone-arg": "img_size=18"}, "img_size"),
+        (nothing_wrong, {"backbone": "vit_bass_patch16_224"}, "vit_base_patch16_224"),
+        (nothing_wrong, {"device": "tpu9"}, "device is 'tpu9'"),
+        (nothing_wrong, {"out": "/dev/null/run"}, "out is /dev/null/run, which cannot be written"),
+        (nothing_wrong, {"epochs": 0}, "epochs is 0"),
+        (nothing_wrong, {"config": "missing.yaml"}, "missing.yaml does not exist"),
+        (nothing_wrong, {"prompt-layers": "5"}, "prompt_layers"),
+        (nothing_wrong, {"pool": "cls", "backbone-arg": "class_token=false"}, "class_token=False"),
+        (nothing_wrong, {"backbone-arg": "heads=3"}, "heads=3), which cannot be built"),
+        (nothing_wrong, {"backbone": "test_vit4"}, "No pretrained weights exist for test_vit4"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_bad_input_is_one_line_before_anything_is_made(command, images, tmp_path, spoil, flags, message):
+    spoil(images)
+    result = command(*train_arguments(**{"images": images, "out": tmp_path / "run", **flags}))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_image_is_left_out_and_named(command, images, tmp_path):
+    path = images / "train" / "red" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    result = command(*train_arguments(images, tmp_path / "run", epochs=1))
+    assert result.exit_code == 0
+    output = result.output
+    assert "1 images cannot be read" in output and "red/0.png" in output and "train 26" in output
+
+
+def test_diverging_training_fails_with_epoch_and_learning_rate(command, color_images, tmp_path):
+    flags = {"base-lr": 1e30, "warmup-epochs": 1, "epochs": 3}
+    result = command(*train_arguments(color_images, tmp_path / "run", **flags))
+    assert result.exit_code == 1
+    assert "in epoch 2 of 3" in result.stderr and "learning rate" in result.stderr
+    assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
+
+
+def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
+    original, steps = loop.train_step, []
+
+    def train_step(*arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    result = command(*train_arguments(color_images, tmp_path / "run"))
+    assert result.exit_code == 130
+    assert "Stopped after epoch 1 of 6; the same command goes on from there" in result.stdout
+
+
+def test_debug_shows_the_traceback(command, tmp_path):
+    result = command("train", "--data", tmp_path / "nowhere", "--backbone", "train_test_vit", "--debug")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_tensorboard_that_is_not_installed_is_refused(command, color_images, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = command(*train_arguments(color_images, tmp_path / "run"), "--tensorboard")
+    assert result.exit_code == 2 and "pip install tensorboard" in result.stderr
+
+
+def test_folder_without_val_is_split_the_same_way_by_eval(command, images, tmp_path):
+    result = command(*train_arguments(images / "train", tmp_path / "run", epochs=3))
+    assert result.exit_code == 0, result.output
+    found = json.loads(command("eval", tmp_path / "run", "--data", images / "train", "--json").stdout)
+    assert found["images"] == 6
+    assert found["accuracy"] == RunFolder(tmp_path / "run").read().metrics[-1]["val_accuracy"]
+
+
+def test_version(command):
+    from vpt_fast import __version__
+
+    assert command("--version").stdout.strip() == __version__

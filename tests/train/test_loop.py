@@ -1,0 +1,304 @@
+"""Training: what it computes, and that stopping, going on and failing lose nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from vpt_fast import loop
+from vpt_fast.loop import SavingFailed, TrainingDiverged, build_optimizer, train
+from vpt_fast.methods import build_model
+from vpt_fast.run import RunError, RunFolder
+
+
+def trained(result) -> dict[str, torch.Tensor]:
+    return RunFolder(result.path).read().checkpoint.trainable
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def require_equal(one, other) -> None:
+    """Bit for bit, metrics too."""
+    a, b = trained(one), trained(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert untimed(one.metrics) == untimed(other.metrics)
+
+
+def interrupt_at_step(monkeypatch, number: int, signal_number=signal.SIGINT) -> None:
+    """Sends this process a signal in its step `number`, counted from 1 over all epochs."""
+    original, steps = loop.train_step, []
+
+    def train_step(*arguments):
+        steps.append(1)
+        if len(steps) == number:
+            signal.raise_signal(signal_number)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def test_training_lowers_the_loss(recipe, tmp_path):
+    metrics = train(recipe, tmp_path / "run").metrics
+    assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
+
+
+def test_first_epoch_of_warm_up_changes_no_weight(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=1)
+    torch.manual_seed(recipe.seed)
+    start = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3).trainable_state_dict()
+    after = []
+
+    def keep(self, rows, checkpoint):
+        after.append({name: tensor.clone() for name, tensor in checkpoint.trainable.items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "save_epoch", keep)
+        train(recipe, tmp_path / "run")
+    assert all(torch.equal(start[name], after[0][name]) for name in start)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_going_on_after_ctrl_c_equals_an_uninterrupted_run(recipe, tmp_path, monkeypatch, optimizer):
+    recipe = dataclasses.replace(recipe, optimizer=optimizer, base_lr=0.5 if optimizer == "sgd" else 0.05)
+    whole = train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 10)  # the second step of the third epoch
+        stopped = train(recipe, tmp_path / "parts")
+    assert len(stopped.metrics) == 2 and not stopped.is_finished
+    parts = train(recipe, tmp_path / "parts")
+    assert parts.new_epochs == 2
+    require_equal(whole, parts)
+
+
+def test_sigterm_stops_as_ctrl_c_does(recipe, tmp_path, monkeypatch):
+    interrupt_at_step(monkeypatch, 6, signal.SIGTERM)
+    assert len(train(recipe, tmp_path / "run").metrics) == 1
+
+
+def test_second_ctrl_c_interrupts_at_once(recipe, tmp_path, monkeypatch):
+    def train_step(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+
+
+def test_signal_handlers_are_put_back(recipe, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 10)
+        train(recipe, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + json.dumps({"epoch": 2}) + "\n")  # killed between the two files
+    result = train(recipe, tmp_path / "run")
+    assert [row["epoch"] for row in result.metrics] == [0, 1, 2, 3]
+
+
+def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
+    first = train(recipe, tmp_path / "run")
+    monkeypatch.setattr(loop, "build_model", None)
+    again = train(recipe, tmp_path / "run")
+    assert again.is_finished and again.new_epochs == 0 and again.metrics == first.metrics
+
+
+def test_fresh_trains_again_from_the_start(recipe, tmp_path):
+    first = train(recipe, tmp_path / "run")
+    again = train(dataclasses.replace(recipe, workers=0), tmp_path / "run", fresh=True)
+    assert again.new_epochs == 4
+    require_equal(first, again)
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path):
+    train(recipe, tmp_path / "run")
+    with pytest.raises(RunError, match=r"base_lr \(0.5 there, 1.0 now\), epochs|epochs .*base_lr"):
+        train(dataclasses.replace(recipe, base_lr=1.0, epochs=5), tmp_path / "run")
+
+
+def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, data=str(images))
+    interrupt_at_step(monkeypatch, 6)
+    train(recipe, tmp_path / "run")
+    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+    with pytest.raises(RunError, match="the images changed since it began"):
+        train(recipe, tmp_path / "run")
+
+
+def test_going_on_with_other_backbone_weights_is_refused(recipe, tmp_path, monkeypatch):
+    interrupt_at_step(monkeypatch, 6)
+    train(recipe, tmp_path / "run")
+    facts = tmp_path / "run" / "run.json"
+    values = json.loads(facts.read_text())
+    values["backbone"]["fingerprint"] = "0" * 64
+    facts.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="the backbone's weights changed since it began"):
+        train(recipe, tmp_path / "run")
+
+
+def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is training in .*run"):
+            train(recipe, tmp_path / "run")
+
+
+def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):
+    with pytest.raises(ValueError, match="img_size"):
+        train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch):
+    original, steps = loop.train_step, []
+
+    def train_step(*arguments):
+        steps.append(1)
+        loss, hits = original(*arguments)
+        return (loss * float("nan") if len(steps) == 11 else loss), hits
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(
+        TrainingDiverged, match=r"loss is nan in epoch 3 of 4, step 3 of 4, at a learning rate of 0\.0"
+    ):
+        train(recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
+
+
+def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monkeypatch):
+    original, steps = loop.train_step, []
+
+    def train_step(network, *arguments):
+        steps.append(1)
+        answer = original(network, *arguments)
+        if len(steps) == 8:
+            network.head.bias.data[0] = float("inf")
+        return answer
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(TrainingDiverged, match="head.bias not finite after the last step of epoch 2"):
+        train(recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
+
+
+def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe, tmp_path, monkeypatch):
+    whole = train(recipe, tmp_path / "whole")
+    original = RunFolder.save_epoch
+
+    def save_epoch(self, rows, checkpoint):
+        with pytest.MonkeyPatch.context() as patch:
+            if checkpoint.epochs_done == 3:
+                patch.setattr("vpt_fast.files.os.fsync", no_space)
+            original(self, rows, checkpoint)
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_epoch", save_epoch)
+        with pytest.raises(
+            SavingFailed, match="epoch 3 could not be saved in .*parts: No space left on device"
+        ):
+            train(recipe, tmp_path / "parts")
+    begun = RunFolder(tmp_path / "parts").read()
+    assert len(begun.metrics) == begun.checkpoint.epochs_done == 2
+    assert not [path for path in (tmp_path / "parts").rglob("*") if "tmp" in path.name]
+    require_equal(whole, train(recipe, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
+    recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
+    model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
+    groups, names = build_optimizer(recipe, model)
+    decay = [group["weight_decay"] for group in groups.param_groups for _ in group["params"]]
+    assert dict(zip(names, decay, strict=True)) == {
+        "prompts": 1e-4,
+        "prompt_projection.weight": 1e-4,
+        "prompt_projection.bias": 1e-4,
+        "head.weight": 1e-4,
+        "head.bias": 0.0,
+    }
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, prompt_dropout=0.0)
+    whole = trained(train(recipe, tmp_path / "whole"))
+    parts = trained(train(dataclasses.replace(recipe, accumulate=3), tmp_path / "parts"))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_linear_probe_on_features_computed_once_equals_training_through_the_model(
+    recipe, tmp_path, monkeypatch
+):
+    recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
+    once = train(recipe, tmp_path / "once")
+    monkeypatch.setattr(loop, "caches_features", lambda *arguments: False)
+    through = train(recipe, tmp_path / "through")
+    for name, tensor in trained(through).items():
+        torch.testing.assert_close(trained(once)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert once.metrics[-1]["val_accuracy"] == through.metrics[-1]["val_accuracy"]
+
+
+def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "FeatureBatches", None)
+    recipe = dataclasses.replace(
+        recipe, method="linear", num_prompts=None, prompt_dropout=None, augment="flip"
+    )
+    assert train(recipe, tmp_path / "run").is_finished
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(recipe, tmp_path, precision):
+    metrics = train(dataclasses.replace(recipe, precision=precision), tmp_path / "run").metrics
+    assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
+
+
+def test_clipping_bounds_the_gradient(recipe, tmp_path):
+    # One step at learning rate 1 from rest moves the weights by the gradient.
+    settings = dict(
+        epochs=1, warmup_epochs=0, batch_size=27, base_lr=256 / 27, weight_decay=0.0, clip_grad_norm=1e-3
+    )
+    recipe = dataclasses.replace(recipe, **settings)
+    torch.manual_seed(recipe.seed)
+    start = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3).trainable_state_dict()
+    end = trained(train(recipe, tmp_path / "run"))
+    moved = torch.cat([(end[name] - start[name]).flatten() for name in start]).norm().item()
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "vpt-shallow"},
+        {"prompt_location": "add", "num_prompts": None},
+        {"prompt_location": "pad", "num_prompts": 2, "prompt_dropout": 0.0, "method": "vpt-shallow"},
+        {"prompt_location": "concat-channel", "prompt_dropout": 0.0, "method": "vpt-shallow"},
+        {"prompt_layers": -1, "pool": "image", "prompt_dropout_per": "batch"},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_prompt_settings_reach_the_saved_model(recipe, tmp_path, settings):
+    from vpt_fast import load_pretrained
+
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, **settings)
+    result = train(recipe, tmp_path / "run")
+    saved = load_pretrained(tmp_path / "run" / "prompts").trainable_state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained(result).items())

@@ -1,0 +1,202 @@
+"""The recipe: its numbers, its text form, its flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import yaml
+
+from vpt_fast import cli
+from vpt_fast.recipe import Recipe, lr_factor
+
+
+def make(**values) -> Recipe:
+    return Recipe(**{"data": "images", "backbone": "vit_base_patch16_224", **values})
+
+
+def resolve(
+    recipe: Recipe, num_train_images: int = 1000, device_type: str = "cpu", world_size: int = 1
+) -> Recipe:
+    return recipe.resolved(num_train_images=num_train_images, device_type=device_type, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "epoch, factor",
+    [(0, 0.0), (1, 0.1), (9, 0.9), (10, 1.0), (55, 0.5), (99, 0.5 * (1 + math.cos(math.pi * 89 / 90)))],
+)
+def test_lr_warms_up_for_ten_epochs_then_follows_half_a_cosine(epoch, factor):
+    assert lr_factor(epoch, warmup_epochs=10, epochs=100) == pytest.approx(factor, abs=1e-12)
+
+
+def test_lr_without_warm_up_starts_at_its_peak():
+    assert lr_factor(0, warmup_epochs=0, epochs=1) == 1.0
+
+
+def test_lr_scales_with_the_batch():
+    recipe = resolve(make(base_lr=2.5, batch_size=64))
+    assert recipe.learning_rate(10) == pytest.approx(2.5 * 64 / 256)
+
+
+def test_defaults_are_the_papers_schedule():
+    recipe = resolve(make())
+    assert (recipe.optimizer, recipe.momentum, recipe.epochs, recipe.warmup_epochs) == ("sgd", 0.9, 100, 10)
+
+
+@pytest.mark.parametrize(
+    "settings, batch_size",
+    [
+        ({"num_prompts": 50}, 128),
+        ({"num_prompts": 100}, 64),
+        ({"method": "vpt-shallow", "num_prompts": 200}, 64),
+        ({"method": "linear"}, 2048),
+        ({"prompt_location": "add-1"}, 128),
+        ({"batch_size": 32}, 32),
+    ],
+)
+def test_batch_size_follows_the_recipe(settings, batch_size):
+    assert resolve(make(**settings), num_train_images=10_000).batch_size == batch_size
+
+
+def test_batch_size_is_at_most_the_training_set():
+    assert resolve(make(method="linear"), num_train_images=801, world_size=2).batch_size == 800
+
+
+def test_batch_size_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="batch_size is 63; 2 processes"):
+        resolve(make(batch_size=63), world_size=2)
+
+
+@pytest.mark.parametrize("method, dropout", [("vpt-deep", 0.1), ("vpt-shallow", 0.0), ("linear", None)])
+def test_prompt_dropout_follows_the_method(method, dropout):
+    assert resolve(make(method=method)).prompt_dropout == dropout
+
+
+def test_prompt_dropout_of_zero_stays_zero():
+    assert resolve(make(prompt_dropout=0)).prompt_dropout == 0.0
+
+
+@pytest.mark.parametrize("epochs, warmup", [(5, 0), (20, 2), (100, 10), (300, 10)])
+def test_warm_up_shortens_with_the_run(epochs, warmup):
+    assert resolve(make(epochs=epochs)).warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("device_type, precision", [("cpu", "fp32"), ("cuda", "bf16")])
+def test_precision_follows_the_device(device_type, precision):
+    assert resolve(make(), device_type=device_type).precision == precision
+
+
+def test_resolving_twice_changes_nothing():
+    recipe = resolve(make())
+    assert resolve(recipe) == recipe
+
+
+def test_yaml_round_trip(tmp_path):
+    recipe = make(
+        prompt_layers=[0, 2],
+        backbone_arg={"img_size": [64, 32]},
+        weight_decay=1e-5,
+        prompt_shared=True,
+        num_prompts=7,
+    )
+    (tmp_path / "config.yaml").write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(tmp_path / "config.yaml") == recipe
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    values = yaml.safe_load("{data: images, backbone: x, weight_decay: 1e-4, base_lr: 1}")
+    recipe = Recipe.from_dict(values)
+    assert (recipe.weight_decay, recipe.base_lr) == (1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text, layers", [("3", 3), ("-2", -2), ("0,2,5", [0, 2, 5]), ("4,", [4])], ids=lambda v: str(v)
+)
+def test_prompt_layers_are_a_count_or_indices(text, layers):
+    assert make(prompt_layers=text).prompt_layers == layers
+
+
+def test_backbone_arguments_are_typed_as_in_yaml():
+    recipe = make(backbone_arg=["img_size=384", "global_pool=avg", "dynamic_img_size=true"])
+    assert recipe.backbone_arg == {"img_size": 384, "global_pool": "avg", "dynamic_img_size": True}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_prompts", 0),
+        ("num_prompts", "many"),
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("warmup_epochs", 100),
+        ("base_lr", 0),
+        ("base_lr", "nan"),
+        ("base_lr", "inf"),
+        ("batch_size", 0),
+        ("accumulate", 0),
+        ("momentum", 1.0),
+        ("weight_decay", -0.1),
+        ("prompt_dropout", 1),
+        ("label_smoothing", -0.1),
+        ("clip_grad_norm", 0),
+        ("val_fraction", 1.0),
+        ("seed", -1),
+        ("workers", -1),
+        ("method", "full"),
+        ("pretrained", "yes"),
+        ("prompt_layers", "first"),
+        ("backbone_arg", ["img_size"]),
+        ("precision", "int8"),
+    ],
+)
+def test_bad_value_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        make(**{name: value})
+
+
+def test_linear_refuses_prompt_settings():
+    with pytest.raises(ValueError, match="^num_prompts, prompt_shared: method linear has no prompts"):
+        make(method="linear", num_prompts=5, prompt_shared=True)
+
+
+def test_shallow_refuses_prompt_layers():
+    with pytest.raises(ValueError, match="prompt_layers only applies to method vpt-deep"):
+        make(method="vpt-shallow", prompt_layers=2)
+
+
+def test_unknown_setting_is_refused_with_close_names():
+    with pytest.raises(ValueError, match="unknown setting 'num_prompt'; close names: num_prompts"):
+        Recipe.from_dict({"data": "images", "backbone": "x", "num_prompt": 3})
+
+
+def test_missing_data_is_refused():
+    with pytest.raises(ValueError, match="data is not given"):
+        Recipe.from_dict({"backbone": "x"})
+
+
+def test_differences_leave_out_what_changes_no_result():
+    one, other = make(workers=0, seed=1), make(workers=4, seed=2)
+    assert one.differences(other) == {"seed": (1, 2)}
+
+
+def test_every_field_is_a_flag():
+    own = {"out", "config", "fresh", "debug"}
+    assert inspect.signature(cli.train).parameters.keys() - own == {
+        f.name for f in dataclasses.fields(Recipe)
+    }
+
+
+def test_flags_go_over_the_configuration_file(tmp_path, command, monkeypatch):
+    seen = []
+
+    def train(recipe, out, **settings):
+        seen.append(recipe)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("vpt_fast.loop.train", train)
+    config = tmp_path / "recipe.yaml"
+    config.write_text(make(epochs=7, base_lr=3.0, prompt_shared=True).to_yaml())
+    command("train", "--config", config, "--epochs", 9, "--no-prompt-shared", "--backbone-arg", "img_size=32")
+    assert seen == [make(epochs=9, base_lr=3.0, backbone_arg={"img_size": 32})]
