@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from concatenation import PATCH_EMBEDDING, ConcatenatedViT, step, trainables
 from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -296,3 +297,30 @@ def test_the_plain_definition_matches_the_official_implementation(path: Path, tm
     model = ConcatenatedViT(backbone, golden["num_classes"], **mapped_settings(golden))
     model.load_trainables(to_our_names(golden, golden.under("init:")))
     check_against(golden, model.double(), torch.float64)
+
+
+@pytest.mark.parametrize(
+    "prompt, reason",
+    [
+        ({"NUM_LAYERS": 2}, "unknown prompt settings"),
+        ({"LOCATION": "append"}, "LOCATION 'append'"),
+        ({"VIT_POOL_TYPE": "max"}, "VIT_POOL_TYPE 'max'"),
+        ({"DROPOUT": 0.1}, "DROPOUT 0.1"),
+        ({"DEEP": True, "NUM_DEEP_LAYERS": 4}, "NUM_DEEP_LAYERS 4 of 3 blocks"),
+        ({"DEEP": True, "NUM_DEEP_LAYERS": 2, "REVERSE_DEEP": True}, "slices off prompts that were never"),
+        (
+            {"DEEP": True, "NUM_DEEP_LAYERS": 2, "FORWARD_DEEP_NOEXPAND": True, "VIT_POOL_TYPE": "img_pool"},
+            "pools the wrong patches",
+        ),
+        ({"DEEP": True, "LOCATION": "pad"}, "no deep prompts there"),
+    ],
+    ids=["key", "location", "pool", "dropout", "layers", "reverse_prepend", "noexpand_pool", "deep_pad"],
+)
+def test_settings_without_a_counterpart_are_refused(
+    prompt: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    metadata = {"prompt": json.dumps(prompt), "num_layers": "3", "num_prompts": "5"}
+    path = tmp_path / "golden.safetensors"
+    save_file({"loss": torch.zeros(())}, path, metadata)
+    with pytest.raises(Unmapped, match=reason):
+        mapped_settings(Golden.read(path))
