@@ -81,6 +81,8 @@ class Golden:
     def read(cls, path: Path) -> Golden:
         with safe_open(path, "pt") as file:
             metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
+        if metadata.get("arch", "vit") not in ("vit", "mae"):
+            raise Unmapped(f"arch {metadata['arch']!r}: PromptedViT takes a ViT or an MAE")
         given = json.loads(metadata["prompt"]) if "prompt" in metadata else {}
         if "deep" in metadata:  # the MAE files say these two beside the settings
             given.setdefault("DEEP", metadata["deep"] == "True")
@@ -200,8 +202,8 @@ def build_backbone(golden: Golden, folder: Path) -> VisionTransformer:
         vit = VisionTransformer(**sizes, mlp_ratio=mlp_dim / sizes["embed_dim"], global_pool="avg")
         vit.load_state_dict(state)
         return vit
-    if "arch" in golden.metadata or not npz:
-        raise Unmapped(f"arch {golden.metadata.get('arch')!r}: want a ViT (npz: tensors) or an MAE (state:)")
+    if not npz:
+        raise Unmapped("no backbone: want npz: tensors of a ViT or state: tensors of an MAE")
     vit = VisionTransformer(**sizes, mlp_ratio=golden["mlp_dim"] / sizes["embed_dim"])
     position = tuple(npz["Transformer/posembed_input/pos_embedding"].shape)
     if vit.pos_embed is None or position != tuple(vit.pos_embed.shape):
