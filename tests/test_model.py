@@ -396,6 +396,14 @@ def test_dropout_per_image_differs_between_images_and_per_batch_does_not() -> No
         assert len({tuple(row.detach().numpy().round(8)) for row in logits}) == distinct
 
 
+def test_timm_finds_the_data_settings_as_on_its_own_models() -> None:
+    name = "vit_tiny_patch16_224"
+    expected = timm.data.resolve_model_data_config(timm.create_model(name, depth=1))
+    model = PromptedViT(name, 5, 4, depth=1)
+    assert timm.data.resolve_model_data_config(model) == model.data_config == expected
+    assert model.num_classes == 5
+
+
 def test_gradient_reaches_images_that_ask_for_one() -> None:
     model = PromptedViT(tiny_vit(), 5, 4).double()
     images = torch.randn(2, 3, 32, 32).double().requires_grad_()

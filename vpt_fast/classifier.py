@@ -112,7 +112,7 @@ class FrozenClassifier(nn.Module):
         return ClassifierConfig(
             model=type(self).__name__,
             backbone=self._backbone_config,
-            num_classes=self.head.out_features,
+            num_classes=self.num_classes,
             pool=self.pool,
             dtype=self._dtype,
             backend=self._backend,
@@ -137,6 +137,15 @@ class FrozenClassifier(nn.Module):
     def num_blocks(self) -> int:
         """L: the number of transformer blocks."""
         return len(self.backbone.blocks)
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.out_features
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's description of the backbone's weights, where `timm.data.resolve_data_config` looks for it."""
+        return getattr(self.backbone.stem, "pretrained_cfg", {})
 
     @property
     def data_config(self) -> dict[str, Any]:
