@@ -144,7 +144,7 @@ class FrozenClassifier(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's description of the backbone's weights, where `timm.data.resolve_data_config` looks for it."""
+        """timm's description of the backbone's weights, where `timm.data.resolve_data_config` looks."""
         return getattr(self.backbone.stem, "pretrained_cfg", {})
 
     @property
