@@ -16,6 +16,7 @@ from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_vit
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from vpt_fast import PromptedViT
@@ -166,6 +167,41 @@ def test_gradient_accumulation_equals_the_joined_batch() -> None:
     for part in range(3):
         rows = slice(2 * part, 2 * part + 2)
         (F.cross_entropy(model(images[rows]), labels[rows]) / 3).backward()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_inside_activation_checkpointing(prompts: str) -> None:
+    model = build(**PROMPTS[prompts])
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    model.zero_grad()
+    F.cross_entropy(checkpoint(model, images, use_reentrant=False), labels).backward()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12
+
+
+def test_kept_tensors_pass_saved_tensor_hooks() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    model.zero_grad()
+    packed: list[Tensor] = []
+    unpacked: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        unpacked.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    assert len(unpacked) == len(packed)  # each comes back once: a hook may have moved it far away
     for name, gradient in expected.gradients.items():
         assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12
 
