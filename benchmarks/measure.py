@@ -101,8 +101,8 @@ class Contender:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(self.run(images).float(), labels)
 
-    def step(self, images: Tensor, labels: Tensor) -> StepTimes:
-        """One training step, timed by part."""
+    def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
+        """One training step, with marks before forward, backward and optimizer, and at the end."""
         watch = Stopwatch(images.device)
         self.optimizer.zero_grad(set_to_none=True)
         watch.mark()
@@ -112,7 +112,7 @@ class Contender:
         watch.mark()
         self.optimizer.step()
         watch.mark()
-        return StepTimes(*watch.seconds())
+        return watch
 
 
 def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> int:
@@ -203,7 +203,9 @@ def interleave(
                     with peak_memory(contender, images.device):
                         contender.step(images, labels)
                 else:
-                    contender.times += [contender.step(images, labels) for _ in range(steps)]
+                    # Read after the last one: a GPU is not made to wait between steps.
+                    watches = [contender.step(images, labels) for _ in range(steps)]
+                    contender.times += [StepTimes(*watch.seconds()) for watch in watches]
             except RuntimeError as failure:
                 contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
                 contender.times = []
