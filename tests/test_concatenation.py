@@ -227,6 +227,13 @@ def test_another_input_size_than_the_backbones(no_embed_class: bool, image_size:
     assert_equal_to_concatenation(vit, image_size=image_size, num_prompts=3)
 
 
+@pytest.mark.parametrize("location", ["add_deep", "pad", "channels"])
+def test_a_location_tied_to_one_image_size_refuses_another(location: str) -> None:
+    model = PromptedViT(tiny_vit(dynamic_img_size=True), NUM_CLASSES, **LOCATIONS[location])
+    with pytest.raises(ValueError, match="images: got 16x16"):
+        model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAMES: dict[str, dict[str, Any]] = {
     "vit_base_patch16_224": {},
