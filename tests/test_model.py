@@ -189,11 +189,33 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         PromptedViT(tiny_vit(), 5, 5).double()(torch.zeros(shape).double())
 
 
-@pytest.mark.parametrize("location", ["pad", "concat-channel"])
-def test_pixel_prompts_are_tied_to_one_image_size(location: str) -> None:
-    model = PromptedViT(tiny_vit(dynamic_img_size=True), 5, 4, "shallow", prompt_location=location)
-    with pytest.raises(ValueError, match="images: got 40x40"):
+@pytest.mark.parametrize("location", ["add", "pad", "concat-channel"])
+def test_prompts_made_for_one_image_size_refuse_another(location: str) -> None:
+    settings = dict(prompt_type="shallow", prompt_location=location)
+    num_prompts = None if location == "add" else 4
+    model = PromptedViT(tiny_vit(dynamic_img_size=True), 5, num_prompts, **settings)
+    with pytest.raises(ValueError, match=f"images: got 40x40.*'{location}' is tied to one size"):
         model(torch.zeros(1, 3, 40, 40))
+
+
+@pytest.mark.parametrize("kind", [lambda vit: PromptedViT(vit, 5, 4), lambda vit: LinearProbe(vit, 5)])
+def test_images_of_another_size_are_refused_unless_any_size_is_taken(kind) -> None:
+    with pytest.raises(ValueError, match="images: got 40x32, want 32x32"):
+        kind(tiny_vit())(torch.zeros(1, 3, 40, 32))
+    model = kind(tiny_vit(dynamic_img_size=True)).double()
+    assert model(torch.zeros(1, 3, 40, 32).double()).shape == (1, 5)
+    with pytest.raises(ValueError, match="images: got 41x32, want a multiple of 8x8"):
+        model(torch.zeros(1, 3, 41, 32))
+
+
+def test_backbone_for_one_channel_takes_grey_images() -> None:
+    vit = tiny_vit(in_chans=1)
+    images = torch.zeros(2, 1, 32, 32).double()
+    assert PromptedViT(vit, 5, 4).double()(images).shape == (2, 5)
+    pixel = PromptedViT(vit, 5, 4, "shallow", prompt_location="prepend-pixel").double()
+    assert pixel.prompts.shape == (1, 1, 8, 32) and pixel(images).shape == (2, 5)
+    with pytest.raises(ValueError, match="'pad' with a backbone for 1 channels"):
+        PromptedViT(vit, 5, 4, "shallow", prompt_location="pad")
 
 
 def test_pool_cls_without_a_cls_token_is_refused() -> None:

@@ -166,6 +166,21 @@ class FrozenClassifier(nn.Module):
         """All parameters, and gradient and momentum of the trained ones."""
         return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in self.parameters())
 
+    def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
+        """Raises ValueError for images that the model does not take; `tied`: why it takes one size."""
+        channels = self.backbone.in_chans
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, want (batch, {channels}, height, width)"
+            )
+        got, want, patch = tuple(images.shape[2:]), self.image_size, self.patch_size
+        if tied is not None or not self.backbone.takes_any_size:
+            if got != want:
+                why = "" if tied is None else f": {tied}"
+                raise ValueError(f"images: got {got[0]}x{got[1]}, want {want[0]}x{want[1]}{why}")
+        elif not self.backbone.pads_images and (got[0] % patch[0] or got[1] % patch[1]):
+            raise ValueError(f"images: got {got[0]}x{got[1]}, want a multiple of {patch[0]}x{patch[1]}")
+
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}

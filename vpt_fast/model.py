@@ -108,7 +108,7 @@ class PromptedViT(FrozenClassifier):
     def _make_prompts(self) -> None:
         settings, embed_dim, device = self.prompt_settings, self.embed_dim, self.backbone.device
         location, m = settings.prompt_location, settings.num_prompts
-        height, width = self.image_size
+        channels, (height, width) = self.backbone.in_chans, self.image_size
         shape: tuple[int, ...]
         if location in IN_TOKENS:
             expected = {"prepend": m, "add": self.backbone.num_tokens, "add-1": 1}[location]
@@ -119,8 +119,13 @@ class PromptedViT(FrozenClassifier):
             num_sets = 1 if settings.prompt_shared else len(self._prompted)
             shape = (num_sets, expected, settings.prompt_project or embed_dim)
         elif location == "prepend-pixel":
-            shape = (1, 3, self.patch_size[0], m * self.patch_size[1])
+            shape = (1, channels, self.patch_size[0], m * self.patch_size[1])
         elif location == "pad":
+            if channels != 3:
+                raise ValueError(
+                    f"prompt_location: got 'pad' with a backbone for {channels} channels; "
+                    "its border is made of RGB pixels"
+                )
             shape = (1, 3, 2 * m, width + 2 * m)
             self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m, device=device))
         else:  # concat-channel
@@ -173,7 +178,7 @@ class PromptedViT(FrozenClassifier):
         return height - 2 * border, width - 2 * border
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, num_classes).
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
 
         Raises:
             ValueError: images of another shape than the model takes.
@@ -195,20 +200,14 @@ class PromptedViT(FrozenClassifier):
         return self.head(features.to(self.head.weight.dtype))
 
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), with the prompts that are part of them, to tokens (B, N, d)."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: got shape {tuple(images.shape)}, want (batch, 3, height, width)")
+        """Images (B, C, H, W), with the prompts that are part of them, to tokens (B, N, d)."""
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
-        if location in ("pad", "concat-channel"):
-            if tuple(images.shape[2:]) != self.image_size:
-                raise ValueError(
-                    f"images: got {images.shape[2]}x{images.shape[3]}, want {self.image_size[0]}x"
-                    f"{self.image_size[1]}: prompt_location={location!r} is tied to one size"
-                )
-            if location == "pad":
-                images = pad_image(images, self.prompts, self.prompts_sides, m)
-            else:
-                images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
+        is_tied = location in ("add", "pad", "concat-channel")  # their prompts are made for one image size
+        self._check_images(images, f"prompt_location={location!r} is tied to one size" if is_tied else None)
+        if location == "pad":
+            images = pad_image(images, self.prompts, self.prompts_sides, m)
+        elif location == "concat-channel":
+            images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
         trained = images.requires_grad or self.backbone.stem.patch_embed.proj.weight.requires_grad
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.backbone.embed(images)
@@ -301,7 +300,8 @@ class LinearProbe(FrozenClassifier):
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, 3, H, W) to what the head reads (B, d)."""
+        """Normalised images (B, C, H, W) to what the head reads (B, d)."""
+        self._check_images(images)
         x = self.backbone.embed(images)
         num_tokens = x.shape[1]
         for block, plan in zip(self.backbone.blocks, self._plans, strict=True):
@@ -309,7 +309,7 @@ class LinearProbe(FrozenClassifier):
         return self.backbone.features(x, self.pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, num_classes)."""
+        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         return self.head(self.features(images).to(self.head.weight.dtype))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:

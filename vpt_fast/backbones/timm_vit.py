@@ -177,6 +177,21 @@ class FrozenViT(nn.Module):
         return tuple(self.stem.patch_embed.img_size)
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images, before any that prompts add."""
+        return self.stem.in_chans
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether images may be of another size than `image_size` (timm's dynamic_img_size)."""
+        return not self.stem.patch_embed.strict_img_size
+
+    @property
+    def pads_images(self) -> bool:
+        """Whether images of any size are padded to whole patches (timm's dynamic_img_pad)."""
+        return self.stem.patch_embed.dynamic_img_pad
+
+    @property
     def patch_size(self) -> tuple[int, int]:
         return tuple(self.stem.patch_embed.patch_size)
 

@@ -153,8 +153,9 @@ class _FrozenBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call = ctx.call
-        kept = _Kept(*ctx.saved_tensors[: len(_Kept._fields)])
-        weights = BlockWeights(*ctx.saved_tensors[len(_Kept._fields) :]).to(call.dtype)
+        saved = ctx.saved_tensors  # once: every look unpacks them all anew
+        kept = _Kept(*saved[: len(_Kept._fields)])
+        weights = BlockWeights(*saved[len(_Kept._fields) :]).to(call.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             grad_tokens, grad_prompts = _backward(grad, kept, weights, call, ctx.needs_input_grad[1])
         return grad_tokens, grad_prompts, None, *(None for _ in weights)
