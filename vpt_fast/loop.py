@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
 import signal
 import threading
 import time
@@ -97,7 +98,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
 
         # The run folder: a new one, or one that this very recipe began.
         folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
-        begun = world.from_main(lambda: folder.clear() if fresh else folder.read())
+        begun = None if fresh else world.from_main(folder.read)
         if begun:
             require_same_recipe(recipe, begun, folder)
             if len(begun.metrics) == recipe.epochs:
@@ -148,6 +149,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             console.print(f"Going on after epoch {len(rows)} of {recipe.epochs}.")
         elif world.is_main:
             with saving(folder, "the start of the run"):
+                folder.clear()
                 folder.begin(recipe, facts)
         done = len(rows)
         labels = Labels(splits.classes, preprocessing, recipe.val_fraction, recipe.seed)
@@ -376,8 +378,15 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
 def stop_signals() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second interrupts at once."""
     stop = threading.Event()
+    process = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
+        if (
+            os.getpid() != process
+        ):  # a worker that decodes images: it ends when its batches do, or when told to
+            if number == signal.SIGTERM:
+                raise SystemExit(128 + number)
+            return
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -434,7 +443,8 @@ def train_epoch(
                 lr = optimizer.param_groups[0]["lr"]
                 raise TrainingDiverged(
                     f"the loss is {seen[bad[0]].item()} in epoch {epoch + 1} of {recipe.epochs}, "
-                    f"step {bad[0] + 1} of {len(batches)}, at a learning rate of {lr:g}"
+                    f"step {bad[0] + 1} of {len(batches)}, at a learning rate of {lr:g}; "
+                    f"{kept(epoch)}; a lower base_lr may help"
                 )
         # One process can stop after any step; several have to agree on one.
         if (is_check or world.size == 1) and world.any(stop.is_set()):
@@ -528,7 +538,11 @@ def require_finite_state(model: Model, epoch: int, val_loss: float) -> None:
     broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
     if broken or not math.isfinite(val_loss):
         what = f"{', '.join(broken)} not finite" if broken else f"the validation loss is {val_loss}"
-        raise TrainingDiverged(f"{what} after the last step of epoch {epoch + 1}")
+        raise TrainingDiverged(f"{what} after the last step of epoch {epoch + 1}; {kept(epoch)}")
+
+
+def kept(epochs_done: int) -> str:
+    return f"what epoch {epochs_done} ended with is kept" if epochs_done else "no epoch was completed"
 
 
 @contextlib.contextmanager

@@ -142,7 +142,9 @@ class RunFolder:
                     path.rmdir()
 
     def clear(self) -> None:
-        """Removes an earlier run, and nothing else that the folder may hold."""
+        """Removes an earlier run where there is one, and nothing else that the folder may hold."""
+        if not self.config.exists():
+            return
         for path in (self.config, self.facts, self.metrics, self.curves, self.checkpoint):
             path.unlink(missing_ok=True)
         for path in (self.prompts, self.tensorboard):

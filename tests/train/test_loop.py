@@ -125,6 +125,13 @@ def test_fresh_trains_again_from_the_start(recipe, tmp_path):
     require_equal(first, again)
 
 
+def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
+    old = train(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match="img_size"):
+        train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run", fresh=True)
+    assert train(recipe, tmp_path / "run").metrics == old.metrics
+
+
 def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path):
     train(recipe, tmp_path / "run")
     with pytest.raises(RunError, match=r"base_lr \(0.5 there, 1.0 now\), epochs|epochs .*base_lr"):
