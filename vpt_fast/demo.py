@@ -17,15 +17,30 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.run import write
 
 SEED = 42
+EPOCHS = 14
 NAMES = {"linear": "linear probe", "vpt-shallow": "VPT-Shallow", "vpt-deep": "VPT-Deep"}
 
 
 def demo_recipes(digits: Path) -> list[Recipe]:
-    common: dict[str, Any] = dict(backbone="vpt_fast_demo", data=str(digits), seed=SEED)
+    """One recipe but for the method and its learning rate.
+
+    The standard recipe takes SGD through 100 epochs; the demo has time for a few, so it takes small batches,
+    AdamW, no warm-up and no prompt dropout.
+    """
+    common: dict[str, Any] = dict(
+        data=str(digits),
+        backbone="vpt_fast_demo",
+        optimizer="adamw",
+        epochs=EPOCHS,
+        warmup_epochs=0,
+        batch_size=8,
+        seed=SEED,
+    )
+    prompts: dict[str, Any] = dict(num_prompts=25, prompt_dropout=0.0)
     return [
-        Recipe(method="linear", epochs=100, base_lr=5.0, **common),
-        Recipe(method="vpt-shallow", epochs=16, batch_size=64, base_lr=5.0, **common),
-        Recipe(method="vpt-deep", epochs=16, batch_size=64, base_lr=5.0, **common),
+        Recipe(method="linear", base_lr=1.0, **common),
+        Recipe(method="vpt-shallow", base_lr=0.5, **prompts, **common),
+        Recipe(method="vpt-deep", base_lr=0.5, **prompts, **common),
     ]
 
 

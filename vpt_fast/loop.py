@@ -43,7 +43,7 @@ from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, describ
 from vpt_fast.world import World, join_world
 
 CHECK_EVERY = 16  # steps between looks at the loss: each look makes the CPU wait for a GPU
-FEATURE_BATCH = 64  # images in a forward pass when features are computed once
+FORWARD_BATCH = 64  # images in a pass with no backward, or more where the recipe's batch is larger
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -257,12 +257,13 @@ def read_images(
 def make_batches(
     images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World, *, train: bool
 ) -> Batches:
-    """This process's share of the recipe's batches."""
+    """This process's share of the recipe's batches, or batches to evaluate on."""
     assert recipe.batch_size is not None, "resolve the recipe first"
+    share = recipe.batch_size // world.size
     return Batches(
         images,
         preprocessing if train else preprocessing.for_evaluation(),
-        recipe.batch_size // world.size,
+        share if train else max(share, FORWARD_BATCH),
         train=train,
         seed=recipe.seed,
         device=world.device,
@@ -314,7 +315,7 @@ class FeatureBatches:
         in_order = Batches(
             images,
             preprocessing,
-            FEATURE_BATCH,
+            FORWARD_BATCH,
             train=False,
             seed=recipe.seed,
             device=world.device,

@@ -154,7 +154,7 @@ class Recipe:
         OPTIMISATION,
         shown="a tenth of the epochs, at most 10",
     )
-    base_lr: float = _knob(5.0, "Learning rate for a batch of 256; scaled by batch / 256.", OPTIMISATION)
+    base_lr: float = _knob(1.0, "Learning rate for a batch of 256; scaled by batch / 256.", OPTIMISATION)
     batch_size: int | None = _knob(
         None,
         "Images per optimizer step, over all processes.",
