@@ -17,15 +17,16 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.run import write
 
 SEED = 42
-EPOCHS = 14
+EPOCHS = 12
 NAMES = {"linear": "linear probe", "vpt-shallow": "VPT-Shallow", "vpt-deep": "VPT-Deep"}
 
 
 def demo_recipes(digits: Path) -> list[Recipe]:
-    """One recipe but for the method and its learning rate.
+    """One recipe but for the method and its learning rate, the best of 0.5, 1 and 2 by val accuracy for each.
 
     The standard recipe takes SGD through 100 epochs; the demo has time for a few, so it takes small batches,
-    AdamW, no warm-up and no prompt dropout.
+    AdamW, no warm-up and no prompt dropout. All methods get the same number of epochs, though those of a linear
+    probe on features computed once cost next to nothing: in 100 of them it gets further.
     """
     common: dict[str, Any] = dict(
         data=str(digits),
@@ -36,11 +37,11 @@ def demo_recipes(digits: Path) -> list[Recipe]:
         batch_size=8,
         seed=SEED,
     )
-    prompts: dict[str, Any] = dict(num_prompts=25, prompt_dropout=0.0)
+    prompts: dict[str, Any] = dict(num_prompts=10, prompt_dropout=0.0)
     return [
-        Recipe(method="linear", base_lr=1.0, **common),
-        Recipe(method="vpt-shallow", base_lr=0.5, **prompts, **common),
-        Recipe(method="vpt-deep", base_lr=0.5, **prompts, **common),
+        Recipe(method="linear", base_lr=2.0, **common),
+        Recipe(method="vpt-shallow", base_lr=1.0, **prompts, **common),
+        Recipe(method="vpt-deep", base_lr=1.0, **prompts, **common),
     ]
 
 
@@ -89,7 +90,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
             f"{found['images_per_second']:,.0f}",
             found["run"],
         )
-    console.rule("test images: 797")
+    console.rule(f"{EPOCHS} epochs of the same recipe; accuracy on 797 test images")
     console.print(table)
     console.print(f"plot: {plot}")
     return True

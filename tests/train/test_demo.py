@@ -72,15 +72,15 @@ def test_demo_table_repeats_what_eval_says(small_demo, command, tmp_path):
     assert found["test_accuracy"] == answer["accuracy"]
 
 
-def test_demo_recipes_differ_in_method_and_its_learning_rate_and_epochs_alone(tmp_path):
+def test_demo_recipes_differ_in_method_prompts_and_learning_rate_alone(tmp_path):
     linear, shallow, deep = demo.demo_recipes(tmp_path)
     assert set(deep.differences(shallow)) <= {"method", "base_lr"}
-    assert set(deep.differences(linear)) <= {"method", "base_lr", "epochs", "num_prompts"}
+    assert set(deep.differences(linear)) <= {"method", "base_lr", "num_prompts", "prompt_dropout"}
 
 
 def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_path):
     few = tmp_path / "few"
-    for split, count in (("train", 30), ("val", 10)):
+    for split, count in (("train", 25), ("val", 10)):
         for name in "0123456789":
             (few / split / name).mkdir(parents=True)
             for path in sorted((digits / split / name).iterdir())[:count]:
@@ -88,7 +88,7 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     recipe = Recipe(
         data=str(few),
         backbone="vpt_fast_demo",
-        epochs=4,
+        epochs=3,
         warmup_epochs=0,
         batch_size=8,
         optimizer="adamw",
@@ -97,4 +97,4 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     )
     result = train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().metrics == result.metrics
-    assert result.metrics[-1]["val_accuracy"] > 0.5  # one in ten by chance
+    assert result.metrics[-1]["val_accuracy"] > 0.4  # one in ten by chance
