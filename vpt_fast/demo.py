@@ -28,8 +28,8 @@ def demo_recipes(digits: Path) -> list[Recipe]:
     (93.5, 95.5 %) and VPT-Deep (95.5, 95.0 %). A tie goes to the smaller one.
 
     The standard recipe takes SGD through 100 epochs; the demo has time for a few, so it takes small batches,
-    AdamW, no warm-up and no prompt dropout. All methods get the same number of epochs, though a linear probe's
-    cost next to nothing, its features being computed once: with 100 of them it gets further.
+    AdamW, no warm-up and no prompt dropout. All methods get the same number of epochs, though a linear
+    probe's cost next to nothing, its features being computed once: with 100 of them it gets further.
     """
     common: dict[str, Any] = dict(
         data=str(digits),
