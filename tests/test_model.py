@@ -183,6 +183,15 @@ def test_border_that_the_patch_size_does_not_divide_is_refused() -> None:
         PromptedViT("vit_tiny_patch16_224", 5, 5, "shallow", prompt_location="pad", depth=1)
 
 
+def test_border_around_a_model_of_unknown_image_size_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
+    settings = dict(prompt_location="pad", depth=1)
+    with pytest.raises(ValueError, match="img_size: timm knows no default for 'vit_tiny_patch16_224'"):
+        PromptedViT("vit_tiny_patch16_224", 5, 8, "shallow", **settings)
+    model = PromptedViT("vit_tiny_patch16_224", 5, 8, "shallow", img_size=48, **settings)
+    assert model.image_size == (48, 48)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 4, 32, 32)], ids=str)
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images: got shape .*want \(batch, 3, height, width\)"):

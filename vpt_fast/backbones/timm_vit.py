@@ -82,8 +82,10 @@ def resolve_backbone(
         raise ValueError(f"backbone: {backbone!r} is not a timm VisionTransformer, the one kind supported")
     build_kwargs = dict(kwargs)
     if border:
-        default = timm.get_pretrained_cfg(backbone).input_size[1:]
-        height, width = to_2tuple(kwargs.get("img_size") or default)
+        size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(backbone)
+        if size is None and settings is None:
+            raise ValueError(f"img_size: timm knows no default for {backbone!r}, and a border needs one")
+        height, width = to_2tuple(size or settings.input_size[1:])
         build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
     vit = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **build_kwargs)
     if not isinstance(vit, VisionTransformer):
