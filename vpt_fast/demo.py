@@ -38,6 +38,7 @@ def demo_recipes(digits: Path) -> list[Recipe]:
         epochs=EPOCHS,
         warmup_epochs=0,
         batch_size=8,
+        tensorboard=False,
         seed=SEED,
     )
     prompts: dict[str, Any] = dict(num_prompts=10, prompt_dropout=0.0)

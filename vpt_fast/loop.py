@@ -561,7 +561,10 @@ def saving(folder: RunFolder, what: str) -> Iterator[None]:
 
 def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
     """A TensorBoard writer, None where none is wanted."""
-    if not recipe.tensorboard or not world.is_main:
+    is_wanted = recipe.tensorboard
+    if is_wanted is None:
+        is_wanted = importlib.util.find_spec("tensorboard") is not None
+    if not is_wanted or not world.is_main:
         return None
     from torch.utils.tensorboard import SummaryWriter  # an optional dependency
 

@@ -179,7 +179,9 @@ class Recipe:
     device: str | None = _knob(
         None, "Such as cpu or cuda:0.", RUN, shown="CUDA where there is a GPU", result=False
     )
-    tensorboard: bool = _knob(False, "Write TensorBoard events too.", RUN, result=False)
+    tensorboard: bool | None = _knob(
+        None, "Write TensorBoard events too.", RUN, shown="on where it is installed", result=False
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)

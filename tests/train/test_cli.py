@@ -255,6 +255,24 @@ def test_debug_shows_the_traceback(command, tmp_path):
     assert isinstance(result.exception, ValueError)
 
 
+def test_tensorboard_events_are_written_where_it_is_installed(command, color_images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    assert command(*train_arguments(color_images, run, epochs=3)).exit_code == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    written = [(event.step, event.value) for event in events.Scalars("val_loss")]
+    assert written == [(row["epoch"], pytest.approx(row["val_loss"])) for row in rows]
+
+
+def test_no_tensorboard_events_where_they_are_not_wanted(command, color_images, tmp_path):
+    arguments = train_arguments(color_images, tmp_path / "run", epochs=1)
+    assert command(*arguments, "--no-tensorboard").exit_code == 0
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
 def test_tensorboard_that_is_not_installed_is_refused(command, color_images, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = command(*train_arguments(color_images, tmp_path / "run"), "--tensorboard")
