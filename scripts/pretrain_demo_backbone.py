@@ -215,6 +215,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Wall-clock minutes of training.", min=0.1)] = 60.0,
     work: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = ROOT / "build" / "demo",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = os.cpu_count() or 1,
+    bf16: Annotated[bool, typer.Option(help="Products in bfloat16: for CPUs that have it.")] = False,
     seed: int = 0,
 ) -> None:
     """Pre-train vpt_fast_demo and write its weights and log into the source tree."""
@@ -260,8 +261,9 @@ def main(
                     for group, base in zip(optimizer.param_groups, bases, strict=True):
                         group["lr"] = base * factor
                 lr = recipe.muon_lr * factor
-                logits = model(augment(images[rows], recipe, generator))
-                loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.label_smoothing)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = model(augment(images[rows], recipe, generator))
+                loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=recipe.label_smoothing)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer in optimizers:
@@ -283,6 +285,7 @@ def main(
                 "held_out_images": len(held_out),
                 "images": seen,
                 "images_per_second": round(seen / seconds, 1),
+                "precision": "bfloat16" if bf16 else "float32",
                 "patch_drop": drop,
                 "lr": round(lr, 7),
                 "minutes": round(spent / 60, 2),

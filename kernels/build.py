@@ -1,0 +1,36 @@
+"""One kernel in one configuration, to be built ahead of time for a GPU that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the compiler needs to know, as a launcher would tell it.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        config: what tells this build from others of the kernel, for a reader: ``"bf16 D64 64x128"``.
+        signature: for every argument that is not a constexpr its Triton type, ``"*bf16"``, ``"i32"``, ``"i64"``,
+            ``"fp32"``, in the kernel's order.
+        constexprs: the value of every constexpr argument.
+        divisible: names of arguments (pointers, strides) that are multiples of 16.
+        num_warps, num_stages: as launched.
+        wgmma: whether its matrix products have 64 or more rows, so that on sm_90 they must be wgmma.
+    """
+
+    kernel: Any
+    config: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    wgmma: bool
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
