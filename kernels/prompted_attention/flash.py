@@ -1,0 +1,452 @@
+"""Prompted attention by the FlashAttention kernels of others, each selectable by its name.
+
+They know one sequence of keys and values, so prompts are concatenated to the image's: once in forward, and
+again in backward, so that nothing is kept twice. ``NEEDS_ALL_KEYS``: unlike `reference.attention_backward`
+these always form the gradient of every key, so keys, values and `out` have to be kept whatever is wanted.
+
+| name         | what it runs                                              | head dims      |
+| ------------ | --------------------------------------------------------- | -------------- |
+| flash_attn   | FlashAttention 2, package flash-attn                      | 8, 16, ... 256 |
+| flash_attn_3 | FlashAttention 3, module flash_attn_interface (Hopper)    | 8, 16, ... 256 |
+| flash_attn_4 | FlashAttention 4, package flash-attn-4 (Hopper and later) | 8, 16, ... 128 |
+| sdpa_flash   | PyTorch's own FlashAttention 2                            | 8, 16, ... 256 |
+| sdpa_cudnn   | cuDNN, through PyTorch                                    | 8, 16, ... 128 |
+| sdpa_cpu     | PyTorch's kernel for CPUs                                 | any            |
+
+All but the last take float16 and bfloat16 on a CUDA device. All but ``sdpa_cudnn`` repeat bit for bit:
+PyTorch has no deterministic cuDNN backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+
+NEEDS_ALL_KEYS = True
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Library:
+    """Attention with a softmax scale of 1 and no mask, on tensors (B, rows, H, D).
+
+    forward(q, k, v) gives out (B, R, H, D) and lse (B, H, R), in natural logarithms;
+    backward(grad_out, q, k, v, out, lse) gives dQ, dK and dV.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, ...]]
+    head_dims: range
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    device: str = "cuda"
+
+
+def get_flash(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`attention` and `attention_backward` of the backend `name`, with the signatures of their reference.
+
+    Raises:
+        ValueError: an unknown name, or a package that is not installed. When they are called: a dtype,
+            device or head dim that the library does not take; `out`, `k` or `v` that were not kept.
+    """
+    if name not in _LIBRARIES:
+        raise ValueError(f"attention: got {name!r}, want one of {', '.join(map(repr, _LIBRARIES))}")
+    _LIBRARIES[name]()  # what is not installed is said before any work
+    return partial(_attention, name), partial(_attention_backward, name)
+
+
+def _attention(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _require_supported(name, q)
+    return _flash_attention(name, q, k, v, prompt_k, prompt_v)
+
+
+def _attention_backward(
+    name: str,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    *,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool = False,
+) -> AttentionGrads:
+    _require_supported(name, q)
+    if out is None:
+        raise ValueError(
+            f"out: got None, want the output of attention: memory='compact' drops it, and attention={name!r} "
+            "needs it in backward"
+        )
+    if k is None or v is None:
+        raise ValueError(
+            f"k, v: got None, want the image's keys and values: attention={name!r} needs them in backward "
+            "even where only the prompts' gradients are wanted"
+        )
+    qkv, grad_q, kv, prompt_kv = _flash_attention_backward(
+        name, grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed
+    )
+    return AttentionGrads(
+        qkv=qkv if packed else None,
+        q=grad_q if need_q and not packed else None,
+        kv=kv if need_kv and not packed else None,
+        prompt_kv=None if prompt_k is None else prompt_kv,
+    )
+
+
+def _require_supported(name: str, q: torch.Tensor) -> None:
+    library = _LIBRARIES[name]()
+    if q.dtype not in library.dtypes:
+        wanted = " or ".join(_dtype_name(dtype) for dtype in library.dtypes)
+        raise ValueError(f"attention={name!r}: got dtype {_dtype_name(q.dtype)}, want {wanted}")
+    if q.device.type != library.device:
+        raise ValueError(f"attention={name!r}: got a tensor on {q.device}, want one on {library.device}")
+    dims = library.head_dims
+    if q.shape[-1] not in dims:
+        raise ValueError(
+            f"attention={name!r}: got head dim {q.shape[-1]}, want a multiple of {dims.step} up to {dims[-1]}"
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# One custom op for all libraries, so that torch.compile traces through whatever Python they are made of.
+
+
+@torch.library.custom_op(
+    "vpt_fast::flash_attention",
+    mutates_args=(),
+    schema="(str name, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v) -> (Tensor, Tensor)",
+)
+def _flash_attention(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _LIBRARIES[name]().forward(q, _extend(prompt_k, k), _extend(prompt_v, v))
+    return out.contiguous(), lse.contiguous()
+
+
+@_flash_attention.register_fake
+def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, rows, heads, _ = q.shape
+    stat = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=stat)
+
+
+@torch.library.custom_op(
+    "vpt_fast::flash_attention_backward",
+    mutates_args=(),
+    schema="(str name, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
+    "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _flash_attention_backward(
+    name: str,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQKV (B, N, 3, H, D), dQ (B, R, H, D), dKV (B, N, 2, H, D), dKV_P (1 or B, m, 2, H, D).
+
+    A tensor that is not wanted has no elements.
+    """
+    m = 0 if prompt_k is None else prompt_k.shape[1]
+    grad_q, grad_k, grad_v = _LIBRARIES[name]().backward(
+        grad_out.contiguous(),
+        q,
+        _extend(prompt_k, k),
+        _extend(prompt_v, v),
+        out.contiguous(),
+        lse.contiguous(),
+    )  # dQ (B, R, H, D); dK, dV (B, m + N, H, D)
+    qkv, kv, prompt_kv = (q.new_empty(0) for _ in range(3))
+    if packed:
+        qkv = torch.stack((grad_q, grad_k[:, m:], grad_v[:, m:]), dim=2)
+    elif need_kv:
+        kv = torch.stack((grad_k[:, m:], grad_v[:, m:]), dim=2)
+    if prompt_k is not None:
+        parts = [grad_k[:, :m], grad_v[:, :m]]
+        if prompt_k.shape[0] == 1:
+            stat = torch.promote_types(q.dtype, torch.float32)
+            parts = [part.sum(0, keepdim=True, dtype=stat).to(q.dtype) for part in parts]
+        prompt_kv = torch.stack(parts, dim=2)
+    return qkv, grad_q.contiguous() if need_q and not packed else q.new_empty(0), kv, prompt_kv
+
+
+@_flash_attention_backward.register_fake
+def _(
+    name: str,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, rows, *heads = k.shape
+
+    def made(is_wanted: bool, *shape: int) -> torch.Tensor:
+        return q.new_empty(shape if is_wanted else (0,))
+
+    return (
+        made(packed, batch, rows, 3, *heads),
+        made(need_q and not packed, *q.shape),
+        made(need_kv and not packed, batch, rows, 2, *heads),
+        q.new_empty(0) if prompt_k is None else made(True, *prompt_k.shape[:2], 2, *heads),
+    )
+
+
+def _extend(prompts: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Prompt rows before image rows: (1 or B, m, H, D) and (B, N, H, D) -> (B, m + N, H, D)."""
+    if prompts is None:
+        return x
+    return torch.cat((prompts.expand(x.shape[0], -1, -1, -1), x), dim=1)
+
+
+# The libraries.
+
+
+def _import(name: str, module: str, source: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"attention={name!r}: {error}; want {source}") from error
+
+
+def _flash_attn_2() -> _Library:
+    module = _import("flash_attn", "flash_attn.flash_attn_interface", "pip install flash-attn, 2.7 or later")
+    no_window = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None)
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return module._flash_attn_forward(
+            q, k, v, dropout_p=0.0, softmax_scale=1.0, causal=False, return_softmax=False, **no_window
+        )[:2]
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        module._flash_attn_backward(
+            grad_out, q, k, v, out, lse, *grads, dropout_p=0.0, softmax_scale=1.0, causal=False,
+            deterministic=True, rng_state=None, **no_window,
+        )  # fmt: skip
+        return grads
+
+    return _Library(forward, backward, range(8, 257, 8))
+
+
+def _flash_attn_3() -> _Library:
+    module = _import(
+        "flash_attn_3",
+        "flash_attn_interface",
+        "FlashAttention 3, built from the folder hopper of github.com/Dao-AILab/flash-attention",
+    )
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return module._flash_attn_forward(q, k, v, softmax_scale=1.0)[:2]
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        dq, dk, dv = grads
+        module._flash_attn_backward(
+            grad_out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, softmax_scale=1.0, deterministic=True
+        )
+        return grads
+
+    return _Library(forward, backward, range(8, 257, 8))
+
+
+def _flash_attn_4() -> _Library:
+    module = _import("flash_attn_4", "flash_attn.cute.interface", "pip install flash-attn-4")
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return module._flash_attn_fwd(q, k, v, softmax_scale=1.0, return_lse=True)[:2]
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        return module._flash_attn_bwd(
+            q, k, v, out, grad_out, lse, softmax_scale=1.0, deterministic=True
+        )[:3]  # fmt: skip
+
+    return _Library(forward, backward, range(8, 129, 8))
+
+
+def _sdpa_flash() -> _Library:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention.default(
+            *_swap_heads(q, k, v), 0.0, False, scale=1.0
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        # What dropout would have drawn from; with none it is not read.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        offset = torch.empty((), dtype=torch.uint64, device=q.device)
+        grad_out, q, k, v, out = _swap_heads(grad_out, q, k, v, out)
+        with _deterministic():
+            grads = aten._scaled_dot_product_flash_attention_backward.default(
+                grad_out, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False, seed, offset,
+                scale=1.0,
+            )  # fmt: skip
+        return _swap_heads(*grads)
+
+    return _Library(forward, backward, range(8, 257, 8))
+
+
+def _sdpa_cudnn() -> _Library:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = q.shape[1]
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(
+            *_swap_heads(_two_rows(q), k, v), None, True, 0.0, False, scale=1.0
+        )
+        return out.transpose(1, 2)[:, :rows], lse.squeeze(-1)[:, :, :rows]
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        if torch.get_deterministic_debug_mode() == 2:
+            raise ValueError(
+                "attention='sdpa_cudnn': its backward pass does not repeat bit for bit, which "
+                "torch.use_deterministic_algorithms(True) asks for; want another of "
+                f"{', '.join(map(repr, FLASH_BACKENDS))}"
+            )
+        rows = q.shape[1]
+        if rows == 1:
+            grad_out = torch.cat((grad_out, torch.zeros_like(grad_out)), dim=1)
+            lse = lse.expand(-1, -1, 2).contiguous()
+        grad_out, q, k, v, out = _swap_heads(grad_out, _two_rows(q), k, v, _two_rows(out))
+        seed = torch.empty((), dtype=torch.int64, device=q.device)
+        grad_q, grad_k, grad_v = _swap_heads(
+            *aten._scaled_dot_product_cudnn_attention_backward.default(
+                grad_out, q, k, v, out, lse.unsqueeze(-1), seed, seed, None, None, None, q.shape[2],
+                k.shape[2], 0.0, False, scale=1.0,
+            )
+        )  # fmt: skip
+        return grad_q[:, :rows], grad_k, grad_v
+
+    return _Library(forward, backward, range(8, 129, 8))
+
+
+def _two_rows(x: torch.Tensor) -> torch.Tensor:
+    """A single row twice: cuDNN's backward does not take one (github.com/pytorch/pytorch/issues/138529)."""
+    return torch.cat((x, x), dim=1) if x.shape[1] == 1 else x
+
+
+def _sdpa_cpu() -> _Library:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
+            *_swap_heads(q, k, v), 0.0, False, scale=1.0
+        )
+        return out.transpose(1, 2), lse
+
+    def backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        return _swap_heads(
+            *aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+                *_swap_heads(grad_out, q, k, v, out), lse, 0.0, False, scale=1.0
+            )
+        )
+
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return _Library(forward, backward, range(1, 2**31), dtypes, device="cpu")
+
+
+def _swap_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, rows, H, D) <-> (B, H, rows, D)."""
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's kernels have no argument for it; the mode holds for the process."""
+    settings: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    settings.fill_uninitialized_memory = False  # would cost a kernel for each tensor
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
+
+
+_LIBRARIES: dict[str, Callable[[], _Library]] = {
+    "flash_attn": _flash_attn_2,
+    "flash_attn_3": _flash_attn_3,
+    "flash_attn_4": _flash_attn_4,
+    "sdpa_flash": _sdpa_flash,
+    "sdpa_cudnn": _sdpa_cudnn,
+    "sdpa_cpu": _sdpa_cpu,
+}
+FLASH_BACKENDS = tuple(_LIBRARIES)
