@@ -1,0 +1,109 @@
+"""Rows of tensors whose leading dimensions have free strides: where one starts, and 8-bit codes of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """All dimensions but the last of several tensors of one leading shape, as at most three.
+
+    Attributes:
+        sizes: of the three dimensions, outermost first; dimensions that do not exist come last, with size 1,
+            so that Triton's specialisation on 1 removes their arithmetic.
+        strides: for each tensor, its strides along those three dimensions, in elements.
+    """
+
+    sizes: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]
+
+    @property
+    def count(self) -> int:
+        return self.sizes[0] * self.sizes[1] * self.sizes[2]
+
+
+def leading_rows(**tensors: torch.Tensor) -> Rows:
+    """Merges neighbouring leading dimensions wherever every tensor allows it.
+
+    Raises:
+        ValueError: a last dimension that is not contiguous, leading shapes that differ, or more than three
+            dimensions left.
+    """
+    wanted = next(iter(tensors.values())).shape[:-1]
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
+        if tensor.shape[:-1] != wanted:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want {tuple(wanted)} before the last")
+    merged: list[tuple[int, tuple[int, ...]]] = []  # (size, stride of each tensor), outermost first
+    for dim, size in enumerate(wanted):
+        if size == 1:
+            continue
+        strides = tuple(tensor.stride(dim) for tensor in tensors.values())
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], strides, strict=True)):
+            merged[-1] = (merged[-1][0] * size, strides)
+        else:
+            merged.append((size, strides))
+    if len(merged) > 3:
+        raise ValueError(
+            f"{next(iter(tensors))}: got {len(merged)} leading dimensions that cannot be merged, want up to 3"
+        )
+    merged += [(1, (0,) * len(tensors))] * (3 - len(merged))
+    first, second, third = (size for size, _ in merged)
+    strides = zip(*(strides for _, strides in merged), strict=True)
+    return Rows((first, second, third), tuple((s0, s1, s2) for s0, s1, s2 in strides))
+
+
+# Adding 1.5 · 2^23 to a float32 of magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to
+# the nearest integer, ties to even, and its lowest bits are that integer in two's complement. Converting
+# through the bits so costs one addition, where the hardware's conversions run at a quarter of that rate.
+_INTEGER = tl.constexpr(12582912.0)
+_INTEGER_BITS = tl.constexpr(0x4B400000)
+
+_STEPS = tl.constexpr(200.0)  # codes of a derivative: this many steps to 1 ...
+_ZERO = tl.constexpr(27.0)  # ... and this code for 0
+
+
+@triton.jit
+def row_offset(row, size1, size2, stride0, stride1, stride2):
+    """Element offset, int64, of row number `row` of (size0, size1, size2) rows with free strides."""
+    outer = row // size2
+    inner = (row % size2).to(tl.int64) * stride2
+    return (outer // size1).to(tl.int64) * stride0 + (outer % size1).to(tl.int64) * stride1 + inner
+
+
+@triton.jit
+def symmetric_scale(largest):
+    """Of int8 codes of values of magnitude up to `largest`; 0 where its inverse would overflow."""
+    scale = largest * (1.0 / 127.0)
+    return tl.where(scale > 1.2e-38, scale, 0.0)
+
+
+@triton.jit
+def encode_symmetric(x, scale):
+    """int8 codes round(x / scale); 0 where the scale is 0."""
+    inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)
+    return (x * inverse + _INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def decode_symmetric(codes, scale):
+    """float32 values of int8 codes."""
+    return ((codes.to(tl.int32) + _INTEGER_BITS).to(tl.float32, bitcast=True) - _INTEGER) * scale
+
+
+@triton.jit
+def encode_derivative(derivative):
+    """uint8 codes clamp(round(200 · derivative) + 27, 0, 255): steps of 0.005, with 0 and 1 exact."""
+    code = tl.minimum(tl.maximum(derivative * _STEPS + _INTEGER, _INTEGER - _ZERO), _INTEGER + 228.0)
+    return ((code + _ZERO).to(tl.int32, bitcast=True)).to(tl.uint8)
+
+
+@triton.jit
+def decode_derivative(codes):
+    """float32 derivatives of uint8 codes."""
+    return ((codes.to(tl.int32) + _INTEGER_BITS).to(tl.float32, bitcast=True) - (_INTEGER + _ZERO)) * 0.005

@@ -1,0 +1,120 @@
+"""The kernels of normalisation, compiled, against float64 definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from definitions import EPS, assert_as_good_as, gradient, normalized, random, rstd_of
+from vpt_fast.kernels.normalization import ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
+
+KINDS = ["layer", "rms"]
+DTYPES = [
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.float32, id="fp32"),
+]
+# Ragged in rows and columns, every class of widths, and the sizes of ViT-B, L and H.
+SHAPES = [
+    (50, 3),
+    (1, 197, 12, 64),
+    (3, 257, 16, 80),
+    (2, 197, 384),
+    (8, 197, 768),
+    (8, 257, 1280),
+    (1, 1),
+    (3, 1, 1025),
+    (7, 3072),
+    (5, 8191),
+    (5, 8192),
+]
+SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
+
+
+def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return random(*shape, seed=seed, dtype=dtype, device="cuda")
+
+
+def assert_equal_twice(op, *args, **kwargs):
+    """The op's results, the same to the bit when it runs again."""
+    first, second = op(*args, **kwargs), op(*args, **kwargs)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+        return first
+    for a, b in zip(first, second, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    return first
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_add_normalize(shape, kind, dtype):
+    residual, update = make(*shape, seed=0), make(*shape, seed=1, dtype=dtype)
+    hidden, x_hat, rstd, codes, scale = assert_equal_twice(
+        ops.add_normalize, residual, update, EPS, kind, dtype, pack=True
+    )
+    assert torch.equal(hidden, residual + update)
+    exact = normalized(hidden.double(), kind)
+    if shape[-1] > 1 or kind == "rms":  # one number less its mean is 0, and has no relative error
+        assert_as_good_as(x_hat, normalized(hidden, kind).to(dtype), exact)
+    assert_as_good_as(rstd, rstd_of(hidden, kind), rstd_of(hidden.double(), kind))
+    assert ((codes * scale.double() - exact).abs() <= 0.5001 * scale + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_normalize_equals_add_normalize_of_nothing(shape, kind, dtype):
+    x = make(*shape, seed=0)
+    got = assert_equal_twice(ops.normalize, x, EPS, kind, dtype, pack=True)
+    _, *expected = ops.add_normalize(x, torch.zeros_like(x, dtype=dtype), EPS, kind, dtype, pack=True)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["x_hat", "codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES[1:6] + SHAPES[7:], ids=SHAPE_IDS[1:6] + SHAPE_IDS[7:])
+def test_normalize_backward(shape, kind, dtype, packed):
+    x, residual = make(*shape, seed=0), make(*shape, seed=2)
+    grad = make(*shape, seed=1, dtype=dtype)
+    x_hat, rstd, codes, scale = ops.normalize(x, EPS, kind, dtype, pack=packed)
+    kept = codes if packed else x_hat
+    dx = assert_equal_twice(ops.normalize_backward, grad, kept, rstd, scale, kind, residual)
+    read = codes * scale if packed else normalized(x, kind).to(dtype).float()
+    eager = grad - read * (grad * read).mean(-1, keepdim=True)
+    if kind == "layer":
+        eager = eager - grad.float().mean(-1, keepdim=True)
+    exact = gradient(lambda t: normalized(t, kind), x.double(), grad) + residual
+    assert_as_good_as(dx, eager * rstd_of(x, kind) + residual, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_a_packed_projection(dtype):
+    qkv = make(3, 197, 3, 12, 64, seed=0, dtype=dtype)
+    for x in qkv.unbind(2):
+        got = ops.normalize(x, EPS, "rms", dtype, pack=True)
+        for a, b in zip(got, ops.normalize(x.contiguous(), EPS, "rms", dtype, pack=True), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
+    x[-3:] = make(3, 1024, seed=0)
+    x_hat, *_ = ops.normalize(x, EPS, "layer", torch.float16)
+    assert torch.equal(x_hat[-3:], ops.normalize(x[-3:].clone(), EPS, "layer", torch.float16)[0])
+
+
+def test_compiles_without_a_graph_break():
+    def block(residual, update, grad):
+        hidden, x_hat, rstd, codes, scale = ops.add_normalize(
+            residual, update, EPS, "layer", torch.bfloat16, pack=True
+        )
+        return hidden, x_hat, ops.normalize_backward(grad, codes, rstd, scale, "layer", residual)
+
+    arguments = make(64, 768, seed=0), make(64, 768, seed=1), make(64, 768, seed=2)
+    for a, b in zip(torch.compile(block, fullgraph=True)(*arguments), block(*arguments), strict=True):
+        assert torch.equal(a, b)
