@@ -22,7 +22,7 @@ LAYERS = {
     "backbones": ["backbones"],
     "model": ["prompts", "classifier", "model", "pretrained", ""],
     "data": ["data"],
-    "train": ["methods", "recipe", "world", "plots", "run", "report", "loop", "inference"],
+    "train": ["methods", "recipe", "world", "plots", "run", "report", "graphed", "loop", "inference"],
     "commands": ["demo", "cli"],
 }
 BELOW = {

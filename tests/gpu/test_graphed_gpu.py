@@ -1,0 +1,98 @@
+"""A training step as a CUDA graph: the same bits as without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_batch, tiny_vit
+from torch.nn.functional import cross_entropy
+
+from vpt_fast import PromptedViT
+from vpt_fast.graphed import WARM_UP, GraphedStep
+
+pytestmark = pytest.mark.gpu
+
+CLASSES = 5
+RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.1, 0.2)  # five of them past the warm-up
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9, weight_decay=1e-2, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.0, capturable=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.0, capturable=True, fused=True),
+}
+
+
+def make_model(**settings: float) -> PromptedViT:
+    torch.manual_seed(0)
+    return PromptedViT(tiny_vit(dtype=torch.float32), CLASSES, 7, **settings).cuda().train()
+
+
+def trained(model: PromptedViT) -> list[torch.Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def batches(model: PromptedViT, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [random_batch(model, 4, CLASSES, torch.float32, seed=seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_graph_equals_eager_at_changing_rates(make_optimizer, autocast_dtype: torch.dtype | None) -> None:
+    plain, model = make_model(), make_model()
+    eager, optimizer = make_optimizer(trained(plain)), make_optimizer(trained(model))
+    step = GraphedStep(model, optimizer, cross_entropy, autocast_dtype=autocast_dtype, max_grad_norm=1.0)
+    for lr, (images, labels) in zip(RATES, batches(plain, len(RATES)), strict=True):
+        eager.param_groups[0]["lr"] = torch.tensor(lr, device="cuda")
+        eager.zero_grad()
+        with torch.autocast("cuda", dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            logits = plain(images.cuda()).float()
+        expected = cross_entropy(logits, labels.cuda())
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(trained(plain), 1.0)
+        eager.step()
+        optimizer.param_groups[0]["lr"] = lr
+        actual = step(images, labels)
+        assert torch.equal(actual, expected.detach())
+        assert torch.equal(step.logits, logits.detach())
+    for ours, theirs in zip(trained(model), trained(plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_masks_of_prompt_dropout_differ_between_replays() -> None:
+    model = make_model(prompt_dropout=0.5)
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)  # the rate is 0
+    images, labels = batches(model, 1)[0]
+    losses = [step(images, labels).item() for _ in range(WARM_UP + 4)]
+    assert len(set(losses)) == len(losses)
+
+
+def test_loss_that_is_not_finite_is_returned() -> None:
+    model = make_model()
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
+    images, labels = batches(model, 1)[0]
+    for _ in range(WARM_UP + 1):
+        assert step(images, labels).isfinite()
+    assert step(images * float("nan"), labels).isnan()
+
+
+def test_evaluation_between_replays_changes_nothing() -> None:
+    plain, model = make_model(), make_model()
+    steps = [GraphedStep(m, OPTIMIZERS["sgd"](trained(m)), cross_entropy) for m in (plain, model)]
+    for images, labels in batches(plain, WARM_UP + 3):
+        for step in steps:
+            step.optimizer.param_groups[0]["lr"] = 0.1
+            step(images, labels)
+        with torch.no_grad():
+            model.eval()(torch.cat((images, images)).cuda())
+        model.train()
+    for ours, theirs in zip(trained(model), trained(plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_shape_is_refused() -> None:
+    model = make_model()
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
+    images, labels = batches(model, 1)[0]
+    for _ in range(WARM_UP + 1):
+        step(images, labels)
+    with pytest.raises(ValueError, match=r"images: got \(3, .*want the captured \(4, "):
+        step(images[:3], labels[:3])

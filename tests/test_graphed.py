@@ -1,0 +1,252 @@
+"""The step that a CUDA graph captures, as far as it can be run without CUDA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from vpt_fast import graphed
+from vpt_fast.graphed import WARM_UP, GraphedStep, LearningRates, require_capturable, train_step
+
+RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.3)  # as a scheduler would assign them, past the warm-up
+
+
+class CPUStream:
+    """In place of CUDA's: a replay that runs the captured step again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.captures = 0
+
+    def run(self, step: Callable[[], None]) -> None:
+        step()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        return step
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "_CaptureStream", CPUStream)
+    monkeypatch.setattr(graphed, "_device_of", lambda model, optimizer: torch.device("cpu"))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 3))
+
+
+def make_sgd(model: nn.Module, lr: float = 0.0) -> torch.optim.SGD:
+    first, last = list(model.parameters())[:-1], list(model.parameters())[-1:]
+    groups = [{"params": first, "weight_decay": 1e-2}, {"params": last, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+
+
+def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, 3, 2, 2, generator=generator), torch.randint(3, (5,), generator=generator))
+        for _ in range(number)
+    ]
+
+
+def assign(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def eager(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The losses of as many steps as there are rates, written out."""
+    losses = []
+    for lr, (images, labels) in zip(RATES, batches(len(RATES)), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_steps_are_those_of_an_eager_loop_at_changing_rates() -> None:
+    model = make_model()
+    plain = copy.deepcopy(model)
+    expected = eager(plain, make_sgd(plain))
+    optimizer = make_sgd(model)
+    step = GraphedStep(model, optimizer, cross_entropy)
+    actual = []
+    for lr, batch in zip(RATES, batches(len(RATES)), strict=True):
+        assign(optimizer, lr)
+        actual.append(step(*batch))
+    assert torch.equal(torch.stack(actual), torch.stack(expected))  # and none was overwritten by a later one
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert step._stream.captures == 1
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_logits_are_those_of_the_last_step() -> None:
+    model = make_model()
+    step = GraphedStep(model, make_sgd(model), cross_entropy)
+    for images, labels in batches(WARM_UP + 2):
+        step(images, labels)
+        assert torch.equal(step.logits, model(images))  # the rate is 0
+        assert not step.logits.requires_grad
+
+
+def test_float_and_tensor_rates_give_the_same_step() -> None:
+    ours, theirs = make_model(), make_model()
+    optimizers = make_sgd(ours, lr=0.25), make_sgd(theirs, lr=0.25)
+    LearningRates(optimizers[0], torch.device("cpu"))
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        for batch in batches(3):
+            train_step(model, optimizer, cross_entropy, *batch)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)  # 0.25 is exact in float32
+
+
+def test_gradient_is_clipped() -> None:
+    model = make_model()
+    images, labels = batches(1)[0]
+    train_step(model, make_sgd(model), cross_entropy, images, labels, max_grad_norm=1e-3)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(norm, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_model_runs_under_autocast_and_the_loss_gets_float32() -> None:
+    model = make_model()
+    seen = []
+    model[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return cross_entropy(logits, labels)
+
+    train_step(model, make_sgd(model), loss, *batches(1)[0], autocast_dtype=torch.bfloat16)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_loss_that_is_no_scalar_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"loss: got a value of shape \(5,\)"):
+        train_step(model, make_sgd(model), lambda x, y: cross_entropy(x, y, reduction="none"), *batches(1)[0])
+
+
+# Learning rates.
+
+
+def test_rate_that_is_assigned_goes_into_the_tensor_that_stands_there() -> None:
+    optimizer = make_sgd(make_model(), lr=0.5)
+    rates = LearningRates(optimizer, torch.device("cpu"))
+    tensors = list(rates.tensors)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, 0.5]
+    optimizer.param_groups[1]["lr"] = 0.25
+    rates.follow()
+    for group, tensor, lr in zip(optimizer.param_groups, tensors, (0.5, 0.25), strict=True):
+        assert group["lr"] is tensor
+        assert tensor == lr
+        assert f"{group['lr']:g}" == f"{lr:g}"  # as messages print it
+
+
+def test_rate_follows_a_scheduler_and_a_loaded_state() -> None:
+    optimizer = make_sgd(make_model(), lr=0.5)
+    rates = LearningRates(optimizer, torch.device("cpu"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    optimizer.step()
+    scheduler.step()
+    rates.follow()
+    assert [float(tensor) for tensor in rates.tensors] == [0.25, 0.25]
+    state = copy.deepcopy(optimizer.state_dict())
+    assign(optimizer, 1.0)
+    rates.follow()
+    optimizer.load_state_dict(state)  # puts tensors of its own there
+    rates.follow()
+    assert [float(tensor) for tensor in rates.tensors] == [0.25, 0.25]
+    assert all(group["lr"] is t for group, t in zip(optimizer.param_groups, rates.tensors, strict=True))
+
+
+# What is refused, and in what words.
+
+
+def test_cpu_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="parameters on cpu, want a CUDA device"):
+        GraphedStep(model, make_sgd(model), cross_entropy)
+
+
+def test_distributed_model_is_refused() -> None:
+    distributed = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(ValueError, match="model: got DistributedDataParallel"):
+        GraphedStep(distributed, make_sgd(make_model()), cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("make", "wanted"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), r"SGD without fused=True, want SGD\(\.\.\., fused=True\)"),
+        (lambda p: torch.optim.Adam(p), "Adam without capturable=True"),
+        (lambda p: torch.optim.AdamW(p, fused=True), r"AdamW without capturable=True, want AdamW\("),
+        (lambda p: torch.optim.RMSprop(p), r"RMSprop, .*want SGD\(\.\.\., fused=True\) or AdamW\("),
+    ],
+    ids=["SGD", "Adam", "AdamW", "RMSprop"],
+)
+def test_optimizer_that_waits_for_the_gpu_is_refused(make: Callable, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        GraphedStep(model := make_model(), make(model.parameters()), cross_entropy)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_capturable_optimizers_are_taken(optimizer: type[torch.optim.Adam]) -> None:
+    require_capturable(optimizer(make_model().parameters(), capturable=True))
+
+
+def test_float16_is_refused() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="autocast_dtype: got float16.*want bfloat16"):
+        GraphedStep(model, make_sgd(model), cross_entropy, autocast_dtype=torch.float16)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("steps", [1, WARM_UP + 1], ids=["warming_up", "captured"])
+def test_batch_of_another_shape_is_refused_and_changes_nothing(steps: int) -> None:
+    model = make_model()
+    step = GraphedStep(model, make_sgd(model, lr=0.1), cross_entropy)
+    images, labels = batches(1)[0]
+    for _ in range(steps):
+        step(images, labels)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"images: got \(4, 3, 2, 2\) .*captured \(5, 3, 2, 2\)"):
+        step(images[:4], labels[:4])
+    with pytest.raises(ValueError, match=r"labels: got \(5,\) torch.int32.*captured \(5,\) torch.int64"):
+        step(images, labels.int())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_model_in_another_mode_is_refused() -> None:
+    model = make_model()
+    step = GraphedStep(model, make_sgd(model), cross_entropy)
+    step(*batches(1)[0])
+    model.eval()
+    with pytest.raises(ValueError, match="in eval mode, want the captured train mode"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_optimizer_state_that_was_loaded_after_the_capture_is_refused() -> None:
+    model = make_model()
+    optimizer = make_sgd(model)
+    step = GraphedStep(model, optimizer, cross_entropy)
+    for batch in batches(WARM_UP + 1):
+        step(*batch)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match="optimizer: .*load_state_dict.*want a new GraphedStep"):
+        step(*batches(1)[0])

@@ -1,0 +1,241 @@
+"""A whole training step, forward, backward and optimizer, as one CUDA graph.
+
+At the sizes of ViT-B a step is hundreds of short kernels, and launching them one by one is a large part of
+its time. A graph is launched once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+WARM_UP = 3  # steps before the capture: they compile kernels, and create workspaces and the optimizer's state
+
+
+class GraphedStep:
+    """``loss_value = step(images, labels)``: one training step, replayed from a CUDA graph.
+
+    The first three steps are ordinary ones (on a stream of their own); the fourth is captured, and from then
+    on every call copies its batch into the graph's own tensors and replays it. So nothing is computed only to
+    warm up, and a run is bit for bit that of the same steps without a graph, taken by an optimizer with the
+    same flags and its learning rates in float32 tensors.
+
+    - The learning rate may change between steps: assign a float to ``group["lr"]``, or use a scheduler. Each
+      group's rate is kept in a tensor that the graph reads.
+    - Random numbers (prompt dropout) come from torch's CUDA generator, which every replay advances: each step
+      has masks of its own.
+    - ``.grad`` is that of the last step and lies in the graph's memory.
+    - ``logits``, (b, classes) and detached, are those of the last step; the next one overwrites them.
+    - Between steps parameters may be changed in place, and other code may run forward and backward passes.
+
+    Args:
+        model: maps images to logits (b, classes); on one CUDA device. Its Python code runs only until the
+            capture, so nothing in it may depend on the values of tensors. It has to stay in the mode of the
+            first step, train or eval.
+        optimizer: ``torch.optim.SGD(..., fused=True)``, or ``Adam`` or ``AdamW`` with ``capturable=True``
+            (with ``fused=True`` beside it they are faster).
+        loss: maps (logits in at least float32, labels) to ().
+        autocast_dtype: run the model under autocast in this dtype; None: without. Not float16: the loss
+            scaling which that needs is not captured.
+        max_grad_norm: clip the norm of all gradients to it; None: do not.
+
+    Raises:
+        ValueError: an optimizer, model, device or dtype that cannot be captured. In a call: a batch of
+            another shape or dtype than the first, a loss that is not a scalar, a model in another mode, or an
+            optimizer whose tensors are not those that were captured.
+    """
+
+    _loss_value: torch.Tensor
+    _is_training: bool
+    logits: torch.Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                "model: got DistributedDataParallel, which is not captured; want the module in it"
+            )
+        if autocast_dtype == torch.float16:
+            raise ValueError("autocast_dtype: got float16, whose loss scaling is not captured; want bfloat16")
+        require_capturable(optimizer)
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.autocast_dtype, self.max_grad_norm = autocast_dtype, max_grad_norm
+        device = _device_of(model, optimizer)
+        self._stream = _CaptureStream(device)
+        self._rates = LearningRates(optimizer, device)
+        self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._steps = 0
+        self._replay: Callable[[], None] | None = None
+        self._state: list[torch.Tensor] = []
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One step on images (b, ...) and labels (b, ...), from any device; returns the loss, detached ().
+
+        It may be infinite or NaN: nothing here waits for the GPU to find out.
+        """
+        device = self._stream.device
+        if self._inputs is None:
+            self._inputs = torch.empty_like(images, device=device), torch.empty_like(labels, device=device)
+            self._is_training = self.model.training
+        self._check(images, labels)
+        for held, given in zip(self._inputs, (images, labels), strict=True):
+            held.copy_(given, non_blocking=True)
+        self._rates.follow()
+        if self._steps < WARM_UP:
+            self._stream.run(self._step)
+            self._steps += 1
+        else:
+            if self._replay is None:
+                self.optimizer.zero_grad(set_to_none=True)  # for the graph to make them in its own memory
+                self._state = _state_tensors(self.optimizer)
+                self._replay = self._stream.capture(self._step)
+            self._replay()
+        return self._loss_value.clone()
+
+    def _step(self) -> None:
+        assert self._inputs is not None
+        self._loss_value, self.logits = train_step(
+            self.model, self.optimizer, self.loss, *self._inputs, self.autocast_dtype, self.max_grad_norm
+        )
+
+    def _check(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        assert self._inputs is not None
+        for name, held, given in zip(("images", "labels"), self._inputs, (images, labels), strict=True):
+            if (held.shape, held.dtype) != (given.shape, given.dtype):
+                raise ValueError(
+                    f"{name}: got {tuple(given.shape)} {given.dtype}, want the captured "
+                    f"{tuple(held.shape)} {held.dtype}"
+                )
+        if self.model.training != self._is_training:
+            modes = {True: "train", False: "eval"}
+            raise ValueError(
+                f"model: got it in {modes[self.model.training]} mode, want the captured "
+                f"{modes[self._is_training]} mode"
+            )
+        if self._replay is not None:
+            now = _state_tensors(self.optimizer)
+            if len(now) != len(self._state) or any(a is not b for a, b in zip(now, self._state, strict=True)):
+                raise ValueError(
+                    "optimizer: its parameters or its state are other tensors than the captured ones (after "
+                    "load_state_dict, for one); want a new GraphedStep"
+                )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Loss,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    autocast_dtype: torch.dtype | None = None,
+    max_grad_norm: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward and optimizer step; returns the loss () and the logits (b, classes), detached."""
+    optimizer.zero_grad(set_to_none=True)
+    # No cache of cast weights: what was cast before a capture would not be cast again in a replay.
+    with torch.autocast(
+        images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
+    ):
+        logits = model(images)  # (b, classes)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    value = loss(logits, labels)
+    if value.shape != ():
+        raise ValueError(f"loss: got a value of shape {tuple(value.shape)}, want a scalar of shape ()")
+    value.backward()
+    if max_grad_norm is not None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, max_grad_norm)
+    optimizer.step()
+    return value.detach(), logits.detach()
+
+
+class LearningRates:
+    """Keeps every group's learning rate in a float32 tensor () of its own.
+
+    The tensor stands in ``group["lr"]``. A captured step reads it, so it is never replaced.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self.tensors = [torch.empty((), dtype=torch.float32, device=device) for _ in optimizer.param_groups]
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes over what was assigned to ``group["lr"]`` since: a number, or another tensor."""
+        for group, tensor in zip(self.optimizer.param_groups, self.tensors, strict=True):
+            if group["lr"] is not tensor:
+                tensor.fill_(group["lr"])
+                group["lr"] = tensor
+
+
+def require_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError when the optimizer's step would wait for the GPU, naming what to take instead."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SGD):
+        flag = "fused"
+    elif isinstance(optimizer, torch.optim.Adam):  # and AdamW
+        flag = "capturable"
+    else:
+        raise ValueError(
+            f"optimizer: got {name}, which is not captured; want SGD(..., fused=True) or "
+            "AdamW(..., capturable=True)"
+        )
+    if not all(group[flag] for group in optimizer.param_groups):
+        raise ValueError(f"optimizer: got {name} without {flag}=True, want {name}(..., {flag}=True)")
+
+
+def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.device:
+    """The one CUDA device that everything is on."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    devices = {p.device for p in (*model.parameters(), *trained)}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        found = " and ".join(sorted(map(str, devices)))
+        raise ValueError(f"model: got parameters on {found}, want a CUDA device")
+    return devices.pop()
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All tensors that a step writes, parameters and state."""
+    found: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: dict[str, Any] = optimizer.state.get(parameter, {})
+            found.append(parameter)
+            found.extend(value for value in state.values() if isinstance(value, torch.Tensor))
+    return found
+
+
+class _CaptureStream:
+    """The stream on which steps are warmed up and captured: captures cannot be on the default one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, step: Callable[[], None]) -> None:
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            step()
+        caller.wait_stream(self.stream)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What replays the step; capturing it runs nothing."""
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls may break the capture: others, such as one that pins batches, go on.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
