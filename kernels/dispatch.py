@@ -16,26 +16,31 @@ BACKENDS = ("auto", "torch", "triton")
 class Ops(NamedTuple):
     """One complete implementation of the block's operations.
 
-    The signatures and their meaning are those of the functions in the `reference` modules.
+    The signatures and their meaning are those of the functions in the `reference` modules. `needs_out`:
+    attention's backward cannot do without attention's output.
     """
 
     name: str
-    normalize: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    normalize: Callable[..., tuple[torch.Tensor, ...]]
+    add_normalize: Callable[..., tuple[torch.Tensor, ...]]
     normalize_backward: Callable[..., torch.Tensor]
     attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     attention_backward: Callable[..., Any]
-    activate: Callable[..., torch.Tensor]
+    activate: Callable[..., tuple[torch.Tensor, ...]]
     activate_backward: Callable[..., torch.Tensor]
+    needs_out: bool
 
 
 TORCH_OPS = Ops(
     name="torch",
     normalize=normalization.normalize,
+    add_normalize=normalization.add_normalize,
     normalize_backward=normalization.normalize_backward,
     attention=prompted_attention.attention,
     attention_backward=prompted_attention.attention_backward,
     activate=mlp.activate,
     activate_backward=mlp.activate_backward,
+    needs_out=False,
 )
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from vpt_fast.backbones.timm_vit import resolve_backbone
 from vpt_fast.classifier import ClassifierConfig, FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import plan_blocks, row_range
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
 
 
@@ -42,6 +44,10 @@ class PromptedViT(FrozenClassifier):
         dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
             the backbone's own. Prompts, head and the residual stream are float32 or more.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        memory: what is kept for backward: ``"exact"``, ``"compact"`` (gradients carry the rounding of 8-bit
+            codes), ``"recompute_mlp"``, ``"recompute"``, see `engine.policy.MemoryPolicy`; ``"auto"``: the
+            fastest of them that fits the memory free at the first step with a batch of that size
+            (``"compact"`` only with 16-bit products). May be changed at any time.
         pretrained: load timm's published weights (only with a name).
         timm_kwargs: go to timm.create_model (only with a name).
 
@@ -76,11 +82,13 @@ class PromptedViT(FrozenClassifier):
         pool: str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        memory: str = "exact",
         pretrained: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         # Every setting is checked before the backbone is built or downloaded.
         check_arguments(num_classes, pool, dtype, backend)
+        check_memory(memory)
         settings = PromptConfig(
             num_prompts=num_prompts,
             prompt_type=prompt_type,
@@ -95,6 +103,8 @@ class PromptedViT(FrozenClassifier):
         border = settings.border
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, border=border)
         super().__init__(vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend)
+        self.memory = memory
+        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
         self.prompt_settings = settings
         self._prompted = settings.prompted_blocks(self.num_blocks)
         self._plans = plan_blocks(
@@ -190,12 +200,13 @@ class PromptedViT(FrozenClassifier):
         sets = self._prompt_sets(x.shape[0])
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
+        policy = POLICIES[self.memory_policy(x.shape[0], num_tokens)]
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             if index in added:
                 x = x + added[index]
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
-            x = block(x, prompts, rows)
+            x = block(x, prompts, rows, policy)
         features = self.backbone.features(x, self.pool)
         return self.head(features.to(self.head.weight.dtype))
 
@@ -229,14 +240,53 @@ class PromptedViT(FrozenClassifier):
             sets = tuple(drop(prompts, p, per, batch_size) for prompts in sets)
         return sets
 
+    def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
+        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
+
+        ``"auto"`` looks at the free memory once for each batch size, and stays with its choice.
+
+        Args:
+            batch_size: images a step.
+            num_tokens: N; None for the model's own image size.
+        """
+        if self.memory != "auto":
+            return self.memory
+        if not torch.is_grad_enabled():
+            return "exact"  # nothing is kept
+        num_tokens = num_tokens or self.backbone.num_tokens
+        dtype = compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
+        key = (batch_size, num_tokens, dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose_policy(*key)
+        return self._chosen[key]
+
+    @torch.compiler.disable
+    def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
+        def step_bytes(memory: str) -> int:
+            kept, workspace = self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory])
+            return kept + workspace
+
+        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
+
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in its own dtype.
+        """The memory that a training step takes at the model's own image size, in the dtype in force (the
+        model's own, or autocast's) and under its memory policy.
 
         Args:
             batch_size: images a step.
         """
+        num_tokens = self.backbone.num_tokens
+        dtype = compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
+        policy = POLICIES[self.memory_policy(batch_size)]
+        kept, workspace = self._step_bytes(batch_size, num_tokens, dtype, policy)
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
+
+    def _step_bytes(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+    ) -> tuple[int, int]:
+        """Bytes kept for backward by all blocks, and those of one block's temporaries."""
         settings = self.prompt_settings
-        num_tokens, m = self.backbone.num_tokens, settings.num_prompts or 0
+        m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         copies = batch_size if per_image else 1
         in_tokens = settings.prompt_location in IN_SEQUENCE
@@ -247,7 +297,6 @@ class PromptedViT(FrozenClassifier):
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:
-                dtype = block.qkv_weight.dtype
                 kept += cost.kept_bytes(
                     block,
                     dtype=dtype,
@@ -256,13 +305,14 @@ class PromptedViT(FrozenClassifier):
                     rows=rows,
                     prompt_shape=(copies, m) if own else None,
                     grad_tokens=below,
+                    policy=policy,
                 )
                 block_workspace = cost.workspace_bytes(
-                    block, dtype=dtype, batch_size=batch_size, num_rows=rows[1] - rows[0]
+                    block, dtype=dtype, batch_size=batch_size, num_rows=rows[1] - rows[0], policy=policy
                 )
                 workspace = max(workspace, block_workspace)
             below = below or own
-        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
+        return kept, workspace
 
 
 class LinearProbe(FrozenClassifier):
@@ -305,7 +355,8 @@ class LinearProbe(FrozenClassifier):
         x = self.backbone.embed(images)
         num_tokens = x.shape[1]
         for block, plan in zip(self.backbone.blocks, self._plans, strict=True):
-            x = block(x, None, row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, 0))
+            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, 0)
+            x = block(x, None, rows, POLICIES["exact"])  # nothing is kept
         return self.backbone.features(x, self.pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -316,7 +367,11 @@ class LinearProbe(FrozenClassifier):
         """The memory that a training step takes at the model's own image size, in its own dtype."""
         workspace = max(
             cost.workspace_bytes(
-                block, dtype=block.qkv_weight.dtype, batch_size=batch_size, num_rows=self.backbone.num_tokens
+                block,
+                dtype=block.qkv_weight.dtype,
+                batch_size=batch_size,
+                num_rows=self.backbone.num_tokens,
+                policy=POLICIES["exact"],
             )
             for block in self.backbone.blocks
         )

@@ -6,10 +6,13 @@ import torch
 
 KINDS = ("layer", "rms")
 
+CODE_MAX = 127
+"""Packed x̂ is int8: codes from -127 to 127 and one scale a row."""
+
 
 def normalize(
-    x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, *, pack: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """x̂ = (x - mean) · rstd (``"layer"``) or x · rstd (``"rms"``), computed in at least float32.
 
     Args:
@@ -17,9 +20,12 @@ def normalize(
         eps: added to the variance (layer) or the mean square (rms).
         kind: ``"layer"`` or ``"rms"``.
         dtype: of the x̂ that is returned.
+        pack: also give x̂ in 8 bits, for backward.
 
     Returns:
-        x̂ (..., d) in `dtype`, and rstd (..., 1) in at least float32: all that backward needs.
+        x̂ (..., d) in `dtype`, and rstd (..., 1) in at least float32: all that backward needs. With `pack`
+        codes (..., d), int8, and scale (..., 1) in at least float32, x̂ ≈ codes · scale, the largest of a
+        row being ±127; else None and None.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layer":
@@ -27,11 +33,43 @@ def normalize(
     else:
         rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         x_hat = x * rstd
-    return x_hat.to(dtype), rstd
+    codes = scale = None
+    if pack:
+        scale = x_hat.abs().amax(-1, keepdim=True) / CODE_MAX
+        codes = (x_hat / torch.where(scale > 0, scale, 1)).round().to(torch.int8)
+    return x_hat.to(dtype), rstd, codes, scale
+
+
+def add_normalize(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    eps: float,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    pack: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """hidden = residual + update, and its normalisation.
+
+    Args:
+        residual: (..., d), in at least float32.
+        update: (..., d), any floating dtype.
+        eps, kind, dtype, pack: as for `normalize`.
+
+    Returns:
+        hidden (..., d) in residual's dtype, and what `normalize` gives for it.
+    """
+    hidden = residual + update
+    return hidden, *normalize(hidden, eps, kind, dtype, pack=pack)
 
 
 def normalize_backward(
-    grad: torch.Tensor, x_hat: torch.Tensor, rstd: torch.Tensor, kind: str
+    grad: torch.Tensor,
+    x_hat: torch.Tensor,
+    rstd: torch.Tensor,
+    scale: torch.Tensor | None,
+    kind: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of x from the gradient of x̂.
 
@@ -39,14 +77,19 @@ def normalize_backward(
 
     Args:
         grad: dx̂ (..., d), any floating dtype.
-        x_hat, rstd: as `normalize` returned them.
+        x_hat: as `normalize` returned it: x̂, or its int8 codes.
+        rstd: as `normalize` returned it.
+        scale: of the codes; None with x̂ itself.
         kind: ``"layer"`` or ``"rms"``.
+        residual: (..., d), a gradient to add to the result, or None.
 
     Returns:
         dx (..., d) in rstd's dtype.
     """
     grad = grad.to(rstd.dtype)
     x_hat = x_hat.to(rstd.dtype)
+    if scale is not None:
+        x_hat = x_hat * scale
     if kind == "layer":
         # native_layer_norm_backward re-normalises its input with the mean and rstd it is handed. Given x̂,
         # mean 0 and rstd 1 it therefore leaves x̂ alone, and all of the sums are one fused pass; its result
@@ -61,6 +104,7 @@ def normalize_backward(
             None,
             [True, False, False],
         )
-        return dx.mul_(rstd)
-    projection = (grad * x_hat).mean(-1, keepdim=True)
-    return (grad - x_hat * projection).mul_(rstd)
+    else:
+        dx = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
+    dx = dx.mul_(rstd)
+    return dx if residual is None else dx.add_(residual)

@@ -11,6 +11,8 @@ All sums are formed in at least float32, whatever the tensors' dtype.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -41,6 +43,15 @@ def attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
+class AttentionGrads(NamedTuple):
+    """Gradients of `attention`'s inputs, in their dtype; None where one is not wanted."""
+
+    qkv: torch.Tensor | None  # (B, N, 3, H, D), or else
+    q: torch.Tensor | None  # (B, R, H, D)
+    kv: torch.Tensor | None  # (B, N, 2, H, D)
+    prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
+
+
 def attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -48,18 +59,13 @@ def attention_backward(
     v: torch.Tensor | None,
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse: torch.Tensor,
     *,
     need_q: bool,
     need_kv: bool,
-) -> tuple[
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    torch.Tensor | None,
-]:
+    packed: bool = False,
+) -> AttentionGrads:
     """Gradients of `attention`, only those that are wanted.
 
     With δ = rowsum(dO ∘ O):  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - δ),  dQ = dS K,  dK = dSᵀ Q.
@@ -70,45 +76,48 @@ def attention_backward(
     Args:
         grad_out: dO (B, R, H, D).
         q, k, v, prompt_k, prompt_v: as given to `attention`.
-        out, lse: as it returned them.
+        out, lse: as it returned them. Without `out`, δ is formed as rowsum(P ∘ dO Vᵀ), which takes all keys.
         need_q: form dQ.
         need_kv: form dK and dV of the image-side tokens.
-
-    Returns:
-        dQ (B, R, H, D), dK, dV (B, N, H, D), dK_P, dV_P (1 or B, m, H, D), each in q's dtype or None.
+        packed: give dQ, dK and dV as one tensor; needs both, and R = N.
     """
     m = 0 if prompt_k is None else prompt_k.shape[1]
     queries, grad = _heads_first(q), _heads_first(grad_out)
-    if need_q or need_kv:
+    all_keys = need_q or need_kv or out is None
+    if all_keys:
         keys, values = _extend(prompt_k, k), _extend(prompt_v, v)
     else:  # only the prompts' columns: the rows' lse already holds the sum over all keys
         batch = q.shape[0]
         keys = _heads_first(prompt_k).expand(batch, -1, -1, -1)
         values = _heads_first(prompt_v).expand(batch, -1, -1, -1)
 
-    delta = (grad * _heads_first(out)).sum(-1, keepdim=True)  # (B, H, R, 1)
     probabilities = torch.matmul(queries, keys.transpose(-1, -2)).sub_(lse.unsqueeze(-1)).exp_()
-    grad_scores = torch.matmul(grad, values.transpose(-1, -2)).sub_(delta).mul_(probabilities)
+    grad_scores = torch.matmul(grad, values.transpose(-1, -2))
+    if out is None:
+        delta = (probabilities * grad_scores).sum(-1, keepdim=True)  # (B, H, R, 1)
+    else:
+        delta = (grad * _heads_first(out)).sum(-1, keepdim=True)
+    grad_scores.sub_(delta).mul_(probabilities)
 
     grad_q = torch.matmul(grad_scores, keys) if need_q else None  # (B, H, R, D)
     first, last = (0, keys.shape[2]) if need_kv else (0, m)  # columns whose gradient is wanted
     grad_k = torch.matmul(grad_scores[..., first:last].transpose(-1, -2), queries)
     grad_v = torch.matmul(probabilities[..., first:last].transpose(-1, -2), grad)
 
-    def prompt_part(columns: torch.Tensor) -> torch.Tensor | None:
-        if prompt_k is None:
-            return None
-        part = columns[:, :, :m]
+    grad_prompt_kv = None
+    if prompt_k is not None:
+        parts = [g[:, :, :m] for g in (grad_k, grad_v)]
         if prompt_k.shape[0] == 1:
-            part = part.sum(0, keepdim=True)
-        return _rows_first(part, q.dtype)
-
-    return (
-        None if grad_q is None else _rows_first(grad_q, q.dtype),
-        _rows_first(grad_k[:, :, m:], q.dtype) if need_kv else None,
-        _rows_first(grad_v[:, :, m:], q.dtype) if need_kv else None,
-        prompt_part(grad_k),
-        prompt_part(grad_v),
+            parts = [g.sum(0, keepdim=True) for g in parts]
+        grad_prompt_kv = _rows_first(parts, q.dtype)
+    image_kv = [g[:, :, m:] for g in (grad_k, grad_v)]
+    if packed:
+        return AttentionGrads(_rows_first([grad_q, *image_kv], q.dtype), None, None, grad_prompt_kv)
+    return AttentionGrads(
+        qkv=None,
+        q=_rows_first([grad_q], q.dtype).squeeze(2) if need_q else None,
+        kv=_rows_first(image_kv, q.dtype) if need_kv else None,
+        prompt_kv=grad_prompt_kv,
     )
 
 
@@ -117,9 +126,9 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def _rows_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, H, N, D) -> (B, N, H, D) in `dtype`."""
-    return x.transpose(1, 2).to(dtype)
+def _rows_first(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """n times (B, H, N, D) -> (B, N, n, H, D) in `dtype`."""
+    return torch.stack([x.transpose(1, 2).to(dtype) for x in parts], dim=2)
 
 
 def _extend(prompts: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tensor:

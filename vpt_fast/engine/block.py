@@ -11,6 +11,8 @@ concatenated sequence it does none:
 - no gradient of a frozen weight is formed; where nothing below is trained, neither is the gradient of the
   image-side tokens, and nothing is kept for it.
 
+What is kept for all that is left is the memory policy's choice (`engine.policy`).
+
 Shapes: B images, N image-side tokens (CLS, registers, patches), m prompts, R rows that are read, d width,
 H heads of D, h MLP width.
 """
@@ -25,6 +27,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
 from vpt_fast.kernels import Ops
 
@@ -44,6 +47,7 @@ class _Call:
     packed: bool  # every image-side token and no prompt is read, and the tokens' gradient is wanted
     dtype: torch.dtype
     grad_tokens: bool
+    policy: MemoryPolicy
 
     @property
     def num_image_rows(self) -> int:
@@ -53,11 +57,24 @@ class _Call:
     def num_fresh_rows(self) -> int:
         return self.fresh.stop - self.fresh.start
 
+    @property
+    def keeps_image_keys(self) -> bool:
+        """Whether the image's keys and values are needed again: a gradient flows through them into the
+        tokens, or into the queries of prompts whose outputs are read."""
+        return self.grad_tokens or self.num_fresh_rows > 0
+
+    @property
+    def keeps_out(self) -> bool:
+        """Whether attention's output is kept. Without it backward needs all keys, which are more."""
+        return not self.policy.pack or not self.keeps_image_keys or self.ops.needs_out
+
 
 class _Kept(NamedTuple):
     """What backward needs, and nothing else."""
 
+    # x̂ stands for itself with scale None, or for its int8 codes.
     x_hat1: torch.Tensor | None  # (B, N, d); None where the tokens' gradient is not wanted
+    scale1: torch.Tensor | None  # (B, N, 1)
     rstd1: torch.Tensor | None  # (B, N, 1)
     qkv: torch.Tensor | None  # (B, N, 3, H, D) where every image-side row and no other is read, else
     q: torch.Tensor | None  # (B, R, H, D) and
@@ -65,14 +82,17 @@ class _Kept(NamedTuple):
     q_rstd: torch.Tensor | None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
     k_rstd: torch.Tensor | None  # (B, N, H, 1)
     prompt_x_hat: torch.Tensor | None  # (1 or B, m, d)
+    prompt_scale: torch.Tensor | None  # (1 or B, m, 1)
     prompt_rstd: torch.Tensor | None  # (1 or B, m, 1)
     prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
     prompt_k_rstd: torch.Tensor | None  # (1 or B, m, H, 1)
-    out: torch.Tensor  # (B, R, H, D)
+    out: torch.Tensor | None  # (B, R, H, D)
     lse: torch.Tensor  # (B, H, R)
     x_hat2: torch.Tensor  # (B, R, d)
+    scale2: torch.Tensor | None  # (B, R, 1)
     rstd2: torch.Tensor  # (B, R, 1)
-    u: torch.Tensor  # (B, R, h): the MLP's pre-activation
+    mlp: torch.Tensor | None  # (B, R, h): the MLP's pre-activation, or codes of the derivative there
+    mlp_scale: torch.Tensor | None  # (B, R, 2), of a gated activation's codes
 
 
 class FrozenBlock(nn.Module):
@@ -98,7 +118,11 @@ class FrozenBlock(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(
-        self, tokens: torch.Tensor, prompts: torch.Tensor | None, rows: tuple[int, int]
+        self,
+        tokens: torch.Tensor,
+        prompts: torch.Tensor | None,
+        rows: tuple[int, int],
+        policy: MemoryPolicy,
     ) -> torch.Tensor:
         """The block's output for the rows that are read.
 
@@ -106,6 +130,7 @@ class FrozenBlock(nn.Module):
             tokens: (B, N, d), the residual stream, in at least float32.
             prompts: (1, m, d) where they are the same for every image, (B, m, d) where they differ, or None.
             rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
+            policy: what is kept for backward.
 
         Returns:
             (B, R, d), dtype of `tokens`.
@@ -118,8 +143,9 @@ class FrozenBlock(nn.Module):
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
-            dtype=_compute_dtype(tokens.device.type, self.qkv_weight.dtype),
+            dtype=compute_dtype(tokens.device.type, self.qkv_weight.dtype),
             grad_tokens=grad_tokens,
+            policy=policy,
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
@@ -146,7 +172,8 @@ class _FrozenBlockFunction(torch.autograd.Function):
         ctx.call = call
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
         # go in as they came: a copy cast for autocast would be a second backbone.
-        ctx.save_for_backward(*kept, *weights)
+        inputs_or_kept = (tokens, prompts) if call.policy.recompute_block else kept
+        ctx.save_for_backward(*weights, *inputs_or_kept)
         return output
 
     @staticmethod
@@ -154,23 +181,31 @@ class _FrozenBlockFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call = ctx.call
         saved = ctx.saved_tensors  # once: every look unpacks them all anew
-        kept = _Kept(*saved[: len(_Kept._fields)])
-        weights = BlockWeights(*saved[len(_Kept._fields) :]).to(call.dtype)
+        num_weights = len(BlockWeights._fields)
+        weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         with torch.autocast(grad.device.type, enabled=False):
+            if call.policy.recompute_block:
+                tokens, prompts = saved[num_weights:]
+                _, kept = _forward(tokens, prompts, weights, call)
+            else:
+                kept = _Kept(*saved[num_weights:])
             grad_tokens, grad_prompts = _backward(grad, kept, weights, call, ctx.needs_input_grad[1])
-        return grad_tokens, grad_prompts, None, *(None for _ in weights)
+        return grad_tokens, grad_prompts, None, *(None for _ in saved[:num_weights])
 
 
 def _forward(
     x: torch.Tensor, prompts: torch.Tensor | None, w: BlockWeights, call: _Call
 ) -> tuple[torch.Tensor, _Kept]:
-    spec, ops, dtype = call.spec, call.ops, call.dtype
+    spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
+    (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
     batch = x.shape[0]
 
     # Attention's inputs. One packed projection where its q, k and v are all needed again in backward; else
     # apart, so that what is not needed is not kept alive by what is.
-    x_hat1, rstd1 = ops.normalize(x, spec.norm1[1], spec.norm1[0], dtype)
+    x_hat1, rstd1, codes1, scale1 = ops.normalize(
+        x, eps1, norm1, dtype, pack=policy.pack and call.grad_tokens
+    )
     qkv = kv = None
     if call.packed:
         qkv = F.linear(x_hat1, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
@@ -180,10 +215,14 @@ def _forward(
         kv = _project(x_hat1, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         k, v = kv.unbind(2)
 
-    prompt_x_hat = prompt_rstd = prompt_kv = prompt_k = prompt_v = prompt_k_rstd = None
+    prompt_x_hat = prompt_rstd = prompt_codes = prompt_scale = None
+    prompt_kv = prompt_k = prompt_v = prompt_k_rstd = None
     residual = x[:, call.image]
     if prompts is not None:
-        prompt_x_hat, prompt_rstd = ops.normalize(prompts, spec.norm1[1], spec.norm1[0], dtype)
+        # Shared prompts are too few to be worth packing.
+        prompt_x_hat, prompt_rstd, prompt_codes, prompt_scale = ops.normalize(
+            prompts, eps1, norm1, dtype, pack=policy.pack and prompts.shape[0] > 1
+        )
         prompt_kv = _project(prompt_x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         prompt_k, prompt_v = prompt_kv.unbind(2)  # (1 or B, m, H, D)
         if call.num_fresh_rows:
@@ -196,44 +235,51 @@ def _forward(
     if spec.qk_norm is not None:
         # q̂ and k̂ take the place of q and k in memory: backward needs nothing else of them.
         kind, q_eps, k_eps = spec.qk_norm
-        q_hat, q_rstd = ops.normalize(q, q_eps, kind, dtype)
+        q_hat, q_rstd, _, _ = ops.normalize(q, q_eps, kind, dtype)
         q = q.copy_(q_hat)
-        k_hat, k_rstd = ops.normalize(k, k_eps, kind, dtype)
+        k_hat, k_rstd, _, _ = ops.normalize(k, k_eps, kind, dtype)
         k.copy_(k_hat)
         if prompt_k is not None:
-            prompt_k_hat, prompt_k_rstd = ops.normalize(prompt_k, k_eps, kind, dtype)
+            prompt_k_hat, prompt_k_rstd, _, _ = ops.normalize(prompt_k, k_eps, kind, dtype)
             prompt_k.copy_(prompt_k_hat)
         q_in = _affine(q, w.q_norm_weight, w.q_norm_bias)
         k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
         prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
 
     out, lse = ops.attention(q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
-    hidden = residual + F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
-
-    x_hat2, rstd2 = ops.normalize(hidden, spec.norm2[1], spec.norm2[0], dtype)
+    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
+    hidden, x_hat2, rstd2, codes2, scale2 = ops.add_normalize(
+        residual, update, eps2, norm2, dtype, pack=policy.pack
+    )
     u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
-    output = hidden.add_(F.linear(ops.activate(u, spec.activation), w.fc2_weight, w.fc2_bias))
+    activated, mlp_codes, mlp_scale = ops.activate(u, spec.activation, pack=policy.pack)
+    output = hidden.add_(F.linear(activated, w.fc2_weight, w.fc2_bias))
 
-    # The image's keys are needed again where a gradient flows through them: into the tokens, or into the
-    # queries of prompts whose outputs are read.
-    keep_image_keys = call.grad_tokens or call.num_fresh_rows > 0
+    if policy.recompute_mlp:
+        mlp = None
+    else:
+        mlp = u if mlp_codes is None else mlp_codes
     return output, _Kept(
-        x_hat1=x_hat1 if call.grad_tokens else None,
+        x_hat1=None if not call.grad_tokens else x_hat1 if codes1 is None else codes1,
+        scale1=scale1,
         rstd1=rstd1 if call.grad_tokens else None,
         qkv=qkv,
         q=None if call.packed else q,
-        kv=kv if keep_image_keys else None,
-        q_rstd=q_rstd if keep_image_keys else None,
+        kv=kv if call.keeps_image_keys else None,
+        q_rstd=q_rstd if call.keeps_image_keys else None,
         k_rstd=k_rstd if call.grad_tokens else None,
-        prompt_x_hat=prompt_x_hat,
+        prompt_x_hat=prompt_x_hat if prompt_codes is None else prompt_codes,
+        prompt_scale=prompt_scale,
         prompt_rstd=prompt_rstd,
         prompt_kv=prompt_kv,
         prompt_k_rstd=prompt_k_rstd,
-        out=out,
+        out=out if call.keeps_out else None,
         lse=lse,
-        x_hat2=x_hat2,
+        x_hat2=x_hat2 if codes2 is None else codes2,
+        scale2=scale2,
         rstd2=rstd2,
-        u=u,
+        mlp=mlp,
+        mlp_scale=mlp_scale,
     )
 
 
@@ -245,9 +291,11 @@ def _backward(
     num_image = call.num_image_rows
 
     # MLP: (B, R, d) -> (B, R, h) -> (B, R, d)
-    grad_u = ops.activate_backward(grad.to(dtype) @ w.fc2_weight, kept.u, spec.activation)
-    grad_hidden = ops.normalize_backward(grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, spec.norm2[0])
-    grad_hidden = grad_hidden.add_(grad)
+    mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
+    grad_u = ops.activate_backward(grad.to(dtype) @ w.fc2_weight, mlp, kept.mlp_scale, spec.activation)
+    grad_hidden = ops.normalize_backward(
+        grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad
+    )
     # Attention's output: (B, R, d) -> (B, R, H, D)
     grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, heads)
 
@@ -259,54 +307,57 @@ def _backward(
         k = _affine(k_hat, w.k_norm_weight, w.k_norm_bias)
         prompt_k = _affine(prompt_k_hat, w.k_norm_weight, w.k_norm_bias)
 
-    grad_q = grad_k = grad_v = grad_prompt_k = grad_prompt_v = None
+    grads, grad_q, grad_prompt_kv = None, None, None
     if call.grad_tokens:
-        grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v = ops.attention_backward(
-            grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse, need_q=True, need_kv=True
-        )
+        grads = ops.attention_backward(
+            grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse,
+            need_q=True, need_kv=True, packed=call.packed,
+        )  # fmt: skip
+        grad_prompt_kv = grads.prompt_kv
+        grad_q, grad_k = grads.qkv.unbind(2)[:2] if call.packed else (grads.q, grads.kv[:, :, 0])
     else:
         # Nothing below is trained. The image's rows send a gradient to the prompts' keys and values alone;
         # prompts whose outputs are read send one to their own queries too, through all of the keys.
         for part, need_q in ((slice(0, num_image), False), (slice(num_image, None), True)):
             if grad_out[:, part].shape[1] == 0:
                 continue
-            grad_q, _, _, part_k, part_v = ops.attention_backward(
-                grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, kept.out[:, part],
-                kept.lse[:, :, part], need_q=need_q, need_kv=False,
+            out = None if kept.out is None else kept.out[:, part]
+            part_grads = ops.attention_backward(
+                grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, out, kept.lse[:, :, part],
+                need_q=need_q, need_kv=False,
             )  # fmt: skip
-            grad_prompt_k = part_k if grad_prompt_k is None else grad_prompt_k + part_k
-            grad_prompt_v = part_v if grad_prompt_v is None else grad_prompt_v + part_v
+            grad_q, more = part_grads.q, part_grads.prompt_kv
+            grad_prompt_kv = more if grad_prompt_kv is None else grad_prompt_kv + more
 
     if spec.qk_norm is not None:
+        # Through the norms, in place: the gradients of q and k become those of the projection's outputs.
         kind = spec.qk_norm[0]
-        grad_q_rows = slice(None) if call.grad_tokens else slice(num_image, None)
 
-        def before_norm(
-            grad: torch.Tensor | None, weight: torch.Tensor | None, x_hat: Any, rstd: Any
-        ) -> torch.Tensor | None:
-            if grad is None:
-                return None
-            return ops.normalize_backward(grad * weight, x_hat, rstd, kind).to(dtype)
+        def through_norm(grad: torch.Tensor, weight: torch.Tensor | None, x_hat: Any, rstd: Any) -> None:
+            grad.copy_(ops.normalize_backward(grad * weight, x_hat, rstd, None, kind))
 
-        grad_q = before_norm(
-            grad_q,
-            w.q_norm_weight,
-            q_hat[:, grad_q_rows],
-            None if kept.q_rstd is None else kept.q_rstd[:, grad_q_rows],
-        )
-        grad_k = before_norm(grad_k, w.k_norm_weight, k_hat, kept.k_rstd)
-        grad_prompt_k = before_norm(grad_prompt_k, w.k_norm_weight, prompt_k_hat, kept.prompt_k_rstd)
+        if grad_q is not None:
+            first = 0 if call.grad_tokens else num_image
+            through_norm(grad_q, w.q_norm_weight, q_hat[:, first:], kept.q_rstd[:, first:])
+        if call.grad_tokens:
+            through_norm(grad_k, w.k_norm_weight, k_hat, kept.k_rstd)
+        if grad_prompt_kv is not None:
+            through_norm(grad_prompt_kv[:, :, 0], w.k_norm_weight, prompt_k_hat, kept.prompt_k_rstd)
 
     grad_tokens = None
     if call.grad_tokens:
         # (B, N, 3·H·D) or (B, N, 2·H·D) -> (B, N, d)
         if call.packed:
-            grad_x_hat = torch.stack((grad_q, grad_k, grad_v), dim=2).flatten(2) @ w.qkv_weight
+            grad_x_hat = grads.qkv.flatten(2) @ w.qkv_weight
         else:
-            grad_x_hat = torch.stack((grad_k, grad_v), dim=2).flatten(2) @ w.qkv_weight[attn_dim:]
+            grad_x_hat = grads.kv.flatten(2) @ w.qkv_weight[attn_dim:]
             grad_x_hat[:, call.image] += grad_q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
-        grad_tokens = ops.normalize_backward(grad_x_hat, kept.x_hat1, kept.rstd1, spec.norm1[0])
-        grad_tokens[:, call.image] += grad_hidden[:, :num_image]
+        grad_tokens = ops.normalize_backward(
+            grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
+            grad_hidden if call.packed else None,
+        )  # fmt: skip
+        if not call.packed:
+            grad_tokens[:, call.image] += grad_hidden[:, :num_image]
 
     grad_prompts = None
     if grad_prompts_wanted:
@@ -316,12 +367,12 @@ def _backward(
             return x.sum(0, keepdim=True) if shared else x
 
         # (1 or B, m, 2·H·D) -> (1 or B, m, d)
-        grad_p_hat = torch.stack((grad_prompt_k, grad_prompt_v), dim=2).flatten(2) @ w.qkv_weight[attn_dim:]
+        grad_p_hat = grad_prompt_kv.flatten(2) @ w.qkv_weight[attn_dim:]
         if call.num_fresh_rows:
             grad_fresh_q = grad_q[:, -call.num_fresh_rows :].flatten(2)
             grad_p_hat[:, call.fresh] += per_prompt(grad_fresh_q) @ w.qkv_weight[:attn_dim]
         grad_prompts = ops.normalize_backward(
-            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, spec.norm1[0]
+            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, kept.prompt_scale, spec.norm1[0]
         )
         if call.num_fresh_rows:
             grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:])
@@ -351,7 +402,7 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
 
 
-def _compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: the weights' own, or autocast's, which leaves float64 alone."""
     if torch.is_autocast_enabled(device_type) and weight_dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)

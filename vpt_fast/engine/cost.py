@@ -10,6 +10,8 @@ from typing import TypedDict
 import torch
 
 from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.policy import MemoryPolicy
+from vpt_fast.kernels.mlp.reference import PACKED
 
 
 class TrainingBytes(TypedDict):
@@ -30,6 +32,7 @@ def kept_bytes(
     rows: tuple[int, int],
     prompt_shape: tuple[int, int] | None,
     grad_tokens: bool,
+    policy: MemoryPolicy,
 ) -> int:
     """Bytes that one call of a block keeps for backward.
 
@@ -41,6 +44,7 @@ def kept_bytes(
         rows: the half-open range of rows that it computes.
         prompt_shape: (1 or B, m) of the prompts that enter it, or None.
         grad_tokens: whether anything below it is trained.
+        policy: what is kept.
     """
     heads = block.spec.num_heads
     attn_dim = heads * block.spec.head_dim
@@ -53,21 +57,35 @@ def kept_bytes(
     packed = grad_tokens and rows == (0, num_tokens)
     image_keys = grad_tokens or fresh_rows > 0
 
+    copies, m = prompt_shape or (0, 0)
+
+    if policy.recompute_block:  # the inputs, in the residual stream's dtype
+        return (batch_size * num_tokens + copies * m) * embed_dim * stat
+
+    def x_hat(num: int, packed: bool) -> int:
+        """x̂ and rstd of `num` rows; packed with a scale."""
+        return num * (embed_dim + 2 * stat if packed else embed_dim * size + stat)
+
     total = 0
     if grad_tokens:
-        total += batch_size * num_tokens * (embed_dim * size + stat)  # x̂1, rstd1
+        total += x_hat(batch_size * num_tokens, policy.pack)
     if packed:
         total += batch_size * num_tokens * 3 * attn_dim * size  # q, k, v
     else:
         total += batch_size * num_rows * attn_dim * size  # q
         if image_keys:
             total += batch_size * num_tokens * 2 * attn_dim * size  # k, v
-    total += batch_size * num_rows * (attn_dim * size + heads * stat)  # out, lse
-    total += batch_size * num_rows * (embed_dim * size + stat)  # x̂2, rstd2
-    total += batch_size * num_rows * hidden_dim * size  # u
+    total += batch_size * num_rows * heads * stat  # lse
+    if not policy.pack or not image_keys or block.ops.needs_out:
+        total += batch_size * num_rows * attn_dim * size  # out
+    total += x_hat(batch_size * num_rows, policy.pack)
+    if policy.pack:
+        is_gated = block.spec.activation in PACKED
+        total += batch_size * num_rows * (hidden_dim + (2 * stat if is_gated else 0))  # derivative
+    elif not policy.recompute_mlp:
+        total += batch_size * num_rows * hidden_dim * size  # u
     if prompt_shape is not None:
-        copies, m = prompt_shape
-        total += copies * m * (embed_dim * size + stat + 2 * attn_dim * size)  # x̂, rstd, k, v
+        total += x_hat(copies * m, policy.pack and copies > 1) + copies * m * 2 * attn_dim * size
     if block.spec.qk_norm is not None:
         if image_keys:
             total += batch_size * num_rows * heads * stat
@@ -78,10 +96,17 @@ def kept_bytes(
     return total
 
 
-def workspace_bytes(block: FrozenBlock, *, dtype: torch.dtype, batch_size: int, num_rows: int) -> int:
+def workspace_bytes(
+    block: FrozenBlock, *, dtype: torch.dtype, batch_size: int, num_rows: int, policy: MemoryPolicy
+) -> int:
     """An estimate of the temporaries while one block runs backward: the gradients of the MLP's hidden layer
-    (two of them), and of attention's packed input and output, beside a few copies of the residual stream."""
+    (two of them), and of attention's packed input and output, beside a few copies of the residual stream;
+    and whatever of the block is formed again."""
     hidden_dim, embed_dim = block.fc1_weight.shape
     attn_dim = block.spec.num_heads * block.spec.head_dim
     per_row = dtype.itemsize * (2 * hidden_dim + 4 * attn_dim) + 4 * torch.float32.itemsize * embed_dim
+    if policy.recompute_mlp or policy.recompute_block:
+        per_row += dtype.itemsize * hidden_dim  # u
+    if policy.recompute_block:
+        per_row += dtype.itemsize * (2 * embed_dim + 4 * attn_dim)  # x̂1, x̂2, q, k, v, out
     return batch_size * num_rows * per_row

@@ -1,0 +1,30 @@
+"""Settings and fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+# Triton reads this when it is first imported: where there is no GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "imported before its interpreter was asked for"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody has written holds NaN, or 77 where it is of integers, so that no test passes on
+    what an allocator happened to hand out."""
+
+    def filled(make):
+        def call(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else 77)
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
