@@ -1,0 +1,339 @@
+"""Prompted attention by Triton kernels; the functions and their meaning are those of `reference`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.launch import TYPE_NAMES, check_tensor
+from vpt_fast.kernels.prompted_attention.jit import (
+    attention_forward_kernel,
+    delta_kernel,
+    grad_kv_kernel,
+    grad_q_kernel,
+)
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+
+# A row of D elements as two power-of-two tiles.
+HEAD_DIMS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
+
+
+class Tiles(NamedTuple):
+    """BLOCK_M query rows by BLOCK_N keys, and how they are launched."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
+    """Tiles of the forward pass and of δ without O."""
+    if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
+        return Tiles(16, 32, 4, 1) if num_rows <= 16 else Tiles(32, 32, 4, 1)
+    if num_rows <= 16:
+        return Tiles(16, 64, 4, 2)
+    return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
+
+
+def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
+    """Tiles of dQ."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1)
+    if num_rows <= 16:
+        return Tiles(16, 64, 4, 2)
+    return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
+
+
+def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
+    """Tiles of dK and dV, whose products' first dimension is that of the keys."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1)
+    if num_rows <= 16:
+        return Tiles(16, 64, 4, 1)
+    return Tiles(64, 64, 8, 1) if head_dim > 64 else Tiles(64, 64, 4, 1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.attention`. float32, bfloat16 or float16; head dims in `HEAD_DIMS`; lse is float32.
+
+    Raises:
+        ValueError: a tensor's dtype, device, head dim or layout is not supported.
+    """
+    _check(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
+    return _attention(q, k, v, prompt_k, prompt_v)
+
+
+def attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    *,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool = False,
+) -> AttentionGrads:
+    """See `reference.attention_backward`. The same bits every time.
+
+    Raises:
+        ValueError: as `attention`; or image keys that are wanted are not given.
+    """
+    _check(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
+    if k is None and (need_q or need_kv or out is None):
+        raise ValueError("k: got None, and the gradients that are wanted need the image's keys")
+    if packed and not (need_q and need_kv and q.shape[1] == k.shape[1]):
+        raise ValueError("packed: wanted without all of dQ, dK and dV, or with fewer queries than keys")
+    if prompt_k is None and not (need_q or need_kv):
+        return AttentionGrads(None, None, None, None)
+    grad_q, grad_kv, grad_prompt_kv = _attention_backward(
+        grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed
+    )
+    return AttentionGrads(
+        qkv=grad_q if packed else None,
+        q=grad_q if need_q and not packed else None,
+        kv=grad_kv if need_kv and not packed else None,
+        prompt_kv=None if prompt_k is None else grad_prompt_kv,
+    )
+
+
+def _check(**tensors: torch.Tensor | None) -> None:
+    q = tensors["q"]
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        check_tensor(name, t)
+        if t.dtype != q.dtype:
+            raise ValueError(f"backend='triton': {name} is {t.dtype}, want q's dtype, {q.dtype}")
+        if t.shape[2:] != q.shape[2:]:
+            got, want = tuple(t.shape[2:]), tuple(q.shape[2:])
+            raise ValueError(f"backend='triton': {name} has (heads, head dim) {got}, want q's, {want}")
+    if q.shape[3] not in HEAD_DIMS:
+        wanted = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"backend='triton': got head dim {q.shape[3]}, want one of {wanted}")
+
+
+def _strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
+    """Strides of images, rows and heads; those of images are 0 where one is shared by all."""
+    if t is None:
+        return 0, 0, 0
+    return 0 if shared else t.stride(0), t.stride(1), t.stride(2)
+
+
+def _prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
+    return _strides(prompts, shared=prompts is not None and prompts.shape[0] == 1)
+
+
+@torch.library.custom_op("vpt_fast::prompted_attention", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
+    tiles = forward_tiles(q.dtype, head_dim, num_rows)
+    d1, d2 = HEAD_DIMS[head_dim]
+    attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+        q, k, v, k if prompt_k is None else prompt_k, v if prompt_v is None else prompt_v, out, lse,
+        *_strides(q), *_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v),
+        num_heads, num_rows, num_prompts, num_prompts + k.shape[1],
+        D1=d1, D2=d2, PROMPTS=prompt_k is not None, **tiles.launch,
+    )  # fmt: skip
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, prompt_k, prompt_v):
+    batch, num_rows, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_rows), dtype=torch.float32)
+
+
+def _backward_outputs(
+    q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, flags: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty tensors for dQ (or all three packed), dK and dV, and the prompts'; of size 0 where not wanted."""
+    need_q, need_kv, packed = flags
+    batch, num_rows, num_heads, head_dim = q.shape
+    q_shape, kv_shape, prompt_shape = (0,), (0,), (0,)
+    if packed:
+        q_shape = (batch, num_rows, 3, num_heads, head_dim)
+    elif need_q:
+        q_shape = q.shape
+    if need_kv and not packed:
+        kv_shape = (batch, k.shape[1], 2, num_heads, head_dim)
+    if prompt_k is not None:
+        prompt_shape = (prompt_k.shape[0], prompt_k.shape[1], 2, num_heads, head_dim)
+    return tuple(
+        torch.empty(shape, dtype=q.dtype, device=q.device) for shape in (q_shape, kv_shape, prompt_shape)
+    )
+
+
+@torch.library.custom_op("vpt_fast::prompted_attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
+    num_image = 0 if k is None else k.shape[1]
+    d1, d2 = HEAD_DIMS[head_dim]
+    has_prompts = prompt_k is not None
+    # Where a tensor is absent, one of the right dtype stands for it, and the kernel never looks at it.
+    k_or_any, v_or_any = (q, q) if k is None else (k, v)
+    prompt_k_or_any, prompt_v_or_any = (prompt_k, prompt_v) if has_prompts else (q, q)
+    out_or_any = q if out is None else out
+    key_strides = (*_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v))
+
+    grad_q, grad_kv, grad_prompt_kv = _backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    grad_q_rows, grad_k, grad_v = q, q, q
+    if packed:
+        grad_q_rows, grad_k, grad_v = grad_q.unbind(2)
+    else:
+        if need_q:
+            grad_q_rows = grad_q
+        if need_kv:
+            grad_k, grad_v = grad_kv.unbind(2)
+
+    delta = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
+    inputs = (grad_out, q, k_or_any, v_or_any, prompt_k_or_any, prompt_v_or_any)
+    input_strides = (*_strides(grad_out), *_strides(q), *key_strides)
+    lse_strides = (lse.stride(0), lse.stride(1))
+    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image)
+    common = dict(D1=d1, D2=d2, PROMPTS=has_prompts)
+
+    # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
+    if out is None or not need_q:
+        tiles = forward_tiles(q.dtype, head_dim, num_rows)
+        delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+            *inputs, out_or_any, lse, delta, *input_strides, *_strides(out), *lse_strides, *sizes,
+            **common, HAS_OUT=out is not None, **tiles.launch,
+        )  # fmt: skip
+    if need_q:
+        tiles = grad_q_tiles(q.dtype, head_dim, num_rows)
+        grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+            *inputs, out_or_any, lse, delta, grad_q_rows, *input_strides, *_strides(out), *lse_strides,
+            *_strides(grad_q_rows), *sizes, **common, HAS_OUT=out is not None, **tiles.launch,
+        )  # fmt: skip
+
+    # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
+    num_keys = num_prompts + (num_image if need_kv else 0)
+    if num_keys > 0:
+        is_shared = has_prompts and prompt_k.shape[0] == 1
+        parts = grad_prompt_kv
+        if is_shared:
+            shape = (batch, *grad_prompt_kv.shape[1:])
+            parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+        tiles = grad_kv_tiles(q.dtype, head_dim, num_rows)
+        grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
+            *inputs, lse, delta, grad_k, grad_v, parts, *input_strides, *lse_strides, *_strides(grad_k),
+            num_heads, num_rows, num_prompts, num_keys, **common, IMAGE=need_kv, **tiles.launch,
+        )  # fmt: skip
+        if is_shared:
+            grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
+    return grad_q, grad_kv, grad_prompt_kv
+
+
+@_attention_backward.register_fake
+def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
+    return _backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+
+
+def builds(arch: int) -> list[Build]:
+    """Every kernel in every configuration that these launchers choose, on sm_`arch` as on any other.
+
+    float16 differs from bfloat16 in no more than the type of its products: one head dim stands for all.
+    """
+    found = []
+    for dtype, head_dims in (
+        (torch.bfloat16, tuple(HEAD_DIMS)),
+        (torch.float16, (64,)),
+        (torch.float32, (64, 80, 128)),
+    ):
+        for head_dim in head_dims:
+            for num_rows in (1, 64, 197):
+                found += _builds_of(dtype, head_dim, num_rows)
+    unique = {(build.name, build.config): build for build in found}
+    return list(unique.values())
+
+
+def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int) -> list[Build]:
+    d1, d2 = HEAD_DIMS[head_dim]
+    common = {"D1": d1, "D2": d2, "PROMPTS": True}
+    found = []
+
+    def add(kernel: Any, tiles: Tiles, variant: str = "", has_products: bool = True, **flags: bool) -> None:
+        signature = {
+            name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()
+        }
+        is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
+        found.append(
+            Build(
+                kernel=kernel,
+                config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
+                signature=signature,
+                constexprs={**common, **flags, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+                divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+                wgmma=dtype != torch.float32 and has_products and _first_dimension(kernel, tiles) >= 64,
+            )
+        )
+
+    forward = forward_tiles(dtype, head_dim, num_rows)
+    add(attention_forward_kernel, forward)
+    add(delta_kernel, forward, "from O", has_products=False, HAS_OUT=True)
+    add(delta_kernel, forward, "from scores", HAS_OUT=False)
+    grad_q = grad_q_tiles(dtype, head_dim, num_rows)
+    add(grad_q_kernel, grad_q, "with O", HAS_OUT=True)
+    add(grad_q_kernel, grad_q, "with delta", HAS_OUT=False)
+    grad_kv = grad_kv_tiles(dtype, head_dim, num_rows)
+    add(grad_kv_kernel, grad_kv, "all keys", IMAGE=True)
+    add(grad_kv_kernel, grad_kv, "prompts", IMAGE=False)
+    return found
+
+
+def _type_of(name: str, element: str) -> str:
+    """Triton's type of a kernel's argument."""
+    if name.startswith(("stride_", "num_")):
+        return "i32"
+    return "*fp32" if name in ("lse", "delta", "grad_prompt_kv") else f"*{element}"
+
+
+def _first_dimension(kernel: Any, tiles: Tiles) -> int:
+    """Rows of its products."""
+    return tiles.block_n if kernel is grad_kv_kernel else tiles.block_m

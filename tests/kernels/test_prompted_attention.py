@@ -1,0 +1,228 @@
+"""Prompted attention's kernels, in Triton's interpreter, against float64 autograd on the joined sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from vpt_fast.kernels.prompted_attention import ops
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+# B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge
+SIZES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 7, 7, 5, 2, 32),
+    (2, 37, 37, 50, 2, 64),
+    (1, 1, 197, 7, 1, 64),
+    (2, 33, 33, 0, 1, 80),
+    (1, 40, 65, 32, 2, 80),
+    (2, 19, 19, 13, 1, 96),
+    (1, 70, 70, 64, 1, 128),
+    (1, 130, 130, 100, 1, 16),
+]
+IDS = [f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}" for b, r, n, m, h, d in SIZES]
+
+
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+    """q, k, v, prompt_k, prompt_v: views of packed projections, as the block has them, scores of deviation 1."""
+    b, r, n, m, h, d = size
+    q = random(b, r, h, d, seed=1) * d**-0.5
+    kv = random(b, n, 2, h, d, seed=2)
+    prompt_kv = random(1 if shared else b, m, 2, h, d, seed=3) if m else None
+    if r == n:
+        q, k, v = torch.cat((q.unsqueeze(2), kv), dim=2).to(dtype).unbind(2)
+    else:
+        q, (k, v) = q.to(dtype), kv.to(dtype).unbind(2)
+    return q, k, v, *((None, None) if prompt_kv is None else prompt_kv.to(dtype).unbind(2))
+
+
+def definition(q, k, v, prompt_k, prompt_v):
+    """O and lse by concatenation, in the inputs' dtype."""
+    if prompt_k is not None:
+        k = torch.cat((prompt_k.expand(q.shape[0], -1, -1, -1), k), dim=1)
+        v = torch.cat((prompt_v.expand(q.shape[0], -1, -1, -1), v), dim=1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-1, -2)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+def leaves(tensors, dtype: torch.dtype):
+    return [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def assert_no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """The error is at most 1.25 times that of eager in the same dtype. The floor, where eager happens to be
+    nearly exact: one rounding of the result in float16, a few of the intermediates in float32."""
+    assert actual.shape == exact.shape, what
+    floor = torch.finfo(actual.dtype).eps * (0.5 if actual.dtype == torch.float16 else 8)
+    ours, theirs = error(actual, exact), error(eager, exact)
+    assert ours <= 1.25 * max(theirs, floor), f"{what}: error {ours:.2e}, eager {theirs:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_forward_and_backward(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
+    given = inputs(size, shared, dtype)
+    grad = random(*given[0].shape, seed=9).to(dtype)
+
+    def with_gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        own = leaves(given, dtype)
+        out, lse = definition(*own)
+        wanted = [t for t in own if t is not None]
+        return [out, lse, *torch.autograd.grad(out, wanted, grad.to(dtype))]
+
+    exact, eager = with_gradients(torch.float64), with_gradients(dtype)
+    out, lse = ops.attention(*given)
+    grads = ops.attention_backward(grad, *given, out, lse, need_q=True, need_kv=True)
+    actual = [out, lse, grads.q, *grads.kv.unbind(2)]
+    if size[3]:
+        actual += grads.prompt_kv.unbind(2)
+    names = ["out", "lse", "dq", "dk", "dv", "dk_p", "dv_p"]
+    for name, a, e, x in zip(names, actual, eager, exact):
+        assert_no_worse(a, e, x, name)
+
+
+SIZE = (2, 37, 37, 50, 2, 64)
+
+
+def backward(given, grad, *, keep_out: bool = True, image: bool = True, **wanted):
+    out, lse = ops.attention(*given)
+    q, k, v, prompt_k, prompt_v = given
+    keys = (k, v) if image else (None, None)
+    return ops.attention_backward(
+        grad, q, *keys, prompt_k, prompt_v, out if keep_out else None, lse, **wanted
+    )
+
+
+@pytest.fixture
+def case():
+    given = inputs(SIZE, True, torch.float32)
+    return given, random(*given[0].shape, seed=9).float()
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_packed_gradients_are_the_others_in_one_tensor(case) -> None:
+    apart = backward(*case, need_q=True, need_kv=True)
+    packed = backward(*case, need_q=True, need_kv=True, packed=True)
+    assert packed.q is None and packed.kv is None
+    assert torch.equal(packed.qkv, torch.cat((apart.q.unsqueeze(2), apart.kv), dim=2))
+    assert torch.equal(packed.prompt_kv, apart.prompt_kv)
+
+
+def test_gradients_without_the_output_are_the_same(case) -> None:
+    kept = backward(*case, need_q=True, need_kv=True)
+    formed = backward(*case, need_q=True, need_kv=True, keep_out=False)
+    for actual, expected in ((formed.q, kept.q), (formed.kv, kept.kv), (formed.prompt_kv, kept.prompt_kv)):
+        assert_same(actual, expected)
+
+
+def test_prompts_alone_need_no_image_keys(case) -> None:
+    every = backward(*case, need_q=True, need_kv=True)
+    alone = backward(*case, need_q=False, need_kv=False, image=False)
+    assert (alone.qkv, alone.q, alone.kv) == (None, None, None)
+    assert_same(alone.prompt_kv, every.prompt_kv)
+
+
+def test_queries_and_prompts_without_image_keys_gradients(case) -> None:
+    every = backward(*case, need_q=True, need_kv=True)
+    some = backward(*case, need_q=True, need_kv=False)
+    assert some.kv is None
+    assert_same(some.q, every.q)
+    assert_same(some.prompt_kv, every.prompt_kv)
+
+
+def test_nothing_wanted_gives_nothing() -> None:
+    given = inputs((1, 3, 3, 0, 1, 16), True, torch.float32)
+    assert backward(given, given[0], need_q=False, need_kv=False) == (None, None, None, None)
+
+
+def test_rows_of_a_slice_of_a_longer_sequence() -> None:
+    """q, grad_out, out and lse as the block passes them for a part of its rows."""
+    given = inputs(SIZE, True, torch.float32)
+    q, k, v, prompt_k, prompt_v = given
+    grad = random(*q.shape, seed=9).float()
+    out, lse = ops.attention(*given)
+    part = slice(5, 31)
+    actual = ops.attention_backward(
+        grad[:, part], q[:, part], k, v, prompt_k, prompt_v, out[:, part], lse[:, :, part],
+        need_q=True, need_kv=False,
+    )  # fmt: skip
+    expected = ops.attention_backward(
+        grad[:, part].contiguous(), q[:, part].contiguous(), k, v, prompt_k, prompt_v,
+        out[:, part].contiguous(), lse[:, :, part].contiguous(), need_q=True, need_kv=False,
+    )  # fmt: skip
+    assert torch.equal(actual.q, expected.q) and torch.equal(actual.prompt_kv, expected.prompt_kv)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_scores_of_any_size_give_finite_results(case, scale: float) -> None:
+    (q, *rest), grad = case
+    given = (q * scale, *rest)
+    out, lse = ops.attention(*given)
+    grads = ops.attention_backward(grad, *given, out, lse, need_q=True, need_kv=True)
+    for t in (out, lse, grads.q, grads.kv, grads.prompt_kv):
+        assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("dimension", [0, 1], ids=["image", "row"])
+def test_offsets_past_2_to_the_31_elements(dimension: int) -> None:
+    """Keys and values in 4 GiB of zeros, of which only the pages with these two rows are ever touched."""
+    far = torch.from_numpy(np.zeros(2**31 + 16, np.float16))
+    shape, strides = [1, 1, 1, 16], [0, 0, 16, 1]
+    shape[dimension], strides[dimension] = 2, 2**31
+    kv = far.as_strided(shape, strides)
+    kv.copy_(random(*shape, seed=1))
+    q = random(shape[0], 1, 1, 16, seed=2).half()
+    for actual, expected in zip(ops.attention(q, kv, kv, None, None),
+                                ops.attention(q, kv.clone(), kv.clone(), None, None)):
+        assert torch.equal(actual, expected)
+
+
+class TestRefusals:
+    def test_head_dim(self) -> None:
+        given = inputs((1, 2, 2, 1, 1, 24), True, torch.float32)
+        with pytest.raises(ValueError, match="head dim 24, want one of 16, 32, 64, 80, 96, 128"):
+            ops.attention(*given)
+
+    def test_float64(self) -> None:
+        given = inputs((1, 2, 2, 1, 1, 16), True, torch.float64)
+        with pytest.raises(ValueError, match="q is float64, want one of float32"):
+            ops.attention(*given)
+
+    def test_two_dtypes(self) -> None:
+        q, k, v, *prompts = inputs((1, 2, 2, 1, 1, 16), True, torch.float32)
+        with pytest.raises(ValueError, match="k is torch.float16, want q's dtype"):
+            ops.attention(q, k.half(), v, *prompts)
+
+    def test_last_dimension_that_is_not_contiguous(self) -> None:
+        q, *rest = inputs((1, 2, 2, 1, 1, 16), True, torch.float32)
+        with pytest.raises(ValueError, match="q has stride 2 in its last dimension"):
+            ops.attention(torch.cat((q, q), dim=-1)[..., ::2], *rest)
+
+    def test_image_keys_that_are_needed_and_missing(self, case) -> None:
+        with pytest.raises(ValueError, match="k: got None"):
+            backward(*case, need_q=True, need_kv=False, image=False)
+        with pytest.raises(ValueError, match="k: got None"):
+            backward(*case, need_q=False, need_kv=False, image=False, keep_out=False)
+
+    def test_cpu_without_the_interpreter(self, case, monkeypatch) -> None:
+        from vpt_fast.kernels import launch
+
+        monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", False)
+        with pytest.raises(ValueError, match="q is on cpu, want a CUDA device"):
+            ops.attention(*case[0])
