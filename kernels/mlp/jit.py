@@ -1,0 +1,215 @@
+"""Elementwise kernels of the MLP's activation, forward and backward, and the steps that GEMM epilogues share.
+
+A program works on a block of one row. Where a tensor is contiguous the launcher calls all of it one row.
+"""
+
+import triton
+import triton.language as tl
+from vpt_fast.kernels.rows import (
+    decode_derivative,
+    decode_symmetric,
+    encode_derivative,
+    encode_symmetric,
+    row_offset,
+    symmetric_scale,
+)
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+_TANH_CUBIC = tl.constexpr(0.044715)
+_QUICK_SLOPE = tl.constexpr(1.702)
+
+
+@triton.jit
+def sigmoid(x):
+    """s = sigmoid(x) and its derivative s (1 - s), neither of which loses its small values or overflows."""
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x < 0.0, small, large), small * large
+
+
+@triton.jit
+def normal_cdf(u, EXACT: tl.constexpr):
+    """The standard normal distribution and its density at u, float32.
+
+    Not EXACT: Abramowitz & Stegun 7.1.26, wrong by at most 7.5e-8, for results that are rounded to 16 bits.
+    It takes about half the instructions, since it needs no exponential but the density's own.
+    """
+    bell = tl.exp2(u * u * (-0.5 * _LOG2_E))
+    if EXACT:
+        cdf = 0.5 + 0.5 * tl.erf(u * _SQRT_HALF)
+    else:
+        t = 1.0 / (1.0 + tl.abs(u) * (0.3275911 * _SQRT_HALF))
+        p = 0.5 * 1.061405429
+        p = p * t - 0.5 * 1.453152027
+        p = p * t + 0.5 * 1.421413741
+        p = p * t - 0.5 * 0.284496736
+        p = p * t + 0.5 * 0.254829592
+        tail = p * t * bell
+        cdf = tl.where(u < 0.0, tail, 1.0 - tail)
+    return cdf, bell * _DENSITY_AT_0
+
+
+@triton.jit
+def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """act(u) and act'(u), float32, of an activation that is not gated. The compiler drops what is unused."""
+    if KIND == "gelu":
+        cdf, density = normal_cdf(u, EXACT)
+        value = u * cdf
+        slope = cdf + u * density
+    elif KIND == "gelu_tanh":
+        # (1 + tanh(z)) / 2 = sigmoid(2 z)
+        s, ds = sigmoid((u + u * u * u * _TANH_CUBIC) * (2.0 * _SQRT_2_OVER_PI))
+        value = u * s
+        slope = s + u * ds * ((1.0 + u * u * (3.0 * _TANH_CUBIC)) * (2.0 * _SQRT_2_OVER_PI))
+    elif KIND == "quick_gelu":
+        s, ds = sigmoid(u * _QUICK_SLOPE)
+        value = u * s
+        slope = s + u * ds * _QUICK_SLOPE
+    elif KIND == "silu":
+        s, ds = sigmoid(u)
+        value = u * s
+        slope = s + u * ds
+    else:
+        tl.static_assert(KIND == "relu")
+        value = tl.maximum(u, 0.0)
+        slope = tl.where(u > 0.0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def row_and_start(width, BLOCK: tl.constexpr):
+    """This program's row and the first column of its block; int64, for one row may be a whole tensor."""
+    blocks = tl.cdiv(width, BLOCK)
+    pid = tl.program_id(0)
+    row = pid // blocks
+    return row.to(tl.int64), (pid - row * blocks).to(tl.int64) * BLOCK
+
+
+@triton.jit
+def activate_kernel(
+    u,
+    a,
+    codes,  # or None: none are made
+    width,
+    size1,
+    size2,
+    u_stride0,
+    u_stride1,
+    u_stride2,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, start = row_and_start(width, BLOCK)
+    col = tl.arange(0, BLOCK)
+    mask = col < width - start
+    u += row_offset(row, size1, size2, u_stride0, u_stride1, u_stride2) + start
+    at = row * width + start  # in the contiguous outputs
+    x = tl.load(u + col, mask, other=0.0).to(tl.float32)
+    value, slope = activation(x, KIND, EXACT=u.dtype.element_ty == tl.float32)
+    tl.store(a + at + col, value.to(a.dtype.element_ty), mask)
+    if codes is not None:
+        tl.store(codes + at + col, encode_derivative(slope), mask)
+
+
+@triton.jit
+def activate_backward_kernel(
+    grad,
+    kept,  # the pre-activation, or uint8 codes of the derivative
+    grad_u,
+    width,
+    size1,
+    size2,
+    grad_stride0,
+    grad_stride1,
+    grad_stride2,
+    kept_stride0,
+    kept_stride1,
+    kept_stride2,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, start = row_and_start(width, BLOCK)
+    col = tl.arange(0, BLOCK)
+    mask = col < width - start
+    grad += row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2) + start
+    kept += row_offset(row, size1, size2, kept_stride0, kept_stride1, kept_stride2) + start
+    g = tl.load(grad + col, mask, other=0.0).to(tl.float32)
+    k = tl.load(kept + col, mask, other=0)
+    if kept.dtype.element_ty == tl.uint8:
+        slope = decode_derivative(k)
+    else:
+        _, slope = activation(k.to(tl.float32), KIND, EXACT=grad.dtype.element_ty == tl.float32)
+    tl.store(grad_u + row * width + start + col, (g * slope).to(grad_u.dtype.element_ty), mask)
+
+
+@triton.jit
+def swiglu_kernel(
+    u,  # (rows, 2 width), gate before value
+    a,
+    codes,  # or None: none are made; else one block is a whole row
+    scale,  # or None, as codes
+    width,
+    size1,
+    size2,
+    u_stride0,
+    u_stride1,
+    u_stride2,
+    BLOCK: tl.constexpr,
+):
+    row, start = row_and_start(width, BLOCK)
+    col = tl.arange(0, BLOCK)
+    mask = col < width - start
+    u += row_offset(row, size1, size2, u_stride0, u_stride1, u_stride2) + start
+    gate = tl.load(u + col, mask, other=0.0).to(tl.float32)
+    value = tl.load(u + width + col, mask, other=0.0).to(tl.float32)
+    silu, slope = activation(gate, "silu", EXACT=True)
+    tl.store(a + row * width + start + col, (silu * value).to(a.dtype.element_ty), mask)
+    if codes is not None:
+        by_gate = value * slope
+        gate_scale = symmetric_scale(tl.max(tl.abs(by_gate), 0))
+        value_scale = symmetric_scale(tl.max(tl.abs(silu), 0))
+        tl.store(scale + 2 * row, gate_scale)
+        tl.store(scale + 2 * row + 1, value_scale)
+        codes += 2 * row * width
+        tl.store(codes + col, encode_symmetric(by_gate, gate_scale), mask)
+        tl.store(codes + width + col, encode_symmetric(silu, value_scale), mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    grad,
+    kept,  # (rows, 2 width): the pre-activation, or int8 codes of both derivatives where there is a scale
+    scale,  # (rows, 2) or None
+    grad_u,  # (rows, 2 width)
+    width,
+    size1,
+    size2,
+    grad_stride0,
+    grad_stride1,
+    grad_stride2,
+    kept_stride0,
+    kept_stride1,
+    kept_stride2,
+    BLOCK: tl.constexpr,
+):
+    row, start = row_and_start(width, BLOCK)
+    col = tl.arange(0, BLOCK)
+    mask = col < width - start
+    grad += row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2) + start
+    kept += row_offset(row, size1, size2, kept_stride0, kept_stride1, kept_stride2) + start
+    g = tl.load(grad + col, mask, other=0.0).to(tl.float32)
+    gate = tl.load(kept + col, mask, other=0)
+    value = tl.load(kept + width + col, mask, other=0)
+    if scale is not None:
+        by_gate = decode_symmetric(gate, tl.load(scale + 2 * row))
+        by_value = decode_symmetric(value, tl.load(scale + 2 * row + 1))
+    else:
+        by_value, slope = activation(gate.to(tl.float32), "silu", EXACT=True)
+        by_gate = value.to(tl.float32) * slope
+    grad_u += 2 * row * width + start
+    tl.store(grad_u + col, (g * by_gate).to(grad_u.dtype.element_ty), mask)
+    tl.store(grad_u + width + col, (g * by_value).to(grad_u.dtype.element_ty), mask)

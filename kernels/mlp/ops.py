@@ -1,0 +1,243 @@
+"""The MLP's activation, forward and backward, in Triton.
+
+The functions have the signatures and the meaning of their twins in `reference`. Leading dimensions may have
+any strides; the last one is contiguous. Arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.mlp.jit import (
+    activate_backward_kernel,
+    activate_kernel,
+    swiglu_backward_kernel,
+    swiglu_kernel,
+)
+from vpt_fast.kernels.rows import Rows, leading_rows
+
+ELEMENTWISE = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
+ACTIVATIONS = (*ELEMENTWISE, "swiglu")
+MAX_PACKED_WIDTH = 8192
+"""Of a gated unit whose derivatives are packed: its row of scales is found in one program."""
+MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
+_BLOCK = 2048  # with 4 warps sixteen elements to a thread: 16-byte accesses, of 8-bit codes too
+_GATED_BLOCK = 1024
+
+
+def check_kind(kind: str, wanted: tuple[str, ...]) -> None:
+    """ValueError for an activation that is not one of `wanted`."""
+    if kind not in wanted:
+        raise ValueError(f"activation: got {kind!r}, want one of {', '.join(map(repr, wanted))}")
+
+
+def _packed_launch(width: int) -> tuple[int, int]:
+    """Block and warps of a program that holds a whole gated row, eight elements of each half to a thread."""
+    block = max(_GATED_BLOCK, triton.next_power_of_2(width))
+    return block, block // 256
+
+
+def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
+    """A contiguous tensor, or several of one shape, is a single row."""
+    first = next(iter(tensors.values()))
+    if all(tensor.is_contiguous() for tensor in tensors.values()):
+        return leading_rows(**{name: tensor.view(1, -1) for name, tensor in tensors.items()}), first.numel()
+    return leading_rows(**tensors), first.shape[-1]
+
+
+def _grid(rows: Rows, width: int, block: int) -> tuple[int]:
+    programs = rows.count * triton.cdiv(width, block)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"u: got {rows.count} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
+        )
+    return (programs,)
+
+
+def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a, codes, scale; what is not wanted has no elements."""
+    gated = kind == "swiglu"
+    width = u.shape[-1] // 2 if gated else u.shape[-1]
+    return (
+        torch.empty(*u.shape[:-1], width, dtype=u.dtype, device=u.device),
+        torch.empty(u.shape if pack else (0,), dtype=torch.int8 if gated else torch.uint8, device=u.device),
+        torch.empty((*u.shape[:-1], 2) if pack and gated else (0,), dtype=torch.float32, device=u.device),
+    )
+
+
+@torch.library.custom_op("vpt_fast::activate", mutates_args=())
+def _activate(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_kind(kind, ACTIVATIONS)
+    require_device(u=u)
+    require_dtype(DTYPES, u=u.dtype)
+    a, codes, scale = _empty_forward(u, kind, pack)
+    if kind == "swiglu":
+        if u.shape[-1] % 2:
+            raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
+        width = a.shape[-1]
+        if pack and width > MAX_PACKED_WIDTH:
+            raise ValueError(f"u: got width 2 x {width}, want at most 2 x {MAX_PACKED_WIDTH} to pack")
+        rows = leading_rows(u=u)
+        block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, 4)
+    else:
+        rows, width = _rows_and_width(u=u)
+        block, num_warps = _BLOCK, 4
+    if a.numel() == 0:
+        return a, codes, scale
+    grid = _grid(rows, width, block)
+    address = (width, *rows.sizes[1:], *rows.strides[0])
+    with on_device(u):
+        if kind == "swiglu":
+            packed = (codes, scale) if pack else (None, None)
+            swiglu_kernel[grid](u, a, *packed, *address, BLOCK=block, num_warps=num_warps)
+        else:
+            activate_kernel[grid](
+                u, a, codes if pack else None, *address, KIND=kind, BLOCK=block, num_warps=num_warps
+            )
+    return a, codes, scale
+
+
+@_activate.register_fake
+def _(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_forward(u, kind, pack)
+
+
+@torch.library.custom_op("vpt_fast::activate_backward", mutates_args=())
+def _activate_backward(
+    grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
+) -> torch.Tensor:
+    check_kind(kind, ACTIVATIONS)
+    gated = kind == "swiglu"
+    require_device(grad=grad, kept=kept, scale=scale)
+    require_dtype(DTYPES, grad=grad.dtype)
+    require_shape((*grad.shape[:-1], grad.shape[-1] * (2 if gated else 1)), kept=kept)
+    if scale is not None and not gated:
+        raise ValueError(f"scale: got one of shape {tuple(scale.shape)} for {kind!r}, want None")
+    if scale is not None:
+        require_dtype((torch.float32,), scale=scale.dtype)
+        require_shape((*grad.shape[:-1], 2), scale=scale)
+    if not gated:
+        require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+    else:
+        require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
+    grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+    if grad_u.numel() == 0:
+        return grad_u
+    if gated:
+        rows, width, block = leading_rows(grad=grad, kept=kept), grad.shape[-1], _GATED_BLOCK
+    else:
+        (rows, width), block = _rows_and_width(grad=grad, kept=kept), _BLOCK
+    grid = _grid(rows, width, block)
+    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
+    with on_device(grad):
+        if gated:
+            swiglu_backward_kernel[grid](
+                grad,
+                kept,
+                None if scale is None else scale.contiguous(),
+                grad_u,
+                *address,
+                BLOCK=block,
+                num_warps=4,
+            )
+        else:
+            activate_backward_kernel[grid](grad, kept, grad_u, *address, KIND=kind, BLOCK=block, num_warps=4)
+    return grad_u
+
+
+@_activate_backward.register_fake
+def _(grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
+    return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+
+
+def activate(
+    u: torch.Tensor, kind: str, *, pack: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`reference.activate` in one pass over u."""
+    a, codes, scale = _activate(u, kind, pack)
+    return a, codes if pack else None, scale if pack and kind == "swiglu" else None
+
+
+def activate_backward(
+    grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
+) -> torch.Tensor:
+    """`reference.activate_backward` in one pass over all that it reads."""
+    return _activate_backward(grad, kept, scale, kind)
+
+
+def builds(arch: int) -> list[Build]:
+    """Every activation in bfloat16, GELU and SwiGLU in the other dtypes; `arch` makes no difference here.
+
+    Forward is built with the codes and without, backward from the pre-activation and from codes.
+    """
+    found = []
+    for kind, dtype in [(kind, torch.bfloat16) for kind in ELEMENTWISE] + [
+        ("gelu", torch.float16),
+        ("gelu", torch.float32),
+    ]:
+        floats = f"*{TYPE_NAMES[dtype]}"
+        config = f"{TYPE_NAMES[dtype]} {kind}"
+        constexprs = {"KIND": kind, "BLOCK": _BLOCK}
+        packed = {"u": floats, "a": floats, "codes": "*u8"}
+        found.append(_build(activate_kernel, f"{config} codes", packed, ("u",), constexprs, 4))
+        from_u = {"grad": floats, "kept": floats, "grad_u": floats}
+        found.append(_build(activate_backward_kernel, config, from_u, ("grad", "kept"), constexprs, 4))
+    floats = "*bf16"
+    plain = {"u": floats, "a": floats}
+    constexprs = {"KIND": "gelu", "BLOCK": _BLOCK, "codes": None}
+    found.append(_build(activate_kernel, "bf16 gelu", plain, ("u",), constexprs, 4))
+    from_codes = {"grad": floats, "kept": "*u8", "grad_u": floats}
+    constexprs = {"KIND": "gelu", "BLOCK": _BLOCK}
+    found.append(_build(activate_backward_kernel, "bf16 codes", from_codes, ("grad", "kept"), constexprs, 4))
+    for dtype in DTYPES:
+        found += _gated_builds(dtype)
+    return found
+
+
+def _gated_builds(dtype: torch.dtype) -> list[Build]:
+    floats = f"*{TYPE_NAMES[dtype]}"
+    name = TYPE_NAMES[dtype]
+    plain = {"u": floats, "a": floats}
+    absent = {"codes": None, "scale": None, "BLOCK": _GATED_BLOCK}
+    found = [_build(swiglu_kernel, name, plain, ("u",), absent, 4)]
+    for width in (4096, MAX_PACKED_WIDTH):
+        block, num_warps = _packed_launch(width)
+        packed = {**plain, "codes": "*i8", "scale": "*fp32"}
+        found.append(
+            _build(swiglu_kernel, f"{name} codes h{width}", packed, ("u",), {"BLOCK": block}, num_warps)
+        )
+    from_u = {"grad": floats, "kept": floats, "grad_u": floats}
+    inputs = ("grad", "kept")
+    blocks = {"BLOCK": _GATED_BLOCK}
+    found.append(_build(swiglu_backward_kernel, name, from_u, inputs, {"scale": None, **blocks}, 4))
+    from_codes = {"grad": floats, "kept": "*i8", "scale": "*fp32", "grad_u": floats}
+    found.append(_build(swiglu_backward_kernel, f"{name} codes", from_codes, inputs, blocks, 4))
+    return found
+
+
+def _build(
+    kernel: Any,
+    config: str,
+    pointers: dict[str, str],
+    inputs: tuple[str, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+) -> Build:
+    """In the kernel's order: pointers, width and numbers of rows, strides of the inputs."""
+    strides = [f"{name}_stride{dim}" for name in inputs for dim in range(3)]
+    integers = ["width", "size1", "size2", *strides]
+    return Build(
+        kernel=kernel,
+        config=config,
+        signature={**pointers, **dict.fromkeys(integers, "i32")},
+        constexprs=constexprs,
+        divisible=(*pointers, "width", *strides),
+        num_warps=num_warps,
+        num_stages=3,
+        wgmma=False,
+    )

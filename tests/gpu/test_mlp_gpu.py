@@ -1,0 +1,109 @@
+"""The kernels of the MLP's activations, compiled, against float64 definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from definitions import activated, assert_as_good_as, gradient, random, slope
+from vpt_fast.kernels.mlp import ops
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
+
+DTYPES = [
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.float32, id="fp32"),
+]
+SHAPES = [(3, 5, 7), (1, 1), (197, 16), (3, 2049), (8, 197, 3072), (4, 257, 5120)]
+SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
+
+
+def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return random(*shape, seed=seed, dtype=dtype, device="cuda")
+
+
+def pre_activation(shape, kind, dtype):
+    *lead, h = shape
+    return make(*lead, 2 * h if kind == "swiglu" else h, seed=0, dtype=dtype)
+
+
+def assert_equal_twice(op, *args, **kwargs):
+    """The op's results, the same to the bit when it runs again."""
+    first, second = op(*args, **kwargs), op(*args, **kwargs)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+        return first
+    for a, b in zip(first, second, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    return first
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["", "codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate(shape, kind, dtype, pack):
+    u = pre_activation(shape, kind, dtype)
+    a, codes, scale = assert_equal_twice(ops.activate, u, kind, pack=pack)
+    assert_as_good_as(a, activated(u, kind), activated(u.double(), kind))
+    if not pack:
+        return
+    if kind != "swiglu":
+        assert ((codes.double() - 27) / 200 - slope(u.double(), kind)).abs().max() <= 0.0025 + 1e-5
+        return
+    gate, value = u.double().chunk(2, dim=-1)
+    halves = torch.stack((value * slope(gate, "silu"), activated(gate, "silu")), -2)
+    decoded = codes.unflatten(-1, (2, -1)) * scale.double().unsqueeze(-1)
+    assert ((decoded - halves).abs() <= 0.5001 * scale.unsqueeze(-1) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate_backward(shape, kind, dtype):
+    u, grad = pre_activation(shape, kind, dtype), make(*shape, seed=1, dtype=dtype)
+    grad_u = assert_equal_twice(ops.activate_backward, grad, u, None, kind)
+    eager, exact = (gradient(lambda t: activated(t, kind), t, grad) for t in (u, u.double()))
+    assert_as_good_as(grad_u, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate_backward_from_codes(shape, kind, dtype):
+    u, grad = pre_activation(shape, kind, dtype), make(*shape, seed=1, dtype=dtype)
+    _, codes, scale = ops.activate(u, kind, pack=True)
+    grad_u = assert_equal_twice(ops.activate_backward, grad, codes, scale, kind)
+
+    def definition(wide):
+        if kind == "gelu":
+            return grad.to(wide) * ((codes.to(wide) - 27) / 200)
+        decoded = codes.unflatten(-1, (2, -1)).to(wide) * scale.to(wide).unsqueeze(-1)
+        return (grad.to(wide).unsqueeze(-2) * decoded).flatten(-2)
+
+    assert_as_good_as(grad_u, definition(torch.float32).to(dtype), definition(torch.float64))
+
+
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+def test_extreme_values_are_finite(kind):
+    u = torch.tensor([-200.0, -88, -30, -12, -1e-3, 0, 1e-3, 12, 30, 88, 100, 200], device="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        a, *_ = ops.activate(u.to(dtype), kind, pack=True)
+        assert torch.isfinite(a).all()
+        assert torch.isfinite(ops.activate_backward(torch.ones_like(a), u.to(dtype), None, kind)).all()
+
+
+def test_more_than_2_to_the_31_elements():
+    u = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    u[-4096:] = make(4096, seed=0)
+    assert torch.equal(ops.activate(u, "gelu")[0][-4096:], ops.activate(u[-4096:].clone(), "gelu")[0])
+
+
+def test_compiles_without_a_graph_break():
+    def both(u, grad):
+        a, codes, _ = ops.activate(u, "gelu", pack=True)
+        return a, ops.activate_backward(grad, codes, None, "gelu")
+
+    arguments = make(64, 3072, seed=0), make(64, 3072, seed=1)
+    for x, y in zip(torch.compile(both, fullgraph=True)(*arguments), both(*arguments), strict=True):
+        assert torch.equal(x, y)

@@ -1,0 +1,230 @@
+"""The Triton kernels of the MLP's activations, in Triton's interpreter, against float64 definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+from definitions import activated, assert_as_good_as, gradient, random, slope
+from vpt_fast.kernels.mlp import ops
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+# h; the tensor's tail, a tail of each row, one element, more than one block
+SHAPES = [(3, 5, 7), (1, 1), (2, 16), (3, 2049), (2, 1, 1, 1, 3000)]
+SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
+
+
+def pre_activation(shape, kind, dtype, seed=0):
+    """u of an activation of `shape`."""
+    *lead, h = shape
+    return random(*lead, 2 * h if kind == "swiglu" else h, seed=seed, dtype=dtype)
+
+
+def view_of(t: torch.Tensor, name: str) -> torch.Tensor:
+    """Equal to t, with other strides."""
+    if name == "wider_rows":
+        return torch.cat((t, t), -1)[..., : t.shape[-1]]
+    if name == "transposed":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    return torch.stack((t, t), 1)[:, 0]  # every second image
+
+
+VIEWS = ["wider_rows", "transposed", "every_second"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate(shape, kind, dtype):
+    u = pre_activation(shape, kind, dtype)
+    a, codes, scale = ops.activate(u, kind)
+    assert (a.dtype, codes, scale) == (dtype, None, None)
+    assert_as_good_as(a, activated(u, kind), activated(u.double(), kind))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+def test_extreme_values_are_finite(kind, dtype):
+    u = torch.tensor([-200.0, -88, -30, -12, -1e-3, 0, 1e-3, 12, 30, 88, 100, 200]).to(dtype)
+    a, *_ = ops.activate(u, kind, pack=True)
+    expected = activated(u.double(), kind)
+    assert torch.allclose(a.double(), expected, atol=1e-6, rtol=2e-3 if dtype == torch.float16 else 1e-6)
+    grad_u = ops.activate_backward(torch.ones_like(a), u, None, kind)
+    assert torch.isfinite(grad_u).all()
+
+
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_codes_of_a_derivative(shape, kind):
+    u = pre_activation(shape, kind, torch.float32)
+    a, codes, scale = ops.activate(u, kind, pack=True)
+    assert (codes.dtype, codes.shape, scale) == (torch.uint8, u.shape, None)
+    assert torch.equal(a, ops.activate(u, kind)[0])
+    # Within half a step of 0.005, but for the little that rounding moves a tie.
+    assert ((codes.double() - 27) / 200 - slope(u.double(), kind)).abs().max() <= 0.0025 + 1e-6
+
+
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+def test_derivatives_of_0_and_1_are_exact(kind):
+    u = torch.tensor([-200.0, 200.0])
+    codes = ops.activate(u, kind, pack=True)[1]
+    assert codes.tolist() == [27, 227]
+    assert ops.activate_backward(torch.tensor([3.0, 3.0]), codes, None, kind).tolist() == [0.0, 3.0]
+
+
+def halves_of(u: torch.Tensor) -> torch.Tensor:
+    """The two derivatives of a gated unit, (..., 2, h)."""
+    gate, value = u.chunk(2, dim=-1)
+    return torch.stack((value * slope(gate, "silu"), activated(gate, "silu")), -2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_codes_of_a_gated_unit_are_within_half_a_step(shape):
+    u = pre_activation(shape, "swiglu", torch.float32)
+    a, codes, scale = ops.activate(u, "swiglu", pack=True)
+    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, u.shape, (*shape[:-1], 2))
+    assert torch.equal(a, ops.activate(u, "swiglu")[0])
+    exact = halves_of(u.double())
+    assert torch.allclose(scale.double(), exact.abs().amax(-1) / 127, rtol=1e-5)
+    decoded = codes.unflatten(-1, (2, -1)) * scale.double().unsqueeze(-1)
+    assert ((decoded - exact).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
+
+
+def test_codes_of_a_gated_row_of_zeros_are_zeros():
+    _, codes, scale = ops.activate(torch.zeros(2, 12), "swiglu", pack=True)
+    assert not codes.any()
+    assert not scale.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate_backward(shape, kind, dtype):
+    u, grad = pre_activation(shape, kind, dtype), random(*shape, seed=1, dtype=dtype)
+    grad_u = ops.activate_backward(grad, u, None, kind)
+    assert grad_u.dtype == dtype
+    eager, exact = (gradient(lambda t: activated(t, kind), t, grad) for t in (u, u.double()))
+    assert_as_good_as(grad_u, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate_backward_from_codes(shape, dtype):
+    grad = random(*shape, seed=1, dtype=dtype)
+    codes = torch.arange(grad.numel()).view(shape).to(torch.uint8)  # every code, cut to 8 bits
+    grad_u = ops.activate_backward(grad, codes, None, "gelu")
+    exact = grad.double() * (codes.double() - 27) / 200
+    eager = (grad.float() * ((codes.float() - 27) / 200)).to(dtype)
+    assert_as_good_as(grad_u, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_activate_backward_from_codes_of_a_gated_unit(shape, dtype):
+    grad, scale = random(*shape, seed=1, dtype=dtype), random(*shape[:-1], 2, seed=2).abs()
+    codes = pre_activation(shape, "swiglu", torch.float32, seed=3).mul(30).clamp(-127, 127).char()
+    grad_u = ops.activate_backward(grad, codes, scale, "swiglu")
+    assert grad_u.dtype == dtype
+    exact, eager = (
+        (grad.to(wide).unsqueeze(-2) * (codes.unflatten(-1, (2, -1)) * scale.to(wide).unsqueeze(-1))).flatten(
+            -2
+        )
+        for wide in (torch.float64, torch.float32)
+    )
+    assert_as_good_as(grad_u, eager.to(dtype), exact)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["", "codes"])
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view, kind, pack):
+    u, grad = pre_activation((4, 3, 24), kind, torch.float32), random(4, 3, 24, seed=1)
+    forward = ops.activate(u, kind, pack=pack)
+    assert not view_of(u, view).is_contiguous()
+    for got, expected in zip(ops.activate(view_of(u, view), kind, pack=pack), forward, strict=True):
+        assert got is expected is None or torch.equal(got, expected)
+    kept, scale = (forward[1], forward[2]) if pack else (u, None)
+    got = ops.activate_backward(view_of(grad, view), view_of(kept, view), scale, kind)
+    assert torch.equal(got, ops.activate_backward(grad, kept, scale, kind))
+
+
+def test_nothing_gives_nothing():
+    a, codes, scale = ops.activate(torch.ones(0, 8), "swiglu", pack=True)
+    assert [tuple(t.shape) for t in (a, codes, scale)] == [(0, 4), (0, 8), (0, 2)]
+    assert ops.activate_backward(a, codes, scale, "swiglu").shape == (0, 8)
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    far = 2**31 + 16
+    u = torch.from_numpy(np.empty(far + 16, np.float16)).as_strided(
+        (2, 16), (far, 1)
+    )  # untouched pages are free
+    u.copy_(random(2, 16, seed=0))
+    assert torch.equal(ops.activate(u, "gelu")[0], ops.activate(u.contiguous(), "gelu")[0])
+    assert torch.equal(
+        ops.activate_backward(u, u, None, "gelu"), ops.activate_backward(u.clone(), u.clone(), None, "gelu")
+    )
+
+
+def forward(u=None, kind="gelu", pack=False):
+    return ops.activate(torch.ones(2, 8) if u is None else u, kind, pack=pack)
+
+
+def backward(grad=None, kept=None, scale=None, kind="gelu"):
+    ones = torch.ones(2, 8)
+    return ops.activate_backward(ones if grad is None else grad, ones if kept is None else kept, scale, kind)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (forward, {"kind": "tanh"}, "activation: got 'tanh', want one of 'gelu'"),
+        (forward, {"u": torch.ones(2, 8).double()}, "u: got torch.float64"),
+        (forward, {"u": torch.ones(8, 2).T}, "u: got stride 2"),
+        (forward, {"u": torch.ones(2, 7), "kind": "swiglu"}, "u: got width 7, want an even one"),
+        (forward, {"u": torch.ones(1, 16386), "kind": "swiglu", "pack": True}, "u: got width 2 x 8193"),
+        (backward, {"kind": "tanh"}, "activation: got 'tanh'"),
+        (backward, {"kept": torch.ones(2, 9)}, r"kept: got shape \(2, 9\), want \(2, 8\)"),
+        (backward, {"kept": torch.ones(2, 8).char()}, "kept: got torch.int8"),
+        (backward, {"kind": "swiglu"}, r"kept: got shape \(2, 8\), want \(2, 16\)"),
+        (backward, {"kept": torch.ones(2, 16).char(), "kind": "swiglu"}, "kept: got torch.int8"),
+        (backward, {"scale": torch.ones(2, 2)}, "scale: got .* for 'gelu'"),
+        (backward, {"grad": torch.ones(2, 8).double()}, "grad: got torch.float64"),
+    ],
+)
+def test_error_names_the_argument(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("function", [forward, backward])
+def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="backend='triton': .* on cpu, want a CUDA device"):
+        function()
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (ops._activate, (torch.ones(2, 3, 8), "gelu", False)),
+        (ops._activate, (torch.ones(2, 3, 8), "gelu", True)),
+        (ops._activate, (torch.ones(2, 3, 8), "swiglu", True)),
+        (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 8), None, "gelu")),
+        (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 16).char(), torch.ones(3, 2), "swiglu")),
+    ],
+    ids=["plain", "packed", "gated", "backward", "gated_backward"],
+)
+def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_builds_have_all_kinds_and_dtypes():
+    builds = ops.builds(90)
+    assert len({(build.name, build.config) for build in builds}) == len(builds)
+    assert {build.constexprs["KIND"] for build in builds if "KIND" in build.constexprs} == set(
+        ops.ELEMENTWISE
+    )
