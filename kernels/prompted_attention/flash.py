@@ -1,8 +1,9 @@
 """Prompted attention by the FlashAttention kernels of others, each selectable by its name.
 
 They know one sequence of keys and values, so prompts are concatenated to the image's: once in forward, and
-again in backward, so that nothing is kept twice. ``NEEDS_ALL_KEYS``: unlike `reference.attention_backward`
-these always form the gradient of every key, so keys, values and `out` have to be kept whatever is wanted.
+again in backward, so that nothing is kept twice. They need attention's output in backward. Where only the
+prompts' gradients are wanted they are given the prompts alone: they form P = exp(S - lse) and rowsum(dO ∘ O)
+from the kept lse and output, which hold the sums over all keys, so each key's gradient stands for itself.
 
 | name         | what it runs                                              | head dims      |
 | ------------ | --------------------------------------------------------- | -------------- |
@@ -29,8 +30,6 @@ from typing import Any
 import torch
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 
-NEEDS_ALL_KEYS = True
-
 aten = torch.ops.aten
 
 
@@ -54,7 +53,7 @@ def get_flash(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     Raises:
         ValueError: an unknown name, or a package that is not installed. When they are called: a dtype,
-            device or head dim that the library does not take; `out`, `k` or `v` that were not kept.
+            device or head dim that the library does not take; an `out` that was not kept.
     """
     if name not in _LIBRARIES:
         raise ValueError(f"attention: got {name!r}, want one of {', '.join(map(repr, _LIBRARIES))}")
@@ -94,11 +93,6 @@ def _attention_backward(
         raise ValueError(
             f"out: got None, want the output of attention: memory='compact' drops it, and attention={name!r} "
             "needs it in backward"
-        )
-    if k is None or v is None:
-        raise ValueError(
-            f"k, v: got None, want the image's keys and values: attention={name!r} needs them in backward "
-            "even where only the prompts' gradients are wanted"
         )
     qkv, grad_q, kv, prompt_kv = _flash_attention_backward(
         name, grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed
@@ -159,15 +153,15 @@ def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Ten
 @torch.library.custom_op(
     "vpt_fast::flash_attention_backward",
     mutates_args=(),
-    schema="(str name, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
+    schema="(str name, Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _flash_attention_backward(
     name: str,
     grad_out: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
     out: torch.Tensor,
@@ -181,14 +175,12 @@ def _flash_attention_backward(
     A tensor that is not wanted has no elements.
     """
     m = 0 if prompt_k is None else prompt_k.shape[1]
+    if not (need_q or need_kv):
+        k = v = q[:, :0]  # the prompts' own columns are enough
+    keys, values = _extend(prompt_k, k), _extend(prompt_v, v)  # (B, m + N, H, D)
     grad_q, grad_k, grad_v = _LIBRARIES[name]().backward(
-        grad_out.contiguous(),
-        q,
-        _extend(prompt_k, k),
-        _extend(prompt_v, v),
-        out.contiguous(),
-        lse.contiguous(),
-    )  # dQ (B, R, H, D); dK, dV (B, m + N, H, D)
+        grad_out.contiguous(), q, keys, values, out.contiguous(), lse.contiguous()
+    )  # (B, R, H, D) and twice (B, m + N, H, D)
     qkv, kv, prompt_kv = (q.new_empty(0) for _ in range(3))
     if packed:
         qkv = torch.stack((grad_q, grad_k[:, m:], grad_v[:, m:]), dim=2)
@@ -208,8 +200,8 @@ def _(
     name: str,
     grad_out: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
     out: torch.Tensor,
@@ -218,7 +210,8 @@ def _(
     need_kv: bool,
     packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, rows, *heads = k.shape
+    batch, heads = q.shape[0], q.shape[2:]
+    rows = 0 if k is None else k.shape[1]
 
     def made(is_wanted: bool, *shape: int) -> torch.Tensor:
         return q.new_empty(shape if is_wanted else (0,))
@@ -375,11 +368,11 @@ def _sdpa_cudnn() -> _Library:
                 "torch.use_deterministic_algorithms(True) asks for; want another of "
                 f"{', '.join(map(repr, FLASH_BACKENDS))}"
             )
-        rows = q.shape[1]
+        rows, num_keys = q.shape[1], k.shape[1]
         if rows == 1:
             grad_out = torch.cat((grad_out, torch.zeros_like(grad_out)), dim=1)
             lse = lse.expand(-1, -1, 2).contiguous()
-        grad_out, q, k, v, out = _swap_heads(grad_out, _two_rows(q), k, v, _two_rows(out))
+        grad_out, q, k, v, out = _swap_heads(grad_out, *map(_two_rows, (q, k, v, out)))
         seed = torch.empty((), dtype=torch.int64, device=q.device)
         grad_q, grad_k, grad_v = _swap_heads(
             *aten._scaled_dot_product_cudnn_attention_backward.default(
@@ -387,13 +380,16 @@ def _sdpa_cudnn() -> _Library:
                 k.shape[2], 0.0, False, scale=1.0,
             )
         )  # fmt: skip
-        return grad_q[:, :rows], grad_k, grad_v
+        return grad_q[:, :rows], grad_k[:, :num_keys], grad_v[:, :num_keys]
 
     return _Library(forward, backward, range(8, 129, 8))
 
 
 def _two_rows(x: torch.Tensor) -> torch.Tensor:
-    """A single row twice: cuDNN's backward does not take one (github.com/pytorch/pytorch/issues/138529)."""
+    """A single row twice: cuDNN's backward does not take one (github.com/pytorch/pytorch/issues/138529).
+
+    It is harmless in backward: a second query brings no gradient, and a second key takes none from the first.
+    """
     return torch.cat((x, x), dim=1) if x.shape[1] == 1 else x
 
 

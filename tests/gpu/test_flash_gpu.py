@@ -101,10 +101,10 @@ def test_prompts_alone_are_what_they_are_beside_the_rest(name: str) -> None:
     inputs, grad_out = make_inputs("N197_m50_D64", torch.bfloat16)
     attention, attention_backward = backend(name)
     out, lse = attention(*inputs)
-    alone, packed = (
-        attention_backward(grad_out, *inputs, out, lse, need_q=wanted, need_kv=wanted, packed=wanted)
-        for wanted in (False, True)
-    )
+    packed = attention_backward(grad_out, *inputs, out, lse, need_q=True, need_kv=True, packed=True)
+    inputs[1] = inputs[2] = None  # the image's keys and values
+    alone = attention_backward(grad_out, *inputs, out, lse, need_q=False, need_kv=False)
     assert (alone.qkv, alone.q, alone.kv, packed.q, packed.kv) == (None,) * 5
     assert packed.qkv.shape == (BATCH, 197, 3, 3, 64)
-    torch.testing.assert_close(alone.prompt_kv, packed.prompt_kv)
+    difference = (alone.prompt_kv.double() - packed.prompt_kv.double()).norm()
+    assert difference < 1e-2 * packed.prompt_kv.double().norm()

@@ -35,8 +35,8 @@ WANTED = {
     "q_and_kv": dict(need_q=True, need_kv=True),
     "q": dict(need_q=True, need_kv=False),
     "kv": dict(need_q=False, need_kv=True),
-    "prompts_only": dict(need_q=False, need_kv=False),
 }
+PROMPTS_ONLY = dict(need_q=False, need_kv=False)
 
 
 @dataclasses.dataclass
@@ -110,6 +110,8 @@ def check_against_definition(name: str, case: Case, wanted: dict[str, bool]) -> 
     expected_out, expected_lse, expected = definition(case)
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse, expected_lse)
+    if not (wanted["need_q"] or wanted["need_kv"]):
+        case.k = case.v = None
     grads = attention_backward(case.grad_out, *case.inputs, out, lse, **wanted)
     names = {name for name in expected if name.startswith("prompt")}
     names |= {"q"} if wanted["need_q"] else set()
@@ -129,6 +131,11 @@ def test_sdpa_cpu_equals_concatenation(shape: str, wanted: dict[str, bool]) -> N
     if wanted.get("packed") and case.q.shape != case.k.shape:
         case.q, case.grad_out = case.k.flip(1), case.grad_out[:, :1].expand(case.k.shape).contiguous()
     check_against_definition("sdpa_cpu", case, wanted)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "no_prompts"])
+def test_sdpa_cpu_needs_no_keys_of_the_image_for_the_prompts_gradients(shape: str) -> None:
+    check_against_definition("sdpa_cpu", make_case(shape), PROMPTS_ONLY)
 
 
 @pytest.mark.usefixtures("nan_empty")
@@ -155,7 +162,7 @@ def test_sdpa_cpu_in_float32_is_exact_to_rounding() -> None:
         assert (grads[name] - exact[name]).norm() < 1e-6 * exact[name].norm(), name
 
 
-@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize("wanted", [*WANTED.values(), PROMPTS_ONLY], ids=[*WANTED, "prompts_only"])
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(wanted: dict[str, bool]) -> None:
     case = make_case("shared")
     checks = ("test_schema", "test_faketensor")
@@ -272,11 +279,12 @@ class FakeAten:
     def run(self, name: str, named: dict[str, Any]) -> tuple[Any, ...]:
         q, k, v = (named[x].transpose(1, 2) for x in ("query", "key", "value"))
         is_cudnn = "cudnn" in name
-        assert not is_cudnn or q.shape[1] > 1, "cuDNN takes no single row"
         if not name.endswith("backward"):
+            assert not is_cudnn or q.shape[1] > 1, "cuDNN takes no single row"
             assert named.get("compute_log_sumexp", True)
             out, lse = plain_forward(q, k, v, named["scale"])
             return out.transpose(1, 2), lse.unsqueeze(-1) if is_cudnn else lse, None, None, 0, 0, None, None
+        assert not is_cudnn or min(q.shape[1], k.shape[1]) > 1, "cuDNN takes no single row"
         self.deterministic.append(torch.get_deterministic_debug_mode() == 2)
         assert (named["cum_seq_q"], named["cum_seq_k"]) == (None, None)
         assert (named["max_q"], named["max_k"]) == (q.shape[1], k.shape[1])
@@ -316,6 +324,13 @@ def on_cpu(stand_ins: FakeAten, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fak
 @pytest.mark.parametrize("name", CUDA)
 def test_what_is_handed_to_the_library_and_back_equals_concatenation(name: str, shape: str) -> None:
     check_against_definition(name, make_case(shape), WANTED["q_and_kv"])
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("shape", ["shared", "one_row_read", "one_image_one_token"])
+@pytest.mark.parametrize("name", CUDA)
+def test_prompts_alone_are_handed_over_for_their_gradients(name: str, shape: str) -> None:
+    check_against_definition(name, make_case(shape), PROMPTS_ONLY)
 
 
 def test_sdpa_flash_is_deterministic_and_leaves_the_mode_as_it_was(on_cpu: FakeAten) -> None:
@@ -404,13 +419,3 @@ def test_out_that_was_not_kept_is_named() -> None:
     _, lse = attention(*case.inputs)
     with pytest.raises(ValueError, match="memory='compact'.*sdpa_cpu"):
         attention_backward(case.grad_out, *case.inputs, None, lse, need_q=True, need_kv=True)
-
-
-def test_keys_that_were_not_kept_are_named() -> None:
-    assert flash.NEEDS_ALL_KEYS
-    case = make_case("shared")
-    attention, attention_backward = get_flash("sdpa_cpu")
-    out, lse = attention(*case.inputs)
-    prompts = (case.prompt_k, case.prompt_v)
-    with pytest.raises(ValueError, match="k, v: got None.*sdpa_cpu"):
-        attention_backward(case.grad_out, case.q, None, None, *prompts, out, lse, need_q=False, need_kv=False)
