@@ -1,0 +1,153 @@
+"""What a kernel takes of a GPU that need not be there: built ahead of time, read from its machine code."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
+from vpt_fast.kernels.build import Build
+
+# Bytes of shared memory that one program may have; neither a build nor its machine code enforces it.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+# Columns of tensor memory that one program may have (sm_100 only).
+TMEM_LIMIT = 512
+
+# "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;": the name of the instruction is what is wanted.
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one build takes.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: bytes that the stores to local memory in its code (STL) write, per thread. That is the
+            "spill stores" of ptxas -v to the byte, except that a local array (as sin's range reduction has)
+            counts too: no kernel here should have one. The stack's size would say less: one slot serves
+            many spills.
+        shared_bytes: shared memory of one program.
+        tmem_columns: tensor memory of one program; 0 but on sm_100.
+        wgmma, tcgen05, mma_sync: matrix instructions of sm_90 (HGMMA), sm_100 (UTCHMMA) and of all (HMMA), as
+            written in its code. Products in float32 ("ieee") have none of them.
+        global_loads: how many of its loads from global memory are so many bits wide, per thread. Those of
+            TMA are not among them.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tmem_columns: int
+    wgmma: int
+    tcgen05: int
+    mma_sync: int
+    global_loads: dict[int, int]
+
+    def problems(self, build: Build, arch: int) -> list[str]:
+        """Why it should not be launched on `arch`; empty if it is clean."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > SHARED_LIMIT[arch]:
+            found.append(f"shared memory {self.shared_bytes} over {SHARED_LIMIT[arch]} bytes")
+        if self.tmem_columns > TMEM_LIMIT:
+            found.append(f"tensor memory {self.tmem_columns} over {TMEM_LIMIT} columns")
+        if arch == 90 and build.wgmma and not self.wgmma:
+            found.append("no wgmma")
+        return found
+
+
+def measure(build: Build, arch: int) -> Resources:
+    """Builds for sm_`arch` (80, 90 or 100) and reads what that takes.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that there is nothing to build.
+    """
+    compiled = compile_build(build, arch)
+    registers, instructions = read_code(compiled)
+    count: Counter[str] = Counter()
+    spill_bytes = 0
+    global_loads: Counter[int] = Counter()
+    for instruction, times in instructions.items():
+        opcode = instruction.partition(".")[0]
+        count[opcode] += times
+        if opcode == "STL":
+            spill_bytes += times * width(instruction) // 8
+        elif opcode in ("LDG", "LDGSTS"):
+            global_loads[width(instruction)] += times
+    return Resources(
+        registers=registers,
+        spill_bytes=spill_bytes,
+        shared_bytes=compiled.metadata.shared,
+        tmem_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        wgmma=count["HGMMA"],
+        tcgen05=count["UTCHMMA"],
+        mma_sync=count["HMMA"],
+        global_loads=dict(sorted(global_loads.items())),
+    )
+
+
+def compile_build(build: Build, arch: int) -> Any:
+    """Triton's compiled kernel, for sm_`arch`."""
+    if triton.knobs.runtime.interpret or not isinstance(build.kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"{build.kernel.__name__}: kernels are not compiled under Triton's interpreter; "
+            "want TRITON_INTERPRET unset before triton is imported"
+        )
+    arg_names = build.kernel.arg_names
+    source = ASTSource(
+        fn=build.kernel,
+        signature={name: build.signature.get(name, "constexpr") for name in arg_names},
+        constexprs=dict(build.constexprs),
+        attrs={(arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def read_code(compiled: Any) -> tuple[int, dict[str, int]]:
+    """Registers per thread, and how often each instruction (``"STL.64"``) is written in the machine code.
+
+    Disassembling takes as long as compiling; the answer stands beside the code in Triton's cache.
+    """
+    cache = get_cache_manager(compiled.hash)
+    file = cache.get_file("instructions.json")
+    if file is None:
+        listing = disassemble(compiled.asm["cubin"])
+        registers = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+)", listing)
+        if registers is None:
+            raise RuntimeError(f"cuobjdump shows no registers of {compiled.metadata.name}: {listing[:500]!r}")
+        found = {"registers": int(registers[1]), "instructions": Counter(INSTRUCTION.findall(listing))}
+        file = cache.put(json.dumps(found), "instructions.json", binary=False)
+    code = json.loads(Path(file).read_text())
+    return code["registers"], code["instructions"]
+
+
+def disassemble(cubin: bytes) -> str:
+    """Registers of each function, then its machine code, as cuobjdump prints them."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [tool, "--dump-resource-usage", "--dump-sass", str(file)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{tool} exited with {result.returncode}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def width(instruction: str) -> int:
+    """Bits that a load or store moves: LDG.E.128, STL.S16; 32 where the name does not say."""
+    widths = [int(m[1]) for part in instruction.split(".") if (m := WIDTH.fullmatch(part))]
+    return widths[-1] if widths else 32

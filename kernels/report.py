@@ -1,0 +1,181 @@
+"""Builds every kernel ahead of time, in every configuration that may be launched, and says what each takes.
+
+    python -m vpt_fast.kernels.report --arch 90 [--json FILE] [--filter NAME] [--jobs N]
+
+Needs no GPU. Exits with 1 where a kernel spills registers, takes more shared memory than there is, lacks
+wgmma where its products are large enough for it, or does not compile: each such row says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from vpt_fast.kernels.aot import SHARED_LIMIT, measure
+from vpt_fast.kernels.build import Build
+
+# Each has builds(arch).
+MODULES: tuple[str, ...] = ()
+
+COLUMNS = (
+    "kernel",
+    "config",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "wgmma",
+    "tcgen05",
+    "mma_sync",
+    "global_loads",
+    "problems",
+)
+TEXT_COLUMNS = ("kernel", "config", "global_loads", "problems")
+
+
+def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vpt_fast.kernels.report",
+        description="Builds every kernel ahead of time, with no GPU, and says what each takes of one.",
+    )
+    parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, required=True, help="90 stands for sm_90")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
+    parser.add_argument("--filter", default="", metavar="NAME", help="only rows with NAME in them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes that build")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: got {args.jobs}, want 1 or more")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: no folder {args.json.parent}")
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so that kernels are not compiled; want it unset")
+
+    places = [
+        (module, index)
+        for module in modules
+        for index, build in enumerate(list_builds(module, args.arch))
+        if args.filter in f"{build.name} {build.config}"
+    ]
+    if modules and not places:
+        parser.error(f"--filter: no kernel or config has {args.filter!r} in its name")
+    rows = build_rows(places, args.arch, args.jobs)
+    print(table(rows))
+    failed = sum(bool(row["problems"]) for row in rows)
+    print(
+        f"\n{len(rows)} builds for sm_{args.arch}, {failed} with problems. "
+        f"Shared memory of one program: up to {SHARED_LIMIT[args.arch]:,} bytes."
+    )
+    if args.json:
+        write_json(args.json, args.arch, rows)
+    return 1 if failed else 0
+
+
+def list_builds(module: str, arch: int) -> list[Build]:
+    return importlib.import_module(module).builds(arch)
+
+
+def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int) -> list[dict[str, Any]]:
+    """One row for each (module, index into its builds), in that order; progress goes to stderr."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def finish(place: tuple[str, int], row: dict[str, Any], seconds: float) -> None:
+        rows[place] = row
+        state = "".join(f": {problem}" for problem in row["problems"])
+        print(
+            f"{len(rows)}/{len(places)} {row['kernel']} {row['config']} ({seconds:.1f} s){state}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    if jobs == 1:
+        for place in places:
+            finish(place, *build_row(*place, arch))
+    else:
+        # Builds go by their place: a kernel cannot be pickled. Spawned: a fork would inherit torch's threads.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(places) or 1), mp_context=context) as pool:
+            futures: dict[Future, tuple[str, int]] = {
+                pool.submit(build_row, *place, arch): place for place in places
+            }
+            try:
+                for future in as_completed(futures):
+                    finish(futures[future], *future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [rows[place] for place in places]
+
+
+def build_row(module: str, index: int, arch: int) -> tuple[dict[str, Any], float]:
+    """The row of a module's build number `index`, and the seconds that it took."""
+    build = list_builds(module, arch)[index]
+    row: dict[str, Any] = {
+        "kernel": build.name,
+        "config": build.config,
+        "num_warps": build.num_warps,
+        "num_stages": build.num_stages,
+        "wgmma_wanted": build.wgmma and arch == 90,
+        "shared_limit": SHARED_LIMIT[arch],
+    }
+    start = time.perf_counter()
+    try:
+        # Triton prints the whole kernel where its assembler fails; stdout is the table's.
+        with contextlib.redirect_stdout(sys.stderr):
+            resources = measure(build, arch)
+    except Exception as error:  # whatever the compiler raises is this row's result, not the end of the others
+        # Triton says where in the first line and why in the last; the kernel's source stands between.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        row["problems"] = [" ".join(["does not compile:", type(error).__name__, *lines[:1], *lines[1:][-1:]])]
+    else:
+        row |= asdict(resources)
+        row["problems"] = resources.problems(build, arch)
+    return row, time.perf_counter() - start
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text, numbers flush right; a row that did not compile has only its problem."""
+    cells = [COLUMNS] + [tuple(cell(row.get(column)) for column in COLUMNS) for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    lines = []
+    for line in cells:
+        padded = [
+            text.ljust(width) if column in TEXT_COLUMNS else text.rjust(width)
+            for column, text, width in zip(COLUMNS, line, widths, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):  # bits -> loads
+        return " ".join(f"{count}x{bits}" for bits, count in value.items()) or "-"
+    if isinstance(value, list):
+        return "; ".join(value)
+    return str(value)
+
+
+def write_json(path: Path, arch: int, rows: Sequence[dict[str, Any]]) -> None:
+    """{"arch", "triton", "torch", "rows"}, under a temporary name first."""
+    report = {"arch": arch, "triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What kernels take of a GPU, read from ahead-of-time builds, in processes without Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import report_kernels
+from vpt_fast.kernels.aot import measure
+from vpt_fast.kernels.report import main
+
+HERE = Path(__file__).parent
+# The report on other modules than the package's own: their names, then the arguments.
+REPORT_ON = """
+import sys
+from vpt_fast.kernels.report import main
+sys.exit(main(sys.argv[2:], sys.argv[1].split()))
+"""
+
+
+def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(HERE), **environment}
+    return subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_is_clean(arch, tmp_path):
+    file = tmp_path / "rows.json"
+    result = run("-m", "vpt_fast.kernels.report", "--arch", arch, "--jobs", 2, "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [row for row in json.loads(file.read_text())["rows"] if row["problems"]] == []
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A report for sm_90 on kernels with and without faults, built afresh with the assembler's own log."""
+    folder = tmp_path_factory.mktemp("report")
+    result = run(
+        *("-c", REPORT_ON, "report_kernels report_bad_kernels"),
+        *("--arch", 90, "--jobs", 2, "--json", folder / "rows.json"),
+        TRITON_CACHE_DIR=str(folder / "cache"),
+        TRITON_DUMP_PTXAS_LOG="1",
+    )
+    result.report = json.loads((folder / "rows.json").read_text())
+    result.rows = {row["config"]: row for row in result.report["rows"]}
+    return result
+
+
+def test_a_fault_is_exit_status_1(faulty):
+    assert faulty.returncode == 1, faulty.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("spills", r"spills \d+ bytes"),
+        ("no wgmma", "no wgmma"),
+        ("too much shared memory", r"shared memory \d+ over 232448 bytes"),
+        ("does not compile", "does not compile: CompilationError .*power of 2"),
+    ],
+)
+def test_a_fault_is_named_in_its_row(faulty, config, problem):
+    (found,) = faulty.rows[config]["problems"]
+    assert re.fullmatch(problem, found)
+
+
+def test_the_table_names_faults(faulty):
+    (line,) = [line for line in faulty.stdout.splitlines() if line.startswith("product_kernel  no wgmma")]
+    assert line.endswith("  no wgmma")
+
+
+def test_rows_stand_in_the_order_of_the_builds(faulty):
+    assert [row["config"] for row in faulty.report["rows"]] == [
+        *("64x32", "16x32", "64x32 unaligned"),
+        *("spills", "no wgmma", "too much shared memory", "does not compile"),
+    ]
+
+
+def test_json_has_what_it_was_built_with_and_every_column(faulty):
+    assert list(faulty.report) == ["arch", "triton", "torch", "rows"]
+    assert faulty.report["arch"] == 90
+    told = {"kernel", "config", "num_warps", "num_stages", "wgmma_wanted", "shared_limit", "problems"}
+    assert set(faulty.rows["does not compile"]) == told
+    read = {"registers", "spill_bytes", "shared_bytes", "tmem_columns", "global_loads"}
+    assert set(faulty.rows["64x32"]) == told | read | {"wgmma", "tcgen05", "mma_sync"}
+
+
+def test_spilled_bytes_are_those_that_the_assembler_says_it_stores(faulty):
+    stores = {int(stored) for stored in re.findall(r"(\d+) bytes spill stores", faulty.stderr)}
+    assert stores == {0, faulty.rows["spills"]["spill_bytes"]}
+
+
+def test_small_products_use_the_older_matrix_instruction(faulty):
+    row = faulty.rows["16x32"]
+    assert row["mma_sync"] and not row["wgmma"]
+
+
+def test_loads_are_wide_only_where_pointers_are_aligned(faulty):
+    aligned, unaligned = (faulty.rows[config]["global_loads"] for config in ("64x32", "64x32 unaligned"))
+    assert (max(map(int, aligned)), max(map(int, unaligned))) == (128, 16)
+
+
+def test_progress_goes_to_stderr(faulty):
+    assert len(re.findall(r"^\d/7 product_kernel .* s\)", faulty.stderr, re.MULTILINE)) == 7
+
+
+def test_filter_leaves_out_the_faulty_ones():
+    modules = "report_kernels report_bad_kernels"
+    result = run("-c", REPORT_ON, modules, *("--arch", 90, "--jobs", 1, "--filter", "16x32"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 builds for sm_90, 0 with problems" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--arch", "70"], "'?70'?"),
+        (["--arch", "90", "--jobs", "0"], "--jobs: got 0"),
+        (["--arch", "90", "--json", "no/such/folder.json"], "no/such"),
+        (["--arch", "90", "--filter", "nobody"], "--filter: .*'nobody'"),
+    ],
+    ids=["arch", "jobs", "json", "filter"],
+)
+def test_a_wrong_argument_is_named(args, named, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(args, ["report_kernels"])
+    assert stopped.value.code == 2
+    assert re.search(named, capsys.readouterr().err)
+
+
+def test_the_interpreter_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        main(["--arch", "90"], ["report_kernels"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_an_interpreted_kernel_is_not_measured(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="product_kernel: .*want TRITON_INTERPRET unset"):
+        measure(report_kernels.builds(90)[0], 90)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"signature": {"a": "*fp16", "b": "*fp16"}}, "got c"),
+        ({"constexprs": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK": 64}}, "got BLOCK"),
+        ({"constexprs": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "a": None}}, "got a"),
+        ({"divisible": ("a", "BLOCK_M")}, r"divisible: got \('a', 'BLOCK_M'\)"),
+    ],
+    ids=["missing", "unknown", "twice", "divisible"],
+)
+def test_a_build_that_does_not_fit_its_kernel_says_where(changes, named):
+    with pytest.raises(ValueError, match=f"product_kernel 64x32: {named}"):
+        replace(report_kernels.builds(90)[0], **changes)
