@@ -1,12 +1,12 @@
 """The tensor operations a frozen transformer block is made of.
 
 Every operation has one plain-PyTorch definition (`reference.py` in its folder), which runs on any device
-and is what faster implementations are held against. `dispatch.get_ops` hands the engine one complete list
-of them; the engine knows no other way to reach an operation.
+and is what faster implementations are held against. `dispatch.get_backend` hands the engine one complete
+list of them; the engine knows no other way to reach an operation.
 
 Installed as ``vpt_fast.kernels``; imports torch (and, for GPU kernels, triton) only.
 """
 
-from vpt_fast.kernels.dispatch import BACKENDS, Ops, get_ops
+from vpt_fast.kernels.dispatch import ATTENTION, BACKENDS, Backend, Ops, get_backend
 
-__all__ = ["BACKENDS", "Ops", "get_ops"]
+__all__ = ["ATTENTION", "BACKENDS", "Backend", "Ops", "get_backend"]

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention import reference as prompted_attention
+from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 
 BACKENDS = ("auto", "torch", "triton")
+ATTENTION = ("auto", *FLASH_BACKENDS)
 
 
 class Ops(NamedTuple):
@@ -44,21 +47,92 @@ TORCH_OPS = Ops(
 )
 
 
-def get_ops(backend: str) -> Ops:
-    """The list of operations that `backend` stands for.
+class Backend(NamedTuple):
+    """What a backend's name stands for on each kind of device.
+
+    cuda: for float32, bfloat16 and float16 on a CUDA device. other: for all else.
+    """
+
+    cuda: Ops
+    other: Ops
+
+    def ops(self, device_type: str, dtype: torch.dtype, head_dim: int) -> Ops:
+        """The operations for tensors on this kind of device.
+
+        Args:
+            device_type: ``"cuda"``, ``"cpu"``, …
+            dtype: of the matrix products.
+            head_dim: D.
+        """
+        if device_type == "cuda" and dtype != torch.float64 and head_dim in HEAD_DIMS:
+            return self.cuda
+        return self.other
+
+    @property
+    def needs_out(self) -> bool:
+        """Whether attention's output is kept under every memory policy."""
+        return self.other.needs_out
+
+
+def get_backend(backend: str, attention: str = "auto") -> Backend:
+    """The operations that `backend` stands for.
 
     Args:
-        backend: ``"torch"``: plain PyTorch, any device. ``"auto"``: the fastest list that this version has
-            for every device, which is ``"torch"``. ``"triton"``: not in this version.
+        backend: ``"torch"``: plain PyTorch, any device. ``"triton"``: Triton's kernels, always; what they do
+            not support raises. ``"auto"``: Triton's kernels on a CUDA device, for the dtypes and head dims
+            that they support (not float64; 16, 32, 64, 80, 96, 128), and PyTorch for all else.
+        attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
+            implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated.
 
     Raises:
-        ValueError: an unknown name.
-        NotImplementedError: ``"triton"``; it never falls back to another path in silence.
+        ValueError: an unknown name; ``"triton"`` where Triton or a CUDA device is missing; a FlashAttention
+            package that is not installed.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, want one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton":
-        raise NotImplementedError(
-            "backend='triton': this version of vpt_fast has no Triton kernels; want 'torch' or 'auto'"
-        )
-    return TORCH_OPS
+    for name, value, choices in (("backend", backend, BACKENDS), ("attention", attention, ATTENTION)):
+        if value not in choices:
+            raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, choices))}")
+    if backend == "torch" or (backend == "auto" and not _has_triton_and_cuda()):
+        chosen = Backend(TORCH_OPS, TORCH_OPS)
+    else:
+        triton_ops = _triton_ops()
+        chosen = Backend(triton_ops, triton_ops if backend == "triton" else TORCH_OPS)
+    if attention == "auto":
+        return chosen
+    forward, backward = get_flash(attention)
+    flash = dict(attention=forward, attention_backward=backward, needs_out=True)
+    return Backend(*(ops._replace(**flash) for ops in chosen))
+
+
+def _has_triton_and_cuda() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _triton_ops() -> Ops:
+    """Imported when it is asked for: not every platform has Triton, and importing it takes a second."""
+    try:
+        import triton
+    except ImportError:
+        raise ValueError("backend='triton': Triton is not installed, want `pip install triton`") from None
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        raise ValueError("backend='triton': there is no CUDA device here, want 'auto' or 'torch'")
+    from vpt_fast.kernels.mlp import ops as mlp_ops
+    from vpt_fast.kernels.normalization import ops as normalization_ops
+    from vpt_fast.kernels.prompted_attention import ops as attention_ops
+
+    return Ops(
+        name="triton",
+        normalize=normalization_ops.normalize,
+        add_normalize=normalization_ops.add_normalize,
+        normalize_backward=normalization_ops.normalize_backward,
+        attention=attention_ops.attention,
+        attention_backward=attention_ops.attention_backward,
+        activate=mlp_ops.activate,
+        activate_backward=mlp_ops.activate_backward,
+        needs_out=False,
+    )

@@ -1,9 +1,8 @@
-"""What launchers of GPU kernels share: which tensors they take, and how builds name them."""
+"""What launchers of GPU kernels share: which dtypes they take, what builds call them, and which GPU it is."""
 
 from __future__ import annotations
 
 import torch
-import triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,18 +16,10 @@ TYPE_NAMES = {
 """Triton's names of dtypes."""
 
 
-def check_tensor(name: str, t: torch.Tensor) -> None:
-    """Raises ValueError for a tensor that kernels do not take: of another dtype, on another device than a
-    CUDA one (but for Triton's interpreter), or without a contiguous last dimension."""
-    if t.dtype not in DTYPES:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(
-            f"backend='triton': {name} is {str(t.dtype).removeprefix('torch.')}, want one of {wanted}"
-        )
-    if not t.is_cuda and not triton.knobs.runtime.interpret:
-        raise ValueError(f"backend='triton': {name} is on {t.device.type}, want a CUDA device")
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        raise ValueError(
-            f"backend='triton': {name} has stride {t.stride(-1)} in its last dimension, want 1"
-        )
-
+def arch_of(device: torch.device) -> int:
+    """80, 90 or 100: which of the tables of tiles is for this device. Consumer GPUs of any generation have
+    neither wgmma nor tensor memory, so that theirs is 80's."""
+    if device.type != "cuda":
+        return 90
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100}.get(major, 80)

@@ -130,18 +130,27 @@ def backward_flops(block: Block) -> int:
     return total
 
 
-def kept_bytes(block: Block, size: int) -> int:
-    """In units of one element, `size` bytes each (the tests run in one dtype, statistics included)."""
+def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
+    """Where elements and statistics are of `size` bytes and codes of one."""
     if not block.trained:
         return 0
-    rows = block.rows + block.fresh
-    elements = BATCH * rows * (WIDTH + WIDTH + WIDTH + HEADS + 1 + HIDDEN)  # Q, O, x̂2, lse, rstd2, MLP
-    if block.below or block.fresh:
-        elements += BATCH * block.tokens * 2 * WIDTH  # K, V
+    rows, image_keys = block.rows + block.fresh, block.below or block.fresh > 0
+    per_image = block.prompts > 1
+    if memory == "recompute":  # the input; prompts that all images share are the parameter itself
+        return (BATCH * block.tokens + per_image * block.prompts * M) * WIDTH * size
+    compact = memory == "compact"
+    x_hat = WIDTH + 2 * size if compact else (WIDTH + 1) * size  # codes, scale and rstd, or x̂ and rstd
+    total = BATCH * rows * ((WIDTH + HEADS) * size + x_hat)  # Q, lse, x̂2
+    if not (compact and block.below):
+        total += BATCH * rows * WIDTH * size  # O
+    if memory != "recompute_mlp":
+        total += BATCH * rows * HIDDEN * (1 if compact else size)
+    if image_keys:
+        total += BATCH * block.tokens * 2 * WIDTH * size  # K, V
     if block.below:
-        elements += BATCH * block.tokens * (WIDTH + 1)  # x̂1, rstd1
-    elements += block.prompts * M * (3 * WIDTH + 1)  # x̂, K, V and rstd of the prompts
-    return elements * size
+        total += BATCH * block.tokens * x_hat  # x̂1
+    prompt_x_hat = x_hat if per_image else (WIDTH + 1) * size
+    return total + block.prompts * M * (prompt_x_hat + 2 * WIDTH * size)  # x̂, K, V of the prompts
 
 
 class KeptBytes:
@@ -172,8 +181,8 @@ class KeptBytes:
         return sum(self._storages.values())
 
 
-def prompted(setting: str, dtype: torch.dtype = torch.float64) -> PromptedViT:
-    return PromptedViT(tiny_vit(dtype=dtype), CLASSES, **SETTINGS[setting]).to(dtype).train()
+def prompted(setting: str, dtype: torch.dtype = torch.float64, memory: str = "exact") -> PromptedViT:
+    return PromptedViT(tiny_vit(dtype=dtype), CLASSES, memory=memory, **SETTINGS[setting]).to(dtype).train()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -198,10 +207,38 @@ def test_backward_operations_equal_the_closed_form(setting: str) -> None:
     assert counter.get_total_flops() == sum(map(backward_flops, WORK[setting])) + head
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_bytes_kept_by_the_blocks_equal_the_closed_form(setting: str, dtype: torch.dtype) -> None:
-    model = prompted(setting, dtype)
+@pytest.mark.parametrize("setting", ["deep", "shallow", "last_two"])
+@pytest.mark.parametrize("memory", ["compact", "recompute_mlp", "recompute"])
+def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(setting: str, memory: str) -> None:
+    model = prompted(setting, memory=memory)
+    images, labels = random_batch(model, BATCH)
+    loss = F.cross_entropy(model(images), labels)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    again = {
+        "compact": lambda block: 0,
+        "recompute_mlp": lambda block: linear(BATCH * (block.rows + block.fresh), WIDTH, HIDDEN),
+        "recompute": forward_flops,
+    }[memory]
+    expected = sum(backward_flops(b) + (again(b) if b.trained else 0) for b in WORK[setting])
+    assert counter.get_total_flops() == expected + 2 * linear(BATCH, WIDTH, CLASSES)
+
+
+CASES = [(setting, "exact", dtype) for setting in SETTINGS for dtype in (torch.float32, torch.float64)]
+CASES += [
+    (setting, memory, torch.float32)
+    for setting in ("deep", "deep_dropout_per_image", "shallow", "first_two_flow", "last_two", "add_deep")
+    for memory in ("compact", "recompute_mlp", "recompute")
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "memory", "dtype"), CASES, ids=[f"{s}-{m}-{str(d)[6:]}" for s, m, d in CASES]
+)
+def test_bytes_kept_by_the_blocks_equal_the_closed_form(
+    setting: str, memory: str, dtype: torch.dtype
+) -> None:
+    model = prompted(setting, dtype, memory)
     images, _ = random_batch(model, BATCH, dtype=dtype)
     with KeptBytes(model, images) as everything:
         rows = record_last_rows(model)
@@ -211,13 +248,16 @@ def test_bytes_kept_by_the_blocks_equal_the_closed_form(setting: str, dtype: tor
     after = rows.count * (WIDTH + 2) + WIDTH
     masks = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batch": 3 * M * WIDTH}
     around = (BATCH * after + masks.get(setting, 0)) * dtype.itemsize
-    assert everything.total == sum(kept_bytes(block, dtype.itemsize) for block in WORK[setting]) + around
+    blocks = sum(kept_bytes(block, dtype.itemsize, memory) for block in WORK[setting])
+    assert everything.total == blocks + around
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str) -> None:
-    model = prompted(setting, torch.float32)
-    expected = sum(kept_bytes(block, torch.float32.itemsize) for block in WORK[setting])
+@pytest.mark.parametrize(
+    ("setting", "memory"), [(setting, memory) for setting, memory, dtype in CASES if dtype == torch.float32]
+)
+def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str, memory: str) -> None:
+    model = prompted(setting, torch.float32, memory)
+    expected = sum(kept_bytes(block, torch.float32.itemsize, memory) for block in WORK[setting])
     assert model.estimate_training_bytes(BATCH)["kept"] == expected
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from tiny import tiny_vit
 from torch.nn import functional as F
-from vpt_fast.kernels import get_ops
+from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 
-OPS = get_ops("torch")
+OPS = get_backend("torch").other
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -286,11 +287,33 @@ class TestPlan:
 class TestBackends:
     def test_unknown_backend_names_the_choices(self) -> None:
         with pytest.raises(ValueError, match="'cuda'.*'torch'"):
-            get_ops("cuda")
+            get_backend("cuda")
 
-    def test_triton_is_refused_and_not_replaced(self) -> None:
-        with pytest.raises(NotImplementedError, match="triton"):
-            get_ops("triton")
+    def test_unknown_attention_names_the_choices(self) -> None:
+        with pytest.raises(ValueError, match="attention: got 'flash'.*'flash_attn'.*'sdpa_cudnn'"):
+            get_backend("auto", "flash")
+
+    def test_triton_without_a_cuda_device_is_refused_and_not_replaced(self, monkeypatch) -> None:
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="backend='triton': there is no CUDA device here"):
+            get_backend("triton")
+
+    def test_triton_stands_for_its_kernels_on_every_device(self) -> None:
+        backend = get_backend("triton")
+        assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
+        assert backend.ops("cpu", torch.float32, 64).name == "triton"
+
+    def test_auto_on_cuda_is_triton_but_for_what_it_does_not_support(self, monkeypatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        backend = get_backend("auto")
+        assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
+        for request in (("cpu", torch.bfloat16, 64), ("cuda", torch.float64, 64), ("cuda", torch.float32, 72)):
+            assert backend.ops(*request).name == "torch"
+
+    def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:
+        ops = get_backend("torch", "sdpa_cpu").other
+        assert ops.needs_out and ops.normalize is OPS.normalize and ops.attention is not OPS.attention
 
 
 class TestFrozenViT:

@@ -19,7 +19,7 @@ from torch import nn
 
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, Origin
 from vpt_fast.files import replacing
-from vpt_fast.kernels import get_ops
+from vpt_fast.kernels import get_backend
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,12 +31,12 @@ _Model = TypeVar("_Model", bound="FrozenClassifier")
 
 
 def check_arguments(
-    num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str
+    num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str, attention: str
 ) -> None:
     """What can be checked before a backbone is built or downloaded.
 
     Raises:
-        ValueError, NotImplementedError: an argument out of range or not supported; the message names it.
+        ValueError: an argument out of range or not supported; the message names it.
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
@@ -44,9 +44,7 @@ def check_arguments(
         raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: got {dtype!r}, want a floating-point torch.dtype or None")
-    get_ops(backend)
-
-
+    get_backend(backend, attention)
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class ClassifierConfig:
     pool: str | None
     dtype: str | None
     backend: str
+    attention: str
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -80,7 +79,7 @@ class FrozenClassifier(nn.Module):
         num_classes: of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
         dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        backend, attention: see `kernels.get_backend`.
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -95,16 +94,17 @@ class FrozenClassifier(nn.Module):
         pool: str | None,
         dtype: torch.dtype | None,
         backend: str,
+        attention: str,
     ) -> None:
         super().__init__()
-        self.backbone = FrozenViT(vit, dtype, backend)
+        self.backbone = FrozenViT(vit, dtype, backend, attention)
         self.pool = pool
         self.head = nn.Linear(self.backbone.embed_dim, num_classes, device=self.backbone.device)
         nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
         nn.init.constant_(self.head.bias, _HEAD_BIAS)
         self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=self.backbone.fingerprint)
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        self._backend = backend
+        self._backend, self._attention = backend, attention
 
     @property
     def config(self) -> ClassifierConfig:
@@ -116,6 +116,7 @@ class FrozenClassifier(nn.Module):
             pool=self.pool,
             dtype=self._dtype,
             backend=self._backend,
+            attention=self._attention,
         )
 
     @property
@@ -239,7 +240,7 @@ class FrozenClassifier(nn.Module):
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
             backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
-            overrides: `dtype` and `backend`, if other than the saved ones.
+            overrides: `dtype`, `backend` and `attention`, if other than the saved ones.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
@@ -258,10 +259,10 @@ class FrozenClassifier(nn.Module):
         path: str,
         overrides: dict[str, Any],
     ) -> _Model:
-        unknown = overrides.keys() - {"dtype", "backend"}
+        unknown = overrides.keys() - {"dtype", "backend", "attention"}
         if unknown:
             names = ", ".join(sorted(unknown))
-            raise TypeError(f"from_pretrained: got unknown {names}, want dtype or backend")
+            raise TypeError(f"from_pretrained: got unknown {names}, want dtype, backend or attention")
         if settings.get("model") != cls.__name__:
             raise ValueError(f"{path}: holds a {settings.get('model')}, want a {cls.__name__}")
         saved = BackboneConfig(**settings["backbone"])
@@ -279,6 +280,7 @@ class FrozenClassifier(nn.Module):
             pool=settings["pool"],
             dtype=overrides.get("dtype", dtype),
             backend=overrides.get("backend", settings["backend"]),
+            attention=overrides.get("attention", settings.get("attention", "auto")),
             **cls._constructor_keywords(settings),
             **keywords,
         )

@@ -43,7 +43,8 @@ class PromptedViT(FrozenClassifier):
             ``"image"``, the mean over the patches; ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
         dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
             the backbone's own. Prompts, head and the residual stream are float32 or more.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
+        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
         memory: what is kept for backward: ``"exact"``, ``"compact"`` (gradients carry the rounding of 8-bit
             codes), ``"recompute_mlp"``, ``"recompute"``, see `engine.policy.MemoryPolicy`; ``"auto"``: the
             fastest of them that fits the memory free at the first step with a batch of that size
@@ -82,12 +83,13 @@ class PromptedViT(FrozenClassifier):
         pool: str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        attention: str = "auto",
         memory: str = "exact",
         pretrained: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         # Every setting is checked before the backbone is built or downloaded.
-        check_arguments(num_classes, pool, dtype, backend)
+        check_arguments(num_classes, pool, dtype, backend, attention)
         check_memory(memory)
         settings = PromptConfig(
             num_prompts=num_prompts,
@@ -102,7 +104,9 @@ class PromptedViT(FrozenClassifier):
         )
         border = settings.border
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, border=border)
-        super().__init__(vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend)
+        super().__init__(
+            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
         self.memory = memory
         self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
         self.prompt_settings = settings
@@ -324,7 +328,8 @@ class LinearProbe(FrozenClassifier):
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_ops`.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
+        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
         pretrained: load timm's published weights (only with a name).
         timm_kwargs: go to timm.create_model (only with a name).
 
@@ -340,12 +345,15 @@ class LinearProbe(FrozenClassifier):
         pool: str | None = None,
         dtype: torch.dtype | None = None,
         backend: str = "auto",
+        attention: str = "auto",
         pretrained: bool = False,
         **timm_kwargs: Any,
     ) -> None:
-        check_arguments(num_classes, pool, dtype, backend)
+        check_arguments(num_classes, pool, dtype, backend, attention)
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
-        super().__init__(vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend)
+        super().__init__(
+            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
         self._plans = plan_blocks(self.num_blocks, (), "drop", self.backbone.head_reads(pool))
 
     @torch.no_grad()

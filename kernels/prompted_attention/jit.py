@@ -13,14 +13,22 @@ import triton
 import triton.language as tl
 from vpt_fast.kernels.tile import accumulate, dot_rows, load_rows, store_rows, sum_rows
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x · log2 e), and exp2 is the instruction
+# exp(x) = 2^(x · log2 e), and exp2 is the instruction.
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# One build serves all sizes: whether 197 is a multiple of 16 makes no better code.
+SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys"]
 
 
 @triton.jit
 def key_rows(
     prompt, image, stride_prompt, stride_image, keys, num_prompts, PROMPTS: tl.constexpr, IMAGE: tl.constexpr
 ):
-    """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which homes there are."""
+    """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which homes there are.
+
+    Choosing among pointers hides from the compiler that they are multiples of 16 bytes; unless told, it would
+    load element by element, and not through the pipeline.
+    """
     if PROMPTS and IMAGE:
         rows = tl.where(
             keys < num_prompts, prompt + keys * stride_prompt, image + (keys - num_prompts) * stride_image
@@ -32,7 +40,7 @@ def key_rows(
         return image + keys * stride_image
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attention_forward_kernel(
     q, k, v, prompt_k, prompt_v, out, lse,
     stride_qb, stride_qr, stride_qh,
@@ -89,7 +97,7 @@ def attention_forward_kernel(
     tl.store(lse_rows, row_max + tl.log(row_sum), mask=rows_exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
     grad_out, q, k, v, prompt_k, prompt_v, out, lse, delta,
     stride_gb, stride_gr, stride_gh,
@@ -139,7 +147,7 @@ def delta_kernel(
     tl.store(delta + (image * num_heads + head) * num_rows + rows, total, mask=rows_exist)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(
     grad_out, q, k, v, prompt_k, prompt_v, out, lse, delta, grad_q,
     stride_gb, stride_gr, stride_gh,
@@ -197,7 +205,7 @@ def grad_q_kernel(
     store_rows(grad_rows, dq1, dq2, rows_exist, D1, D2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
     grad_out, q, k, v, prompt_k, prompt_v, lse, delta, grad_k, grad_v, grad_prompt_kv,
     stride_gb, stride_gr, stride_gh,

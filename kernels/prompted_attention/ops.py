@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.launch import TYPE_NAMES, check_tensor
+from vpt_fast.kernels.checks import on_device, require_device, require_dtype
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, arch_of
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
     delta_kernel,
@@ -15,10 +17,6 @@ from vpt_fast.kernels.prompted_attention.jit import (
     grad_q_kernel,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
-
-# A row of D elements as two power-of-two tiles.
-HEAD_DIMS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-
 
 class Tiles(NamedTuple):
     """BLOCK_M query rows by BLOCK_N keys, and how they are launched."""
@@ -38,8 +36,12 @@ class Tiles(NamedTuple):
         }
 
 
-def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
-    """Tiles of the forward pass and of δ without O."""
+# The tables below are what builds without spills and, on sm_90, with wgmma; they were chosen without a GPU at
+# hand to time them. In the last block rows are few (CLS alone), and a tile of 16 wastes least.
+
+
+def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
+    """Tiles of the forward pass and of δ on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
         return Tiles(16, 32, 4, 1) if num_rows <= 16 else Tiles(32, 32, 4, 1)
     if num_rows <= 16:
@@ -47,22 +49,26 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
     return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
 
 
-def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
+def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dQ."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 2)
+    if arch == 80 and head_dim > 64:
+        return Tiles(128, 32, 8, 2)
     return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
 
 
-def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int) -> Tiles:
+def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 1)
-    return Tiles(64, 64, 8, 1) if head_dim > 64 else Tiles(64, 64, 4, 1)
+    if arch == 80:
+        return Tiles(32, 64, 8, 2) if head_dim == 96 else Tiles(64, 64, 8, 2)
+    return Tiles(64, 64, 8, 2) if head_dim > 64 else Tiles(64, 64, 4, 2)
 
 
 def attention(
@@ -119,19 +125,31 @@ def attention_backward(
 
 
 def _check(**tensors: torch.Tensor | None) -> None:
+    require_device(**tensors)
     q = tensors["q"]
+    require_dtype(DTYPES, q=q.dtype)
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"head dim: got {q.shape[3]}, want one of {', '.join(map(str, HEAD_DIMS))}")
     for name, t in tensors.items():
         if t is None:
             continue
-        check_tensor(name, t)
-        if t.dtype != q.dtype:
-            raise ValueError(f"backend='triton': {name} is {t.dtype}, want q's dtype, {q.dtype}")
+        require_dtype((q.dtype,), **{name: t.dtype})
         if t.shape[2:] != q.shape[2:]:
-            got, want = tuple(t.shape[2:]), tuple(q.shape[2:])
-            raise ValueError(f"backend='triton': {name} has (heads, head dim) {got}, want q's, {want}")
-    if q.shape[3] not in HEAD_DIMS:
-        wanted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"backend='triton': got head dim {q.shape[3]}, want one of {wanted}")
+            raise ValueError(f"{name}: got (heads, head dim) {tuple(t.shape[2:])}, want {tuple(q.shape[2:])}")
+        if t.stride(3) != 1:
+            raise ValueError(f"{name}: got stride {t.stride(3)} along the last dimension, want 1")
+        if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
+            raise ValueError(f"{name}: got strides {t.stride()}, want rows of an image within 2^31 elements")
+        # Kernels that choose among pointers to keys tell the compiler so.
+        in_bytes = [
+            stride * t.element_size() for n, stride in zip(t.shape, t.stride()[:3], strict=False) if n > 1
+        ]
+        if name in ("k", "v", "prompt_k", "prompt_v") and (
+            t.data_ptr() % 16 or any(stride % 16 for stride in in_bytes)
+        ):
+            raise ValueError(
+                f"{name}: got strides {t.stride()}, want rows that start at multiples of 16 bytes"
+            )
 
 
 def _strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
@@ -157,14 +175,16 @@ def _attention(
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
-    tiles = forward_tiles(q.dtype, head_dim, num_rows)
+    arch = arch_of(q.device)
+    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch)
     d1, d2 = HEAD_DIMS[head_dim]
-    attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-        q, k, v, k if prompt_k is None else prompt_k, v if prompt_v is None else prompt_v, out, lse,
-        *_strides(q), *_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v),
-        num_heads, num_rows, num_prompts, num_prompts + k.shape[1],
-        D1=d1, D2=d2, PROMPTS=prompt_k is not None, **tiles.launch,
-    )  # fmt: skip
+    with on_device(q):
+        attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+            q, k, v, k if prompt_k is None else prompt_k, v if prompt_v is None else prompt_v, out, lse,
+            *_strides(q), *_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v),
+            num_heads, num_rows, num_prompts, num_prompts + k.shape[1],
+            D1=d1, D2=d2, PROMPTS=prompt_k is not None, **tiles.launch,
+        )  # fmt: skip
     return out, lse
 
 
@@ -213,6 +233,7 @@ def _attention_backward(
     num_image = 0 if k is None else k.shape[1]
     d1, d2 = HEAD_DIMS[head_dim]
     has_prompts = prompt_k is not None
+    arch = arch_of(q.device)
     # Where a tensor is absent, one of the right dtype stands for it, and the kernel never looks at it.
     k_or_any, v_or_any = (q, q) if k is None else (k, v)
     prompt_k_or_any, prompt_v_or_any = (prompt_k, prompt_v) if has_prompts else (q, q)
@@ -236,35 +257,36 @@ def _attention_backward(
     sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image)
     common = dict(D1=d1, D2=d2, PROMPTS=has_prompts)
 
-    # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
-    if out is None or not need_q:
-        tiles = forward_tiles(q.dtype, head_dim, num_rows)
-        delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-            *inputs, out_or_any, lse, delta, *input_strides, *_strides(out), *lse_strides, *sizes,
-            **common, HAS_OUT=out is not None, **tiles.launch,
-        )  # fmt: skip
-    if need_q:
-        tiles = grad_q_tiles(q.dtype, head_dim, num_rows)
-        grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-            *inputs, out_or_any, lse, delta, grad_q_rows, *input_strides, *_strides(out), *lse_strides,
-            *_strides(grad_q_rows), *sizes, **common, HAS_OUT=out is not None, **tiles.launch,
-        )  # fmt: skip
+    with on_device(q):
+        # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
+        if out is None or not need_q:
+            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch)
+            delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+                *inputs, out_or_any, lse, delta, *input_strides, *_strides(out), *lse_strides, *sizes,
+                **common, HAS_OUT=out is not None, **tiles.launch,
+            )  # fmt: skip
+        if need_q:
+            tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
+            grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+                *inputs, out_or_any, lse, delta, grad_q_rows, *input_strides, *_strides(out), *lse_strides,
+                *_strides(grad_q_rows), *sizes, **common, HAS_OUT=out is not None, **tiles.launch,
+            )  # fmt: skip
 
-    # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
-    num_keys = num_prompts + (num_image if need_kv else 0)
-    if num_keys > 0:
-        is_shared = has_prompts and prompt_k.shape[0] == 1
-        parts = grad_prompt_kv
-        if is_shared:
-            shape = (batch, *grad_prompt_kv.shape[1:])
-            parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-        tiles = grad_kv_tiles(q.dtype, head_dim, num_rows)
-        grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
-            *inputs, lse, delta, grad_k, grad_v, parts, *input_strides, *lse_strides, *_strides(grad_k),
-            num_heads, num_rows, num_prompts, num_keys, **common, IMAGE=need_kv, **tiles.launch,
-        )  # fmt: skip
-        if is_shared:
-            grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
+        # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
+        num_keys = num_prompts + (num_image if need_kv else 0)
+        if num_keys > 0:
+            is_shared = has_prompts and prompt_k.shape[0] == 1
+            parts = grad_prompt_kv
+            if is_shared:
+                shape = (batch, *grad_prompt_kv.shape[1:])
+                parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+            tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch)
+            grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
+                *inputs, lse, delta, grad_k, grad_v, parts, *input_strides, *lse_strides, *_strides(grad_k),
+                num_heads, num_rows, num_prompts, num_keys, **common, IMAGE=need_kv, **tiles.launch,
+            )  # fmt: skip
+            if is_shared:
+                grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
     return grad_q, grad_kv, grad_prompt_kv
 
 
@@ -274,7 +296,7 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
 
 
 def builds(arch: int) -> list[Build]:
-    """Every kernel in every configuration that these launchers choose, on sm_`arch` as on any other.
+    """Every kernel in every configuration that these launchers choose on sm_`arch` (80, 90, 100).
 
     float16 differs from bfloat16 in no more than the type of its products: one head dim stands for all.
     """
@@ -286,12 +308,12 @@ def builds(arch: int) -> list[Build]:
     ):
         for head_dim in head_dims:
             for num_rows in (1, 64, 197):
-                found += _builds_of(dtype, head_dim, num_rows)
+                found += _builds_of(dtype, head_dim, num_rows, arch)
     unique = {(build.name, build.config): build for build in found}
     return list(unique.values())
 
 
-def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int) -> list[Build]:
+def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> list[Build]:
     d1, d2 = HEAD_DIMS[head_dim]
     common = {"D1": d1, "D2": d2, "PROMPTS": True}
     found = []
@@ -314,14 +336,14 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int) -> list[Build]:
             )
         )
 
-    forward = forward_tiles(dtype, head_dim, num_rows)
+    forward = forward_tiles(dtype, head_dim, num_rows, arch)
     add(attention_forward_kernel, forward)
     add(delta_kernel, forward, "from O", has_products=False, HAS_OUT=True)
     add(delta_kernel, forward, "from scores", HAS_OUT=False)
-    grad_q = grad_q_tiles(dtype, head_dim, num_rows)
+    grad_q = grad_q_tiles(dtype, head_dim, num_rows, arch)
     add(grad_q_kernel, grad_q, "with O", HAS_OUT=True)
     add(grad_q_kernel, grad_q, "with delta", HAS_OUT=False)
-    grad_kv = grad_kv_tiles(dtype, head_dim, num_rows)
+    grad_kv = grad_kv_tiles(dtype, head_dim, num_rows, arch)
     add(grad_kv_kernel, grad_kv, "all keys", IMAGE=True)
     add(grad_kv_kernel, grad_kv, "prompts", IMAGE=False)
     return found

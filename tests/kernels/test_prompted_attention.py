@@ -31,7 +31,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def inputs(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """q, k, v, prompt_k, prompt_v: views of packed projections, as the block has them, scores of deviation 1."""
+    """q, k, v, prompt_k, prompt_v: views of packed projections, as the block has them."""
     b, r, n, m, h, d = size
     q = random(b, r, h, d, seed=1) * d**-0.5
     kv = random(b, n, 2, h, d, seed=2)
@@ -89,9 +89,9 @@ def test_forward_and_backward(size: tuple[int, ...], shared: bool, dtype: torch.
     actual = [out, lse, grads.q, *grads.kv.unbind(2)]
     if size[3]:
         actual += grads.prompt_kv.unbind(2)
-    names = ["out", "lse", "dq", "dk", "dv", "dk_p", "dv_p"]
-    for name, a, e, x in zip(names, actual, eager, exact):
-        assert_no_worse(a, e, x, name)
+    names = ["out", "lse", "dq", "dk", "dv", "dk_p", "dv_p"][: len(actual)]
+    for name, *values in zip(names, actual, eager, exact, strict=True):
+        assert_no_worse(*values, name)
 
 
 SIZE = (2, 37, 37, 50, 2, 64)
@@ -179,40 +179,55 @@ def test_scores_of_any_size_give_finite_results(case, scale: float) -> None:
         assert t.isfinite().all()
 
 
-@pytest.mark.parametrize("dimension", [0, 1], ids=["image", "row"])
-def test_offsets_past_2_to_the_31_elements(dimension: int) -> None:
-    """Keys and values in 4 GiB of zeros, of which only the pages with these two rows are ever touched."""
-    far = torch.from_numpy(np.zeros(2**31 + 16, np.float16))
-    shape, strides = [1, 1, 1, 16], [0, 0, 16, 1]
-    shape[dimension], strides[dimension] = 2, 2**31
-    kv = far.as_strided(shape, strides)
-    kv.copy_(random(*shape, seed=1))
-    q = random(shape[0], 1, 1, 16, seed=2).half()
-    for actual, expected in zip(ops.attention(q, kv, kv, None, None),
-                                ops.attention(q, kv.clone(), kv.clone(), None, None)):
-        assert torch.equal(actual, expected)
+def test_images_2_to_the_31_elements_apart() -> None:
+    """Two images in 4 GiB of zeros, of which only the pages with them are ever touched."""
+    far = torch.from_numpy(np.zeros(2**31 + 16, np.float16)).as_strided((2, 1, 1, 16), (2**31, 16, 16, 1))
+    far.copy_(random(2, 1, 1, 16, seed=1))
+    near = far.clone()
+    for q, k in ((far, near), (near, far)):
+        out, lse = ops.attention(q, k, k, None, None)
+        expected, expected_lse = ops.attention(near, near, near, None, None)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+        actual = ops.attention_backward(far, q, k, k, None, None, out, lse, need_q=True, need_kv=True)
+        wanted = ops.attention_backward(
+            near, near, near, near, None, None, out, lse, need_q=True, need_kv=True
+        )
+        assert torch.equal(actual.q, wanted.q) and torch.equal(actual.kv, wanted.kv)
 
 
 class TestRefusals:
     def test_head_dim(self) -> None:
         given = inputs((1, 2, 2, 1, 1, 24), True, torch.float32)
-        with pytest.raises(ValueError, match="head dim 24, want one of 16, 32, 64, 80, 96, 128"):
+        with pytest.raises(ValueError, match="head dim: got 24, want one of 16, 32, 64, 80, 96, 128"):
             ops.attention(*given)
 
     def test_float64(self) -> None:
         given = inputs((1, 2, 2, 1, 1, 16), True, torch.float64)
-        with pytest.raises(ValueError, match="q is float64, want one of float32"):
+        with pytest.raises(ValueError, match="q: got torch.float64, want one of torch.float32"):
             ops.attention(*given)
 
     def test_two_dtypes(self) -> None:
         q, k, v, *prompts = inputs((1, 2, 2, 1, 1, 16), True, torch.float32)
-        with pytest.raises(ValueError, match="k is torch.float16, want q's dtype"):
+        with pytest.raises(ValueError, match="k: got torch.float16, want one of torch.float32"):
             ops.attention(q, k.half(), v, *prompts)
 
     def test_last_dimension_that_is_not_contiguous(self) -> None:
         q, *rest = inputs((1, 2, 2, 1, 1, 16), True, torch.float32)
-        with pytest.raises(ValueError, match="q has stride 2 in its last dimension"):
+        with pytest.raises(ValueError, match="q: got stride 2 along the last dimension"):
             ops.attention(torch.cat((q, q), dim=-1)[..., ::2], *rest)
+
+    def test_rows_2_to_the_31_elements_apart(self, case) -> None:
+        (q, k, v, *prompts), _ = case
+        far = torch.from_numpy(np.zeros(2**31 + 128, np.float32))  # pages that nobody touches
+        far = far.as_strided((2, 2, 2, 64), (0, 2**31, 64, 1))
+        with pytest.raises(ValueError, match="k: got strides .* want rows of an image within 2.31"):
+            ops.attention(q, far, v, *prompts)
+
+    def test_rows_that_are_not_aligned(self, case) -> None:
+        (q, k, v, *prompts), _ = case
+        wide = torch.zeros(*k.shape[:3], 65)
+        with pytest.raises(ValueError, match="v: got .* want rows that start at multiples of 16 bytes"):
+            ops.attention(q, k, wide[..., :64], *prompts)
 
     def test_image_keys_that_are_needed_and_missing(self, case) -> None:
         with pytest.raises(ValueError, match="k: got None"):
@@ -221,8 +236,8 @@ class TestRefusals:
             backward(*case, need_q=False, need_kv=False, image=False, keep_out=False)
 
     def test_cpu_without_the_interpreter(self, case, monkeypatch) -> None:
-        from vpt_fast.kernels import launch
+        from vpt_fast.kernels import checks
 
-        monkeypatch.setattr(launch.triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr(checks.triton.knobs.runtime, "interpret", False)
         with pytest.raises(ValueError, match="q is on cpu, want a CUDA device"):
             ops.attention(*case[0])

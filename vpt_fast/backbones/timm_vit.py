@@ -23,7 +23,7 @@ from torch import nn
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
-from vpt_fast.kernels import get_ops
+from vpt_fast.kernels import get_backend
 
 # Pooling by name: the mean over these rows, after the final norm (Fig. 8).
 POOLS = {
@@ -122,17 +122,21 @@ class FrozenViT(nn.Module):
     Args:
         vit: the model to read.
         dtype: of the frozen weights; None keeps the model's own.
-        backend: see `kernels.get_ops`.
+        backend, attention: see `kernels.get_backend`.
 
     Raises:
         ValueError: the model has a part that is not supported; the message names it.
     """
 
     def __init__(
-        self, vit: VisionTransformer, dtype: torch.dtype | None = None, backend: str = "auto"
+        self,
+        vit: VisionTransformer,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
     ) -> None:
         super().__init__()
-        ops = get_ops(backend)
+        operations = get_backend(backend, attention)
         _check(vit)
         # Everything but blocks and classifier, in one deep copy.
         self.stem: VisionTransformer = copy.deepcopy(
@@ -143,7 +147,7 @@ class FrozenViT(nn.Module):
             self.stem.to(dtype)
         folded = (fold(_block_parts(block, index), dtype) for index, block in enumerate(vit.blocks))
         # A ModuleList, typed as what it holds.
-        self.blocks: Sequence[FrozenBlock] = nn.ModuleList(FrozenBlock(*f, ops) for f in folded)  # type: ignore
+        self.blocks: Sequence[FrozenBlock] = nn.ModuleList(FrozenBlock(*f, operations) for f in folded)  # type: ignore
         self.eval()
         # Read off the model as it came: folding and dtype do not change which backbone it is.
         self.fingerprint = fingerprint(vit)
@@ -205,14 +209,15 @@ class FrozenViT(nn.Module):
         """
         x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
         x = self._norm_pre(self.stem._pos_embed(x))
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        # Without a prefix token nothing has copied the convolution's channels to the end yet.
+        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
         """Prompts given as a strip of patches: (1, C, p, p·m) -> (1, m, d), with no position added."""
         patch_embed = self.stem.patch_embed
         x = patch_embed.proj(pixels.to(patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
         x = self._norm_pre(patch_embed.norm(x))
-        return x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def _norm_pre(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem.norm_pre(x.to(_dtype_of(self.stem.norm_pre, default=x.dtype)))

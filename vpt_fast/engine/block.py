@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
-from vpt_fast.kernels import Ops
+from vpt_fast.kernels import Backend, Ops
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class _Call:
 
     @property
     def keeps_out(self) -> bool:
-        """Whether attention's output is kept. Without it backward needs all keys, which are more."""
-        return not self.policy.pack or not self.keeps_image_keys or self.ops.needs_out
+        """Whether attention's output is kept. Without it backward goes over all keys for every row, which
+        it does anyway only where the tokens' gradient is wanted."""
+        return not self.policy.pack or not self.grad_tokens or self.ops.needs_out
 
 
 class _Kept(NamedTuple):
@@ -100,17 +101,17 @@ class FrozenBlock(nn.Module):
 
     Args:
         spec, weights: from `engine.weights.fold`.
-        ops: the implementation of its operations, from `kernels.get_ops`.
+        backend: the implementations of its operations, from `kernels.get_backend`.
     """
 
     qkv_weight: torch.Tensor
     proj_weight: torch.Tensor
     fc1_weight: torch.Tensor
 
-    def __init__(self, spec: BlockSpec, weights: BlockWeights, ops: Ops) -> None:
+    def __init__(self, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> None:
         super().__init__()
         self.spec = spec
-        self.ops = ops
+        self.backend = backend
         # Parameters and not buffers: DistributedDataParallel broadcasts buffers before every forward pass,
         # and a frozen backbone needs to be sent once.
         for name, weight in weights._asdict().items():
@@ -137,13 +138,14 @@ class FrozenBlock(nn.Module):
         """
         num_tokens = tokens.shape[1]
         grad_tokens = tokens.requires_grad and torch.is_grad_enabled()
+        dtype = compute_dtype(tokens.device.type, self.qkv_weight.dtype)
         call = _Call(
             spec=self.spec,
-            ops=self.ops,
+            ops=self.backend.ops(tokens.device.type, dtype, self.spec.head_dim),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
-            dtype=compute_dtype(tokens.device.type, self.qkv_weight.dtype),
+            dtype=dtype,
             grad_tokens=grad_tokens,
             policy=policy,
         )

@@ -59,8 +59,8 @@ def kept_bytes(
 
     copies, m = prompt_shape or (0, 0)
 
-    if policy.recompute_block:  # the inputs, in the residual stream's dtype
-        return (batch_size * num_tokens + copies * m) * embed_dim * stat
+    if policy.recompute_block:  # the inputs; prompts that all images share are the parameter itself
+        return (batch_size * num_tokens + (copies * m if copies > 1 else 0)) * embed_dim * stat
 
     def x_hat(num: int, packed: bool) -> int:
         """x̂ and rstd of `num` rows; packed with a scale."""
@@ -76,7 +76,7 @@ def kept_bytes(
         if image_keys:
             total += batch_size * num_tokens * 2 * attn_dim * size  # k, v
     total += batch_size * num_rows * heads * stat  # lse
-    if not policy.pack or not image_keys or block.ops.needs_out:
+    if not policy.pack or not grad_tokens or block.backend.needs_out:
         total += batch_size * num_rows * attn_dim * size  # out
     total += x_hat(batch_size * num_rows, policy.pack)
     if policy.pack:

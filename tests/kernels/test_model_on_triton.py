@@ -1,0 +1,93 @@
+"""Whole models on the Triton kernels, in the interpreter, against concatenation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from concatenation import ConcatenatedViT, relative_error
+from tiny import random_batch, tiny_vit
+
+from vpt_fast import PromptedViT
+from vpt_fast.engine.policy import POLICIES
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+CLASSES = 5
+DEEP = dict(num_prompts=7)
+SETTINGS = {
+    "deep": DEEP,
+    "shallow": dict(num_prompts=7, prompt_type="shallow"),
+    "image_and_prompt_pool": dict(num_prompts=3, pool="image_and_prompts"),
+    "first_drop": dict(num_prompts=7, prompt_layers=1, after_prompts="drop"),
+    "last_one": dict(num_prompts=7, prompt_layers=-1),
+    "add": dict(prompt_location="add"),
+}
+BACKBONES = {
+    "qk_norm": dict(qk_norm=True),
+    "rms_norm_and_swiglu": dict(norm_layer="rmsnorm", mlp_layer="swiglu"),
+    "average_pool_without_cls": dict(class_token=False, global_pool="avg"),
+}
+
+
+def backbone(**arguments):
+    from timm.layers import GluMlp, RmsNorm
+    from torch import nn
+
+    if arguments.pop("mlp_layer", None):
+        arguments |= dict(mlp_layer=lambda *a, **k: GluMlp(*a, **k, gate_last=False), act_layer=nn.SiLU)
+    if arguments.pop("norm_layer", None):
+        arguments |= dict(norm_layer=RmsNorm)
+    return tiny_vit(depth=2, **arguments)
+
+
+def gradients(model, images) -> dict[str, torch.Tensor]:
+    logits = model(images)
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits))
+    return {
+        "logits": logits.detach(),
+        **{name: p.grad for name, p in model.named_parameters() if p.requires_grad},
+    }
+
+
+def errors(vit, settings: dict, memory: str = "exact") -> dict[str, float]:
+    """Relative errors of logits and gradients, by name."""
+    model = PromptedViT(vit.float(), CLASSES, backend="triton", memory=memory, **settings).train()
+    plain = ConcatenatedViT(vit.double(), CLASSES, **settings).double()
+    plain.load_trainables(model.trainable_state_dict())
+    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+    actual, expected = gradients(model, images), gradients(plain, images.double())
+    return {name: relative_error(actual[name], exact) for name, exact in expected.items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_equals_concatenation(settings: dict) -> None:
+    assert max(errors(backbone(), settings).values()) < 2e-5
+
+
+@pytest.mark.parametrize("arguments", BACKBONES.values(), ids=BACKBONES)
+def test_variant_of_the_backbone_equals_concatenation(arguments: dict) -> None:
+    assert max(errors(backbone(**arguments), DEEP).values()) < 2e-5
+
+
+@pytest.mark.parametrize("memory", [name for name, policy in POLICIES.items() if not policy.pack][1:])
+def test_recomputing_is_exact(memory: str) -> None:
+    assert max(errors(backbone(), DEEP, memory).values()) < 2e-5
+
+
+def test_compact_gradients_carry_the_codes_rounding_alone() -> None:
+    found = errors(backbone(), DEEP, "compact")
+    assert found.pop("logits") < 2e-5  # forward is exact
+    assert max(found.values()) < 2e-2
+
+
+def test_dropout_per_image_equals_the_plain_operations() -> None:
+    vit = backbone().float()
+    images = random_batch(PromptedViT(vit, CLASSES, 7), 2, CLASSES, torch.float32)[0]
+    found = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = PromptedViT(vit, CLASSES, 7, prompt_dropout=0.5, backend=backend).train()
+        torch.manual_seed(1)
+        found.append(gradients(model, images))
+    for name, expected in found[0].items():
+        assert relative_error(found[1][name], expected.double()) < 2e-5, name
