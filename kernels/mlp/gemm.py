@@ -1,0 +1,255 @@
+"""fc1 with its activation, and the gradient through fc2 with the activation's derivative, as one product.
+
+They save the round trip of the pre-activation (forward) or of its gradient (backward) through memory. Whether
+that beats a library's product followed by `ops` depends on the shape: measure before choosing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
+from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
+from vpt_fast.kernels.rows import leading_rows
+
+_MAX_SIDE = (
+    2**31 - 2**10
+)  # rows and columns are numbered in 32 bits, those of the last tile beyond the end too
+
+
+def _config(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles, warps, stages.
+
+    Three stages of 16-bit tiles are 96 KiB, so that two programs fit on one processor of sm_90 and one's
+    epilogue runs beside the other's products. float32 has no tensor cores at full precision: small tiles.
+    """
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def _grid(num_rows: int, num_columns: int, config: dict[str, int]) -> tuple[int]:
+    programs = triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"])
+    if max(num_rows, num_columns) > _MAX_SIDE or programs > MAX_PROGRAMS:
+        raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
+    return (programs,)
+
+
+def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
+
+
+def _empty_forward(
+    x: torch.Tensor, weight: torch.Tensor, pack: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a, u, codes; what is not wanted has no elements."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    return (
+        torch.empty(shape, dtype=x.dtype, device=x.device),
+        torch.empty(shape if keep and not pack else (0,), dtype=x.dtype, device=x.device),
+        torch.empty(shape if keep and pack else (0,), dtype=torch.uint8, device=x.device),
+    )
+
+
+@torch.library.custom_op("vpt_fast::linear_activate", mutates_args=())
+def _linear_activate(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_kind(kind, ELEMENTWISE)
+    require_device(x=x, weight=weight, bias=bias)
+    require_dtype(DTYPES, x=x.dtype)
+    require_dtype((x.dtype,), weight=weight.dtype)
+    num_columns, depth = weight.shape
+    require_shape((*x.shape[:-1], depth), x=x)
+    require_shape((num_columns,), bias=bias)
+    _require_contiguous_rows(weight=weight)
+    if bias is not None:
+        require_dtype(DTYPES, bias=bias.dtype)
+        _require_contiguous_rows(bias=bias)
+    a, u, codes = _empty_forward(x, weight, pack, keep)
+    if a.numel() == 0:
+        return a, u, codes
+    rows = leading_rows(x=x)
+    config = _config(x.dtype)
+    with on_device(x):
+        linear_activate_kernel[_grid(rows.count, num_columns, config)](
+            x,
+            weight,
+            bias,
+            a,
+            u if u.numel() else None,
+            codes if codes.numel() else None,
+            rows.count,
+            num_columns,
+            depth,
+            *rows.sizes[1:],
+            *rows.strides[0],
+            weight.stride(0),
+            KIND=kind,
+            EVEN_K=depth % config["BLOCK_K"] == 0,
+            **config,
+        )
+    return a, u, codes
+
+
+@_linear_activate.register_fake
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_forward(x, weight, pack, keep)
+
+
+@torch.library.custom_op("vpt_fast::linear_activate_backward", mutates_args=())
+def _linear_activate_backward(
+    grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
+) -> torch.Tensor:
+    check_kind(kind, ELEMENTWISE)
+    require_device(grad=grad, weight=weight, kept=kept)
+    require_dtype(DTYPES, grad=grad.dtype)
+    require_dtype((grad.dtype,), weight=weight.dtype)
+    require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+    depth, num_columns = weight.shape
+    require_shape((*grad.shape[:-1], depth), grad=grad)
+    require_shape((*grad.shape[:-1], num_columns), kept=kept)
+    _require_contiguous_rows(weight=weight)
+    grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+    if grad_u.numel() == 0:
+        return grad_u
+    rows = leading_rows(grad=grad, kept=kept)
+    config = _config(grad.dtype)
+    with on_device(grad):
+        linear_activate_backward_kernel[_grid(rows.count, num_columns, config)](
+            grad,
+            weight,
+            kept,
+            grad_u,
+            rows.count,
+            num_columns,
+            depth,
+            *rows.sizes[1:],
+            *rows.strides[0],
+            *rows.strides[1],
+            weight.stride(0),
+            KIND=kind,
+            EVEN_K=depth % config["BLOCK_K"] == 0,
+            **config,
+        )
+    return grad_u
+
+
+@_linear_activate_backward.register_fake
+def _(grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+
+
+def linear_activate(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    *,
+    pack: bool = False,
+    keep: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """act(x weightᵀ + bias), and what backward needs of it.
+
+    Args:
+        x: (..., k), bfloat16, float16 or float32, up to three leading dimensions with any strides.
+        weight: (n, k), dtype of x.
+        bias: (n,), any of those dtypes, or None.
+        kind: an activation that is not gated.
+        pack: keep the derivative in 8 bits, as `ops.activate` codes it, not the pre-activation.
+        keep: False for neither.
+
+    Returns:
+        a (..., n) in x's dtype; the pre-activation u (..., n) in x's dtype, or None; codes (..., n), uint8,
+        or None. Both a and codes come from u in float32.
+
+    Raises:
+        ValueError: an activation, dtype, shape, device or stride that it does not take.
+    """
+    a, u, codes = _linear_activate(x, weight, bias, kind, pack, keep)
+    return a, u if keep and not pack else None, codes if keep and pack else None
+
+
+def linear_activate_backward(
+    grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """(grad weight) · act'(u): the gradient of the pre-activation from that of the next layer's output.
+
+    Args:
+        grad: (..., k), bfloat16, float16 or float32.
+        weight: (k, n) of that layer, dtype of grad.
+        kept: u (..., n), floating, or codes (..., n), uint8.
+        kind: the activation, one that is not gated.
+
+    Returns:
+        (..., n) in grad's dtype.
+
+    Raises:
+        ValueError: an activation, dtype, shape, device or stride that it does not take.
+    """
+    return _linear_activate_backward(grad, weight, kept, kind)
+
+
+def builds(arch: int) -> list[Build]:
+    """GELU in every dtype, packed and not, with a ragged k once; `arch` makes no difference to the launch.
+
+    Other activations change a few instructions of the epilogue, and GELU's is the longest.
+    """
+    found = []
+    for dtype in DTYPES:
+        for pack in (False, True):
+            found.append(_forward_build(dtype, pack, even_k=True))
+            found.append(_backward_build(dtype, pack, even_k=True))
+    found.append(_forward_build(torch.bfloat16, True, even_k=False))
+    found.append(_backward_build(torch.bfloat16, True, even_k=False))
+    return found
+
+
+def _forward_build(dtype: torch.dtype, pack: bool, *, even_k: bool) -> Build:
+    floats = f"*{TYPE_NAMES[dtype]}"
+    pointers = {"x": floats, "weight": floats, "bias": floats, "a": floats}
+    pointers["codes" if pack else "u"] = "*u8" if pack else floats
+    absent = {"u" if pack else "codes": None}
+    return _build(linear_activate_kernel, dtype, pack, pointers, ("x",), absent, even_k)
+
+
+def _backward_build(dtype: torch.dtype, pack: bool, *, even_k: bool) -> Build:
+    floats = f"*{TYPE_NAMES[dtype]}"
+    pointers = {"grad": floats, "weight": floats, "kept": "*u8" if pack else floats, "grad_u": floats}
+    return _build(linear_activate_backward_kernel, dtype, pack, pointers, ("grad", "kept"), {}, even_k)
+
+
+def _build(
+    kernel: Any,
+    dtype: torch.dtype,
+    pack: bool,
+    pointers: dict[str, str],
+    inputs: tuple[str, ...],
+    absent: dict[str, None],
+    even_k: bool,
+) -> Build:
+    """In the kernel's order: pointers, sizes, strides of the inputs and of the weight."""
+    config = _config(dtype)
+    num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+    strides = [*(f"{name}_stride{dim}" for name in inputs for dim in range(3)), "weight_stride"]
+    integers = ["M", "N", "K", "size1", "size2", *strides]
+    tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
+    return Build(
+        kernel=kernel,
+        config=f"{TYPE_NAMES[dtype]} gelu{' codes' if pack else ''} {tile}{'' if even_k else ' ragged k'}",
+        signature={**pointers, **dict.fromkeys(integers, "i32")},
+        constexprs={**absent, "KIND": "gelu", "EVEN_K": even_k, **config},
+        divisible=(*pointers, "N", "K", *strides),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        wgmma=dtype != torch.float32,
+    )

@@ -1,0 +1,167 @@
+"""Matrix products of the MLP with the activation, or its derivative, in the epilogue.
+
+Tiles are taken in groups of GROUP rows of tiles, column by column, so that the tiles in flight share what
+they read through the L2 cache. Rows beyond the end read the last row and are not stored.
+"""
+
+import triton
+import triton.language as tl
+from vpt_fast.kernels.mlp.jit import activation
+from vpt_fast.kernels.rows import decode_derivative, encode_derivative, row_offset
+
+
+@triton.jit
+def grouped_tile(num_m, num_n, GROUP: tl.constexpr):
+    """This program's tile: its row and its column of tiles."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP * num_n)
+    first = group * GROUP
+    rows = tl.minimum(num_m - first, GROUP)
+    within = pid - group * (GROUP * num_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def split_columns(product, BLOCK_M: tl.constexpr, half: tl.constexpr):
+    """Left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, half)), (0, 2, 1)))
+
+
+@triton.jit
+def store_activation(product, bias, a, u, codes, m, n, M, N, KIND: tl.constexpr, EXACT: tl.constexpr):
+    """Of rows m and columns n: the activation, and what is kept of the pre-activation."""
+    if bias is not None:
+        product += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[None, :]
+    value, slope = activation(product, KIND, EXACT)
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(a + at, value.to(a.dtype.element_ty), mask)
+    if u is not None:
+        tl.store(u + at, product.to(u.dtype.element_ty), mask)
+    if codes is not None:
+        tl.store(codes + at, encode_derivative(slope), mask)
+
+
+@triton.jit
+def store_gradient(product, kept_rows, grad_u, m, n, M, N, KIND: tl.constexpr):
+    """Of rows m, whose kept rows start at `kept_rows`, and columns n: the product times the derivative."""
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    saved = tl.load(kept_rows[:, None] + n[None, :], mask, other=0)
+    if kept_rows.dtype.element_ty == tl.uint8:
+        slope = decode_derivative(saved)
+    else:
+        EXACT: tl.constexpr = grad_u.dtype.element_ty == tl.float32
+        _, slope = activation(saved.to(tl.float32), KIND, EXACT)
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(grad_u + at, (product * slope).to(grad_u.dtype.element_ty), mask)
+
+
+@triton.jit
+def linear_activate_kernel(
+    x,  # (M, K)
+    weight,  # (N, K)
+    bias,  # (N,) or None
+    a,  # (M, N)
+    u,  # (M, N) or None: the pre-activation is not kept
+    codes,  # (M, N) or None: the derivative is not kept
+    M,
+    N,
+    K,
+    size1,
+    size2,
+    x_stride0,
+    x_stride1,
+    x_stride2,
+    weight_stride,
+    KIND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_rows = row_offset(tl.minimum(m, M - 1), size1, size2, x_stride0, x_stride1, x_stride2)
+    x_at = x + x_rows[:, None] + k[None, :]
+    weight_at = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * weight_stride + k[None, :]
+
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x_tile = tl.load(x_at)
+            weight_tile = tl.load(weight_at)
+        else:
+            x_tile = tl.load(x_at, k[None, :] < K - start, other=0.0)
+            weight_tile = tl.load(weight_at, k[None, :] < K - start, other=0.0)
+        # (BLOCK_M, BLOCK_K) (BLOCK_N, BLOCK_K)ᵀ
+        product = tl.dot(x_tile, tl.trans(weight_tile), product, input_precision="ieee")
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+
+    # In halves, so that the epilogue's registers leave room for a second program on the processor.
+    half: tl.constexpr = BLOCK_N // 2
+    left, right = split_columns(product, BLOCK_M, half)
+    n = tile_n * BLOCK_N + tl.arange(0, half)
+    store_activation(left, bias, a, u, codes, m, n, M, N, KIND, x.dtype.element_ty == tl.float32)
+    store_activation(right, bias, a, u, codes, m, n + half, M, N, KIND, x.dtype.element_ty == tl.float32)
+
+
+@triton.jit
+def linear_activate_backward_kernel(
+    grad,  # (M, K)
+    weight,  # (K, N)
+    kept,  # (M, N): the pre-activation, or uint8 codes of the derivative
+    grad_u,  # (M, N)
+    M,
+    N,
+    K,
+    size1,
+    size2,
+    grad_stride0,
+    grad_stride1,
+    grad_stride2,
+    kept_stride0,
+    kept_stride1,
+    kept_stride2,
+    weight_stride,
+    KIND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = tl.minimum(m, M - 1)
+    grad_at = (
+        grad + row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)[:, None] + k[None, :]
+    )
+    weight_at = weight + k.to(tl.int64)[:, None] * weight_stride + n[None, :]
+    n_mask = (n < N)[None, :]
+
+    step = tl.full((), BLOCK_K, tl.int64) * weight_stride
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            grad_tile = tl.load(grad_at)
+            weight_tile = tl.load(weight_at, n_mask, other=0.0)
+        else:
+            grad_tile = tl.load(grad_at, k[None, :] < K - start, other=0.0)
+            weight_tile = tl.load(weight_at, (k[:, None] < K - start) & n_mask, other=0.0)
+        # (BLOCK_M, BLOCK_K) (BLOCK_K, BLOCK_N)
+        product = tl.dot(grad_tile, weight_tile, product, input_precision="ieee")
+        grad_at += BLOCK_K
+        weight_at += step
+
+    half: tl.constexpr = BLOCK_N // 2
+    left, right = split_columns(product, BLOCK_M, half)
+    n = tile_n * BLOCK_N + tl.arange(0, half)
+    kept_rows = kept + row_offset(row, size1, size2, kept_stride0, kept_stride1, kept_stride2)
+    store_gradient(left, kept_rows, grad_u, m, n, M, N, KIND)
+    store_gradient(right, kept_rows, grad_u, m, n + half, M, N, KIND)

@@ -1,0 +1,106 @@
+"""Matrix products with the activation in the epilogue, compiled, against float64 definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from definitions import activated, assert_as_good_as, random, slope
+from vpt_fast.kernels.mlp import gemm
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
+
+DTYPES = [
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.float32, id="fp32"),
+]
+# Leading shape of x, depth, columns: tails in every dimension and of 16-byte accesses, one row, ViT-B, ViT-H
+SIZES = [
+    ((1,), 16, 8),
+    ((2, 67), 70, 200),
+    ((130,), 33, 3),
+    ((3,), 1, 1),
+    ((4, 197), 768, 3072),
+    ((2, 257), 1280, 5120),
+]
+IDS = ["x".join(map(str, (*lead, depth, columns))) for lead, depth, columns in SIZES]
+
+
+@pytest.fixture(autouse=True)
+def full_precision_in_eager(monkeypatch):
+    """What float32 is held against has no TF32."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return random(*shape, seed=seed, dtype=dtype, device="cuda")
+
+
+def assert_equal_twice(op, *args, **kwargs):
+    """The op's results, the same to the bit when it runs again."""
+    first, second = op(*args, **kwargs), op(*args, **kwargs)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+        return first
+    for a, b in zip(first, second, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    return first
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["u", "codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_linear_activate(size, kind, dtype, pack):
+    lead, depth, columns = size
+    x, bias = make(*lead, depth, seed=0, dtype=dtype), make(columns, seed=2, dtype=dtype)
+    weight = (make(columns, depth, seed=1) / (2 * depth**0.5)).to(dtype)
+    a, u, codes = assert_equal_twice(gemm.linear_activate, x, weight, bias, kind, pack=pack)
+    eager = torch.nn.functional.linear(x, weight, bias)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert_as_good_as(a, activated(eager, kind), activated(exact, kind))
+    if pack:
+        assert ((codes.double() - 27) / 200 - slope(exact, kind)).abs().max() <= 0.0025 + 1e-4
+    else:
+        assert_as_good_as(u, eager, exact)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["u", "codes"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_linear_activate_backward(size, kind, dtype, pack):
+    lead, depth, columns = size
+    grad, u = make(*lead, depth, seed=0, dtype=dtype), make(*lead, columns, seed=2, dtype=dtype)
+    weight = (make(depth, columns, seed=1) / (2 * depth**0.5)).to(dtype)
+    kept, derivative = u, slope(u.double(), kind)
+    if pack:
+        kept = (derivative * 200).round().add(27).to(torch.uint8)
+        derivative = (kept.double() - 27) / 200
+    grad_u = assert_equal_twice(gemm.linear_activate_backward, grad, weight, kept, kind)
+    assert_as_good_as(
+        grad_u, (grad @ weight) * derivative.to(dtype), (grad.double() @ weight.double()) * derivative
+    )
+
+
+def test_results_beyond_2_to_the_31_elements():
+    rows = 2**31 // 4096 + 5
+    x = torch.zeros(rows, 64, dtype=torch.bfloat16, device="cuda")
+    x[-5:] = make(5, 64, seed=0)
+    weight = (make(4096, 64, seed=1) / 16).bfloat16()
+    a, *_ = gemm.linear_activate(x, weight, None, "gelu", keep=False)
+    expected, *_ = gemm.linear_activate(x[-5:].clone(), weight, None, "gelu", keep=False)
+    assert torch.equal(a[-5:], expected)
+
+
+def test_compiles_without_a_graph_break():
+    def both(x, grad, weight1, bias, weight2):
+        a, _, codes = gemm.linear_activate(x, weight1, bias, "gelu", pack=True)
+        return a, gemm.linear_activate_backward(grad, weight2, codes, "gelu")
+
+    arguments = [
+        make(*shape, seed=seed, dtype=torch.bfloat16)
+        for seed, shape in enumerate([(64, 96), (64, 96), (384, 96), (384,), (96, 384)])
+    ]
+    for x, y in zip(torch.compile(both, fullgraph=True)(*arguments), both(*arguments), strict=True):
+        assert torch.equal(x, y)

@@ -1,0 +1,228 @@
+"""Products with the activation in the epilogue, in Triton's interpreter, against float64 definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+from definitions import activated, assert_as_good_as, random, slope
+from vpt_fast.kernels.mlp import gemm
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+# Leading shape of x, depth, columns: tails in every dimension, one row, one tile exactly, several groups
+SIZES = [
+    ((1,), 16, 8),
+    ((3, 5), 48, 65),
+    ((2, 67), 70, 200),
+    ((128,), 64, 128),
+    ((130,), 8, 3),
+    ((1250,), 5, 4),
+]
+IDS = ["x".join(map(str, (*lead, depth, columns))) for lead, depth, columns in SIZES]
+
+
+def forward_inputs(size, dtype):
+    """x, weight and bias, with pre-activations of deviation near 1."""
+    lead, depth, columns = size
+    weight = random(columns, depth, seed=1) / (2 * depth**0.5)
+    return random(*lead, depth, seed=0, dtype=dtype), weight.to(dtype), random(columns, seed=2, dtype=dtype)
+
+
+def backward_inputs(size, dtype):
+    """grad of fc2's output, fc2's weight, and the pre-activation."""
+    lead, depth, columns = size
+    weight = random(depth, columns, seed=1) / (2 * depth**0.5)
+    u = random(*lead, columns, seed=2, dtype=dtype)
+    return random(*lead, depth, seed=0, dtype=dtype), weight.to(dtype), u
+
+
+def pre_activation(x, weight, bias):
+    return x @ weight.T if bias is None else x @ weight.T + bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_linear_activate(size, dtype):
+    inputs = forward_inputs(size, dtype)
+    a, u, codes = gemm.linear_activate(*inputs, "gelu")
+    eager, exact = pre_activation(*inputs), pre_activation(*(t.double() for t in inputs))
+    assert (a.dtype, u.dtype, codes) == (dtype, dtype, None)
+    assert_as_good_as(u, eager, exact)
+    assert_as_good_as(a, activated(eager, "gelu"), activated(exact, "gelu"))
+
+
+@pytest.mark.parametrize("kind", gemm.ELEMENTWISE)
+def test_linear_activate_of_every_kind(kind):
+    inputs = forward_inputs(((5,), 16, 20), torch.float32)
+    a, _, codes = gemm.linear_activate(*inputs, kind, pack=True)
+    eager, exact = pre_activation(*inputs), pre_activation(*(t.double() for t in inputs))
+    assert_as_good_as(a, activated(eager, kind), activated(exact, kind))
+    assert ((codes.double() - 27) / 200 - slope(exact, kind)).abs().max() <= 0.0025 + 1e-5
+
+
+def test_linear_activate_without_bias():
+    x, weight, _ = forward_inputs(((5,), 16, 20), torch.float32)
+    a, *_ = gemm.linear_activate(x, weight, None, "gelu")
+    exact = activated(x.double() @ weight.double().T, "gelu")
+    assert_as_good_as(a, activated(x @ weight.T, "gelu"), exact)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_codes_are_within_half_a_step(size):
+    inputs = forward_inputs(size, torch.float32)
+    a, u, codes = gemm.linear_activate(*inputs, "gelu", pack=True)
+    assert (u, codes.dtype) == (None, torch.uint8)
+    assert torch.equal(a, gemm.linear_activate(*inputs, "gelu")[0])
+    exact = slope(pre_activation(*(t.double() for t in inputs)), "gelu")
+    assert ((codes.double() - 27) / 200 - exact).abs().max() <= 0.0025 + 1e-5
+
+
+def test_nothing_is_kept_where_nothing_is_wanted():
+    inputs = forward_inputs(SIZES[1], torch.float32)
+    a, u, codes = gemm.linear_activate(*inputs, "gelu", keep=False)
+    assert (u, codes) == (None, None)
+    assert torch.equal(a, gemm.linear_activate(*inputs, "gelu")[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_linear_activate_backward(size, dtype):
+    grad, weight, u = backward_inputs(size, dtype)
+    grad_u = gemm.linear_activate_backward(grad, weight, u, "gelu")
+    assert grad_u.dtype == dtype
+    eager, exact = (
+        torch.ops.aten.gelu_backward(grad.to(wide) @ weight.to(wide), u.to(wide))
+        for wide in (dtype, torch.float64)
+    )
+    assert_as_good_as(grad_u, eager, exact)
+
+
+@pytest.mark.parametrize("kind", gemm.ELEMENTWISE)
+def test_linear_activate_backward_of_every_kind(kind):
+    grad, weight, u = backward_inputs(((5,), 16, 20), torch.float32)
+    grad_u = gemm.linear_activate_backward(grad, weight, u, kind)
+    exact = (grad.double() @ weight.double()) * slope(u.double(), kind)
+    assert_as_good_as(grad_u, (grad @ weight) * slope(u, kind), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=IDS)
+def test_linear_activate_backward_from_codes(size, dtype):
+    grad, weight, u = backward_inputs(size, dtype)
+    codes = torch.arange(u.numel()).view(u.shape).to(torch.uint8)  # every code, cut to 8 bits
+    grad_u = gemm.linear_activate_backward(grad, weight, codes, "gelu")
+    derivative = (codes.double() - 27) / 200
+    exact = (grad.double() @ weight.double()) * derivative
+    assert_as_good_as(grad_u, (grad @ weight) * derivative.to(dtype), exact)
+
+
+def wider(t: torch.Tensor) -> torch.Tensor:
+    """Equal to t, its rows further apart, each image's rows further still."""
+    return torch.cat((torch.cat((t, t), -1), torch.cat((t, t), -1)), 1)[:, : t.shape[1], : t.shape[2]]
+
+
+def test_views():
+    size = ((3, 5), 24, 40)
+    x, weight, bias = forward_inputs(size, torch.float32)
+    for got, expected in zip(
+        gemm.linear_activate(wider(x), torch.cat((weight, weight), 1)[:, :24], bias, "gelu")[:2],
+        gemm.linear_activate(x, weight, bias, "gelu")[:2],
+        strict=True,
+    ):
+        assert got.is_contiguous()
+        assert torch.equal(got, expected)
+    grad, weight, u = backward_inputs(size, torch.float32)
+    got = gemm.linear_activate_backward(wider(grad), torch.cat((weight, weight), 1)[:, :40], wider(u), "gelu")
+    assert torch.equal(got, gemm.linear_activate_backward(grad, weight, u, "gelu"))
+
+
+def test_no_rows_give_no_rows():
+    x, weight, bias = forward_inputs(((0,), 8, 12), torch.float32)
+    a, u, _ = gemm.linear_activate(x, weight, bias, "gelu")
+    assert a.shape == u.shape == (0, 12)
+    assert gemm.linear_activate_backward(x, weight.T.contiguous(), u, "gelu").shape == (0, 12)
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    far = 2**31 + 16
+    # Pages that nobody touches cost nothing.
+    x, kept = (
+        torch.from_numpy(np.empty(far + 16, np.float16)).as_strided((2, 16), (far, 1)) for _ in range(2)
+    )
+    x.copy_(random(2, 16, seed=0))
+    kept.copy_(random(2, 16, seed=1))
+    weight = random(16, 16, seed=2, dtype=torch.float16)
+    near, kept_near = x.clone(), kept.clone()
+    assert torch.equal(
+        gemm.linear_activate(x, weight, None, "gelu")[0], gemm.linear_activate(near, weight, None, "gelu")[0]
+    )
+    assert torch.equal(
+        gemm.linear_activate_backward(x, weight, kept, "gelu"),
+        gemm.linear_activate_backward(near, weight, kept_near, "gelu"),
+    )
+
+
+def forward(**changed):
+    x, weight, bias = forward_inputs(((4,), 8, 12), torch.float32)
+    return gemm.linear_activate(**({"x": x, "weight": weight, "bias": bias, "kind": "gelu"} | changed))
+
+
+def backward(**changed):
+    grad, weight, u = backward_inputs(((4,), 8, 12), torch.float32)
+    return gemm.linear_activate_backward(
+        **({"grad": grad, "weight": weight, "kept": u, "kind": "gelu"} | changed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "changed", "message"),
+    [
+        (forward, {"kind": "swiglu"}, "activation: got 'swiglu', want one of 'gelu'"),
+        (forward, {"x": torch.ones(4, 8).double()}, "x: got torch.float64"),
+        (forward, {"x": torch.ones(4, 9)}, r"x: got shape \(4, 9\), want \(4, 8\)"),
+        (forward, {"x": torch.ones(8, 4).T}, "x: got stride 4"),
+        (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
+        (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
+        (forward, {"bias": torch.ones(8)}, r"bias: got shape \(8,\), want \(12,\)"),
+        (backward, {"kind": "swiglu"}, "activation: got 'swiglu'"),
+        (backward, {"kept": torch.ones(4, 13)}, r"kept: got shape \(4, 13\), want \(4, 12\)"),
+        (backward, {"kept": torch.ones(4, 12).char()}, "kept: got torch.int8"),
+        (backward, {"grad": torch.ones(4, 9)}, r"grad: got shape \(4, 9\), want \(4, 8\)"),
+        (backward, {"weight": torch.ones(12, 8).T}, "weight: got stride 8"),
+    ],
+)
+def test_error_names_the_argument(function, changed, message):
+    with pytest.raises(ValueError, match=message):
+        function(**changed)
+
+
+@pytest.mark.parametrize("function", [forward, backward])
+def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match="backend='triton': .* on cpu, want a CUDA device"):
+        function()
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (gemm._linear_activate, (torch.ones(2, 8), torch.ones(4, 8), None, "gelu", True, True)),
+        (gemm._linear_activate, (torch.ones(2, 8), torch.ones(4, 8), torch.ones(4), "gelu", False, True)),
+        (gemm._linear_activate_backward, (torch.ones(2, 8), torch.ones(8, 4), torch.ones(2, 4), "gelu")),
+    ],
+    ids=["packed", "plain", "backward"],
+)
+def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_builds_ask_for_wgmma_wherever_there_are_tensor_cores():
+    builds = gemm.builds(90)
+    assert len({(build.name, build.config) for build in builds}) == len(builds)
+    pointers = {"x", "grad"}
+    for build in builds:
+        (dtype,) = {build.signature[name] for name in pointers & set(build.signature)}
+        assert build.wgmma == (dtype != "*fp32")
