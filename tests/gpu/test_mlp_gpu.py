@@ -14,7 +14,7 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.float32, id="fp32"),
 ]
-SHAPES = [(3, 5, 7), (1, 1), (197, 16), (3, 2049), (8, 197, 3072), (4, 257, 5120)]
+SHAPES = [(3, 5, 17), (300, 1), (197, 16), (3, 2049), (8, 197, 3072), (4, 257, 5120)]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
 
 
