@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     strides: tuple[tuple[int, int, int], ...]
 
     @property
-    def count(self) -> int:
+    def num_rows(self) -> int:
         return self.sizes[0] * self.sizes[1] * self.sizes[2]
 
 
@@ -54,8 +54,8 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
         )
     merged += [(1, (0,) * len(tensors))] * (3 - len(merged))
     first, second, third = (size for size, _ in merged)
-    strides = zip(*(strides for _, strides in merged), strict=True)
-    return Rows((first, second, third), tuple((s0, s1, s2) for s0, s1, s2 in strides))
+    by_tensor = zip(*(strides for _, strides in merged), strict=True)
+    return Rows((first, second, third), tuple((s0, s1, s2) for s0, s1, s2 in by_tensor))
 
 
 # Adding 1.5 · 2^23 to a float32 of magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to

@@ -51,10 +51,10 @@ def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
 
 
 def _grid(rows: Rows, width: int, block: int) -> tuple[int]:
-    programs = rows.count * triton.cdiv(width, block)
+    programs = rows.num_rows * triton.cdiv(width, block)
     if programs > MAX_PROGRAMS:
         raise ValueError(
-            f"u: got {rows.count} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
+            f"u: got {rows.num_rows} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
         )
     return (programs,)
 
@@ -171,53 +171,45 @@ def activate_backward(
 
 
 def builds(arch: int) -> list[Build]:
-    """Every activation in bfloat16, GELU and SwiGLU in the other dtypes; `arch` makes no difference here.
-
-    Forward is built with the codes and without, backward from the pre-activation and from codes.
-    """
+    """Every activation in bfloat16, GELU and SwiGLU in the other dtypes; `arch` makes no difference here."""
     found = []
-    for kind, dtype in [(kind, torch.bfloat16) for kind in ELEMENTWISE] + [
-        ("gelu", torch.float16),
-        ("gelu", torch.float32),
-    ]:
-        floats = f"*{TYPE_NAMES[dtype]}"
-        config = f"{TYPE_NAMES[dtype]} {kind}"
-        constexprs = {"KIND": kind, "BLOCK": _BLOCK}
-        packed = {"u": floats, "a": floats, "codes": "*u8"}
-        found.append(_build(activate_kernel, f"{config} codes", packed, ("u",), constexprs, 4))
-        from_u = {"grad": floats, "kept": floats, "grad_u": floats}
-        found.append(_build(activate_backward_kernel, config, from_u, ("grad", "kept"), constexprs, 4))
-    floats = "*bf16"
-    plain = {"u": floats, "a": floats}
-    constexprs = {"KIND": "gelu", "BLOCK": _BLOCK, "codes": None}
-    found.append(_build(activate_kernel, "bf16 gelu", plain, ("u",), constexprs, 4))
-    from_codes = {"grad": floats, "kept": "*u8", "grad_u": floats}
-    constexprs = {"KIND": "gelu", "BLOCK": _BLOCK}
-    found.append(_build(activate_backward_kernel, "bf16 codes", from_codes, ("grad", "kept"), constexprs, 4))
+    for kind in ELEMENTWISE:
+        found += _elementwise_builds(torch.bfloat16, kind)
+    for dtype in (torch.float16, torch.float32):
+        found += _elementwise_builds(dtype, "gelu")
     for dtype in DTYPES:
         found += _gated_builds(dtype)
     return found
 
 
+def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
+    """With codes forward and without them backward: the longer of each."""
+    floats = f"*{TYPE_NAMES[dtype]}"
+    config = f"{TYPE_NAMES[dtype]} {kind}"
+    constexprs = {"KIND": kind, "BLOCK": _BLOCK}
+    forward = {"u": floats, "a": floats, "codes": "*u8"}
+    backward = {"grad": floats, "kept": floats, "grad_u": floats}
+    return [
+        _build(activate_kernel, f"{config} codes", forward, ("u",), constexprs, 4),
+        _build(activate_backward_kernel, config, backward, ("grad", "kept"), constexprs, 4),
+    ]
+
+
 def _gated_builds(dtype: torch.dtype) -> list[Build]:
+    """With codes, of the widest row that is taken, and without."""
     floats = f"*{TYPE_NAMES[dtype]}"
     name = TYPE_NAMES[dtype]
-    plain = {"u": floats, "a": floats}
-    absent = {"codes": None, "scale": None, "BLOCK": _GATED_BLOCK}
-    found = [_build(swiglu_kernel, name, plain, ("u",), absent, 4)]
-    for width in (4096, MAX_PACKED_WIDTH):
-        block, num_warps = _packed_launch(width)
-        packed = {**plain, "codes": "*i8", "scale": "*fp32"}
-        found.append(
-            _build(swiglu_kernel, f"{name} codes h{width}", packed, ("u",), {"BLOCK": block}, num_warps)
-        )
+    forward, codes = {"u": floats, "a": floats}, {"codes": "*i8", "scale": "*fp32"}
+    one_row, num_warps = _packed_launch(MAX_PACKED_WIDTH)
     from_u = {"grad": floats, "kept": floats, "grad_u": floats}
-    inputs = ("grad", "kept")
-    blocks = {"BLOCK": _GATED_BLOCK}
-    found.append(_build(swiglu_backward_kernel, name, from_u, inputs, {"scale": None, **blocks}, 4))
     from_codes = {"grad": floats, "kept": "*i8", "scale": "*fp32", "grad_u": floats}
-    found.append(_build(swiglu_backward_kernel, f"{name} codes", from_codes, inputs, blocks, 4))
-    return found
+    inputs, block = ("grad", "kept"), {"BLOCK": _GATED_BLOCK}
+    return [
+        _build(swiglu_kernel, name, forward, ("u",), {"codes": None, "scale": None, **block}, 4),
+        _build(swiglu_kernel, f"{name} codes", forward | codes, ("u",), {"BLOCK": one_row}, num_warps),
+        _build(swiglu_backward_kernel, name, from_u, inputs, {"scale": None, **block}, 4),
+        _build(swiglu_backward_kernel, f"{name} codes", from_codes, inputs, block, 4),
+    ]
 
 
 def _build(

@@ -66,12 +66,12 @@ def _launch_forward(
     x_hat, rstd, codes, scale = outputs
     rows = leading_rows(x=x, update=x if update is None else update)
     d = x.shape[-1]
-    _check(kind, rows.count, d)
-    if rows.count == 0:
+    _check(kind, rows.num_rows, d)
+    if rows.num_rows == 0:
         return
     config = _config(d)
     with on_device(x):
-        normalize_kernel[(triton.cdiv(rows.count, config["BLOCK_ROWS"]),)](
+        normalize_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
             x,
             update,
             hidden,
@@ -79,7 +79,7 @@ def _launch_forward(
             rstd,
             codes if codes.numel() else None,
             scale if codes.numel() else None,
-            rows.count,
+            rows.num_rows,
             d,
             *rows.sizes[1:],
             *rows.strides[0],
@@ -151,19 +151,19 @@ def _normalize_backward(
     dx = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
     d = grad.shape[-1]
-    _check(kind, rows.count, d)
-    if rows.count == 0:
+    _check(kind, rows.num_rows, d)
+    if rows.num_rows == 0:
         return dx
     config = _config(d)
     with on_device(grad):
-        normalize_backward_kernel[(triton.cdiv(rows.count, config["BLOCK_ROWS"]),)](
+        normalize_backward_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
             grad,
             x_hat,
             rstd.contiguous(),
             None if scale is None else scale.contiguous(),
             residual,
             dx,
-            rows.count,
+            rows.num_rows,
             d,
             *rows.sizes[1:],
             *rows.strides[0],
