@@ -28,7 +28,11 @@ from vpt_fast.kernels.aot import SHARED_LIMIT, measure
 from vpt_fast.kernels.build import Build
 
 # Each has builds(arch).
-MODULES: tuple[str, ...] = ()
+MODULES = (
+    "vpt_fast.kernels.normalization.ops",
+    "vpt_fast.kernels.mlp.ops",
+    "vpt_fast.kernels.mlp.gemm",
+)
 
 COLUMNS = (
     "kernel",
