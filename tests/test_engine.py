@@ -308,7 +308,8 @@ class TestBackends:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         backend = get_backend("auto")
         assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
-        for request in (("cpu", torch.bfloat16, 64), ("cuda", torch.float64, 64), ("cuda", torch.float32, 72)):
+        others = (("cpu", torch.bfloat16, 64), ("cuda", torch.float64, 64), ("cuda", torch.float32, 72))
+        for request in others:
             assert backend.ops(*request).name == "torch"
 
     def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import triton
 from tiny import random_batch, tiny_vit
 
 import vpt_fast
@@ -145,9 +146,16 @@ def test_bad_setting_is_refused_by_name(message: str) -> None:
         PromptedViT(tiny_vit(), **settings)
 
 
-def test_triton_backend_is_refused_and_not_replaced() -> None:
-    with pytest.raises(NotImplementedError, match="backend='triton'"):
+def test_triton_backend_without_a_gpu_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="backend='triton': there is no CUDA device"):
         PromptedViT(tiny_vit(), 5, 5, backend="triton")
+
+
+def test_unknown_memory_policy_names_the_choices() -> None:
+    with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
+        PromptedViT(tiny_vit(), 5, 5, memory="least")
 
 
 def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

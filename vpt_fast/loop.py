@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -34,6 +35,7 @@ from vpt_fast.data import (
     open_splits,
     resident_budget,
 )
+from vpt_fast.graphed import GraphedStep
 from vpt_fast.methods import Model, build_model
 from vpt_fast.model import LinearProbe
 from vpt_fast.plots import plot_curves
@@ -126,7 +128,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         print_start(console, recipe, model, splits, skipped, world, out, steps=len(train_batches))
 
         # What is trained, and the network it is trained through: the head alone where its inputs stay.
-        optimizer, names = build_optimizer(recipe, model)
+        is_graphed = captures_steps(recipe, world, console)
+        optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
         feature_seconds = 0.0
@@ -138,6 +141,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
             feature_seconds = time.perf_counter() - started
         parallel = DistributedDataParallel(network) if world.size > 1 else network
+        step = TrainStep(parallel, recipe, optimizer, scaler, is_graphed=is_graphed)
 
         # Begin, or go on after the last completed epoch.
         rows: list[dict[str, Any]] = []
@@ -164,9 +168,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             seed_epoch(recipe.seed, epoch, world.rank)
             model.train()
             started = time.perf_counter()
-            totals = train_epoch(
-                epoch, parallel, train_batches, recipe, optimizer, scaler, world, stop, progress
-            )
+            totals = train_epoch(epoch, step, train_batches, recipe, optimizer, world, stop, progress)
             if totals is None:  # asked to stop: what this epoch had done is dropped
                 break
             seconds = time.perf_counter() - started + feature_seconds
@@ -335,8 +337,34 @@ class FeatureBatches:
             yield self.features[chunk], self.labels[chunk]
 
 
-def build_optimizer(recipe: Recipe, model: Model) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer and the names of its parameters in its order; the head's bias has no weight decay."""
+def captures_steps(recipe: Recipe, world: World, console: Console) -> bool:
+    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be.
+
+    Raises ValueError where a graph was asked for and cannot be had.
+    """
+    obstacle = None
+    if world.device.type != "cuda":
+        obstacle = f"the device is {world.device.type}"
+    elif world.size > 1:
+        obstacle = f"{world.size} processes exchange gradients"
+    elif recipe.accumulate > 1:
+        obstacle = f"accumulate is {recipe.accumulate}"
+    elif recipe.precision == "fp16":
+        obstacle = "precision is fp16, whose loss scaling looks at the gradients"
+    if recipe.cuda_graph and obstacle:
+        raise ValueError(f"cuda_graph: got True, and a step cannot be captured: {obstacle}")
+    if obstacle and world.device.type == "cuda" and recipe.cuda_graph is None:
+        console.print(f"Training steps are not captured in a CUDA graph: {obstacle}.")
+    return obstacle is None and recipe.cuda_graph is not False
+
+
+def build_optimizer(
+    recipe: Recipe, model: Model, *, capturable: bool
+) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer and the names of its parameters in its order; the head's bias has no weight decay.
+
+    `capturable`: it can be part of a CUDA graph.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [name for name in trained if name != "head.bias"]
     groups = [
@@ -344,8 +372,10 @@ def build_optimizer(recipe: Recipe, model: Model) -> tuple[torch.optim.Optimizer
         {"params": [trained["head.bias"]], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0), [*decayed, "head.bias"]
-    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum), [*decayed, "head.bias"]
+        adamw = torch.optim.AdamW(groups, lr=0.0, capturable=capturable, fused=capturable or None)
+        return adamw, [*decayed, "head.bias"]
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, fused=capturable or None)
+    return sgd, [*decayed, "head.bias"]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
@@ -414,11 +444,10 @@ class Totals:
 
 def train_epoch(
     epoch: int,
-    network: nn.Module,
+    train_step: TrainStep,
     batches: Source,
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
     world: World,
     stop: threading.Event,
     progress: Progress,
@@ -433,7 +462,7 @@ def train_epoch(
     num_images = 0
     for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
         # inputs (b, 3, H, W), or features (b, d); labels (b,): this process's share of the batch
-        losses[step], step_hits = train_step(network, inputs, labels, recipe, optimizer, scaler)
+        losses[step], step_hits = train_step(inputs, labels)
         hits += step_hits
         num_images += len(labels)
         progress.step(len(labels) * world.size)
@@ -454,34 +483,59 @@ def train_epoch(
     return Totals(*totals.tolist())
 
 
-def train_step(
-    network: nn.Module,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step; returns the loss summed over the images, and how many were right, both ()."""
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = torch.zeros((), device=inputs.device)
-    hits = torch.zeros((), device=inputs.device)
-    parts = list(zip(inputs.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
-    for i, (x, y) in enumerate(parts):  # x (b / accumulate, ...), y (b / accumulate,)
-        with exchange(network, now=i == len(parts) - 1):
-            with autocast(recipe.precision, inputs.device):
-                logits = network(x).float()  # (b / accumulate, classes)
-            loss = cross_entropy(logits, y, label_smoothing=recipe.label_smoothing, reduction="sum")  # ()
-            scaler.scale(loss / len(labels)).backward()
-        loss_sum += loss.detach()
-        hits += (logits.detach().argmax(1) == y).sum()
-    if recipe.clip_grad_norm is not None:
-        scaler.unscale_(optimizer)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    return loss_sum, hits
+class TrainStep:
+    """One optimizer step: ``loss_sum, hits = step(inputs, labels)``, both (), over the images of the batch.
+
+    Graphed, whole batches are replayed from a CUDA graph; an epoch's last one may be smaller.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        *,
+        is_graphed: bool,
+    ) -> None:
+        self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
+        self.graph: GraphedStep | None = None
+        if is_graphed:
+            self.graph = GraphedStep(
+                network,
+                optimizer,
+                functools.partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+                autocast_dtype=AUTOCAST[recipe.precision or "fp32"],
+                max_grad_norm=recipe.clip_grad_norm,
+            )
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.graph is not None and len(labels) == self.recipe.batch_size:
+            loss = self.graph(inputs, labels)
+            return loss * len(labels), (self.graph.logits.argmax(1) == labels).sum()
+        return self._eager(inputs, labels)
+
+    def _eager(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        recipe, scaler, network = self.recipe, self.scaler, self.network
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=inputs.device)
+        hits = torch.zeros((), device=inputs.device)
+        parts = list(zip(inputs.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        for i, (x, y) in enumerate(parts):  # x (b / accumulate, ...), y (b / accumulate,)
+            with exchange(network, now=i == len(parts) - 1):
+                with autocast(recipe.precision, inputs.device):
+                    logits = network(x).float()  # (b / accumulate, classes)
+                loss = cross_entropy(logits, y, label_smoothing=recipe.label_smoothing, reduction="sum")  # ()
+                scaler.scale(loss / len(labels)).backward()
+            loss_sum += loss.detach()
+            hits += (logits.detach().argmax(1) == y).sum()
+        if recipe.clip_grad_norm is not None:
+            scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        return loss_sum, hits
 
 
 def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:

@@ -27,12 +27,12 @@ def build_model(recipe: Recipe, num_classes: int) -> Model:
 
 
 def _build(recipe: Recipe, num_classes: int) -> Model:
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("pool", "backend", "pretrained")}
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("pool", "backend", "attention", "pretrained")}
     settings["dtype"] = getattr(torch, recipe.dtype) if recipe.dtype else None
     settings |= recipe.backbone_arg
     if recipe.method == "linear":
         return LinearProbe(recipe.backbone, num_classes, **settings)
-    settings |= {name: getattr(recipe, name) for name in PROMPT_KNOBS}
+    settings |= {name: getattr(recipe, name) for name in ("memory", *PROMPT_KNOBS)}
     return PromptedViT(
         recipe.backbone, num_classes, prompt_type=recipe.method.removeprefix("vpt-"), **settings
     )

@@ -110,7 +110,15 @@ class Recipe:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = _knob(
         None, "Data type of the frozen weights.", MODEL, shown="the backbone's own"
     )
-    backend: Literal["auto", "torch", "triton"] = _knob("auto", "Implementation of the frozen blocks.", MODEL)
+    backend: Literal["auto", "torch", "triton"] = _knob(
+        "auto", "Implementation of the frozen blocks; auto is Triton's kernels on CUDA.", MODEL
+    )
+    attention: Literal[
+        "auto", "flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash", "sdpa_cudnn", "sdpa_cpu"
+    ] = _knob("auto", "Attention: the backend's own, or a FlashAttention package by name.", MODEL)
+    memory: Literal["auto", "exact", "compact", "recompute_mlp", "recompute"] = _knob(
+        "auto", "What is kept for backward; auto is the fastest that fits the free memory.", MODEL
+    )
 
     num_prompts: int | None = _knob(
         None,
@@ -176,6 +184,13 @@ class Recipe:
         42, "Seed of the split, the initialisation, the order of images and the dropout.", OPTIMISATION
     )
 
+    cuda_graph: bool | None = _knob(
+        None,
+        "Capture the training step in a CUDA graph.",
+        RUN,
+        shown="on where it can be: one CUDA process, accumulate 1, not fp16",
+        result=False,
+    )
     device: str | None = _knob(
         None, "Such as cpu or cuda:0.", RUN, shown="CUDA where there is a GPU", result=False
     )

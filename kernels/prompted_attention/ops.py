@@ -18,6 +18,7 @@ from vpt_fast.kernels.prompted_attention.jit import (
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 
+
 class Tiles(NamedTuple):
     """BLOCK_M query rows by BLOCK_N keys, and how they are launched."""
 

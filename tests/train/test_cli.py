@@ -236,7 +236,7 @@ def test_diverging_training_fails_with_epoch_and_learning_rate(command, color_im
 
 
 def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
-    original, steps = loop.train_step, []
+    original, steps = loop.TrainStep.__call__, []
 
     def train_step(*arguments):
         steps.append(1)
@@ -244,7 +244,7 @@ def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     result = command(*train_arguments(color_images, tmp_path / "run"))
     assert result.exit_code == 130
     assert "Stopped after epoch 1 of 6; the same command goes on from there" in result.stdout

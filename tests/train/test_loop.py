@@ -36,7 +36,7 @@ def require_equal(one, other) -> None:
 
 def interrupt_at_step(monkeypatch, number: int, signal_number=signal.SIGINT) -> None:
     """Sends this process a signal in its step `number`, counted from 1 over all epochs."""
-    original, steps = loop.train_step, []
+    original, steps = loop.TrainStep.__call__, []
 
     def train_step(*arguments):
         steps.append(1)
@@ -44,7 +44,7 @@ def interrupt_at_step(monkeypatch, number: int, signal_number=signal.SIGINT) -> 
             signal.raise_signal(signal_number)
         return original(*arguments)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
 
 
 def test_training_lowers_the_loss(recipe, tmp_path):
@@ -90,7 +90,7 @@ def test_second_ctrl_c_interrupts_at_once(recipe, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "run")
 
@@ -173,14 +173,14 @@ def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch):
-    original, steps = loop.train_step, []
+    original, steps = loop.TrainStep.__call__, []
 
     def train_step(*arguments):
         steps.append(1)
         loss, hits = original(*arguments)
         return (loss * float("nan") if len(steps) == 11 else loss), hits
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(
         TrainingDiverged, match=r"loss is nan in epoch 3 of 4, step 3 of 4, at a learning rate of 0\.0"
     ):
@@ -189,16 +189,16 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
 
 
 def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monkeypatch):
-    original, steps = loop.train_step, []
+    original, steps = loop.TrainStep.__call__, []
 
-    def train_step(network, *arguments):
+    def train_step(step, *arguments):
         steps.append(1)
-        answer = original(network, *arguments)
+        answer = original(step, *arguments)
         if len(steps) == 8:
-            network.head.bias.data[0] = float("inf")
+            step.network.head.bias.data[0] = float("inf")
         return answer
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(TrainingDiverged, match="head.bias not finite after the last step of epoch 2"):
         train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
@@ -233,7 +233,7 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
 def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
     model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
-    groups, names = build_optimizer(recipe, model)
+    groups, names = build_optimizer(recipe, model, capturable=False)
     decay = [group["weight_decay"] for group in groups.param_groups for _ in group["params"]]
     assert dict(zip(names, decay, strict=True)) == {
         "prompts": 1e-4,

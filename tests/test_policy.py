@@ -1,0 +1,85 @@
+"""Which memory policy "auto" comes to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import random_batch, tiny_vit
+
+from vpt_fast import PromptedViT
+from vpt_fast import model as model_module
+from vpt_fast.engine.policy import choose_policy, free_bytes
+
+BYTES = {"exact": 100, "compact": 60, "recompute_mlp": 70, "recompute": 20}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "chosen"),
+    [
+        (torch.bfloat16, 112, "exact"),
+        (torch.bfloat16, 111, "compact"),
+        (torch.bfloat16, 66, "recompute"),
+        (torch.float32, 111, "recompute_mlp"),  # 8-bit codes would be its largest error by far
+        (torch.float32, 77, "recompute"),
+        (torch.bfloat16, 1, "recompute"),
+        (torch.bfloat16, None, "exact"),
+    ],
+)
+def test_fastest_that_fits_nine_tenths_of_the_free_memory(dtype, free, chosen) -> None:
+    assert choose_policy(BYTES.__getitem__, dtype, free) == chosen
+
+
+def test_free_bytes_of_this_machine_are_less_than_it_has() -> None:
+    import os
+
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_bytes(torch.device("cpu")) < total
+
+
+def test_free_bytes_of_an_unknown_device_are_unknown() -> None:
+    assert free_bytes(torch.device("meta")) is None
+
+
+@pytest.fixture
+def auto(monkeypatch: pytest.MonkeyPatch) -> PromptedViT:
+    """A model whose device has memory for a batch of 2 under "recompute" and of 1 under "exact"."""
+    model = PromptedViT(tiny_vit(dtype=torch.float32), 5, 7, memory="auto")
+    model.memory = "recompute_mlp"
+    step = model.estimate_training_bytes(2)
+    model.memory = "auto"
+    looks = []
+
+    def free(device: torch.device) -> int:
+        looks.append(device)
+        return int((step["kept"] + step["workspace"]) / 0.9) - 100
+
+    monkeypatch.setattr(model_module, "free_bytes", free)
+    model.looks = looks
+    return model
+
+
+def test_auto_depends_on_the_batch_size(auto: PromptedViT) -> None:
+    assert [auto.memory_policy(1), auto.memory_policy(2)] == ["exact", "recompute"]
+
+
+def test_auto_looks_once_for_each_batch_size(auto: PromptedViT) -> None:
+    for batch_size in (1, 2, 1, 2):
+        auto(random_batch(auto, batch_size, dtype=torch.float32)[0])
+    assert len(auto.looks) == 2
+
+
+def test_auto_does_not_look_where_nothing_is_kept(auto: PromptedViT) -> None:
+    with torch.no_grad():
+        auto(random_batch(auto, 1, dtype=torch.float32)[0])
+    assert auto.looks == []
+
+
+def test_policy_may_be_changed_on_a_model(auto: PromptedViT) -> None:
+    auto.memory = "compact"
+    assert auto.memory_policy(1) == "compact"
+
+
+def test_auto_compiles(auto: PromptedViT) -> None:
+    images = random_batch(auto, 1, dtype=torch.float32)[0]
+    expected = auto(images)
+    torch.testing.assert_close(torch.compile(auto, backend="eager")(images), expected)
