@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from attention_definition import assert_forward_and_backward, inputs, random
 from vpt_fast.kernels.prompted_attention import ops
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -26,72 +27,11 @@ SIZES = [
 IDS = [f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}" for b, r, n, m, h, d in SIZES]
 
 
-def random(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def inputs(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-    """q, k, v, prompt_k, prompt_v: views of packed projections, as the block has them."""
-    b, r, n, m, h, d = size
-    q = random(b, r, h, d, seed=1) * d**-0.5
-    kv = random(b, n, 2, h, d, seed=2)
-    prompt_kv = random(1 if shared else b, m, 2, h, d, seed=3) if m else None
-    if r == n:
-        q, k, v = torch.cat((q.unsqueeze(2), kv), dim=2).to(dtype).unbind(2)
-    else:
-        q, (k, v) = q.to(dtype), kv.to(dtype).unbind(2)
-    return q, k, v, *((None, None) if prompt_kv is None else prompt_kv.to(dtype).unbind(2))
-
-
-def definition(q, k, v, prompt_k, prompt_v):
-    """O and lse by concatenation, in the inputs' dtype."""
-    if prompt_k is not None:
-        k = torch.cat((prompt_k.expand(q.shape[0], -1, -1, -1), k), dim=1)
-        v = torch.cat((prompt_v.expand(q.shape[0], -1, -1, -1), v), dim=1)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(-1, -2)
-    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
-
-
-def leaves(tensors, dtype: torch.dtype):
-    return [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
-
-
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((actual.double() - exact).norm() / exact.norm()).item()
-
-
-def assert_no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, what: str) -> None:
-    """The error is at most 1.25 times that of eager in the same dtype. The floor, where eager happens to be
-    nearly exact: one rounding of the result in float16, a few of the intermediates in float32."""
-    assert actual.shape == exact.shape, what
-    floor = torch.finfo(actual.dtype).eps * (0.5 if actual.dtype == torch.float16 else 8)
-    ours, theirs = error(actual, exact), error(eager, exact)
-    assert ours <= 1.25 * max(theirs, floor), f"{what}: error {ours:.2e}, eager {theirs:.2e}"
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
 def test_forward_and_backward(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
-    given = inputs(size, shared, dtype)
-    grad = random(*given[0].shape, seed=9).to(dtype)
-
-    def with_gradients(dtype: torch.dtype) -> list[torch.Tensor]:
-        own = leaves(given, dtype)
-        out, lse = definition(*own)
-        wanted = [t for t in own if t is not None]
-        return [out, lse, *torch.autograd.grad(out, wanted, grad.to(dtype))]
-
-    exact, eager = with_gradients(torch.float64), with_gradients(dtype)
-    out, lse = ops.attention(*given)
-    grads = ops.attention_backward(grad, *given, out, lse, need_q=True, need_kv=True)
-    actual = [out, lse, grads.q, *grads.kv.unbind(2)]
-    if size[3]:
-        actual += grads.prompt_kv.unbind(2)
-    names = ["out", "lse", "dq", "dk", "dv", "dk_p", "dv_p"][: len(actual)]
-    for name, *values in zip(names, actual, eager, exact, strict=True):
-        assert_no_worse(*values, name)
+    assert_forward_and_backward(inputs(size, shared, dtype))
 
 
 SIZE = (2, 37, 37, 50, 2, 64)

@@ -1,0 +1,195 @@
+"""Whole models on a CUDA device: float64's numbers, within what plain low precision makes, and memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from concatenation import ConcatenatedViT, relative_error
+from tiny import random_batch, tiny_vit
+
+from vpt_fast import PromptedViT
+from vpt_fast.engine.policy import POLICIES
+
+pytestmark = pytest.mark.gpu
+
+CLASSES = 5
+SETTINGS = {
+    "deep": dict(num_prompts=50),
+    "shallow": dict(num_prompts=50, prompt_type="shallow"),
+    "image_and_prompt_pool": dict(num_prompts=7, pool="image_and_prompts"),
+    "first_drop": dict(num_prompts=7, prompt_layers=1, after_prompts="drop"),
+    "add": dict(prompt_location="add"),
+}
+
+
+def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By name, of a random weighting of the logits: a saturated softmax would multiply one image's error
+    by any factor, of one implementation or the other."""
+    model.zero_grad()
+    logits = model(images)
+    generator = torch.Generator().manual_seed(0)
+    logits.backward(torch.randn(logits.shape, generator=generator).to(logits))
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_float64_on_cuda_equals_concatenation(settings: dict) -> None:
+    vit = tiny_vit(img_size=40).cuda()
+    model = PromptedViT(vit, CLASSES, **settings).double()
+    plain = ConcatenatedViT(vit, CLASSES, **settings).double().load_trainables(model.trainable_state_dict())
+    images = random_batch(model, 3, CLASSES)[0].cuda()
+    actual, expected = gradients(model, images), gradients(plain, images)
+    for name, gradient in expected.items():
+        assert relative_error(actual[name], gradient) < 1e-9, name
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_low_precision_error_is_at_most_that_of_concatenation(
+    settings: dict, dtype: torch.dtype, backend: str
+) -> None:
+    """Root mean square over seeds of each gradient's error from float64, within 1.25 times eager's."""
+    squares: dict[str, list[float]] = {}
+    for seed in range(8):
+        vit = tiny_vit(dtype=torch.float32, seed=seed, embed_dim=128, num_heads=2, img_size=64).cuda()
+        exact = PromptedViT(vit, CLASSES, **settings)
+        state = {name: t.clone() for name, t in exact.trainable_state_dict().items()}
+        images = random_batch(exact, 4, CLASSES, torch.float32, seed=seed)[0].cuda()
+        expected = gradients(exact.double(), images.double())
+        fast = PromptedViT(vit, CLASSES, dtype=dtype, backend=backend, **settings)
+        fast.load_trainable_state_dict(state)
+        plain = ConcatenatedViT(vit.to(dtype), CLASSES, **settings).load_trainables(state)
+        for which, model in enumerate((fast, plain)):
+            actual = gradients(model, images)
+            for name, gradient in expected.items():
+                squares.setdefault(name, [0.0, 0.0])[which] += relative_error(actual[name], gradient) ** 2
+    for name, (ours, theirs) in squares.items():
+        # the head's bias is the sum of what the logits are given: exact in both
+        assert ours**0.5 <= 1.25 * theirs**0.5, f"{name}: {ours**0.5:.2e}, concatenation {theirs**0.5:.2e}"
+
+
+def test_training_step_runs_under_autocast_and_grad_scaler() -> None:
+    model = PromptedViT(tiny_vit(dtype=torch.float32).cuda(), CLASSES, 7).train()
+    images, labels = (t.cuda() for t in random_batch(model, 4, CLASSES, torch.float32))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scaler = torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+LARGE = {
+    "vit_base_patch16_224": dict(depth=4),
+    "vit_huge_patch14_224": dict(depth=3, embed_dim=320, num_heads=4),  # narrow, its head dim still 80
+}
+
+
+def large(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=0, **LARGE[name]).cuda()
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("name", LARGE)
+def test_gradients_of_large_models_in_bfloat16(name: str, memory: str) -> None:
+    """Error from float64 at most 1.25 times that of concatenation in bfloat16."""
+    vit = large(name)
+    exact = PromptedViT(vit, CLASSES, 100, backend="torch").double()
+    state = {key: t.clone() for key, t in exact.trainable_state_dict().items()}
+    images = random_batch(exact, 4, CLASSES, torch.float32)[0].cuda()
+    expected = gradients(exact, images.double())
+    fast = PromptedViT(vit, CLASSES, 100, dtype=torch.bfloat16, backend="triton", memory=memory)
+    fast.load_trainable_state_dict(state)
+    plain = ConcatenatedViT(vit.to(torch.bfloat16), CLASSES, num_prompts=100).load_trainables(state)
+    actual, eager = gradients(fast, images), gradients(plain, images)
+    for key, gradient in expected.items():
+        ours, theirs = relative_error(actual[key], gradient), relative_error(eager[key], gradient)
+        assert ours <= 1.25 * theirs, f"{key}: {ours:.2e}, concatenation {theirs:.2e}"
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_same_bits_when_run_again(memory: str) -> None:
+    model = PromptedViT(large("vit_base_patch16_224"), CLASSES, 50, dtype=torch.bfloat16, memory=memory)
+    images = random_batch(model, 8, CLASSES, torch.float32)[0].cuda()
+    first, second = gradients(model, images), gradients(model, images)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_estimate_is_within_a_tenth_of_the_peak(memory: str) -> None:
+    model = PromptedViT(large("vit_base_patch16_224"), CLASSES, 100, dtype=torch.bfloat16, memory=memory)
+    images = random_batch(model, 64, CLASSES, torch.float32)[0].cuda()
+    gradients(model, images)  # kernels compiled, cuBLAS's workspace there
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients(model, images)
+    peak = torch.cuda.max_memory_allocated() - before
+    step = model.estimate_training_bytes(64)
+    assert step["kept"] + step["workspace"] == pytest.approx(peak, rel=0.1)
+
+
+def test_compiled_model_gives_the_same_gradients() -> None:
+    model = PromptedViT(large("vit_base_patch16_224"), CLASSES, 50, dtype=torch.bfloat16)
+    images = random_batch(model, 2, CLASSES, torch.float32)[0].cuda()
+    eager = gradients(model, images)
+    compiled = gradients(torch.compile(model, fullgraph=True), images)
+    for name, gradient in eager.items():
+        assert relative_error(compiled[f"_orig_mod.{name}"], gradient) < 2e-2, name
+
+
+DISTRIBUTED = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import vpt_fast
+dist.init_process_group("nccl")
+torch.cuda.set_device(0)
+model = vpt_fast.PromptedViT("vit_tiny_patch16_224", 5, 7, dtype=torch.bfloat16).cuda()
+images = torch.randn(2, 3, 224, 224, device="cuda")
+model(images).sum().backward()
+alone = model.prompts.grad.clone()
+model.zero_grad()
+DistributedDataParallel(model)(images).sum().backward()
+assert torch.equal(model.prompts.grad, alone)
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_on_one_gpu(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+SANITIZED = """
+import torch
+import vpt_fast
+model = vpt_fast.PromptedViT("vit_tiny_patch16_224", 5, 7, depth=2, dtype=torch.bfloat16).cuda()
+model(torch.randn(2, 3, 224, 224, device="cuda")).sum().backward()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stdout[-4000:]
