@@ -15,22 +15,32 @@ from vpt_fast.kernels.checks import on_device, require_device, require_dtype, re
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
-from vpt_fast.kernels.rows import leading_rows
+from vpt_fast.kernels.rows import Rows, leading_rows
 
 _MAX_SIDE = (
     2**31 - 2**10
 )  # rows and columns are numbered in 32 bits, those of the last tile beyond the end too
 
 
-def _config(dtype: torch.dtype) -> dict[str, int]:
+def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     """Tiles, warps, stages.
 
     Three stages of 16-bit tiles are 96 KiB, so that two programs fit on one processor of sm_90 and one's
-    epilogue runs beside the other's products. float32 has no tensor cores at full precision: small tiles.
+    epilogue runs beside the other's products. float32 has no tensor cores at full precision, and what is not
+    aligned is read element by element, each with an address of its own: small tiles, or registers spill.
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 3}
+    if not aligned:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Whether sizes, strides and addresses are all multiples of 16: then Triton reads 16 bytes at once."""
+    strides = [stride for of_tensor in rows.strides for stride in of_tensor]
+    addresses = [tensor.data_ptr() for tensor in (weight, *tensors)]
+    return not any(number % 16 for number in (*weight.shape, weight.stride(0), *strides, *addresses))
 
 
 def _grid(num_rows: int, num_columns: int, config: dict[str, int]) -> tuple[int]:
@@ -77,7 +87,7 @@ def _linear_activate(
     if a.numel() == 0:
         return a, u, codes
     rows = leading_rows(x=x)
-    config = _config(x.dtype)
+    config = _config(x.dtype, _aligned(rows, weight, x))
     with on_device(x):
         linear_activate_kernel[_grid(rows.num_rows, num_columns, config)](
             x,
@@ -123,7 +133,7 @@ def _linear_activate_backward(
     if grad_u.numel() == 0:
         return grad_u
     rows = leading_rows(grad=grad, kept=kept)
-    config = _config(grad.dtype)
+    config = _config(grad.dtype, _aligned(rows, weight, grad, kept))
     with on_device(grad):
         linear_activate_backward_kernel[_grid(rows.num_rows, num_columns, config)](
             grad,
@@ -200,57 +210,60 @@ def linear_activate_backward(
 
 
 def builds(arch: int) -> list[Build]:
-    """GELU in bfloat16, packed and not, with a ragged k too, and what is longest in the other dtypes.
+    """GELU in bfloat16, packed and not, with a ragged k and not aligned too, and the longest in other dtypes.
 
     `arch` makes no difference to the launch. Other activations change a few instructions of the epilogue, and
     GELU's is the longest.
     """
-    found = []
-    for even_k in (True, False):
-        for pack in (False, True):
-            found.append(_forward_build(torch.bfloat16, pack, even_k=even_k))
-            found.append(_backward_build(torch.bfloat16, pack, even_k=even_k))
+    bf16 = torch.bfloat16
+    found = [_forward_build(bf16, pack, even_k) for even_k in (True, False) for pack in (False, True)]
+    found += [_backward_build(bf16, pack, even_k) for even_k in (True, False) for pack in (False, True)]
     for dtype in (torch.float16, torch.float32):
-        found.append(_forward_build(dtype, True, even_k=True))
-        found.append(_backward_build(dtype, False, even_k=True))
+        found += [_forward_build(dtype, True, True), _backward_build(dtype, False, True)]
+    for dtype in (bf16, torch.float32):
+        found += [_forward_build(dtype, True, False, False), _backward_build(dtype, False, False, False)]
     return found
 
 
-def _forward_build(dtype: torch.dtype, pack: bool, *, even_k: bool) -> Build:
+def _forward_build(dtype: torch.dtype, pack: bool, even_k: bool, aligned: bool = True) -> Build:
     floats = f"*{TYPE_NAMES[dtype]}"
     pointers = {"x": floats, "weight": floats, "bias": floats, "a": floats}
     pointers["codes" if pack else "u"] = "*u8" if pack else floats
     absent = {"u" if pack else "codes": None}
-    return _build(linear_activate_kernel, dtype, pack, pointers, ("x",), absent, even_k)
+    return _build(linear_activate_kernel, dtype, pack, even_k, aligned, pointers, ("x",), absent)
 
 
-def _backward_build(dtype: torch.dtype, pack: bool, *, even_k: bool) -> Build:
+def _backward_build(dtype: torch.dtype, pack: bool, even_k: bool, aligned: bool = True) -> Build:
     floats = f"*{TYPE_NAMES[dtype]}"
     pointers = {"grad": floats, "weight": floats, "kept": "*u8" if pack else floats, "grad_u": floats}
-    return _build(linear_activate_backward_kernel, dtype, pack, pointers, ("grad", "kept"), {}, even_k)
+    inputs = ("grad", "kept")
+    return _build(linear_activate_backward_kernel, dtype, pack, even_k, aligned, pointers, inputs, {})
 
 
 def _build(
     kernel: Any,
     dtype: torch.dtype,
     pack: bool,
+    even_k: bool,
+    aligned: bool,
     pointers: dict[str, str],
     inputs: tuple[str, ...],
     absent: dict[str, None],
-    even_k: bool,
 ) -> Build:
     """In the kernel's order: pointers, sizes, strides of the inputs and of the weight."""
-    config = _config(dtype)
+    config = _config(dtype, aligned)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
     strides = [*(f"{name}_stride{dim}" for name in inputs for dim in range(3)), "weight_stride"]
     integers = ["M", "N", "K", "size1", "size2", *strides]
     tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
+    kept = "codes" if pack else "u"
+    remarks = f"{'' if even_k else ' ragged k'}{'' if aligned else ' not aligned'}"
     return Build(
         kernel=kernel,
-        config=f"{TYPE_NAMES[dtype]} gelu{' codes' if pack else ''} {tile}{'' if even_k else ' ragged k'}",
+        config=f"{TYPE_NAMES[dtype]} gelu {kept} {tile}{remarks}",
         signature={**pointers, **dict.fromkeys(integers, "i32")},
         constexprs={**absent, "KIND": "gelu", "EVEN_K": even_k, **config},
-        divisible=(*pointers, "N", "K", *strides),
+        divisible=(*pointers, "N", "K", *strides) if aligned else (),
         num_warps=num_warps,
         num_stages=num_stages,
         wgmma=dtype != torch.float32,

@@ -12,11 +12,12 @@ from vpt_fast.kernels.mlp import gemm
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
-# Leading shape of x, depth, columns: tails in every dimension, one row, one tile exactly, several groups
+# Leading shape of x, depth, columns: tails in every dimension, aligned or not, one row, one tile, groups
 SIZES = [
     ((1,), 16, 8),
     ((3, 5), 48, 65),
     ((2, 67), 70, 200),
+    ((2, 67), 80, 208),
     ((128,), 64, 128),
     ((130,), 8, 3),
     ((1250,), 5, 4),
