@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vpt_fast.graphed import GraphedStep
+
 MIB = 2**20
 
 
@@ -76,6 +78,7 @@ class Contender:
         model: trained parameters have requires_grad set, all others not.
         run: what is called on images; the model itself or its compiled form.
         autocast: dtype to run under torch.autocast, or None.
+        graphed: whether timed steps are replayed from one CUDA graph each, whose parts have no times.
         times: one entry a timed step.
         kept_bytes: kept for backward, of one step; None until measured.
         peak_bytes, peak_reserved_bytes: of one step with only this model's weights counted; None on a CPU.
@@ -86,6 +89,7 @@ class Contender:
     model: nn.Module
     run: Callable[[Tensor], Tensor]
     autocast: torch.dtype | None = None
+    graphed: bool = False
     times: list[StepTimes] = field(default_factory=list)
     kept_bytes: int | None = None
     peak_bytes: int | None = None
@@ -95,15 +99,29 @@ class Contender:
 
     def __post_init__(self) -> None:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+        self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=self.graphed or None)
+        self.graph: GraphedStep | None = None
+        if self.graphed:
+            self.graph = GraphedStep(
+                self.model, self.optimizer, F.cross_entropy, autocast_dtype=self.autocast
+            )
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(self.run(images).float(), labels)
 
     def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
-        """One training step, with marks before forward, backward and optimizer, and at the end."""
+        """One training step, with marks before forward, backward and optimizer, and at the end.
+
+        Of a graphed one all marks but the first are at the end, so that all of its time counts as forward.
+        """
         watch = Stopwatch(images.device)
+        if self.graph is not None:
+            watch.mark()
+            self.graph(images, labels)
+            for _ in range(3):
+                watch.mark()
+            return watch
         self.optimizer.zero_grad(set_to_none=True)
         watch.mark()
         loss = self.loss(images, labels)
@@ -184,9 +202,9 @@ def interleave(
 ) -> None:
     """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
 
-    A warm-up step each (compilation happens there), then one for the bytes kept and one for the peak, then
-    `repeats` rounds of `steps` steps each. Results are stored in the contenders. One that raises RuntimeError
-    (out of memory, no compiler) keeps the message as its error and sits out the rest.
+    Warm-up each (compilation and capture happen there), then a step for the bytes kept and one for the peak,
+    then `repeats` rounds of `steps` steps each. Results are stored in the contenders. One that fails (out of
+    memory, no compiler, a kernel that does not build) keeps the message as its error and sits out the rest.
     """
     for round_ in range(-1, repeats):
         for contender in contenders:
@@ -198,18 +216,22 @@ def interleave(
             gc.collect()
             try:
                 if round_ < 0:
-                    contender.step(images, labels)
-                    contender.kept_bytes = kept_for_backward(contender, images, labels)
-                    with peak_memory(contender, images.device):
+                    # A graph is captured by the fourth step.
+                    for _ in range(5 if contender.graphed else 1):
                         contender.step(images, labels)
+                    contender.kept_bytes = kept_for_backward(contender, images, labels)
+                    if not contender.graphed:  # a replay allocates nothing: the graph's memory is its own
+                        with peak_memory(contender, images.device):
+                            contender.step(images, labels)
                 else:
                     # Read after the last one: a GPU is not made to wait between steps.
                     watches = [contender.step(images, labels) for _ in range(steps)]
                     contender.times += [StepTimes(*watch.seconds()) for watch in watches]
-            except RuntimeError as failure:
+            except Exception as failure:
                 contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
                 contender.times = []
-            contender.optimizer.zero_grad(set_to_none=True)
+            if not contender.graphed:  # whose gradients lie in the graph's memory
+                contender.optimizer.zero_grad(set_to_none=True)
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Row:
     dtype: str
     image_size: int
     impl: str
-    memory: str | None  # the memory policy of vpt_fast, once there are several
+    memory: str | None  # the memory policy of vpt_fast
     exact: bool
     rank: int | None  # among exact implementations of the same model, by images per second
     images_per_second: float | None
@@ -110,27 +110,45 @@ def _peer(build: Callable[[VisionTransformer, dict[str, Tensor]], nn.Module], co
     return contender
 
 
-def _vpt_fast(name: str, start: Start) -> Contender:
-    setting = start.setting
-    model = PromptedViT(
-        start.vit,
-        NUM_CLASSES,
-        setting.num_prompts,
-        setting.prompt_type,
-        dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
-    )
-    model = model.to(start.state["prompts"].device).train()
-    model.load_trainable_state_dict(start.state)
-    return Contender(name, model, model, torch.bfloat16 if setting.dtype == "amp" else None)
+def _vpt_fast(
+    memory: str = "exact", backend: str = "auto", attention: str = "auto", graphed: bool = False
+) -> Any:
+    def contender(name: str, start: Start) -> Contender:
+        setting = start.setting
+        model = PromptedViT(
+            start.vit,
+            NUM_CLASSES,
+            setting.num_prompts,
+            setting.prompt_type,
+            dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
+            memory=memory,
+            backend=backend,
+            attention=attention,
+        )
+        model = model.to(start.state["prompts"].device).train()
+        model.load_trainable_state_dict(start.state)
+        autocast = torch.bfloat16 if setting.dtype == "amp" else None
+        return Contender(name, model, model, autocast, graphed)
+
+    return contender
 
 
 IMPLEMENTATIONS: dict[str, Callable[[str, Start], Contender]] = {
-    "vpt_fast": _vpt_fast,
+    "vpt_fast": _vpt_fast(),
+    "vpt_fast_graphed": _vpt_fast(graphed=True),
+    "vpt_fast_compact": _vpt_fast("compact"),
+    "vpt_fast_recompute_mlp": _vpt_fast("recompute_mlp"),
+    "vpt_fast_recompute": _vpt_fast("recompute"),
+    "vpt_fast_sdpa_flash": _vpt_fast(attention="sdpa_flash"),
+    "vpt_fast_torch": _vpt_fast(backend="torch"),
     "concat_reference": _peer(peers.ConcatReference),
     "concat_timm": _peer(peers.ConcatTimm),
     "concat_timm_compiled": _peer(peers.ConcatTimm, compiled=True),
     "no_prompts": _peer(peers.NoPrompts),
 }
+# Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph.
+ON_A_GPU = [name for name in IMPLEMENTATIONS if name != "vpt_fast_torch"]
+ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled", "no_prompts"]
 BOUNDS = ("no_prompts",)  # another computation: a row to read the others by, not a way to tune prompts
 
 
@@ -169,7 +187,7 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
         try:
             actual = measure.gradients(contender, images, labels)
             contender.gradient_error = measure.gradient_error(actual, expected[build])
-        except RuntimeError as failure:
+        except Exception as failure:
             contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
@@ -178,6 +196,7 @@ def make_row(contender: Contender, start: Start, repeats: int) -> Row:
     median = measure.median_times(contender.times) if totals else None
     speeds = sorted(setting.batch_size / total for total in totals)
     error = contender.gradient_error
+    has_parts = median is not None and not contender.graphed
 
     def mib(count: int | None, per: int = 1) -> float | None:
         return None if count is None else count / MIB / per
@@ -190,15 +209,15 @@ def make_row(contender: Contender, start: Start, repeats: int) -> Row:
         dtype=setting.dtype,
         image_size=start.vit.patch_embed.img_size[0],
         impl=contender.name,
-        memory=None,
+        memory=getattr(contender.model, "memory", None),
         exact=error is not None and error <= EXACT_BELOW[setting.dtype],
         rank=None,
         images_per_second=statistics.median(speeds) if speeds else None,
         images_per_second_min=speeds[0] if speeds else None,
         images_per_second_max=speeds[-1] if speeds else None,
-        forward_ms=median.forward * 1e3 if median else None,
-        backward_ms=median.backward * 1e3 if median else None,
-        optimizer_ms=median.optimizer * 1e3 if median else None,
+        forward_ms=median.forward * 1e3 if has_parts else None,
+        backward_ms=median.backward * 1e3 if has_parts else None,
+        optimizer_ms=median.optimizer * 1e3 if has_parts else None,
         repeats=repeats,
         peak_mib=mib(contender.peak_bytes),
         peak_reserved_mib=mib(contender.peak_reserved_bytes),
@@ -323,7 +342,9 @@ def main(
     num_prompts: Annotated[str, typer.Option(help="prompts per block, comma-separated")] = "100",
     batch_size: Annotated[str, typer.Option(help="images per step, comma-separated; default by device")] = "",
     prompt_type: Annotated[str, typer.Option(help="deep or shallow, comma-separated")] = "deep",
-    implementations: Annotated[str, typer.Option(help="comma-separated")] = ",".join(IMPLEMENTATIONS),
+    implementations: Annotated[
+        str, typer.Option(help=f"comma-separated, of {', '.join(IMPLEMENTATIONS)}; default by device")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or amp; default by device")] = "",
     image_size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
@@ -346,7 +367,7 @@ def main(
         for m in listed(num_prompts)
         for batch in listed(batch_size or ("64" if on_gpu else "8"))
     ]
-    names = listed(implementations, list(IMPLEMENTATIONS))
+    names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), list(IMPLEMENTATIONS))
     console, rows = Console(), list[Row]()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}")

@@ -32,6 +32,7 @@ MODULES = (
     "vpt_fast.kernels.normalization.ops",
     "vpt_fast.kernels.mlp.ops",
     "vpt_fast.kernels.mlp.gemm",
+    "vpt_fast.kernels.prompted_attention.ops",
 )
 
 COLUMNS = (

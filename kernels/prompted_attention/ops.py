@@ -42,34 +42,39 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of the forward pass and of δ on sm_`arch` (80, 90, 100)."""
+    """Tiles of the forward pass, and of δ from the scores, on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
-        return Tiles(16, 32, 4, 1) if num_rows <= 16 else Tiles(32, 32, 4, 1)
+        if head_dim > 64:
+            return Tiles(16 if num_rows <= 16 or head_dim > 96 else 32, 32, 8, 1)
+        return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 2)
-    return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
+    return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dQ."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1)
+        return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 2)
+        return Tiles(16, 64, 4, 1 if head_dim == 16 else 2)
     if arch == 80 and head_dim > 64:
         return Tiles(128, 32, 8, 2)
-    return Tiles(64, 64, 4, 2) if num_rows <= 64 else Tiles(128, 64, 8, 2)
+    return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
 
 
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1)
+        return Tiles(16, 32, 8 if head_dim > 64 else 4, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 1)
+        return Tiles(16, 64, 8 if head_dim > 96 else 4, 1)
     if arch == 80:
         return Tiles(32, 64, 8, 2) if head_dim == 96 else Tiles(64, 64, 8, 2)
     return Tiles(64, 64, 8, 2) if head_dim > 64 else Tiles(64, 64, 4, 2)
+
+
+_DELTA_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
 
 
 def attention(
@@ -261,7 +266,7 @@ def _attention_backward(
     with on_device(q):
         # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
         if out is None or not need_q:
-            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch)
+            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch) if out is None else _DELTA_TILES
             delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
                 *inputs, out_or_any, lse, delta, *input_strides, *_strides(out), *lse_strides, *sizes,
                 **common, HAS_OUT=out is not None, **tiles.launch,
@@ -299,17 +304,13 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
 def builds(arch: int) -> list[Build]:
     """Every kernel in every configuration that these launchers choose on sm_`arch` (80, 90, 100).
 
-    float16 differs from bfloat16 in no more than the type of its products: one head dim stands for all.
+    float16 differs from bfloat16 in no more than the type of its products: one head dim stands for all; and
+    float32's head dims lie between its smallest and its largest tiles.
     """
-    found = []
-    for dtype, head_dims in (
-        (torch.bfloat16, tuple(HEAD_DIMS)),
-        (torch.float16, (64,)),
-        (torch.float32, (64, 80, 128)),
-    ):
-        for head_dim in head_dims:
-            for num_rows in (1, 64, 197):
-                found += _builds_of(dtype, head_dim, num_rows, arch)
+    requests = [(torch.bfloat16, head_dim, rows) for head_dim in HEAD_DIMS for rows in (1, 64, 197)]
+    requests += [(torch.float16, 64, 197)]
+    requests += [(torch.float32, head_dim, rows) for head_dim in (64, 80, 128) for rows in (1, 197)]
+    found = [build for request in requests for build in _builds_of(*request, arch)]
     unique = {(build.name, build.config): build for build in found}
     return list(unique.values())
 
@@ -339,7 +340,7 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
 
     forward = forward_tiles(dtype, head_dim, num_rows, arch)
     add(attention_forward_kernel, forward)
-    add(delta_kernel, forward, "from O", has_products=False, HAS_OUT=True)
+    add(delta_kernel, _DELTA_TILES, "from O", has_products=False, HAS_OUT=True)
     add(delta_kernel, forward, "from scores", HAS_OUT=False)
     grad_q = grad_q_tiles(dtype, head_dim, num_rows, arch)
     add(grad_q_kernel, grad_q, "with O", HAS_OUT=True)
