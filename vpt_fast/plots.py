@@ -35,13 +35,16 @@ def plot_curves(rows: Rows, path: Path) -> None:
 
 
 def plot_comparison(runs: Mapping[str, Rows], test_accuracy: Mapping[str, float], path: Path) -> None:
-    """Several runs, by name: validation accuracy and training loss by epoch, and test accuracy."""
+    """Several runs, by name: validation accuracy and training loss over each run's epochs, however many they
+    are, and test accuracy."""
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
     val, loss, test = figure.subplots(1, 3)
-    _lines(val, {name: (rows, "val_accuracy") for name, rows in runs.items()}, "validation accuracy")
+    accuracies = {name: (rows, "val_accuracy") for name, rows in runs.items()}
+    _lines(val, accuracies, "validation accuracy", as_share=True)
     val.yaxis.set_major_formatter(PercentFormatter(1.0))
     val.legend(frameon=False)
-    _lines(loss, {name: (rows, "train_loss") for name, rows in runs.items()}, "training loss")
+    losses = {name: (rows, "train_loss") for name, rows in runs.items()}
+    _lines(loss, losses, "training loss", as_share=True)
     loss.set_yscale("log")
     colors = [style["color"] for style in STYLES]
     bars = test.barh(list(test_accuracy), list(test_accuracy.values()), color=colors[: len(test_accuracy)])
@@ -55,14 +58,17 @@ def plot_comparison(runs: Mapping[str, Rows], test_accuracy: Mapping[str, float]
     _save(figure, path)
 
 
-def _lines(axes: Axes, lines: Mapping[str, tuple[Rows, str]], title: str) -> None:
+def _lines(
+    axes: Axes, lines: Mapping[str, tuple[Rows, str]], title: str, *, as_share: bool = False
+) -> None:
+    """By epoch, or by the share of each line's epochs."""
     for (name, (rows, key)), style in zip(lines.items(), STYLES, strict=False):
-        epochs = [row["epoch"] + 1 for row in rows]
+        epochs = [(row["epoch"] + 1) / (len(rows) if as_share else 1) for row in rows]
         every = max(1, len(rows) // 10)
         axes.plot(epochs, [row[key] for row in rows], label=name, markersize=4, markevery=every, **style)
     axes.set_title(title)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("share of the epochs" if as_share else "epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=not as_share))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
 

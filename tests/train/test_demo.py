@@ -72,10 +72,16 @@ def test_demo_table_repeats_what_eval_says(small_demo, command, tmp_path):
     assert found["test_accuracy"] == answer["accuracy"]
 
 
-def test_demo_recipes_differ_in_method_prompts_and_learning_rate_alone(tmp_path):
+def test_demo_recipes_differ_in_method_prompts_epochs_and_learning_rate_alone(tmp_path):
     linear, shallow, deep = demo.demo_recipes(tmp_path)
-    assert set(deep.differences(shallow)) <= {"method", "base_lr"}
-    assert set(deep.differences(linear)) <= {"method", "base_lr", "num_prompts", "prompt_dropout"}
+    tuned = {"method", "base_lr", "num_prompts"}
+    assert set(deep.differences(shallow)) <= tuned
+    assert set(deep.differences(linear)) <= tuned | {"prompt_dropout", "epochs"}
+
+
+def test_linear_probe_of_the_demo_gets_the_most_epochs(tmp_path):
+    linear, shallow, deep = demo.demo_recipes(tmp_path)
+    assert linear.epochs > shallow.epochs == deep.epochs
 
 
 def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_path):
