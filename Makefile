@@ -24,6 +24,7 @@ bench: $(READY)
 gpu:
 	@$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@$(PYTHON) -m pytest -m gpu tests
+	@$(PYTHON) benchmarks/attention.py
 	@$(PYTHON) benchmarks/throughput.py $(ARGS)
 
 # .venv/installing stands from before the first package until after the last, so a set-up that broke off starts afresh.

@@ -9,10 +9,11 @@ them to the sequence, at about the cost of a ViT without prompts.
 from importlib.metadata import version
 
 from vpt_fast.backbones import demo as _demo  # registers vpt_fast_demo with timm
+from vpt_fast.graphed import GraphedStep
 from vpt_fast.model import LinearProbe, PromptedViT
 from vpt_fast.pretrained import load_pretrained
 
 __version__ = version("vpt_fast")
-__all__ = ["LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
+__all__ = ["GraphedStep", "LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
 
 del _demo, version

@@ -27,7 +27,8 @@ def build_model(recipe: Recipe, num_classes: int) -> Model:
 
 
 def _build(recipe: Recipe, num_classes: int) -> Model:
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("pool", "backend", "attention", "pretrained")}
+    names = ("pool", "backend", "attention", "pretrained")
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in names}
     settings["dtype"] = getattr(torch, recipe.dtype) if recipe.dtype else None
     settings |= recipe.backbone_arg
     if recipe.method == "linear":

@@ -91,3 +91,14 @@ def test_dropout_per_image_equals_the_plain_operations() -> None:
         found.append(gradients(model, images))
     for name, expected in found[0].items():
         assert relative_error(found[1][name], expected.double()) < 2e-5, name
+
+
+def test_compiles_without_a_graph_break() -> None:
+    model = PromptedViT(backbone().float(), CLASSES, 7, backend="triton").train()
+    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+    eager = gradients(model, images)
+    model.zero_grad()
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), images)
+    for name, expected in eager.items():
+        actual = compiled[name if name == "logits" else f"_orig_mod.{name}"]
+        assert relative_error(actual, expected) < 1e-5, name
