@@ -89,7 +89,6 @@ def attention(
     Raises:
         ValueError: a tensor's dtype, device, head dim or layout is not supported.
     """
-    _check(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
     return _attention(q, k, v, prompt_k, prompt_v)
 
 
@@ -112,7 +111,6 @@ def attention_backward(
     Raises:
         ValueError: as `attention`; or image keys that are wanted are not given.
     """
-    _check(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
     if k is None and (need_q or need_kv or out is None):
         raise ValueError("k: got None, and the gradients that are wanted need the image's keys")
     if packed and not (need_q and need_kv and q.shape[1] == k.shape[1]):
@@ -131,6 +129,7 @@ def attention_backward(
 
 
 def _check(**tensors: torch.Tensor | None) -> None:
+    """In the custom ops, where tensors have addresses even when what calls them is being compiled."""
     require_device(**tensors)
     q = tensors["q"]
     require_dtype(DTYPES, q=q.dtype)
@@ -177,6 +176,7 @@ def _attention(
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
     batch, num_rows, num_heads, head_dim = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -206,7 +206,9 @@ def _backward_outputs(
     """Empty tensors for dQ (or all three packed), dK and dV, and the prompts'; of size 0 where not wanted."""
     need_q, need_kv, packed = flags
     batch, num_rows, num_heads, head_dim = q.shape
-    q_shape, kv_shape, prompt_shape = (0,), (0,), (0,)
+    q_shape: tuple[int, ...] = (0,)
+    kv_shape: tuple[int, ...] = (0,)
+    prompt_shape: tuple[int, ...] = (0,)
     if packed:
         q_shape = (batch, num_rows, 3, num_heads, head_dim)
     elif need_q:
@@ -215,9 +217,10 @@ def _backward_outputs(
         kv_shape = (batch, k.shape[1], 2, num_heads, head_dim)
     if prompt_k is not None:
         prompt_shape = (prompt_k.shape[0], prompt_k.shape[1], 2, num_heads, head_dim)
-    return tuple(
+    grad_q, grad_kv, grad_prompt_kv = (
         torch.empty(shape, dtype=q.dtype, device=q.device) for shape in (q_shape, kv_shape, prompt_shape)
     )
+    return grad_q, grad_kv, grad_prompt_kv
 
 
 @torch.library.custom_op("vpt_fast::prompted_attention_backward", mutates_args=())
@@ -234,6 +237,7 @@ def _attention_backward(
     need_kv: bool,
     packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
     batch, num_rows, num_heads, head_dim = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     num_image = 0 if k is None else k.shape[1]

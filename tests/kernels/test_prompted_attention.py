@@ -176,8 +176,6 @@ class TestRefusals:
             backward(*case, need_q=False, need_kv=False, image=False, keep_out=False)
 
     def test_cpu_without_the_interpreter(self, case, monkeypatch) -> None:
-        from vpt_fast.kernels import checks
-
-        monkeypatch.setattr(checks.triton.knobs.runtime, "interpret", False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(ValueError, match="q is on cpu, want a CUDA device"):
             ops.attention(*case[0])

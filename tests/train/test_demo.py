@@ -43,7 +43,7 @@ def test_demo_prints_a_table_and_where_everything_is(small_demo, command, tmp_pa
     assert result.exit_code == 0, result.output
     linear, shallow, deep = (line.split("│")[1:-1] for line in table_of(result.stdout))
     # a head of 33 × 3; prompts of 3 × 32, in one block and in two
-    assert [row[1].strip() for row in (linear, shallow, deep)] == ["99", "195", "291"]
+    assert [row[2].strip() for row in (linear, shallow, deep)] == ["99", "195", "291"]
     assert [row[0].strip() for row in (linear, shallow, deep)] == ["linear probe", "VPT-Shallow", "VPT-Deep"]
     assert (tmp_path / "demo" / "comparison.png").exists()
     assert str(tmp_path / "demo" / "comparison.png") in result.stdout
