@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import random_batch, tiny_vit
+from vpt_fast.kernels import Backend
 
 from vpt_fast import PromptedViT
 from vpt_fast import model as model_module
@@ -83,3 +84,22 @@ def test_auto_compiles(auto: PromptedViT) -> None:
     images = random_batch(auto, 1, dtype=torch.float32)[0]
     expected = auto(images)
     torch.testing.assert_close(torch.compile(auto, backend="eager")(images), expected)
+
+
+def test_inference_forms_no_codes(auto: PromptedViT) -> None:
+    auto.memory = "compact"
+    packed = []
+    for block in auto.backbone.blocks:
+        plain = block.backend.other
+
+        def activate(u, kind, *, pack=False, plain=plain):
+            packed.append(pack)
+            return plain.activate(u, kind, pack=pack)
+
+        block.backend = Backend(*[plain._replace(activate=activate)] * 2)
+    images = random_batch(auto, 1, dtype=torch.float32)[0]
+    with torch.no_grad():
+        auto(images)
+    assert packed == [False] * 3
+    auto(images)
+    assert packed[3:] == [True] * 3

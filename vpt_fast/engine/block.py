@@ -138,6 +138,8 @@ class FrozenBlock(nn.Module):
         """
         num_tokens = tokens.shape[1]
         grad_tokens = tokens.requires_grad and torch.is_grad_enabled()
+        grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
+        is_kept = grad_tokens or grad_prompts
         dtype = compute_dtype(tokens.device.type, self.qkv_weight.dtype)
         call = _Call(
             spec=self.spec,
@@ -147,13 +149,12 @@ class FrozenBlock(nn.Module):
             packed=grad_tokens and rows == (0, num_tokens),
             dtype=dtype,
             grad_tokens=grad_tokens,
-            policy=policy,
+            policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
             prompts = prompts.to(tokens.dtype)
-        grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
-        if call.grad_tokens or grad_prompts:
+        if is_kept:
             return _FrozenBlockFunction.apply(tokens, prompts, call, *weights)
         with torch.autocast(tokens.device.type, enabled=False):
             output, _ = _forward(tokens, prompts, weights.to(call.dtype), call)
