@@ -19,10 +19,10 @@ from vpt_fast.kernels.mlp.jit import (
     swiglu_backward_kernel,
     swiglu_kernel,
 )
+from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 from vpt_fast.kernels.rows import Rows, leading_rows
 
-ELEMENTWISE = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
-ACTIVATIONS = (*ELEMENTWISE, "swiglu")
+ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
 """Of a gated unit whose derivatives are packed: its row of scales is found in one program."""
 MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid

@@ -14,9 +14,9 @@ from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.normalization.jit import normalize_backward_kernel, normalize_kernel
+from vpt_fast.kernels.normalization.reference import KINDS
 from vpt_fast.kernels.rows import leading_rows
 
-KINDS = ("layer", "rms")
 MAX_WIDTH = 8192
 _MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
 
