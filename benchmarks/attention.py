@@ -9,7 +9,6 @@ compares PyTorch's own, at small sizes. One whose output or gradients are wrong 
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import statistics
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from typing import Annotated, Any
 import measure
 import torch
 import typer
+from reports import default_path, listed, make_header, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from throughput import RESULTS, default_path, installed_version, listed, write_report
 from torch import Tensor
 from vpt_fast.kernels import ATTENTION, get_backend
 from vpt_fast.kernels.prompted_attention import reference
@@ -237,15 +236,8 @@ def main(
     console, rows = Console(), list[Row]()
     console.width = max(console.width, 120)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
-    report: dict[str, Any] = {
-        "device": measure.device_name(where),
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "date": datetime.date.today().isoformat(),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    path = output or RESULTS / f"attention-{default_path(report).name}"
+    report = {**make_header(where), "dtype": str(dtype).removeprefix("torch.")}
+    path = output or default_path(report, "attention")
     for (tokens, heads, head_dim), m in itertools.product(sizes, map(int, listed(num_prompts))):
         shape = Shape(images, tokens, m, heads, head_dim)
         new = measure_shape(shape, names, dtype, where, repeats, calls or (20 if on_gpu else 1))

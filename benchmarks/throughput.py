@@ -10,13 +10,7 @@ trainable tensors; one whose gradients are not those of concatenation in float64
 from __future__ import annotations
 
 import copy
-import datetime
-import importlib.metadata
-import json
-import os
-import re
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,48 +20,25 @@ import peers
 import timm
 import torch
 import typer
+from implementations import (
+    BOUNDS,
+    EXACT_BELOW,
+    IMPLEMENTATIONS,
+    ON_A_CPU,
+    ON_A_GPU,
+    Setting,
+    Start,
+    make_start,
+    random_batch,
+)
 from measure import MIB, Contender
+from reports import default_path, listed, make_header, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from vpt_fast import PromptedViT
-
-NUM_CLASSES = 100
 CHECK_BATCH = 2  # images of the float64 gradient check
-RESULTS = Path(__file__).parent / "results"
-
-# A gradient is right when its relative error from float64 is at most this: rounding stays well below, a
-# mistake does not. bfloat16 itself is near 1e-2 on prompts.
-EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured, other than by which implementation.
-
-    dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32;
-    "amp": float32 weights under torch.autocast to bfloat16.
-    """
-
-    model: str
-    num_prompts: int
-    batch_size: int
-    prompt_type: str
-    dtype: str
-    image_size: int | None = None
-
-
-@dataclass(frozen=True)
-class Start:
-    """The weights that all implementations of one setting start from, on the device."""
-
-    vit: VisionTransformer  # float32
-    peer_vit: VisionTransformer  # in the dtype that peers run in
-    state: dict[str, Tensor]
-    setting: Setting
 
 
 @dataclass
@@ -98,78 +69,6 @@ class Row:
     share_of_ceiling: float | None
     gradient_error: float | None
     error: str | None
-
-
-def _peer(build: Callable[[VisionTransformer, dict[str, Tensor]], nn.Module], compiled: bool = False) -> Any:
-    def contender(name: str, start: Start) -> Contender:
-        model = build(start.peer_vit, start.state).to(start.state["prompts"].device).train()
-        # Static shapes: the small batch of the gradient check must not turn the timed one into a dynamic one.
-        run = torch.compile(model, dynamic=False) if compiled else model
-        return Contender(name, model, run, torch.bfloat16 if start.setting.dtype == "amp" else None)
-
-    return contender
-
-
-def _vpt_fast(
-    memory: str = "exact", backend: str = "auto", attention: str = "auto", graphed: bool = False
-) -> Any:
-    def contender(name: str, start: Start) -> Contender:
-        setting = start.setting
-        model = PromptedViT(
-            start.vit,
-            NUM_CLASSES,
-            setting.num_prompts,
-            setting.prompt_type,
-            dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
-            memory=memory,
-            backend=backend,
-            attention=attention,
-        )
-        model = model.to(start.state["prompts"].device).train()
-        model.load_trainable_state_dict(start.state)
-        autocast = torch.bfloat16 if setting.dtype == "amp" else None
-        return Contender(name, model, model, autocast, graphed)
-
-    return contender
-
-
-IMPLEMENTATIONS: dict[str, Callable[[str, Start], Contender]] = {
-    "vpt_fast": _vpt_fast(),
-    "vpt_fast_graphed": _vpt_fast(graphed=True),
-    "vpt_fast_compact": _vpt_fast("compact"),
-    "vpt_fast_recompute_mlp": _vpt_fast("recompute_mlp"),
-    "vpt_fast_recompute": _vpt_fast("recompute"),
-    "vpt_fast_sdpa_flash": _vpt_fast(attention="sdpa_flash"),
-    "vpt_fast_torch": _vpt_fast(backend="torch"),
-    "concat_reference": _peer(peers.ConcatReference),
-    "concat_timm": _peer(peers.ConcatTimm),
-    "concat_timm_compiled": _peer(peers.ConcatTimm, compiled=True),
-    "no_prompts": _peer(peers.NoPrompts),
-}
-# Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph.
-ON_A_GPU = [name for name in IMPLEMENTATIONS if name != "vpt_fast_torch"]
-ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled", "no_prompts"]
-BOUNDS = ("no_prompts",)  # another computation: a row to read the others by, not a way to tune prompts
-
-
-def make_start(setting: Setting, device: torch.device) -> Start:
-    torch.manual_seed(0)
-    size: dict[str, Any] = {} if setting.image_size is None else {"img_size": setting.image_size}
-    vit = timm.create_model(setting.model, pretrained=False, num_classes=0, **size)
-    if not isinstance(vit, VisionTransformer):
-        raise typer.BadParameter(
-            f"models: {setting.model} is a {type(vit).__name__}, want a VisionTransformer"
-        )
-    vit.eval().requires_grad_(False).to(device)
-    state = peers.initial_state(vit, setting.num_prompts, setting.prompt_type, NUM_CLASSES)
-    peer_vit = copy.deepcopy(vit).to(torch.bfloat16) if setting.dtype == "bfloat16" else vit
-    return Start(vit, peer_vit, {name: tensor.to(device) for name, tensor in state.items()}, setting)
-
-
-def random_batch(vit: VisionTransformer, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, *vit.patch_embed.img_size, generator=generator)
-    return images.to(device), torch.randint(NUM_CLASSES, (batch_size,), generator=generator).to(device)
 
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
@@ -294,47 +193,8 @@ def make_table(rows: list[Row]) -> Table:
     return table
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def make_report(rows: list[Row], device: torch.device) -> dict[str, Any]:
-    return {
-        "device": measure.device_name(device),
-        "torch": torch.__version__,
-        "triton": installed_version("triton"),
-        "timm": timm.__version__,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "date": datetime.date.today().isoformat(),
-        "ceiling_tflops": None,
-        "rows": [asdict(row) for row in rows],
-    }
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes the report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def default_path(report: dict[str, Any]) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    return RESULTS / f"{slug}-{report['date']}.json"
-
-
-def listed(values: str, known: list[str] | None = None) -> list[str]:
-    names = [name.strip() for name in values.split(",") if name.strip()]
-    unknown = [name for name in names if known is not None and name not in known]
-    if unknown or not names:
-        raise typer.BadParameter(
-            f"got {values!r}, want a comma-separated list" + (f" of {known}" if known else "")
-        )
-    return names
+    return {**make_header(device), "ceiling_tflops": None, "rows": [asdict(row) for row in rows]}
 
 
 def main(

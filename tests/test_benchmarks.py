@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import implementations  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import throughput  # noqa: E402
@@ -141,7 +142,7 @@ class WrongGradient(peers.ConcatTimm):
         return prompts.detach() + 1.005 * (prompts - prompts.detach())
 
 
-SETTING = throughput.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
+SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
 
 
 def measured(names: list[str]) -> list[throughput.Row]:
@@ -149,7 +150,7 @@ def measured(names: list[str]) -> list[throughput.Row]:
 
 
 def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(throughput.IMPLEMENTATIONS, "concat_wrong", throughput._peer(WrongGradient))
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "concat_wrong", implementations.peer(WrongGradient))
     rows = {row.impl: row for row in measured(["vpt_fast", "concat_wrong", "concat_timm"])}
     assert not rows["concat_wrong"].exact
     assert rows["concat_wrong"].rank is None
@@ -171,7 +172,7 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
         def forward(self, images: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("80 GiB wanted")
 
-    monkeypatch.setitem(throughput.IMPLEMENTATIONS, "concat_large", throughput._peer(OutOfMemory))
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "concat_large", implementations.peer(OutOfMemory))
     row, other = measured(["concat_large", "concat_timm"])
     assert (row.images_per_second, row.kept_mib_per_image, row.rank) == (None, None, None)
     assert "80 GiB wanted" in row.error
