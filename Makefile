@@ -10,8 +10,9 @@ ARGS ?=
 demo: $(READY)
 	@$(VENV)/bin/vpt-fast demo $(ARGS)
 
+# A process a core, each with one thread: the tests' models are too small to share one between threads.
 test: $(READY)
-	@$(VENV)/bin/python -m pytest -m "not gpu" --durations=15 $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" -n auto --dist worksteal --durations=15 $(ARGS)
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
