@@ -21,12 +21,11 @@ lint: $(READY)
 bench: $(READY)
 	@$(VENV)/bin/python benchmarks/throughput.py $(ARGS)
 
-# For a machine whose Python already has torch, triton, timm and pytest; nothing is downloaded.
+# For a machine whose Python already has torch, triton, timm and pytest; nothing is downloaded. In parts, of which
+# `make gpu` runs as many as fit into nine minutes: `make gpu` again goes on. ARGS="--parts 'test_*'" chooses.
 gpu:
-	@$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	@$(PYTHON) -m pytest -m gpu tests
-	@$(PYTHON) benchmarks/attention.py
-	@$(PYTHON) benchmarks/throughput.py $(ARGS)
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PYTHON) scripts/gpu_suite.py $(ARGS)
 
 # .venv/installing stands from before the first package until after the last, so a set-up that broke off starts afresh.
 $(READY): setup.py pyproject.toml constraints.txt

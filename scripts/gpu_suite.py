@@ -1,0 +1,402 @@
+"""Everything that needs a GPU, in parts that end within a given time. One command, which `make gpu` calls:
+
+    python scripts/gpu_suite.py
+
+Each file of tests/gpu is a part; several run at a time, since building kernels keeps a processor core busy
+each. Then every benchmark is a part, alone on the GPU. What became of a part is written at once, to
+benchmarks/results/gpu-suite-<device>-<date>.json. The same command goes on with what has not passed, as long
+as sources, versions and device are the same. The output of every part is kept in build/gpu-suite.
+
+Exit status: 0 all passed, 1 something failed, 2 it cannot run here, 3 parts are left: run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LOGS = ROOT / "build" / "gpu-suite"
+SOURCES = ("kernels/**/*.py", "vpt_fast/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/*.py")
+"""What a result depends on; of tests/ itself only what is no test, since tests/gpu imports it."""
+MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
+MOST_TESTS_AT_ONCE = 6
+TAIL_LINES = 40
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+
+PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the suite.
+
+    Attributes:
+        command: run in the repository's root; exit status 0 means passed.
+        seconds: what it takes, about; it is not started with less time left. Where an earlier run took
+            longer, that counts instead.
+        limit: seconds after which it is stopped and has failed.
+        alone: whether nothing may run beside it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    limit: float
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part.
+
+    Attributes:
+        state: "passed", "failed", or "unfinished" where the time of the whole suite was up first.
+        seconds: how long it ran.
+        exit_status: the process's own; negative: the signal that ended it.
+        tail: the last lines of its output.
+    """
+
+    state: str
+    seconds: float
+    exit_status: int
+    tail: list[str]
+
+
+def parts_of(root: Path, header: Mapping[str, Any]) -> list[Part]:
+    """The suite, in the order in which it runs."""
+    pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider")
+    parts = [
+        Part(file.stem, (*pytest, str(file.relative_to(root))), 90, 300, alone=False)
+        for file in sorted((root / "tests" / "gpu").glob("test_*.py"))
+    ]
+
+    def benchmark(name: str, seconds: float, *arguments: str) -> Part:
+        script = arguments[0] if arguments else name
+        command = (sys.executable, f"benchmarks/{script}.py", *arguments[1:])
+        return Part(name, command, seconds, 3 * seconds, alone=True)
+
+    # Each model has a results file of its own, so that one that was stopped loses no other's rows.
+    throughput = [
+        benchmark(
+            f"throughput-{model}",
+            seconds,
+            "throughput",
+            f"--models={model}",
+            f"--output=benchmarks/results/{file_name(header, model)}",
+        )
+        for model, seconds in zip(MODELS, (60, 70, 90), strict=True)
+    ]
+    rest = [benchmark("attention", 60), benchmark("kernels", 90), *throughput, benchmark("recipe", 45)]
+    return parts + [part for part in rest if (root / part.command[1]).exists()]
+
+
+def file_name(header: Mapping[str, Any], prefix: str) -> str:
+    """<prefix>-<device>-<date>.json, as all results files are called."""
+    device = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    return f"{prefix}-{device}-{header['date']}.json"
+
+
+def digest(root: Path, header: Mapping[str, Any]) -> str:
+    """A hash of the sources and of what they run on: what was found under another one counts for nothing."""
+    total = hashlib.sha256()
+    versions = {key: value for key, value in header.items() if key != "date"}
+    total.update(json.dumps(versions, sort_keys=True).encode())
+    files = {file.relative_to(root) for pattern in SOURCES for file in root.glob(pattern)}
+    for file in sorted(files):
+        if file.parent == Path("tests") and file.name.startswith("test_"):
+            continue
+        total.update(f"{file}\0{hashlib.sha256((root / file).read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+class Record:
+    """The results file: opened where the same sources have one, else begun anew.
+
+    Attributes:
+        outcomes: by part, as they have been found under this digest.
+        earlier_seconds: by part, what it took in the newest file there is, of whatever sources.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], sources: str) -> None:
+        self.path = folder / file_name(header, "gpu-suite")
+        self.header = {**header, "digest": sources}
+        self.outcomes: dict[str, Outcome] = {}
+        self.earlier_seconds: dict[str, float] = {}
+        name_of_any_day = file_name({**header, "date": "*"}, "gpu-suite")
+        for path in sorted(folder.glob(name_of_any_day)):  # by date, the newest last
+            report = json.loads(path.read_text())
+            outcomes = {name: Outcome(**outcome) for name, outcome in report["parts"].items()}
+            self.earlier_seconds |= {name: outcome.seconds for name, outcome in outcomes.items()}
+            if report["digest"] == sources:
+                self.path, self.header, self.outcomes = path, {**report, "digest": sources}, outcomes
+                del self.header["parts"]
+
+    def write(self) -> None:
+        report = {**self.header, "parts": {name: asdict(outcome) for name, outcome in self.outcomes.items()}}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+class Running:
+    """A part's process, in a group of its own so that it can be stopped with all that it has started."""
+
+    def __init__(self, part: Part, root: Path, logs: Path, deadline: float, threads: int) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.part = part
+        self.root = root
+        self.log = logs / f"{part.name}.log"
+        self.started = time.monotonic()
+        self.limit = min(self.started + part.limit, deadline)
+        self.over_budget = deadline < self.started + part.limit
+        with open(self.log, "w") as output:
+            command = shlex.join(part.command).replace(sys.executable, "python", 1)
+            print(f"$ {command}", file=output, flush=True)
+            self.process = subprocess.Popen(
+                part.command,
+                cwd=root,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+            )
+
+    def poll(self) -> Outcome | None:
+        """What became of it, once it has ended; it is ended where its time is up."""
+        status = self.process.poll()
+        if status is not None:
+            self.stop()  # what it may have left behind
+            return self._outcome(PASSED if status == 0 else FAILED)
+        if time.monotonic() < self.limit:
+            return None
+        self.stop()
+        if self.over_budget:
+            return self._outcome(UNFINISHED, "stopped: the time of the suite was up")
+        return self._outcome(FAILED, f"stopped: not done in its limit of {self.part.limit:.0f} s")
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(GRACE)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def interrupt(self) -> Outcome:
+        self.stop()
+        return self._outcome(UNFINISHED, "stopped: interrupted")
+
+    def _outcome(self, state: str, note: str | None = None) -> Outcome:
+        # Results are committed: where the project lies on somebody's machine is nobody's business.
+        text = self.log.read_text(errors="replace").replace(f"{self.root}{os.sep}", "")
+        lines = text.splitlines()[-TAIL_LINES:]
+        seconds = round(time.monotonic() - self.started, 1)
+        return Outcome(state, seconds, self.process.returncode, lines + ([note] if note else []))
+
+
+def run(
+    parts: Iterable[Part],
+    record: Record,
+    *,
+    root: Path,
+    logs: Path,
+    deadline: float,
+    cores: int,
+    console: Console,
+) -> list[Part]:
+    """Runs the parts that have not passed, and records each as it ends.
+
+    Those that have failed before come last: they must not keep the others from their turn for ever.
+
+    Args:
+        deadline: of time.monotonic(); nothing runs after it. The first part starts even if it took longer
+            before: it will never have more time than now.
+        cores: processor cores to share out.
+
+    Returns:
+        The parts for which there was no time.
+    """
+    pending = [part for part in parts if state_of(part, record) != PASSED]
+    failed_before = [part for part in pending if state_of(part, record) == FAILED]
+    first = [part for part in pending if part not in failed_before]
+    waiting = [
+        part
+        for group in (first, failed_before)
+        for part in sorted(group, key=lambda part: part.alone)  # tests, then benchmarks
+    ]
+    most = max(1, min(cores, MOST_TESTS_AT_ONCE))
+    running, left, started = list[Running](), list[Part](), False
+
+    def record_outcome(job: Running, outcome: Outcome) -> None:
+        running.remove(job)
+        record.outcomes[job.part.name] = outcome
+        record.write()
+        show(job.part, outcome, console, job.log)
+        if outcome.state == UNFINISHED:
+            left.append(job.part)
+
+    try:
+        with console.status("") as status:
+            while waiting or running:
+                while waiting and _may_start(waiting[0], running, most):
+                    part = waiting.pop(0)
+                    if started and time.monotonic() + expected_seconds(part, record) > deadline:
+                        left.append(part)
+                        continue
+                    started = True
+                    threads = cores if part.alone else max(1, cores // most)
+                    running.append(Running(part, root, logs, deadline, threads))
+                    if not console.is_terminal:  # which shows what is running all the time
+                        console.print(f"started    {part.name}")
+                names = ", ".join(job.part.name for job in running)
+                remaining = max(0, deadline - time.monotonic())
+                status.update(f"{names}  ({len(waiting)} waiting, {remaining:.0f} s left)")
+                for job in list(running):
+                    if (outcome := job.poll()) is not None:
+                        record_outcome(job, outcome)
+                time.sleep(0.05)
+    except KeyboardInterrupt:
+        for job in list(running):
+            record_outcome(job, job.interrupt())
+        raise
+    return left
+
+
+def _may_start(part: Part, running: list[Running], most: int) -> bool:
+    if not running:
+        return True
+    return len(running) < most and not part.alone and not running[0].part.alone
+
+
+def state_of(part: Part, record: Record) -> str | None:
+    outcome = record.outcomes.get(part.name)
+    return None if outcome is None else outcome.state
+
+
+def expected_seconds(part: Part, record: Record) -> float:
+    return max(part.seconds, record.earlier_seconds.get(part.name, 0.0))
+
+
+def show(part: Part, outcome: Outcome, console: Console, log: Path) -> None:
+    style = {PASSED: "green", FAILED: "red", UNFINISHED: "yellow"}[outcome.state]
+    console.print(f"[{style}]{outcome.state:10}[/] {escape(part.name)}  {outcome.seconds:.0f} s")
+    if outcome.state != PASSED:
+        console.print(escape("\n".join(f"    {line}" for line in outcome.tail)), highlight=False)
+        console.print(f"    all of it: {escape(str(log))}", highlight=False)
+
+
+def chosen(parts: list[Part], patterns: str) -> list[Part]:
+    """The parts whose names match one of the comma-separated patterns.
+
+    Raises:
+        ValueError: a pattern matches none.
+    """
+    names = [part.name for part in parts]
+    wanted: set[str] = set()
+    for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ValueError(f"--parts: {pattern!r} is none of {', '.join(names)}")
+        wanted.update(matching)
+    return [part for part in parts if part.name in wanted]
+
+
+HEADER = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) finds none")
+from reports import make_header
+print(json.dumps(make_header(torch.device("cuda"))))
+"""
+
+
+def read_header(root: Path) -> dict[str, Any]:
+    """The device and the versions, found in another process: this one must not hold memory of the GPU.
+
+    Raises:
+        RuntimeError: there is no CUDA device, or the project cannot be imported.
+    """
+    found = subprocess.run([sys.executable, "-c", HEADER], cwd=root, capture_output=True, text=True)
+    if found.returncode != 0:
+        raise RuntimeError((found.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def main(
+    arguments: list[str] | None = None,
+    *,
+    root: Path = ROOT,
+    results: Path = RESULTS,
+    logs: Path = LOGS,
+    header: Callable[[Path], dict[str, Any]] = read_header,
+    suite: Callable[[Path, Mapping[str, Any]], list[Part]] = parts_of,
+) -> int:
+    """The command; returns its exit status. What is not an argument of the command is there for its tests."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command (default: 9)")
+    parser.add_argument(
+        "--parts", default="*", help="comma-separated names or patterns, such as 'test_*,attention'"
+    )
+    parser.add_argument("--fresh", action="store_true", help="run what has passed, too")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    console = Console(soft_wrap=True)
+    try:
+        found = header(root)
+        parts = chosen(suite(root, found), options.parts)
+        if (longest := max(parts, key=lambda part: part.seconds)).seconds > 60 * options.minutes:
+            raise ValueError(
+                f"--minutes: {options.minutes:g}, want {longest.seconds / 60:.2g} or more, "
+                f"which {longest.name} takes about"
+            )
+    except (RuntimeError, ValueError) as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return 2
+    record = Record(results, found, digest(root, found))
+    if options.fresh:
+        for part in parts:
+            record.outcomes.pop(part.name, None)
+    done = sum(state_of(part, record) == PASSED for part in parts)
+    console.print(f"{found['device']}, torch {found['torch']}: {len(parts)} parts, {done} passed before")
+    cores = len(os.sched_getaffinity(0))
+    try:
+        left = run(parts, record, root=root, logs=logs, deadline=deadline, cores=cores, console=console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on")
+        return 130
+    console.print(f"written: {record.path}")
+    failed = [part.name for part in parts if state_of(part, record) == FAILED and part not in left]
+    if failed:
+        console.print(f"[red]failed[/]: {', '.join(failed)}")
+    if left:
+        console.print(f"[yellow]left[/]: {', '.join(part.name for part in left)}: run it again")
+        return 3
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

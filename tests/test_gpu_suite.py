@@ -1,0 +1,209 @@
+"""The runner of `make gpu`, with commands that pass, fail, hang or take too long as its parts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import gpu_suite  # noqa: E402
+from gpu_suite import Part  # noqa: E402
+
+HEADER = {"device": "NVIDIA H100 80GB", "torch": "2.14", "triton": "3.8", "timm": "1.0", "date": "2026-11-23"}
+FILE = "gpu-suite-nvidia-h100-80gb-2026-11-23.json"
+HANG = "import time; print('before', flush=True); time.sleep(600)"
+
+
+class Project:
+    """An empty project with one source file, and the suite run in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "kernels").mkdir()
+        (root / "kernels" / "tile.py").write_text("TILE = 64\n")
+        self.parts: list[Part] = []
+
+    def part(
+        self, name: str, code: str, seconds: float = 0.0, limit: float = 60.0, alone: bool = False
+    ) -> None:
+        note = f"open({name!r}, 'a').write('x'); "
+        self.parts.append(Part(name, (sys.executable, "-c", note + code), seconds, limit, alone))
+
+    def suite(self, root: Path, header: Mapping[str, Any]) -> list[Part]:
+        return self.parts
+
+    def run(self, *arguments: str, header: dict[str, Any] = HEADER) -> int:
+        return gpu_suite.main(
+            list(arguments),
+            root=self.root,
+            results=self.root / "results",
+            logs=self.root / "logs",
+            header=lambda root: header,
+            suite=self.suite,
+        )
+
+    def runs_of(self, name: str) -> int:
+        file = self.root / name
+        return len(file.read_text()) if file.exists() else 0
+
+    def report(self, file: str = FILE) -> dict[str, Any]:
+        return json.loads((self.root / "results" / file).read_text())
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_a_failed_part_costs_no_other_its_result(project: Project) -> None:
+    project.part("test_bad", "print('why'); raise SystemExit(3)")
+    project.part("test_good", "print('fine')")
+    project.part("throughput", "pass", alone=True)
+    assert project.run() == 1
+    parts = project.report()["parts"]
+    assert {name: part["state"] for name, part in parts.items()} == {
+        "test_bad": "failed", "test_good": "passed", "throughput": "passed",
+    }  # fmt: skip
+    assert parts["test_bad"]["exit_status"] == 3
+    assert parts["test_bad"]["tail"][-1] == "why"
+
+
+def test_the_same_command_goes_on_with_what_has_not_passed(project: Project) -> None:
+    project.part("test_bad", "raise SystemExit(not __import__('os').path.exists('mended'))")
+    project.part("test_good", "pass")
+    assert project.run() == 1
+    (project.root / "mended").touch()
+    assert project.run() == 0
+    assert (project.runs_of("test_bad"), project.runs_of("test_good")) == (2, 1)
+
+
+@pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day"])
+def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_request(
+    project: Project, change: str
+) -> None:
+    project.part("test_good", "pass")
+    project.run()
+    if change == "source":
+        (project.root / "kernels" / "tile.py").write_text("TILE = 128\n")
+    header = HEADER | {"version": {"torch": "2.15"}, "day": {"date": "2026-11-24"}}.get(change, {})
+    assert project.run(*["--fresh"] * (change == "fresh"), header=header) == 0
+    assert project.runs_of("test_good") == (1 if change in ("nothing", "day") else 2)
+
+
+def test_a_part_that_hangs_is_stopped_at_its_limit_and_has_failed(project: Project) -> None:
+    project.part("test_hang", HANG, limit=1.0)
+    project.part("throughput", "pass", alone=True)
+    assert project.run() == 1
+    hung = project.report()["parts"]["test_hang"]
+    assert hung["state"] == "failed"
+    assert hung["tail"][-2:] == ["before", "stopped: not done in its limit of 1 s"]
+    assert project.runs_of("throughput") == 1
+
+
+def test_what_does_not_fit_is_left_for_the_next_command(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.part("test_hang", HANG)
+    project.part("throughput", "pass", seconds=1.0, alone=True)
+    assert project.run("--minutes", "0.02") == 3
+    assert project.report()["parts"]["test_hang"]["state"] == "unfinished"
+    assert project.runs_of("throughput") == 0
+    assert "left: test_hang, throughput: run it again" in capsys.readouterr().out
+
+
+def test_a_part_that_took_longer_than_thought_is_given_that_time_from_then_on(project: Project) -> None:
+    project.part("test_good", "pass")
+    project.part("throughput", "import time; time.sleep(1.2)", alone=True)
+    assert project.run("--parts", "throughput") == 0
+    project.parts[0] = Part("test_good", (sys.executable, "-c", "pass"), 0.0, 60.0, False)
+    assert project.run("--fresh", "--minutes", "0.02") == 3  # which are 1.2 s
+    assert project.runs_of("throughput") == 1
+
+
+def test_an_interruption_loses_nothing_that_is_done(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.part("test_good", "pass")
+    project.run()
+    project.part("test_hang", HANG)
+    sleep = gpu_suite.time.sleep
+
+    def interrupt(seconds: float) -> None:
+        monkeypatch.setattr(gpu_suite.time, "sleep", sleep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_suite.time, "sleep", interrupt)
+    assert project.run() == 130
+    assert [part["state"] for part in project.report()["parts"].values()] == ["passed", "unfinished"]
+
+
+def test_what_has_failed_before_comes_after_what_has_not_run(project: Project) -> None:
+    project.part("first", "raise SystemExit(1)", alone=True)
+    project.run()
+    project.part("second", "assert len(open('first').read()) == 1", alone=True)
+    assert project.run() == 1
+    assert project.report()["parts"]["second"]["state"] == "passed"
+
+
+def test_nothing_runs_beside_a_benchmark(project: Project) -> None:
+    alone = "import os, time; os.mkdir('busy'); time.sleep(0.2); os.rmdir('busy')"
+    for index in range(2):
+        project.part(f"test_{index}", "import os; assert not os.path.exists('busy')")
+        project.part(f"benchmark_{index}", alone, alone=True)
+    assert project.run() == 0
+
+
+def test_parts_are_chosen_by_pattern(project: Project) -> None:
+    for name in ("test_a", "test_b", "attention", "recipe"):
+        project.part(name, "pass")
+    assert project.run("--parts", "test_*,recipe") == 0
+    assert project.report()["parts"].keys() == {"test_a", "test_b", "recipe"}
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--parts", "atention"], "'atention' is none of test_a"),
+        (["--minutes", "0.1"], "--minutes: 0.1, want 1"),
+    ],
+    ids=["part", "minutes"],
+)
+def test_a_wrong_argument_is_named_before_anything_runs(
+    project: Project, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    project.part("test_a", "pass", seconds=60.0)
+    assert project.run(*arguments) == 2
+    assert named in capsys.readouterr().err
+    assert project.runs_of("test_a") == 0
+
+
+def test_without_a_gpu_it_says_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_device(root: Path) -> dict[str, Any]:
+        raise RuntimeError("no CUDA device")
+
+    assert gpu_suite.main([], root=project.root, header=no_device, suite=project.suite) == 2
+    assert capsys.readouterr().err == "gpu_suite: no CUDA device\n"
+
+
+def test_the_header_is_read_in_another_process_whose_last_word_is_the_error(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "HEADER", "import sys; sys.exit('no CUDA device: torch 2.14 finds none')")
+    with pytest.raises(RuntimeError, match="no CUDA device: torch 2.14 finds none"):
+        gpu_suite.read_header(project.root)
+
+
+def test_the_suite_is_every_file_of_gpu_tests_and_every_benchmark() -> None:
+    parts = gpu_suite.parts_of(ROOT, HEADER)
+    tests = [part.name for part in parts if not part.alone]
+    assert tests == sorted(file.stem for file in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    names = {part.name for part in parts if part.alone}
+    assert names >= {"attention", *(f"throughput-{model}" for model in gpu_suite.MODELS)}
+    assert all((ROOT / part.command[1]).is_file() for part in parts if part.alone)
+    assert sum(part.seconds for part in parts if part.alone) < 9 * 60
