@@ -1,0 +1,253 @@
+"""What got faster or slower between two results files of throughput.py, attention.py or kernels.py:
+
+    python benchmarks/compare.py OLD.json NEW.json
+
+Rows are matched by what was measured. A change counts where the ranges of the two files, smallest to largest
+of the repetitions, do not overlap; else it is within noise. `--fail-below 0.95` makes a row that is slower
+than that, beyond noise, an exit status of 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+IDENTITY = (
+    "model", "prompt_type", "num_prompts", "batch_size", "image_size", "op", "case", "rows", "width",
+    "num_tokens", "num_heads", "head_dim", "dtype", "impl", "memory",
+)  # fmt: skip
+"""The fields of a row that say what was measured."""
+HIGHER_IS_BETTER = "images_per_second"
+LOWER_IS_BETTER = "_ms"  # the ending of a field's name
+THROUGHPUT_PARTS = ("forward_ms", "backward_ms", "optimizer_ms")  # of what images_per_second has whole
+
+Key = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A median, and the smallest and largest of its repetitions where the file has them."""
+
+    median: float
+    low: float | None
+    high: float | None
+
+    @property
+    def has_spread(self) -> bool:
+        return self.low is not None and self.high is not None
+
+    def overlaps(self, other: Measurement) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measurement in both files.
+
+    Attributes:
+        ratio: speed of the new one relative to the old one; above 1 is faster.
+        verdict: "faster", "slower" or "within noise"; with "?" where a file has no spread, so that noise is
+            not known.
+    """
+
+    key: Key
+    metric: str
+    old: Measurement
+    new: Measurement
+    ratio: float
+    verdict: str
+
+    @property
+    def beyond_noise(self) -> bool:
+        return self.verdict != "within noise"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes; the rows of one file only; and those of both that only one measured rightly, with the
+    other's reason."""
+
+    changes: list[Change]
+    only_old: list[Key]
+    only_new: list[Key]
+    broken: list[tuple[Key, str]]
+    mended: list[tuple[Key, str]]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: it is no JSON object with a device and rows that were measured one by one.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; want a results file") from None
+    if not isinstance(report, dict) or "device" not in report or not isinstance(report.get("rows"), list):
+        raise ValueError(f"{path}: has no device and rows; want a file of throughput, attention or kernels")
+    return report
+
+
+def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    """The rows by what they measured.
+
+    Raises:
+        ValueError: two rows measured the same.
+    """
+    found: dict[Key, dict[str, Any]] = {}
+    for row in report["rows"]:
+        fields = {"dtype": report.get("dtype"), **row}  # some files say it once, for all rows
+        key = tuple((name, fields[name]) for name in IDENTITY if fields.get(name) is not None)
+        if key in found:
+            raise ValueError(f"two rows of {label(key)}")
+        found[key] = row
+    return found
+
+
+def label(key: Key) -> str:
+    return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in key)
+
+
+def measurements(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
+    """What a row has measured, by the field's name."""
+    for name, value in row.items():
+        if name != HIGHER_IS_BETTER and not name.endswith(LOWER_IS_BETTER):
+            continue
+        if HIGHER_IS_BETTER in row and name in THROUGHPUT_PARTS:
+            continue
+        if value is not None:
+            yield name, Measurement(value, row.get(f"{name}_min"), row.get(f"{name}_max"))
+
+
+def failure(row: dict[str, Any]) -> str | None:
+    """Why a row's times say nothing; None where they do."""
+    if row.get("error"):
+        return row["error"]
+    if row.get("exact") is False:
+        return "wrong results"
+    return None if any(measurements(row)) else "not measured"
+
+
+def change(key: Key, metric: str, old: Measurement, new: Measurement) -> Change:
+    ratio = new.median / old.median if metric == HIGHER_IS_BETTER else old.median / new.median
+    direction = "faster" if ratio > 1 else "slower"
+    if not (old.has_spread and new.has_spread):
+        return Change(key, metric, old, new, ratio, f"{direction}?" if ratio != 1 else "within noise")
+    return Change(key, metric, old, new, ratio, "within noise" if old.overlaps(new) else direction)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
+    """Everything that both files or one of them measured.
+
+    Raises:
+        ValueError: two rows of one file measured the same.
+    """
+    before, after = keyed_rows(old), keyed_rows(new)
+    result = Comparison(
+        [], [key for key in before if key not in after], [key for key in after if key not in before], [], []
+    )
+    for key in (key for key in before if key in after):
+        was, now = failure(before[key]), failure(after[key])
+        if was is not None or now is not None:
+            if was is None:
+                result.broken.append((key, now))
+            elif now is None:
+                result.mended.append((key, was))
+            continue
+        earlier = dict(measurements(before[key]))
+        result.changes.extend(
+            change(key, metric, earlier[metric], measured)
+            for metric, measured in measurements(after[key])
+            if metric in earlier
+        )
+    return result
+
+
+def make_table(changes: list[Change]) -> Table:
+    table = Table(box=box.SIMPLE)
+    table.add_column("row")
+    table.add_column("measured", no_wrap=True)
+    for column in ("old", "new", "speed, new / old"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    styles = {"faster": "green", "slower": "red"}
+    for found in changes:
+        table.add_row(
+            label(found.key),
+            found.metric,
+            f"{found.old.median:.4g}",
+            f"{found.new.median:.4g}",
+            f"{found.ratio:.3f}",
+            found.verdict,
+            style=styles.get(found.verdict.rstrip("?"), ""),
+        )
+    return table
+
+
+def describe(report: dict[str, Any]) -> str:
+    versions = (f"{name} {report[name]}" for name in ("torch", "triton", "timm", "cuda") if report.get(name))
+    return ", ".join([report["device"], *versions, str(report.get("date", "no date"))])
+
+
+def main(
+    old: Annotated[Path, typer.Argument(help="results file to compare with")],
+    new: Annotated[Path, typer.Argument(help="results file to judge")],
+    across_devices: Annotated[
+        bool, typer.Option("--across-devices", help="compare files of different devices")
+    ] = False,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(min=0, help="exit with 1 if a row's speed fell below this part of the old one's"),
+    ] = None,
+) -> None:
+    """Say what got faster or slower beyond noise."""
+    try:
+        reports = read_report(old), read_report(new)
+        compared = compare(*reports)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    devices = [report["device"] for report in reports]
+    if devices[0] != devices[1] and not across_devices:
+        raise typer.BadParameter(
+            f"the files are of {devices[0]!r} and {devices[1]!r}, want one device; "
+            "--across-devices compares them all the same"
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, 140)
+    for name, report in zip(("old", "new"), reports, strict=True):
+        console.print(f"{name}: {describe(report)}", markup=False)
+    if compared.changes:
+        console.print(make_table(compared.changes))
+    if any(found.verdict.endswith("?") for found in compared.changes):
+        console.print("?: a file has no smallest and largest value of it, so noise is not known")
+    for title, keys in (("only in old", compared.only_old), ("only in new", compared.only_new)):
+        for key in keys:
+            console.print(f"{title}: {label(key)}", markup=False)
+    for title, rows in (("no longer measured", compared.broken), ("measured now; before", compared.mended)):
+        for key, reason in rows:
+            console.print(f"{title}: {label(key)}: {reason}", markup=False)
+    counts = [
+        f"{sum(found.verdict.rstrip('?') == verdict for found in compared.changes)} {verdict}"
+        for verdict in ("faster", "slower", "within noise")
+    ]
+    console.print(", ".join(counts))
+    if fail_below is not None:
+        slower = [found for found in compared.changes if found.beyond_noise and found.ratio < fail_below]
+        if slower or compared.broken:
+            console.print(
+                f"{len(slower)} below {fail_below:g} of the old speed, {len(compared.broken)} no longer measured"
+            )
+            raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,134 @@
+"""What benchmarks/compare.py makes of two results files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import compare  # noqa: E402
+
+app = compare.typer.Typer()
+app.command()(compare.main)
+
+
+def throughput(impl: str, speed: float | None, spread: float = 0.02, **fields: Any) -> dict[str, Any]:
+    """A row of throughput.py, with repetitions from `spread` below to `spread` above the median."""
+    ends = (None, None) if speed is None else (speed * (1 - spread), speed * (1 + spread))
+    row = {"model": "vit_base_patch16_224", "num_prompts": 100, "batch_size": 64, "impl": impl, "exact": True}
+    row |= {"images_per_second": speed, "images_per_second_min": ends[0], "images_per_second_max": ends[1]}
+    return row | {"forward_ms": 1.0, "error": None} | fields
+
+
+def report(*rows: dict[str, Any], **header: Any) -> dict[str, Any]:
+    return {"device": "H100", "torch": "2.14", "date": "2026-11-23", "rows": list(rows)} | header
+
+
+def only_change(old: dict[str, Any], new: dict[str, Any]) -> compare.Change:
+    (found,) = compare.compare(old, new).changes
+    return found
+
+
+@pytest.mark.parametrize(
+    "speed, spread, verdict",
+    [
+        (130.0, 0.02, "faster"),
+        (80.0, 0.02, "slower"),
+        (97.0, 0.02, "within noise"),
+        (80.0, 0.30, "within noise"),
+    ],
+)
+def test_a_change_counts_where_the_ranges_do_not_overlap(speed: float, spread: float, verdict: str) -> None:
+    old, new = report(throughput("vpt_fast", 100.0)), report(throughput("vpt_fast", speed, spread))
+    found = only_change(old, new)
+    assert found.verdict == verdict
+    assert found.ratio == pytest.approx(speed / 100)
+    assert found.metric == "images_per_second"
+
+
+def test_times_are_better_when_lower_and_without_a_range_say_so() -> None:
+    row = {"num_tokens": 197, "num_heads": 12, "head_dim": 64, "impl": "vpt_fast", "exact": True}
+    old = report(row | {"forward_ms": 2.0, "backward_ms": 5.0, "error": None}, dtype="bfloat16")
+    new = report(row | {"forward_ms": 1.0, "backward_ms": 10.0, "error": None}, dtype="bfloat16")
+    forward, backward = compare.compare(old, new).changes
+    assert (forward.metric, forward.ratio, forward.verdict) == ("forward_ms", 2.0, "faster?")
+    assert (backward.metric, backward.ratio, backward.verdict) == ("backward_ms", 0.5, "slower?")
+
+
+def test_rows_of_one_file_are_listed() -> None:
+    old = report(throughput("vpt_fast", 1.0), throughput("concat_timm", 1.0))
+    new = report(throughput("vpt_fast", 1.0), throughput("vpt_fast", 1.0, memory="compact"))
+    found = compare.compare(old, new)
+    assert [dict(key)["impl"] for key in found.only_old] == ["concat_timm"]
+    assert [dict(key)["memory"] for key in found.only_new] == ["compact"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"exact": False}, {"error": "OutOfMemoryError: 80 GiB", "images_per_second": None}]
+)
+def test_a_row_that_is_wrong_or_failed_is_not_compared(fields: dict[str, Any]) -> None:
+    good, bad = report(throughput("vpt_fast", 1.0)), report(throughput("vpt_fast", 2.0, **fields))
+    broken, mended = compare.compare(good, bad), compare.compare(bad, good)
+    assert not broken.changes and len(broken.broken) == 1
+    assert not mended.changes and len(mended.mended) == 1
+
+
+def test_two_rows_of_one_setting_are_an_error() -> None:
+    with pytest.raises(ValueError, match="two rows of .*vpt_fast"):
+        compare.keyed_rows(report(throughput("vpt_fast", 1.0), throughput("vpt_fast", 2.0)))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_a_committed_file_differs_from_itself_in_nothing(path: Path) -> None:
+    if "rows" not in json.loads(path.read_text()) or path.name.startswith("recipe-"):
+        return  # of the suite of tests, and of whole tasks: nothing to match
+    read = compare.read_report(path)
+    found = compare.compare(read, read)
+    assert found.changes and not any(one.beyond_noise for one in found.changes)
+
+
+def run(tmp_path: Path, old: Any, new: Any, *arguments: str) -> Any:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, content in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(content))
+    return CliRunner().invoke(app, [*map(str, paths), *arguments])
+
+
+@pytest.mark.parametrize("fail_below, status", [("0.95", 1), ("0.7", 0), (None, 0)])
+def test_fail_below_is_about_rows_slower_than_that_beyond_noise(
+    tmp_path: Path, fail_below: str | None, status: int
+) -> None:
+    old = report(throughput("vpt_fast", 100.0), throughput("concat_timm", 100.0))
+    new = report(throughput("vpt_fast", 80.0), throughput("concat_timm", 60.0, spread=0.9))
+    result = run(tmp_path, old, new, *(["--fail-below", fail_below] if fail_below else []))
+    assert result.exit_code == status, result.output
+    assert "0 faster, 1 slower, 1 within noise" in result.output
+
+
+def test_fail_below_is_about_rows_that_went_wrong_too(tmp_path: Path) -> None:
+    old, new = report(throughput("vpt_fast", 1.0)), report(throughput("vpt_fast", 2.0, exact=False))
+    assert run(tmp_path, old, new, "--fail-below", "0.95").exit_code == 1
+
+
+def test_other_devices_are_compared_on_request_only(tmp_path: Path) -> None:
+    old, new = report(throughput("vpt_fast", 1.0)), report(throughput("vpt_fast", 2.0), device="A100")
+    refused = run(tmp_path, old, new)
+    assert refused.exit_code == 2 and "'H100' and 'A100'" in refused.output
+    assert run(tmp_path, old, new, "--across-devices").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"device": "H100"}, {"rows": []}], ids=["list", "no_rows", "no_device"]
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: Any) -> None:
+    result = run(tmp_path, report(throughput("vpt_fast", 1.0)), content)
+    assert result.exit_code == 2
+    assert "new.json" in result.output
