@@ -21,13 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 IDENTITY = (
-    "model", "prompt_type", "num_prompts", "batch_size", "image_size", "op", "case", "rows", "width",
+    "model", "prompt_type", "num_prompts", "batch_size", "image_size", "op", "kind", "codes", "width",
     "num_tokens", "num_heads", "head_dim", "dtype", "impl", "memory",
 )  # fmt: skip
 """The fields of a row that say what was measured."""
 HIGHER_IS_BETTER = "images_per_second"
-LOWER_IS_BETTER = "_ms"  # the ending of a field's name
-THROUGHPUT_PARTS = ("forward_ms", "backward_ms", "optimizer_ms")  # of what images_per_second has whole
 
 Key = tuple[tuple[str, Any], ...]
 
@@ -120,11 +118,11 @@ def label(key: Key) -> str:
 def measurements(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
     """What a row has measured, by the field's name."""
     for name, value in row.items():
-        if name != HIGHER_IS_BETTER and not name.endswith(LOWER_IS_BETTER):
-            continue
-        if HIGHER_IS_BETTER in row and name in THROUGHPUT_PARTS:
-            continue
-        if value is not None:
+        if HIGHER_IS_BETTER in row:
+            measured = name == HIGHER_IS_BETTER  # and not its parts, in ms
+        else:
+            measured = name == "ms" or name.endswith("_ms")
+        if measured and value is not None:
             yield name, Measurement(value, row.get(f"{name}_min"), row.get(f"{name}_max"))
 
 
@@ -244,7 +242,8 @@ def main(
         slower = [found for found in compared.changes if found.beyond_noise and found.ratio < fail_below]
         if slower or compared.broken:
             console.print(
-                f"{len(slower)} below {fail_below:g} of the old speed, {len(compared.broken)} no longer measured"
+                f"{len(slower)} below {fail_below:g} of the old speed, "
+                f"{len(compared.broken)} no longer measured"
             )
             raise typer.Exit(1)
 
