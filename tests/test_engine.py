@@ -10,7 +10,9 @@ from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.engine import block
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
+from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 
 OPS = get_backend("torch").other
@@ -314,6 +316,24 @@ class TestBackends:
     def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:
         ops = get_backend("torch", "sdpa_cpu").other
         assert ops.needs_out and ops.normalize is OPS.normalize and ops.attention is not OPS.attention
+
+
+class TestFrozenBlock:
+    @pytest.mark.parametrize("rows", [(0, 17), (0, 20), (0, 1)], ids=["all", "with_prompts", "cls"])
+    def test_output_was_not_written_into(self, rows: tuple[int, int], monkeypatch) -> None:
+        """Compiled by torch 2.11, a Function that returns what it changed in place has gradients of zero."""
+        versions = []
+        forward = block._forward
+
+        def spy(*arguments):
+            output, kept = forward(*arguments)
+            versions.append(output._version)
+            return output, kept
+
+        monkeypatch.setattr(block, "_forward", spy)
+        tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
+        FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
+        assert versions == [0]
 
 
 class TestFrozenViT:

@@ -37,8 +37,9 @@ class Tiles(NamedTuple):
         }
 
 
-# The tables below are what builds without spills and, on sm_90, with wgmma; they were chosen without a GPU at
-# hand to time them. In the last block rows are few (CLS alone), and a tile of 16 wastes least.
+# The tables below are what builds without spills and, on sm_90, with wgmma, by Triton 3.6 and 3.8; they were
+# chosen without a GPU at hand to time them. In the last block rows are few (CLS alone): a tile of 16 wastes
+# least.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
@@ -46,7 +47,7 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
         if head_dim > 64:
             return Tiles(16 if num_rows <= 16 or head_dim > 96 else 32, 32, 8, 1)
-        return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 4, 1)
+        return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 8, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 2)
     return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
@@ -58,7 +59,7 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 1 if head_dim == 16 else 2)
-    if arch == 80 and head_dim > 64:
+    if (arch == 80 and head_dim > 64) or (arch == 100 and head_dim > 96):
         return Tiles(128, 32, 8, 2)
     return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
 
@@ -66,7 +67,7 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 8 if head_dim > 64 else 4, 1)
+        return Tiles(16, 32, 8 if head_dim > 80 else 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 8 if head_dim > 96 else 4, 1)
     if arch == 80:

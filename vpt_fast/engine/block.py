@@ -256,7 +256,8 @@ def _forward(
     )
     u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
     activated, mlp_codes, mlp_scale = ops.activate(u, spec.activation, pack=policy.pack)
-    output = hidden.add_(F.linear(activated, w.fc2_weight, w.fc2_bias))
+    # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
+    output = hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)
 
     if policy.recompute_mlp:
         mlp = None
