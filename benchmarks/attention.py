@@ -2,33 +2,45 @@
 
     python benchmarks/attention.py
 
-times forward and backward at the shapes of ViT-B/16, L/16 and H/14, each implementation with the
-concatenation that it needs, prints a table and writes results/attention-<device>-<date>.json. On a CPU it
-compares PyTorch's own, at small sizes. One whose output or gradients are wrong is marked, not compared with.
+times forward and backward at the shapes of ViT-B/16, L/16 and H/14, prints a table for each shape and writes
+results/attention-<device>-<date>.json as it goes. The libraries are timed twice: from our tensors, with the
+concatenation (and in backward the splitting) that they need, and given what is concatenated already. On a
+CPU it compares PyTorch's own, at small sizes. One whose output or gradients are wrong is marked, and not
+compared with. A sweep is one command too, and the same command goes on where it was interrupted:
+
+    python benchmarks/attention.py --head-dim 64,80 --num-tokens 197,577 --num-heads 12 --num-prompts 10,100
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import measure
+import operations
 import torch
 import typer
-from reports import default_path, listed, make_header, write_report
+from operations import DTYPES, ERROR_BELOW, Settings, Work, number
+from reports import listed, positive_numbers
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from vpt_fast.kernels import ATTENTION, get_backend
+from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.prompted_attention import reference
+from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS
 
-OURS = "vpt_fast"
-ERROR_BELOW = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+OURS = ("triton", "torch")
+ON_A_GPU = ("triton", *(name for name in FLASH_BACKENDS if name != "sdpa_cpu"))
+ON_A_CPU = ("torch", "sdpa_cpu")
+CHECKED_IMAGES = 2
+
+# Tokens, heads, head dim of ViT-B/16, L/16 and H/14
+MODELS = [(197, 12, 64), (197, 16, 64), (257, 16, 80)]
 
 
 @dataclass(frozen=True)
@@ -41,15 +53,37 @@ class Shape:
     num_heads: int
     head_dim: int
 
-    @property
-    def forward_flops(self) -> int:
+    def forward(self, dtype: torch.dtype) -> Work:
+        """Q Kᵀ and P V. q, k, v, the prompts' k and v once for the batch; out and lse (float32)."""
+        queries, prompts, lse = self._sizes(dtype)
+        return Work(bytes=4 * queries + 2 * prompts + lse, flops=2 * self._product())
+
+    def backward(self, dtype: torch.dtype) -> Work:
+        """Q Kᵀ, dO Vᵀ, dS K, dSᵀ Q, Pᵀ dO. dO, q, k, v, out, lse and the prompts; all gradients of them."""
+        queries, prompts, lse = self._sizes(dtype)
+        return Work(bytes=8 * queries + 4 * prompts + lse, flops=5 * self._product())
+
+    def _sizes(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Bytes of q, of the prompts' k, and of lse."""
+        of_a_token = self.num_heads * self.head_dim * dtype.itemsize
+        tokens = self.batch_size * self.num_tokens
+        return tokens * of_a_token, self.num_prompts * of_a_token, tokens * self.num_heads * 4
+
+    def _product(self) -> int:
         keys = self.num_tokens + self.num_prompts
-        return 4 * self.batch_size * self.num_heads * self.num_tokens * keys * self.head_dim
+        return 2 * self.batch_size * self.num_heads * self.num_tokens * keys * self.head_dim
 
 
 @dataclass
 class Row:
-    """One line of the results. Times are medians over rounds, ms; concatenation included."""
+    """One implementation at one shape; what is not known is None.
+
+    Times are medians over rounds, with the fastest and the slowest round.
+
+    forward, backward: from our layout to our layout, whatever that takes. concatenated: a library that is
+    given keys and values concatenated already, and leaves their gradients so. Ratios are those of speed to
+    the best right library, with the concatenation and without it.
+    """
 
     batch_size: int
     num_tokens: int
@@ -57,44 +91,58 @@ class Row:
     num_heads: int
     head_dim: int
     impl: str
-    exact: bool
-    forward_ms: float | None
-    backward_ms: float | None
-    forward_tflops: float | None
-    backward_tflops: float | None
-    forward_ratio: float | None  # speed relative to the best of the others
-    backward_ratio: float | None
-    output_error: float | None
-    gradient_error: float | None
-    error: str | None
+    exact: bool = False
+    forward_ms: float | None = None
+    forward_ms_min: float | None = None
+    forward_ms_max: float | None = None
+    backward_ms: float | None = None
+    backward_ms_min: float | None = None
+    backward_ms_max: float | None = None
+    concatenated_forward_ms: float | None = None
+    concatenated_forward_ms_min: float | None = None
+    concatenated_forward_ms_max: float | None = None
+    concatenated_backward_ms: float | None = None
+    concatenated_backward_ms_min: float | None = None
+    concatenated_backward_ms_max: float | None = None
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    forward_gb_per_second: float | None = None
+    backward_gb_per_second: float | None = None
+    forward_share_of_bound: float | None = None
+    backward_share_of_bound: float | None = None
+    forward_ratio: float | None = None
+    backward_ratio: float | None = None
+    forward_ratio_to_concatenated: float | None = None
+    backward_ratio_to_concatenated: float | None = None
+    output_error: float | None = None
+    gradient_error: float | None = None
+    error: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(**{field.name: getattr(self, field.name) for field in fields(Shape)})
 
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def implementations(names: list[str], device: torch.device) -> tuple[dict[str, Functions], dict[str, str]]:
-    """Forward and backward by name, and why others are not there."""
-    found: dict[str, Functions] = {}
-    missing: dict[str, str] = {}
-    for name in names:
-        try:
-            backend = get_backend("auto", "auto" if name == OURS else name)
-        except ValueError as error:
-            missing[name] = str(error)
-            continue
-        ops = backend.ops(device.type, torch.float32, 64)
-        found[name] = ops.attention, ops.attention_backward
-    return found, missing
+def functions_of(name: str) -> Functions:
+    """Forward and backward; ValueError where they are not to be had here."""
+    if name in OURS:
+        ops = get_backend(name).other
+    else:
+        ops = get_backend("torch", name).other
+    return ops.attention, ops.attention_backward
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """q, k, v as views of one packed projection, prompt_k, prompt_v, and dO."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     b, n, m = shape.batch_size, shape.num_tokens, shape.num_prompts
     h, d = shape.num_heads, shape.head_dim
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     qkv = random(b, n, 3, h, d)
     qkv[:, :, 0] *= d**-0.5
@@ -107,144 +155,181 @@ def run_backward(functions: Functions, inputs: tuple[Tensor, ...], out: Tensor, 
 
 
 def errors(functions: Functions, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Relative errors of the output and of the worst gradient, from float64 on the first image."""
-    first = tuple(t[:1] for t in inputs)
+    """Relative errors of the output and of the worst gradient, from float64 on the first images."""
+    first = tuple(t[:CHECKED_IMAGES] for t in inputs)
     wide = tuple(t.double() for t in first)
     out, lse = functions[0](*first[:-1])
     grads = run_backward(functions, first, out, lse)
     exact_out, exact_lse = reference.attention(*wide[:-1])
     exact = run_backward((reference.attention, reference.attention_backward), wide, exact_out, exact_lse)
-
-    def error(actual: Tensor, expected: Tensor) -> float:
-        return float((actual.double() - expected).norm() / expected.norm())
-
-    parts = [*zip(grads.qkv.unbind(2), exact.qkv.unbind(2), strict=True)]
-    parts += [*zip(grads.prompt_kv.unbind(2), exact.prompt_kv.unbind(2), strict=True)]
-    return error(out, exact_out), max(error(*part) for part in parts)
-
-
-def time_all(
-    found: dict[str, Functions], inputs: tuple[Tensor, ...], repeats: int, calls: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of one forward and one backward call in each round, all implementations in turn."""
-    device = inputs[0].device
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in found}
-    for round_ in range(-1, repeats):  # the first warms up
-        for name, functions in found.items():
-            out, lse = functions[0](*inputs[:-1])
-            watch = measure.Stopwatch(device)
-            watch.mark()
-            for _ in range(calls):
-                functions[0](*inputs[:-1])
-            watch.mark()
-            for _ in range(calls):
-                run_backward(functions, inputs, out, lse)
-            watch.mark()
-            if round_ >= 0:
-                for part, seconds in zip(times[name], watch.seconds(), strict=True):
-                    part.append(seconds / calls)
-    return times
+    return (
+        operations.worst_error([out, lse], [exact_out, exact_lse]),
+        operations.worst_error(
+            [*grads.qkv.unbind(2), *grads.prompt_kv.unbind(2)],
+            [*exact.qkv.unbind(2), *exact.prompt_kv.unbind(2)],
+        ),
+    )
 
 
-def measure_shape(
-    shape: Shape, names: list[str], dtype: torch.dtype, device: torch.device, repeats: int, calls: int
-) -> list[Row]:
-    found, failed = implementations(names, device)
-    inputs = make_inputs(shape, dtype, device)
-    right: dict[str, tuple[float, float]] = {}
-    for name, functions in list(found.items()):
+def make_calls(
+    name: str, functions: Functions, inputs: tuple[Tensor, ...]
+) -> dict[str, Callable[[], object]]:
+    """What is timed of one implementation, by the field of its row."""
+    forward, backward = functions
+    out, lse = forward(*inputs[:-1])
+    calls = {
+        "forward_ms": lambda: forward(*inputs[:-1]),
+        "backward_ms": lambda: run_backward(functions, inputs, out, lse),
+    }
+    if name in FLASH_BACKENDS:
+        q, k, v, prompt_k, prompt_v, grad = inputs
+        keys, values = (
+            torch.cat((prompts.expand(len(x), -1, -1, -1), x), dim=1)
+            for prompts, x in ((prompt_k, k), (prompt_v, v))
+        )
+        calls["concatenated_forward_ms"] = lambda: forward(q, keys, values, None, None)
+        # A library forms dK and dV in any case. That they are not asked for leaves out copying them apart.
+        calls["concatenated_backward_ms"] = partial(
+            backward, grad, q, keys, values, None, None, out, lse, need_q=True, need_kv=False
+        )
+    return calls
+
+
+def measure_shape(shape: Shape, names: Iterable[str], settings: Settings) -> list[Row]:
+    """One row for each implementation."""
+    rows = {name: Row(**asdict(shape), impl=name) for name in names}
+    calls: dict[str, Callable[[], object]] = {}
+    inputs = make_inputs(shape, settings.dtype, settings.device)
+    for name, row in rows.items():
         try:
-            right[name] = errors(functions, inputs)
-        except Exception as failure:  # a kernel that does not build, a library that refuses the shape
-            failed[name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            del found[name]
-    times = time_all(found, inputs, repeats, calls)
-    medians = {name: tuple(map(statistics.median, parts)) for name, parts in times.items()}
-    others = [
-        seconds for name, seconds in medians.items() if name != OURS and max(right[name]) < ERROR_BELOW[dtype]
-    ]
-    rows = []
-    for name in names:
-        row = Row(**asdict(shape), impl=name, exact=False, **dict.fromkeys(_EMPTY), error=failed.get(name))
-        if name in medians:
-            forward, backward = medians[name]
-            row.exact = max(right[name]) < ERROR_BELOW[dtype]
-            row.output_error, row.gradient_error = right[name]
-            row.forward_ms, row.backward_ms = forward * 1e3, backward * 1e3
-            row.forward_tflops = shape.forward_flops / forward / 1e12
-            row.backward_tflops = 2.5 * shape.forward_flops / backward / 1e12  # five products against two
-            if others and row.exact:
-                row.forward_ratio = min(other[0] for other in others) / forward
-                row.backward_ratio = min(other[1] for other in others) / backward
-        rows.append(row)
-    return rows
+            functions = functions_of(name)
+            found = errors(functions, inputs)
+            own = make_calls(name, functions, inputs)
+            own = {
+                f"{name} {field}": operations.prepare(call, settings.device) for field, call in own.items()
+            }
+        except Exception as failure:  # a package that is missing, a kernel that does not build, out of memory
+            row.error = operations.message(failure)
+            continue
+        calls |= own
+        row.exact = max(found) < ERROR_BELOW[settings.dtype]
+        row.output_error, row.gradient_error = map(operations.finite, found)
+    for key, times in settings.times(calls).items():
+        name, field = key.split()
+        for suffix, seconds in zip(("", "_min", "_max"), times, strict=True):
+            setattr(rows[name], field + suffix, seconds * 1e3)
+    for row in rows.values():
+        fill_rates(row, settings)
+    compare(list(rows.values()))
+    return list(rows.values())
 
 
-_EMPTY = (
-    "forward_ms", "backward_ms", "forward_tflops", "backward_tflops", "forward_ratio", "backward_ratio",
-    "output_error", "gradient_error",
-)  # fmt: skip
+def fill_rates(row: Row, settings: Settings) -> None:
+    shape, dtype = row.shape, settings.dtype
+    for part, work in (("forward", shape.forward(dtype)), ("backward", shape.backward(dtype))):
+        milliseconds = getattr(row, f"{part}_ms")
+        if milliseconds is not None:
+            setattr(row, f"{part}_tflops", work.flops / milliseconds / 1e9)
+            setattr(row, f"{part}_gb_per_second", work.bytes / milliseconds / 1e6)
+            setattr(row, f"{part}_share_of_bound", settings.bounds.share(work, milliseconds / 1e3))
 
 
-def make_table(rows: list[Row], dtype: torch.dtype) -> Table:
+def compare(rows: list[Row]) -> None:
+    """Fills in the ratios of the right rows to the best right library's times."""
+    libraries = [row for row in rows if row.exact and row.impl in FLASH_BACKENDS]
+    for part, row in itertools.product(("forward", "backward"), rows):
+        own = getattr(row, f"{part}_ms")
+        for other, ratio in (
+            (f"{part}_ms", f"{part}_ratio"),
+            (f"concatenated_{part}_ms", f"{part}_ratio_to_concatenated"),
+        ):
+            times = [getattr(library, other) for library in libraries]
+            if row.exact and times:
+                setattr(row, ratio, min(times) / own)
+
+
+def make_table(rows: list[Row]) -> Table:
     first = rows[0]
     sizes = f"B {first.batch_size}, N {first.num_tokens}, m {first.num_prompts}"
-    heads = f"H {first.num_heads}, D {first.head_dim}, {str(dtype).removeprefix('torch.')}"
-    table = Table(title=f"{sizes}, {heads}", box=box.SIMPLE)
+    table = Table(
+        title=f"{sizes}, H {first.num_heads}, D {first.head_dim}", box=box.SIMPLE, caption_justify="left"
+    )
     table.add_column("implementation", no_wrap=True)
     for part in ("forward", "backward"):
-        for column in (f"{part} ms", "TFLOP/s", "× best other"):
+        for column in (f"{part} ms", "TFLOP/s", "GB/s", "of bound", "× best", "× best, no concat"):
             table.add_column(column, justify="right")
     table.add_column("error", justify="right")
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def cells(row: Row, part: str, concatenated: bool) -> list[str]:
+        if concatenated:
+            return [number(getattr(row, f"concatenated_{part}_ms"), ".3f"), *[""] * 5]
+        forms = {"ms": ".3f", "tflops": ".2f", "gb_per_second": ".1f", "share_of_bound": ".0%"}
+        forms |= {"ratio": ".2f", "ratio_to_concatenated": ".2f"}
+        return [number(getattr(row, f"{part}_{name}"), form) for name, form in forms.items()]
 
     for row in rows:
-        table.add_row(
-            row.impl,
-            number(row.forward_ms, ".3f"),
-            number(row.forward_tflops, ".1f"),
-            number(row.forward_ratio, ".2f"),
-            number(row.backward_ms, ".3f"),
-            number(row.backward_tflops, ".1f"),
-            number(row.backward_ratio, ".2f"),
-            row.error or ("" if row.exact else "WRONG ") + number(row.gradient_error, ".1e"),
-            style="" if row.exact else "red",
-        )
+        error = operations.verdict(row.error, row.exact, row.gradient_error)
+        style = "" if row.exact else "red"
+        parts = [*cells(row, "forward", False), *cells(row, "backward", False)]
+        table.add_row(row.impl, *parts, error, style=style)
+        if row.concatenated_forward_ms is not None:
+            parts = [*cells(row, "forward", True), *cells(row, "backward", True)]
+            table.add_row("  concatenated already", *parts, "", style=style)
+    table.caption = operations.failures({row.impl: row.error for row in rows})
     return table
 
 
+def choose_shapes(
+    on_gpu: bool, num_tokens: str, num_heads: str, head_dim: str, num_prompts: str, batch_size: str
+) -> list[Shape]:
+    """Those of the models; or, with tokens, heads or head dims given, all combinations with ViT-B/16's."""
+    models = MODELS if on_gpu else MODELS[:1]
+    if num_tokens or num_heads or head_dim:
+        asked = (num_tokens or "197", num_heads or "12", head_dim or "64")
+        models = list(itertools.product(*map(positive_numbers, asked)))
+    batches = positive_numbers(batch_size or ("64" if on_gpu else "2"))
+    return [
+        Shape(b, n, m, h, d)
+        for (n, h, d), m, b in itertools.product(models, positive_numbers(num_prompts), batches)
+    ]  # fmt: skip
+
+
 def main(
-    num_prompts: Annotated[str, typer.Option(help="prompts, comma-separated")] = "50,100,200",
-    batch_size: Annotated[int, typer.Option(min=0, help="images; 0: by device")] = 0,
-    implementations: Annotated[str, typer.Option(help="comma-separated; default by device")] = "",
-    repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
-    calls: Annotated[int, typer.Option(min=0, help="calls a round; 0: by device")] = 0,
+    num_prompts: Annotated[str, typer.Option(help="m, comma-separated")] = "50,100,200",
+    num_tokens: Annotated[str, typer.Option(help="N, comma-separated; default: the models'")] = "",
+    num_heads: Annotated[str, typer.Option(help="H, comma-separated; default: the models'")] = "",
+    head_dim: Annotated[str, typer.Option(help="D, comma-separated; default: the models'")] = "",
+    batch_size: Annotated[str, typer.Option(help="images, comma-separated; default by device")] = "",
+    implementations: Annotated[
+        str,
+        typer.Option(help=f"comma-separated, of {', '.join((*OURS, *FLASH_BACKENDS))}; default by device"),
+    ] = "",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; default by device")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
 ) -> None:
     """Measure prompted attention, forward and backward."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu = where.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    peers = [name for name in ATTENTION if name != "auto" and (name == "sdpa_cpu") != on_gpu]
-    names = listed(implementations or ",".join([OURS, *peers]), [OURS, *ATTENTION[1:]])
-    # ViT-B/16 (L/16 has 16 heads of the same) and H/14
-    images = batch_size or (64 if on_gpu else 2)
-    sizes = [(197, 12, 64), (197, 16, 64), (257, 16, 80)] if on_gpu else [(197, 12, 64)]
-    console, rows = Console(), list[Row]()
-    console.width = max(console.width, 120)
-    console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
-    report = {**make_header(where), "dtype": str(dtype).removeprefix("torch.")}
-    path = output or default_path(report, "attention")
-    for (tokens, heads, head_dim), m in itertools.product(sizes, map(int, listed(num_prompts))):
-        shape = Shape(images, tokens, m, heads, head_dim)
-        new = measure_shape(shape, names, dtype, where, repeats, calls or (20 if on_gpu else 1))
-        rows += new
-        console.print(make_table(new, dtype))
-        write_report({**report, "rows": [asdict(row) for row in rows]}, path)
-    console.print(f"written: {path}")
+    on_gpu = operations.choose_device(device).type == "cuda"
+    names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), [*OURS, *FLASH_BACKENDS])
+    shapes = choose_shapes(on_gpu, num_tokens, num_heads, head_dim, num_prompts, batch_size)
+    console = Console()
+    console.width = max(console.width, 200)  # a table cut to a pipe's 80 columns says nothing
+    settings, report = operations.start(
+        "attention", console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
+    )
+    rows = [Row(**row) for row in report.rows]
+    console.print(f"{len(shapes)} shapes, of each {len(names)} implementations, forward and backward.")
+    with Progress(console=console, transient=True) as progress:
+        for shape in progress.track(shapes, description="shapes"):
+            there = [row for row in rows if row.shape == shape and row.impl in names]
+            if len(there) < len(names):  # all of a shape anew, so that what is compared ran in turns
+                there = measure_shape(shape, names, settings)
+                rows = [row for row in rows if row.shape != shape] + there
+                report.write([asdict(row) for row in rows])
+            console.print(make_table(there))
+    console.print(f"written: {report.path}")
 
 
 if __name__ == "__main__":

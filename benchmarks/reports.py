@@ -45,6 +45,21 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
+def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """The report in `path` if it has all of `header`: the machine, versions, day and settings of this run.
+
+    None where there is no file, or another run's.
+    """
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise typer.BadParameter(f"output: {path} is not JSON ({error}), want a report or no file") from None
+    is_same = isinstance(report, dict) and all(report.get(name) == value for name, value in header.items())
+    return report if is_same else None
+
+
 def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
     """results/[<benchmark>-]<device>-<date>.json"""
     slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
@@ -60,3 +75,11 @@ def listed(values: str, known: list[str] | None = None) -> list[str]:
             f"got {values!r}, want a comma-separated list" + (f" of {known}" if known else "")
         )
     return names
+
+
+def positive_numbers(values: str) -> list[int]:
+    """The numbers in a comma-separated flag; typer.BadParameter for what is not one of at least 1."""
+    names = listed(values)
+    if not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise typer.BadParameter(f"got {values!r}, want a comma-separated list of numbers of at least 1")
+    return [int(name) for name in names]

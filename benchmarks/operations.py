@@ -1,0 +1,231 @@
+"""What the benchmarks of single operations share: how a call is timed, and how fast it could be at most."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import measure
+import torch
+import typer
+from reports import default_path, listed, make_header, resumed, write_report
+from rich.console import Console
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ERROR_BELOW = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest relative error, by norm and from float64, of an implementation that counts as right."""
+
+# Larger than any cache: 50 MB on an H100, 126 MB on a B200.
+_FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+_PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation cannot do without.
+
+    bytes: every input read once and every output written once. flops: of its matrix products.
+    """
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the device was seen to do: bytes a second of a large copy, TFLOP/s of a large product."""
+
+    gb_per_second: float
+    tflops: float
+
+    def share(self, work: Work, seconds: float) -> float:
+        """The least time that the work can take, by the tighter of both bounds, over the time it took."""
+        return max(work.bytes / (self.gb_per_second * 1e9), work.flops / (self.tflops * 1e12)) / seconds
+
+
+class Times(NamedTuple):
+    """Seconds: the median of the rounds, the fastest and the slowest one."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a case is measured."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    repeats: int
+    bounds: Bounds
+
+    def times(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
+        """Of each of some calls from `prepare`."""
+        samples = 10 if self.device.type == "cuda" else 1
+        rounds = time_calls(calls, self.device, repeats=self.repeats, samples=samples)
+        return {
+            name: Times(statistics.median(seconds), min(seconds), max(seconds))
+            for name, seconds in rounds.items()
+        }
+
+
+class Report:
+    """A results file that is written as it grows, and that the same command goes on with.
+
+    Attributes:
+        rows: what an earlier run of this machine, versions, day and settings left there.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], fresh: bool) -> None:
+        self.path = path
+        self._report = (not fresh and resumed(path, header)) or {**header, "bounds": None, "rows": []}
+        self.rows: list[dict[str, Any]] = self._report["rows"]
+
+    def bounds(self, device: torch.device, dtype: torch.dtype, repeats: int) -> Bounds:
+        """Those in the file, else measured now."""
+        if self._report["bounds"] is None:
+            self._report["bounds"] = asdict(measure_bounds(device, dtype, repeats))
+        return Bounds(**self._report["bounds"])
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        write_report({**self._report, "rows": rows}, self.path)
+
+
+def start(
+    benchmark: str,
+    console: Console,
+    *,
+    device: str,
+    dtype: str,
+    repeats: int,
+    output: Path | None,
+    fresh: bool,
+) -> tuple[Settings, Report]:
+    """Reads the flags that both benchmarks have, says what is measured on, and measures the bounds.
+
+    Raises:
+        typer.BadParameter: a device or dtype that is not known or not there, an output that is no report.
+    """
+    where = choose_device(device)
+    name = listed(dtype or ("bfloat16" if where.type == "cuda" else "float32"), list(DTYPES))[0]
+    header = {**make_header(where), "dtype": name, "repeats": repeats}
+    report = Report(output or default_path(header, benchmark), header, fresh)
+    console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
+    if where.type == "cpu":
+        console.print("Triton's kernels are not measured on a CPU: `torch` is their definition in PyTorch.")
+    with console.status("bounds of the device"):
+        bounds = report.bounds(where, DTYPES[name], repeats)
+    console.print(f"Bounds: copy {bounds.gb_per_second:.0f} GB/s, product {bounds.tflops:.2f} TFLOP/s.")
+    return Settings(where, DTYPES[name], repeats, bounds), report
+
+
+def choose_device(device: str) -> torch.device:
+    if device and device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device: got {device!r}, want cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device: got 'cuda', and there is no CUDA device here; want cpu")
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def measure_bounds(device: torch.device, dtype: torch.dtype, repeats: int) -> Bounds:
+    # Zeros that nobody wrote may be one page of memory over and over.
+    source = torch.full((_COPY_BYTES[device.type],), 1, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    left, right = torch.randn(2, *[_PRODUCT_SIZE[device.type]] * 2, device=device).to(dtype)
+    calls = {
+        "copy": prepare(lambda: target.copy_(source), device),
+        "product": prepare(lambda: left @ right, device),
+    }
+    times = time_calls(calls, device, repeats=repeats)
+    seconds = {name: statistics.median(rounds) for name, rounds in times.items()}
+    flops = 2 * len(left) ** 3
+    return Bounds(2 * source.nbytes / seconds["copy"] / 1e9, flops / seconds["product"] / 1e12)
+
+
+def prepare(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Warms the call up, so that it is compiled; on a GPU captures it in a CUDA graph and gives its replay.
+
+    A replay costs the host one launch, whatever is in it, so that a short kernel's time is not that of the
+    Python that launches it.
+    """
+    if device.type != "cuda":
+        call()
+        return call
+    stream = torch.cuda.Stream(device)  # captures cannot be on the default one
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, samples: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of single calls with cold caches, the median of `samples` in each of `repeats` rounds.
+
+    All take turns in a round. Before each call a buffer larger than the caches is read, so that they hold
+    nothing of the call's and owe memory nothing; on a GPU that takes long enough for the host to have queued
+    the call before the device is there.
+
+    Args:
+        calls: from `prepare`.
+    """
+    buffer = torch.ones(_FLUSH_BYTES[device.type] // 4, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            watches = []
+            for _ in range(samples):
+                buffer.sum()
+                watches.append(measure.Stopwatch(device))
+                watches[-1].mark()
+                call()
+                watches[-1].mark()
+            seconds[name].append(statistics.median(watch.seconds()[0] for watch in watches))
+    return seconds
+
+
+def worst_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest relative error, by norm, of several tensors; infinite where one is missing or NaN."""
+    return measure.gradient_error(
+        {str(i): tensor for i, tensor in enumerate(actual)},
+        {str(i): tensor for i, tensor in enumerate(expected)},
+    )
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and value < float("inf") else None
+
+
+def message(failure: Exception) -> str:
+    """The first line of a failure, with its type."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
+def number(value: float | None, form: str) -> str:
+    """A table's cell."""
+    return "" if value is None else format(value, form)
+
+
+def verdict(failure: str | None, is_right: bool, error: float | None) -> str:
+    """A table's cell on whether an implementation is right."""
+    return "failed" if failure else ("" if is_right else "WRONG ") + number(error, ".1e")
+
+
+def failures(errors: Mapping[str, str | None]) -> str | None:
+    """A table's caption: why what failed did."""
+    return "\n".join(f"{name}: {error}" for name, error in errors.items() if error) or None
