@@ -266,7 +266,7 @@ class TestStorage:
         names = ["head.bias", "head.weight", "prompt_projection.bias", "prompt_projection.weight", "prompts"]
         assert sorted(tensors) == names
         settings = json.loads((tmp_path / "config.json").read_text())
-        assert settings["prompts"]["num_prompts"] == 7 and len(settings["backbone"]["fingerprint"]) == 64
+        assert settings["options"]["num_prompts"] == 7 and len(settings["backbone"]["fingerprint"]) == 64
 
     def test_named_backbone_is_built_again_from_its_settings(self, tmp_path: Path) -> None:
         model = PromptedViT("vpt_fast_demo", 5, 4, "shallow", prompt_location="pad").eval()

@@ -20,7 +20,7 @@ LAYERS = {
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
-    "model": ["prompts", "classifier", "model", "pretrained", "graphed", ""],
+    "model": ["prompts", "classifier", "model", "tuning", "pretrained", "graphed", ""],
     "data": ["data"],
     "train": ["methods", "recipe", "world", "plots", "run", "report", "loop", "inference"],
     "commands": ["demo", "cli"],

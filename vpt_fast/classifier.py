@@ -1,4 +1,4 @@
-"""A frozen backbone with a trained linear head: what every tuned model here is, and how it is stored."""
+"""A backbone with a trained linear head: what every tuned model here is, and how it is stored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, Origin
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.plan import Read, row_range
+from vpt_fast.engine.policy import POLICIES
 from vpt_fast.files import replacing
 from vpt_fast.kernels import get_backend
 
@@ -27,11 +31,15 @@ WEIGHTS_FILE = "model.safetensors"
 # Bias of the head at the start: every class at probability 1/100, the choice of the official code.
 _HEAD_BIAS = -math.log(99.0)
 
-_Model = TypeVar("_Model", bound="FrozenClassifier")
+_Model = TypeVar("_Model", bound="TunedClassifier")
 
 
 def check_arguments(
-    num_classes: int, pool: str | None, dtype: torch.dtype | None, backend: str, attention: str
+    num_classes: int,
+    pool: str | None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
 ) -> None:
     """What can be checked before a backbone is built or downloaded.
 
@@ -56,55 +64,44 @@ class BackboneConfig(Origin):
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What is needed, beside the trained tensors and the backbone, to build a model again."""
+    """What is needed, beside the trained tensors and the backbone, to build a model again.
+
+    options: the keywords of the class's constructor beside these, as JSON holds them.
+    """
 
     model: str  # the class's name
     backbone: BackboneConfig
     num_classes: int
     pool: str | None
-    dtype: str | None
-    backend: str
-    attention: str
+    options: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
         return asdict(self)
 
 
-class FrozenClassifier(nn.Module):
-    """Backbone and head; subclasses say what stands between them.
+class TunedClassifier(nn.Module):
+    """Backbone and head, and all that training and storing need to know of a model; subclasses say what is
+    trained beside the head, and how the logits are computed.
 
     Args:
-        vit, origin: from `backbones.timm_vit.resolve_backbone`.
+        backbone: everything frozen; what a subclass trains of it, it unfreezes.
+        origin: where the backbone came from.
         num_classes: of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
-        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
-        backend, attention: see `kernels.get_backend`.
-
-    Raises:
-        ValueError: an argument out of range, or a part of the backbone that is not supported.
     """
 
-    def __init__(
-        self,
-        vit: VisionTransformer,
-        origin: Origin,
-        num_classes: int,
-        *,
-        pool: str | None,
-        dtype: torch.dtype | None,
-        backend: str,
-        attention: str,
-    ) -> None:
+    # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
+    stores_backbone = False
+
+    def __init__(self, backbone: FrozenViT, origin: Origin, num_classes: int, *, pool: str | None) -> None:
         super().__init__()
-        self.backbone = FrozenViT(vit, dtype, backend, attention)
+        self.backbone = backbone
         self.pool = pool
-        self.head = nn.Linear(self.backbone.embed_dim, num_classes, device=self.backbone.device)
+        self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
         nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
         nn.init.constant_(self.head.bias, _HEAD_BIAS)
-        self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=self.backbone.fingerprint)
-        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        self._backend, self._attention = backend, attention
+        self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint)
 
     @property
     def config(self) -> ClassifierConfig:
@@ -114,10 +111,38 @@ class FrozenClassifier(nn.Module):
             backbone=self._backbone_config,
             num_classes=self.num_classes,
             pool=self.pool,
-            dtype=self._dtype,
-            backend=self._backend,
-            attention=self._attention,
+            options=self._options(),
         )
+
+    def _options(self) -> dict[str, Any]:
+        """The keywords of the class's constructor beside those that all have, as JSON holds them."""
+        return {}
+
+    def _logits(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
+        """Tokens after the last block (B, N, d) to logits (B, num_classes)."""
+        rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
+        # A copy, so that rows that nobody reads are not kept alive by those that the final norm keeps.
+        features = self.backbone.features(tokens[:, slice(*rows)].contiguous(), self.pool)
+        return self.head(features.to(self.head.weight.dtype))
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """Shape of one image's `frozen_features` at the model's own image size; None for a model that
+        has none: whose trained part needs the images."""
+        return None
+
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
+        more: the same in every epoch, so that it may be computed once."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """The trained part: `frozen_features` to logits (B, num_classes)."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step with a batch of this size takes at the model's own image size."""
+        raise NotImplementedError
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -240,7 +265,8 @@ class FrozenClassifier(nn.Module):
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
             backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
-            overrides: `dtype`, `backend` and `attention`, if other than the saved ones.
+            overrides: `dtype`, `backend` and `attention`, if other than the saved ones, where the class has
+                them.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
@@ -259,12 +285,14 @@ class FrozenClassifier(nn.Module):
         path: str,
         overrides: dict[str, Any],
     ) -> _Model:
-        unknown = overrides.keys() - {"dtype", "backend", "attention"}
+        if settings["model"] != cls.__name__:
+            raise ValueError(f"{path}: holds a {settings['model']}, want a {cls.__name__}")
+        options = dict(settings["options"])
+        known = [name for name in ("dtype", "backend", "attention") if name in options]
+        unknown = sorted(overrides.keys() - set(known))
         if unknown:
-            names = ", ".join(sorted(unknown))
-            raise TypeError(f"from_pretrained: got unknown {names}, want dtype, backend or attention")
-        if settings.get("model") != cls.__name__:
-            raise ValueError(f"{path}: holds a {settings.get('model')}, want a {cls.__name__}")
+            wanted = " or ".join(known) if known else "none"
+            raise TypeError(f"from_pretrained of {cls.__name__}: got {', '.join(unknown)}, want {wanted}")
         saved = BackboneConfig(**settings["backbone"])
         if backbone is None:
             if saved.name is None:
@@ -272,31 +300,27 @@ class FrozenClassifier(nn.Module):
                     f"backbone: the one that {path} was trained on has no timm name; pass it as backbone=..."
                 )
             backbone = saved.name
-        keywords = {"pretrained": saved.pretrained, **saved.kwargs} if isinstance(backbone, str) else {}
-        dtype = None if settings["dtype"] is None else getattr(torch, settings["dtype"])
+        if isinstance(options.get("dtype"), str):
+            options["dtype"] = getattr(torch, options["dtype"])
+        options |= overrides
+        if isinstance(backbone, str):
+            options |= {"pretrained": saved.pretrained and not cls.stores_backbone, **saved.kwargs}
         model = cls(  # the subclass's constructor, which takes the backbone in any form
             backbone,  # type: ignore[arg-type]
             settings["num_classes"],
             pool=settings["pool"],
-            dtype=overrides.get("dtype", dtype),
-            backend=overrides.get("backend", settings["backend"]),
-            attention=overrides.get("attention", settings.get("attention", "auto")),
-            **cls._constructor_keywords(settings),
-            **keywords,
+            **options,
         )
         got = model.backbone.fingerprint
-        if got != saved.fingerprint:
+        if cls.stores_backbone:
+            model._backbone_config = saved
+        elif got != saved.fingerprint:
             raise ValueError(
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
         model.load_trainable_state_dict(tensors)
         return model
-
-    @classmethod
-    def _constructor_keywords(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """What the subclass's constructor takes beside the arguments that all have."""
-        return {}
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub.
@@ -312,6 +336,79 @@ class FrozenClassifier(nn.Module):
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
         return str(commit)
+
+
+class FrozenClassifier(TunedClassifier):
+    """A model whose frozen blocks run on the engine, folded.
+
+    Args:
+        vit, origin: from `backbones.timm_vit.resolve_backbone`.
+        num_classes: of the head.
+        pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
+        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
+        backend, attention: see `kernels.get_backend`.
+        timm_blocks: how many of the last blocks are timm's own instead, for what trains in them.
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        origin: Origin,
+        num_classes: int,
+        *,
+        pool: str | None,
+        dtype: torch.dtype | None,
+        backend: str,
+        attention: str,
+        timm_blocks: int = 0,
+    ) -> None:
+        backbone = FrozenViT(vit, dtype, backend, attention, timm_blocks)
+        super().__init__(backbone, origin, num_classes, pool=pool)
+        self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        self._backend, self._attention = backend, attention
+
+    def _options(self) -> dict[str, Any]:
+        return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
+
+    def _run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
+        """Tokens (B, N, d) through the folded blocks, without prompts, to the rows of the last one's output
+        that `last` names (B, R, d)."""
+        num_tokens, x = tokens.shape[1], tokens
+        for index, block in enumerate(self.backbone.folded_blocks):
+            read = last if index == self.backbone.num_folded - 1 else Read.TOKENS
+            rows = row_range(read, num_tokens, self.backbone.num_prefix_tokens, 0)
+            x = block(x, None, rows, POLICIES["exact"])
+        return x
+
+    def _folded_workspace(self, batch_size: int) -> int:
+        """Bytes of temporaries while a folded block runs; 0 without any."""
+        return max(
+            (
+                cost.workspace_bytes(
+                    block,
+                    dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
+                    batch_size=batch_size,
+                    num_rows=self.backbone.num_tokens,
+                    policy=POLICIES["exact"],
+                )
+                for block in self.backbone.folded_blocks
+            ),
+            default=0,
+        )
+
+
+class TrainedPart(nn.Module):
+    """A model's trained part as a network of its own: `frozen_features` to logits, by the same parameters."""
+
+    def __init__(self, model: TunedClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model.classify(features)
 
 
 def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -333,7 +430,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         settings = json.loads((folder / CONFIG_FILE).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
-    missing = {"model", "backbone", "num_classes", "pool", "dtype", "backend"} - settings.keys()
+    missing = {field.name for field in fields(ClassifierConfig)} - settings.keys()
     if missing:
         raise ValueError(f"{folder / CONFIG_FILE}: lacks {', '.join(sorted(missing))}")
     return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)

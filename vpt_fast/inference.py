@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import (
     Batches,
     DecodeError,
@@ -21,7 +22,6 @@ from vpt_fast.data import (
 )
 from vpt_fast.data.folder import IMAGE_EXTENSIONS
 from vpt_fast.loop import Evaluation, evaluate
-from vpt_fast.methods import Model
 from vpt_fast.pretrained import load_pretrained
 from vpt_fast.run import LABELS_FILE, Labels, RunError, RunFolder
 from vpt_fast.world import World, find_device
@@ -33,7 +33,7 @@ BATCH_SIZE = 64
 class Classifier:
     """A trained model with what it needs to classify image files."""
 
-    model: Model
+    model: TunedClassifier
     labels: Labels
     device: torch.device
 

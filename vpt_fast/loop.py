@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.data import (
     Batches,
     CheckedImages,
@@ -36,8 +37,7 @@ from vpt_fast.data import (
     resident_budget,
 )
 from vpt_fast.graphed import GraphedStep
-from vpt_fast.methods import Model, build_model
-from vpt_fast.model import LinearProbe
+from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import Progress, checking_images, print_start
@@ -127,15 +127,15 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         skipped = (*train_images.skipped, *val_images.skipped)
         print_start(console, recipe, model, splits, skipped, world, out, steps=len(train_batches))
 
-        # What is trained, and the network it is trained through: the head alone where its inputs stay.
+        # What is trained, and the network it is trained through: that part alone where its inputs stay.
         is_graphed = captures_steps(recipe, world, console)
         optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
         feature_seconds = 0.0
-        if isinstance(model, LinearProbe) and caches_features(recipe, model, splits, world):
+        if caches_features(recipe, model, splits, world):
             console.print("Computing the frozen features once.")
-            network = model.head
+            network = TrainedPart(model)
             val_batches = FeatureBatches(model, val_images, preprocessing, recipe, world, train=False)
             started = time.perf_counter()
             train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
@@ -275,7 +275,7 @@ def make_batches(
     )
 
 
-def describe_run(recipe: Recipe, model: Model, splits: Splits, world: World) -> dict[str, Any]:
+def describe_run(recipe: Recipe, model: TunedClassifier, splits: Splits, world: World) -> dict[str, Any]:
     """What run.json says: what the results depend on beside the recipe."""
     return {
         **environment(world.device),
@@ -294,18 +294,20 @@ class Source(Protocol):
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
 
 
-def caches_features(recipe: Recipe, model: LinearProbe, splits: Splits, world: World) -> bool:
-    """Whether the head's inputs are the same in every epoch, and few enough to be kept."""
-    num_bytes = 4 * model.embed_dim * (len(splits.train) + len(splits.val))
-    return recipe.augment == "none" and num_bytes <= resident_budget(world.device)
+def caches_features(recipe: Recipe, model: TunedClassifier, splits: Splits, world: World) -> bool:
+    """Whether the trained part's inputs are the same in every epoch, and few enough to be kept."""
+    if model.feature_shape is None or recipe.augment != "none":
+        return False
+    num_bytes = 4 * math.prod(model.feature_shape) * (len(splits.train) + len(splits.val))
+    return num_bytes <= resident_budget(world.device)
 
 
 class FeatureBatches:
-    """What make_batches gives, with features (b, d) in place of images: all computed once by each process."""
+    """What make_batches gives, with frozen features in place of images: all computed once by each process."""
 
     def __init__(
         self,
-        model: LinearProbe,
+        model: TunedClassifier,
         images: CheckedImages,
         preprocessing: Preprocessing,
         recipe: Recipe,
@@ -324,8 +326,8 @@ class FeatureBatches:
             workers=recipe.workers,
         )
         with autocast(recipe.precision, world.device):
-            found = [(model.features(x).to(model.head.weight.dtype), y) for x, y in in_order.epoch(0)]
-        self.features = torch.cat([features for features, _ in found])  # (n, d)
+            found = [(model.frozen_features(x), y) for x, y in in_order.epoch(0)]
+        self.features = torch.cat([features for features, _ in found])  # (n, d), or (n, N, d) of tokens
         self.labels = torch.cat([labels for _, labels in found])  # (n,)
 
     def __len__(self) -> int:
@@ -359,7 +361,7 @@ def captures_steps(recipe: Recipe, world: World, console: Console) -> bool:
 
 
 def build_optimizer(
-    recipe: Recipe, model: Model, *, capturable: bool
+    recipe: Recipe, model: TunedClassifier, *, capturable: bool
 ) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer and the names of its parameters in its order; the head's bias has no weight decay.
 
@@ -461,7 +463,7 @@ def train_epoch(
     hits = torch.zeros((), device=world.device)
     num_images = 0
     for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
-        # inputs (b, 3, H, W), or features (b, d); labels (b,): this process's share of the batch
+        # inputs (b, 3, H, W), or features of them; labels (b,): this process's share of the batch
         losses[step], step_hits = train_step(inputs, labels)
         hits += step_hits
         num_images += len(labels)
@@ -575,7 +577,7 @@ def evaluate(
     loss = torch.zeros(1, device=world.device)
     correct = torch.zeros(num_classes, device=world.device)
     images = torch.zeros(num_classes, device=world.device)
-    for inputs, labels in batches.epoch(0):  # (b, 3, H, W) or (b, d); (b,)
+    for inputs, labels in batches.epoch(0):  # (b, 3, H, W) or features; (b,)
         with autocast(precision, world.device):
             logits = network(inputs).float()  # (b, classes)
         loss += cross_entropy(logits, labels, reduction="sum")
@@ -588,7 +590,7 @@ def evaluate(
     )
 
 
-def require_finite_state(model: Model, epoch: int, val_loss: float) -> None:
+def require_finite_state(model: TunedClassifier, epoch: int, val_loss: float) -> None:
     """Raises TrainingDiverged when what is about to be saved is not good."""
     broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
     if broken or not math.isfinite(val_loss):

@@ -6,13 +6,32 @@ from typing import Any
 
 import torch
 
-from vpt_fast.model import LinearProbe, PromptedViT
-from vpt_fast.recipe import PROMPT_KNOBS, Recipe
+from vpt_fast.classifier import TunedClassifier
+from vpt_fast.pretrained import MODELS
+from vpt_fast.recipe import Recipe, parse_method
 
-Model = PromptedViT | LinearProbe
+# The class that a method trains, by name in pretrained.MODELS, and what its constructor calls the K of the
+# method's name.
+_CLASSES: dict[str, tuple[str, str | None]] = {
+    "vpt-deep": ("PromptedViT", None),
+    "vpt-shallow": ("PromptedViT", None),
+    "vpt+bias": ("PromptAndBiasTuning", None),
+    "cls-token": ("ClsTokenTuning", None),
+    "linear": ("LinearProbe", None),
+    "mlp-K": ("MLPProbe", "num_layers"),
+    "partial-K": ("PartialTuning", "num_tuned_blocks"),
+    "sidetune": ("SideTuning", None),
+    "bias": ("BiasTuning", None),
+    "adapter": ("AdapterTuning", None),
+    "lora": ("LoRATuning", None),
+    "full": ("FullTuning", None),
+}
+
+# What constructors call a setting of the recipe, where it is another name.
+_KEYWORDS = {"adapter_reduction": "reduction", "lora_rank": "rank"}
 
 
-def build_model(recipe: Recipe, num_classes: int) -> Model:
+def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
     """The model that a resolved recipe trains; what is random in it comes from torch's default generator.
 
     Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
@@ -26,14 +45,19 @@ def build_model(recipe: Recipe, num_classes: int) -> Model:
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
-def _build(recipe: Recipe, num_classes: int) -> Model:
-    names = ("pool", "backend", "attention", "pretrained")
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in names}
-    settings["dtype"] = getattr(torch, recipe.dtype) if recipe.dtype else None
-    settings |= recipe.backbone_arg
-    if recipe.method == "linear":
-        return LinearProbe(recipe.backbone, num_classes, **settings)
-    settings |= {name: getattr(recipe, name) for name in ("memory", *PROMPT_KNOBS)}
-    return PromptedViT(
-        recipe.backbone, num_classes, prompt_type=recipe.method.removeprefix("vpt-"), **settings
-    )
+def _build(recipe: Recipe, num_classes: int) -> TunedClassifier:
+    method = parse_method(recipe.method)
+    class_name, count_keyword = _CLASSES[method.name]
+    settings: dict[str, Any] = {"pool": recipe.pool, "pretrained": recipe.pretrained, **recipe.backbone_arg}
+    for name in method.rule.knobs:
+        settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
+    if settings.get("dtype"):
+        settings["dtype"] = getattr(torch, settings["dtype"])
+    if count_keyword:
+        settings[count_keyword] = method.count
+    if class_name == "PromptedViT":
+        settings["prompt_type"] = method.name.removeprefix("vpt-")
+    if method.name == "sidetune":
+        settings["side_pretrained"] = recipe.pretrained
+    constructor: Any = MODELS[class_name]
+    return constructor(recipe.backbone, num_classes, **settings)

@@ -1,9 +1,9 @@
-"""PromptedViT: visual prompts through a frozen vision transformer. LinearProbe: what it is compared with."""
+"""PromptedViT: visual prompts through a frozen vision transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,19 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.timm_vit import resolve_backbone
-from vpt_fast.classifier import ClassifierConfig, FrozenClassifier, check_arguments
+from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
-
-
-@dataclass(frozen=True)
-class PromptedViTConfig(ClassifierConfig):
-    """The settings of a PromptedViT."""
-
-    prompts: PromptConfig
 
 
 class PromptedViT(FrozenClassifier):
@@ -173,16 +166,8 @@ class PromptedViT(FrozenClassifier):
                 trained.bias.copy_(frozen.bias)
         self.backbone.stem.patch_embed.proj = trained
 
-    @property
-    def config(self) -> PromptedViTConfig:
-        """The settings that rebuild this model."""
-        base = super().config
-        shallow = {field.name: getattr(base, field.name) for field in fields(base)}
-        return PromptedViTConfig(**shallow, prompts=self.prompt_settings)
-
-    @classmethod
-    def _constructor_keywords(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return settings["prompts"]
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), **asdict(self.prompt_settings)}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -317,71 +302,3 @@ class PromptedViT(FrozenClassifier):
                 workspace = max(workspace, block_workspace)
             below = below or own
         return kept, workspace
-
-
-class LinearProbe(FrozenClassifier):
-    """A linear head on the features of a frozen vision transformer.
-
-    Args:
-        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
-            not changed.
-        num_classes: of the head.
-        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
-        dtype: of the frozen weights; None keeps the backbone's own.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
-        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
-        pretrained: load timm's published weights (only with a name).
-        timm_kwargs: go to timm.create_model (only with a name).
-
-    Raises:
-        ValueError: an argument out of range, or a part of the backbone that is not supported.
-    """
-
-    def __init__(
-        self,
-        backbone: str | VisionTransformer,
-        num_classes: int,
-        *,
-        pool: str | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        attention: str = "auto",
-        pretrained: bool = False,
-        **timm_kwargs: Any,
-    ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
-        super().__init__(
-            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
-        )
-        self._plans = plan_blocks(self.num_blocks, (), "drop", self.backbone.head_reads(pool))
-
-    @torch.no_grad()
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to what the head reads (B, d)."""
-        self._check_images(images)
-        x = self.backbone.embed(images)
-        num_tokens = x.shape[1]
-        for block, plan in zip(self.backbone.blocks, self._plans, strict=True):
-            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, 0)
-            x = block(x, None, rows, POLICIES["exact"])  # nothing is kept
-        return self.backbone.features(x, self.pool)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.features(images).to(self.head.weight.dtype))
-
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in its own dtype."""
-        workspace = max(
-            cost.workspace_bytes(
-                block,
-                dtype=block.qkv_weight.dtype,
-                batch_size=batch_size,
-                num_rows=self.backbone.num_tokens,
-                policy=POLICIES["exact"],
-            )
-            for block in self.backbone.blocks
-        )
-        kept = batch_size * self.embed_dim * self.head.weight.element_size()
-        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)

@@ -58,9 +58,7 @@ def plot_comparison(runs: Mapping[str, Rows], test_accuracy: Mapping[str, float]
     _save(figure, path)
 
 
-def _lines(
-    axes: Axes, lines: Mapping[str, tuple[Rows, str]], title: str, *, as_share: bool = False
-) -> None:
+def _lines(axes: Axes, lines: Mapping[str, tuple[Rows, str]], title: str, *, as_share: bool = False) -> None:
     """By epoch, or by the share of each line's epochs."""
     for (name, (rows, key)), style in zip(lines.items(), STYLES, strict=False):
         epochs = [(row["epoch"] + 1) / (len(rows) if as_share else 1) for row in rows]

@@ -7,17 +7,38 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from vpt_fast.classifier import read_pretrained
-from vpt_fast.model import LinearProbe, PromptedViT
+from vpt_fast.classifier import TunedClassifier, read_pretrained
+from vpt_fast.model import PromptedViT
+from vpt_fast.tuning.adapter import AdapterTuning
+from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
+from vpt_fast.tuning.cls_token import ClsTokenTuning
+from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.lora import LoRATuning
+from vpt_fast.tuning.partial import PartialTuning
+from vpt_fast.tuning.probes import LinearProbe, MLPProbe
+from vpt_fast.tuning.side import SideTuning
 
-MODELS: dict[str, type[PromptedViT] | type[LinearProbe]] = {
-    model.__name__: model for model in (PromptedViT, LinearProbe)
+MODELS: dict[str, type[TunedClassifier]] = {
+    model.__name__: model
+    for model in (
+        PromptedViT,
+        LinearProbe,
+        MLPProbe,
+        PartialTuning,
+        SideTuning,
+        ClsTokenTuning,
+        FullTuning,
+        BiasTuning,
+        PromptAndBiasTuning,
+        AdapterTuning,
+        LoRATuning,
+    )
 }
 
 
 def load_pretrained(
     path: str | os.PathLike[str], backbone: str | VisionTransformer | None = None, **overrides: Any
-) -> PromptedViT | LinearProbe:
+) -> TunedClassifier:
     """Build the saved model in a folder or hub repository again, of whichever class it is.
 
     Args and errors are those of `PromptedViT.from_pretrained`.

@@ -17,8 +17,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-Method = Literal["vpt-deep", "vpt-shallow", "linear"]
-
 REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
 NUM_PROMPTS = 10  # the length most VTAB-1k tasks chose for VPT-Deep
 PROMPT_KNOBS = (
@@ -31,6 +29,57 @@ PROMPT_KNOBS = (
     "prompt_dropout",
     "prompt_dropout_per",
 )
+ENGINE_KNOBS = ("dtype", "backend", "attention")  # of methods whose frozen blocks run on the engine
+
+
+@dataclass(frozen=True)
+class MethodRule:
+    """The settings that only some methods have, as far as this one has them, and the standard recipe's choice
+    for it: optimizer, batch size and most epochs of warm-up as in the paper's appendix, base_lr out of its
+    grid."""
+
+    knobs: tuple[str, ...] = ()
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    base_lr: float = 1.0
+    batch_size: int = 128
+    warmup_epochs: int = 10
+
+
+_ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
+METHODS: dict[str, MethodRule] = {
+    "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "memory")),
+    "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "memory")),
+    "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per")),
+    "cls-token": MethodRule(ENGINE_KNOBS),
+    "linear": MethodRule(ENGINE_KNOBS, batch_size=2048),
+    "mlp-K": MethodRule(ENGINE_KNOBS),
+    "partial-K": MethodRule(ENGINE_KNOBS, batch_size=1280, **_ADAMW),
+    "sidetune": MethodRule(ENGINE_KNOBS),
+    "bias": MethodRule(**_ADAMW),
+    "adapter": MethodRule(("adapter_reduction",), **_ADAMW),
+    "lora": MethodRule(("lora_rank",), **_ADAMW),
+    "full": MethodRule(**_ADAMW),
+}
+METHOD_KNOBS = tuple(dict.fromkeys(knob for rule in METHODS.values() for knob in rule.knobs))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its name in METHODS, its rule, and K where the name has one (partial-2, mlp-3)."""
+
+    name: str
+    rule: MethodRule
+    count: int | None
+
+
+def parse_method(method: str) -> Method:
+    """Raises ValueError for what is no method."""
+    if method in METHODS and not method.endswith("-K"):
+        return Method(method, METHODS[method], None)
+    stem, _, count = method.rpartition("-")
+    if f"{stem}-K" in METHODS and count.isascii() and count.isdecimal() and int(count) >= 1:
+        return Method(f"{stem}-K", METHODS[f"{stem}-K"], int(count))
+    raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}, with a K from 1")
 
 
 def _knob(
@@ -92,10 +141,12 @@ class Recipe:
     )
     workers: int = _knob(0, "Processes that decode images.", DATA, result=False)
 
-    backbone: str = _knob(
-        REQUIRED, "timm name of the Vision Transformer to keep frozen, or vpt_fast_demo.", MODEL
+    backbone: str = _knob(REQUIRED, "timm name of the Vision Transformer to tune, or vpt_fast_demo.", MODEL)
+    method: str = _knob(
+        "vpt-deep",
+        f"What is trained, besides the linear head: {', '.join(METHODS)} (K blocks, K layers).",
+        MODEL,
     )
-    method: Method = _knob("vpt-deep", "What is trained, besides the linear head.", MODEL)
     pretrained: bool = _knob(True, "Load the backbone's pre-trained weights.", MODEL)
     backbone_arg: dict[str, Any] = _knob(
         {},
@@ -119,6 +170,9 @@ class Recipe:
     memory: Literal["auto", "exact", "compact", "recompute_mlp", "recompute"] = _knob(
         "auto", "What is kept for backward; auto is the fastest that fits the free memory.", MODEL
     )
+
+    adapter_reduction: int = _knob(8, "The backbone's width over the adapters' (adapter).", MODEL)
+    lora_rank: int = _knob(8, "Rank of the updates (lora).", MODEL)
 
     num_prompts: int | None = _knob(
         None,
@@ -149,7 +203,7 @@ class Recipe:
         shown="off",
     )
     prompt_dropout: float | None = _knob(
-        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for vpt-deep, 0 for vpt-shallow"
+        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for deep prompts, 0 for vpt-shallow"
     )
     prompt_dropout_per: Literal["image", "batch"] = _knob(
         "image", "One dropout mask for each image, or one for the whole batch.", PROMPTS
@@ -160,22 +214,37 @@ class Recipe:
         None,
         "Epochs of linear warm-up; the first of them has a learning rate of 0.",
         OPTIMISATION,
-        shown="a tenth of the epochs, at most 10",
+        shown="a tenth of the epochs, at most 10; with the methods of AdamW at most 5",
     )
-    base_lr: float = _knob(1.0, "Learning rate for a batch of 256; scaled by batch / 256.", OPTIMISATION)
+    base_lr: float | None = _knob(
+        None,
+        "Learning rate for a batch of 256; scaled by batch / 256.",
+        OPTIMISATION,
+        shown="1; 0.001 with the methods of AdamW",
+    )
     batch_size: int | None = _knob(
         None,
         "Images per optimizer step, over all processes.",
         OPTIMISATION,
-        shown="64 from 100 prompts on, else 128; 2048 for linear; at most the training set",
+        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial; at most the training set",
     )
     accumulate: int = _knob(
         1, "Parts a batch is split into to save memory; the gradient is the same.", OPTIMISATION
     )
-    optimizer: Literal["sgd", "adamw"] = _knob("sgd", "Optimizer.", OPTIMISATION)
+    optimizer: Literal["sgd", "adamw"] | None = _knob(
+        None,
+        "Optimizer.",
+        OPTIMISATION,
+        shown="sgd; adamw for full, partial, bias, adapter and lora",
+    )
     momentum: float = _knob(0.9, "Momentum of SGD.", OPTIMISATION)
     weight_decay: float = _knob(1e-4, "Weight decay; the head's bias has none.", OPTIMISATION)
     label_smoothing: float = _knob(0.0, "Label smoothing of the cross entropy.", OPTIMISATION)
+    class_weights: Literal["none", "balanced"] = _knob(
+        "none",
+        "Weights of the classes in the training loss; balanced is images / (classes * images of the class).",
+        OPTIMISATION,
+    )
     clip_grad_norm: float | None = _knob(None, "Largest norm of the gradient.", OPTIMISATION, shown="off")
     precision: Literal["fp32", "bf16", "fp16"] | None = _knob(
         None, "Autocast precision; fp16 scales the loss.", OPTIMISATION, shown="bf16 on CUDA, fp32 on a CPU"
@@ -206,6 +275,8 @@ class Recipe:
         for name, low in (
             ("num_prompts", 1),
             ("prompt_project", 1),
+            ("adapter_reduction", 1),
+            ("lora_rank", 1),
             ("epochs", 1),
             ("warmup_epochs", 0),
             ("batch_size", 1),
@@ -224,8 +295,7 @@ class Recipe:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
             )
-        if self.method == "linear":
-            self._reject_prompt_knobs()
+        self._reject_knobs_of_other_methods()
         if self.method == "vpt-shallow" and self.prompt_layers is not None:
             raise ValueError(
                 "prompt_layers only applies to method vpt-deep; vpt-shallow has prompts in one place"
@@ -236,12 +306,15 @@ class Recipe:
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value}; it must be {wanted}")
 
-    def _reject_prompt_knobs(self) -> None:
+    def _reject_knobs_of_other_methods(self) -> None:
+        own = parse_method(self.method).rule.knobs
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        given = [name for name in PROMPT_KNOBS if getattr(self, name) != defaults[name]]
+        given = [name for name in METHOD_KNOBS if name not in own and getattr(self, name) != defaults[name]]
         if given:
+            takers = [name for name, rule in METHODS.items() if set(given) <= set(rule.knobs)]
+            hint = f" or choose {' or '.join(takers)}" if takers else ""
             raise ValueError(
-                f"{', '.join(given)}: method linear has no prompts; leave it out or choose a vpt method"
+                f"{', '.join(given)}: method {self.method} has no such setting; leave it out{hint}"
             )
 
     def resolved(self, *, num_train_images: int, device_type: str, world_size: int = 1) -> Recipe:
@@ -250,17 +323,21 @@ class Recipe:
         Raises ValueError when ``world_size`` processes cannot share a batch evenly.
         """
         changes: dict[str, Any] = {}
+        method = parse_method(self.method)
         num_prompts = self.num_prompts
-        if self.method != "linear":
+        if "num_prompts" in method.rule.knobs:
             if num_prompts is None and self.prompt_location not in ("add", "add-1"):
                 num_prompts = changes["num_prompts"] = NUM_PROMPTS
             if self.prompt_dropout is None:
-                changes["prompt_dropout"] = 0.1 if self.method == "vpt-deep" else 0.0
+                changes["prompt_dropout"] = 0.0 if method.name == "vpt-shallow" else 0.1
         if self.warmup_epochs is None:
-            changes["warmup_epochs"] = min(10, self.epochs // 10)
+            changes["warmup_epochs"] = min(method.rule.warmup_epochs, self.epochs // 10)
+        for name in ("optimizer", "base_lr"):
+            if getattr(self, name) is None:
+                changes[name] = getattr(method.rule, name)
         batch_size = self.batch_size
         if batch_size is None:
-            batch_size = 2048 if self.method == "linear" else 64 if (num_prompts or 0) >= 100 else 128
+            batch_size = 64 if (num_prompts or 0) >= 100 else method.rule.batch_size
         if batch_size > num_train_images:
             batch_size = max(num_train_images // world_size, 1) * world_size
         if batch_size % world_size:
@@ -273,7 +350,7 @@ class Recipe:
     @property
     def peak_lr(self) -> float:
         """Learning rate of a resolved recipe where warm-up ends."""
-        assert self.batch_size is not None, "resolve the recipe first"
+        assert self.batch_size is not None and self.base_lr is not None, "resolve the recipe first"
         return self.base_lr * self.batch_size / REFERENCE_BATCH
 
     def learning_rate(self, epoch: int) -> float:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import SkippedImage, Splits
-from vpt_fast.methods import Model
 from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 
@@ -27,7 +27,7 @@ NAMES_SHOWN = 10
 def print_start(
     console: Console,
     recipe: Recipe,
-    model: Model,
+    model: TunedClassifier,
     splits: Splits,
     skipped: Sequence[SkippedImage],
     world: World,
@@ -45,7 +45,7 @@ def print_start(
     test = f", test {len(splits.test):,}" if splits.test else ""
 
     table = Table.grid(padding=(0, 2))
-    table.add_row("backbone", f"{recipe.backbone}, frozen: {backbone:,} parameters")
+    table.add_row("backbone", f"{recipe.backbone}: {backbone:,} parameters")
     table.add_row(
         "method", f"{recipe.method}: trains {trained:,} parameters ({trained / backbone:.2%} of the backbone)"
     )

@@ -30,9 +30,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import ImageList, Preprocessing, Splits
 from vpt_fast.files import replacing
-from vpt_fast.methods import Model
 from vpt_fast.recipe import Recipe
 
 CHECKPOINT_FORMAT = "1"
@@ -182,7 +182,7 @@ class RunFolder:
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
 
-    def save_prompts(self, model: Model, labels: Labels) -> None:
+    def save_prompts(self, model: TunedClassifier, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 

@@ -144,7 +144,9 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("val_fraction", 1.0),
         ("seed", -1),
         ("workers", -1),
-        ("method", "full"),
+        ("method", "partial"),
+        ("method", "mlp-0"),
+        ("method", "partial-K"),
         ("pretrained", "yes"),
         ("prompt_layers", "first"),
         ("backbone_arg", ["img_size"]),
@@ -156,8 +158,9 @@ def test_bad_value_is_refused_by_name(name, value):
         make(**{name: value})
 
 
-def test_linear_refuses_prompt_settings():
-    with pytest.raises(ValueError, match="^num_prompts, prompt_shared: method linear has no prompts"):
+def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them():
+    message = "^num_prompts, prompt_shared: method linear has no .* choose vpt-deep or vpt-shallow$"
+    with pytest.raises(ValueError, match=message):
         make(method="linear", num_prompts=5, prompt_shared=True)
 
 

@@ -102,13 +102,15 @@ def resolve_backbone(
 
 
 def fingerprint(vit: VisionTransformer) -> str:
-    """SHA-256 over the names, shapes and float32 values of every weight but the classifier's."""
+    """SHA-256 over the names, shapes and float32 values of every weight but the classifier's; on the meta
+    device, where there are no values, over names and shapes."""
     digest = hashlib.sha256()
     for name, weight in sorted(vit.state_dict().items()):
         if name.startswith("head."):
             continue
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        if not weight.is_meta:
+            digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -117,12 +119,14 @@ class FrozenViT(nn.Module):
 
     The given model is read and not changed: the blocks' weights are folded copies, the rest is copied.
     Every parameter has requires_grad False, and the module stays in eval mode whatever `train` is called
-    with, since a frozen backbone has no dropout to switch on.
+    with, since a frozen backbone has no dropout to switch on; timm's own blocks alone do not.
 
     Args:
         vit: the model to read.
         dtype: of the frozen weights; None keeps the model's own.
         backend, attention: see `kernels.get_backend`.
+        timm_blocks: how many of the last blocks are copies of timm's own and not folded, for methods that
+            train in them. They and what stands behind them are in float32 or more, whatever `dtype` is.
 
     Raises:
         ValueError: the model has a part that is not supported; the message names it.
@@ -134,6 +138,7 @@ class FrozenViT(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         attention: str = "auto",
+        timm_blocks: int = 0,
     ) -> None:
         super().__init__()
         operations = get_backend(backend, attention)
@@ -145,9 +150,21 @@ class FrozenViT(nn.Module):
         self.stem.requires_grad_(False)
         if dtype is not None:
             self.stem.to(dtype)
-        folded = (fold(_block_parts(block, index), dtype) for index, block in enumerate(vit.blocks))
-        # A ModuleList, typed as what it holds.
-        self.blocks: Sequence[FrozenBlock] = nn.ModuleList(FrozenBlock(*f, operations) for f in folded)  # type: ignore
+        self.num_folded = len(vit.blocks) - timm_blocks
+        blocks: list[nn.Module] = []
+        for index, block in enumerate(vit.blocks):
+            parts = _block_parts(block, index)
+            if index < self.num_folded:
+                blocks.append(FrozenBlock(*fold(parts, dtype), operations))
+            else:
+                blocks.append(_at_least_float32(copy.deepcopy(block)))
+        # A ModuleList, typed as what it holds most often.
+        self.blocks: Sequence[FrozenBlock] = nn.ModuleList(blocks).requires_grad_(False)  # type: ignore
+        if timm_blocks:
+            for name in ("norm", "attn_pool", "fc_norm"):
+                if getattr(vit, name) is not None:
+                    module = _at_least_float32(copy.deepcopy(getattr(vit, name)))
+                    setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Read off the model as it came: folding and dtype do not change which backbone it is.
         self.fingerprint = fingerprint(vit)
@@ -157,12 +174,25 @@ class FrozenViT(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
-        """Stays in eval mode."""
-        return super().train(False)
+        """Puts timm's own blocks in this mode; all else stays in eval mode."""
+        super().train(False)
+        for block in self.timm_blocks:
+            block.train(mode)
+        return self
+
+    @property
+    def folded_blocks(self) -> Sequence[FrozenBlock]:
+        """The first blocks, which are folded."""
+        return self.blocks[: self.num_folded]
+
+    @property
+    def timm_blocks(self) -> Sequence[Block]:
+        """The last blocks, as far as they are timm's own."""
+        return self.blocks[self.num_folded :]  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
-        return self.blocks[0].qkv_weight.device
+        return self.stem.patch_embed.proj.weight.device
 
     @property
     def embed_dim(self) -> int:
@@ -208,7 +238,7 @@ class FrozenViT(nn.Module):
         so that its precision costs no memory.
         """
         x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
-        x = self._norm_pre(self.stem._pos_embed(x))
+        x = self._norm_pre(self.stem.patch_drop(self.stem._pos_embed(x)))
         # Without a prefix token nothing has copied the convolution's channels to the end yet.
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
@@ -236,6 +266,17 @@ class FrozenViT(nn.Module):
             raise ValueError("pool: got 'cls', and this backbone has no CLS token")
         return POOLS[pool]
 
+    def head_reads_of_image(self, pool: str | None) -> Read:
+        """`head_reads` for a model without prompts.
+
+        Raises:
+            ValueError: a pool that this model has no tokens for.
+        """
+        reads = self.head_reads(pool)
+        if reads.prompts:
+            raise ValueError(f"pool: got {pool!r}, and the model has no prompts; want None, 'cls' or 'image'")
+        return reads
+
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows that `head_reads(pool)` names, after the last block (B, R, d), to features (B, d)."""
         stem = self.stem
@@ -253,6 +294,10 @@ class FrozenViT(nn.Module):
         else:  # avgmax; _check lets no other through
             x = 0.5 * (x.amax(dim=1) + x.mean(dim=1))
         return stem.fc_norm(x)
+
+
+def _at_least_float32(module: nn.Module) -> nn.Module:
+    return module.to(torch.promote_types(_dtype_of(module, default=torch.float32), torch.float32))
 
 
 def _dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""The other ways to tune, beside prompts: a module each."""

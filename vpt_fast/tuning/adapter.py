@@ -1,0 +1,78 @@
+"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from vpt_fast.tuning.timm_blocks import TimmClassifier
+
+_INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
+
+
+class Adapter(nn.Module):
+    """x + up(gelu(down(x))) (Houlsby et al., 2019), down from d to d // r dimensions and up back to d.
+
+    Up starts at zero, so that the adapter starts as the identity, and down from N(0, 0.02²), so that up has
+    a gradient: with both at zero none of the two would ever get one.
+    """
+
+    def __init__(self, embed_dim: int, reduction: int, device: torch.device) -> None:
+        super().__init__()
+        self.down = nn.Linear(embed_dim, embed_dim // reduction, device=device)
+        self.up = nn.Linear(embed_dim // reduction, embed_dim, device=device)
+        nn.init.normal_(self.down.weight, std=_INIT_STD)
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class AdapterTuning(TimmClassifier):
+    """One adapter in every block of a frozen vision transformer, behind the MLP and before its residual sum
+    (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the adapter follows it.
+
+    Args:
+        reduction: r: the adapter's inner width is d // r. The VPT paper chose 8, 64 or 256 task by task.
+        The others are those of `TimmClassifier`.
+
+    Attributes:
+        adapters: an Adapter for each block.
+
+    Raises:
+        ValueError: as `TimmClassifier`, and for a reduction out of range.
+    """
+
+    def __init__(
+        self, backbone: str | VisionTransformer, num_classes: int, reduction: int = 8, **settings: Any
+    ) -> None:
+        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
+            raise ValueError(f"reduction: got {reduction!r}, want a whole number from 1")
+        super().__init__(backbone, num_classes, **settings)
+        if reduction > self.embed_dim:
+            raise ValueError(
+                f"reduction: got {reduction}, want at most the backbone's width {self.embed_dim}"
+            )
+        self.reduction = reduction
+        self.adapters = nn.ModuleList(
+            Adapter(self.embed_dim, reduction, self.backbone.device) for _ in range(self.num_blocks)
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "reduction": self.reduction}
+
+    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        for block, adapter in zip(self.backbone.timm_blocks, self.adapters, strict=True):
+            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+            x = x + block.drop_path2(adapter(block.ls2(block.mlp(block.norm2(x)))))
+        return x
+
+    def _num_kept_beside(self) -> int:
+        # The inputs of down, gelu and up.
+        per_token = self.embed_dim + 2 * (self.embed_dim // self.reduction)
+        return self.num_blocks * self.backbone.num_tokens * per_token

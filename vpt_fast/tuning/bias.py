@@ -1,0 +1,81 @@
+"""BiasTuning: the biases of a vision transformer. PromptAndBiasTuning: deep prompts too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.prompts import PromptConfig, drop, init_bound
+from vpt_fast.tuning.timm_blocks import TimmClassifier
+
+
+class BiasTuning(TimmClassifier):
+    """Every bias of the vision transformer trained, and the head: BitFit (Ben Zaken et al., ACL 2022).
+
+    A bias's gradient is a sum of output gradients, so that nothing is kept beside what the gradient of the
+    residual stream needs.
+
+    Args and errors are those of `TimmClassifier`.
+    """
+
+    def __init__(self, backbone: str | VisionTransformer, num_classes: int, **settings: Any) -> None:
+        super().__init__(backbone, num_classes, **settings)
+        for name, parameter in self.backbone.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+        self._freeze_what_is_not_read()
+
+
+class PromptAndBiasTuning(BiasTuning):
+    """Deep prompts in every block and every bias of the vision transformer trained: VPT + bias of the VPT
+    paper.
+
+    Args:
+        num_prompts: m, prompts of each block; the standard start, see `prompts.init_bound`.
+        prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
+        The others are those of `TimmClassifier`.
+
+    Attributes:
+        prompts: (L, m, d).
+
+    Raises:
+        ValueError: as `TimmClassifier`, and for prompt settings out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        num_prompts: int,
+        *,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
+        **settings: Any,
+    ) -> None:
+        prompt_settings = PromptConfig(
+            num_prompts, prompt_dropout=prompt_dropout, prompt_dropout_per=prompt_dropout_per
+        )
+        super().__init__(backbone, num_classes, **settings)
+        self.prompt_settings = prompt_settings
+        bound = init_bound(self.patch_size, self.embed_dim)
+        shape = (self.num_blocks, num_prompts, self.embed_dim)
+        self.prompts = nn.Parameter(torch.empty(shape, device=self.backbone.device).uniform_(-bound, bound))
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
+        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
+
+    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        batch_size, num_tokens = x.shape[:2]
+        p = self.prompt_settings.prompt_dropout if self.training else 0.0
+        sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
+        for block, prompts in zip(self.backbone.timm_blocks, sets, strict=True):
+            prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
+            x = block(torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1))[:, :num_tokens]
+        return x
+
+    def _num_added_tokens(self) -> int:
+        return self.prompts.shape[1]

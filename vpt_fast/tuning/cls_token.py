@@ -1,0 +1,73 @@
+"""ClsTokenTuning: the CLS token of a vision transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.plan import Read, row_range
+from vpt_fast.engine.policy import POLICIES
+
+
+class ClsTokenTuning(FrozenClassifier):
+    """The CLS token that enters the first block and the head trained, through frozen blocks.
+
+    Args and errors are those of `LinearProbe`; a backbone without a CLS token raises too.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        *,
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        if vit.cls_token is None:
+            raise ValueError("backbone: it has no CLS token to tune")
+        super().__init__(
+            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
+        self._reads = self.backbone.head_reads_of_image(pool)
+        token = self.backbone.stem.cls_token
+        wide = torch.promote_types(vit.cls_token.dtype, torch.float32)
+        self.backbone.stem.cls_token = nn.Parameter(vit.cls_token.detach().to(token.device, wide, copy=True))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+        self._check_images(images)
+        rows = self._run_folded(self.backbone.embed(images), self._reads)
+        return self.head(self.backbone.features(rows, self.pool).to(self.head.weight.dtype))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size, in the dtype in force."""
+        num_tokens = self.backbone.num_tokens
+        kept = 0
+        for index, block in enumerate(self.backbone.blocks):
+            read = self._reads if index == self.num_blocks - 1 else Read.TOKENS
+            kept += cost.kept_bytes(
+                block,
+                dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
+                batch_size=batch_size,
+                num_tokens=num_tokens,
+                rows=row_range(read, num_tokens, self.backbone.num_prefix_tokens, 0),
+                prompt_shape=None,
+                grad_tokens=True,
+                policy=POLICIES["exact"],
+            )
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(), kept=kept, workspace=self._folded_workspace(batch_size)
+        )

@@ -1,0 +1,55 @@
+"""LoRATuning: low-rank updates of the attention matrices of a vision transformer, through peft."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+
+from vpt_fast.tuning.timm_blocks import TimmClassifier
+
+# In a block; the packed projection to queries, keys and values, and attention's output projection.
+_TARGETS = r"\d+\.attn\.(qkv|proj)"
+
+
+def require_peft() -> None:
+    """Raises ValueError where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("method lora needs the package peft; pip install peft, or vpt_fast[lora]")
+
+
+class LoRATuning(TimmClassifier):
+    """W + B A trained for attention's matrices of a frozen vision transformer (Hu et al., ICLR 2022), and the
+    head.
+
+    peft puts the updates in and starts them: A random, B at zero. Their scale is 1 (peft's lora_alpha is the
+    rank), and they have no dropout. qkv is one matrix in timm, so queries, keys and values share an A.
+
+    Args:
+        rank: r: rows of A, columns of B.
+        The others are those of `TimmClassifier`.
+
+    Raises:
+        ValueError: as `TimmClassifier`, for a rank out of range, and where peft is not installed.
+    """
+
+    def __init__(
+        self, backbone: str | VisionTransformer, num_classes: int, rank: int = 8, **settings: Any
+    ) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: got {rank!r}, want a whole number from 1")
+        require_peft()
+        import peft  # an optional dependency
+
+        super().__init__(backbone, num_classes, **settings)
+        self.rank = rank
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS)
+        peft.inject_adapter_in_model(config, self.backbone.blocks)  # type: ignore[arg-type]
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "rank": self.rank}
+
+    def _num_kept_beside(self) -> int:
+        # The inputs of qkv's A and of both B; proj's A reads attention's output, which is kept already.
+        return self.num_blocks * self.backbone.num_tokens * (self.embed_dim + 2 * self.rank)

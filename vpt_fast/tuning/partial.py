@@ -1,0 +1,104 @@
+"""PartialTuning: the last blocks of a vision transformer, on frozen ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.plan import Read
+from vpt_fast.tuning.timm_blocks import timm_block_bytes
+
+
+class PartialTuning(FrozenClassifier):
+    """The last k blocks of a vision transformer, the final norm and the head trained; partial-k of the VPT
+    paper's Table 1.
+
+    The blocks below run frozen, without autograd. What they give, the residual stream before the first
+    trained block, is always in float32 or more, so that nothing is lost when it is kept over the epochs.
+    An attention-pool head stays frozen.
+
+    Args:
+        backbone: a timm name, or a timm VisionTransformer, which is not changed.
+        num_classes: of the head.
+        num_tuned_blocks: k, from 1 to the number of blocks.
+        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32 or more.
+        backend, attention: of the frozen blocks, see `kernels.get_backend`.
+        pretrained: load timm's published weights (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name).
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        num_tuned_blocks: int = 1,
+        *,
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        k = num_tuned_blocks
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"num_tuned_blocks: got {k!r}, want a whole number from 1")
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        if k > len(vit.blocks):
+            raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
+        super().__init__(
+            vit,
+            origin,
+            num_classes,
+            pool=pool,
+            dtype=dtype,
+            backend=backend,
+            attention=attention,
+            timm_blocks=k,
+        )
+        self._reads = self.backbone.head_reads_of_image(pool)
+        for module in (*self.backbone.timm_blocks, self.backbone.stem.norm, self.backbone.stem.fc_norm):
+            module.requires_grad_(True)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "num_tuned_blocks": len(self.backbone.timm_blocks)}
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        return (self.backbone.num_tokens, self.embed_dim)
+
+    @torch.no_grad()
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
+        self._check_images(images)
+        return self._run_folded(self.backbone.embed(images), Read.TOKENS)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Tokens before the first trained block (B, N, d) to logits (B, num_classes)."""
+        x = features
+        for block in self.backbone.timm_blocks:
+            x = block(x)
+        return self._logits(x, self._reads)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+        return self.classify(self.frozen_features(images))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate of the memory that a training step takes at the model's own image size."""
+        kept, workspace = timm_block_bytes(self.backbone, trains_weights=True)
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=batch_size * kept * len(self.backbone.timm_blocks),
+            workspace=max(self._folded_workspace(batch_size), batch_size * workspace),
+        )

@@ -1,0 +1,127 @@
+"""LinearProbe and MLPProbe: a classifier on the features of a frozen vision transformer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+
+
+class LinearProbe(FrozenClassifier):
+    """A linear head on the features of a frozen vision transformer.
+
+    Args:
+        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
+            not changed.
+        num_classes: of the head.
+        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        dtype: of the frozen weights; None keeps the backbone's own.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
+        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
+        pretrained: load timm's published weights (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name).
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        *,
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        super().__init__(
+            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
+        self._reads = self.backbone.head_reads_of_image(pool)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        return (self.embed_dim,)
+
+    @torch.no_grad()
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the pooled features (B, d)."""
+        self._check_images(images)
+        rows = self._run_folded(self.backbone.embed(images), self._reads)
+        return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, d) to logits (B, num_classes)."""
+        return self.head(features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+        return self.classify(self.frozen_features(images))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size, in its own dtype."""
+        kept = batch_size * self._num_kept() * self.head.weight.element_size()
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(), kept=kept, workspace=self._folded_workspace(batch_size)
+        )
+
+    def _num_kept(self) -> int:
+        """Numbers kept for backward for each image."""
+        return self.embed_dim
+
+
+class MLPProbe(LinearProbe):
+    """A multi-layer perceptron on the features of a frozen vision transformer: mlp-k of the VPT paper's
+    Table 1.
+
+    k linear layers in all, each but the last from d to d dimensions and followed by a ReLU: k - 1 of them
+    hold d² + d parameters each.
+
+    Args:
+        num_layers: k, from 1, which is a linear probe.
+        The others are those of `LinearProbe`.
+
+    Attributes:
+        hidden: the first k - 1 layers. Their weights start from He's normal distribution (He et al., 2015),
+            their biases at zero.
+        head: nn.Linear, the last layer.
+
+    Raises:
+        ValueError: as `LinearProbe`.
+    """
+
+    def __init__(
+        self, backbone: str | VisionTransformer, num_classes: int, num_layers: int = 3, **settings: Any
+    ) -> None:
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers: got {num_layers!r}, want a whole number from 1")
+        super().__init__(backbone, num_classes, **settings)
+        layers: list[nn.Module] = []
+        for _ in range(num_layers - 1):
+            linear = nn.Linear(self.embed_dim, self.embed_dim, device=self.backbone.device)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU()]
+        self.num_layers = num_layers
+        self.hidden = nn.Sequential(*layers)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "num_layers": self.num_layers}
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (B, d) to logits (B, num_classes)."""
+        return self.head(self.hidden(features))
+
+    def _num_kept(self) -> int:
+        return self.num_layers * self.embed_dim  # a ReLU keeps its output, which the next layer keeps too

@@ -1,0 +1,112 @@
+"""SideTuning: a small network beside a frozen vision transformer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+
+_MIN_SIZE = 63  # pixels: AlexNet's strides leave nothing of smaller images
+_SIDE_CHANNELS = 3
+_SIDE_FEATURES = 256 * 6 * 6  # after AlexNet's average pool
+
+
+class SideTuning(FrozenClassifier):
+    """A side network trained beside the frozen backbone (Zhang et al., ECCV 2020; the VPT paper's Sidetune).
+
+    The head reads α · backbone(x) + (1 - α) · side(x), where α is the sigmoid of one trained number that
+    starts at 0. The side network is AlexNet's convolutions and average pool (torchvision) and one linear
+    layer from their 9216 features to d. It sees the images as the backbone does, normalised for that.
+
+    Args:
+        side_pretrained: start the side network from AlexNet's ImageNet weights, which torchvision publishes;
+            where they cannot be had, a warning says so and it starts random.
+        The others are those of `LinearProbe`.
+
+    Attributes:
+        side: nn.Sequential, images to (B, d).
+        alpha: (), α before its sigmoid.
+
+    Raises:
+        ValueError: as `LinearProbe`, and for images that are not RGB or are too small for AlexNet.
+    """
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        *,
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        side_pretrained: bool = False,
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        super().__init__(
+            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
+        self._reads = self.backbone.head_reads_of_image(pool)
+        height, width = self.image_size
+        if self.backbone.in_chans != _SIDE_CHANNELS or min(height, width) < _MIN_SIZE:
+            raise ValueError(
+                f"backbone: its images are {self.backbone.in_chans}x{height}x{width}, and the side network, "
+                f"an AlexNet, wants {_SIDE_CHANNELS} channels of at least {_MIN_SIZE}x{_MIN_SIZE}"
+            )
+        alexnet = torchvision.models.alexnet(weights=None)
+        if side_pretrained:
+            _load_published_weights(alexnet)
+        linear = nn.Linear(_SIDE_FEATURES, self.embed_dim)
+        side = nn.Sequential(alexnet.features, alexnet.avgpool, nn.Flatten(), linear)
+        self.side = side.to(self.backbone.device)
+        self.alpha = nn.Parameter(torch.zeros((), device=self.backbone.device))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, 3, H, W) to logits (B, num_classes)."""
+        self._check_images(images)
+        dtype = self.head.weight.dtype
+        with torch.no_grad():
+            rows = self._run_folded(self.backbone.embed(images), self._reads)
+            base = self.backbone.features(rows, self.pool).to(dtype)
+        alpha = self.alpha.sigmoid()
+        return self.head(alpha * base + (1 - alpha) * self.side(images.to(dtype)))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate of the memory that a training step takes at the model's own image size."""
+        # Of AlexNet's first convolution, the largest: output, kept once for the ReLU in place and the pool;
+        # all the others together keep about as much again.
+        height, width = self.image_size
+        first: Any = self.side.get_submodule("0.0")
+        per_image = 2 * first.out_channels * (height // first.stride[0]) * (width // first.stride[1])
+        per_image += _SIDE_CHANNELS * height * width + 2 * _SIDE_FEATURES + 3 * self.embed_dim
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=batch_size * per_image * self.head.weight.element_size(),
+            workspace=self._folded_workspace(batch_size),
+        )
+
+
+def _load_published_weights(alexnet: nn.Module) -> None:
+    url = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url
+    try:
+        weights = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"the side network starts random: AlexNet's weights cannot be had from {url}: {error}",
+            stacklevel=3,
+        )
+        return
+    alexnet.load_state_dict(weights)

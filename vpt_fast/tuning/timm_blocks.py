@@ -1,0 +1,119 @@
+"""TimmClassifier: what is common to the models that run timm's own blocks, and what those keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vpt_fast.backbones.timm_vit import FrozenViT, resolve_backbone
+from vpt_fast.classifier import TunedClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
+
+
+class TimmClassifier(TunedClassifier):
+    """A model that runs a copy of timm's own modules, in float32 or more; subclasses unfreeze what is
+    trained.
+
+    Autograd keeps nothing for what is frozen: not the inputs of frozen linear layers, and nothing of what
+    stands before the first trained tensor.
+
+    Args:
+        backbone: a timm name, or a timm VisionTransformer, which is not changed.
+        num_classes: of the head.
+        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        pretrained: load timm's published weights (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name). Dropout rates act in training.
+
+    Raises:
+        ValueError: an argument out of range, or a part of the backbone that is not supported.
+    """
+
+    # Whether matrices of the blocks are trained, whose inputs are then kept.
+    trains_weights = False
+
+    def __init__(
+        self,
+        backbone: str | VisionTransformer,
+        num_classes: int,
+        *,
+        pool: str | None = None,
+        pretrained: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        dtype = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
+        frozen = FrozenViT(vit, dtype, timm_blocks=len(vit.blocks))
+        super().__init__(frozen, origin, num_classes, pool=pool)
+        self._reads = frozen.head_reads_of_image(pool)
+
+    def train(self, mode: bool = True) -> TimmClassifier:
+        """Dropout of timm's acts in training, before the blocks too."""
+        super().train(mode)
+        self.backbone.stem.train(mode)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+        self._check_images(images)
+        return self._logits(self._run_blocks(self.backbone.embed(images)), self._reads)
+
+    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, d) before the first block to those after the last."""
+        for block in self.backbone.timm_blocks:
+            x = block(x)
+        return x
+
+    def _freeze_what_is_not_read(self) -> None:
+        """Freezes what gets no gradient: the attention-pool head, where another pooling takes its place."""
+        if self.pool is not None and self.backbone.stem.attn_pool is not None:
+            self.backbone.stem.attn_pool.requires_grad_(False)
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate of the memory that a training step takes at the model's own image size."""
+        kept, workspace = timm_block_bytes(
+            self.backbone, trains_weights=self.trains_weights, num_added=self._num_added_tokens()
+        )
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=batch_size * (kept * self.num_blocks + self._num_kept_beside() * torch.float32.itemsize),
+            workspace=batch_size * workspace,
+        )
+
+    def _num_added_tokens(self) -> int:
+        """Tokens that every block works on beside the image's."""
+        return 0
+
+    def _num_kept_beside(self) -> int:
+        """Numbers that the method keeps for each image beside what the blocks keep, over all blocks."""
+        return 0
+
+
+def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool, num_added: int = 0) -> tuple[int, int]:
+    """Bytes for one image that a block of timm's keeps for backward, and those of its temporaries: estimates
+    for the dtype in force, of a block with something trained in or below it.
+
+    Args:
+        vit: its last block is looked at.
+        trains_weights: whether its matrices are trained.
+        num_added: tokens beside the image's.
+    """
+    block: Any = vit.timm_blocks[-1]
+    dtype = compute_dtype(vit.device.type, block.attn.proj.weight.dtype)
+    wide = max(dtype.itemsize, torch.float32.itemsize)
+    embed_dim, attn_dim = vit.embed_dim, block.attn.proj.in_features
+    activated = block.mlp.fc2.in_features
+    is_gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features != activated
+    # Attention's query, key, value and output; the activation's input; of a gate, both factors too.
+    narrow = 4 * attn_dim + activated * (4 if is_gated else 1)
+    if trains_weights:  # the inputs of qkv, proj, fc1 and fc2
+        narrow += 2 * embed_dim + attn_dim + activated
+    # The residual stream before both norms, their means and deviations, the rows' log-sum-exp.
+    per_token = narrow * dtype.itemsize + (2 * embed_dim + 4 + block.attn.num_heads) * wide
+    # Gradients of the hidden layer and of attention's tensors, a few copies of the residual stream.
+    workspace = (2 * activated + 4 * attn_dim) * dtype.itemsize + 4 * embed_dim * wide
+    num_tokens = vit.num_tokens + num_added
+    return num_tokens * per_token, num_tokens * workspace
