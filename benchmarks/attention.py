@@ -204,14 +204,14 @@ def measure_shape(shape: Shape, names: Iterable[str], settings: Settings) -> lis
         try:
             functions = functions_of(name)
             found = errors(functions, inputs)
-            own = make_calls(name, functions, inputs)
-            own = {
-                f"{name} {field}": operations.prepare(call, settings.device) for field, call in own.items()
+            prepared = {
+                f"{name} {field}": operations.prepare(call, settings.device)
+                for field, call in make_calls(name, functions, inputs).items()
             }
         except Exception as failure:  # a package that is missing, a kernel that does not build, out of memory
             row.error = operations.message(failure)
             continue
-        calls |= own
+        calls |= prepared
         row.exact = max(found) < ERROR_BELOW[settings.dtype]
         row.output_error, row.gradient_error = map(operations.finite, found)
     for key, times in settings.times(calls).items():
@@ -268,7 +268,9 @@ def make_table(rows: list[Row]) -> Table:
         return [number(getattr(row, f"{part}_{name}"), form) for name, form in forms.items()]
 
     for row in rows:
-        error = operations.verdict(row.error, row.exact, row.gradient_error)
+        is_finite = row.output_error is not None and row.gradient_error is not None
+        worst = max(row.output_error, row.gradient_error) if is_finite else None
+        error = operations.verdict(row.error, row.exact, worst)
         style = "" if row.exact else "red"
         parts = [*cells(row, "forward", False), *cells(row, "backward", False)]
         table.add_row(row.impl, *parts, error, style=style)
@@ -291,7 +293,7 @@ def choose_shapes(
     return [
         Shape(b, n, m, h, d)
         for (n, h, d), m, b in itertools.product(models, positive_numbers(num_prompts), batches)
-    ]  # fmt: skip
+    ]
 
 
 def main(

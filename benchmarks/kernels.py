@@ -424,14 +424,17 @@ def make_table(rows: list[Row]) -> Table:
 
 
 def choose_cases(shapes: list[tuple[int, int]], batch: int, ops: list[str], kinds: list[str]) -> list[Case]:
-    """Of every shape the kinds asked for; without any all of them at the first, and few at the others."""
+    """Of every shape the kinds asked for; without any all of them at the first, and few at the others.
+
+    Linear layers take seconds to build, so of them GELU alone, if nothing is asked for.
+    """
     return [
         Case(op, kind, codes, batch, tokens, width)
         for i, (tokens, width) in enumerate(shapes)
         for op in ops
         for kind in OPERATIONS[op].kinds
         if kind in (kinds or (AT_EVERY_SHAPE if i else (*NORMS, *ACTIVATIONS)))
-        and (kinds or kind == "gelu" or OPERATIONS[op].fused is None)  # products at GELU alone: long to build
+        and (kinds or kind == "gelu" or OPERATIONS[op].fused is None)
         for codes in (False, True)
     ]
 
@@ -452,7 +455,11 @@ def main(
     batch_size: Annotated[int, typer.Option(min=0, help="images; 0: by device")] = 0,
     ops: Annotated[str, typer.Option(help=f"comma-separated, of {', '.join(OPERATIONS)}; default: all")] = "",
     kinds: Annotated[
-        str, typer.Option(help=f"comma-separated, of {', '.join((*NORMS, *ACTIVATIONS))}; default: see above")
+        str,
+        typer.Option(
+            help=f"comma-separated, of {', '.join((*NORMS, *ACTIVATIONS))}; default: all at the first shape, "
+            f"{' and '.join(AT_EVERY_SHAPE)} at the others"
+        ),
     ] = "",
     implementations: Annotated[
         str, typer.Option(help=f"comma-separated, of {', '.join(IMPLEMENTATIONS)}; default by device")

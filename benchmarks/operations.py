@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import measure
 import torch
 import typer
-from reports import default_path, listed, make_header, resumed, write_report
+from reports import default_path, make_header, resumed, write_report
 from rich.console import Console
 from torch import Tensor
 
@@ -95,7 +95,6 @@ class Report:
         return Bounds(**self._report["bounds"])
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
         write_report({**self._report, "rows": rows}, self.path)
 
 
@@ -115,7 +114,9 @@ def start(
         typer.BadParameter: a device or dtype that is not known or not there, an output that is no report.
     """
     where = choose_device(device)
-    name = listed(dtype or ("bfloat16" if where.type == "cuda" else "float32"), list(DTYPES))[0]
+    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise typer.BadParameter(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     header = {**make_header(where), "dtype": name, "repeats": repeats}
     report = Report(output or default_path(header, benchmark), header, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
@@ -150,25 +151,35 @@ def measure_bounds(device: torch.device, dtype: torch.dtype, repeats: int) -> Bo
     return Bounds(2 * source.nbytes / seconds["copy"] / 1e9, flops / seconds["product"] / 1e12)
 
 
-def prepare(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Warms the call up, so that it is compiled; on a GPU captures it in a CUDA graph and gives its replay.
+class Replay:
+    """A call that was captured in a CUDA graph.
 
-    A replay costs the host one launch, whatever is in it, so that a short kernel's time is not that of the
-    Python that launches it.
+    Replaying it costs the host one launch, whatever is in it, so that a short kernel's time is not that of
+    the Python that launches it. The graph reads the call's tensors where they lay, so they live as long as it.
     """
-    if device.type != "cuda":
-        call()
-        return call
-    stream = torch.cuda.Stream(device)  # captures cannot be on the default one
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
+
+    def __init__(self, call: Callable[[], object], device: torch.device) -> None:
+        self._call = call
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(device)  # captures cannot be on the default one
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                call()
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             call()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        call()
-    return graph.replay
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+def prepare(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """What is timed of a call: itself, compiled by then; on a GPU its `Replay`."""
+    if device.type == "cuda":
+        return Replay(call, device)
+    call()
+    return call
 
 
 def time_calls(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +107,29 @@ def test_calls_take_turns_and_each_is_timed_alone() -> None:
     times = operations.time_calls(calls, CPU, repeats=2, samples=2)
     assert order == ["a", "a", "b", "b"] * 2
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_captured_calls_tensors_live_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    graph = SimpleNamespace(replay=lambda: log.append("replayed"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+
+    def make(tensor: torch.Tensor) -> Callable[[], object]:
+        return operations.prepare(lambda: log.append(f"called with {tensor.item()}"), torch.device("cuda"))
+
+    tensor = torch.tensor(3)
+    kept = weakref.ref(tensor)
+    replay = make(tensor)
+    del tensor
+    assert kept() is not None
+    assert log == ["called with 3"] * 4  # three to warm up, one captured
+    replay()
+    assert log[4:] == ["replayed"]
 
 
 def test_what_is_given_concatenated_gives_the_same_results() -> None:
@@ -329,6 +354,7 @@ def test_a_sweep_takes_all_combinations_and_the_default_the_models() -> None:
         (attention, ["--num-prompts", "5,zero"], "zero"),
         (attention, ["--head-dim", "0"], "0"),
         (attention, ["--dtype", "int8"], "int8"),
+        (kernels, ["--dtype", "float32,bfloat16"], "float32,bfloat16"),
         (attention, ["--device", "tpu"], "tpu"),
         (kernels, ["--ops", "softmax"], "softmax"),
         (kernels, ["--kinds", "batch"], "batch"),
