@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import peers
@@ -15,7 +15,7 @@ from measure import Contender
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast import PromptedViT
+from vpt_fast import LinearProbe, PromptedViT
 
 NUM_CLASSES = 100
 
@@ -29,7 +29,7 @@ class Setting:
     """What is measured, other than by which implementation.
 
     dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32;
-    "amp": float32 weights under torch.autocast to bfloat16.
+    "amp": float32 weights under torch.autocast to bfloat16. Some implementations have one of their own.
     """
 
     model: str
@@ -48,21 +48,60 @@ class Start:
     peer_vit: VisionTransformer  # in the dtype that peers run in
     state: dict[str, Tensor]
     setting: Setting
+    # vpt_fast's frozen weights by name, folded, of its first model: the others share them
+    folded: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.state["prompts"].device
+
+    def copy_to(self, device: torch.device) -> Start:
+        """Copies of the weights on the device, which live no longer than what is made of them."""
+        vit = copy.deepcopy(self.vit).to(device)
+        peer_vit = vit if self.peer_vit is self.vit else copy.deepcopy(self.peer_vit).to(device)
+        state = {name: tensor.to(device, copy=True) for name, tensor in self.state.items()}
+        return replace(self, vit=vit, peer_vit=peer_vit, state=state, folded={})
 
 
-def peer(build: Callable[[VisionTransformer, dict[str, Tensor]], nn.Module], compiled: bool = False) -> Any:
+Build = Callable[[VisionTransformer, dict[str, Tensor]], nn.Module]
+Implementation = Callable[[str, Start], Contender]
+
+
+def peer(
+    build: Build,
+    *,
+    compiled: str | None = None,
+    dtype: str | None = None,
+    full_precision_weights: bool = False,
+) -> Implementation:
+    """A contender made of the ViT and the trainable tensors.
+
+    Args:
+        build: makes the model.
+        compiled: the mode of torch.compile, or None for none.
+        dtype: its own, as in `Setting.dtype`, or None for the setting's.
+        full_precision_weights: run under autocast where the setting's dtype is "bfloat16".
+    """
+
     def contender(name: str, start: Start) -> Contender:
-        model = build(start.peer_vit, start.state).to(start.state["prompts"].device).train()
+        own = dtype or start.setting.dtype
+        if full_precision_weights and own == "bfloat16":
+            own = "amp"
+        model = build(start.peer_vit if own == "bfloat16" else start.vit, start.state)
+        model = model.to(start.device).train()
         # Static shapes: the small batch of the gradient check must not turn the timed one into a dynamic one.
-        run = torch.compile(model, dynamic=False) if compiled else model
-        return Contender(name, model, run, torch.bfloat16 if start.setting.dtype == "amp" else None)
+        # One graph: a part that could not be compiled, or once too often, is an error and not a slow row.
+        run = (
+            model if compiled is None else torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
+        )
+        return Contender(name, model, run, autocast_dtype(own), captures=compiled == "max-autotune")
 
     return contender
 
 
-def prompted(
-    memory: str = "exact", backend: str = "auto", attention: str = "auto", graphed: bool = False
-) -> Any:
+def prompted(backend: str = "auto", attention: str = "auto", graphed: bool = False) -> Implementation:
+    """vpt_fast.PromptedViT under the memory policy "exact"; another is assigned to the model's `memory`."""
+
     def contender(name: str, start: Start) -> Contender:
         setting = start.setting
         model = PromptedViT(
@@ -71,35 +110,68 @@ def prompted(
             setting.num_prompts,
             setting.prompt_type,
             dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
-            memory=memory,
             backend=backend,
             attention=attention,
         )
-        model = model.to(start.state["prompts"].device).train()
+        model = with_folded_weights(model.to(start.device).train(), start)
         model.load_trainable_state_dict(start.state)
-        autocast = torch.bfloat16 if setting.dtype == "amp" else None
-        return Contender(name, model, model, autocast, graphed)
+        return Contender(name, model, model, autocast_dtype(setting.dtype), graphed)
 
     return contender
 
 
-IMPLEMENTATIONS: dict[str, Callable[[str, Start], Contender]] = {
+def linear_probe(name: str, start: Start) -> Contender:
+    """vpt_fast.LinearProbe."""
+    setting = start.setting
+    dtype = torch.bfloat16 if setting.dtype == "bfloat16" else None
+    model = LinearProbe(start.vit, NUM_CLASSES, dtype=dtype).to(start.device).train()
+    model.load_trainable_state_dict({key: start.state[key] for key in ("head.weight", "head.bias")})
+    return Contender(name, with_folded_weights(model, start), model, autocast_dtype(setting.dtype))
+
+
+def autocast_dtype(dtype: str) -> torch.dtype | None:
+    """What torch.autocast is given for a `Setting.dtype`, None for no autocast."""
+    return torch.bfloat16 if dtype == "amp" else None
+
+
+def with_folded_weights(model: Any, start: Start) -> Any:
+    """The model with frozen weights that all of vpt_fast's models of this start share: they are equal."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            parameter.data = start.folded.setdefault(name, parameter.data)
+    return model
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast": prompted(),
     "vpt_fast_graphed": prompted(graphed=True),
-    "vpt_fast_compact": prompted("compact"),
-    "vpt_fast_recompute_mlp": prompted("recompute_mlp"),
-    "vpt_fast_recompute": prompted("recompute"),
     "vpt_fast_sdpa_flash": prompted(attention="sdpa_flash"),
     "vpt_fast_torch": prompted(backend="torch"),
-    "concat_reference": peer(peers.ConcatReference),
+    "concat_reference": peer(
+        peers.ConcatReference, dtype="float32"
+    ),  # which is what the official code runs in
     "concat_timm": peer(peers.ConcatTimm),
-    "concat_timm_compiled": peer(peers.ConcatTimm, compiled=True),
+    "concat_timm_compiled": peer(peers.ConcatTimm, compiled="default"),
+    "concat_timm_max_autotune": peer(peers.ConcatTimm, compiled="max-autotune"),
+    "concat_timm_checkpointed": peer(peers.ConcatCheckpointed),
+    "concat_timm_amp": peer(peers.ConcatTimm, dtype="amp"),
+    "concat_timm_amp_compiled": peer(peers.ConcatTimm, dtype="amp", compiled="default"),
     "no_prompts": peer(peers.NoPrompts),
+    "linear_probe": linear_probe,
+    # weights that are trained need more digits than bfloat16 has
+    "full_finetuning": peer(peers.FullFineTuning, full_precision_weights=True),
 }
-# Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph.
-ON_A_GPU = [name for name in IMPLEMENTATIONS if name != "vpt_fast_torch"]
+# Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph; on a GPU
+# max-autotune compiles for minutes.
+ON_A_GPU = [name for name in IMPLEMENTATIONS if name not in ("vpt_fast_torch", "concat_timm_max_autotune")]
 ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled", "no_prompts"]
-BOUNDS = ("no_prompts",)  # another computation: a row to read the others by, not a way to tune prompts
+
+# Another computation: rows to read the others by, not ways to tune prompts. Each with what defines it.
+BOUNDS: dict[str, Build] = {
+    "no_prompts": peers.NoPrompts,
+    "linear_probe": peers.LinearProbe,
+    "full_finetuning": peers.FullFineTuning,
+}
 
 
 def make_start(setting: Setting, device: torch.device) -> Start:

@@ -34,6 +34,11 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def label(implementation: str, memory: str | None) -> str:
+    """How a row is called in tables and plots: "vpt_fast", "vpt_fast, compact"."""
+    return implementation if memory in (None, "exact") else f"{implementation}, {memory}"
+
+
 @dataclass
 class StepTimes:
     """Seconds of one training step, by part."""
@@ -79,9 +84,10 @@ class Contender:
         run: what is called on images; the model itself or its compiled form.
         autocast: dtype to run under torch.autocast, or None.
         graphed: whether timed steps are replayed from one CUDA graph each, whose parts have no times.
+        captures: whether `run` captures CUDA graphs itself, as torch.compile's max-autotune does.
         times: one entry a timed step.
         kept_bytes: kept for backward, of one step; None until measured.
-        peak_bytes, peak_reserved_bytes: of one step with only this model's weights counted; None on a CPU.
+        peak_bytes, peak_reserved_bytes: of a step with only this model's weights counted; None on a CPU.
         error: why it could not run; None if it could.
     """
 
@@ -90,6 +96,7 @@ class Contender:
     run: Callable[[Tensor], Tensor]
     autocast: torch.dtype | None = None
     graphed: bool = False
+    captures: bool = False
     times: list[StepTimes] = field(default_factory=list)
     kept_bytes: int | None = None
     peak_bytes: int | None = None
@@ -101,10 +108,40 @@ class Contender:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=self.graphed or None)
         self.graph: GraphedStep | None = None
-        if self.graphed:
-            self.graph = GraphedStep(
-                self.model, self.optimizer, F.cross_entropy, autocast_dtype=self.autocast
-            )
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Steps are taken inside. What fails there is kept as this contender's error, and not raised.
+
+        Afterwards the contender holds weights and the optimizer's state alone, no gradient and no graph, and
+        what it left in the allocator's cache is given back.
+        """
+        try:
+            yield
+        except Exception as failure:
+            self.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            self.times = []
+        self.graph = None
+        self.optimizer.zero_grad(set_to_none=True)
+        empty_cache(device)
+
+    @property
+    def steps_to_settle(self) -> int:
+        """Untimed steps after which all memory is reserved: a graph is captured by the fourth."""
+        return 5 if self.graphed or self.captures else 1
+
+    @property
+    def memory(self) -> str | None:
+        """vpt_fast's memory policy; None for all others."""
+        return getattr(self.model, "memory", None)
+
+    @property
+    def precision(self) -> str:
+        """ "amp" under autocast, else the dtype of the narrowest weights, such as "bfloat16"."""
+        if self.autocast is not None:
+            return "amp"
+        narrowest = min((p.dtype for p in self.model.parameters()), key=lambda dtype: dtype.itemsize)
+        return str(narrowest).removeprefix("torch.")
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
@@ -116,7 +153,11 @@ class Contender:
         Of a graphed one all marks but the first are at the end, so that all of its time counts as forward.
         """
         watch = Stopwatch(images.device)
-        if self.graph is not None:
+        if self.graphed:
+            if self.graph is None:
+                self.graph = GraphedStep(
+                    self.model, self.optimizer, F.cross_entropy, autocast_dtype=self.autocast
+                )
             watch.mark()
             self.graph(images, labels)
             for _ in range(3):
@@ -161,28 +202,40 @@ def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> i
     return total
 
 
-@contextmanager
-def peak_memory(contender: Contender, device: torch.device) -> Iterator[None]:
-    """Records the peak of what the enclosed step allocates, plus the weights of this contender alone.
+def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
+    """Records the peak of what a step allocates and reserves, plus the weights of this contender alone.
 
-    The weights of the others lie on the device too, so the allocator's own peak would count them.
+    The weights of the others lie on the device too, so the allocator's own peak would count them. Call it
+    before a CUDA graph is captured: the steps up to the capture, and what the graph then holds, count as
+    well. Of a CPU, which has no such counters, nothing is recorded.
     """
+    device = images.device
     if device.type != "cuda":
-        yield
         return
-    gc.collect()
-    torch.cuda.empty_cache()
+    contender.optimizer.zero_grad(set_to_none=True)
+    empty_cache(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before, reserved_before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    yield
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    for _ in range(contender.steps_to_settle):
+        contender.step(images, labels)
     torch.cuda.synchronize(device)
-    own = sum(
-        {
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in own_tensors(contender)
-        }.values()
-    )
-    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before + own
-    contender.peak_reserved_bytes = torch.cuda.max_memory_reserved(device) - reserved_before + own
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own_tensors(contender)}
+    own = sum(storages.values())
+    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - allocated + own
+    if (
+        contender.steps_to_settle > 1
+    ):  # the steps before the capture have left memory reserved that replays do not need
+        empty_cache(device)
+        contender.peak_reserved_bytes = torch.cuda.memory_reserved(device) - reserved + own
+    else:
+        contender.peak_reserved_bytes = torch.cuda.max_memory_reserved(device) - reserved + own
+
+
+def empty_cache(device: torch.device) -> None:
+    """Gives back what nobody holds any more, so that one contender's leavings are not another's memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def own_tensors(contender: Contender) -> list[Tensor]:
@@ -202,47 +255,45 @@ def interleave(
 ) -> None:
     """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
 
-    Warm-up each (compilation and capture happen there), then a step for the bytes kept and one for the peak,
-    then `repeats` rounds of `steps` steps each. Results are stored in the contenders. One that fails (out of
-    memory, no compiler, a kernel that does not build) keeps the message as its error and sits out the rest.
+    First each is warmed up: a step (which compiles), one for the bytes kept, and those for the peak, where
+    graphs are captured. Then there are `repeats` rounds of `steps` steps each. Results are stored in the
+    contenders. One that fails (out of memory, no compiler, a kernel that does not build) keeps the message as
+    its error and sits out the rest.
+
+    Between turns a contender holds its weights and momentum alone. On a GPU each turn begins with an emptied
+    cache and untimed steps, which reserve memory anew and capture a graph anew.
     """
-    for round_ in range(-1, repeats):
+    for contender in contenders:
+        if contender.error is None:
+            progress(f"{label(contender.name, contender.memory)}: warm-up")
+            with contender.turn(images.device):
+                contender.step(images, labels)
+                contender.kept_bytes = kept_for_backward(contender, images, labels)
+                measure_peak(contender, images, labels)
+    for round_ in range(1, repeats + 1):
         for contender in contenders:
             if contender.error is not None:
                 continue
-            progress(
-                f"{contender.name}: " + ("warm-up" if round_ < 0 else f"round {round_ + 1} of {repeats}")
-            )
-            gc.collect()
-            try:
-                if round_ < 0:
-                    # A graph is captured by the fourth step.
-                    for _ in range(5 if contender.graphed else 1):
-                        contender.step(images, labels)
-                    contender.kept_bytes = kept_for_backward(contender, images, labels)
-                    if not contender.graphed:  # a replay allocates nothing: the graph's memory is its own
-                        with peak_memory(contender, images.device):
-                            contender.step(images, labels)
-                else:
-                    # Read after the last one: a GPU is not made to wait between steps.
-                    watches = [contender.step(images, labels) for _ in range(steps)]
-                    contender.times += [StepTimes(*watch.seconds()) for watch in watches]
-            except Exception as failure:
-                contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-                contender.times = []
-            if not contender.graphed:  # whose gradients lie in the graph's memory
-                contender.optimizer.zero_grad(set_to_none=True)
+            progress(f"{label(contender.name, contender.memory)}: round {round_} of {repeats}")
+            with contender.turn(images.device):
+                for _ in range(contender.steps_to_settle if images.device.type == "cuda" else 0):
+                    contender.step(images, labels)
+                # Read after the last one: a GPU is not made to wait between steps.
+                watches = [contender.step(images, labels) for _ in range(steps)]
+                contender.times += [StepTimes(*watch.seconds()) for watch in watches]
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The gradient of every trained parameter, by name."""
     contender.optimizer.zero_grad(set_to_none=True)
     contender.loss(images, labels).backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in contender.model.named_parameters()
         if p.requires_grad
     }
+    contender.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -1,7 +1,7 @@
-"""What vpt_fast is compared with: visual prompts by concatenation, and the same ViT with no prompts.
+"""What vpt_fast is compared with: visual prompts by concatenation, and the bounds on either side of it.
 
-Every peer reads a timm VisionTransformer, shares its frozen weights, and trains `prompts` and `head`, so that
-one set of trainable tensors goes into all of them. They import nothing of vpt_fast.
+Every peer reads a timm VisionTransformer. Those by concatenation share its frozen weights and train `prompts`
+and `head`, so that one set of trainable tensors goes into all of them. They import nothing of vpt_fast.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def with_shared_weights(vit: VisionTransformer) -> VisionTransformer:
@@ -39,8 +40,19 @@ def initial_state(
     }
 
 
-class Concatenation(nn.Module):
-    """Common to the concatenating peers: the frozen ViT and the trainable tensors, float32 or more.
+def make_head(state: dict[str, Tensor]) -> nn.Linear:
+    head = nn.Linear(state["head.weight"].shape[1], len(state["head.bias"]), dtype=state["head.bias"].dtype)
+    head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+    return head
+
+
+def pools_first_token(vit: VisionTransformer) -> bool:
+    """Whether the head reads one row of the last block, so that the final norm is needed on it alone."""
+    return vit.attn_pool is None and vit.global_pool == "token"
+
+
+class FrozenPeer(nn.Module):
+    """Common to the peers that train nothing of the ViT: it, and a head in float32 or more.
 
     Args:
         vit: read, not modified; its weights are shared.
@@ -50,11 +62,9 @@ class Concatenation(nn.Module):
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.vit = with_shared_weights(vit)
-        self.prompts = nn.Parameter(state["prompts"].clone())
-        self.head = nn.Linear(vit.embed_dim, len(state["head.bias"]))
-        self.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
+        self.head = make_head(state)
 
-    def train(self, mode: bool = True) -> Concatenation:
+    def train(self, mode: bool = True) -> FrozenPeer:
         super().train(mode)
         self.vit.eval()
         return self
@@ -65,12 +75,20 @@ class Concatenation(nn.Module):
             x = self.vit.patch_embed(images.to(self.vit.patch_embed.proj.weight.dtype))
             return self.vit.norm_pre(self.vit._pos_embed(x))
 
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features.to(self.head.weight.dtype))
+
+
+class Concatenation(FrozenPeer):
+    """Common to the concatenating peers: a frozen ViT, with prompts in float32 or more."""
+
+    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+        super().__init__(vit, state)
+        self.prompts = nn.Parameter(state["prompts"].clone())
+
     def block_prompts(self, block: int, x: Tensor) -> Tensor:
         """The prompts of one block for every image of x (B, .., d), in its dtype: (B, m, d)."""
         return self.prompts[block].to(x.dtype).expand(len(x), -1, -1)
-
-    def classify(self, features: Tensor) -> Tensor:
-        return self.head(features.to(self.head.weight.dtype))
 
 
 class ConcatReference(Concatenation):
@@ -107,36 +125,61 @@ class ConcatTimm(Concatenation):
         for i, block in enumerate(self.vit.blocks):
             if i < len(self.prompts):
                 x = torch.cat([x[:, :num_tokens], self.block_prompts(i, x)], dim=1)  # (B, N + m, d)
-            x = block(x)
-        pools_first_token = self.vit.attn_pool is None and self.vit.global_pool == "token"
-        x = x[:, :1] if pools_first_token else x[:, :num_tokens]
+            x = self.run_block(block, x)
+        x = x[:, :1] if pools_first_token(self.vit) else x[:, :num_tokens]
         return self.classify(self.vit.fc_norm(self.vit.pool(self.vit.norm(x))))
 
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
 
-class NoPrompts(nn.Module):
+
+class ConcatCheckpointed(ConcatTimm):
+    """The same with activation checkpointing: each block's input is kept, and the block runs again in
+    backward. Nothing in a frozen block is random, so no state of a generator is stored and restored."""
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class NoPrompts(FrozenPeer):
     """The bound: the frozen ViT at its own length, with backward through every block and no prompt at all.
 
     One trained vector, added to every token, is what backward goes down to; it costs next to nothing.
     """
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.vit = with_shared_weights(vit)
+        super().__init__(vit, state)
         self.offset = nn.Parameter(torch.zeros(vit.embed_dim, dtype=state["prompts"].dtype))
-        self.head = nn.Linear(vit.embed_dim, len(state["head.bias"]))
-        self.head.load_state_dict({"weight": state["head.weight"], "bias": state["head.bias"]})
 
-    def train(self, mode: bool = True) -> NoPrompts:
-        super().train(mode)
-        self.vit.eval()
-        return self
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        x = self.vit.blocks(x + self.offset.to(x.dtype))
+        x = x[:, :1] if pools_first_token(self.vit) else x
+        return self.classify(self.vit.fc_norm(self.vit.pool(self.vit.norm(x))))
+
+
+class LinearProbe(FrozenPeer):
+    """The lower bound: a head on the frozen ViT's features, no backward through any block."""
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            x = self.vit.patch_embed(images.to(self.vit.patch_embed.proj.weight.dtype))
-            x = self.vit.norm_pre(self.vit._pos_embed(x))
-        x = self.vit.blocks(x + self.offset.to(x.dtype))
-        pools_first_token = self.vit.attn_pool is None and self.vit.global_pool == "token"
-        x = x[:, :1] if pools_first_token else x
-        features = self.vit.fc_norm(self.vit.pool(self.vit.norm(x)))
+            features = self.vit(images.to(self.vit.patch_embed.proj.weight.dtype))
+        return self.classify(features)
+
+
+class FullFineTuning(nn.Module):
+    """The upper bound: every weight of the ViT is trained, in float32 or more, in a copy of its own.
+
+    Args:
+        vit: read, not modified.
+        state: from `initial_state`, of which the head alone is taken.
+    """
+
+    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.vit = copy.deepcopy(vit).requires_grad_(True)
+        self.head = make_head(state)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.vit(images.to(self.vit.patch_embed.proj.weight.dtype))
         return self.head(features.to(self.head.weight.dtype))

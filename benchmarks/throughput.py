@@ -3,27 +3,33 @@
     python benchmarks/throughput.py
 
 measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json
-next to this file. `--help` lists the flags. Every implementation starts from the same weights and the same
-trainable tensors; one whose gradients are not those of concatenation in float64 is marked and not ranked.
+next to this file. `--help` lists the flags; benchmarks/plots.py draws what was written. Every implementation
+starts from the same weights and the same trainable tensors; one whose gradients are not those of
+concatenation in float64 is marked and not ranked.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import ceilings
+import flops
 import measure
 import peers
 import timm
 import torch
 import typer
+from find_batch import largest_batch, ran_out_of_memory
 from implementations import (
     BOUNDS,
     EXACT_BELOW,
     IMPLEMENTATIONS,
+    NUM_CLASSES,
     ON_A_CPU,
     ON_A_GPU,
     Setting,
@@ -35,8 +41,10 @@ from measure import MIB, Contender
 from reports import default_path, listed, make_header, write_report
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+
+from vpt_fast.engine.policy import POLICIES
 
 CHECK_BATCH = 2  # images of the float64 gradient check
 
@@ -49,12 +57,12 @@ class Row:
     num_prompts: int
     batch_size: int
     prompt_type: str
-    dtype: str
+    dtype: str  # of this implementation: "float32", "bfloat16" or "amp"
     image_size: int
     impl: str
     memory: str | None  # the memory policy of vpt_fast
     exact: bool
-    rank: int | None  # among exact implementations of the same model, by images per second
+    rank: int | None  # among exact implementations of the same setting, by images per second
     images_per_second: float | None
     images_per_second_min: float | None
     images_per_second_max: float | None
@@ -65,37 +73,98 @@ class Row:
     peak_mib: float | None
     peak_reserved_mib: float | None
     kept_mib_per_image: float | None
-    essential_tflops: float | None
-    share_of_ceiling: float | None
+    # Work that cannot be left out, forward and backward: the same for all rows of a setting, since it is the
+    # task's and not the implementation's; of a bound its own. None for models that pool by attention.
+    essential_gflop_per_image: float | None
+    essential_tflops: float | None  # that work over the time
+    share_of_ceiling: float | None  # of the report's ceiling_tflops
+    shapes_tflops: float | None  # the ceiling for products of the model's own shapes
+    share_of_shapes: float | None
+    largest_batch: int | None  # with --find-batch
     gradient_error: float | None
     error: str | None
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """One row to measure: an implementation by name, and vpt_fast's memory policy (None for others)."""
+
+    name: str
+    memory: str | None = None
+
+    def build(self, start: Start) -> Contender:
+        contender = IMPLEMENTATIONS[self.name](self.name, start)
+        if self.memory is not None:
+            contender.model.memory = self.memory
+        return contender
+
+
+def entrants(implementations: list[str], memory: list[str]) -> list[Entrant]:
+    """The implementations in their order, those of vpt_fast under every memory policy."""
+    return [
+        Entrant(name, policy)
+        for name in implementations
+        for policy in (memory if name.startswith("vpt_fast") else [None])
+    ]
+
+
+def default_entrants(on_gpu: bool) -> list[Entrant]:
+    """On a GPU vpt_fast under every memory policy, its variants under the first one."""
+    if not on_gpu:
+        return entrants(ON_A_CPU, ["exact"])
+    return entrants(["vpt_fast"], list(POLICIES)) + entrants(
+        [name for name in ON_A_GPU if name != "vpt_fast"], ["exact"]
+    )
+
+
 def check_gradients(contenders: list[Contender], start: Start) -> None:
-    """Fills in every contender's gradient error, from concatenation (the bound: from itself) in float64."""
-    device = start.state["prompts"].device
-    images, labels = random_batch(start.vit, CHECK_BATCH, device)
+    """Fills in every contender's gradient error, from its definition in float64: concatenation, or a bound's
+    own."""
+    images, labels = random_batch(start.vit, CHECK_BATCH, start.device)
     vit = copy.deepcopy(start.vit).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
-    expected: dict[type, dict[str, Tensor]] = {}
+    definitions: dict[Callable[..., Any], list[Contender]] = {}
     for contender in contenders:
-        build = peers.NoPrompts if contender.name in BOUNDS else peers.ConcatTimm
-        if build not in expected:
-            exact = build(vit, state).double().to(device)
-            expected[build] = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
-        try:
-            actual = measure.gradients(contender, images, labels)
-            contender.gradient_error = measure.gradient_error(actual, expected[build])
-        except Exception as failure:
-            contender.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        definitions.setdefault(BOUNDS.get(contender.name, peers.ConcatTimm), []).append(contender)
+    for (
+        build,
+        those,
+    ) in definitions.items():  # one at a time, for their gradients may be as large as the model
+        exact = build(vit, state).double().to(start.device)
+        expected = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
+        for contender in those:
+            with contender.turn(start.device):
+                actual = measure.gradients(contender, images, labels)
+                contender.gradient_error = measure.gradient_error(actual, expected)
 
 
-def make_row(contender: Contender, start: Start, repeats: int) -> Row:
+def essential_flops(implementation: str, start: Start) -> int | None:
+    """Operations of a step that cannot be left out; None where there is no closed form."""
+    setting = start.setting
+    if start.vit.attn_pool is not None:
+        return None
+    shape, batch_size = flops.shape_of(start.vit), setting.batch_size
+    if implementation in BOUNDS:
+        return getattr(flops, implementation)(shape, batch_size, NUM_CLASSES)
+    return flops.essential(shape, setting.num_prompts, setting.prompt_type, batch_size, NUM_CLASSES)
+
+
+def make_row(
+    contender: Contender,
+    start: Start,
+    repeats: int,
+    ceiling_tflops: float | None = None,
+    shapes_tflops: float | None = None,
+) -> Row:
     setting, totals = start.setting, [times.total for times in contender.times]
     median = measure.median_times(contender.times) if totals else None
     speeds = sorted(setting.batch_size / total for total in totals)
+    speed = statistics.median(speeds) if speeds else None
     error = contender.gradient_error
     has_parts = median is not None and not contender.graphed
+    work = essential_flops(contender.name, start)
+    per_image = None if work is None else work / setting.batch_size / 1e9
+    tflops = per_image * speed / 1e3 if per_image and speed else None
 
     def mib(count: int | None, per: int = 1) -> float | None:
         return None if count is None else count / MIB / per
@@ -105,13 +174,13 @@ def make_row(contender: Contender, start: Start, repeats: int) -> Row:
         num_prompts=setting.num_prompts,
         batch_size=setting.batch_size,
         prompt_type=setting.prompt_type,
-        dtype=setting.dtype,
+        dtype=contender.precision,
         image_size=start.vit.patch_embed.img_size[0],
         impl=contender.name,
-        memory=getattr(contender.model, "memory", None),
-        exact=error is not None and error <= EXACT_BELOW[setting.dtype],
+        memory=contender.memory,
+        exact=error is not None and error <= EXACT_BELOW[contender.precision],
         rank=None,
-        images_per_second=statistics.median(speeds) if speeds else None,
+        images_per_second=speed,
         images_per_second_min=speeds[0] if speeds else None,
         images_per_second_max=speeds[-1] if speeds else None,
         forward_ms=median.forward * 1e3 if has_parts else None,
@@ -121,8 +190,12 @@ def make_row(contender: Contender, start: Start, repeats: int) -> Row:
         peak_mib=mib(contender.peak_bytes),
         peak_reserved_mib=mib(contender.peak_reserved_bytes),
         kept_mib_per_image=mib(contender.kept_bytes, setting.batch_size),
-        essential_tflops=None,
-        share_of_ceiling=None,
+        essential_gflop_per_image=per_image,
+        essential_tflops=tflops,
+        share_of_ceiling=tflops / ceiling_tflops if tflops and ceiling_tflops else None,
+        shapes_tflops=shapes_tflops,
+        share_of_shapes=tflops / shapes_tflops if tflops and shapes_tflops else None,
+        largest_batch=None,
         gradient_error=error if error is None or error < float("inf") else None,
         error=contender.error,
     )
@@ -139,62 +212,117 @@ def rank(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def product_dtype(dtype: str) -> torch.dtype:
+    """Of the matrix products under a `Setting.dtype`."""
+    return torch.float32 if dtype == "float32" else torch.bfloat16
+
+
 def measure_setting(
     setting: Setting,
-    implementations: list[str],
+    those: list[Entrant],
     device: torch.device,
     repeats: int,
     steps: int,
     console: Console,
+    ceiling_tflops: float | None = None,
 ) -> list[Row]:
-    """One row for each implementation."""
-    start = make_start(setting, device)
-    contenders = [IMPLEMENTATIONS[name](name, start) for name in implementations]
-    images, labels = random_batch(start.vit, setting.batch_size, device)
-    with console.status("gradients against float64") as status:
+    """One row for each entrant."""
+    torch.compiler.reset()  # how often one function may be compiled is limited
+    with console.status("weights") as status:
+        start = make_start(setting, device)
+        shapes_tflops = None
+        if start.vit.attn_pool is None:
+            status.update("products of the model's shapes")
+            shapes_tflops = ceilings.block_products(
+                flops.shape_of(start.vit), setting.batch_size, device, product_dtype(setting.dtype)
+            )
+        contenders = [entrant.build(start) for entrant in those]
+        images, labels = random_batch(start.vit, setting.batch_size, device)
+        status.update("gradients against float64")
         check_gradients(contenders, start)
         measure.interleave(contenders, images, labels, repeats=repeats, steps=steps, progress=status.update)
-    return rank([make_row(contender, start, repeats) for contender in contenders])
+    return rank(
+        [make_row(contender, start, repeats, ceiling_tflops, shapes_tflops) for contender in contenders]
+    )
 
 
-def make_table(rows: list[Row]) -> Table:
+def find_batches(rows: list[Row], those: list[Entrant], setting: Setting, device: torch.device) -> None:
+    """Fills in the largest batch of every row that did not fail for another reason than want of memory."""
+    console = Console()
+    start = make_start(setting, torch.device("cpu"))
+    with console.status("largest batch") as status:
+        for row, entrant in zip(rows, those, strict=True):
+            if row.error is not None and not ran_out_of_memory(row.error):
+                continue
+            name = measure.label(row.impl, row.memory)
+
+            def progress(text: str, name: str = name) -> None:
+                status.update(f"largest batch of {name}: {text}")
+
+            try:
+                row.largest_batch = largest_batch(entrant.build, start, device, progress)
+            except RuntimeError as failure:
+                console.print(f"largest batch of {name}: not found, {failure}", markup=False)
+
+
+def make_table(rows: list[Row], dtype: str) -> Table:
+    """The rows of one setting; an implementation with a dtype of its own says so."""
     first = rows[0]
     prompts, batch = f"{first.num_prompts} {first.prompt_type} prompts", f"batch {first.batch_size}"
-    table = Table(title=f"{first.model}, {prompts}, {batch}, {first.dtype}", box=box.SIMPLE)
+    table = Table(title=f"{first.model}, {prompts}, {batch}, {dtype}", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("implementation", no_wrap=True)
-    for column in ("images/s", "(min–max)", "× concat", "forward", "backward", "optimizer ms"):
+    searched = any(row.largest_batch is not None for row in rows)
+    columns = ["\nimages/s", "\n(min–max)", "× best\nconcat", "forward\nms", "backward\nms", "optimizer\nms"]
+    columns += ["peak\nMiB", "kept MiB\n/image", "of\nceiling", *(["largest\nbatch"] if searched else [])]
+    for column in (*columns, "gradient\nerror"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("peak MiB", "kept MiB/image"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("gradient error", justify="right")
     concat = [row.images_per_second or 0.0 for row in rows if row.impl.startswith("concat") and row.rank]
 
     def number(value: float | None, form: str = ".1f") -> str:
         return "" if value is None else format(value, form)
 
+    def speed_of(value: float | None) -> str:
+        return number(value, ".2f" if (first.images_per_second or 0.0) < 100 else ".0f")
+
     for row in rows:
         speed = row.images_per_second
-        spread = f"{number(row.images_per_second_min, '.2f')}–{number(row.images_per_second_max, '.2f')}"
-        table.add_row(
-            "bound" if row.impl in BOUNDS else str(row.rank or ""),
-            row.impl,
-            number(speed, ".2f"),
-            spread if speed else "",
+        name = measure.label(row.impl, row.memory)
+        cells = [
+            place(row),
+            name if row.dtype == dtype else f"{name}, {row.dtype}",
+            speed_of(speed),
+            f"{speed_of(row.images_per_second_min)}–{speed_of(row.images_per_second_max)}" if speed else "",
             number(speed / max(concat), ".2f") if concat and speed and row.exact else "",
             number(row.forward_ms),
             number(row.backward_ms),
             number(row.optimizer_ms),
-            number(row.peak_mib),
+            number(row.peak_mib, ".0f"),
             number(row.kept_mib_per_image),
-            row.error or ("" if row.exact else "WRONG ") + number(row.gradient_error, ".1e"),
-            style="" if row.exact else "red",
-        )
+            number(row.share_of_ceiling, ".0%"),
+        ]
+        if searched:
+            cells.append(number(row.largest_batch, "d"))
+        cells.append(number(row.gradient_error, ".1e"))
+        table.add_row(*cells, style="" if row.exact else "red")
+    failures = [f"{measure.label(row.impl, row.memory)}: {row.error}" for row in rows if row.error]
+    table.caption = escape("\n".join(failures))
+    table.caption_justify = "left"
     return table
 
 
-def make_report(rows: list[Row], device: torch.device) -> dict[str, Any]:
-    return {**make_header(device), "ceiling_tflops": None, "rows": [asdict(row) for row in rows]}
+def place(row: Row) -> str:
+    """What stands in the column of ranks."""
+    if row.error is not None:
+        return "failed"
+    if not row.exact:
+        return "WRONG"
+    return "bound" if row.impl in BOUNDS else str(row.rank)
+
+
+def make_report(rows: list[Row], device: torch.device, ceiling_tflops: float) -> dict[str, Any]:
+    header = make_header(device)
+    return {**header, "ceiling_tflops": ceiling_tflops, "rows": [asdict(row) for row in rows]}
 
 
 def main(
@@ -205,10 +333,20 @@ def main(
     implementations: Annotated[
         str, typer.Option(help=f"comma-separated, of {', '.join(IMPLEMENTATIONS)}; default by device")
     ] = "",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help=f"policies that each vpt_fast implementation is run under, of {', '.join(POLICIES)}; "
+            "default: exact, and where no implementations are named on a GPU, all for plain vpt_fast"
+        ),
+    ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or amp; default by device")] = "",
     image_size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
     steps: Annotated[int, typer.Option(min=0, help="steps a round; 0: by device")] = 0,
+    find_batch: Annotated[
+        bool, typer.Option("--find-batch", help="also search each implementation's largest batch; GPU only")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
         Path | None, typer.Option(help="JSON file; default: results/<device>-<date>.json")
@@ -217,6 +355,10 @@ def main(
     """Measure training throughput and memory; every flag has a default that suits the device."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = where.type == "cuda"
+    if find_batch and not on_gpu:
+        raise typer.BadParameter(
+            f"find-batch: got it with device {where}, want a GPU: a CPU's memory has no end at which it fails"
+        )
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
@@ -227,19 +369,38 @@ def main(
         for m in listed(num_prompts)
         for batch in listed(batch_size or ("64" if on_gpu else "8"))
     ]
-    names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), list(IMPLEMENTATIONS))
+    those = default_entrants(on_gpu)
+    if implementations or memory:
+        names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), list(IMPLEMENTATIONS))
+        those = entrants(names, listed(memory or "exact", list(POLICIES)))
     console, rows = Console(), list[Row]()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
+    ceiling = ceilings.large_product(where, product_dtype(dtype))
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
-    for setting in settings:
-        new = measure_setting(setting, names, where, repeats, steps or (10 if on_gpu else 1), console)
-        rows += new
-        console.print(make_table(new))
-        report = make_report(
-            rows, where
-        )  # after every setting, so that an interrupted run leaves what it has
+    console.print(f"ceiling: {ceiling:.3g} TFLOP/s, one large product in {product_dtype(dtype)}")
+    largest: dict[tuple[str, int, str], list[int | None]] = {}  # it is the same for every batch size
+
+    def write() -> Path:
+        report = make_report(rows, where, ceiling)
         path = output or default_path(report)
         write_report(report, path)
+        return path
+
+    for setting in settings:
+        new = measure_setting(
+            setting, those, where, repeats, steps or (10 if on_gpu else 1), console, ceiling
+        )
+        rows += new
+        path = write()  # after every setting, so that an interrupted run leaves what it has
+        if find_batch:
+            key = (setting.model, setting.num_prompts, setting.prompt_type)
+            if key not in largest:
+                find_batches(new, those, setting, where)
+                largest[key] = [row.largest_batch for row in new]
+            for row, found in zip(new, largest[key], strict=True):
+                row.largest_batch = found
+            write()
+        console.print(make_table(new, setting.dtype))
         console.print(f"written: {path}")
 
 

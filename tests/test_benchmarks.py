@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -19,7 +20,12 @@ from tiny import tiny_vit
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from vpt_fast import PromptedViT
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ceilings  # noqa: E402
+import find_batch  # noqa: E402
+import flops  # noqa: E402
 import implementations  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
@@ -38,6 +44,7 @@ PEERS: dict[str, Callable[[VisionTransformer, dict[str, Tensor]], nn.Module]] = 
     "concat_reference": peers.ConcatReference,
     "concat_timm": peers.ConcatTimm,
     "concat_timm_compiled": compiled,
+    "concat_timm_checkpointed": peers.ConcatCheckpointed,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "cls": {},
@@ -67,6 +74,7 @@ def state_for(vit: VisionTransformer, prompt_type: str) -> dict[str, Tensor]:
         ("concat_timm", "deep"),
         ("concat_timm", "shallow"),
         ("concat_timm_compiled", "deep"),
+        ("concat_timm_checkpointed", "deep"),
     ],
 )
 def test_peer_equals_the_plain_definition(peer: str, prompt_type: str, variant: str) -> None:
@@ -81,17 +89,31 @@ def test_peer_equals_the_plain_definition(peer: str, prompt_type: str, variant: 
         assert relative_error(gradient, expected.gradients[name]) < 1e-9, name
 
 
+BOUNDS = {
+    "no_prompts": peers.NoPrompts,
+    "linear_probe": peers.LinearProbe,
+    "full_finetuning": peers.FullFineTuning,
+}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_bound_is_the_backbone_without_prompts(variant: str) -> None:
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_bound_is_the_backbone_without_prompts(bound: str, variant: str) -> None:
     vit = tiny_vit(**VARIANTS[variant])
     state = state_for(vit, "deep")
-    images, _ = batch()
-    logits = peers.NoPrompts(vit, state).double()(images)
-    expected = nn.functional.linear(vit(images), state["head.weight"], state["head.bias"])
-    assert relative_error(logits, expected) < 1e-9
+    images, labels = batch()
+    plain = nn.Sequential(copy.deepcopy(vit), peers.make_head(state))
+    actual, expected = step(BOUNDS[bound](vit, state), images, labels), step(plain, images, labels)
+    assert relative_error(actual.logits, expected.logits) < 1e-9
+    names = {"head.weight": "1.weight", "head.bias": "1.bias"}
+    if bound == "full_finetuning":
+        names = {n: n.replace("vit", "0").replace("head", "1") for n in actual.gradients}
+        assert len(names) == len(expected.gradients)
+    for name, plain_name in names.items():
+        assert relative_error(actual.gradients[name], expected.gradients[plain_name]) < 1e-9, name
 
 
-def test_the_bound_sends_a_gradient_through_every_block() -> None:
+def test_no_prompts_sends_a_gradient_through_every_block() -> None:
     vit = tiny_vit()
     model = peers.NoPrompts(vit, state_for(vit, "deep")).double()
     reached: list[int] = []
@@ -101,13 +123,66 @@ def test_the_bound_sends_a_gradient_through_every_block() -> None:
     assert sorted(reached) == [0, 1, 2]
 
 
-def test_peers_share_the_frozen_weights_and_train_nothing_of_them() -> None:
+FROZEN = [
+    peers.ConcatReference,
+    peers.ConcatTimm,
+    peers.ConcatCheckpointed,
+    peers.NoPrompts,
+    peers.LinearProbe,
+]
+
+
+@pytest.mark.parametrize("build", FROZEN)
+def test_a_peer_shares_the_frozen_weights_and_trains_nothing_of_them(build: type) -> None:
     vit = tiny_vit()
-    for build in (peers.ConcatReference, peers.ConcatTimm, peers.NoPrompts):
-        model = build(vit, state_for(vit, "deep"))
-        shared = {name: p for name, p in model.named_parameters() if name.startswith("vit.")}
-        assert all(vit.get_parameter(name.removeprefix("vit.")) is p for name, p in shared.items())
-        assert not any(p.requires_grad for p in shared.values())
+    model = build(vit, state_for(vit, "deep"))
+    shared = {name: p for name, p in model.named_parameters() if name.startswith("vit.")}
+    assert all(vit.get_parameter(name.removeprefix("vit.")) is p for name, p in shared.items())
+    assert not any(p.requires_grad for p in shared.values())
+
+
+def test_full_finetuning_trains_a_copy() -> None:
+    vit = tiny_vit()
+    before = copy.deepcopy(vit.state_dict())
+    model = peers.FullFineTuning(vit, state_for(vit, "deep"))
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    step(model, *batch())
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+
+def kept(model: nn.Module, vit: VisionTransformer) -> int:
+    images, labels = batch()
+    return measure.kept_for_backward(measure.Contender("", model, model), images.to(vit.cls_token), labels)
+
+
+def test_kept_bytes_of_concatenation_equal_the_closed_form() -> None:
+    vit = tiny_vit(torch.float32)
+    model = peers.ConcatTimm(vit, peers.initial_state(vit, 4, "deep", NUM_CLASSES))
+    rows, width, hidden, heads, blocks, images = 3 * (17 + 4), 32, 64, 2, 3, 3
+    # Each block: the inputs of both norms with mean and 1/σ, Q, K, V, attention's output and log-sum-exp, and
+    # the MLP's pre-activation. After them: the final norm's input, all of which one row is a view of, its
+    # statistics, the head's input, and the loss's logarithms and weight.
+    block = rows * (2 * (width + 2) + 3 * width + width + heads + hidden)
+    after = rows * width + images * (2 + width + NUM_CLASSES) + 1
+    assert kept(model, vit) == 4 * (blocks * block + after)
+
+
+def test_kept_bytes_of_checkpointing_are_the_blocks_inputs() -> None:
+    vit = tiny_vit(torch.float32)
+    model = peers.ConcatCheckpointed(vit, peers.initial_state(vit, 4, "deep", NUM_CLASSES))
+    rows, width, blocks, images = 3 * (17 + 4), 32, 3, 3
+    after = rows * width + images * (2 + width + NUM_CLASSES) + 1
+    assert kept(model, vit) == 4 * (blocks * rows * width + after)
+
+
+@pytest.mark.parametrize("memory", ["exact", "compact", "recompute_mlp", "recompute"])
+def test_kept_bytes_of_vpt_fast_are_its_estimate_and_the_head_s(memory: str) -> None:
+    vit = tiny_vit(torch.float32)
+    model = PromptedViT(vit, NUM_CLASSES, 4, memory=memory).train()
+    images, width = 3, 32
+    after = images * (width + 2 + width + NUM_CLASSES) + 1  # the last block gives no more than is read
+    assert kept(model, vit) == model.estimate_training_bytes(images)["kept"] + 4 * after
 
 
 def test_kept_bytes_are_counted_once_a_storage_and_without_weights() -> None:
@@ -145,8 +220,11 @@ class WrongGradient(peers.ConcatTimm):
 SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
 
 
-def measured(names: list[str]) -> list[throughput.Row]:
-    return throughput.measure_setting(SETTING, names, torch.device("cpu"), 1, 1, Console(quiet=True))
+def measured(names: list[str], memory: str = "exact") -> list[throughput.Row]:
+    those = throughput.entrants(names, memory.split(","))
+    return throughput.measure_setting(
+        SETTING, those, torch.device("cpu"), 1, 1, Console(quiet=True), ceiling_tflops=2.0
+    )
 
 
 def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +236,61 @@ def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.Monkey
     assert rows["vpt_fast"].exact and rows["concat_timm"].exact
     assert {rows["vpt_fast"].rank, rows["concat_timm"].rank} == {1, 2}
     text = io.StringIO()
-    Console(file=text, width=200).print(throughput.make_table(list(rows.values())))
-    assert "WRONG 5.0e-03" in text.getvalue()
+    Console(file=text, width=200).print(throughput.make_table(list(rows.values()), "float32"))
+    (line,) = [line for line in text.getvalue().splitlines() if "concat_wrong" in line]
+    assert "WRONG" in line and "5.0e-03" in line
 
 
-def test_the_bound_is_measured_and_not_ranked() -> None:
-    (row,) = measured(["no_prompts"])
-    assert row.exact and row.images_per_second is not None and row.rank is None
+def test_bounds_are_measured_by_their_own_work_and_not_ranked() -> None:
+    rows = measured(["no_prompts", "linear_probe", "full_finetuning"])
+    assert all(row.exact and row.images_per_second is not None and row.rank is None for row in rows)
+    work = [row.essential_gflop_per_image for row in rows]
+    assert work[1] < work[0] < work[2]
+
+
+def test_every_row_of_a_setting_has_the_same_essential_work() -> None:
+    rows = measured(["vpt_fast", "concat_timm", "concat_reference"])
+    vit = implementations.make_start(SETTING, torch.device("cpu")).vit
+    work = flops.essential(flops.shape_of(vit), 3, "deep", 2, implementations.NUM_CLASSES)
+    for row in rows:
+        assert row.essential_gflop_per_image == pytest.approx(work / 2 / 1e9)
+        assert row.essential_tflops == pytest.approx(work / 2 / 1e12 * row.images_per_second)
+        assert row.share_of_ceiling == pytest.approx(row.essential_tflops / 2.0)
+        assert row.share_of_shapes == pytest.approx(row.essential_tflops / row.shapes_tflops)
+
+
+def test_memory_policies_are_rows_of_vpt_fast_alone() -> None:
+    rows = measured(["vpt_fast", "concat_timm"], memory="exact,recompute")
+    assert [(row.impl, row.memory) for row in rows] == [
+        ("vpt_fast", "exact"),
+        ("vpt_fast", "recompute"),
+        ("concat_timm", None),
+    ]
+    assert rows[1].kept_mib_per_image < rows[0].kept_mib_per_image
+
+
+def test_an_implementation_may_have_a_precision_of_its_own() -> None:
+    device = torch.device("cpu")
+    start = implementations.make_start(dataclasses.replace(SETTING, dtype="bfloat16"), device)
+    names = ["vpt_fast", "concat_timm", "concat_reference", "concat_timm_amp", "full_finetuning"]
+    made = {name: implementations.IMPLEMENTATIONS[name](name, start) for name in names}
+    assert {name: contender.precision for name, contender in made.items()} == {
+        "vpt_fast": "bfloat16",
+        "concat_timm": "bfloat16",
+        "concat_reference": "float32",
+        "concat_timm_amp": "amp",
+        "full_finetuning": "amp",
+    }
+
+
+def test_models_of_vpt_fast_share_one_folded_copy_of_the_weights() -> None:
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    names = ["vpt_fast", "vpt_fast_torch", "linear_probe"]
+    first, *others = (implementations.IMPLEMENTATIONS[name](name, start).model for name in names)
+    held = {p.data_ptr() for p in first.parameters() if not p.requires_grad}
+    for model in others:
+        assert {p.data_ptr() for p in model.parameters() if not p.requires_grad} == held
+        assert not held & {p.data_ptr() for p in model.parameters() if p.requires_grad}
 
 
 def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +302,53 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
     row, other = measured(["concat_large", "concat_timm"])
     assert (row.images_per_second, row.kept_mib_per_image, row.rank) == (None, None, None)
     assert "80 GiB wanted" in row.error
+    assert find_batch.ran_out_of_memory(row.error)
     assert other.rank == 1
+    text = io.StringIO()
+    Console(file=text, width=140).print(throughput.make_table([row, other], "float32"))
+    assert "concat_large: OutOfMemoryError: 80 GiB wanted" in text.getvalue()
 
 
-def test_the_command_writes_the_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit, first", [(1, 64), (37, 8), (63, 64), (64, 64), (200, 8), (1000, 64)])
+def test_the_largest_batch_is_found(limit: int, first: int) -> None:
+    tried: list[int] = []
+
+    def fits(batch_size: int) -> bool:
+        tried.append(batch_size)
+        return batch_size <= limit
+
+    found = find_batch.largest(fits, first)
+    assert found in tried and found <= limit and limit - found <= limit // 32
+    assert len(tried) == len(set(tried)) <= 16
+
+
+def test_no_batch_at_all_may_fit() -> None:
+    assert find_batch.largest(lambda batch_size: False, 64) == 0
+
+
+class NeedsMemory(peers.ConcatTimm):
+    """Out of memory with more than 5 images; other trouble with more than 20."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) > 20:
+            raise ValueError("more than 20")
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("more than 5")
+        return super().forward(images)
+
+
+def test_the_search_for_a_batch_takes_steps_until_memory_runs_out() -> None:
+    device = torch.device("cpu")
+    start = implementations.make_start(SETTING, device)
+    build = implementations.peer(NeedsMemory)
+    assert find_batch.largest_batch(lambda own: build("", own), start, device) == 5
+    start = dataclasses.replace(start, setting=dataclasses.replace(SETTING, batch_size=32))
+    with pytest.raises(RuntimeError, match="batch 32: ValueError: more than 20"):
+        find_batch.largest_batch(lambda own: build("", own), start, device)
+
+
+def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceilings.LARGE, "cpu", 128)
     output = tmp_path / "report.json"
     arguments = "--models test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 2 --device cpu"
     names = ["vpt_fast", "concat_reference", "concat_timm", "no_prompts"]
@@ -202,9 +371,8 @@ def test_the_command_writes_the_report(tmp_path: Path) -> None:
         assert row["exact"] is True
         assert row["images_per_second_min"] <= row["images_per_second"] <= row["images_per_second_max"]
         assert row["kept_mib_per_image"] > 0
-        assert (
-            row["peak_mib"] is None and row["share_of_ceiling"] is None
-        )  # not known on a CPU: never invented
+        assert row["essential_tflops"] / report["ceiling_tflops"] == pytest.approx(row["share_of_ceiling"])
+        assert row["peak_mib"] is None and row["largest_batch"] is None  # not known on a CPU: never invented
         assert row["error"] is None
 
 
@@ -214,11 +382,14 @@ def test_the_command_writes_the_report(tmp_path: Path) -> None:
         (["--models", "vit_base_patch16_225"], "vit_base_patch16_225"),
         (["--implementations", "magic"], "magic"),
         (["--dtype", "int8"], "int8"),
+        (["--memory", "none"], "none"),
+        (["--find-batch"], "find-batch"),
         (["--models", "resnet18"], "ResNet"),
     ],
-    ids=["model", "implementation", "dtype", "not_a_vit"],
+    ids=["model", "implementation", "dtype", "memory", "find_batch", "not_a_vit"],
 )
-def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
+def test_a_wrong_flag_is_named(arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceilings.LARGE, "cpu", 128)
     app = throughput.typer.Typer()
     app.command()(throughput.main)
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
