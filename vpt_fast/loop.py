@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import math
 import os
@@ -141,7 +140,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
             feature_seconds = time.perf_counter() - started
         parallel = DistributedDataParallel(network) if world.size > 1 else network
-        step = TrainStep(parallel, recipe, optimizer, scaler, is_graphed=is_graphed)
+        weights = class_weights(recipe, splits, world)
+        step = TrainStep(parallel, recipe, optimizer, scaler, weights, is_graphed=is_graphed)
 
         # Begin, or go on after the last completed epoch.
         rows: list[dict[str, Any]] = []
@@ -485,6 +485,19 @@ def train_epoch(
     return Totals(*totals.tolist())
 
 
+def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor | None:
+    """The weight of each class in the training loss (classes,), None where all weigh the same.
+
+    Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class weighs the same
+    in an epoch and an image 1 on average.
+    """
+    if recipe.class_weights == "none":
+        return None
+    labels = torch.as_tensor(splits.train.labels, device=world.device)
+    counts = torch.bincount(labels, minlength=len(splits.classes))
+    return len(labels) / (len(counts) * counts.float())
+
+
 class TrainStep:
     """One optimizer step: ``loss_sum, hits = step(inputs, labels)``, both (), over the images of the batch.
 
@@ -497,16 +510,18 @@ class TrainStep:
         recipe: Recipe,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        class_weights: torch.Tensor | None,
         *,
         is_graphed: bool,
     ) -> None:
         self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
+        self.class_weights = class_weights
         self.graph: GraphedStep | None = None
         if is_graphed:
             self.graph = GraphedStep(
                 network,
                 optimizer,
-                functools.partial(cross_entropy, label_smoothing=recipe.label_smoothing),
+                lambda logits, labels: self._loss_sum(logits, labels) / len(labels),
                 autocast_dtype=AUTOCAST[recipe.precision or "fp32"],
                 max_grad_norm=recipe.clip_grad_norm,
             )
@@ -516,6 +531,12 @@ class TrainStep:
             loss = self.graph(inputs, labels)
             return loss * len(labels), (self.graph.logits.argmax(1) == labels).sum()
         return self._eager(inputs, labels)
+
+    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed over the images: a step's loss is this over their number, whatever their classes weigh, so
+        that parts of a batch, and processes, may be added up."""
+        smoothing = self.recipe.label_smoothing
+        return cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing, reduction="sum")
 
     def _eager(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         recipe, scaler, network = self.recipe, self.scaler, self.network
@@ -527,7 +548,7 @@ class TrainStep:
             with exchange(network, now=i == len(parts) - 1):
                 with autocast(recipe.precision, inputs.device):
                     logits = network(x).float()  # (b / accumulate, classes)
-                loss = cross_entropy(logits, y, label_smoothing=recipe.label_smoothing, reduction="sum")  # ()
+                loss = self._loss_sum(logits, y)  # ()
                 scaler.scale(loss / len(labels)).backward()
             loss_sum += loss.detach()
             hits += (logits.detach().argmax(1) == y).sum()

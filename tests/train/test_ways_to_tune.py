@@ -1,0 +1,123 @@
+"""Training by every method, from the recipe to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_loop import interrupt_at_step, require_equal, trained
+
+from vpt_fast import load_pretrained, loop
+from vpt_fast.loop import class_weights, train
+from vpt_fast.methods import build_model
+from vpt_fast.recipe import METHODS, Recipe
+
+ALL = [name.replace("K", "2") for name in METHODS if name not in ("vpt-deep", "vpt-shallow")]
+WITH_FROZEN_FEATURES = ("linear", "mlp-2", "partial-1")
+
+
+@pytest.fixture
+def small(color_images, monkeypatch):
+    """Recipes of two epochs of one step, by method."""
+    monkeypatch.setattr(loop, "plot_curves", lambda *arguments: None)
+
+    def make(method: str, **settings) -> Recipe:
+        size = {"img_size": 64, "patch_size": 16} if method == "sidetune" else {}
+        settings = dict(epochs=2, warmup_epochs=0, batch_size=27, backbone_arg=size) | settings
+        return Recipe(
+            data=str(color_images),
+            backbone="train_test_vit",
+            method=method,
+            pretrained=False,
+            tensorboard=False,
+            device="cpu",
+            **settings,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_going_on_equals_an_uninterrupted_run_that_is_saved_whole(small, tmp_path, monkeypatch, method):
+    recipe = small(method)
+    whole = train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 2)
+        assert len(train(recipe, tmp_path / "parts").metrics) == 1
+    parts = train(recipe, tmp_path / "parts")
+    require_equal(whole, parts)
+    saved = load_pretrained(tmp_path / "parts" / "prompts").trainable_state_dict()
+    assert saved.keys() == trained(parts).keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained(parts).items())
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_training_lowers_the_loss(small, tmp_path, method):
+    recipe = small(method, epochs=6, batch_size=9, momentum=0.0)
+    recipe = dataclasses.replace(recipe, optimizer="adamw", base_lr=0.1)
+    metrics = train(recipe, tmp_path / "run").metrics
+    assert metrics[-1]["train_loss"] < 0.9 * metrics[0]["train_loss"]
+
+
+@pytest.mark.parametrize("method", WITH_FROZEN_FEATURES)
+def test_features_computed_once_give_what_training_through_the_model_does(
+    small, tmp_path, monkeypatch, method
+):
+    once = train(small(method), tmp_path / "once")
+    monkeypatch.setattr(loop, "caches_features", lambda *arguments: False)
+    through = train(small(method), tmp_path / "through")
+    for name, tensor in trained(through).items():
+        torch.testing.assert_close(trained(once)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", WITH_FROZEN_FEATURES)
+def test_frozen_part_runs_once_for_each_image_without_augmentation(small, tmp_path, monkeypatch, method):
+    seen = []
+    kind = type(build_model(resolve(small(method)), 3))
+    original = kind.frozen_features
+
+    def frozen_features(self, images):
+        seen.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(kind, "frozen_features", frozen_features)
+    train(small(method), tmp_path / "run")
+    assert sum(seen) == 27 + 9
+    seen.clear()
+    train(small(method, augment="flip"), tmp_path / "augmented")
+    assert sum(seen) == 2 * (27 + 9)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    return recipe.resolved(num_train_images=27, device_type="cpu")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
+    recipe = small("linear", label_smoothing=0.1, accumulate=accumulate)
+    torch.manual_seed(0)
+    network, weights = torch.nn.Linear(4, 3), torch.tensor([0.5, 1.0, 3.0])
+    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0])
+    each = torch.nn.functional.cross_entropy(network(x), labels, reduction="none", label_smoothing=0.0)
+    smooth = -(network(x).log_softmax(1) * weights).sum(1) / 3
+    wanted = (0.9 * weights[labels] * each + 0.1 * smooth).sum()
+    (wanted / 6).backward()
+    gradient = network.weight.grad.clone()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, _ = loop.TrainStep(network, recipe, optimizer, scaler, weights, is_graphed=False)(x, labels)
+    torch.testing.assert_close((loss, network.weight.grad), (wanted.detach(), gradient))
+
+
+def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
+    from vpt_fast.data import ImageList, Splits
+    from vpt_fast.world import World
+
+    labels = (0, 0, 0, 0, 1, 1, 2, 2)
+    images = ImageList(tuple(map(str, range(8))), labels, ("a", "b", "c"))
+    splits = Splits(images, images, None)
+    world = World(0, 1, torch.device("cpu"))
+    weights = class_weights(small("linear", class_weights="balanced"), splits, world)
+    assert torch.equal(weights, torch.tensor([8 / (3 * 4), 8 / (3 * 2), 8 / (3 * 2)]))
+    assert class_weights(small("linear"), splits, world) is None

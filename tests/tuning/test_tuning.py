@@ -1,0 +1,248 @@
+"""Every way to tune beside prompts: its definition, what it keeps, and how it is stored."""
+
+from __future__ import annotations
+
+import importlib.util
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+from concatenation import relative_error, step
+from tiny import random_batch, tiny_vit
+from torch import nn
+from ways_to_tune import logits
+
+from vpt_fast import LinearProbe, load_pretrained
+from vpt_fast.classifier import TunedClassifier
+from vpt_fast.tuning.adapter import AdapterTuning
+from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
+from vpt_fast.tuning.cls_token import ClsTokenTuning
+from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.lora import LoRATuning
+from vpt_fast.tuning.partial import PartialTuning
+from vpt_fast.tuning.probes import MLPProbe
+from vpt_fast.tuning.side import SideTuning
+
+CLASSES = 5
+WAYS = {
+    "linear": (LinearProbe, {}),
+    "mlp-1": (MLPProbe, {"num_layers": 1}),
+    "mlp-3": (MLPProbe, {"num_layers": 3}),
+    "partial-1": (PartialTuning, {}),
+    "partial-3": (PartialTuning, {"num_tuned_blocks": 3}),
+    "sidetune": (SideTuning, {}),
+    "cls-token": (ClsTokenTuning, {}),
+    "full": (FullTuning, {}),
+    "bias": (BiasTuning, {}),
+    "vpt+bias": (PromptAndBiasTuning, {"num_prompts": 4}),
+    "adapter": (AdapterTuning, {"reduction": 8}),
+    "lora": (LoRATuning, {"rank": 2}),
+}
+# Registers, LayerScale, query-key norm and a mean over the patches; and the plain ViT.
+BACKBONES = {
+    "plain": {},
+    "rich": dict(reg_tokens=2, init_values=0.1, qk_norm=True, global_pool="avg", fc_norm=True),
+}
+
+
+def make(method: str, dtype: torch.dtype = torch.float64, **backbone):
+    """A timm model, and the method's model on it with every trained tensor moved from its start."""
+    kind, options = WAYS[method]
+    size = {"img_size": 64, "patch_size": 16} if method == "sidetune" else {}
+    vit = tiny_vit(dtype=dtype, **size, **backbone)
+    model = kind(vit, CLASSES, **options).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return vit, model.eval()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("method", WAYS)
+def test_logits_and_gradients_are_those_of_the_definition(method: str, backbone: dict) -> None:
+    vit, model = make(method, **backbone)
+    images, labels = random_batch(model)
+    found = step(model, images, labels)
+
+    trained = {name: t.clone().requires_grad_() for name, t in model.trainable_state_dict().items()}
+    wanted = logits(method, vit, images, trained)
+    nn.functional.cross_entropy(wanted, labels).backward()
+    assert relative_error(found.logits, wanted) < 1e-12
+    for name, tensor in trained.items():
+        error = (found.gradients[name] - tensor.grad).norm() / (1e-3 + tensor.grad.norm())
+        assert error < 1e-11, name
+    frozen = [name for name, p in model.named_parameters() if name not in trained and p.grad is not None]
+    assert not frozen
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_saved_model_gives_the_same_logits_and_settings(method: str, tmp_path) -> None:
+    vit, model = make(method, torch.float32)
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path, vit).eval()
+    images, _ = random_batch(model, dtype=torch.float32)
+    assert type(again) is type(model) and again.config == model.config
+    assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_frozen_features_and_the_trained_part_make_up_the_model(method: str) -> None:
+    _, model = make(method)
+    images, _ = random_batch(model)
+    if method in ("linear", "mlp-1", "mlp-3", "partial-1", "partial-3"):
+        features = model.frozen_features(images)
+        assert features.shape == (2, *model.feature_shape) and not features.requires_grad
+        assert torch.equal(model.classify(features), model(images))
+    else:
+        assert model.feature_shape is None
+        with pytest.raises(NotImplementedError, match="has no frozen features"):
+            model.frozen_features(images)
+
+
+@pytest.mark.parametrize("method", ["bias", "vpt+bias", "adapter"])
+def test_inputs_of_frozen_linear_layers_are_not_kept(method: str) -> None:
+    _, model = make(method)
+    inputs, kept = [], []  # the tensors too: memory that was given back could be handed out again
+    for name, module in model.backbone.blocks.named_modules():
+        if name.endswith(("qkv", "fc1", "fc2")):
+            module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    images, _ = random_batch(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        model(images)
+    assert len(inputs) == 9
+    assert not {storage(t) for t in inputs} & {storage(t) for t in kept}
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_nothing_is_kept_of_what_stands_before_the_first_adapter() -> None:
+    _, model = make("adapter")
+    with_gradient = []
+    for block in model.backbone.blocks:
+        block.norm2.register_forward_hook(lambda m, args, out: with_gradient.append(out.requires_grad))
+    model(random_batch(model)[0])
+    assert with_gradient == [False, True, True]
+
+
+@pytest.mark.parametrize("method", [name for name in WAYS if name != "sidetune"])
+def test_estimate_covers_what_is_kept(method: str) -> None:
+    _, model = make(method, torch.float32)
+    images, labels = random_batch(model, dtype=torch.float32)
+    known = {storage(t) for t in (*model.parameters(), images)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if storage(tensor) not in known:
+            kept[storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(images)
+    del output
+    estimate = model.estimate_training_bytes(len(images))
+    assert 0.98 * sum(kept.values()) <= estimate["kept"] <= 1.5 * sum(kept.values())
+
+
+@pytest.mark.parametrize("method", ["full", "bias", "adapter"])
+def test_dropout_of_timms_acts_in_training_alone(method: str) -> None:
+    _, model = make(method, proj_drop_rate=0.5)
+    images, _ = random_batch(model)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_full_tuning_is_loaded_without_the_weights_that_it_began_from(tmp_path) -> None:
+    _, model = make("full", torch.float32)
+    model.save_pretrained(tmp_path)
+    images, _ = random_batch(model, dtype=torch.float32)
+    other = FullTuning.from_pretrained(tmp_path, tiny_vit(torch.float32, seed=5)).eval()
+    assert torch.equal(other(images), model(images)) and other.config == model.config
+
+
+@pytest.mark.parametrize("method", ["partial-1", "bias"])
+def test_other_backbone_is_refused(method: str, tmp_path) -> None:
+    make(method)[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not those that .* was trained on"):
+        load_pretrained(tmp_path, tiny_vit(seed=5))
+
+
+def test_frozen_and_trained_parts_of_a_16_bit_backbone() -> None:
+    vit = tiny_vit(torch.float32)
+    model = PartialTuning(vit, CLASSES, dtype=torch.bfloat16)
+    assert model.backbone.blocks[0].qkv_weight.dtype == torch.bfloat16
+    for name, tensor in vit.norm.state_dict().items():  # the start of what is trained has not been rounded
+        assert torch.equal(model.backbone.stem.norm.state_dict()[name], tensor)
+    images, _ = random_batch(model, dtype=torch.float32)
+    assert model.frozen_features(images).dtype == torch.float32
+    half = AdapterTuning(tiny_vit(torch.bfloat16), CLASSES)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
+BAD = {
+    "num_layers": (lambda vit: MLPProbe(vit, CLASSES, 0), "num_layers: got 0, want a whole number from 1"),
+    "no_block": (lambda vit: PartialTuning(vit, CLASSES, 0), "num_tuned_blocks: got 0, want a whole"),
+    "blocks": (lambda vit: PartialTuning(vit, CLASSES, 4), "num_tuned_blocks: got 4, and .* has 3 blocks"),
+    "reduction": (
+        lambda vit: AdapterTuning(vit, CLASSES, 33),
+        "reduction: got 33, want at most",
+    ),
+    "rank": (lambda vit: LoRATuning(vit, CLASSES, 0), "rank: got 0, want a whole number from 1"),
+    "side": (lambda vit: SideTuning(vit, CLASSES), "images are 3x32x32, and the side network.* 63x63"),
+    "pool": (lambda vit: FullTuning(vit, CLASSES, pool="prompts"), "pool: got 'prompts', and .* no prompts"),
+    "num_prompts": (lambda vit: PromptAndBiasTuning(vit, CLASSES, 0), "num_prompts: got 0"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), BAD.values(), ids=BAD)
+def test_argument_out_of_range_is_refused_by_name(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(tiny_vit())
+
+
+def test_cls_token_tuning_refuses_a_backbone_without_one() -> None:
+    with pytest.raises(ValueError, match="backbone: it has no CLS token to tune"):
+        ClsTokenTuning(tiny_vit(class_token=False, global_pool="avg"), CLASSES)
+
+
+def test_lora_without_peft_names_the_package_before_a_backbone_is_built(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package peft"):
+        LoRATuning("no such backbone", CLASSES)
+
+
+def test_adapters_start_as_the_identity_with_a_gradient() -> None:
+    vit = tiny_vit()
+    model = AdapterTuning(vit, CLASSES).double()
+    images, labels = random_batch(model)
+    probe = LinearProbe(vit, CLASSES).double()
+    probe.head.load_state_dict(model.head.state_dict())
+    assert relative_error(model(images), probe(images)) < 1e-12
+    assert step(model, images, labels).gradients["adapters.0.up.weight"].norm() > 0
+
+
+def test_side_network_starts_from_published_weights_where_they_can_be_had(monkeypatch) -> None:
+    published = torchvision.models.alexnet().state_dict()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **settings: published)
+    model = SideTuning(tiny_vit(img_size=64, patch_size=16), CLASSES, side_pretrained=True)
+    assert torch.equal(model.side[0][0].weight, published["features.0.weight"])
+
+
+def test_side_network_that_starts_random_says_so(monkeypatch) -> None:
+    def offline(url: str, **settings):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.warns(UserWarning, match="the side network starts random: .*no network"):
+        SideTuning(tiny_vit(img_size=64, patch_size=16), CLASSES, side_pretrained=True)
+
+
+def test_every_class_is_found_by_load_pretrained() -> None:
+    from vpt_fast.pretrained import MODELS
+
+    assert {kind for kind, _ in WAYS.values()} <= set(MODELS.values())
+    assert all(issubclass(kind, TunedClassifier) for kind in MODELS.values())
