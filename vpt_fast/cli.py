@@ -166,18 +166,28 @@ def train(
         raise typer.Exit(130)
     if result.new_epochs == 0:
         console.print(f"{result.path} holds this run, finished; --fresh trains it again.")
-    accuracy = result.metrics[-1]["val_accuracy"]
-    console.print(f"val accuracy {accuracy:.2%} after {epochs} epochs; run folder {result.path}")
+    found = [
+        f"{split} accuracy {value:.2%}"
+        for split in ("val", "test")
+        if (value := result.results[f"{split}_accuracy"]) is not None
+    ]
+    console.print(f"{', '.join([*found, f'after {epochs} epochs'])}; run folder {result.path}")
 
 
 @app.command("eval")
 def evaluate(
     run: RunArgument,
-    data: Annotated[Path, typer.Option(help="Folder of images, laid out as for train.")],
+    data: Annotated[str, typer.Option(help="Images, laid out as for train; for a task's run, its folder.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
     as_json: JsonFlag = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode images.", show_default="all cores")
+    ] = None,
+    data_root: Annotated[
+        str | None,
+        typer.Option(help="Where a data set that timm names is kept.", show_default="the library's own"),
+    ] = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -185,7 +195,9 @@ def evaluate(
     with one_line_errors(debug):
         from vpt_fast.inference import evaluate_run
 
-        found = evaluate_run(run, data, split, device=device, batch_size=batch_size, workers=workers)
+        found = evaluate_run(
+            run, data, split, device=device, batch_size=batch_size, workers=workers, data_root=data_root
+        )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return

@@ -106,26 +106,36 @@ class SplitAccuracy:
 
 def evaluate_run(
     run: Path,
-    data: Path,
+    data: str | Path,
     split: str,
     *,
     device: str | None = None,
     batch_size: int = BATCH_SIZE,
-    workers: int = 0,
+    workers: int | None = None,
+    data_root: str | None = None,
 ) -> SplitAccuracy:
-    """Accuracy of a run on the val or test split of ``data``; what has no val/ is split as in training.
+    """Accuracy of a run on the val or test split of ``data``, which is split as in training: by the run's
+    task, or where there is no val by its seed.
 
-    Raises ValueError when the data has no such split or other classes, and as Classifier.load does.
+    Raises ValueError when the data has no such split or other classes, when the run was trained on its val
+    images, and as Classifier.load does.
     """
     classifier = Classifier.load(run, device)
     labels = classifier.labels
-    splits = open_splits(data, val_fraction=labels.val_fraction, seed=labels.seed)
+    if split == "val" and labels.train_on == "train+val":
+        raise ValueError(f"split is val, whose images the run in {run} was trained on; --split test is left")
+    splits = open_splits(
+        data,
+        task=labels.task,
+        with_test=split == "test",
+        val_fraction=labels.val_fraction,
+        data_root=data_root,
+        seed=labels.seed,
+    )
     if splits.classes != labels.classes:
         other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
         raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
     images = splits.test if split == "test" else splits.val
-    if images is None:
-        raise ValueError(f"{data} has no test/ folder; --split val is there")
     checked = check_images(
         images,
         workers=workers,

@@ -32,6 +32,7 @@ from vpt_fast.data import (
     Preprocessing,
     Splits,
     check_images,
+    device_budget,
     open_splits,
     resident_budget,
 )
@@ -39,7 +40,7 @@ from vpt_fast.graphed import GraphedStep
 from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
 from vpt_fast.recipe import Recipe
-from vpt_fast.report import Progress, checking_images, print_start
+from vpt_fast.report import Progress, checking_images, print_skipped, print_start
 from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, describe_data, environment
 from vpt_fast.world import World, join_world
 
@@ -60,7 +61,8 @@ class SavingFailed(OSError):
 class TrainResult:
     """What became of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
 
-    The last ``new_epochs`` rows are from this call.
+    The last ``new_epochs`` rows are from this call. ``results``, what results.json holds, is None until the
+    last epoch is done: {val,test}_{accuracy,loss,images}, each None where there was no such evaluation.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class TrainResult:
     facts: dict[str, Any]
     metrics: list[dict[str, Any]]
     new_epochs: int
+    results: dict[str, Any] | None
 
     @property
     def is_finished(self) -> bool:
@@ -92,7 +95,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         # What can be refused at once is refused before a folder is made or an image is read.
         if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
-        splits = open_splits(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
+        splits = open_data(recipe)
         recipe = recipe.resolved(
             num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
         )
@@ -102,8 +105,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         begun = None if fresh else world.from_main(folder.read)
         if begun:
             require_same_recipe(recipe, begun, folder)
-            if len(begun.metrics) == recipe.epochs:
-                return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0)
+            if begun.results is not None and (begun.results["test_images"] or not recipe.test):
+                return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
 
         # Model and images.
         torch.manual_seed(recipe.seed)
@@ -117,13 +120,17 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             interpolation=recipe.interpolation,
         )
         train_images, val_images = read_images(splits, preprocessing, recipe, world, console)
-        splits = replace(splits, train=train_images.images, val=val_images.images)
+        splits = replace(
+            splits, train=train_images.images, val=None if val_images is None else val_images.images
+        )
         facts = describe_run(recipe, model, splits, world)
         if begun:
             require_same_inputs(facts, begun, folder)
         train_batches: Source = make_batches(train_images, preprocessing, recipe, world, train=True)
-        val_batches: Source = make_batches(val_images, preprocessing, recipe, world, train=False)
-        skipped = (*train_images.skipped, *val_images.skipped)
+        val_batches: Source | None = None
+        if val_images is not None:
+            val_batches = make_batches(val_images, preprocessing, recipe, world, train=False)
+        skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
         print_start(console, recipe, model, splits, skipped, world, out, steps=len(train_batches))
 
         # What is trained, and the network it is trained through: that part alone where its inputs stay.
@@ -135,7 +142,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         if caches_features(recipe, model, splits, world):
             console.print("Computing the frozen features once.")
             network = TrainedPart(model)
-            val_batches = FeatureBatches(model, val_images, preprocessing, recipe, world, train=False)
+            if val_images is not None:
+                val_batches = FeatureBatches(model, val_images, preprocessing, recipe, world, train=False)
             started = time.perf_counter()
             train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
             feature_seconds = time.perf_counter() - started
@@ -156,7 +164,9 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
                 folder.clear()
                 folder.begin(recipe, facts)
         done = len(rows)
-        labels = Labels(splits.classes, preprocessing, recipe.val_fraction, recipe.seed)
+        labels = Labels(
+            splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on
+        )
         events = open_events(recipe, folder, world, done)
 
         stop = stack.enter_context(stop_signals())
@@ -174,15 +184,17 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             seconds = time.perf_counter() - started + feature_seconds
             feature_seconds = 0.0
 
-            validation = evaluate(network, val_batches, len(splits.classes), world, recipe.precision)
-            require_finite_state(model, epoch, validation.loss)
+            validation = None
+            if val_batches is not None:
+                validation = evaluate(network, val_batches, len(splits.classes), world, recipe.precision)
+            require_finite_state(model, epoch, validation.loss if validation else 0.0)
             row = {
                 "epoch": epoch,
                 "lr": lr,
                 "train_loss": totals.loss / totals.images,
                 "train_accuracy": totals.hits / totals.images,
-                "val_loss": validation.loss,
-                "val_accuracy": validation.accuracy,
+                "val_loss": validation.loss if validation else None,
+                "val_accuracy": validation.accuracy if validation else None,
                 "images_per_second": totals.images / seconds,
                 "seconds": seconds,
             }
@@ -199,7 +211,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
                     folder.save_prompts(model, labels)
             if events is not None:
                 for name in row.keys() - {"epoch", "seconds"}:
-                    events.add_scalar(name, row[name], epoch)
+                    if row[name] is not None:
+                        events.add_scalar(name, row[name], epoch)
             progress.end_epoch(row)
 
         if events is not None:
@@ -207,7 +220,17 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         if rows and world.is_main:
             with saving(folder, "the curves"):
                 plot_curves(rows, folder.curves)
-        return TrainResult(out, recipe, facts, rows, len(rows) - done)
+        results = None
+        if len(rows) == recipe.epochs:
+            test = None
+            progress.close()  # the test images have a bar of their own
+            if recipe.test:
+                test = evaluate_test(model, splits, preprocessing, recipe, world, console)
+            results = summarise(rows[-1], splits, test)
+            if world.is_main:
+                with saving(folder, "the results"):
+                    folder.save_results(results)
+        return TrainResult(out, recipe, facts, rows, len(rows) - done, results)
 
 
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
@@ -237,23 +260,37 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
         )
 
 
+def open_data(recipe: Recipe) -> Splits:
+    """The images that a recipe names."""
+    return open_splits(
+        recipe.data,
+        task=recipe.task,
+        train_on=recipe.train_on,
+        with_test=recipe.test,
+        train_fraction=recipe.train_fraction,
+        val_fraction=recipe.val_fraction,
+        data_root=recipe.data_root,
+        seed=recipe.seed,
+    )
+
+
 def read_images(
     splits: Splits, preprocessing: Preprocessing, recipe: Recipe, world: World, console: Console
-) -> tuple[CheckedImages, CheckedImages]:
+) -> tuple[CheckedImages, CheckedImages | None]:
     """The images of train and val that can be decoded; where they are few, decoded."""
-    budget = resident_budget(world.device)
-    with checking_images(console, len(splits.train) + len(splits.val)) as advance:
-        train, val = (
+    lists = [images for images in (splits.train, splits.val) if images is not None]
+    with checking_images(console, sum(map(len, lists))) as advance:
+        train, *val = (
             check_images(
                 images,
                 workers=recipe.workers,
                 preprocessing=preprocessing if images is splits.train else preprocessing.for_evaluation(),
-                keep_bytes=budget,
+                keep_bytes=resident_budget(world.device, recipe.resident),
                 progress=advance,
             )
-            for images in (splits.train, splits.val)
+            for images in lists
         )
-    return train, val
+    return train, val[0] if val else None
 
 
 def make_batches(
@@ -272,7 +309,44 @@ def make_batches(
         workers=recipe.workers,
         rank=world.rank,
         world_size=world.size,
+        resident=recipe.resident,
     )
+
+
+def evaluate_test(
+    model: TunedClassifier,
+    splits: Splits,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+) -> Evaluation:
+    """Loss and accuracy on the test images; those that cannot be decoded are named and left out."""
+    assert splits.test is not None, "open_data saw to it"
+    preprocessing = preprocessing.for_evaluation()
+    with checking_images(console, len(splits.test)) as advance:
+        images = check_images(
+            splits.test,
+            workers=recipe.workers,
+            preprocessing=preprocessing,
+            keep_bytes=resident_budget(world.device, recipe.resident),
+            progress=advance,
+        )
+    print_skipped(console, images.skipped)
+    batches = make_batches(images, preprocessing, recipe, world, train=False)
+    return evaluate(model, batches, len(splits.classes), world, recipe.precision)
+
+
+def summarise(last: dict[str, Any], splits: Splits, test: Evaluation | None) -> dict[str, Any]:
+    """What results.json holds, from the last epoch's row and the evaluation on test."""
+    return {
+        "val_accuracy": last["val_accuracy"],
+        "val_loss": last["val_loss"],
+        "val_images": None if splits.val is None else len(splits.val),
+        "test_accuracy": test.accuracy if test else None,
+        "test_loss": test.loss if test else None,
+        "test_images": sum(test.images) if test else None,
+    }
 
 
 def describe_run(recipe: Recipe, model: TunedClassifier, splits: Splits, world: World) -> dict[str, Any]:
@@ -298,8 +372,8 @@ def caches_features(recipe: Recipe, model: TunedClassifier, splits: Splits, worl
     """Whether the trained part's inputs are the same in every epoch, and few enough to be kept."""
     if model.feature_shape is None or recipe.augment != "none":
         return False
-    num_bytes = 4 * math.prod(model.feature_shape) * (len(splits.train) + len(splits.val))
-    return num_bytes <= resident_budget(world.device)
+    num_images = sum(len(images) for images in (splits.train, splits.val) if images)
+    return 4 * math.prod(model.feature_shape) * num_images <= device_budget(world.device)
 
 
 class FeatureBatches:

@@ -27,7 +27,10 @@ def plot_curves(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
     loss, accuracy, lr = figure.subplots(1, 3)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        _lines(axes, {"train": (rows, f"train_{name}"), "val": (rows, f"val_{name}")}, name)
+        lines = {"train": (rows, f"train_{name}")}
+        if rows[0][f"val_{name}"] is not None:  # trained on the validation images too
+            lines["val"] = (rows, f"val_{name}")
+        _lines(axes, lines, name)
         axes.legend(frameon=False)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     _lines(lr, {"lr": (rows, "lr")}, "learning rate")

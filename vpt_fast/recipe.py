@@ -117,29 +117,54 @@ class Recipe:
 
     data: str = _knob(
         REQUIRED,
-        "Folder of class folders, or of train/, val/ (and test/) that hold them.",
+        "Folder of class folders, or of train/, val/ (and test/) that hold them, or of WebDataset shards; "
+        "a data set by timm's name (torch/, hfds/, wds/, tfds/...); with --task, the folder that holds it.",
         DATA,
         result=False,
+    )
+    task: str | None = _knob(
+        None,
+        "Benchmark task in --data, such as vtab/cifar or fgvc/cub; it sets what follows.",
+        DATA,
+        shown="none",
+    )
+    data_root: str | None = _knob(
+        None, "Where a data set that timm names is kept.", DATA, shown="the library's own", result=False
+    )
+    train_on: Literal["train", "train+val"] = _knob(
+        "train", "Images to train on; with train+val nothing is left to validate on.", DATA
+    )
+    test: bool = _knob(False, "Evaluate on the test images after the last epoch.", DATA, result=False)
+    train_fraction: float = _knob(
+        1.0, "Share of each class's training images to use, drawn by the seed (the paper's Fig. 3).", DATA
     )
     val_fraction: float = _knob(
         0.2, "Share of each class held out for validation where there is no val/.", DATA
     )
-    normalization: Literal["backbone", "imagenet", "inception", "none"] = _knob(
-        "backbone", "Mean and standard deviation of the images.", DATA
+    normalization: Literal["backbone", "imagenet", "inception", "none"] | None = _knob(
+        None, "Mean and standard deviation of the images.", DATA, shown="the task's: imagenet; else backbone"
     )
-    augment: Literal["none", "flip", "crop_flip"] = _knob(
-        "none", "Augmentation of the training images.", DATA
+    augment: Literal["none", "flip", "crop_flip"] | None = _knob(
+        None, "Augmentation of the training images.", DATA, shown="crop_flip for fgvc tasks, else none"
     )
     resize: Literal["squash", "shortest"] | None = _knob(
         None,
         "Resize to the exact size, or to cover it with the shape kept and crop.",
         DATA,
-        shown="squash; shortest with --augment crop_flip",
+        shown="squash; shortest for fgvc tasks and with --augment crop_flip",
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = _knob(
         None, "Filter that resizes.", DATA, shown="the backbone's own"
     )
-    workers: int = _knob(0, "Processes that decode images.", DATA, result=False)
+    resident: Literal["auto", "device", "host", "off"] = _knob(
+        "auto",
+        "Where decoded images are kept: on the device, in the host's memory, or not; auto is what fits.",
+        DATA,
+        result=False,
+    )
+    workers: int | None = _knob(
+        None, "Threads or processes that decode images.", DATA, shown="all cores", result=False
+    )
 
     backbone: str = _knob(REQUIRED, "timm name of the Vision Transformer to tune, or vpt_fast_demo.", MODEL)
     method: str = _knob(
@@ -291,6 +316,11 @@ class Recipe:
             self._require(name, lambda v: 0 < v < math.inf, "positive and finite")
         self._require("weight_decay", lambda v: 0 <= v < math.inf, "at least 0 and finite")
         self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
+        self._require("train_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
+        if self.task is not None:
+            from vpt_fast.data import find_task  # imports torch, which the flags' help does without
+
+            object.__setattr__(self, "task", find_task(self.task).name)
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
@@ -322,7 +352,7 @@ class Recipe:
 
         Raises ValueError when ``world_size`` processes cannot share a batch evenly.
         """
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = self._preprocessing_defaults()
         method = parse_method(self.method)
         num_prompts = self.num_prompts
         if "num_prompts" in method.rule.knobs:
@@ -346,6 +376,20 @@ class Recipe:
         if self.precision is None:
             changes["precision"] = "bf16" if device_type == "cuda" else "fp32"
         return dataclasses.replace(self, **changes)
+
+    def _preprocessing_defaults(self) -> dict[str, Any]:
+        """What the task, or where there is none the rule, says for the settings that were not given."""
+        defaults: dict[str, Any] = {"normalization": "backbone", "augment": "none"}
+        if self.task is not None:
+            from vpt_fast.data import find_task
+
+            task = find_task(self.task)
+            defaults = {name: getattr(task, name) for name in ("normalization", "augment", "resize")}
+            if self.resize == "squash" and task.augment == "crop_flip":
+                defaults["augment"] = "flip"  # there is nothing to crop
+            if self.augment == "crop_flip":
+                defaults["resize"] = "shortest"
+        return {name: value for name, value in defaults.items() if getattr(self, name) is None}
 
     @property
     def peak_lr(self) -> float:

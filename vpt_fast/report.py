@@ -42,7 +42,12 @@ def print_start(
     free = free_bytes(world.device)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
-    test = f", test {len(splits.test):,}" if splits.test else ""
+    parts_of_data = ", ".join(
+        f"{name} {len(images):,}"
+        for name, images in (("train", splits.train), ("val", splits.val), ("test", splits.test))
+        if images is not None
+    )
+    source = recipe.data if recipe.task is None else f"{recipe.task} in {recipe.data}"
 
     table = Table.grid(padding=(0, 2))
     table.add_row("backbone", f"{recipe.backbone}: {backbone:,} parameters")
@@ -51,8 +56,7 @@ def print_start(
     )
     table.add_row(
         "data",
-        f"{recipe.data}: {len(splits.classes)} classes, train {len(splits.train):,}, "
-        f"val {len(splits.val):,}{test} images",
+        f"{source}: {len(splits.classes)} classes, {parts_of_data} images",
     )
     table.add_row(
         "schedule",
@@ -67,12 +71,18 @@ def print_start(
     console.print(table, highlight=False)
     if free is not None and expected > free:
         console.print("[yellow]More memory is expected than is free: --accumulate splits a batch.[/]")
-    if skipped:
-        console.print(f"[yellow]{len(skipped)} images cannot be read and are left out:[/]")
-        for image in skipped[:NAMES_SHOWN]:
-            console.print(f"  {image.path}: {image.reason}", highlight=False, markup=False)
-        if len(skipped) > NAMES_SHOWN:
-            console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
+    print_skipped(console, skipped)
+
+
+def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
+    """The images that were left out, the first few by name."""
+    if not skipped:
+        return
+    console.print(f"[yellow]{len(skipped)} images cannot be read and are left out:[/]")
+    for image in skipped[:NAMES_SHOWN]:
+        console.print(f"  {image.path}: {image.reason}", highlight=False, markup=False)
+    if len(skipped) > NAMES_SHOWN:
+        console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
 
 
 @contextlib.contextmanager
@@ -119,6 +129,9 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bars.stop()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -135,11 +148,13 @@ class Progress:
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         width = len(str(self._epochs))
+        val = ""
+        if row["val_accuracy"] is not None:
+            val = f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%}  "
         self._console.print(
             f"epoch {row['epoch'] + 1:{width}}/{self._epochs}  lr {row['lr']:<8.4g} "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}  "
-            f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%}  "
-            f"{row['images_per_second']:,.0f} images/s",
+            f"{val}{row['images_per_second']:,.0f} images/s",
             highlight=False,
         )
 

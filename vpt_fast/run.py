@@ -3,6 +3,7 @@
     config.yaml              the resolved recipe
     run.json                 versions, device, backbone, data
     metrics.jsonl            one line per epoch
+    results.json             accuracy and loss on val and test after the last epoch
     curves.png
     prompts/                 prompts and head (save_pretrained), class names and preprocessing: all that is
                              needed to classify images
@@ -64,13 +65,20 @@ class Labels:
     preprocessing: Preprocessing
     val_fraction: float
     seed: int
+    task: str | None = None
+    train_on: str = "train"
 
     def to_json(self) -> str:
         return _json(
             {
                 "classes": list(self.classes),
                 "preprocessing": self.preprocessing.to_dict(),
-                "split": {"val_fraction": self.val_fraction, "seed": self.seed},
+                "split": {
+                    "task": self.task,
+                    "train_on": self.train_on,
+                    "val_fraction": self.val_fraction,
+                    "seed": self.seed,
+                },
             }
         )
 
@@ -81,10 +89,7 @@ class Labels:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls(
-                tuple(values["classes"]),
-                Preprocessing.from_dict(values["preprocessing"]),
-                values["split"]["val_fraction"],
-                values["split"]["seed"],
+                tuple(values["classes"]), Preprocessing.from_dict(values["preprocessing"]), **values["split"]
             )
         except FileNotFoundError:
             raise RunError(
@@ -102,6 +107,7 @@ class Begun:
     facts: dict[str, Any]
     metrics: list[dict[str, Any]]  # one row per epoch of the checkpoint
     checkpoint: Checkpoint | None
+    results: dict[str, Any] | None  # after the last epoch
 
 
 class RunFolder:
@@ -112,6 +118,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
         self.curves = path / "curves.png"
         self.prompts = path / "prompts"
         self.checkpoint = path / "checkpoint.safetensors"
@@ -145,7 +152,7 @@ class RunFolder:
         """Removes an earlier run where there is one, and nothing else that the folder may hold."""
         if not self.config.exists():
             return
-        for path in (self.config, self.facts, self.metrics, self.curves, self.checkpoint):
+        for path in (self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint):
             path.unlink(missing_ok=True)
         for path in (self.prompts, self.tensorboard):
             if path.is_dir():
@@ -161,7 +168,8 @@ class RunFolder:
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines][: checkpoint.epochs_done]
         facts = json.loads(self.facts.read_text(encoding="utf-8"))
-        return Begun(Recipe.from_yaml(self.config), facts, rows, checkpoint)
+        results = json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else None
+        return Begun(Recipe.from_yaml(self.config), facts, rows, checkpoint, results)
 
     def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         """Writes what stays the same for the whole run; config.yaml last: it says that there is one."""
@@ -181,6 +189,9 @@ class RunFolder:
             "scaler": json.dumps(checkpoint.scaler),
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
+
+    def save_results(self, results: Mapping[str, Any]) -> None:
+        write(self.results, _json(results).encode())
 
     def save_prompts(self, model: TunedClassifier, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
@@ -209,7 +220,7 @@ class RunFolder:
 
 def default_run_folder(recipe: Recipe) -> Path:
     """runs/<data>-<backbone>-<method>, the same for the same command."""
-    data = Path(recipe.data).resolve().name
+    data = (recipe.task or Path(recipe.data).resolve().name).replace("/", "-")
     backbone = recipe.backbone.replace("/", "_").replace(":", "_")
     return Path("runs") / f"{data}-{backbone}-{recipe.method}"
 
@@ -228,14 +239,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
     """Counts, classes and a digest of which image is in which split and class, for run.json."""
     digest = hashlib.sha256()
-    for images in (splits.train, splits.val):
-        for path, label in zip(images.paths, images.labels, strict=True):
-            digest.update(f"{os.path.relpath(path, root)}\0{images.classes[label]}\0".encode())
+    used = [images for images in (splits.train, splits.val) if images is not None]
+    for images in used:
+        for item, label in zip(images.items, images.labels, strict=True):
+            name = os.path.relpath(item, root) if isinstance(item, Path) else str(item)
+            digest.update(f"{name}\0{images.classes[label]}\0".encode())
         digest.update(b"\0")
     return {
         "classes": list(splits.classes),
         "train": _counts(splits.train),
-        "val": _counts(splits.val),
+        "val": None if splits.val is None else _counts(splits.val),
         "digest": digest.hexdigest(),
     }
 

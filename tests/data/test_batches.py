@@ -43,7 +43,10 @@ def images(tmp_path_factory) -> ImageList:
 
 def make(images, preprocessing=PREPROCESSINGS["squash"], batch_size=4, **options) -> Batches:
     return Batches(
-        images, preprocessing, batch_size, **{"train": True, "seed": 0, "device": "cpu", **options}
+        images,
+        preprocessing,
+        batch_size,
+        **{"train": True, "seed": 0, "device": "cpu", "workers": 0, **options},
     )
 
 
@@ -56,8 +59,8 @@ def assert_same(some, others) -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @each_preprocessing
 def test_resident_and_decoded_batches_are_the_same(images, preprocessing, train):
-    resident = make(images, preprocessing, train=train, resident="always")
-    decoded = make(images, preprocessing, train=train, resident="never")
+    resident = make(images, preprocessing, train=train, resident="device")
+    decoded = make(images, preprocessing, train=train, resident="off")
     assert (resident.is_resident, decoded.is_resident) == (True, False)
 
     for epoch in range(3):
@@ -66,8 +69,8 @@ def test_resident_and_decoded_batches_are_the_same(images, preprocessing, train)
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_the_number_of_workers(images, workers):
-    one = make(images, PREPROCESSINGS["crop-flip"], resident="never")
-    more = make(images, PREPROCESSINGS["crop-flip"], resident="never", workers=workers)
+    one = make(images, PREPROCESSINGS["crop-flip"], resident="off")
+    more = make(images, PREPROCESSINGS["crop-flip"], resident="off", workers=workers)
     for epoch in range(2):
         assert_same(one.epoch(epoch), more.epoch(epoch))
 
@@ -75,14 +78,14 @@ def test_batches_do_not_depend_on_the_number_of_workers(images, workers):
 def test_evaluation_goes_through_the_list_in_order_as_the_model_sees_it(images):
     preprocessing = PREPROCESSINGS["crop-flip"]
     pixels, labels = zip(*make(images, preprocessing, train=False).epoch(0), strict=True)
-    expected = torch.stack([preprocessing(decode_image(path)) for path in images.paths])
+    expected = torch.stack([preprocessing(decode_image(path)) for path in images.items])
     assert torch.equal(torch.cat(pixels), expected)
     assert tuple(torch.cat(labels).tolist()) == images.labels
 
 
 def test_training_covers_every_image_once_with_its_label(images):
     batches = make(images)
-    expected = torch.stack([batches.preprocessing(decode_image(path)) for path in images.paths])
+    expected = torch.stack([batches.preprocessing(decode_image(path)) for path in images.items])
     order = batches.indices(5)
     assert sorted(order.tolist()) == list(range(NUM_IMAGES))
     pixels, labels = zip(*batches.epoch(5), strict=True)
@@ -117,20 +120,20 @@ def test_an_epoch_does_not_depend_on_those_before(images):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_left_half_way_does_not_disturb_the_next(images, workers):
-    batches = make(images, batch_size=2, resident="never", workers=workers)
+    batches = make(images, batch_size=2, resident="off", workers=workers)
     next(iter(batches.epoch(0)))
     assert_same(batches.epoch(1), make(images, batch_size=2).epoch(1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_epochs_at_once_are_refused(images, workers):
-    batches = make(images, batch_size=1, resident="never", workers=workers)
+    batches = make(images, batch_size=1, resident="off", workers=workers)
     with pytest.raises(RuntimeError, match="epoch: another epoch was started"):
         list(zip(batches.epoch(0), batches.epoch(1), strict=True))
 
 
 def test_ctrl_c_leaves_the_workers_to_the_process_that_trains(images):
-    batches = make(images, batch_size=1, resident="never", workers=2)
+    batches = make(images, batch_size=1, resident="off", workers=2)
     epoch = batches.epoch(0)
     next(epoch), next(epoch)  # one from each worker: both are at work
     workers = multiprocessing.active_children()
@@ -149,7 +152,7 @@ def test_orders_differ_between_epochs_and_seeds(images):
 
 def test_every_image_is_mirrored_in_half_of_the_epochs(images):
     batches = make(images, PREPROCESSINGS["squash-flip"], batch_size=NUM_IMAGES)
-    plain = torch.stack([batches.preprocessing(decode_image(path)) for path in images.paths])
+    plain = torch.stack([batches.preprocessing(decode_image(path)) for path in images.items])
     mirrored = torch.zeros(NUM_IMAGES)
     for epoch in range(100):
         order, (pixels, _) = batches.indices(epoch), next(iter(batches.epoch(epoch)))
@@ -162,7 +165,7 @@ def test_every_image_is_mirrored_in_half_of_the_epochs(images):
 
 def test_crops_move_between_epochs_within_the_resized_image(images):
     preprocessing = PREPROCESSINGS["crop-flip"]
-    resized = preprocessing.resize_image(decode_image(images.paths[0]))
+    resized = preprocessing.resize_image(decode_image(images.items[0]))
     places = [
         preprocessing.normalize(crop)
         for top in range(resized.shape[1] - 7)
@@ -183,7 +186,7 @@ def test_crops_move_between_epochs_within_the_resized_image(images):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("resident", ["device", "off"])
 def test_ranks_together_take_the_batches_of_one_process(images, world_size, resident):
     preprocessing = PREPROCESSINGS["crop-flip"]
     alone = list(make(images, preprocessing, batch_size=2 * world_size).epoch(1))
@@ -217,7 +220,7 @@ def test_ranks_evaluate_every_image_exactly_once(images, world_size):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("resident", ["device", "off"])
 def test_global_generator_is_left_alone(images, resident, workers):
     batches = make(images, PREPROCESSINGS["crop-flip"], resident=resident, workers=workers)
     before = torch.get_rng_state()
@@ -262,9 +265,9 @@ def test_pixels_made_for_another_preprocessing_are_refused(images, made_for, wan
 def test_auto_is_resident_up_to_the_budget(images, name, monkeypatch):
     preprocessing = PREPROCESSINGS[name]
     num_bytes = check_images(images, preprocessing=preprocessing, keep_bytes=1 << 20).resident.num_bytes
-    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", num_bytes)
+    monkeypatch.setattr("vpt_fast.data.resident.host_budget", lambda: num_bytes)
     assert make(images, preprocessing).is_resident
-    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", num_bytes - 1)
+    monkeypatch.setattr("vpt_fast.data.resident.host_budget", lambda: num_bytes - 1)
     assert not make(images, preprocessing).is_resident
 
 
@@ -275,15 +278,15 @@ def test_evaluation_keeps_no_more_than_the_crop(images):
 
 def test_kept_pixels_beyond_the_budget_are_let_go(images, monkeypatch):
     checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20)
-    monkeypatch.setattr("vpt_fast.data.resident.RESIDENT_BYTES", checked.resident.num_bytes - 1)
+    monkeypatch.setattr("vpt_fast.data.resident.host_budget", lambda: checked.resident.num_bytes - 1)
     assert not make(checked).is_resident
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("resident", ["device", "off"])
 def test_broken_file_is_named(images, tmp_path, resident, workers):
     (tmp_path / "broken.png").write_bytes(b"broken")
-    with_broken = ImageList((*images.paths, tmp_path / "broken.png"), (*images.labels, 0), images.classes)
+    with_broken = ImageList((*images.items, tmp_path / "broken.png"), (*images.labels, 0), images.classes)
     with pytest.raises(DecodeError, match=r"broken\.png: not an image in a format that Pillow knows$"):
         list(make(with_broken, resident=resident, workers=workers).epoch(0))
 
@@ -305,7 +308,7 @@ def test_decode_error_crosses_processes():
         ({"workers": -1}, "workers: -1, wanted 0 or more"),
         ({"world_size": 0}, "world_size: 0, wanted 1 or more"),
         ({"rank": 2, "world_size": 2}, "rank: 2, wanted 0 to world_size - 1 = 1"),
-        ({"resident": "yes"}, "resident: 'yes', wanted one of auto, always, never"),
+        ({"resident": "yes"}, "resident: 'yes', wanted one of auto, device, host, off"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -329,7 +332,7 @@ def test_one_image_of_each_class_is_enough(write_images):
     assert [len(x) for x, _ in make(splits.train, batch_size=64).epoch(0)] == [2]
 
 
-@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("resident", ["device", "off"])
 @each_preprocessing
 def test_images_are_contiguous(images, preprocessing, resident):
     batches = make(images, preprocessing, resident=resident)

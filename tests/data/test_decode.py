@@ -294,7 +294,7 @@ def test_class_that_loses_all_its_images_is_an_error(write_images):
 def test_kept_pixels_are_those_of_the_images_left(write_images):
     images = with_broken_files(write_images(FOLDERS), "train/a/001.png").train
     checked = check(images)
-    expected = torch.stack([SQUASH.resize_image(decode_image(path)) for path in checked.images.paths])
+    expected = torch.stack([SQUASH.resize_image(decode_image(path)) for path in checked.images.items])
     assert torch.equal(checked.resident.pixels, expected)
 
 

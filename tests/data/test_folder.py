@@ -8,7 +8,7 @@ from vpt_fast.data import DataError, ImageList, open_splits
 
 
 def names(images: ImageList) -> list[str]:
-    return [f"{path.parent.name}/{path.name}" for path in images.paths]
+    return [f"{path.parent.name}/{path.name}" for path in images.items]
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])

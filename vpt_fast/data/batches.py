@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .decode import CheckedImages, DecodeError, load_image, load_resident
-from .folder import ImageList
+from .decode import CheckedImages, DecodeError, default_workers, load_image, load_resident
+from .images import ImageItem, ImageList
 from .preprocessing import Preprocessing
-from .resident import ResidentImages, least_bytes, resident_budget
+from .resident import ResidentImages, device_budget, least_bytes, resident_budget
 
-RESIDENT = ("auto", "always", "never")
+RESIDENT = ("auto", "device", "host", "off")
 
 _Read = tuple[int, tuple[float, float] | None]  # index of an image, crop position
 
@@ -36,8 +34,9 @@ class Batches:
     all ranks take the same number of steps. In evaluation each image is seen exactly once, and ranks may
     differ by one image, so by one step.
 
-    A small set is decoded once and kept as uint8 on the device (`resident`); larger ones are decoded in each
-    epoch by `workers` processes. Both give the same numbers.
+    A set that fits is decoded once and kept as uint8, on the device or in the host's memory, from where a
+    batch is copied through pinned memory (`resident`); larger ones are decoded in each epoch by `workers`
+    processes. All give the same numbers.
 
     Args:
         images: what to read; a `CheckedImages` brings its pixels along.
@@ -45,8 +44,10 @@ class Batches:
             dropped.
         train: whether to shuffle and augment.
         seed: 0 or more.
-        workers: decoding processes (threads for the one decoding of a resident set); 0 decodes in this one.
-        resident: "always", "never", or "auto": if the pixels fit into `resident_budget(device)`.
+        workers: decoding processes (threads for the one decoding of a resident set); 0 decodes in this one,
+            None is `default_workers()`.
+        resident: "device", "host", "off", or "auto": the first of device and host whose free memory the
+            pixels take no more than a quarter of, else off.
 
     Raises:
         ValueError: an argument cannot be used; the text names it.
@@ -63,13 +64,14 @@ class Batches:
         train: bool,
         seed: int,
         device: torch.device | str,
-        workers: int = 0,
+        workers: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         resident: str = "auto",
     ) -> None:
         ready = images.resident if isinstance(images, CheckedImages) else None
         images = images.images if isinstance(images, CheckedImages) else images
+        workers = default_workers() if workers is None else workers
         for name, value, least in (
             ("images", len(images), 1),
             ("batch_size", batch_size, 1),
@@ -110,12 +112,12 @@ class Batches:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the pixels are kept decoded on the device."""
+        """Whether the pixels are kept decoded."""
         return self._resident is not None
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of pixels kept on the device."""
+        """Bytes of pixels kept."""
         return 0 if self._resident is None else self._resident.num_bytes
 
     def indices(self, epoch: int) -> torch.Tensor:
@@ -144,13 +146,20 @@ class Batches:
         assert self._resident is not None
         stored = self._resident.pixels
         if isinstance(stored, torch.Tensor):
-            order = draws.indices.to(self.device)
+            order = draws.indices.to(stored.device)
             for chunk in chunks:
-                yield stored.index_select(0, order[chunk])
+                yield self._to_device(stored.index_select(0, order[chunk]))
             return
         for chunk in chunks:
             reads = zip(draws.indices[chunk].tolist(), draws.positions[chunk], strict=True)
-            yield torch.stack([self.preprocessing.crop(stored[i], position) for i, position in reads])
+            cropped = [self.preprocessing.crop(stored[i], position) for i, position in reads]
+            yield self._to_device(torch.stack(cropped))
+
+    def _to_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """From pinned memory: the copy runs beside the GPU's work, and nothing waits for it."""
+        if pixels.device.type == "cpu" and self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return pixels.to(self.device, non_blocking=True)
 
     def _read_files(self, draws: _Draws, chunks: list[slice]) -> Iterator[torch.Tensor]:
         """The same, from the files."""
@@ -190,9 +199,9 @@ class Batches:
     def _make_resident(
         self, images: ImageList, ready: ResidentImages | None, resident: str, workers: int
     ) -> ResidentImages | None:
-        if resident == "never":
+        budget = resident_budget(self.device, resident)
+        if budget == 0:
             return None
-        budget = resident_budget(self.device) if resident == "auto" else sys.maxsize
         if ready is None:
             if least_bytes(self.preprocessing, len(images)) > budget:
                 return None
@@ -201,11 +210,14 @@ class Batches:
             raise ValueError(
                 f"preprocessing: {self.preprocessing}, but the images were resized for {ready.preprocessing}"
             )
-        return ready.to(self.device) if ready is not None and ready.num_bytes <= budget else None
+        if ready is None or ready.num_bytes > budget:
+            return None
+        fits_device = resident == "device" or ready.num_bytes <= device_budget(self.device)
+        return ready if resident == "host" or not fits_device else ready.to(self.device)
 
     def _make_loader(self, images: ImageList, workers: int) -> DataLoader:
         return DataLoader(
-            _Files(images.paths, self.preprocessing),
+            _Files(images.items, self.preprocessing),
             batch_sampler=self._plan,
             num_workers=workers,
             collate_fn=_stack,
@@ -241,14 +253,14 @@ class _Files(Dataset):
     """Read (index, crop position) -> uint8 (3, H, W), or the error: an exception raised in a worker process
     would reach the user with the worker's traceback for its text."""
 
-    def __init__(self, paths: tuple[Path, ...], preprocessing: Preprocessing) -> None:
-        self._paths = paths
+    def __init__(self, items: tuple[ImageItem, ...], preprocessing: Preprocessing) -> None:
+        self._items = items
         self._preprocessing = preprocessing
 
     def __getitem__(self, read: _Read) -> torch.Tensor | DecodeError:
         index, position = read
         try:
-            return self._preprocessing.crop(load_image(self._paths[index], self._preprocessing), position)
+            return self._preprocessing.crop(load_image(self._items[index], self._preprocessing), position)
         except DecodeError as error:
             return error
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .folder import DataError, ImageList
+from .images import DataError, ImageItem, ImageList
 from .preprocessing import Preprocessing
 from .resident import ResidentBuilder, ResidentImages
 
@@ -37,11 +37,11 @@ _Result = TypeVar("_Result")
 
 
 class DecodeError(DataError):
-    """An image file that cannot be decoded, and the reason."""
+    """An image that cannot be decoded, and the reason; `path` is its name where it is no file of its own."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: object) -> None:
-        super().__init__(os.fspath(path), str(reason))  # what pickle builds it again from, in another process
-        self.path = Path(path)
+    def __init__(self, path: str | ImageItem, reason: object) -> None:
+        super().__init__(str(path), str(reason))  # what pickle builds it again from, in another process
+        self.path = Path(str(path))
         self.reason = str(reason)
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class DecodeError(DataError):
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """A file left out, and why."""
+    """An image left out, and why; `path` is its name where it is no file of its own."""
 
     path: Path
     reason: str
@@ -71,8 +71,14 @@ class CheckedImages:
     resident: ResidentImages | None
 
 
-def decode_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decodes an image file to RGB with 8 bits a channel, upright.
+def default_workers() -> int:
+    """Cores that this process may use, shared by the processes that torchrun started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def decode_image(path: str | ImageItem) -> Image.Image:
+    """Decodes an image to RGB with 8 bits a channel, upright.
 
     - EXIF orientation is applied. Colour profiles are not. Of an animation, the first frame.
     - Transparent pixels (an alpha channel, or a palette entry or colour marked transparent) are laid over
@@ -87,7 +93,7 @@ def decode_image(path: str | os.PathLike[str]) -> Image.Image:
             Pillow's limit against decompression bombs allows; or its pixels are outside the ranges above.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path) if isinstance(path, str | os.PathLike) else path.open() as file:
             file.load()
             return _to_rgb(_upright(file))
     except MemoryError:
@@ -144,8 +150,8 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
     return np.rint(values * scale).astype(np.uint8)
 
 
-def load_image(path: str | os.PathLike[str], preprocessing: Preprocessing) -> torch.Tensor:
-    """Decodes and resizes: `Preprocessing.resize_image` of a file.
+def load_image(path: str | ImageItem, preprocessing: Preprocessing) -> torch.Tensor:
+    """Decodes and resizes: `Preprocessing.resize_image` of an image.
 
     Raises:
         DecodeError: as `decode_image`, or too thin an image to be resized with its shape kept.
@@ -160,7 +166,7 @@ def load_image(path: str | os.PathLike[str], preprocessing: Preprocessing) -> to
 def check_images(
     images: ImageList,
     *,
-    workers: int = 0,
+    workers: int | None = None,
     preprocessing: Preprocessing | None = None,
     keep_bytes: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -171,7 +177,7 @@ def check_images(
     that a set that will be resident is decoded once: hand the result to `Batches`.
 
     Args:
-        workers: decoding threads; 0 decodes in the calling thread.
+        workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
         keep_bytes: the most bytes of pixels to keep; `resident_budget(device)` is what `Batches` would use.
         progress: called with (images done, images in all) after each image.
 
@@ -182,7 +188,7 @@ def check_images(
     if preprocessing is not None and keep_bytes > 0:
         builder = ResidentBuilder(preprocessing, len(images), keep_bytes)
 
-    def load(path: Path) -> torch.Tensor | DecodeError | None:
+    def load(path: ImageItem) -> torch.Tensor | DecodeError | None:
         try:
             if preprocessing is None:
                 decode_image(path)
@@ -193,7 +199,7 @@ def check_images(
 
     kept: list[int] = []
     errors: dict[int, DecodeError] = {}
-    for i, loaded in enumerate(map_threads(load, images.paths, workers)):
+    for i, loaded in enumerate(map_threads(load, images.items, workers)):
         if isinstance(loaded, DecodeError):
             errors[i] = loaded
         else:
@@ -209,12 +215,12 @@ def check_images(
         more = f" and {len(lost) - _NAMES_SHOWN} more classes" if len(lost) > _NAMES_SHOWN else ""
         example = next(error for i, error in errors.items() if images.labels[i] == lost[0])
         raise DataError(f"no image of {names}{more} can be decoded; the first: {example}")
-    skipped = tuple(SkippedImage(images.paths[i], error.reason) for i, error in errors.items())
+    skipped = tuple(SkippedImage(error.path, error.reason) for i, error in errors.items())
     return CheckedImages(remaining, skipped, None if builder is None else builder.build())
 
 
 def load_resident(
-    images: ImageList, preprocessing: Preprocessing, *, workers: int, max_bytes: int
+    images: ImageList, preprocessing: Preprocessing, *, workers: int | None, max_bytes: int
 ) -> ResidentImages | None:
     """Decodes and resizes all images; None if that is more than `max_bytes`.
 
@@ -222,21 +228,23 @@ def load_resident(
         DecodeError: for the first file that cannot be decoded.
     """
     builder = ResidentBuilder(preprocessing, len(images), max_bytes)
-    for pixels in map_threads(lambda path: load_image(path, preprocessing), images.paths, workers):
+    for pixels in map_threads(lambda path: load_image(path, preprocessing), images.items, workers):
         if not builder.add(pixels):
             return None
     return builder.build()
 
 
 def map_threads(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
 ) -> Iterator[_Result]:
     """map() in `workers` threads (Pillow decodes and resizes outside the interpreter's lock), in the items'
-    order.
+    order; 0 is the calling thread, None `default_workers()`.
 
     No more than a few items a thread are under way, so that an interruption ends soon and results do not pile
     up.
     """
+    if workers is None:
+        workers = default_workers()
     if workers < 0:
         raise ValueError(f"workers: {workers}, wanted 0 or more")
     if workers == 0:

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from .folder import DataError
+from .images import DataError
 
 DIGITS_SPLITS = {"train": 800, "val": 200, "test": 797}
 """Images in each split: 1,000 to train and choose on, as VTAB-1k, and the rest."""

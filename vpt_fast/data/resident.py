@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .preprocessing import Preprocessing
 
-RESIDENT_BYTES = 2 << 30
-"""The most bytes of pixels that `resident="auto"` keeps on a device."""
-RESIDENT_FREE_FRACTION = 0.25
-"""The most that it takes of a CUDA device's free memory: most of it is the model's."""
+FREE_FRACTION = 0.25
+"""The most that one set of pixels takes of the memory that is free: most of it is the model's."""
+UNKNOWN_HOST_BYTES = 2 << 30
+"""What may be kept where the system does not say how much memory is free."""
 
 
-def resident_budget(device: torch.device | str) -> int:
-    """Bytes of pixels that may be kept on `device`: `RESIDENT_BYTES`, and on CUDA no more than a quarter of
-    what is free there now."""
+def device_budget(device: torch.device | str) -> int:
+    """Bytes of pixels that may be kept on `device`: a quarter of what is free there now."""
     device = torch.device(device)
     if device.type != "cuda":
-        return RESIDENT_BYTES
+        return host_budget()
     free, _ = torch.cuda.mem_get_info(device)
-    return min(RESIDENT_BYTES, int(free * RESIDENT_FREE_FRACTION))
+    return int(free * FREE_FRACTION)
+
+
+def host_budget() -> int:
+    """Bytes of pixels that this process may keep in the host's memory: a quarter of what is free now, shared
+    by the processes that torchrun started on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    budget = UNKNOWN_HOST_BYTES if available is None else int(available * FREE_FRACTION)
+    return budget // processes
+
+
+def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
+    """Bytes of pixels that `Batches` with this `resident` would keep for `device`, wherever it may."""
+    if resident == "off":
+        return 0
+    if resident != "auto":
+        return sys.maxsize
+    return max(device_budget(device), host_budget())
 
 
 def least_bytes(preprocessing: Preprocessing, num_images: int) -> int:

@@ -1,0 +1,53 @@
+"""What is common to all kinds of data: which images are trained on, and refusing what cannot be had."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from vpt_fast.data import DataError, open_splits
+
+FOLDERS = {"train/a": 10, "train/b": 4, "val/a": 2, "val/b": 2}
+
+
+@pytest.mark.parametrize("folders", [FOLDERS, {"a": 12, "b": 6}], ids=["with val", "without"])
+def test_train_and_val_together_are_all_images(write_images, folders):
+    splits = open_splits(write_images(folders), train_on="train+val")
+    assert splits.val is None and Counter(splits.train.labels) == {0: 12, 1: 6}
+
+
+def test_train_fraction_keeps_its_share_of_each_class(write_images):
+    root = write_images(FOLDERS)
+    splits = open_splits(root, train_fraction=0.5)
+    assert Counter(splits.train.labels) == {0: 5, 1: 2}
+    assert splits.val == open_splits(root).val
+    assert Counter(open_splits(root, train_fraction=0.01).train.labels) == {0: 1, 1: 1}
+
+
+def test_smaller_fractions_are_parts_of_larger_ones_by_the_same_seed(write_images):
+    root = write_images(FOLDERS)
+    parts = [set(open_splits(root, train_fraction=f, seed=1).train.items) for f in (0.2, 0.5, 1.0)]
+    assert parts[0] < parts[1] < parts[2]
+    assert parts[1] != set(open_splits(root, train_fraction=0.5, seed=2).train.items)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_on": "val"}, "train_on: 'val', wanted one of train, train\\+val"),
+        ({"train_fraction": 0}, "train_fraction: 0, wanted a number above 0 and at most 1"),
+        ({"val_fraction": 1.0}, "val_fraction: 1.0, wanted a number above 0 and below 1"),
+        ({"seed": -1}, "seed: -1"),
+        ({"data_root": "x"}, "data_root: goes with a data set of timm's"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_argument_that_cannot_be_used_is_named(write_images, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_splits(write_images(FOLDERS), **options)
+
+
+def test_test_split_that_is_asked_for_and_missing_is_an_error(write_images):
+    with pytest.raises(DataError, match="has no test split"):
+        open_splits(write_images(FOLDERS), with_test=True)

@@ -1,0 +1,187 @@
+"""The tasks' table, and reading them from VTAB-1k's lists and FGVC's JSON files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from task_trees import shrink, write_fgvc, write_vtab
+
+from vpt_fast.data import TASKS, DataError, check_images, find_task, open_splits
+
+VTAB, FGVC = "vtab/cifar", "fgvc/cub"
+
+
+@pytest.fixture
+def vtab(tmp_path, monkeypatch):
+    return write_vtab(shrink(monkeypatch, VTAB), tmp_path / "cifar")
+
+
+@pytest.fixture
+def fgvc(tmp_path, monkeypatch):
+    return write_fgvc(shrink(monkeypatch, FGVC), tmp_path / "CUB_200_2011")
+
+
+def sizes(splits) -> list[int | None]:
+    return [None if images is None else len(images) for images in (splits.train, splits.val, splits.test)]
+
+
+def test_the_table_has_the_paper_s_24_tasks_by_group():
+    groups = Counter(task.group for task in TASKS.values())
+    assert groups == {"natural": 7, "specialized": 4, "structured": 8, "fgvc": 5}
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("vtab/cifar", "vtab/cifar"),
+        ("cifar100", "vtab/cifar"),
+        ("vtab/oxford_pet", "vtab/oxford_iiit_pet"),
+        ("VTAB/resisc", "vtab/resisc45"),
+        ("CUB_200_2011", "fgvc/cub"),
+        ("fgvc/oxford_flowers", "fgvc/flowers"),
+    ],
+)
+def test_task_is_found_by_its_name_or_an_alias(name, found):
+    assert find_task(name).name == found
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("vtab/cifra", "task is 'vtab/cifra', .*close names: vtab/cifar"),
+        ("clevr_cont", "close names: vtab/clevr_count"),
+        ("oxford_flowers", "wanted one of vtab/oxford_flowers102, fgvc/flowers"),
+        ("zzz", "the tasks are vtab/cifar, "),
+        ("fgvc/cifar", "task is 'fgvc/cifar'"),
+    ],
+)
+def test_unknown_task_is_refused_with_close_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_task(name)
+
+
+def test_no_two_tasks_of_a_suite_share_a_folder_name():
+    owners: dict[tuple[str, str], set[str]] = {}
+    for task in TASKS.values():
+        for folder in task.folders:
+            owners.setdefault((task.suite, folder.lower()), set()).add(task.name)
+    assert [names for names in owners.values() if len(names) > 1] == []
+
+
+@pytest.mark.parametrize("name", [VTAB, FGVC])
+@pytest.mark.parametrize("above", [True, False], ids=["folder of tasks", "the task's own"])
+def test_task_is_read_from_its_folder_or_from_that_of_all(name, above, tmp_path, monkeypatch):
+    task = shrink(monkeypatch, name)
+    write = write_vtab if task.suite == "vtab" else write_fgvc
+    folder = write(task, tmp_path / task.folders[1])
+    splits = open_splits(tmp_path if above else folder, task=name)
+    assert sizes(splits) == [8, 4, 6]
+    assert splits.val.labels == (0, 1, 0, 1)
+    assert len(check_images(splits.train).images) == 8  # each path leads to an image
+
+
+def test_train_and_val_together_leave_no_val(vtab):
+    splits = open_splits(vtab, task=VTAB, train_on="train+val")
+    assert sizes(splits) == [12, None, 6]
+
+
+def test_classes_of_fgvc_are_ids_in_order_named_by_their_folders(fgvc):
+    splits = open_splits(fgvc, task=FGVC)
+    assert splits.classes == ("a", "b") and splits.train.labels[:2] == (0, 1)
+    assert splits.train.items[0] == fgvc / "images" / "a" / "train0.png"
+
+
+def test_tenth_of_fgvc_train_is_val_where_none_is_listed(tmp_path, monkeypatch):
+    folder = write_fgvc(shrink(monkeypatch, FGVC, train=36), tmp_path, splits=("train", "test"))
+    first, again, other = (open_splits(folder, task=FGVC, seed=seed) for seed in (1, 1, 2))
+    assert sizes(first) == [36, 4, 6]
+    assert Counter(first.val.labels) == {0: 2, 1: 2}
+    assert set(first.train.items).isdisjoint(first.val.items)
+    assert first == again and first.val != other.val
+
+
+def test_class_names_of_vtab_are_read_where_they_are(vtab):
+    assert open_splits(vtab, task=VTAB).classes == ("0", "1")
+    (vtab / "classnames.txt").write_text("apple\nbear\n")
+    assert open_splits(vtab, task=VTAB).classes == ("apple", "bear")
+
+
+def edit(path, old, new):
+    path.write_text(re.sub(old, new, path.read_text(), count=1))
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        ("train800.txt", r"3.jpg 1", "3.jpg 2", r"train800.txt, line 4: class 2; wanted 0 to 1"),
+        ("val200.txt", r"1.jpg 1", "1.jpg,1", r"val200.txt, line 2: .*wanted an image's path, a space"),
+        ("test.txt", r"^.*\n", "", r"test.txt: 5 images; this list of vtab/cifar has 6"),
+        ("test.txt", r"0002.jpg", "0009.jpg", r"test.txt, line 3: .*000009.jpg is not there$"),
+    ],
+    ids=["class number", "no label", "size", "missing image"],
+)
+def test_broken_vtab_list_is_named_with_its_line(vtab, file, old, new, message):
+    edit(vtab / file, old, new)
+    with pytest.raises(DataError, match=message):
+        open_splits(vtab, task=VTAB)
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (
+            "train.json",
+            {"a/train0.png": "x"},
+            "train.json, 'a/train0.png': class id 'x', wanted a whole number",
+        ),
+        ("train.json", {"a/train0.png": 9}, "train.json: 3 class ids; fgvc/cub has 2 classes"),
+        (
+            "test.json",
+            {"a/test0.png": 9},
+            "test.json, 'a/test0.png': class id 9, which no training image has",
+        ),
+        ("val.json", {"a/more.png": 3}, "val.json: 5 images; this list of fgvc/cub has 4"),
+    ],
+    ids=["no number", "classes", "unknown class", "size"],
+)
+def test_broken_fgvc_list_is_named_with_its_entry(fgvc, file, change, message):
+    path = fgvc / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=message):
+        open_splits(fgvc, task=FGVC)
+
+
+def test_missing_images_are_counted_and_the_first_is_named(fgvc):
+    for i in (1, 3):
+        (fgvc / "images" / "b" / f"test{i}.png").unlink()
+    with pytest.raises(DataError, match=r"entry 'b/test1.png': .*is not there, and 1 more of 6"):
+        open_splits(fgvc, task=FGVC)
+
+
+def test_class_that_no_list_has_is_an_error(vtab):
+    for file in ("train800.txt", "val200.txt", "test.txt"):
+        path = vtab / file
+        path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
+    with pytest.raises(DataError, match="images of 1 classes in all; vtab/cifar has 2"):
+        open_splits(vtab, task=VTAB)
+
+
+def test_file_that_is_no_json_is_named_with_its_line(fgvc):
+    (fgvc / "val.json").write_text('{\n"a": ')
+    with pytest.raises(DataError, match="val.json, line 2: is not JSON"):
+        open_splits(fgvc, task=FGVC)
+
+
+def test_folder_without_the_task_says_what_was_looked_for(tmp_path):
+    with pytest.raises(DataError, match=r"no train800.txt of vtab/cifar in cifar/, cifar100/ and"):
+        open_splits(tmp_path, task=VTAB)
+
+
+def test_test_split_that_is_asked_for_and_missing_is_an_error(vtab):
+    (vtab / "test.txt").unlink()
+    assert open_splits(vtab, task=VTAB).test is None
+    with pytest.raises(DataError, match="has no test split"):
+        open_splits(vtab, task=VTAB, with_test=True)

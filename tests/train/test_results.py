@@ -1,0 +1,115 @@
+"""Benchmark tasks in training: their defaults, results.json, and eval of such a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from task_trees import shrink, write_fgvc, write_vtab
+
+from vpt_fast import loop
+from vpt_fast.inference import evaluate_run
+from vpt_fast.loop import train
+from vpt_fast.recipe import Recipe
+
+
+@pytest.fixture
+def short(recipe) -> Recipe:
+    return dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+
+
+def resolved(**knobs) -> Recipe:
+    recipe = Recipe(data="x", backbone="train_test_vit", **knobs)
+    return recipe.resolved(num_train_images=800, device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    "knobs, normalization, augment, resize",
+    [
+        ({}, "backbone", "none", None),
+        ({"task": "vtab/cifar"}, "imagenet", "none", "squash"),
+        ({"task": "fgvc/cub"}, "imagenet", "crop_flip", "shortest"),
+        ({"task": "fgvc/cub", "normalization": "inception"}, "inception", "crop_flip", "shortest"),
+        ({"task": "fgvc/cub", "augment": "none"}, "imagenet", "none", "shortest"),
+        ({"task": "fgvc/cub", "resize": "squash"}, "imagenet", "flip", "squash"),
+        ({"task": "vtab/cifar", "augment": "crop_flip"}, "imagenet", "crop_flip", "shortest"),
+    ],
+)
+def test_task_fills_the_preprocessing_that_was_not_given(knobs, normalization, augment, resize):
+    recipe = resolved(**knobs)
+    assert (recipe.normalization, recipe.augment, recipe.resize) == (normalization, augment, resize)
+
+
+def test_task_of_a_recipe_has_its_own_name():
+    assert resolved(task="cifar100") == resolved(task="vtab/cifar")
+    with pytest.raises(ValueError, match="task is 'cifar1000'.*close names: vtab/cifar"):
+        resolved(task="cifar1000")
+
+
+def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
+    result = train(dataclasses.replace(short, test=True), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == result.results
+    last = result.metrics[-1]
+    test = evaluate_run(tmp_path / "run", short.data, "test").evaluation
+    assert result.results == {
+        "val_accuracy": last["val_accuracy"],
+        "val_loss": last["val_loss"],
+        "val_images": 9,
+        "test_accuracy": test.accuracy,
+        "test_loss": pytest.approx(test.loss, rel=1e-5),
+        "test_images": 6,
+    }
+
+
+def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):
+    first = train(short, tmp_path / "run")
+    assert first.results["test_accuracy"] is None and first.results["val_images"] == 9
+    recipe = dataclasses.replace(short, test=True)
+    later = train(recipe, tmp_path / "run")
+    assert later.new_epochs == 0 and later.results["test_images"] == 6
+    monkeypatch.setattr(loop, "build_model", None)  # not again
+    assert train(recipe, tmp_path / "run").results == later.results
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_training_on_val_too_reports_no_val(command, short, color_images, tmp_path, method):
+    prompts = {"num_prompts": None, "prompt_dropout": None} if method == "linear" else {}
+    recipe = dataclasses.replace(short, method=method, train_on="train+val", test=True, **prompts)
+    result = train(recipe, tmp_path / "run")
+    assert result.facts["data"]["train"]["images"] == 36 and result.facts["data"]["val"] is None
+    assert result.metrics[-1]["val_accuracy"] is None and result.metrics[-1]["val_loss"] is None
+    assert result.results["val_accuracy"] is None and result.results["test_images"] == 6
+    refused = command("eval", tmp_path / "run", "--data", color_images)
+    assert refused.exit_code == 2 and "--split test is left" in refused.output
+
+
+def test_train_fraction_trains_on_fewer_images(short, tmp_path):
+    result = train(dataclasses.replace(short, train_fraction=0.34), tmp_path / "run")
+    assert result.facts["data"]["train"]["per_class"] == [3, 3, 3]
+    assert result.facts["data"]["val"]["images"] == 9
+
+
+@pytest.mark.parametrize("name, write", [("vtab/cifar", write_vtab), ("fgvc/cub", write_fgvc)])
+def test_run_of_a_task_is_evaluated_as_the_task(command, tmp_path, monkeypatch, name, write):
+    folder = write(shrink(monkeypatch, name), tmp_path / "data")
+    options = "--backbone train_test_vit --num-prompts 2 --epochs 1 --test --device cpu --precision fp32"
+    run = tmp_path / "run"
+    trained = command("train", "--data", folder, "--task", name, *options.split(), "--out", run)
+    assert trained.exit_code == 0 and "test accuracy" in trained.output, trained.output
+    results = json.loads((run / "results.json").read_text())
+    for split in ("val", "test"):
+        found = json.loads(command("eval", run, "--data", folder, "--split", split, "--json").stdout)
+        assert found["accuracy"] == results[f"{split}_accuracy"]
+        assert found["images"] == results[f"{split}_images"]
+    saved = json.loads((run / "prompts" / "labels.json").read_text())
+    assert saved["split"]["task"] == name
+    assert saved["preprocessing"]["augment"] == ("crop_flip" if name == "fgvc/cub" else "none")
+
+
+def test_test_images_that_are_missing_are_found_before_training(short, images, tmp_path):
+    shutil.rmtree(images / "test")
+    with pytest.raises(ValueError, match="has no test split"):
+        train(dataclasses.replace(short, data=str(images), test=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

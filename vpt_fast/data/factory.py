@@ -1,0 +1,152 @@
+"""Data sets by the names that timm's factory gives them: torch/…, hfds/…, hfids/…, wds/…, tfds/…."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+
+from .images import DataError, ImageItem, ImageList, Splits, hold_out
+from .resident import host_budget
+
+PREFIXES = ("torch", "hfds", "hfids", "wds", "tfds")
+_LABEL_FIELDS = ("targets", "labels", "_labels")  # what torchvision's data sets call them
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image of a data set that any row of can be had."""
+
+    dataset: Any = dataclasses.field(repr=False)
+    index: int
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.split}[{self.index}]"
+
+    def open(self) -> Image.Image:
+        # timm's own data set answers with the next image where one is broken: its reader does not.
+        reader = getattr(self.dataset, "reader", None)
+        if reader is not None:
+            return Image.open(reader[self.index][0])
+        return self.dataset[self.index][0]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldImage:
+    """An image that came once, in a stream, and is held decoded."""
+
+    pixels: np.ndarray  # (h, w, 3) uint8
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+
+def is_factory_name(data: str) -> bool:
+    """Whether `data` is one of timm's names, such as torch/cifar10, and no folder."""
+    prefix, slash, name = data.partition("/")
+    return prefix in PREFIXES and bool(slash and name) and not Path(data).is_dir()
+
+
+def open_factory(name: str, root: str | None, *, with_test: bool, val_fraction: float, seed: int) -> Splits:
+    """The set's train split, divided as a folder's is, and with `with_test` its test split.
+
+    Nothing is downloaded but by the Hugging Face hub's own names (hfds/). A set that can only be gone through
+    in order (hfids/, wds/, tfds/) is decoded and held in memory.
+
+    Raises:
+        DataError: the set cannot be opened, is too large to be held, or its rows have no class numbers.
+    """
+    all_train = _read(name, root, "train")
+    train, val = hold_out(all_train, val_fraction, seed, where=name)
+    test = _read(name, root, "test") if with_test else None
+    if test is not None and test.classes != train.classes:
+        if set(test.labels) - set(train.labels):
+            raise DataError(f"{name}: the test split has classes that train has not")
+        test = ImageList(test.items, test.labels, train.classes)
+    return Splits(train, val, test)
+
+
+def _read(name: str, root: str | None, split: str) -> ImageList:
+    place = f"{name}, split {split}" + (f", in {root}" if root else "")
+    try:
+        dataset = create_dataset(name, root=root, split=split, is_training=False, download=False)
+    # Each library that timm calls has its own way to say that there is no such set.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{place}: cannot be opened: {reason}; nothing is downloaded here") from error
+    items: tuple[ImageItem, ...]
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, _iterable_kind()):
+        labels = _labels(dataset, place)
+        items = tuple(Row(dataset, i, split) for i in range(len(labels)))
+    else:
+        items, labels = _hold(dataset, split, place)
+    if not labels:
+        raise DataError(f"{place}: has no images")
+    if min(labels) < 0:
+        raise DataError(f"{place}: image {labels.index(min(labels))} has no class number")
+    return ImageList(items, tuple(labels), _class_names(dataset, max(labels) + 1))
+
+
+def _iterable_kind() -> type:
+    from torch.utils.data import IterableDataset
+
+    return IterableDataset
+
+
+def _labels(dataset: Any, place: str) -> list[int]:
+    """Of all rows, without decoding an image."""
+    reader = getattr(dataset, "reader", None)
+    found: Iterable[Any] | None = None
+    if reader is not None and hasattr(reader, "dataset") and hasattr(reader, "label_key"):
+        found = reader.dataset[reader.label_key]
+    elif reader is not None and hasattr(reader, "samples"):
+        found = [sample[1] for sample in reader.samples]
+    else:
+        field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
+        found = None if field is None else getattr(dataset, field)
+    if found is None:
+        raise DataError(f"{place}: {type(dataset).__name__} does not list its labels")
+    try:
+        return [int(label) for label in found]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: wanted one class number for each image: {error}") from error
+
+
+def _hold(dataset: Any, split: str, place: str) -> tuple[tuple[ImageItem, ...], list[int]]:
+    items: list[ImageItem] = []
+    labels: list[int] = []
+    budget = host_budget()
+    taken = 0
+    for image, label in dataset:
+        pixels = np.asarray(image.convert("RGB"))
+        taken += pixels.nbytes
+        if taken > budget:
+            raise DataError(
+                f"{place}: comes as a stream, and more than {budget / 1e9:.1f} GB of it ({len(items)} images)"
+                " cannot be held in memory; write it to a folder of class folders"
+            )
+        items.append(HeldImage(pixels, f"{split}[{len(items)}]"))
+        labels.append(int(label))
+    return tuple(items), labels
+
+
+def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
+    """The set's own, where it has as many as the labels need; else the numbers."""
+    by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    found = sorted(by_name, key=by_name.__getitem__) or [
+        str(name) for name in getattr(dataset, "classes", ())
+    ]
+    if len(found) >= count and len(set(found)) == len(found):
+        return tuple(found)
+    return tuple(str(label) for label in range(count))

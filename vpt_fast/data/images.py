@@ -1,0 +1,148 @@
+"""Lists of images with labels, wherever the images are kept, and how lists are split."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+_NAMES_SHOWN = 10
+
+
+class DataError(ValueError):
+    """The images given cannot be used; the text names the path, what was found and what was wanted."""
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image that is no file of its own: a member of an archive, or a row of a data set.
+
+    `str()` of it names it, the same in every session: digests and messages are made of it. Worker processes
+    get it pickled or by fork.
+    """
+
+    def open(self) -> Image.Image:
+        """As `PIL.Image.open`; it may be decoded lazily, and raise then."""
+        ...
+
+
+ImageItem = Path | StoredImage
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images and their labels.
+
+    Attributes:
+        items: files, or images stored in another way.
+        labels: for each, the index of its class in `classes`.
+        classes: the class names.
+    """
+
+    items: tuple[ImageItem, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.items) != len(self.labels):
+            raise ValueError(
+                f"labels: {len(self.labels)} given for {len(self.items)} items, wanted one for each"
+            )
+        if self.labels and not 0 <= min(self.labels) <= max(self.labels) < len(self.classes):
+            raise ValueError(
+                f"labels: from {min(self.labels)} to {max(self.labels)}, wanted 0 to {len(self.classes) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def select(self, indices: list[int]) -> ImageList:
+        """The images at `indices`, in that order, with the same classes."""
+        return ImageList(
+            tuple(self.items[i] for i in indices), tuple(self.labels[i] for i in indices), self.classes
+        )
+
+    def __add__(self, other: ImageList) -> ImageList:
+        if self.classes != other.classes:
+            raise ValueError("classes: two lists with other classes cannot be joined")
+        return ImageList(self.items + other.items, self.labels + other.labels, self.classes)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What `open_splits` found. All lists share `classes`; None where there is no such split."""
+
+    train: ImageList
+    val: ImageList | None
+    test: ImageList | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+
+def hold_out(images: ImageList, fraction: float, seed: int, *, where: object) -> tuple[ImageList, ImageList]:
+    """(the rest, what is held out): of a class's n images round(`fraction` · n), at least 1, at most n - 1.
+
+    Depends on `seed`, the class names and each class's order of images alone, and for each class on that
+    class alone.
+
+    Raises:
+        DataError: a class has one image; the text names it and `where`.
+    """
+    members = _by_class(images)
+    single = [name for name, indices in members.items() if len(indices) == 1]
+    if single:
+        raise DataError(
+            f"{where}: found one image in {some_names(single)}; wanted two or more in each class, "
+            "at least one to train on and one for validation"
+        )
+    held_out = _drawn(members, (seed,), lambda n: min(max(round(fraction * n), 1), n - 1))
+    chosen = set(held_out)
+    rest = [i for indices in members.values() for i in indices if i not in chosen]
+    return images.select(rest), images.select(held_out)
+
+
+def take_fraction(images: ImageList, fraction: float, seed: int) -> ImageList:
+    """round(`fraction` · n) of a class's n images, at least 1, in the list's order: the paper's Fig. 3.
+
+    By the same seed, a smaller fraction's images are among those of a larger one.
+    """
+    if fraction == 1:
+        return images
+    # Another stream than hold_out's: what was left there is no random order here.
+    chosen = _drawn(_by_class(images), (seed, 1), lambda n: max(round(fraction * n), 1))
+    return images.select(sorted(chosen))
+
+
+def _by_class(images: ImageList) -> dict[str, list[int]]:
+    """Class name -> indices of its images; classes with none are left out."""
+    members: dict[str, list[int]] = {name: [] for name in images.classes}
+    for i, label in enumerate(images.labels):
+        members[images.classes[label]].append(i)
+    return {name: indices for name, indices in members.items() if indices}
+
+
+def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable[[int], int]) -> list[int]:
+    """`count(n)` of each class's n indices, class by class, sorted in each."""
+    drawn: list[int] = []
+    for name, indices in members.items():
+        # Seeded by the class name too, so that another class more or less leaves this one's draw alone.
+        # crc32 and surrogateescape: of the bytes that a folder's name has on disk.
+        generator = np.random.default_rng(
+            [seed[0], zlib.crc32(name.encode(errors="surrogateescape")), *seed[1:]]
+        )
+        order = generator.permutation(len(indices))[: count(len(indices))]
+        drawn.extend(indices[i] for i in sorted(order))
+    return drawn
+
+
+def some_names(found: list[str], ending: str = "/") -> str:
+    """The first few of `found`, for an error's text."""
+    more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
+    return ", ".join(f"{name}{ending}" for name in found[:_NAMES_SHOWN]) + more

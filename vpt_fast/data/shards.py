@@ -1,0 +1,150 @@
+"""WebDataset shards: tars of images and labels, read in place.
+
+The layout of the full VTAB tasks on the Hugging Face hub (clip-benchmark/wds_vtab-*):
+`{train,test}/{0..N}.tar`, each with `nshards.txt`, and `classnames.txt` beside them; a sample is an image and
+a `.cls` file with its class number under one key (`s0000012.webp`, `s0000012.cls`). Only headers and labels
+are read at first, so that any image can be had at random, without extracting, from any process.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
+from .images import DataError, ImageList, Splits, hold_out
+
+
+@dataclass(frozen=True)
+class TarImage:
+    """A member of an uncompressed tar."""
+
+    shard: Path
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self) -> Image.Image:
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return Image.open(io.BytesIO(file.read(self.size)))
+
+
+def holds_shards(root: Path) -> bool:
+    """Whether `root` has shards in a train folder."""
+    return any(_shard_files(root / name) for name, split in SPLIT_FOLDERS.items() if split == "train")
+
+
+def open_shards(root: Path, *, val_fraction: float, seed: int) -> Splits:
+    """The splits in a folder of shards; with no val shards, train is split as a folder's is.
+
+    Raises:
+        DataError: a shard is missing, broken or has a sample with no image or no label; the labels and
+            `classnames.txt` do not go together.
+    """
+    found = {
+        split: _read_split(root, name) for name, split in SPLIT_FOLDERS.items() if _shard_files(root / name)
+    }
+    labels = {label for samples in found.values() for _, label in samples}
+    classes = read_class_names(root / "classnames.txt", max(labels) + 1) or tuple(
+        str(label) for label in range(max(labels) + 1)
+    )
+
+    def listed(split: str) -> ImageList | None:
+        if split not in found:
+            return None
+        items, labels = zip(*found[split], strict=True)
+        return ImageList(items, labels, classes)
+
+    train, val = listed("train"), listed("val")
+    assert train is not None
+    if val is None:
+        train, val = hold_out(train, val_fraction, seed, where=root)
+    return Splits(train, val, listed("test"))
+
+
+def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
+    """One name a line, in the order of the labels; None where there is no such file.
+
+    Raises:
+        DataError: fewer than `at_least` names, or one name twice.
+    """
+    if not path.exists():
+        return None
+    lines = tuple(path.read_text(encoding="utf-8").splitlines())
+    first: dict[str, int] = {}
+    for number, name in enumerate(lines, 1):
+        if name in first:
+            raise DataError(
+                f"{path}, line {number}: {name!r} again, as in line {first[name]}; wanted other names"
+            )
+        first[name] = number
+    if len(lines) < at_least:
+        raise DataError(f"{path}: {len(lines)} class names, but the labels go up to {at_least - 1}")
+    return lines
+
+
+def _shard_files(folder: Path) -> dict[int, Path]:
+    """Number -> tar."""
+    return {int(path.stem): path for path in folder.glob("*.tar") if re.fullmatch(r"\d+", path.stem)}
+
+
+def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
+    """(image, label) of every sample, in the order of the shards."""
+    folder = root / name
+    shards = _shard_files(folder)
+    counted = folder / "nshards.txt"
+    number = max(shards) + 1
+    if counted.exists():
+        text = counted.read_text().strip()
+        if not text.isdecimal():
+            raise DataError(f"{counted}, line 1: {text!r}, wanted the number of shards")
+        number = int(text)
+    if missing := sorted(set(range(number)) - set(shards)):
+        raise DataError(
+            f"{folder}: {missing[0]}.tar is missing, one of {number} shards; {len(shards)} are there"
+        )
+    samples: list[tuple[TarImage, int]] = []
+    for i in range(number):
+        samples += _read_shard(shards[i], name)
+    if not samples:
+        raise DataError(f"{folder}: found no samples in {number} shards")
+    return samples
+
+
+def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
+    images: dict[str, TarImage] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, slash, file = member.name.rpartition("/")
+                stem, _, ending = file.partition(".")
+                key = folder + slash + stem
+                if ending == "cls":
+                    extracted = tar.extractfile(member)
+                    assert extracted is not None
+                    text = extracted.read().decode(errors="replace").strip()
+                    if not text.isdecimal():
+                        raise DataError(f"{path}: {member.name} holds {text[:20]!r}, wanted a class number")
+                    labels[key] = int(text)
+                elif f".{ending.lower()}" in IMAGE_EXTENSIONS:
+                    name = f"{split}/{path.name}/{member.name}"
+                    images[key] = TarImage(path, member.offset_data, member.size, name)
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
+    for key in [*images, *labels]:
+        if key not in labels or key not in images:
+            has, lacks = ("a label", "image") if key in labels else ("an image", "label (.cls)")
+            raise DataError(f"{path}: {key} has {has} and no {lacks}")
+    return [(images[key], labels[key]) for key in images]

@@ -1,0 +1,89 @@
+"""Training, validation and test images of whatever a recipe names as its data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .factory import PREFIXES, is_factory_name, open_factory
+from .folder import LAYOUTS, open_folder
+from .images import DataError, Splits, take_fraction
+from .shards import holds_shards, open_shards
+from .tasks import find_task, open_task
+
+TRAIN_ON = ("train", "train+val")
+
+
+def open_splits(
+    data: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    train_on: str = "train",
+    with_test: bool = False,
+    train_fraction: float = 1.0,
+    val_fraction: float = 0.2,
+    data_root: str | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Lists the images of `data`; no image is decoded, but of data sets that come as a stream.
+
+    Args:
+        data: with `task`, the folder that holds it; else a folder of class folders (`open_folder`), a folder
+            of WebDataset shards (`open_shards`), or a name of timm's data-set factory (`open_factory`).
+        task: a name in `TASKS`, or another name of it.
+        train_on: "train", or "train+val" for all images but test's to train on; `val` is None then.
+        with_test: whether there must be a test split.
+        train_fraction: share of each class's training images to keep, by `take_fraction`.
+        val_fraction: share of each class's training images held out where there is no val split; a FGVC task
+            has its own.
+        data_root: where a data set that timm's factory names is kept.
+        seed: 0 or more, of what is drawn.
+
+    Raises:
+        DataError: there is nothing that can be used; the text names the path, what was found and what was
+            wanted.
+        ValueError: another argument cannot be used; the text names it.
+    """
+    if train_on not in TRAIN_ON:
+        raise ValueError(f"train_on: {train_on!r}, wanted one of {', '.join(TRAIN_ON)}")
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction: {val_fraction}, wanted a number above 0 and below 1")
+    if not 0.0 < train_fraction <= 1.0:
+        raise ValueError(f"train_fraction: {train_fraction}, wanted a number above 0 and at most 1")
+    if seed < 0:
+        raise ValueError(f"seed: {seed}, wanted 0 or more")
+    splits = _open(data, task, with_test, val_fraction, data_root, seed)
+    if with_test and splits.test is None:
+        raise DataError(f"{data}: has no test split")
+    train, val = splits.train, splits.val
+    if train_on == "train+val" and val is not None:
+        train, val = train + val, None
+    return Splits(take_fraction(train, train_fraction, seed), val, splits.test)
+
+
+def _open(
+    data: str | os.PathLike[str],
+    task: str | None,
+    with_test: bool,
+    val_fraction: float,
+    data_root: str | None,
+    seed: int,
+) -> Splits:
+    if task is None and is_factory_name(os.fspath(data)):
+        return open_factory(
+            os.fspath(data), data_root, with_test=with_test, val_fraction=val_fraction, seed=seed
+        )
+    if data_root is not None:
+        raise ValueError(
+            f"data_root: goes with a data set of timm's ({', '.join(PREFIXES)}), not with {data}"
+        )
+    root = Path(data).expanduser()
+    if not root.exists():
+        raise DataError(f"{root}: there is no such folder; {LAYOUTS}")
+    if not root.is_dir():
+        raise DataError(f"{root}: is a file, not a folder; {LAYOUTS}")
+    if task is not None:
+        return open_task(find_task(task), root, seed=seed)
+    if holds_shards(root):
+        return open_shards(root, val_fraction=val_fraction, seed=seed)
+    return open_folder(root, val_fraction=val_fraction, seed=seed)
