@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import measure
 import torch
 import typer
+from ceilings import large_product
 from reports import default_path, make_header, resumed, write_report
 from rich.console import Console
 from torch import Tensor
@@ -22,7 +23,6 @@ ERROR_BELOW = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 # Larger than any cache: 50 MB on an H100, 126 MB on a B200.
 _FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
-_PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 _WARM_UP = 3
 
 
@@ -140,22 +140,16 @@ def measure_bounds(device: torch.device, dtype: torch.dtype, repeats: int) -> Bo
     # Zeros that nobody wrote may be one page of memory over and over.
     source = torch.full((_COPY_BYTES[device.type],), 1, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    left, right = torch.randn(2, *[_PRODUCT_SIZE[device.type]] * 2, device=device).to(dtype)
-    calls = {
-        "copy": prepare(lambda: target.copy_(source), device),
-        "product": prepare(lambda: left @ right, device),
-    }
-    times = time_calls(calls, device, repeats=repeats)
-    seconds = {name: statistics.median(rounds) for name, rounds in times.items()}
-    flops = 2 * len(left) ** 3
-    return Bounds(2 * source.nbytes / seconds["copy"] / 1e9, flops / seconds["product"] / 1e12)
+    copy = prepare(lambda: target.copy_(source), device)
+    seconds = statistics.median(time_calls({"copy": copy}, device, repeats=repeats)["copy"])
+    return Bounds(2 * source.nbytes / seconds / 1e9, large_product(device, dtype))
 
 
 class Replay:
     """A call that was captured in a CUDA graph.
 
     Replaying it costs the host one launch, whatever is in it, so that a short kernel's time is not that of
-    the Python that launches it. The graph reads the call's tensors where they lay, so they live as long as it.
+    the Python that launches it. The graph reads the call's tensors where they lay: they live as long as it.
     """
 
     def __init__(self, call: Callable[[], object], device: torch.device) -> None:

@@ -22,6 +22,7 @@ from vpt_fast.kernels.prompted_attention import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import attention  # noqa: E402
+import ceilings  # noqa: E402
 import compare  # noqa: E402
 import operations  # noqa: E402
 import reports  # noqa: E402
@@ -46,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No large buffers, copies or products."""
     monkeypatch.setitem(operations._FLUSH_BYTES, "cpu", 16)
     monkeypatch.setitem(operations._COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setitem(operations._PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setitem(ceilings.LARGE, "cpu", 64)
 
 
 def settings(dtype: torch.dtype = torch.float32) -> operations.Settings:
