@@ -1,0 +1,122 @@
+"""Data sets by timm's names: torchvision's from files, others through data sets of timm's own classes."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from task_trees import picture
+from timm.data.dataset import ImageDataset, IterableImageDataset
+
+from vpt_fast.data import DataError, check_images, decode_image, factory, open_splits
+
+
+def write_mnist(root, count: dict[str, int]) -> None:
+    """The files that torchvision's MNIST reads: IDX headers, then bytes."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, number in count.items():
+        pixels = np.random.default_rng(number).integers(0, 256, (number, 28, 28), dtype=np.uint8)
+        labels = (np.arange(number) % 2).astype(np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, *pixels.shape) + pixels.tobytes()
+        )
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, number) + labels.tobytes())
+
+
+class Rows:
+    """What timm's reader of the Hugging Face hub's data sets looks like."""
+
+    label_key = "label"
+    class_to_idx = {"bright": 1, "dark": 0}
+
+    def __init__(self, count: int) -> None:
+        self.dataset = {"label": [i % 2 for i in range(count)]}
+
+    def __getitem__(self, index):
+        if index == 1:
+            return io.BytesIO(b"broken"), 1
+        encoded = io.BytesIO()
+        picture(index).save(encoded, "png")
+        return encoded, index % 2
+
+    def __len__(self):
+        return len(self.dataset["label"])
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    def create(name, root, split, **options):
+        return ImageDataset(root, reader=Rows(8 if split == "train" else 4))
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    def create(name, root, split, **options):
+        return IterableImageDataset(root, reader=[(picture(i), i % 2) for i in range(8)])
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+
+
+def test_torchvision_data_set_is_read_from_its_files(tmp_path):
+    write_mnist(tmp_path, {"train": 10, "t10k": 4})
+    splits = open_splits("torch/mnist", data_root=str(tmp_path), with_test=True, val_fraction=0.4)
+    assert [len(images) for images in (splits.train, splits.val, splits.test)] == [6, 4, 4]
+    assert splits.classes[:2] == ("0 - zero", "1 - one")
+    assert str(splits.test.items[2]) == "test[2]" and splits.test.labels == (0, 1, 0, 1)
+    pixels = np.random.default_rng(4).integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    assert np.array_equal(np.asarray(decode_image(splits.test.items[2]))[..., 0], pixels[2])
+
+
+def test_rows_come_with_their_labels_and_class_names(rows):
+    splits = open_splits("hfds/some/set", train_on="train+val", with_test=True)
+    assert splits.classes == ("dark", "bright")
+    for item, label in zip(splits.train.items, splits.train.labels, strict=True):
+        assert label == item.index % 2
+    item = splits.test.items[2]
+    assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(2)))
+
+
+def test_broken_row_is_left_out_and_not_taken_for_the_next(rows):
+    images = open_splits("hfds/some/set", train_on="train+val").train
+    checked = check_images(images)
+    assert [str(skipped.path) for skipped in checked.skipped] == ["train[1]"] and len(checked.images) == 7
+
+
+def test_stream_is_held_in_its_order(stream):
+    images = open_splits("wds/some", train_on="train+val").train
+    numbers = [int(str(item).removeprefix("train[").rstrip("]")) for item in images.items]
+    assert sorted(numbers) == list(range(8))
+    for number, item, label in zip(numbers, images.items, images.labels, strict=True):
+        assert label == number % 2
+        assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(number)))
+
+
+def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):
+    monkeypatch.setattr(factory, "host_budget", lambda: 3 * 16 * 18 * 3)
+    with pytest.raises(
+        DataError, match=r"wds/some, split train: comes as a stream, and more than .* \(3 images\)"
+    ):
+        open_splits("wds/some")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("torch/mnist", "torch/mnist, split train, in .*: cannot be opened: Dataset not found"),
+        ("torch/nothing", "cannot be opened: Unknown torchvision dataset nothing"),
+    ],
+)
+def test_set_that_is_not_there_is_refused(tmp_path, name, message):
+    with pytest.raises(DataError, match=message):
+        open_splits(name, data_root=str(tmp_path))
+
+
+def test_folder_of_that_name_is_a_folder(write_images, monkeypatch):
+    root = write_images({"torch/a/x": 2, "torch/a/y": 2})
+    monkeypatch.chdir(root)
+    assert open_splits("torch/a").classes == ("x", "y")

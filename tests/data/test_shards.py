@@ -1,0 +1,111 @@
+"""WebDataset shards: the same images and labels as the files that went in."""
+
+from __future__ import annotations
+
+import dataclasses
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from task_trees import picture, write_shards
+
+from vpt_fast.data import Batches, DataError, Preprocessing, check_images, decode_image, open_splits
+
+COUNTS = {"train": 12, "test": 4}
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_shards(tmp_path / "shards", COUNTS)
+
+
+def pack(path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            file = path.parent / "member"
+            file.write_bytes(data)
+            tar.add(file, name)
+            file.unlink()
+
+
+def test_every_image_comes_with_its_label(root):
+    splits = open_splits(root, train_on="train+val", with_test=True)
+    assert splits.classes == ("dark", "bright")
+    assert len(splits.train) == 12 and len(splits.test) == 4
+    for images, first in ((splits.train, 0), (splits.test, 100)):
+        for item, label in zip(images.items, images.labels, strict=True):
+            number = int(str(item).rsplit("/s", 1)[1].partition(".")[0])
+            assert label == number % 2
+            assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(first + number)))
+
+
+def test_train_is_split_as_a_folder_is(root):
+    splits = open_splits(root, val_fraction=0.34, seed=3)
+    assert (len(splits.train), len(splits.val)) == (8, 4)
+    assert sorted(splits.val.labels) == [0, 0, 1, 1]
+    assert splits == open_splits(root, val_fraction=0.34, seed=3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_shards_are_the_same_resident_or_not(root, workers):
+    images, preprocessing = (
+        open_splits(root).train,
+        Preprocessing((8, 8), resize="shortest", augment="crop_flip"),
+    )
+    options = {"train": True, "seed": 0, "device": "cpu", "workers": workers}
+    resident = Batches(images, preprocessing, 4, **options, resident="host")
+    streamed = Batches(images, preprocessing, 4, **options, resident="off")
+    for one, other in zip(resident.epoch(0), streamed.epoch(0), strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_image_that_cannot_be_decoded_is_named(root):
+    images = open_splits(root, train_on="train+val").train
+    broken = dataclasses.replace(images.items[3], size=9)
+    images = dataclasses.replace(images, items=(*images.items[:3], broken, *images.items[4:]))
+    assert [str(skipped.path) for skipped in check_images(images).skipped] == [str(broken)]
+
+
+def test_classes_are_numbers_where_nothing_names_them(tmp_path):
+    assert open_splits(write_shards(tmp_path, COUNTS, names=False)).classes == ("0", "1")
+
+
+def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
+    here = [str(item) for item in open_splits(root).train.items]
+    assert here == [str(item) for item in open_splits(root.rename(tmp_path / "moved")).train.items]
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (
+            lambda root: (root / "train/1.tar").unlink(),
+            r"train: 1.tar is missing, one of 3 shards; 2 are there",
+        ),
+        (
+            lambda root: (root / "train/nshards.txt").write_text("x"),
+            r"nshards.txt, line 1: 'x', wanted the number",
+        ),
+        (
+            lambda root: (root / "train/0.tar").write_bytes(b"\1" * 2000),
+            r"0.tar: cannot be read as an uncompr",
+        ),
+        (lambda root: pack(root / "train/0.tar", {"s1.png": b""}), r"0.tar: s1 has an image and no label"),
+        (lambda root: pack(root / "train/0.tar", {"s1.cls": b"1"}), r"0.tar: s1 has a label and no image"),
+        (
+            lambda root: pack(root / "train/0.tar", {"s1.cls": b"a"}),
+            r"0.tar: s1.cls holds 'a', wanted a class",
+        ),
+        (
+            lambda root: (root / "classnames.txt").write_text("a\n"),
+            r"1 class names, but the labels go up to 1",
+        ),
+        (lambda root: (root / "classnames.txt").write_text("a\na\n"), r"line 2: 'a' again, as in line 1"),
+    ],
+    ids=["missing", "nshards", "no tar", "no label", "no image", "label", "few names", "names twice"],
+)
+def test_broken_shards_are_named(root, break_it, message):
+    break_it(root)
+    with pytest.raises(DataError, match=message):
+        open_splits(root)
