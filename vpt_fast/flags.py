@@ -1,0 +1,99 @@
+"""What the commands share: flags, those of the recipe among them, and how errors end a command."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vpt_fast.recipe import Recipe
+
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DeviceFlag = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0.", show_default="CUDA where there is a GPU")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder in one.")]
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Ends the program with one red line for what a user can put right; anything else is a bug."""
+    if debug:
+        yield
+        return
+    from vpt_fast.loop import SavingFailed, TrainingDiverged
+
+    try:
+        yield
+    except (TrainingDiverged, SavingFailed) as error:
+        fail(error, 1)
+    except (ValueError, NotImplementedError, FileNotFoundError) as error:
+        fail(error, 2)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+
+
+def fail(error: Exception | str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    raise typer.Exit(code)
+
+
+def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag not given is None."""
+    hints = get_type_hints(Recipe)
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = []
+    for field in dataclasses.fields(Recipe):
+        name, kind = flag_type(field.name, hints[field.name])
+        option = typer.Option(
+            name,
+            help=field.metadata["help"],
+            rich_help_panel=field.metadata["panel"],
+            metavar=field.metadata["metavar"],
+            show_default=shown_default(field),
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own.values() if p.name != "flags"]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def flag_type(name: str, hint: Any) -> tuple[str, Any]:
+    """A field's flag and the type that typer parses; what typer has no type for, Recipe parses."""
+    flag = "--" + name.replace("_", "-")
+    if name == "backbone_arg":
+        return flag, list[str]
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [option for option in options if option is not type(None)]
+    if len(kinds) > 1:
+        return flag, str
+    if kinds[0] is bool:
+        return f"{flag}/--no-{flag.removeprefix('--')}", bool
+    return flag, kinds[0]
+
+
+def shown_default(field: dataclasses.Field) -> str | bool:
+    if field.metadata["shown"]:
+        return field.metadata["shown"]
+    if field.default is dataclasses.MISSING:
+        return False
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return str(field.default)
