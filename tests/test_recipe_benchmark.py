@@ -1,0 +1,121 @@
+"""What benchmarks/recipe.py counts, measures and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import implementations  # noqa: E402
+import recipe  # noqa: E402
+from recipe import Extrapolated, Measured, Protocol  # noqa: E402
+
+SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
+CPU = torch.device("cpu")
+
+
+def test_the_protocol_is_forty_points_on_800_images_and_five_runs_on_1000() -> None:
+    protocol = Protocol(test=711)
+    assert protocol.sweep_batches(64) == (40 * 100 * 13, 40 * 100 * 4)
+    assert protocol.run_batches(64) == (5 * 100 * 16, 5 * 100 * 4 + 5 * 12)
+
+
+def test_a_task_is_extrapolated_from_the_medians() -> None:
+    measured = Measured.of([0.1, 0.2, 0.9], [0.01, 0.05, 0.02])
+    assert (measured.train_steps, measured.train_ms, measured.train_ms_max) == (3, 200.0, 900.0)
+    found = Extrapolated.of(measured, Protocol(), 100)
+    assert found.sweep_seconds == pytest.approx(4000 * (8 * 0.2 + 2 * 0.02))
+    assert found.runs_seconds == pytest.approx(500 * (10 * 0.2 + 2 * 0.02) + 5 * 100 * 0.02)
+    assert found.task_seconds == found.sweep_seconds + found.runs_seconds
+
+
+def contenders(*names: str) -> tuple[list[recipe.Contender], tuple[torch.Tensor, torch.Tensor]]:
+    start = implementations.make_start(SETTING, CPU)
+    made = [implementations.IMPLEMENTATIONS[name](name, start) for name in names]
+    return made, implementations.random_batch(start.vit, SETTING.batch_size, CPU)
+
+
+def test_training_and_inference_are_timed_in_every_round() -> None:
+    (contender,), batch = contenders("concat_timm")
+    modes: list[bool] = []
+    contender.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    found = recipe.time_batches([contender], *batch, repeats=3, steps=2)["concat_timm"]
+    assert (found.train_steps, found.inference_batches) == (6, 6)
+    assert modes == [True, False, *3 * [True, True, False, False]]
+
+
+def test_one_that_fails_is_a_row_with_its_reason_and_no_ratio() -> None:
+    (bad, good), batch = contenders("vpt_fast", "concat_timm")
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("80 GiB wanted")
+
+    bad.run = run
+    for contender in (bad, good):
+        contender.gradient_error = 0.0
+    measured = recipe.time_batches([bad, good], *batch, repeats=1, steps=1)
+    first, second = recipe.make_rows([bad, good], measured, Protocol(), SETTING)
+    assert "80 GiB wanted" in first.error and first.measured is None and first.ratio is None
+    assert second.ratio == 1.0
+
+
+def test_one_with_wrong_gradients_is_nobodys_peer() -> None:
+    those, batch = contenders("vpt_fast", "concat_timm")
+    for contender, error in zip(those, (0.0, 0.01), strict=True):
+        contender.gradient_error = error
+    measured = recipe.time_batches(those, *batch, repeats=1, steps=1)
+    right, wrong = recipe.make_rows(those, measured, Protocol(), SETTING)
+    assert (right.exact, wrong.exact) == (True, False)
+    assert right.ratio is None and wrong.ratio is None
+
+
+def test_the_images_are_jpeg_files(tmp_path: Path) -> None:
+    images = recipe.write_images(tmp_path, 2)
+    for path in images.items:
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("JPEG", (400, 300))
+    assert images.labels == (0, 1)
+
+
+def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path) -> None:
+    output = tmp_path / "recipe.json"
+    app = recipe.typer.Typer()
+    app.command()(recipe.main)
+    flags = (
+        "--model test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 1 --device cpu --workers 1"
+    )
+    names = "vpt_fast,concat_timm"
+    result = CliRunner().invoke(app, [*flags.split(), "--implementations", names, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "extrapolated from 2 measured steps" in result.output
+    report = json.loads(output.read_text())
+    assert [row["impl"] for row in report["rows"]] == names.split(",")
+    for row in report["rows"]:
+        assert row["exact"] and row["measured"]["train_steps"] == 1
+        assert row["extrapolated"]["task_seconds"] > row["extrapolated"]["sweep_seconds"] > 0
+    assert report["protocol"]["points"] == 40
+    ways = [(way["impl"], way["pixels"], way["workers"]) for way in report["end_to_end"]]
+    assert ways == [(name, *way) for name in names.split(",") for way in (("resident", 0), ("decoded", 1))]
+    for way in report["end_to_end"]:
+        assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--model", "vit_base_patch16_225"], "vit_base_patch16_225"),
+        (["--implementations", "magic"], "magic"),
+    ],
+)
+def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
+    app = recipe.typer.Typer()
+    app.command()(recipe.main)
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert named in result.output
