@@ -320,7 +320,7 @@ def implementation(name: str, case: Case, dtype: torch.dtype) -> Callable[..., A
     if name == "torch":
         return partial(operation.run, TORCH_OPS, case, dtype)
     if name == "compiled":
-        torch._dynamo.reset()  # or else a function's ninth shape is not compiled, with no more than a warning
+        torch._dynamo.reset()  # or else a function fails to compile for its ninth shape
         return torch.compile(partial(operation.run, TORCH_OPS, case, dtype), dynamic=False, fullgraph=True)
     ops = get_backend("triton").other
     if name == OURS and operation.fused is not None:

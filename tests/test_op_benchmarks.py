@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import weakref
@@ -149,6 +150,34 @@ def test_only_libraries_are_given_what_is_concatenated() -> None:
         "forward_ms",
         "backward_ms",
     }
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What torch.compile was given to compile, which runs as it is."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return seen
+
+
+@EACH_CASE
+def test_the_definition_is_compiled_whole_and_once(
+    case: kernels.Case, graphs: list[torch.fx.GraphModule]
+) -> None:
+    (row,) = kernels.measure_case(case, ["compiled"], settings())
+    assert row.exact and row.error is None
+    assert len(graphs) == 1
+
+
+def test_a_function_is_compiled_for_any_number_of_shapes(graphs: list[torch.fx.GraphModule]) -> None:
+    for width in range(1, 1 + (num_shapes := torch._dynamo.config.recompile_limit + 2)):
+        kernels.measure_case(kernels.Case("activate", "gelu", False, 1, 2, width), ["compiled"], settings())
+    assert len(graphs) == num_shapes
 
 
 @EACH_CASE
