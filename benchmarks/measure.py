@@ -232,9 +232,9 @@ def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives back what nobody holds any more, so that one contender's leavings are not another's memory."""
-    gc.collect()
+    """Gives a GPU's memory back that nobody holds any more: one's leavings are not another's memory."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

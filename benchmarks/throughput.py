@@ -38,7 +38,7 @@ from implementations import (
     random_batch,
 )
 from measure import MIB, Contender
-from reports import default_path, listed, make_header, write_report
+from reports import default_path, listed, make_header, positive_numbers, resumed, write_report
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -80,9 +80,14 @@ class Row:
     share_of_ceiling: float | None  # of the report's ceiling_tflops
     shapes_tflops: float | None  # the ceiling for products of the model's own shapes
     share_of_shapes: float | None
-    largest_batch: int | None  # with --find-batch
+    largest_batch: int | None  # with --find-batch, in the rows of the first batch size
     gradient_error: float | None
     error: str | None
+
+    def is_of(self, setting: Setting) -> bool:
+        """Whether it was measured at this setting; the rest of it is common to all rows of a file."""
+        names = ("model", "num_prompts", "batch_size", "prompt_type")
+        return all(getattr(self, name) == getattr(setting, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -246,9 +251,10 @@ def measure_setting(
     )
 
 
-def find_batches(rows: list[Row], those: list[Entrant], setting: Setting, device: torch.device) -> None:
+def find_batches(
+    rows: list[Row], those: list[Entrant], setting: Setting, device: torch.device, console: Console
+) -> None:
     """Fills in the largest batch of every row that did not fail for another reason than want of memory."""
-    console = Console()
     start = make_start(setting, torch.device("cpu"))
     with console.status("largest batch") as status:
         for row, entrant in zip(rows, those, strict=True):
@@ -320,9 +326,31 @@ def place(row: Row) -> str:
     return "bound" if row.impl in BOUNDS else str(row.rank)
 
 
-def make_report(rows: list[Row], device: torch.device, ceiling_tflops: float) -> dict[str, Any]:
-    header = make_header(device)
-    return {**header, "ceiling_tflops": ceiling_tflops, "rows": [asdict(row) for row in rows]}
+class Report:
+    """The results file. One that a run was interrupted at is gone on with; a finished one is replaced.
+
+    Args:
+        path: None for results/<device>-<date>.json.
+        header: the machine, versions, day and what all settings have in common; only a file of the same is
+            gone on with.
+    """
+
+    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+        self.path = path or default_path(header)
+        left = resumed(self.path, {**header, "finished": False}) or {"ceiling_tflops": None, "rows": []}
+        self.header, self.ceiling_tflops, self.rows = header, left["ceiling_tflops"], list[Row]()
+        self._left = [Row(**row) for row in left["rows"]]
+
+    def measured(self, setting: Setting, those: list[Entrant]) -> list[Row]:
+        """The rows of a setting that the interrupted run had finished; none if one is missing, since what is
+        compared runs in turns."""
+        rows = [row for row in self._left if row.is_of(setting)]
+        return rows if [Entrant(row.impl, row.memory) for row in rows] == those else []
+
+    def write(self, finished: bool = False) -> None:
+        rows = [asdict(row) for row in self.rows]
+        report = {"ceiling_tflops": self.ceiling_tflops, "finished": finished, "rows": rows}
+        write_report({**self.header, **report}, self.path)
 
 
 def main(
@@ -363,45 +391,41 @@ def main(
     dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
     settings = [
-        Setting(model, int(m), int(batch), kind, dtype, image_size)
+        Setting(model, m, batch, kind, dtype, image_size)
         for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models())
         for kind in listed(prompt_type, ["deep", "shallow"])
-        for m in listed(num_prompts)
-        for batch in listed(batch_size or ("64" if on_gpu else "8"))
+        for m in positive_numbers(num_prompts)
+        for batch in positive_numbers(batch_size or ("64" if on_gpu else "8"))
     ]
     those = default_entrants(on_gpu)
     if implementations or memory:
         names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), list(IMPLEMENTATIONS))
         those = entrants(names, listed(memory or "exact", list(POLICIES)))
-    console, rows = Console(), list[Row]()
+    console = Console()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
-    ceiling = ceilings.large_product(where, product_dtype(dtype))
-    console.print(f"{measure.device_name(where)}, torch {torch.__version__}")
-    console.print(f"ceiling: {ceiling:.3g} TFLOP/s, one large product in {product_dtype(dtype)}")
-    largest: dict[tuple[str, int, str], list[int | None]] = {}  # it is the same for every batch size
-
-    def write() -> Path:
-        report = make_report(rows, where, ceiling)
-        path = output or default_path(report)
-        write_report(report, path)
-        return path
-
+    steps = steps or (10 if on_gpu else 1)
+    common = {"dtype": dtype, "image_size": image_size, "repeats": repeats, "steps": steps}
+    report = Report(output, {**make_header(where), **common})
+    console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {dtype}")
+    if report.ceiling_tflops is None:
+        with console.status("one large product"):
+            report.ceiling_tflops = ceilings.large_product(where, product_dtype(dtype))
+    console.print(f"Ceiling: {report.ceiling_tflops:.3g} TFLOP/s, one large product.")
+    count = f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"
+    console.print(f"{count}, of each {len(those)} implementations; what is done stands in {report.path}.")
     for setting in settings:
-        new = measure_setting(
-            setting, those, where, repeats, steps or (10 if on_gpu else 1), console, ceiling
-        )
-        rows += new
-        path = write()  # after every setting, so that an interrupted run leaves what it has
-        if find_batch:
-            key = (setting.model, setting.num_prompts, setting.prompt_type)
-            if key not in largest:
-                find_batches(new, those, setting, where)
-                largest[key] = [row.largest_batch for row in new]
-            for row, found in zip(new, largest[key], strict=True):
-                row.largest_batch = found
-            write()
-        console.print(make_table(new, setting.dtype))
-        console.print(f"written: {path}")
+        rows = report.measured(setting, those)
+        if not rows:
+            rows = measure_setting(setting, those, where, repeats, steps, console, report.ceiling_tflops)
+        report.rows += rows
+        report.write()
+        is_first_size = setting.batch_size == settings[0].batch_size
+        if find_batch and is_first_size and all(row.largest_batch is None for row in rows):
+            find_batches(rows, those, setting, where, console)
+            report.write()
+        console.print(make_table(rows, dtype))
+    report.write(finished=True)
+    console.print(f"written: {report.path}")
 
 
 if __name__ == "__main__":

@@ -227,6 +227,15 @@ def measured(names: list[str], memory: str = "exact") -> list[throughput.Row]:
     )
 
 
+def make_row(implementation: str, **values: Any) -> throughput.Row:
+    """A row as the measuring makes it, with some of its values changed."""
+    empty = dict.fromkeys(field.name for field in dataclasses.fields(throughput.Row))
+    usual = {"model": "vit_base_patch16_224", "num_prompts": 3, "batch_size": 8, "prompt_type": "deep"}
+    usual |= {"dtype": "float32", "image_size": 224, "impl": implementation, "exact": True}
+    speed = {"images_per_second": 10.0, "images_per_second_min": 9.0, "images_per_second_max": 12.0}
+    return throughput.Row(**{**empty, **usual, **speed, "kept_mib_per_image": 5.0, **values})
+
+
 def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "concat_wrong", implementations.peer(WrongGradient))
     rows = {row.impl: row for row in measured(["vpt_fast", "concat_wrong", "concat_timm"])}
@@ -361,8 +370,10 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
     report = json.loads(output.read_text())
     assert list(tmp_path.iterdir()) == [output]
     assert report.keys() == {
-        "device", "torch", "triton", "timm", "cuda", "date", "ceiling_tflops", "rows",
+        "device", "torch", "triton", "timm", "cuda", "date", "dtype", "image_size", "repeats", "steps",
+        "ceiling_tflops", "finished", "rows",
     }  # fmt: skip
+    assert report["finished"] is True
     assert report["torch"] == torch.__version__
     assert [row["impl"] for row in report["rows"]] == names
     fields = {field.name for field in dataclasses.fields(throughput.Row)}
@@ -374,6 +385,39 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
         assert row["essential_tflops"] / report["ceiling_tflops"] == pytest.approx(row["share_of_ceiling"])
         assert row["peak_mib"] is None and row["largest_batch"] is None  # not known on a CPU: never invented
         assert row["error"] is None
+
+
+def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def measure_setting(setting: implementations.Setting, *rest: Any) -> list[throughput.Row]:
+        if setting.num_prompts == stops_at:
+            raise KeyboardInterrupt
+        measured.append(setting.num_prompts)
+        return [make_row("concat_timm", num_prompts=setting.num_prompts)]
+
+    monkeypatch.setattr(throughput, "measure_setting", measure_setting)
+    monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
+    output = tmp_path / "report.json"
+    arguments = ["--num-prompts", "1,2,3", "--implementations", "concat_timm", "--device", "cpu"]
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+
+    def run() -> dict[str, Any]:
+        CliRunner().invoke(app, [*arguments, "--output", str(output)])
+        return json.loads(output.read_text())
+
+    stops_at = 3
+    report = run()
+    assert not report["finished"] and [row["num_prompts"] for row in report["rows"]] == [1, 2]
+    stops_at = 0
+    report = run()
+    assert report["finished"] and [row["num_prompts"] for row in report["rows"]] == [1, 2, 3]
+    assert measured == [1, 2, 3]
+    run()
+    assert measured == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
