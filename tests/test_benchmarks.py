@@ -36,7 +36,7 @@ NUM_CLASSES = 5
 
 def compiled(vit: VisionTransformer, state: dict[str, Tensor]) -> nn.Module:
     model = peers.ConcatTimm(vit, state)
-    model.compile(backend="aot_eager")
+    model.compile(backend="aot_eager", fullgraph=True)
     return model
 
 
