@@ -23,7 +23,7 @@ LAYERS = {
     "model": ["prompts", "classifier", "model", "tuning", "pretrained", "graphed", ""],
     "data": ["data"],
     "train": ["methods", "recipe", "world", "plots", "run", "report", "loop", "inference"],
-    "commands": ["flags", "demo", "cli"],
+    "commands": ["flags", "data_commands", "demo", "cli"],
 }
 BELOW = {
     "files": [],

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vpt_fast import data_commands
 from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
@@ -29,6 +30,7 @@ from vpt_fast.recipe import Recipe, read_yaml
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(data_commands.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from torch.utils.data import IterableDataset
 
 from .images import DataError, ImageItem, ImageList, Splits, hold_out
 from .resident import host_budget
@@ -77,34 +78,43 @@ def open_factory(name: str, root: str | None, *, with_test: bool, val_fraction: 
     return Splits(train, val, test)
 
 
-def _read(name: str, root: str | None, split: str) -> ImageList:
-    place = f"{name}, split {split}" + (f", in {root}" if root else "")
+def open_set(name: str, root: str | None, split: str) -> Any:
+    """timm's data set.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
     try:
-        dataset = create_dataset(name, root=root, split=split, is_training=False, download=False)
+        return create_dataset(name, root=root, split=split, is_training=False, download=False)
     # Each library that timm calls has its own way to say that there is no such set.
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"{place}: cannot be opened: {reason}; nothing is downloaded here") from error
+        raise DataError(
+            f"{place(name, root, split)}: cannot be opened: {reason}; nothing is downloaded here"
+        ) from error
+
+
+def place(name: str, root: str | None, split: str) -> str:
+    return f"{name}, split {split}" + (f", in {root}" if root else "")
+
+
+def _read(name: str, root: str | None, split: str) -> ImageList:
+    dataset = open_set(name, root, split)
+    where = place(name, root, split)
     items: tuple[ImageItem, ...]
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, _iterable_kind()):
-        labels = _labels(dataset, place)
-        items = tuple(Row(dataset, i, split) for i in range(len(labels)))
+    if isinstance(dataset, IterableDataset):
+        items, labels = _hold(dataset, split, where)
     else:
-        items, labels = _hold(dataset, split, place)
+        labels = _labels(dataset, where)
+        items = tuple(Row(dataset, i, split) for i in range(len(labels)))
     if not labels:
-        raise DataError(f"{place}: has no images")
+        raise DataError(f"{where}: has no images")
     if min(labels) < 0:
-        raise DataError(f"{place}: image {labels.index(min(labels))} has no class number")
-    return ImageList(items, tuple(labels), _class_names(dataset, max(labels) + 1))
+        raise DataError(f"{where}: image {labels.index(min(labels))} has no class number")
+    return ImageList(items, tuple(labels), class_names(dataset, max(labels) + 1))
 
 
-def _iterable_kind() -> type:
-    from torch.utils.data import IterableDataset
-
-    return IterableDataset
-
-
-def _labels(dataset: Any, place: str) -> list[int]:
+def _labels(dataset: Any, where: str) -> list[int]:
     """Of all rows, without decoding an image."""
     reader = getattr(dataset, "reader", None)
     found: Iterable[Any] | None = None
@@ -116,14 +126,14 @@ def _labels(dataset: Any, place: str) -> list[int]:
         field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
         found = None if field is None else getattr(dataset, field)
     if found is None:
-        raise DataError(f"{place}: {type(dataset).__name__} does not list its labels")
+        raise DataError(f"{where}: {type(dataset).__name__} does not list its labels")
     try:
         return [int(label) for label in found]
     except (TypeError, ValueError) as error:
-        raise DataError(f"{place}: wanted one class number for each image: {error}") from error
+        raise DataError(f"{where}: wanted one class number for each image: {error}") from error
 
 
-def _hold(dataset: Any, split: str, place: str) -> tuple[tuple[ImageItem, ...], list[int]]:
+def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], list[int]]:
     items: list[ImageItem] = []
     labels: list[int] = []
     budget = host_budget()
@@ -133,7 +143,7 @@ def _hold(dataset: Any, split: str, place: str) -> tuple[tuple[ImageItem, ...], 
         taken += pixels.nbytes
         if taken > budget:
             raise DataError(
-                f"{place}: comes as a stream, and more than {budget / 1e9:.1f} GB of it ({len(items)} images)"
+                f"{where}: comes as a stream, and more than {budget / 1e9:.1f} GB of it ({len(items)} images)"
                 " cannot be held in memory; write it to a folder of class folders"
             )
         items.append(HeldImage(pixels, f"{split}[{len(items)}]"))
@@ -141,7 +151,7 @@ def _hold(dataset: Any, split: str, place: str) -> tuple[tuple[ImageItem, ...], 
     return tuple(items), labels
 
 
-def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
+def class_names(dataset: Any, count: int) -> tuple[str, ...]:
     """The set's own, where it has as many as the labels need; else the numbers."""
     by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     found = sorted(by_name, key=by_name.__getitem__) or [

@@ -32,10 +32,14 @@ class TarImage:
     def __str__(self) -> str:
         return self.name
 
-    def open(self) -> Image.Image:
+    def read(self) -> bytes:
+        """The encoded image."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
-            return Image.open(io.BytesIO(file.read(self.size)))
+            return file.read(self.size)
+
+    def open(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.read()))
 
 
 def holds_shards(root: Path) -> bool:
@@ -47,28 +51,31 @@ def open_shards(root: Path, *, val_fraction: float, seed: int) -> Splits:
     """The splits in a folder of shards; with no val shards, train is split as a folder's is.
 
     Raises:
+        DataError: as `read_shards`, or a class has too few images to be split.
+    """
+    found = read_shards(root)
+    train, val = found["train"], found.get("val")
+    if val is None:
+        train, val = hold_out(train, val_fraction, seed, where=root)
+    return Splits(train, val, found.get("test"))
+
+
+def read_shards(root: Path) -> dict[str, ImageList]:
+    """Split -> its images, in the order of the shards.
+
+    Raises:
         DataError: a shard is missing, broken or has a sample with no image or no label; the labels and
             `classnames.txt` do not go together.
     """
     found = {
         split: _read_split(root, name) for name, split in SPLIT_FOLDERS.items() if _shard_files(root / name)
     }
-    labels = {label for samples in found.values() for _, label in samples}
-    classes = read_class_names(root / "classnames.txt", max(labels) + 1) or tuple(
-        str(label) for label in range(max(labels) + 1)
-    )
-
-    def listed(split: str) -> ImageList | None:
-        if split not in found:
-            return None
-        items, labels = zip(*found[split], strict=True)
-        return ImageList(items, labels, classes)
-
-    train, val = listed("train"), listed("val")
-    assert train is not None
-    if val is None:
-        train, val = hold_out(train, val_fraction, seed, where=root)
-    return Splits(train, val, listed("test"))
+    count = 1 + max(label for samples in found.values() for _, label in samples)
+    classes = read_class_names(root / "classnames.txt", count) or tuple(map(str, range(count)))
+    return {
+        split: ImageList(tuple(item for item, _ in samples), tuple(label for _, label in samples), classes)
+        for split, samples in found.items()
+    }
 
 
 def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:

@@ -20,6 +20,12 @@ from typing import Any
 from .images import DataError, ImageList, Splits, hold_out
 from .shards import holds_shards, read_class_names
 
+HOW_TO_GET = {
+    "vtab": "images and lists of all 19 tasks: vtab-1k.zip, linked from github.com/ZhangYuanhan-AI/NOAH",
+    "fgvc": "lists: github.com/KMnP/vpt links train.json, val.json and test.json",
+}
+"""Suite -> where what `open_task` reads is published."""
+
 VTAB_FILES = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 FGVC_FILES = {"train": "train.json", "val": "val.json", "test": "test.json"}
 FGVC_VAL_FRACTION = 0.1  # of train, where no val.json says which: the paper's appendix
@@ -38,7 +44,7 @@ class Task:
         num_train, num_val, num_test: images in each split.
         folders: names of the task's folder that are looked for, the usual one first.
         image_folder: what the paths in its lists start from, below the task's folder.
-        source: where the data come from, in words.
+        source: where the images come from.
         resize, augment, normalization: the preprocessing where a recipe does not say.
     """
 
@@ -81,7 +87,7 @@ def _vtab(
         num_test,
         (name, *aliases),
         "",
-        f"TensorFlow Datasets {source}",
+        f"tfds/{source}",
         resize="squash",
         augment="none",
         normalization="imagenet",
@@ -173,18 +179,23 @@ _ALL = (
         200,
         (5_394, 600, 5_794),
         "images",
-        "CUB-200-2011, Caltech",
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
         ("CUB_200_2011", "CUB", "CUB-200-2011"),
     ),
     _fgvc(
-        "nabirds", 555, (21_536, 2_393, 24_633), "images", "NABirds, Cornell Lab", ("NABirds", "NABirds-555")
+        "nabirds",
+        555,
+        (21_536, 2_393, 24_633),
+        "images",
+        "https://dl.allaboutbirds.org/nabirds",
+        ("NABirds", "NABirds-555"),
     ),
     _fgvc(
         "flowers",
         102,
         (1_020, 1_020, 6_149),
         "",
-        "Oxford Flowers, VGG Oxford",
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
         ("OxfordFlowers", "OxfordFlower", "oxford_flowers", "Flowers"),
     ),
     _fgvc(
@@ -192,7 +203,7 @@ _ALL = (
         120,
         (10_800, 1_200, 8_580),
         "Images",
-        "Stanford Dogs",
+        "http://vision.stanford.edu/aditya86/ImageNetDogs",
         ("StanfordDogs", "stanford-dogs", "stanford_dogs", "Dogs"),
     ),
     _fgvc(
@@ -200,7 +211,7 @@ _ALL = (
         196,
         (7_329, 815, 8_041),
         "",
-        "Stanford Cars",
+        "https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
         ("StanfordCars", "stanford-cars", "stanford_cars", "Cars"),
     ),
 )

@@ -1,0 +1,207 @@
+"""Making VTAB-1k lists of a full data set, and `vpt-fast data check`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from task_trees import picture, shrink, write_fgvc, write_shards, write_vtab
+from timm.data.dataset import IterableImageDataset
+from typer.testing import CliRunner
+
+from vpt_fast.cli import app
+from vpt_fast.data import TASKS, DataError, decode_image, open_splits, prepare
+from vpt_fast.data.prepare import REFUSED, TFDS_RANGES, prepare_task
+
+
+@pytest.fixture
+def command():
+    """Runs vpt-fast data with the arguments given."""
+    return lambda *arguments: CliRunner().invoke(app, ["data", *map(str, arguments)])
+
+
+@pytest.fixture
+def cifar(monkeypatch):
+    return shrink(monkeypatch, "vtab/cifar")
+
+
+def taken_by(ranges: str, full: list[int]) -> list[int]:
+    """What TensorFlow Datasets takes by "split[a:b]"."""
+    start, stop = re.fullmatch(r"\w+(?:\[(\d*):(\d*)\])?", ranges).groups()
+    return full[slice(int(start or 0), int(stop) if stop else None)]
+
+
+@pytest.fixture
+def tfds(monkeypatch):
+    """Pretends that there is tfds/cifar100: training images 0 to 19, test images 100 to 105."""
+    monkeypatch.setitem(TFDS_RANGES, "vtab/cifar", ("train[:8]", "train[16:20]", "test"))
+
+    def create(name, root, split, **options):
+        full = list(range(20)) if split.startswith("train") else list(range(100, 106))
+        return IterableImageDataset(root, reader=[(picture(i), i % 2) for i in taken_by(split, full)])
+
+    monkeypatch.setattr("vpt_fast.data.factory.create_dataset", create)
+
+
+def numbers(images) -> list[int]:
+    """Which pictures the images are."""
+    known = {np.asarray(picture(i)).tobytes(): i for i in [*range(20), *range(100, 106)]}
+    return [known[np.asarray(decode_image(item)).tobytes()] for item in images.items]
+
+
+def test_every_task_of_vtab_is_a_range_or_refused_for_a_reason():
+    assert TFDS_RANGES.keys() | REFUSED.keys() == {name for name, t in TASKS.items() if t.suite == "vtab"}
+    assert TFDS_RANGES.keys().isdisjoint(REFUSED)
+
+
+@pytest.mark.parametrize("name", TFDS_RANGES)
+def test_ranges_take_as_many_images_as_vtab_1k_has(name):
+    train, val, test = TFDS_RANGES[name]
+    many = list(range(10**5))
+    assert (len(taken_by(train, many)), len(taken_by(val, many))) == (800, 200)
+    assert test == "test" or TASKS[name].num_test == {"vtab/eurosat": 27_000, "vtab/resisc45": 31_500}[
+        name
+    ] - int(test.strip("train[:]"))
+
+
+def test_images_of_tfds_are_the_task_s_own(cifar, tfds, tmp_path):
+    done = []
+    prepared = prepare_task(cifar, "tfds/cifar100", tmp_path, progress=lambda *now: done.append(now))
+    assert prepared.is_published and prepared.images == 18 and done == [(i, 18) for i in range(1, 19)]
+    splits = open_splits(tmp_path, task="vtab/cifar")
+    assert numbers(splits.train) == list(range(8))
+    assert numbers(splits.val) == list(range(16, 20))
+    assert numbers(splits.test) == list(range(100, 106))
+    assert splits.train.labels == (0, 1) * 4
+    both = (tmp_path / "cifar" / "train800val200.txt").read_text().splitlines()
+    assert len(both) == 12
+
+
+def test_shards_give_their_first_images_as_they_are(cifar, tmp_path):
+    shards = write_shards(tmp_path / "shards", {"train": 14, "test": 6})
+    prepared = prepare_task(cifar, str(shards), tmp_path / "out")
+    assert not prepared.is_published
+    splits = open_splits(tmp_path / "out", task="vtab/cifar")
+    assert splits.classes == ("dark", "bright")
+    assert (numbers(splits.train), numbers(splits.val)) == (list(range(8)), list(range(8, 12)))
+    assert splits.train.items[0].suffix == ".webp"
+
+
+def test_preparing_goes_on_where_it_was_stopped(cifar, tfds, tmp_path, monkeypatch):
+    def stop(done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_task(cifar, "tfds/cifar100", tmp_path, progress=stop)
+    assert not list(tmp_path.rglob("*.txt"))  # it does not look like a task yet
+    first = (tmp_path / "cifar/images/train800/000000.png").stat().st_mtime_ns
+    written = []
+    writer = prepare._png_writer
+    monkeypatch.setattr(
+        prepare, "_png_writer", lambda image: lambda path: (written.append(1), writer(image)(path))
+    )
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    assert len(written) == 8
+    assert (tmp_path / "cifar/images/train800/000000.png").stat().st_mtime_ns == first
+    assert numbers(open_splits(tmp_path, task="vtab/cifar").val) == list(range(16, 20))
+
+
+@pytest.mark.parametrize(
+    "name, source, message",
+    [
+        ("vtab/kitti", "tfds/kitti", "vtab/kitti cannot be prepared: its labels are made of the distances"),
+        ("vtab/dsprites_loc", "tfds/dsprites", "put into 16 bins; .*vtab-1k.zip"),
+        ("fgvc/cub", "x", "fgvc/cub cannot be prepared: its lists name their images one by one"),
+        ("vtab/cifar", "torch/cifar100", "torch/cifar100: wanted tfds/cifar100, or a folder of shards"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_with_the_reason(tmp_path, name, source, message):
+    with pytest.raises(DataError, match=message):
+        prepare_task(TASKS[name], source, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "counts, message",
+    [
+        ({"train": 10, "test": 6}, "10 training images; wanted 12 or more"),
+        ({"train": 12}, "has no test shards"),
+        ({"train": 12, "test": 5}, "5 images for test.txt; vtab/cifar has 6"),
+    ],
+    ids=["few", "no test", "other test"],
+)
+def test_shards_of_another_set_are_refused(cifar, tmp_path, counts, message):
+    with pytest.raises(DataError, match=message):
+        prepare_task(cifar, str(write_shards(tmp_path / "shards", counts)), tmp_path / "out")
+
+
+def test_folder_that_something_else_is_in_is_left_alone(cifar, tfds, tmp_path):
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar" / "mine").touch()
+    with pytest.raises(DataError, match="holds files that were not prepared here"):
+        prepare_task(cifar, "tfds/cifar100", tmp_path)
+
+
+def test_folder_prepared_from_another_source_is_left_alone(cifar, tfds, tmp_path):
+    prepare_task(cifar, str(write_shards(tmp_path / "shards", {"train": 12, "test": 6})), tmp_path)
+    with pytest.raises(DataError, match="'source': 'shards'.* and not .*'tfds/cifar100'"):
+        prepare_task(cifar, "tfds/cifar100", tmp_path)
+
+
+def test_prepare_says_whose_images_they_are(command, cifar, tmp_path):
+    shards = write_shards(tmp_path / "shards", {"train": 12, "test": 6})
+    result = command("prepare", "--task", "cifar", "--from", shards, "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "not those that VTAB-1k published" in " ".join(result.output.split())
+    assert command("check", tmp_path / "out", "--task", "cifar").exit_code == 0
+
+
+def test_check_lists_what_is_there(command, cifar, monkeypatch, tmp_path):
+    write_vtab(cifar, tmp_path / "cifar100")
+    cub = shrink(monkeypatch, "fgvc/cub", train=36)
+    write_fgvc(cub, tmp_path / "CUB", splits=("train", "test"))  # a tenth of train stands in for val
+    result = command("check", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "vtab/cifar" in result.output and "cifar100" in result.output and "CUB" in result.output
+    assert "of train" in result.output and "not found: vtab/caltech101" in result.output
+
+
+def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_path):
+    folder = write_vtab(cifar, tmp_path / "cifar")
+    for i in range(5):
+        (folder / "images" / "test" / f"{i:06d}.jpg").unlink()
+    (folder / "val200.txt").write_text("x\n")
+    result = command("check", tmp_path, "--task", "vtab/cifar")
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 1
+    for part in ("000000.jpg", "and 2 more", "line 1", "images from tfds/cifar100"):
+        assert part in said, said
+
+
+@pytest.mark.parametrize("options, said", [(["--task", "cub"], "not found"), ([], "not found: vtab/cifar")])
+def test_check_fails_where_there_is_nothing(command, tmp_path, options, said):
+    result = command("check", tmp_path, *options)
+    assert result.exit_code == 1 and said in result.output
+
+
+def test_check_names_shards_of_the_full_set(command, tmp_path):
+    write_shards(tmp_path / "cifar", {"train": 2})
+    result = command("check", tmp_path, "--task", "cifar")
+    assert result.exit_code == 1 and "shards" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["no-folder"], "DIR is no-folder"), ([".", "--task", "cifra"], "close names: vtab/cifar")],
+)
+def test_check_refuses_what_it_cannot_do(command, arguments, message):
+    result = command("check", *arguments)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_manifest_says_where_the_images_came_from(cifar, tfds, tmp_path):
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    found = json.loads((tmp_path / "cifar" / "prepared.json").read_text())
+    assert found == {"task": "vtab/cifar", "source": "tfds/cifar100"}

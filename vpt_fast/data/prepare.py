@@ -1,0 +1,202 @@
+"""VTAB-1k lists of a task, made from its full data set.
+
+VTAB-1k trains on the first 800 images of a task's training part and chooses on the first 200 of its
+validation part, in the order of TensorFlow Datasets (google-research/task_adaptation). So its images are
+defined by a range of each split of such a set, and taken from there they are the published ones. Shards of a
+full data set hold the same images, in an order that nobody vouches for: the first 800, the next 200 and the
+test images make a task of the same form, with other images to train on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from vpt_fast.files import replacing
+
+from .factory import class_names, open_set
+from .images import DataError, ImageList
+from .shards import TarImage, holds_shards, read_shards
+from .tasks import HOW_TO_GET, VTAB_FILES, Task
+
+MANIFEST = "prepared.json"
+TFDS_RANGES = {
+    "vtab/cifar": ("train[:800]", "train[45000:45200]", "test"),
+    "vtab/caltech101": ("train[:800]", "train[2754:2954]", "test"),
+    "vtab/dtd": ("train[:800]", "validation[:200]", "test"),
+    "vtab/oxford_flowers102": ("train[:800]", "validation[:200]", "test"),
+    "vtab/oxford_iiit_pet": ("train[:800]", "train[2944:3144]", "test"),
+    "vtab/svhn": ("train[:800]", "train[65931:66131]", "test"),
+    "vtab/sun397": ("train[:800]", "validation[:200]", "test"),
+    "vtab/patch_camelyon": ("train[:800]", "validation[:200]", "test"),
+    "vtab/eurosat": ("train[:800]", "train[16200:16400]", "train[21600:]"),
+    "vtab/resisc45": ("train[:800]", "train[18900:19100]", "train[25200:]"),
+    "vtab/diabetic_retinopathy": ("train[:800]", "validation[:200]", "test"),
+}
+"""Task -> the TensorFlow Datasets ranges of train800, val200 and test."""
+_CLEVR = "its labels are made of the scenes' descriptions"
+_DSPRITES = "its labels are positions or angles, put into 16 bins"
+_NORB = "its test images are half of the data set's, and its labels another column than the set's class"
+REFUSED = {
+    "vtab/clevr_count": _CLEVR,
+    "vtab/clevr_dist": _CLEVR,
+    "vtab/dmlab": "its frames are records of their own kind",
+    "vtab/kitti": "its labels are made of the distances of annotated vehicles",
+    "vtab/dsprites_loc": _DSPRITES,
+    "vtab/dsprites_ori": _DSPRITES,
+    "vtab/smallnorb_azi": _NORB,
+    "vtab/smallnorb_ele": _NORB,
+}
+"""Task -> why a range of a data set's images and labels is not the task."""
+
+_Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path; file name ending; label
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder in layout A: `is_published` says whether its images are VTAB-1k's own."""
+
+    folder: Path
+    images: int
+    is_published: bool
+
+
+def prepare_task(
+    task: Task,
+    source: str,
+    out: Path,
+    *,
+    data_root: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Writes `out`/<task>/{train800,val200,train800val200,test}.txt and the images that they list.
+
+    An image appears whole or not at all, and the lists after all images, so the same call goes on where an
+    earlier one was stopped.
+
+    Args:
+        source: the task's data set in TensorFlow Datasets by timm's name, such as "tfds/cifar100", kept
+            prepared in `data_root`; or a folder of shards.
+        progress: called with (images done, images in all).
+
+    Raises:
+        DataError: the task is no range of a data set; the source is another data set or holds fewer images;
+            the folder holds what was prepared from another source.
+    """
+    if task.name not in TFDS_RANGES:
+        why = REFUSED.get(task.name, "its lists name their images one by one")
+        raise DataError(f"{task.name} cannot be prepared: {why}; {HOW_TO_GET[task.suite]}")
+    is_published = source == task.source
+    if not is_published and not holds_shards(Path(source)):
+        raise DataError(f"{source}: wanted {task.source}, or a folder of shards of {task.name}")
+    folder = out / task.folders[0]
+    read = _read_tfds if is_published else _read_shards
+    splits, classes = read(task, source, data_root)
+    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, {"task": task.name, "source": source if is_published else "shards"})
+    total = sum(task.sizes.values())
+    done = 0
+    lists = {}
+    for split, samples in splits.items():
+        file = VTAB_FILES[split]
+        images = Path("images") / file.removesuffix(".txt")
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i, (write, ending, label) in enumerate(samples):
+            path = images / f"{i:06d}{ending}"
+            if not (folder / path).exists():
+                with replacing(folder / path) as temporary:
+                    write(temporary)
+            lines.append(f"{path} {label}\n")
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        if len(lines) != task.sizes[split]:
+            raise DataError(
+                f"{source}: {len(lines):,} images for {file}; {task.name} has {task.sizes[split]:,}"
+            )
+        lists[file] = "".join(lines)
+    lists["train800val200.txt"] = lists[VTAB_FILES["train"]] + lists[VTAB_FILES["val"]]
+    if len(classes) == task.num_classes:
+        lists["classnames.txt"] = "".join(f"{name}\n" for name in classes)
+    for file in sorted(
+        lists, key=VTAB_FILES["train"].__eq__
+    ):  # train800.txt last: it says that there is a task
+        with replacing(folder / file) as temporary:
+            temporary.write_text(lists[file], encoding="utf-8")
+    return Prepared(folder, done, is_published)
+
+
+def _begin(folder: Path, manifest: dict[str, str]) -> None:
+    path = folder / MANIFEST
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != manifest:
+            raise DataError(f"{folder}: holds {found}, and not {manifest}; choose another folder")
+        return
+    if any(folder.iterdir()):
+        raise DataError(f"{folder}: holds files that were not prepared here; choose another folder")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_tfds(
+    task: Task, source: str, data_root: str | None
+) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+    sets = {
+        split: open_set(source, data_root, taken)
+        for split, taken in zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True)
+    }
+    return (
+        {split: _rows(dataset) for split, dataset in sets.items()},
+        class_names(sets["train"], task.num_classes),
+    )
+
+
+def _rows(dataset: IterableDataset[Any]) -> Iterator[_Sample]:
+    for image, label in dataset:
+        yield _png_writer(image), ".png", int(label)
+
+
+def _png_writer(image: Image.Image) -> Callable[[Path], None]:
+    return lambda path: image.convert("RGB").save(path, "png")
+
+
+def _read_shards(
+    task: Task, source: str, data_root: str | None
+) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+    found = read_shards(Path(source))
+    needed = task.num_train + task.num_val
+    if len(found["train"]) < needed:
+        raise DataError(f"{source}: {len(found['train']):,} training images; wanted {needed:,} or more")
+    if "test" not in found:
+        raise DataError(f"{source}: has no test shards")
+    classes = found["train"].classes
+    if len(classes) != task.num_classes:
+        raise DataError(f"{source}: {len(classes)} classes; {task.name} has {task.num_classes}")
+    order = list(range(needed))
+    parts = {
+        "train": found["train"].select(order[: task.num_train]),
+        "val": found["train"].select(order[task.num_train :]),
+        "test": found["test"],
+    }
+    return {split: _members(images) for split, images in parts.items()}, classes
+
+
+def _members(images: ImageList) -> Iterator[_Sample]:
+    for item, label in zip(images.items, images.labels, strict=True):
+        assert isinstance(item, TarImage)
+        yield _copy_writer(item), Path(item.name).suffix, label
+
+
+def _copy_writer(item: TarImage) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(item.read())
+
+    return write

@@ -1,0 +1,148 @@
+"""vpt-fast data: what is there of the benchmark tasks, and making a task's lists from a full data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vpt_fast.flags import DebugFlag, one_line_errors
+
+if TYPE_CHECKING:  # torch: imported by the commands
+    from vpt_fast.data.check import SplitFound, TaskFound
+
+app = typer.Typer(
+    no_args_is_help=True, help="Benchmark tasks on disk: what is there, and making what is not."
+)
+
+
+@app.command()
+def check(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds the tasks' folders.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Task, or vtab or fgvc for all of them; may be repeated.", show_default="what is there"
+        ),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Report images, classes and missing files of the tasks in DIR; exits with 1 when something is missing.
+
+    Lists are read and files are asked for; no image is decoded.
+    """
+    with one_line_errors(debug):
+        from vpt_fast.data import TASKS, find_task
+        from vpt_fast.data.check import check_task
+        from vpt_fast.data.tasks import HOW_TO_GET
+
+        if not root.is_dir():
+            raise ValueError(f"DIR is {root}, which is no folder")
+        suites = {found.suite for found in TASKS.values()}
+        wanted = dict.fromkeys(
+            each
+            for name in task or suites
+            for each in (
+                [t for t in TASKS.values() if t.suite == name] if name in suites else [find_task(name)]
+            )
+        )
+        found = [check_task(each, root) for each in TASKS.values() if each in wanted]
+    shown = found if task else [each for each in found if each.folder is not None]
+    console = Console()
+    if shown:
+        console.print(_table(shown))
+    absent = [each.task for each in found if each not in shown]
+    if absent:
+        console.print(f"not found: {', '.join(each.name for each in absent)}", highlight=False)
+    lacking = absent + [each.task for each in shown if not each.is_complete]
+    for suite in dict.fromkeys(each.suite for each in lacking):
+        console.print(f"{suite}: {HOW_TO_GET[suite]}", highlight=False)
+    for each in lacking if task else []:
+        console.print(f"{each.name}: images from {each.source}", highlight=False)
+    if not shown or not all(each.is_complete for each in shown):
+        raise typer.Exit(1)
+
+
+def _table(found: list[TaskFound]) -> Table:
+    table = Table("task", "folder", "train", "val", "test", "classes", "missing")
+    for each in found:
+        splits = [_count(split) for split in each.splits]
+        classes = f"{each.num_classes}" if each.folder else ""
+        if each.folder and each.num_classes != each.task.num_classes:
+            classes = f"{each.num_classes}/{each.task.num_classes}"
+        table.add_row(
+            each.task.name,
+            escape(each.folder.name) if each.folder else "",
+            *(splits or ["", "", ""]),
+            classes,
+            escape("\n".join(each.problems)) or "nothing",
+        )
+    return table
+
+
+def _count(split: SplitFound) -> str:
+    if split.expected == 0:  # a tenth of train is held out in its place
+        return "of train"
+    if split.images == split.expected:
+        return f"{split.images:,}"
+    return f"{split.images or 0:,}/{split.expected:,}"
+
+
+@app.command()
+def prepare(
+    task: Annotated[str, typer.Option(help="Task of VTAB-1k, such as vtab/cifar.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="SOURCE",
+            help="The task's set in TensorFlow Datasets, such as tfds/cifar100, or a folder of shards.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write the task's folder in.")],
+    data_root: Annotated[
+        str | None,
+        typer.Option(help="Where TensorFlow Datasets keeps its sets.", show_default="the library's own"),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Make VTAB-1k's 800 + 200 training images and the test images of a task from its full data set.
+
+    Ctrl-C stops; the same command goes on. From TensorFlow Datasets the images are VTAB-1k's own; from shards
+    they are a choice of the same form.
+    """
+    with one_line_errors(debug):
+        from vpt_fast.data import find_task
+        from vpt_fast.data.prepare import prepare_task
+
+        chosen = find_task(task)
+        console = Console()
+        console.print(f"{chosen.name}: {sum(chosen.sizes.values()):,} images from {source}", highlight=False)
+        with Progress(
+            TextColumn("writing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ) as bars:
+            bar = bars.add_task("", total=sum(chosen.sizes.values()))
+            prepared = prepare_task(
+                chosen,
+                source,
+                out,
+                data_root=data_root,
+                progress=lambda done, of: bars.update(bar, completed=done, total=of),
+            )
+    console.print(f"{prepared.images:,} images: {prepared.folder}", highlight=False)
+    if not prepared.is_published:
+        console.print(
+            "[yellow]The training images are the shards' first ones, not those that VTAB-1k published:[/] "
+            "results are not comparable to published ones image by image."
+        )
