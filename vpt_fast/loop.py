@@ -147,7 +147,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             started = time.perf_counter()
             train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
             feature_seconds = time.perf_counter() - started
-        parallel = DistributedDataParallel(network) if world.size > 1 else network
+        parallel = stack.enter_context(world.joined(network))
         weights = class_weights(recipe, splits, world)
         step = TrainStep(parallel, recipe, optimizer, scaler, weights, is_graphed=is_graphed)
 

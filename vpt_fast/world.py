@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -38,6 +40,20 @@ class World:
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    @contextlib.contextmanager
+    def joined(self, network: nn.Module) -> Iterator[nn.Module]:
+        """``network``, its gradients averaged over all processes where there are several."""
+        if self.size == 1:
+            yield network
+            return
+        parallel = DistributedDataParallel(network)
+        try:
+            yield parallel
+        finally:
+            # What holds the process group goes before it: of torch 2.11, a group that a Reducer is the last to
+            # hold waits for its own threads for ever, at times.
+            parallel.reducer = parallel.logger = None
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` returns in the main process, on all; its ValueError or OSError likewise."""
