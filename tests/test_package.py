@@ -22,7 +22,7 @@ LAYERS = {
     "backbones": ["backbones"],
     "model": ["prompts", "classifier", "model", "tuning", "pretrained", "graphed", ""],
     "data": ["data"],
-    "train": ["methods", "recipe", "world", "plots", "run", "report", "loop", "inference"],
+    "train": ["methods", "parameters", "recipe", "world", "plots", "run", "report", "loop", "inference"],
     "commands": ["flags", "data_commands", "demo", "cli"],
 }
 BELOW = {

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed on the way (training diverged, a full disk, an imag
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -169,6 +170,32 @@ def predict(
         errors.print(f"[red]error:[/] {escape(answer['image'])}: {escape(answer['error'])}", highlight=False)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def methods(
+    backbone: Annotated[str, typer.Option(help="timm name.")] = "vit_base_patch16_224",
+    backbone_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As for train.", show_default="none")
+    ] = None,
+    as_json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """What each method trains and stores, and what the paper's 24 tasks come to, in backbones."""
+    with one_line_errors(debug):
+        from vpt_fast.parameters import count_parameters, table
+
+        rows, reasons = count_parameters(backbone, backbone_arg or [])
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        header, *body = table(rows)
+        shown = Table(*header)
+        for line in body:
+            shown.add_row(*line)
+        Console().print(shown)
+    for method, reason in reasons.items():
+        Console(stderr=True, soft_wrap=True).print(f"{method}: {escape(reason)}", highlight=False)
 
 
 @app.command()

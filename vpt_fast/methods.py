@@ -37,18 +37,23 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
     Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
     backbone_arg.
     """
+    kind, settings = model_settings(recipe)
+    constructor: Any = kind
     try:
-        return _build(recipe, num_classes)
+        return constructor(
+            recipe.backbone, num_classes, pretrained=recipe.pretrained, **settings, **recipe.backbone_arg
+        )
     except (TypeError, AssertionError, RuntimeError, OSError) as error:  # timm's and the hub's ways to say no
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
-def _build(recipe: Recipe, num_classes: int) -> TunedClassifier:
+def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any]]:
+    """The class that a resolved recipe trains, and its keywords beside those that go to timm."""
     method = parse_method(recipe.method)
     class_name, count_keyword = _CLASSES[method.name]
-    settings: dict[str, Any] = {"pool": recipe.pool, "pretrained": recipe.pretrained, **recipe.backbone_arg}
+    settings: dict[str, Any] = {"pool": recipe.pool}
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
     if settings.get("dtype"):
@@ -59,5 +64,4 @@ def _build(recipe: Recipe, num_classes: int) -> TunedClassifier:
         settings["prompt_type"] = method.name.removeprefix("vpt-")
     if method.name == "sidetune":
         settings["side_pretrained"] = recipe.pretrained
-    constructor: Any = MODELS[class_name]
-    return constructor(recipe.backbone, num_classes, **settings)
+    return MODELS[class_name], settings

@@ -1,0 +1,70 @@
+"""What each method trains and stores, against the paper and closed forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vpt_fast.data.tasks import TASKS
+from vpt_fast.parameters import PAPER_TOTALS, PROMPT_LENGTHS, count_parameters, markdown
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+BLOCK = 12 * 768**2 + 13 * 768  # of ViT-B: weights, and biases and norms
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found, reasons = count_parameters()
+    assert not reasons
+    return {row.method: row for row in found}
+
+
+@pytest.mark.parametrize("method", [name for name in PAPER_TOTALS if name != "adapter"])
+def test_totals_are_the_papers(rows, method):
+    low, high = (round(total, 2) for total in rows[method].total)
+    assert low <= PAPER_TOTALS[method] <= high and high - low < 0.02
+
+
+def test_papers_adapters_lie_between_the_reductions_that_it_chose_among(rows):
+    assert rows["adapter, d/256"].total[1] < PAPER_TOTALS["adapter"] < rows["adapter, d/8"].total[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("linear", 0),
+        ("mlp-3", 2 * (768**2 + 768)),
+        ("partial-1", BLOCK + 2 * 768),
+        ("sidetune", 2_469_696 + 9217 * 768 + 1),
+        ("bias", 12 * 11 * 768 + 2 * 768),
+        ("adapter, d/8", 12 * (2 * 768 * 96 + 96 + 768)),
+        ("lora, rank 8", 12 * 8 * 6 * 768),
+        ("cls-token", 768),
+        ("full", 12 * BLOCK + 16 * 16 * 3 * 768 + (197 + 4) * 768),
+    ],
+)
+def test_trained_parameters_are_the_closed_form(rows, method, trained):
+    assert rows[method].trained == (trained, trained)
+
+
+def test_prompt_lengths_are_of_the_24_tasks():
+    assert PROMPT_LENGTHS.keys() == TASKS.keys()
+    assert sum(task.num_classes for task in TASKS.values()) == 940 + 1173
+
+
+def test_table_in_the_docs_is_what_is_counted(rows):
+    assert markdown(list(rows.values())) in (DOCS / "methods.md").read_text()
+
+
+def test_methods_command_leaves_out_what_a_backbone_cannot_have(command):
+    result = command("methods", "--backbone", "train_test_vit", "--json")
+    found = {row["method"]: row for row in json.loads(result.stdout)}
+    assert result.exit_code == 0 and found["cls-token"]["trained"] == [32, 32]
+    assert "sidetune" not in found and "sidetune: backbone: its images are 3x16x16" in result.stderr
+
+
+def test_methods_command_refuses_an_unknown_backbone(command):
+    result = command("methods", "--backbone", "vit_bass_patch16_224")
+    assert result.exit_code == 2 and "vit_base_patch16_224" in result.stderr

@@ -1,0 +1,196 @@
+"""How much each method trains and stores: the "Total params" column of the VPT paper's Table 1.
+
+Total is what 24 tasks (19 of VTAB-1k, 5 of FGVC) need together, in units of the backbone: one shared backbone
+and all that is stored for each task, its head included. Full fine-tuning shares no backbone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.data.tasks import TASKS
+from vpt_fast.methods import model_settings
+from vpt_fast.recipe import Recipe
+
+BACKBONE = "vit_base_patch16_224"
+
+# Prompts that the paper chose for each task with that backbone: deep, shallow. Back-solved from published
+# counts of parameters; the shallow lengths of FGVC are not among them.
+PROMPT_LENGTHS: dict[str, tuple[int, int | None]] = {
+    "vtab/cifar": (10, 100),
+    "vtab/caltech101": (10, 5),
+    "vtab/dtd": (10, 1),
+    "vtab/oxford_flowers102": (1, 200),
+    "vtab/oxford_iiit_pet": (1, 50),
+    "vtab/svhn": (50, 200),
+    "vtab/sun397": (5, 1),
+    "vtab/patch_camelyon": (100, 5),
+    "vtab/eurosat": (100, 50),
+    "vtab/resisc45": (10, 50),
+    "vtab/diabetic_retinopathy": (1, 10),
+    "vtab/clevr_count": (50, 100),
+    "vtab/clevr_dist": (200, 200),
+    "vtab/dmlab": (100, 100),
+    "vtab/kitti": (50, 100),
+    "vtab/dsprites_loc": (10, 100),
+    "vtab/dsprites_ori": (50, 100),
+    "vtab/smallnorb_azi": (200, 200),
+    "vtab/smallnorb_ele": (200, 200),
+    "fgvc/cub": (10, None),
+    "fgvc/nabirds": (50, None),
+    "fgvc/flowers": (5, None),
+    "fgvc/dogs": (100, None),
+    "fgvc/cars": (200, None),
+}
+_SHORTEST, _LONGEST = 1, 200  # prompts that the paper searched between
+
+# Adapters' reductions that the paper chose among, task by task.
+REDUCTIONS = (8, 64, 256)
+
+# Table 1 of the paper, ViT-B/16.
+PAPER_TOTALS = {
+    "linear": 1.02,
+    "partial-1": 3.00,
+    "mlp-3": 1.35,
+    "sidetune": 3.69,
+    "bias": 1.05,
+    "adapter": 1.23,
+    "vpt-shallow": 1.04,
+    "vpt-deep": 1.18,
+}
+
+
+@dataclass(frozen=True)
+class MethodParameters:
+    """One method's counts; a pair is the least and the most, where the settings behind it are not all known.
+
+    trained: parameters trained, and stored, for one task beside its head, on the mean over the tasks.
+    stored: parameters stored for all 24 tasks, with their heads.
+    total: of all tasks together, in backbones.
+    paper: the total that the paper gives, for its backbone.
+    """
+
+    method: str
+    trained: tuple[int, int]
+    stored: tuple[int, int]
+    total: tuple[float, float]
+    paper: float | None
+
+
+def count_parameters(
+    backbone: str = BACKBONE, backbone_arg: Mapping[str, Any] | Sequence[str] = ()
+) -> tuple[list[MethodParameters], dict[str, str]]:
+    """The counts of every method on a backbone, which is built without its weights, and for a method that it
+    cannot have the reason. `backbone_arg` is that of a Recipe.
+
+    Raises:
+        ValueError: a backbone that cannot be built, or is not supported.
+    """
+    deep, shallow = ({name: lengths[i] for name, lengths in PROMPT_LENGTHS.items()} for i in (0, 1))
+    ways: list[tuple[str, Mapping[str, int | None] | None, dict[str, Any]]] = [
+        ("linear", None, {}),
+        ("mlp-3", None, {}),
+        ("partial-1", None, {}),
+        ("sidetune", None, {}),
+        ("bias", None, {}),
+        *((f"adapter, d/{r}", None, {"adapter_reduction": r}) for r in REDUCTIONS),
+        ("lora, rank 8", None, {"lora_rank": 8}),
+        ("cls-token", None, {}),
+        ("vpt-shallow", shallow, {}),
+        ("vpt-deep", deep, {}),
+        ("vpt+bias", deep, {}),
+        ("full", None, {}),
+    ]
+    # Of backbone_arg the recipe reads texts too.
+    recipe = Recipe(data="", backbone=backbone, pretrained=False, backbone_arg=backbone_arg)  # type: ignore
+    is_papers = (backbone, recipe.backbone_arg) == (BACKBONE, {})
+    rows: list[MethodParameters] = []
+    reasons: dict[str, str] = {}
+    with torch.device("meta"), warnings.catch_warnings():
+        # The packaged backbone brings its weights with it, which have no place to go to here.
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        vit, _ = resolve_backbone(backbone, False, recipe.backbone_arg)
+        for name, lengths, settings in ways:
+            method = name.partition(",")[0]
+            try:
+                row = _count(name, lengths, replace(recipe, method=method, **settings), vit)
+            except ValueError as error:
+                if not rows:  # the linear probe, which every backbone can have
+                    raise
+                reasons[name] = str(error)
+            else:
+                rows.append(replace(row, paper=PAPER_TOTALS.get(method)) if is_papers else row)
+    return rows, reasons
+
+
+def _count(
+    name: str, lengths: Mapping[str, int | None] | None, recipe: Recipe, vit: VisionTransformer
+) -> MethodParameters:
+    def build(num_prompts: int | None = None) -> Any:
+        resolved = replace(recipe, num_prompts=num_prompts).resolved(num_train_images=1, device_type="cpu")
+        kind, settings = model_settings(resolved)
+        constructor: Any = kind
+        return constructor(vit, 1, **settings)
+
+    model = build(1 if lengths else None)
+    per_class = model.embed_dim + 1
+    one = model.num_trainable_parameters - per_class
+    least = most = one * len(TASKS)
+    if lengths:
+        per_prompt = build(2).num_trainable_parameters - model.num_trainable_parameters
+        least += per_prompt * sum((p or _SHORTEST) - 1 for p in lengths.values())
+        most += per_prompt * sum((p or _LONGEST) - 1 for p in lengths.values())
+    heads = per_class * sum(task.num_classes for task in TASKS.values())
+    shared = 0 if model.stores_backbone else model.num_backbone_parameters
+    stored = (least + heads, most + heads)
+    total = tuple((shared + count) / model.num_backbone_parameters for count in stored)
+    return MethodParameters(
+        name,
+        (round(least / len(TASKS)), round(most / len(TASKS))),
+        stored,
+        (total[0], total[1]),
+        paper=None,
+    )
+
+
+def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
+    """The rows as text, a header first; a range where the two ends of a pair differ."""
+
+    def span(pair: tuple[float, float], form: str) -> str:
+        ends = [format(end, form) for end in pair]
+        return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+    header = (
+        "method",
+        "trained for a task, beside the head",
+        "stored for 24 tasks",
+        "total",
+        "paper's total",
+    )
+    return [
+        header,
+        *(
+            (
+                row.method,
+                span(row.trained, ","),
+                span(row.stored, ","),
+                span(row.total, ".2f"),
+                "" if row.paper is None else f"{row.paper:.2f}",
+            )
+            for row in rows
+        ),
+    ]
+
+
+def markdown(rows: list[MethodParameters]) -> str:
+    """The table as it stands in docs/methods.md."""
+    header, *body = table(rows)
+    lines = [header, ("---",) * len(header), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
