@@ -51,8 +51,8 @@ class World:
         try:
             yield parallel
         finally:
-            # What holds the process group goes before it: of torch 2.11, a group that a Reducer is the last to
-            # hold waits for its own threads for ever, at times.
+            # Gone before the process group is: torch 2.11 may wait for ever where a Reducer is the last to
+            # hold it.
             parallel.reducer = parallel.logger = None
 
     def from_main(self, function: Callable[[], T]) -> T:
