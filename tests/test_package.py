@@ -22,8 +22,20 @@ LAYERS = {
     "backbones": ["backbones"],
     "model": ["prompts", "classifier", "model", "tuning", "pretrained", "graphed", ""],
     "data": ["data"],
-    "train": ["methods", "parameters", "recipe", "world", "plots", "run", "report", "loop", "inference"],
-    "commands": ["flags", "data_commands", "demo", "cli"],
+    "train": [
+        "methods",
+        "parameters",
+        "recipe",
+        "world",
+        "plots",
+        "run",
+        "report",
+        "cache",
+        "loop",
+        "inference",
+    ],
+    "sweeps": ["published", "sweep", "tables", "ablations"],
+    "commands": ["flags", "sweep_commands", "data_commands", "demo", "cli"],
 }
 BELOW = {
     "files": [],
@@ -33,7 +45,8 @@ BELOW = {
     "model": ["files", "kernels", "engine", "backbones"],
     "data": ["files"],
     "train": ["files", "data", "engine", "backbones", "model"],
-    "commands": ["files", "data", "model", "train"],
+    "sweeps": ["files", "data", "backbones", "model", "train"],
+    "commands": ["files", "data", "model", "train", "sweeps"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +26,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from vpt_fast.cache import TrainingCache
 from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.data import (
     Batches,
     CheckedImages,
+    ImageList,
     Preprocessing,
     Splits,
     check_images,
@@ -77,11 +80,20 @@ class TrainResult:
         return len(self.metrics) == self.recipe.epochs
 
 
-def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    console: Console | None = None,
+    fresh: bool = False,
+    cache: TrainingCache | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
     """Trains ``recipe`` in the run folder ``out``, going on from where an earlier call with it was stopped.
 
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
-    first.
+    first. ``cache`` spares a run what an earlier one of this process loaded. ``on_epoch`` is called with the
+    row of each epoch that this call completed and saved; what it raises ends the call.
 
     Raises:
         ValueError: what was asked for cannot be had (RunError for the folder, DataError for the data).
@@ -95,7 +107,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
         # What can be refused at once is refused before a folder is made or an image is read.
         if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
-        splits = open_data(recipe)
+        cache = cache or TrainingCache(kept=0)
+        splits = open_data(recipe, cache)
         recipe = recipe.resolved(
             num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
         )
@@ -110,7 +123,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
 
         # Model and images.
         torch.manual_seed(recipe.seed)
-        model = build_model(recipe, len(splits.classes)).to(world.device)
+        with cache.backbones():
+            model = build_model(recipe, len(splits.classes)).to(world.device)
         preprocessing = Preprocessing.for_model(
             model.data_config,
             model.image_size,
@@ -119,7 +133,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             resize=recipe.resize,
             interpolation=recipe.interpolation,
         )
-        train_images, val_images = read_images(splits, preprocessing, recipe, world, console)
+        train_images, val_images = read_images(splits, preprocessing, recipe, world, console, cache)
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
@@ -143,9 +157,13 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             console.print("Computing the frozen features once.")
             network = TrainedPart(model)
             if val_images is not None:
-                val_batches = FeatureBatches(model, val_images, preprocessing, recipe, world, train=False)
+                val_batches = FeatureBatches(
+                    model, val_images, preprocessing, recipe, world, cache, train=False
+                )
             started = time.perf_counter()
-            train_batches = FeatureBatches(model, train_images, preprocessing, recipe, world, train=True)
+            train_batches = FeatureBatches(
+                model, train_images, preprocessing, recipe, world, cache, train=True
+            )
             feature_seconds = time.perf_counter() - started
         parallel = stack.enter_context(world.joined(network))
         weights = class_weights(recipe, splits, world)
@@ -214,6 +232,8 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
                     if row[name] is not None:
                         events.add_scalar(name, row[name], epoch)
             progress.end_epoch(row)
+            if on_epoch is not None:
+                on_epoch(row)
 
         if events is not None:
             events.close()
@@ -225,7 +245,7 @@ def train(recipe: Recipe, out: Path, *, console: Console | None = None, fresh: b
             test = None
             progress.close()  # the test images have a bar of their own
             if recipe.test:
-                test = evaluate_test(model, splits, preprocessing, recipe, world, console)
+                test = evaluate_test(model, splits, preprocessing, recipe, world, console, cache)
             results = summarise(rows[-1], splits, test)
             if world.is_main:
                 with saving(folder, "the results"):
@@ -260,10 +280,9 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
         )
 
 
-def open_data(recipe: Recipe) -> Splits:
+def open_data(recipe: Recipe, cache: TrainingCache) -> Splits:
     """The images that a recipe names."""
-    return open_splits(
-        recipe.data,
+    named: dict[str, Any] = dict(
         task=recipe.task,
         train_on=recipe.train_on,
         with_test=recipe.test,
@@ -272,25 +291,53 @@ def open_data(recipe: Recipe) -> Splits:
         data_root=recipe.data_root,
         seed=recipe.seed,
     )
+    return cache.get("splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named))
 
 
 def read_images(
-    splits: Splits, preprocessing: Preprocessing, recipe: Recipe, world: World, console: Console
+    splits: Splits,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+    cache: TrainingCache,
 ) -> tuple[CheckedImages, CheckedImages | None]:
     """The images of train and val that can be decoded; where they are few, decoded."""
     lists = [images for images in (splits.train, splits.val) if images is not None]
     with checking_images(console, sum(map(len, lists))) as advance:
         train, *val = (
-            check_images(
+            check_split(
                 images,
-                workers=recipe.workers,
-                preprocessing=preprocessing if images is splits.train else preprocessing.for_evaluation(),
-                keep_bytes=resident_budget(world.device, recipe.resident),
-                progress=advance,
+                preprocessing if images is splits.train else preprocessing.for_evaluation(),
+                recipe,
+                world,
+                cache,
+                advance,
             )
             for images in lists
         )
     return train, val[0] if val else None
+
+
+def check_split(
+    images: ImageList,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    cache: TrainingCache,
+    progress: Callable[[int, int], None],
+) -> CheckedImages:
+    return cache.get(
+        "images",
+        (images, preprocessing, recipe.resident),
+        lambda: check_images(
+            images,
+            workers=recipe.workers,
+            preprocessing=preprocessing,
+            keep_bytes=resident_budget(world.device, recipe.resident),
+            progress=progress,
+        ),
+    )
 
 
 def make_batches(
@@ -320,18 +367,13 @@ def evaluate_test(
     recipe: Recipe,
     world: World,
     console: Console,
+    cache: TrainingCache,
 ) -> Evaluation:
     """Loss and accuracy on the test images; those that cannot be decoded are named and left out."""
     assert splits.test is not None, "open_data saw to it"
     preprocessing = preprocessing.for_evaluation()
     with checking_images(console, len(splits.test)) as advance:
-        images = check_images(
-            splits.test,
-            workers=recipe.workers,
-            preprocessing=preprocessing,
-            keep_bytes=resident_budget(world.device, recipe.resident),
-            progress=advance,
-        )
+        images = check_split(splits.test, preprocessing, recipe, world, cache, advance)
     print_skipped(console, images.skipped)
     batches = make_batches(images, preprocessing, recipe, world, train=False)
     return evaluate(model, batches, len(splits.classes), world, recipe.precision)
@@ -386,23 +428,17 @@ class FeatureBatches:
         preprocessing: Preprocessing,
         recipe: Recipe,
         world: World,
+        cache: TrainingCache,
         *,
         train: bool,
     ) -> None:
         self.batches = make_batches(images, preprocessing, recipe, world, train=train)
-        in_order = Batches(
-            images,
-            preprocessing,
-            FORWARD_BATCH,
-            train=False,
-            seed=recipe.seed,
-            device=world.device,
-            workers=recipe.workers,
+        frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
+        self.features, self.labels = cache.get(
+            "features",
+            (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
+            lambda: compute_features(model, images, preprocessing, recipe, world),
         )
-        with autocast(recipe.precision, world.device):
-            found = [(model.frozen_features(x), y) for x, y in in_order.epoch(0)]
-        self.features = torch.cat([features for features, _ in found])  # (n, d), or (n, N, d) of tokens
-        self.labels = torch.cat([labels for _, labels in found])  # (n,)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -411,6 +447,24 @@ class FeatureBatches:
         order = self.batches.indices(epoch).to(self.features.device)
         for chunk in order.split(self.batches.batch_size):
             yield self.features[chunk], self.labels[chunk]
+
+
+def compute_features(
+    model: TunedClassifier, images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frozen features of all images in their order, (n, d), or (n, N, d) of tokens; labels (n,)."""
+    in_order = Batches(
+        images,
+        preprocessing,
+        FORWARD_BATCH,
+        train=False,
+        seed=recipe.seed,
+        device=world.device,
+        workers=recipe.workers,
+    )
+    with autocast(recipe.precision, world.device):
+        found = [(model.frozen_features(x), y) for x, y in in_order.epoch(0)]
+    return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
 
 def captures_steps(recipe: Recipe, world: World, console: Console) -> bool:

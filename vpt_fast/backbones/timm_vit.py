@@ -5,10 +5,12 @@ What timm can build and this file does not know raises; nothing is approximated.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +89,7 @@ def resolve_backbone(
             raise ValueError(f"img_size: timm knows no default for {backbone!r}, and a border needs one")
         height, width = to_2tuple(size or settings.input_size[1:])
         build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
-    vit = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **build_kwargs)
+    vit = _create(backbone, pretrained, build_kwargs)
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm VisionTransformer")
     if "img_size" in build_kwargs and not vit.patch_embed.dynamic_img_pad:
@@ -99,6 +101,38 @@ def resolve_backbone(
                 f"{patch[0]}x{patch[1]}"
             )
     return vit, Origin(backbone, pretrained, dict(kwargs))
+
+
+_Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after it was built
+_shared: ContextVar[dict[Hashable, _Built] | None] = ContextVar("shared_backbones", default=None)
+
+
+@contextlib.contextmanager
+def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
+    """Within it, a backbone by name is taken from `built`, which keeps the last one.
+
+    Weights that are drawn at random depend on torch's generator, and what is drawn after them on how far they
+    moved it: both are what they would be without.
+    """
+    token = _shared.set(built)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    shared = _shared.get()
+    if shared is None:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+    key = (name, pretrained, repr(sorted(kwargs.items())), bytes(torch.get_rng_state().numpy()))
+    if key not in shared:
+        shared.clear()
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        shared[key] = (vit, torch.get_rng_state())
+    vit, state = shared[key]
+    torch.set_rng_state(state)
+    return vit
 
 
 def fingerprint(vit: VisionTransformer) -> str:

@@ -1,0 +1,71 @@
+"""What runs of one process share changes no result."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import timm
+from test_loop import require_equal
+
+from vpt_fast import loop
+from vpt_fast.cache import TrainingCache
+from vpt_fast.run import RunFolder
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear", "full"])
+def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
+    if method != "vpt-deep":
+        recipe = dataclasses.replace(recipe, method=method, num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(
+        recipe, backbone="test_vit", pretrained=False, epochs=2, test=True, base_lr=0.1
+    )
+    cache = TrainingCache()
+    loop.train(recipe, tmp_path / "before", cache=cache)
+    cached = loop.train(recipe, tmp_path / "cached", cache=cache)
+    plain = loop.train(recipe, tmp_path / "plain")
+    require_equal(plain, cached)
+    assert plain.results == cached.results
+    assert RunFolder(plain.path).read().facts == RunFolder(cached.path).read().facts
+
+
+def test_backbone_and_images_are_loaded_once(recipe, tmp_path, monkeypatch):
+    built, read = [], []
+    create, check = timm.create_model, loop.check_images
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: built.append(1) or create(*a, **k))
+    monkeypatch.setattr(loop, "check_images", lambda *a, **k: read.append(1) or check(*a, **k))
+    cache = TrainingCache()
+    for i, base_lr in enumerate((0.1, 0.2)):
+        changed = dataclasses.replace(recipe, base_lr=base_lr, epochs=1, warmup_epochs=0)
+        loop.train(changed, tmp_path / str(i), cache=cache)
+    assert (len(built), len(read)) == (1, 2)  # images: train and val
+
+
+def test_another_seed_draws_other_random_weights(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=1, warmup_epochs=0)
+    cache = TrainingCache()
+    one, other = (
+        loop.train(dataclasses.replace(recipe, seed=seed), tmp_path / str(seed), cache=cache)
+        for seed in (1, 2)
+    )
+    assert one.facts["backbone"]["fingerprint"] != other.facts["backbone"]["fingerprint"]
+
+
+def test_the_things_used_last_are_kept():
+    cache, made = TrainingCache(kept=2), []
+    for key in (1, 2, 1, 3, 1, 2):
+        cache.get("numbers", key, lambda key=key: made.append(key))
+    assert made == [1, 2, 3, 2]
+
+
+def test_on_epoch_sees_each_saved_row_and_may_end_the_run(recipe, tmp_path):
+    rows = []
+
+    def on_epoch(row):
+        rows.append(row)
+        if len(rows) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        loop.train(recipe, tmp_path / "run", on_epoch=on_epoch)
+    assert RunFolder(tmp_path / "run").read().metrics == rows
