@@ -19,6 +19,8 @@ from vpt_fast.data import (
     decode_image,
     open_splits,
 )
+from vpt_fast.data.decode import default_workers
+from vpt_fast.data.resident import host_budget
 
 NUM_IMAGES = 11
 PREPROCESSINGS = {
@@ -269,6 +271,45 @@ def test_auto_is_resident_up_to_the_budget(images, name, monkeypatch):
     assert make(images, preprocessing).is_resident
     monkeypatch.setattr("vpt_fast.data.resident.host_budget", lambda: num_bytes - 1)
     assert not make(images, preprocessing).is_resident
+
+
+@pytest.mark.parametrize(
+    "resident, device_bytes, host_bytes, kept_on",
+    [
+        ("auto", 1, 1, "meta"),
+        ("auto", 0, 1, "cpu"),
+        ("auto", 0, 0, None),
+        ("host", 1, 0, "cpu"),
+        ("device", 0, 0, "meta"),
+        ("off", 1, 1, None),
+    ],
+)
+def test_pixels_are_kept_where_they_fit_or_where_they_are_asked_to(
+    images, monkeypatch, resident, device_bytes, host_bytes, kept_on
+):
+    # "meta" stands for a GPU: another device than the one that decodes.
+    num_bytes = check_images(
+        images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20
+    ).resident.num_bytes
+    for name, share in (("device_budget", device_bytes), ("host_budget", host_bytes)):
+        monkeypatch.setattr(f"vpt_fast.data.resident.{name}", lambda *device, share=share: share * num_bytes)
+    monkeypatch.setattr("vpt_fast.data.batches.device_budget", lambda device: device_bytes * num_bytes)
+    batches = make(images, device="meta", resident=resident)
+    assert (batches._resident and batches._resident.pixels.device.type) == kept_on
+
+
+def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "MemFree: 1 kB\nMemAvailable: 4000 kB\n")
+    assert host_budget() == 1000 << 10
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_budget() == 250 << 10
+
+
+def test_all_cores_decode_shared_by_local_processes(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    assert default_workers() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert default_workers() == 1
 
 
 def test_evaluation_keeps_no_more_than_the_crop(images):

@@ -17,6 +17,13 @@ def test_train_and_val_together_are_all_images(write_images, folders):
     assert splits.val is None and Counter(splits.train.labels) == {0: 12, 1: 6}
 
 
+def test_class_of_one_image_can_be_trained_on_where_nothing_is_held_out(write_images):
+    root = write_images({"a": 3, "b": 1})
+    assert Counter(open_splits(root, train_on="train+val").train.labels) == {0: 3, 1: 1}
+    with pytest.raises(DataError, match="found one image in b/"):
+        open_splits(root)
+
+
 def test_train_fraction_keeps_its_share_of_each_class(write_images):
     root = write_images(FOLDERS)
     splits = open_splits(root, train_fraction=0.5)

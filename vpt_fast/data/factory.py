@@ -59,7 +59,9 @@ def is_factory_name(data: str) -> bool:
     return prefix in PREFIXES and bool(slash and name) and not Path(data).is_dir()
 
 
-def open_factory(name: str, root: str | None, *, with_test: bool, val_fraction: float, seed: int) -> Splits:
+def open_factory(
+    name: str, root: str | None, *, with_test: bool, val_fraction: float | None, seed: int
+) -> Splits:
     """The set's train split, divided as a folder's is, and with `with_test` its test split.
 
     Nothing is downloaded but by the Hugging Face hub's own names (hfds/). A set that can only be gone through

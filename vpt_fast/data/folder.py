@@ -19,7 +19,7 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 LAYOUTS = "wanted train/ and val/ folders of class folders, or one folder of class folders"
 
 
-def open_folder(root: Path, *, val_fraction: float, seed: int) -> Splits:
+def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     """Lists the images under the folder `root`.
 
     Three layouts are understood:
@@ -29,8 +29,8 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> Splits:
     - `root/train/<class>/...` with no val folder: `train` is split.
     - `root/<class>/...`: all of it is split.
 
-    A split puts `val_fraction` of each class into val, by `hold_out`; it depends on `seed`, the class names
-    and the file names alone.
+    A split puts `val_fraction` of each class into val (None: nothing), by `hold_out`; it depends on `seed`,
+    the class names and the file names alone.
 
     Images are the files anywhere below a class folder whose names end in one of `IMAGE_EXTENSIONS`; other
     files and whatever is hidden (its name starts with a dot) are left out. No file is opened.
@@ -48,13 +48,11 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> Splits:
 
     listed = {split: _list_images(folder) for split, folder in folders.items()}
     _require_same_classes(folders, listed)
-    classes = listed["train"].classes
-    train = listed["train"]
-    if "val" in listed:
-        val = _relabel(listed["val"], classes)
-    else:
+    found = {split: _relabel(images, listed["train"].classes) for split, images in listed.items()}
+    train, val = found["train"], found.get("val")
+    if val is None:
         train, val = hold_out(train, val_fraction, seed, where=folders["train"])
-    return Splits(train, val, _relabel(listed["test"], classes) if "test" in listed else None)
+    return Splits(train, val, found.get("test"))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

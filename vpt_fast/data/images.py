@@ -86,8 +86,11 @@ class Splits:
         return self.train.classes
 
 
-def hold_out(images: ImageList, fraction: float, seed: int, *, where: object) -> tuple[ImageList, ImageList]:
+def hold_out(
+    images: ImageList, fraction: float | None, seed: int, *, where: object
+) -> tuple[ImageList, ImageList | None]:
     """(the rest, what is held out): of a class's n images round(`fraction` · n), at least 1, at most n - 1.
+    With a `fraction` of None nothing is.
 
     Depends on `seed`, the class names and each class's order of images alone, and for each class on that
     class alone.
@@ -95,6 +98,8 @@ def hold_out(images: ImageList, fraction: float, seed: int, *, where: object) ->
     Raises:
         DataError: a class has one image; the text names it and `where`.
     """
+    if fraction is None:
+        return images, None
     members = _by_class(images)
     single = [name for name, indices in members.items() if len(indices) == 1]
     if single:

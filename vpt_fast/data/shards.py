@@ -47,7 +47,7 @@ def holds_shards(root: Path) -> bool:
     return any(_shard_files(root / name) for name, split in SPLIT_FOLDERS.items() if split == "train")
 
 
-def open_shards(root: Path, *, val_fraction: float, seed: int) -> Splits:
+def open_shards(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     """The splits in a folder of shards; with no val shards, train is split as a folder's is.
 
     Raises:

@@ -52,11 +52,12 @@ def open_splits(
         raise ValueError(f"train_fraction: {train_fraction}, wanted a number above 0 and at most 1")
     if seed < 0:
         raise ValueError(f"seed: {seed}, wanted 0 or more")
-    splits = _open(data, task, with_test, val_fraction, data_root, seed)
+    held_out = val_fraction if train_on == "train" else None
+    splits = _open(data, task, with_test, held_out, data_root, seed)
     if with_test and splits.test is None:
         raise DataError(f"{data}: has no test split")
     train, val = splits.train, splits.val
-    if train_on == "train+val" and val is not None:
+    if train_on == "train+val" and val is not None:  # the data have a val of their own
         train, val = train + val, None
     return Splits(take_fraction(train, train_fraction, seed), val, splits.test)
 
@@ -65,7 +66,7 @@ def _open(
     data: str | os.PathLike[str],
     task: str | None,
     with_test: bool,
-    val_fraction: float,
+    val_fraction: float | None,
     data_root: str | None,
     seed: int,
 ) -> Splits:
@@ -83,7 +84,7 @@ def _open(
     if not root.is_dir():
         raise DataError(f"{root}: is a file, not a folder; {LAYOUTS}")
     if task is not None:
-        return open_task(find_task(task), root, seed=seed)
+        return open_task(find_task(task), root, holds_out=val_fraction is not None, seed=seed)
     if holds_shards(root):
         return open_shards(root, val_fraction=val_fraction, seed=seed)
     return open_folder(root, val_fraction=val_fraction, seed=seed)

@@ -257,8 +257,10 @@ def find_task_folder(task: Task, root: Path) -> Path | None:
     return next((folder for folder in [*candidates, root] if (folder / listing).is_file()), None)
 
 
-def open_task(task: Task, root: Path, *, seed: int) -> Splits:
+def open_task(task: Task, root: Path, *, holds_out: bool, seed: int) -> Splits:
     """The task's lists, checked against what the task is; test is None where its list is not there.
+
+    Where FGVC has no list of val, a tenth of train is val, or with `holds_out` false val is None.
 
     Raises:
         DataError: files are missing or hold something else than the task; the text says which, and which
@@ -271,9 +273,9 @@ def open_task(task: Task, root: Path, *, seed: int) -> Splits:
         if holds_shards(root) or any(holds_shards(root / name) for name in task.folders):
             hint = "; there are shards of a full data set: vpt-fast data prepare makes VTAB-1k lists of those"
         raise DataError(f"{root}: no {task.files['train']} of {task.name} in {looked}{hint}")
-    splits = _open_vtab(task, folder) if task.suite == "vtab" else _open_fgvc(task, folder, seed)
-    found = [images for images in (splits.train, splits.val, splits.test) if images is not None]
-    if len(found) == 3:
+    splits = _open_vtab(task, folder) if task.suite == "vtab" else _open_fgvc(task, folder, holds_out, seed)
+    if splits.test is not None:
+        found = [images for images in (splits.train, splits.val, splits.test) if images is not None]
         classes = {label for images in found for label in images.labels}
         if len(classes) != task.num_classes:
             raise DataError(
@@ -324,7 +326,7 @@ def read_list(path: Path, num_classes: int) -> list[tuple[int, str, int]]:
     return entries
 
 
-def _open_fgvc(task: Task, folder: Path, seed: int) -> Splits:
+def _open_fgvc(task: Task, folder: Path, holds_out: bool, seed: int) -> Splits:
     listed = {
         split: read_json(folder / file)
         for split, file in task.files.items()
@@ -353,9 +355,10 @@ def _open_fgvc(task: Task, folder: Path, seed: int) -> Splits:
         _require_files(path, root, [("entry " + repr(name), name) for name in entries])
         labels = tuple(index[class_id] for class_id in entries.values())
         found[split] = ImageList(tuple(root / name for name in entries), labels, classes)
-    if "val" not in found:
-        found["train"], found["val"] = hold_out(found["train"], FGVC_VAL_FRACTION, seed, where=folder)
-    return Splits(found["train"], found["val"], found.get("test"))
+    train, val = found["train"], found.get("val")
+    if val is None:
+        train, val = hold_out(train, FGVC_VAL_FRACTION if holds_out else None, seed, where=folder)
+    return Splits(train, val, found.get("test"))
 
 
 def read_json(path: Path) -> dict[str, int]:
