@@ -112,7 +112,7 @@ def test_preparing_goes_on_where_it_was_stopped(cifar, tfds, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "name, source, message",
     [
-        ("vtab/kitti", "tfds/kitti", "vtab/kitti cannot be prepared: its labels are made of the distances"),
+        ("vtab/kitti", "tfds/kitti", "vtab/kitti cannot be prepared: its labels are distances"),
         ("vtab/dsprites_loc", "tfds/dsprites", "put into 16 bins; .*vtab-1k.zip"),
         ("fgvc/cub", "x", "fgvc/cub cannot be prepared: its lists name their images one by one"),
         ("vtab/cifar", "torch/cifar100", "torch/cifar100: wanted tfds/cifar100, or a folder of shards"),

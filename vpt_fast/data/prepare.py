@@ -38,16 +38,16 @@ TFDS_RANGES = {
     "vtab/eurosat": ("train[:800]", "train[16200:16400]", "train[21600:]"),
     "vtab/resisc45": ("train[:800]", "train[18900:19100]", "train[25200:]"),
     "vtab/diabetic_retinopathy": ("train[:800]", "validation[:200]", "test"),
+    "vtab/dmlab": ("train[:800]", "validation[:200]", "test"),
 }
 """Task -> the TensorFlow Datasets ranges of train800, val200 and test."""
-_CLEVR = "its labels are made of the scenes' descriptions"
+_CLEVR = "its labels are counted or measured in the scenes' descriptions"
 _DSPRITES = "its labels are positions or angles, put into 16 bins"
-_NORB = "its test images are half of the data set's, and its labels another column than the set's class"
+_NORB = "its labels are azimuths or elevations, not the classes that timm reads"
 REFUSED = {
     "vtab/clevr_count": _CLEVR,
     "vtab/clevr_dist": _CLEVR,
-    "vtab/dmlab": "its frames are records of their own kind",
-    "vtab/kitti": "its labels are made of the distances of annotated vehicles",
+    "vtab/kitti": "its labels are distances of annotated vehicles, put into 4 bins",
     "vtab/dsprites_loc": _DSPRITES,
     "vtab/dsprites_ori": _DSPRITES,
     "vtab/smallnorb_azi": _NORB,
