@@ -1,0 +1,596 @@
+"""Writes every number on performance in the docs, from the committed results files. One command:
+
+    python scripts/performance_page.py
+
+makes docs/performance.md anew from benchmarks/results/*.json, and what stands between the markers
+`<!-- performance -->` in README.md and `<!-- memory policies -->` in docs/engine.md. With `--check` it
+changes nothing; where they do not match it prints the differences and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpt_fast.files import replacing
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("benchmarks/results")
+PAGE, README, ENGINE = Path("docs/performance.md"), Path("README.md"), Path("docs/engine.md")
+
+IN_WORDS = {
+    "vpt_fast": "vpt_fast",
+    "vpt_fast_graphed": "vpt_fast, the step in one CUDA graph",
+    "concat_reference": "in the manner of the official code",
+    "concat_timm": "timm blocks on the concatenated sequence",
+    "concat_timm_compiled": "timm blocks on the concatenated sequence, compiled",
+    "concat_timm_amp": "the same under autocast",
+    "no_prompts": "for comparison: no prompts at all, same backward",
+}
+IN_README = (
+    "vpt_fast",
+    "vpt_fast_graphed",
+    "concat_timm_compiled",
+    "concat_timm",
+    "concat_reference",
+    "no_prompts",
+)
+MODELS = {
+    "vit_base_patch16_224": "ViT-B/16",
+    "vit_large_patch16_224": "ViT-L/16",
+    "vit_huge_patch14_224": "ViT-H/14",
+}
+SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
+OUR_KERNELS = ("triton", "vpt_fast")
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A results file: its path in the repository and its content."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """ "throughput", "attention", "kernels", "recipe" or "gpu-suite", by the beginning of its name."""
+        for kind in ("attention", "kernels", "recipe", "gpu-suite"):
+            if self.path.name.startswith(f"{kind}-"):
+                return kind
+        return "throughput"
+
+    @property
+    def device(self) -> str:
+        return self.content["device"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.content.get("cuda") is not None
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.content.get("rows", [])
+
+    def link(self, page: Path, text: str) -> str:
+        return f"[{text}]({'../' * (len(page.parts) - 1)}{self.path.as_posix()})"
+
+    def versions(self) -> str:
+        known = (
+            f"{name} {self.content[name]}" for name in ("torch", "triton", "timm") if self.content.get(name)
+        )
+        cuda = f"CUDA {self.content['cuda']}" if self.on_gpu else ""
+        return ", ".join(filter(None, [*known, cuda, self.content["date"]]))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one setting in one throughput file: one run, so comparable."""
+
+    report: Report
+    key: tuple[Any, ...]
+    rows: list[Row]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.key[SETTING.index(name)]
+
+    @property
+    def best_concatenation(self) -> Row | None:
+        found = [row for row in self.rows if row["impl"].startswith("concat") and is_right(row)]
+        return max(found, key=lambda row: row["images_per_second"], default=None)
+
+    @property
+    def dtypes(self) -> list[str]:
+        return list(dict.fromkeys(row["dtype"] for row in self.rows))
+
+    def ratio(self, row: Row) -> float | None:
+        """Speed relative to the best concatenation with right gradients."""
+        best = self.best_concatenation
+        return row["images_per_second"] / best["images_per_second"] if best and is_right(row) else None
+
+    def title(self) -> str:
+        prompts = f"{self['num_prompts']} {self['prompt_type']} prompts"
+        dtype = f", {self.dtypes[0]}" if len(self.dtypes) == 1 else ""
+        return f"{model_name(self['model'])} with {prompts}, batch {self['batch_size']}{dtype}"
+
+    def command(self) -> str:
+        dtype = next(
+            (row["dtype"] for row in self.rows if row["impl"].startswith("vpt_fast")), self.dtypes[0]
+        )
+        flags = {
+            "models": self["model"],
+            "prompt-type": self["prompt_type"],
+            "num-prompts": self["num_prompts"],
+            "batch-size": self["batch_size"],
+            "dtype": dtype,
+        }
+        return "python benchmarks/throughput.py " + " ".join(f"--{key} {flags[key]}" for key in flags)
+
+
+def is_right(row: Row) -> bool:
+    return bool(row["exact"] and row["images_per_second"])
+
+
+def model_name(model: str) -> str:
+    return MODELS.get(model, f"`{model}`")
+
+
+def name_of(row: Row) -> str:
+    """An implementation as tables call it, with its memory policy where that is not the usual one."""
+    memory = row.get("memory")
+    policy = f", memory {memory}" if memory not in (None, "exact") and memory not in row["impl"] else ""
+    return f"`{row['impl']}`{policy}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To so many significant digits, thousands separated; nothing for None."""
+    if value is None:
+        return ""
+    if value == 0 or abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}" if value else "0"
+    size = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:,.{max(0, digits - size)}f}"
+
+
+def field(name: str, form: str = "") -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        value = row.get(name)
+        if value is None or isinstance(value, str):
+            return value or ""
+        return format(value, form) if form else number(value)
+
+    return show
+
+
+def percent(name: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(name) is None else f"{100 * row[name]:.0f} %"
+
+
+def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
+    """Markdown; a column in which nothing stands is left out."""
+    cells = [[show(row) for _, show in columns] for row in rows]
+    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    lines = [
+        [columns[i][0] for i in kept],
+        ["---" for _ in kept],
+        *([line[i] for i in kept] for line in cells),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def paragraph(*sentences: str) -> str:
+    """Prose in lines of at most 120 characters, as the documents have."""
+    text = " ".join(sentences)
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def spread(name: str) -> Callable[[Row], str]:
+    """A median with the smallest and largest beside it, where they are known."""
+
+    def show(row: Row) -> str:
+        low, high = row.get(f"{name}_min"), row.get(f"{name}_max")
+        ends = f" ({number(low)}–{number(high)})" if low is not None and high is not None else ""
+        return number(row.get(name)) + ends
+
+    return show
+
+
+def read_reports(root: Path) -> list[Report]:
+    """All results files, those of GPUs first, then the newest first."""
+    paths = sorted((root / RESULTS).glob("*.json"))
+    found = [Report(path.relative_to(root), json.loads(path.read_text())) for path in paths]
+    found.sort(key=lambda report: (report.on_gpu, report.content["date"]), reverse=True)
+    return found
+
+
+def groups(reports: Iterable[Report]) -> list[Group]:
+    """The settings of all throughput files; of one measured twice on a device, the newest."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for report in reports:
+        if report.kind != "throughput":
+            continue
+        of_report: dict[tuple[Any, ...], list[Row]] = {}
+        for row in report.rows:
+            of_report.setdefault(tuple(row[name] for name in SETTING), []).append(row)
+        for key, rows in of_report.items():
+            usual = next((row["dtype"] for row in rows if row["impl"].startswith("vpt_fast")), None)
+            found.setdefault((report.device, usual, *key), Group(report, key, rows))
+    return list(found.values())
+
+
+def throughput_section(group: Group) -> str:
+    def speed(row: Row) -> str:
+        ratio = group.ratio(row)
+        return "" if ratio is None else f"{ratio:.2f}"
+
+    def remark(row: Row) -> str:
+        return row.get("error") or ("" if row["exact"] else "wrong gradients")
+
+    columns: list[Column] = [
+        ("implementation", name_of),
+        ("dtype", field("dtype") if len(group.dtypes) > 1 else lambda row: ""),
+        ("images/s (min–max)", spread("images_per_second")),
+        ("× best concatenation", speed),
+        ("gradient error", field("gradient_error", ".1e")),
+        ("kept, MiB an image", field("kept_mib_per_image")),
+        ("peak, MiB", field("peak_mib", ",.0f")),
+        ("largest batch", field("largest_batch", "d")),
+        ("essential TFLOP/s", field("essential_tflops")),
+        ("of the ceiling", percent("share_of_ceiling")),
+        ("", remark),
+    ]
+    rows = sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
+    file = group.report.link(PAGE, "results")
+    parts = [f"#### {group.title()}", f"`{group.command()}` ({file})", table(rows, columns)]
+    slower = [
+        f"{name_of(row)} ({group.ratio(row):.2f})"
+        for row in rows
+        if row["impl"].startswith("vpt_fast") and (group.ratio(row) or 1.0) < 1
+    ]
+    if slower:
+        parts.append(f"Slower than the best concatenation: {', '.join(slower)}.")
+    return "\n\n".join(parts)
+
+
+def attention_section(report: Report) -> str:
+    columns: list[Column] = [
+        *((name, field(key, "d")) for name, key in (
+            ("B", "batch_size"), ("N", "num_tokens"), ("m", "num_prompts"), ("H", "num_heads"),
+            ("D", "head_dim"),
+        )),
+        ("implementation", name_of),
+        *(
+            (title, show)
+            for part in ("forward", "backward")
+            for title, show in (
+                (f"{part}, ms", field(f"{part}_ms")),
+                ("TFLOP/s", field(f"{part}_tflops")),
+                ("of its bound", percent(f"{part}_share_of_bound")),
+                ("× best library", field(f"{part}_ratio", ".2f")),
+                ("× without concatenation", field(f"{part}_ratio_to_concatenated", ".2f")),
+            )
+        ),
+        ("gradient error", field("gradient_error", ".1e")),
+        ("", field("error")),
+    ]  # fmt: skip
+    text = [
+        "### Attention",
+        paragraph(
+            "Forward and backward of one layer, each library with the concatenation that it needs:",
+            f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
+        ),
+        table(report.rows, columns),
+    ]
+    for part in ("forward", "backward"):
+        text += lost(report.rows, f"{part}_ratio", f"the best library in {part}")
+    return "\n\n".join(text)
+
+
+def kernels_section(report: Report) -> str:
+    columns: list[Column] = [
+        ("operation", field("op")),
+        ("kind", field("kind")),
+        ("8-bit codes", lambda row: "yes" if row.get("codes") else ""),
+        *((name, field(key, "d")) for name, key in (
+            ("B", "batch_size"), ("N", "num_tokens"), ("width", "width"),
+        )),
+        ("implementation", name_of),
+        ("ms (min–max)", spread("ms")),
+        ("GB/s", field("gb_per_second")),
+        ("TFLOP/s", field("tflops")),
+        ("of its bound", percent("share_of_bound")),
+        ("× best other", field("ratio", ".2f")),
+        ("error", field("relative_error", ".1e")),
+        ("", field("error")),
+    ]  # fmt: skip
+    return "\n\n".join(
+        [
+            "### The other operations",
+            f"`python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
+            table(report.rows, columns),
+            *lost(report.rows, "ratio", "the best other implementation"),
+        ]
+    )
+
+
+def lost(rows: list[Row], ratio: str, peer: str) -> list[str]:
+    """How many of our kernels' rows are slower than their peer; nothing where none has a peer."""
+    ours = [row for row in rows if row["impl"] in OUR_KERNELS and row.get(ratio) is not None]
+    slower = sum(row[ratio] < 1 for row in ours)
+    return [f"Our kernels are slower than {peer} in {slower} of {len(ours)} rows."] if ours else []
+
+
+def recipe_section(report: Report) -> str:
+    content = report.content
+    protocol, steps = content["protocol"], [row["measured"] for row in report.rows if row["measured"]]
+    flat = [{**row, **(row["measured"] or {}), **(row["extrapolated"] or {})} for row in report.rows]
+
+    def hours(name: str) -> Callable[[Row], str]:
+        return lambda row: number(row[name] / 3600) if row.get(name) is not None else ""
+
+    task: list[Column] = [
+        ("implementation", name_of),
+        ("training step, ms (min–max)", spread("train_ms")),
+        ("inference batch, ms (min–max)", spread("inference_ms")),
+        ("sweep, h, extrapolated", hours("sweep_seconds")),
+        ("five runs, h, extrapolated", hours("runs_seconds")),
+        ("task, h, extrapolated", hours("task_seconds")),
+        ("× best concatenation", field("ratio", ".2f")),
+        ("", lambda row: row["error"] or ("" if row["exact"] else "wrong gradients")),
+    ]  # fmt: skip
+    loading: list[Column] = [
+        ("implementation", name_of),
+        ("pixels", lambda row: row["pixels"] + (f", {row['workers']} workers" if row["workers"] else "")),
+        ("images/s (min–max)", spread("images_per_second")),
+        ("images/s without loading", field("without_loading")),
+        ("lost to loading", percent("share_lost")),
+    ]
+    setting = (
+        f"{model_name(content['model'])} with {content['num_prompts']} {content['prompt_type']} prompts, "
+        f"batch {content['batch_size']}, {content['dtype']}"
+    )
+    text = [
+        "### A whole task",
+        paragraph(
+            f"The VTAB-1k protocol on {setting}: a sweep of {protocol['points']} points of",
+            f"{protocol['epochs']} epochs on {protocol['sweep_train']} images, then",
+            f"{protocol['runs']} runs on {protocol['run_train']}, with",
+            f"{protocol['val']} images evaluated after every epoch and",
+            f"{protocol['test']:,} at the end of a run. Extrapolated from",
+            f"{sum(step['train_steps'] for step in steps)} measured training steps and",
+            f"{sum(step['inference_batches'] for step in steps)} inference batches:",
+            f"`python benchmarks/recipe.py` ({report.link(PAGE, 'results')}).",
+        ),
+        table(flat, task),
+    ]
+    if content["end_to_end"]:
+        text += [
+            "Measured end to end, training on JPEG files of 400×300 pixels:",
+            table(content["end_to_end"], loading),
+        ]
+    return "\n\n".join(text)
+
+
+def suite_section(report: Report) -> str:
+    parts = [{"part": name, **outcome} for name, outcome in report.content["parts"].items()]
+    passed = sum(part["state"] == "passed" for part in parts)
+    columns: list[Column] = [("part", field("part")), ("", field("state")), ("s", field("seconds", ".0f"))]
+    return "\n\n".join(
+        [
+            "### The suite",
+            f"`make gpu`: {passed} of {len(parts)} parts passed ({report.link(PAGE, 'results')}).",
+            table(parts, columns),
+        ]
+    )
+
+
+SECTIONS = {
+    "attention": attention_section,
+    "kernels": kernels_section,
+    "recipe": recipe_section,
+    "gpu-suite": suite_section,
+}
+
+
+def performance_page(root: Path, reports: list[Report]) -> str:
+    """docs/performance.md"""
+    text = [
+        "<!-- Written by scripts/performance_page.py from benchmarks/results; changes here are lost. -->",
+        "# Performance",
+        paragraph(
+            "Every number here is from a file in [benchmarks/results](../benchmarks/results); the command",
+            "beside it measures it anew. Times are medians; what stands in one table ran in turn in one",
+            "process. The gradient error is the largest relative error of a trained tensor's gradient, from",
+            "concatenation (of a bound: from itself) in float64 on random weights, checked in the same run.",
+            "A row in which it is more than rounding is marked, and compared with nothing. Rows that lost",
+            "stand beside those that won.",
+        ),
+    ]
+    if not any(report.on_gpu for report in reports):
+        text.append(
+            paragraph(
+                "No GPU results are committed yet; `make gpu` measures on one. What follows ran on a CPU,",
+                "where the same block is plain PyTorch, not Triton's kernels.",
+            )
+        )
+    for device in dict.fromkeys(report.device for report in reports):
+        here = [report for report in reports if report.device == device]
+        text.append(f"## {device}")
+        text.append(paragraph("; ".join(dict.fromkeys(report.versions() for report in here)) + "."))
+        of_device = groups(here)
+        if of_device:
+            text.append("### Training")
+            text += [throughput_section(group) for group in of_device]
+        for kind, section in SECTIONS.items():
+            newest = next((report for report in here if report.kind == kind), None)
+            if newest is not None:
+                text.append(section(newest))
+    plots = sorted((root / PAGE.with_suffix("")).glob("*.png"))
+    if plots:
+        text.append("## Plots")
+        text += [f"![{path.stem}]({PAGE.stem}/{path.name})" for path in plots]
+    return "\n\n".join(text) + "\n"
+
+
+def readme_block(reports: list[Report]) -> str:
+    """What README.md says is saved: on the newest GPU, or where there is none on a CPU."""
+
+    def rank(group: Group) -> tuple[Any, ...]:
+        usual = (
+            group["model"] == "vit_base_patch16_224",
+            group["prompt_type"] == "deep",
+            group["num_prompts"] == 100,
+        )
+        return group.report.on_gpu, *usual, group.report.content["date"], len(group.rows)
+
+    candidates = [group for group in groups(reports) if group.best_concatenation is not None]
+    if not candidates:
+        return "No results are committed yet; `make bench` measures."
+    group = max(candidates, key=rank)
+    best = group.best_concatenation
+    shown = [
+        row
+        for row in sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
+        if is_right(row)
+        and (row is best or (row["impl"] in IN_README and row.get("memory") in (None, "exact")))
+    ]
+    shown.sort(key=lambda row: row["impl"] == "no_prompts")  # which is no way to tune prompts: last
+    columns: list[Column] = [
+        ("implementation", lambda row: IN_WORDS.get(row["impl"], name_of(row))),
+        ("dtype", field("dtype") if len({row["dtype"] for row in shown}) > 1 else lambda row: ""),
+        ("images/s", field("images_per_second")),
+        ("relative to the best concatenation", lambda row: f"{group.ratio(row):.2f}"),
+        ("kept for backward, MiB an image", field("kept_mib_per_image")),
+        ("peak, MiB", field("peak_mib", ",.0f")),
+    ]
+    repeats = best["repeats"]
+    text = [
+        paragraph(
+            f"Training steps of {group.title()}, on {group.report.device}, all in one run",
+            f"({group.report.link(README, 'results')}; medians of {repeats} rounds):",
+        ),
+        table(shown, columns),
+    ]
+    ours = next((row for row in shown if row["impl"] == "vpt_fast"), None)
+    bound = next((row for row in shown if row["impl"] == "no_prompts"), None)
+    closing = ["The gradients of each were checked against float64 in the same run."]
+    if ours and bound:
+        share = ours["images_per_second"] / bound["images_per_second"]
+        closing.append(f"vpt_fast runs at {share:.2f} times the speed of no prompts at all.")
+    if not group.report.on_gpu:
+        closing.append(
+            "On a CUDA GPU the same block runs on Triton kernels ([docs/kernels.md](docs/kernels.md)). They "
+            "are checked in Triton's interpreter and built ahead of time; no GPU results are committed yet, "
+            "and `make gpu` measures on one."
+        )
+    closing.append(f"[{PAGE}]({PAGE}) has every setting that was measured, and what lost.")
+    return "\n\n".join([*text, paragraph(*closing)])
+
+
+def memory_block(reports: list[Report]) -> str:
+    """docs/engine.md: the memory policies beside concatenation, where most of them were measured together."""
+
+    def policies(group: Group) -> list[Row]:
+        found: dict[str, Row] = {}
+        for row in group.rows:
+            if (
+                row.get("memory")
+                and row["impl"].split(f"_{row['memory']}")[0] == "vpt_fast"
+                and is_right(row)
+            ):
+                found.setdefault(row["memory"], row)
+        return list(found.values())
+
+    candidates = [group for group in groups(reports) if group.best_concatenation is not None]
+    if not any(policies(group) for group in candidates):
+        return "No results are committed yet."
+    group = max(candidates, key=lambda group: (len(policies(group)), group.report.on_gpu))
+    columns: list[Column] = [
+        (
+            "`memory`",
+            lambda row: (
+                f'`"{row["memory"]}"`' if row is not best else IN_WORDS.get(row["impl"], name_of(row))
+            ),
+        ),
+        ("kept, MiB an image", field("kept_mib_per_image")),
+        ("peak, MiB", field("peak_mib", ",.0f")),
+        ("gradient error", field("gradient_error", ".3e")),
+        ("images/s, relative to concatenation", lambda row: f"{group.ratio(row):.2f}"),
+    ]
+    best = group.best_concatenation
+    return "\n\n".join(
+        [
+            paragraph(
+                f"{group.title()}, on {group.report.device}, one run",
+                f"({group.report.link(ENGINE, 'results')}): bytes",
+                "kept for backward, and the largest relative error of a trained tensor's gradient from",
+                "concatenation in float64, on random weights.",
+            ),
+            table([*policies(group), best], columns),
+        ]
+    )
+
+
+def replace_block(path: Path, text: str, marker: str, block: str) -> str:
+    """The text with `block` between its two markers.
+
+    Raises:
+        ValueError: there are not two.
+    """
+    line = f"<!-- {marker} -->"
+    parts = text.split(line)
+    if len(parts) != 3:
+        raise ValueError(f"{path}: got {len(parts) - 1} of {line}, want two")
+    return f"{parts[0]}{line}\n\n{block}\n\n{line}{parts[2]}"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What should stand in each file."""
+    reports = read_reports(root)
+    readme, engine = (root / README).read_text(), (root / ENGINE).read_text()
+    return {
+        PAGE: performance_page(root, reports),
+        README: replace_block(README, readme, "performance", readme_block(reports)),
+        ENGINE: replace_block(ENGINE, engine, "memory policies", memory_block(reports)),
+    }
+
+
+def differences(root: Path) -> list[str]:
+    """Lines of a diff from what the files say to what they should say; none where they match."""
+    found: list[str] = []
+    for path, wanted in pages(root).items():
+        there = (root / path).read_text() if (root / path).exists() else ""
+        lines = there.splitlines(), wanted.splitlines()
+        found += difflib.unified_diff(*lines, str(path), f"{path} from benchmarks/results", lineterm="")
+    return found
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where files do not match"
+    )
+    options = parser.parse_args(arguments)
+    if options.check:
+        found = differences(root)
+        print("\n".join(found), end="\n" if found else "")
+        return 1 if found else 0
+    for path, text in pages(root).items():
+        with replacing(root / path) as temporary:
+            temporary.write_text(text)
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

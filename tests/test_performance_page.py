@@ -1,0 +1,200 @@
+"""The docs' numbers are those of the committed results files, and what is made of a results file."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import performance_page as page  # noqa: E402
+
+
+def test_the_committed_documents_match_the_committed_results() -> None:
+    found = page.differences(ROOT)
+    assert not found, "run scripts/performance_page.py:\n" + "\n".join(found)
+
+
+class Project:
+    """The documents with their markers, and results of the test's own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / page.RESULTS).mkdir(parents=True)
+        (root / "docs").mkdir()
+        (root / page.README).write_text("before\n<!-- performance -->\nold\n<!-- performance -->\nafter\n")
+        (root / page.ENGINE).write_text("<!-- memory policies -->\n<!-- memory policies -->\n")
+
+    def add(self, name: str, rows: list[dict[str, Any]] | None = None, **fields: Any) -> None:
+        header = {"device": "NVIDIA H100", "torch": "2.14", "triton": "3.8", "timm": "1.0", "cuda": "13.0"}
+        report = {**header, "date": "2026-11-23", **fields}
+        if rows is not None:
+            report["rows"] = rows
+        (self.root / page.RESULTS / f"{name}.json").write_text(json.dumps(report))
+
+    def text(self, path: Path = page.PAGE) -> str:
+        return page.pages(self.root)[path]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def row(impl: str, speed: float | None, **fields: Any) -> dict[str, Any]:
+    """As throughput.py wrote it when it wrote least."""
+    start = {"model": "vit_base_patch16_224", "prompt_type": "deep", "num_prompts": 100, "batch_size": 64}
+    start |= {
+        "image_size": 224,
+        "dtype": "bfloat16",
+        "impl": impl,
+        "memory": None,
+        "exact": True,
+        "error": None,
+    }
+    ends = {"images_per_second_min": None, "images_per_second_max": None, "gradient_error": 1e-2}
+    return start | {"images_per_second": speed, "kept_mib_per_image": 30.0, "repeats": 5} | ends | fields
+
+
+def line_of(text: str, start: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+
+
+def test_speed_is_relative_to_the_best_concatenation_that_is_right(project: Project) -> None:
+    wrong = row("concat_timm_compiled", 900.0, exact=False)
+    project.add(
+        "h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0), row("concat_reference", 100.0), wrong]
+    )
+    text = project.text()
+    assert "| 1.50 |" in line_of(text, "`vpt_fast`")
+    assert "| 0.50 |" in line_of(text, "`concat_reference`")
+    assert "wrong gradients" in line_of(text, "`concat_timm_compiled`")
+    assert "Slower than" not in text
+    assert "compiled" not in project.text(page.README)
+
+
+def test_what_lost_is_said(project: Project) -> None:
+    project.add(
+        "h100",
+        [row("vpt_fast", 300.0), row("vpt_fast", 150.0, memory="recompute"), row("concat_timm", 200.0)],
+    )
+    assert "Slower than the best concatenation: `vpt_fast`, memory recompute (0.75)." in project.text()
+
+
+def test_of_a_setting_measured_twice_on_a_device_the_newest_counts(project: Project) -> None:
+    project.add("old", [row("vpt_fast", 111.0), row("concat_timm", 50.0)], date="2026-11-22")
+    project.add("new", [row("vpt_fast", 222.0), row("concat_timm", 50.0)])
+    project.add(
+        "other", [row("vpt_fast", 333.0), row("concat_timm", 50.0)], device="NVIDIA A100", date="2026-11-01"
+    )
+    text = project.text()
+    assert "222" in text and "333" in text and "111" not in text
+
+
+def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_none(project: Project) -> None:
+    project.add(
+        "cpu", [row("vpt_fast", 1.5), row("concat_timm", 1.0)], device="EPYC", cuda=None, date="2026-12-01"
+    )
+    assert "on EPYC" in project.text(page.README)
+    assert "no GPU results are committed yet" in " ".join(project.text(page.README).split())
+    assert "No GPU results are committed yet" in project.text()
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0)])
+    assert "on NVIDIA H100" in project.text(page.README)
+    assert "GPU results are committed yet" not in project.text(page.README) + project.text()
+
+
+def test_columns_in_which_nothing_stands_are_left_out(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0)])
+    assert "of the ceiling" not in project.text()
+    project.add("h100", [row("vpt_fast", 300.0, share_of_ceiling=0.625, peak_mib=10240.4)])
+    assert "| 10,240 |" in project.text() and "| 62 % |" in project.text()
+
+
+def test_a_row_that_failed_has_its_reason(project: Project) -> None:
+    project.add("h100", [row("concat_timm", None, gradient_error=None, error="OutOfMemoryError: 80 GiB")])
+    assert "OutOfMemoryError: 80 GiB" in line_of(project.text(), "`concat_timm`")
+
+
+def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
+    policies = [row("vpt_fast", 300.0 - 10 * i, memory=name) for i, name in enumerate(("exact", "compact"))]
+    project.add("h100", [*policies, row("concat_timm", 200.0)])
+    text = project.text(page.ENGINE)
+    assert "| 1.50 |" in line_of(text, '`"exact"`')
+    assert "| 1.45 |" in line_of(text, '`"compact"`')
+
+
+def test_attention_kernels_tasks_and_the_suite_have_sections(project: Project) -> None:
+    shape = {"batch_size": 64, "num_tokens": 197, "impl": "triton", "exact": True, "error": None}
+    project.add("attention-h100", [shape | {"forward_ms": 0.1234, "forward_ratio": 0.9}])
+    project.add(
+        "kernels-h100", [shape | {"op": "add_normalize", "kind": "layer_norm", "ms": 0.5, "ratio": 2.0}]
+    )
+    measured = {"train_steps": 50, "inference_batches": 40, "train_ms": 20.0, "inference_ms": 5.0}
+    hours = {"sweep_seconds": 7200.0, "runs_seconds": 3600.0, "task_seconds": 10800.0}
+    names = ("points", "epochs", "sweep_train", "val", "runs", "run_train", "test")
+    task = {"impl": "vpt_fast", "exact": True, "error": None, "measured": measured, "extrapolated": hours}
+    way = {
+        "impl": "vpt_fast",
+        "pixels": "decoded",
+        "workers": 8,
+        "images_per_second": 900.0,
+        "share_lost": 0.25,
+    }
+    setting = {
+        name: row("", None)[name] for name in ("model", "num_prompts", "prompt_type", "batch_size", "dtype")
+    }
+    project.add(
+        "recipe-h100",
+        [task],
+        protocol=dict.fromkeys(names, 40),
+        end_to_end=[way],
+        decode_seconds=1.0,
+        **setting,
+    )
+    project.add("gpu-suite-h100", parts={"test_gemm_gpu": {"state": "failed", "seconds": 12.0}})
+    text = " ".join(project.text().split())
+    assert "0.123" in text and "slower than the best library in forward in 1 of 1 rows" in text
+    assert "add_normalize" in text and "slower than the best other implementation in 0 of 1 rows" in text
+    assert "Extrapolated from 50 measured training steps" in text and "| 2.00 | 1.00 | 3.00 |" in text
+    assert "| decoded, 8 workers | 900 | 25 % |" in text
+    assert "0 of 1 parts passed" in text and "| test_gemm_gpu | failed | 12 |" in text
+
+
+def test_plots_that_are_there_are_shown(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0)])
+    folder = project.root / "docs" / "performance"
+    folder.mkdir()
+    (folder / "h100-num-prompts.png").touch()
+    assert "![h100-num-prompts](performance/h100-num-prompts.png)" in project.text()
+
+
+def test_check_shows_the_difference_and_changes_nothing(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0)])
+    before = (project.root / page.README).read_text()
+    assert page.main(["--check"], project.root) == 1
+    assert "-old" in capsys.readouterr().out
+    assert (project.root / page.README).read_text() == before
+    assert page.main([], project.root) == 0
+    assert page.main(["--check"], project.root) == 0
+    text = (project.root / page.README).read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+
+
+def test_a_missing_marker_is_named(project: Project) -> None:
+    (project.root / page.README).write_text("no markers\n")
+    with pytest.raises(ValueError, match="README.md: got 0 of <!-- performance -->, want two"):
+        page.pages(project.root)
+
+
+def test_every_link_of_the_page_leads_to_a_file() -> None:
+    for path in (page.PAGE, page.README, page.ENGINE):
+        text = (ROOT / path).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / path.parent / target).exists(), f"{path}: {target}"
