@@ -14,6 +14,7 @@ import typer
 from measure import Contender
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from vpt_fast.kernels import ATTENTION
 
 from vpt_fast import LinearProbe, PromptedViT
 
@@ -145,8 +146,8 @@ def with_folded_weights(model: Any, start: Start) -> Any:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast": prompted(),
     "vpt_fast_graphed": prompted(graphed=True),
-    "vpt_fast_sdpa_flash": prompted(attention="sdpa_flash"),
     "vpt_fast_torch": prompted(backend="torch"),
+    **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
     "concat_reference": peer(
         peers.ConcatReference, dtype="float32"
     ),  # which is what the official code runs in
@@ -162,8 +163,22 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "full_finetuning": peer(peers.FullFineTuning, full_precision_weights=True),
 }
 # Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph; on a GPU
-# max-autotune compiles for minutes.
-ON_A_GPU = [name for name in IMPLEMENTATIONS if name not in ("vpt_fast_torch", "concat_timm_max_autotune")]
+# max-autotune compiles for minutes, and of the FlashAttention of others PyTorch's own is always there.
+ON_A_GPU = [
+    "vpt_fast",
+    "vpt_fast_graphed",
+    "vpt_fast_torch",
+    "vpt_fast_sdpa_flash",
+    "concat_reference",
+    "concat_timm",
+    "concat_timm_compiled",
+    "concat_timm_checkpointed",
+    "concat_timm_amp",
+    "concat_timm_amp_compiled",
+    "no_prompts",
+    "linear_probe",
+    "full_finetuning",
+]
 ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled", "no_prompts"]
 
 # Another computation: rows to read the others by, not ways to tune prompts. Each with what defines it.

@@ -39,6 +39,11 @@ def label(implementation: str, memory: str | None) -> str:
     return implementation if memory in (None, "exact") else f"{implementation}, {memory}"
 
 
+def first_line(failure: Exception) -> str:
+    """What an exception says, as short as a row has room for."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
 @dataclass
 class StepTimes:
     """Seconds of one training step, by part."""
@@ -119,7 +124,7 @@ class Contender:
         try:
             yield
         except Exception as failure:
-            self.error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            self.error = first_line(failure)
             self.times = []
         self.graph = None
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,7 +180,7 @@ class Contender:
 
 
 def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> int:
-    """Bytes that autograd keeps between one forward and its backward.
+    """Bytes that autograd keeps between forward and backward of one training step, which is taken.
 
     Counted where autograd saves tensors (torch.autograd.graph.saved_tensors_hooks), by storage: one that is
     saved several times, or through several views, counts once and in full. Storages of parameters, buffers,
@@ -198,6 +203,7 @@ def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> i
         loss = contender.loss(images, labels)
     total = sum(kept.values())  # read while the graph still holds them all, so that no address was used twice
     loss.backward()
+    contender.optimizer.step()
     contender.optimizer.zero_grad(set_to_none=True)
     return total
 
@@ -255,8 +261,8 @@ def interleave(
 ) -> None:
     """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
 
-    First each is warmed up: a step (which compiles), one for the bytes kept, and those for the peak, where
-    graphs are captured. Then there are `repeats` rounds of `steps` steps each. Results are stored in the
+    First each is warmed up: a step for the bytes kept, which compiles, and those for the peak, where graphs
+    are captured. Then there are `repeats` rounds of `steps` steps each. Results are stored in the
     contenders. One that fails (out of memory, no compiler, a kernel that does not build) keeps the message as
     its error and sits out the rest.
 
@@ -267,7 +273,6 @@ def interleave(
         if contender.error is None:
             progress(f"{label(contender.name, contender.memory)}: warm-up")
             with contender.turn(images.device):
-                contender.step(images, labels)
                 contender.kept_bytes = kept_for_backward(contender, images, labels)
                 measure_peak(contender, images, labels)
     for round_ in range(1, repeats + 1):

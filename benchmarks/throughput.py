@@ -46,43 +46,54 @@ from rich.table import Table
 
 from vpt_fast.engine.policy import POLICIES
 
-CHECK_BATCH = 2  # images of the float64 gradient check
-
 
 @dataclass
 class Row:
-    """One line of the results; what is not known is None. Times are medians over steps, per step."""
+    """One line of the results; what is not known is None. Times are medians over steps, per step.
+
+    Attributes:
+        dtype: of this implementation: "float32", "bfloat16" or "amp".
+        memory: the memory policy of vpt_fast.
+        exact: whether its gradients were right.
+        rank: among right implementations of the same setting, by images per second; bounds have none.
+        essential_gflop_per_image: work that cannot be left out, forward and backward. It is the same for all
+            rows of a setting, since it is the task's and not the implementation's; a bound has its own. None
+            for models that pool by attention.
+        essential_tflops: that work over the time.
+        share_of_ceiling: of the report's `ceiling_tflops`.
+        shapes_tflops: the ceiling for products of the model's own shapes.
+        share_of_shapes: of that.
+        largest_batch: with --find-batch, in the rows of the first batch size.
+    """
 
     model: str
     num_prompts: int
     batch_size: int
     prompt_type: str
-    dtype: str  # of this implementation: "float32", "bfloat16" or "amp"
+    dtype: str
     image_size: int
     impl: str
-    memory: str | None  # the memory policy of vpt_fast
-    exact: bool
-    rank: int | None  # among exact implementations of the same setting, by images per second
-    images_per_second: float | None
-    images_per_second_min: float | None
-    images_per_second_max: float | None
-    forward_ms: float | None
-    backward_ms: float | None
-    optimizer_ms: float | None
+    memory: str | None
     repeats: int
-    peak_mib: float | None
-    peak_reserved_mib: float | None
-    kept_mib_per_image: float | None
-    # Work that cannot be left out, forward and backward: the same for all rows of a setting, since it is the
-    # task's and not the implementation's; of a bound its own. None for models that pool by attention.
-    essential_gflop_per_image: float | None
-    essential_tflops: float | None  # that work over the time
-    share_of_ceiling: float | None  # of the report's ceiling_tflops
-    shapes_tflops: float | None  # the ceiling for products of the model's own shapes
-    share_of_shapes: float | None
-    largest_batch: int | None  # with --find-batch, in the rows of the first batch size
-    gradient_error: float | None
-    error: str | None
+    exact: bool = False
+    rank: int | None = None
+    images_per_second: float | None = None
+    images_per_second_min: float | None = None
+    images_per_second_max: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    optimizer_ms: float | None = None
+    peak_mib: float | None = None
+    peak_reserved_mib: float | None = None
+    kept_mib_per_image: float | None = None
+    essential_gflop_per_image: float | None = None
+    essential_tflops: float | None = None
+    share_of_ceiling: float | None = None
+    shapes_tflops: float | None = None
+    share_of_shapes: float | None = None
+    largest_batch: int | None = None
+    gradient_error: float | None = None
+    error: str | None = None
 
     def is_of(self, setting: Setting) -> bool:
         """Whether it was measured at this setting; the rest of it is common to all rows of a file."""
@@ -124,8 +135,16 @@ def default_entrants(on_gpu: bool) -> list[Entrant]:
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
     """Fills in every contender's gradient error, from its definition in float64: concatenation, or a bound's
-    own."""
-    images, labels = random_batch(start.vit, CHECK_BATCH, start.device)
+    own.
+
+    Contenders run on a batch of the setting's size, which is what is timed, made of one or two images over
+    and over. The mean loss of these alone has the same gradient, and is all that float64 has to run on.
+    """
+    batch_size = start.setting.batch_size
+    distinct = 2 if batch_size % 2 == 0 else 1
+    few_images, few_labels = random_batch(start.vit, distinct, start.device)
+    images = few_images.repeat(batch_size // distinct, 1, 1, 1)
+    labels = few_labels.repeat(batch_size // distinct)
     vit = copy.deepcopy(start.vit).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
     definitions: dict[Callable[..., Any], list[Contender]] = {}
@@ -136,7 +155,7 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
         those,
     ) in definitions.items():  # one at a time, for their gradients may be as large as the model
         exact = build(vit, state).double().to(start.device)
-        expected = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
+        expected = measure.gradients(Contender("float64", exact, exact), few_images.double(), few_labels)
         for contender in those:
             with contender.turn(start.device):
                 actual = measure.gradients(contender, images, labels)
@@ -154,56 +173,53 @@ def essential_flops(implementation: str, start: Start) -> int | None:
     return flops.essential(shape, setting.num_prompts, setting.prompt_type, batch_size, NUM_CLASSES)
 
 
-def make_row(
-    contender: Contender,
-    start: Start,
-    repeats: int,
-    ceiling_tflops: float | None = None,
-    shapes_tflops: float | None = None,
-) -> Row:
-    setting, totals = start.setting, [times.total for times in contender.times]
-    median = measure.median_times(contender.times) if totals else None
-    speeds = sorted(setting.batch_size / total for total in totals)
-    speed = statistics.median(speeds) if speeds else None
-    error = contender.gradient_error
-    has_parts = median is not None and not contender.graphed
-    work = essential_flops(contender.name, start)
-    per_image = None if work is None else work / setting.batch_size / 1e9
-    tflops = per_image * speed / 1e3 if per_image and speed else None
-
-    def mib(count: int | None, per: int = 1) -> float | None:
-        return None if count is None else count / MIB / per
-
+def make_row(entrant: Entrant, start: Start, repeats: int, error: str | None = None) -> Row:
+    """A row without measurements."""
+    setting = start.setting
     return Row(
         model=setting.model,
         num_prompts=setting.num_prompts,
         batch_size=setting.batch_size,
         prompt_type=setting.prompt_type,
-        dtype=contender.precision,
+        dtype=setting.dtype,
         image_size=start.vit.patch_embed.img_size[0],
-        impl=contender.name,
-        memory=contender.memory,
-        exact=error is not None and error <= EXACT_BELOW[contender.precision],
-        rank=None,
-        images_per_second=speed,
-        images_per_second_min=speeds[0] if speeds else None,
-        images_per_second_max=speeds[-1] if speeds else None,
-        forward_ms=median.forward * 1e3 if has_parts else None,
-        backward_ms=median.backward * 1e3 if has_parts else None,
-        optimizer_ms=median.optimizer * 1e3 if has_parts else None,
+        impl=entrant.name,
+        memory=entrant.memory,
         repeats=repeats,
-        peak_mib=mib(contender.peak_bytes),
-        peak_reserved_mib=mib(contender.peak_reserved_bytes),
-        kept_mib_per_image=mib(contender.kept_bytes, setting.batch_size),
-        essential_gflop_per_image=per_image,
-        essential_tflops=tflops,
-        share_of_ceiling=tflops / ceiling_tflops if tflops and ceiling_tflops else None,
-        shapes_tflops=shapes_tflops,
-        share_of_shapes=tflops / shapes_tflops if tflops and shapes_tflops else None,
-        largest_batch=None,
-        gradient_error=error if error is None or error < float("inf") else None,
-        error=contender.error,
+        error=error,
     )
+
+
+def fill_in(
+    row: Row, contender: Contender, start: Start, ceiling_tflops: float | None, shapes_tflops: float | None
+) -> None:
+    """Takes over what was measured of a contender."""
+    batch_size, error = start.setting.batch_size, contender.gradient_error
+    row.dtype, row.error = contender.precision, contender.error
+    row.exact = error is not None and error <= EXACT_BELOW[row.dtype]
+    row.gradient_error = error if error is None or error < float("inf") else None
+
+    def mib(count: int | None, per: int = 1) -> float | None:
+        return None if count is None else count / MIB / per
+
+    row.peak_mib, row.peak_reserved_mib = mib(contender.peak_bytes), mib(contender.peak_reserved_bytes)
+    row.kept_mib_per_image = mib(contender.kept_bytes, batch_size)
+    row.shapes_tflops = shapes_tflops
+    work = essential_flops(contender.name, start)
+    row.essential_gflop_per_image = None if work is None else work / batch_size / 1e9
+    if not contender.times:
+        return
+    speeds = sorted(batch_size / times.total for times in contender.times)
+    row.images_per_second = statistics.median(speeds)
+    row.images_per_second_min, row.images_per_second_max = speeds[0], speeds[-1]
+    if not contender.graphed:
+        median = measure.median_times(contender.times)
+        row.forward_ms, row.backward_ms = median.forward * 1e3, median.backward * 1e3
+        row.optimizer_ms = median.optimizer * 1e3
+    if work is not None:
+        row.essential_tflops = work / batch_size * row.images_per_second / 1e12
+        row.share_of_ceiling = row.essential_tflops / ceiling_tflops if ceiling_tflops else None
+        row.share_of_shapes = row.essential_tflops / shapes_tflops if shapes_tflops else None
 
 
 def rank(rows: list[Row]) -> list[Row]:
@@ -241,14 +257,22 @@ def measure_setting(
             shapes_tflops = ceilings.block_products(
                 flops.shape_of(start.vit), setting.batch_size, device, product_dtype(setting.dtype)
             )
-        contenders = [entrant.build(start) for entrant in those]
+        rows, contenders = list[Row](), dict[int, Contender]()
+        for index, entrant in enumerate(those):
+            row = make_row(entrant, start, repeats)
+            try:
+                contenders[index] = entrant.build(start)
+            except (ValueError, torch.OutOfMemoryError) as failure:  # a library that is not there
+                row.error = measure.first_line(failure)
+            rows.append(row)
         images, labels = random_batch(start.vit, setting.batch_size, device)
         status.update("gradients against float64")
-        check_gradients(contenders, start)
-        measure.interleave(contenders, images, labels, repeats=repeats, steps=steps, progress=status.update)
-    return rank(
-        [make_row(contender, start, repeats, ceiling_tflops, shapes_tflops) for contender in contenders]
-    )
+        running = list(contenders.values())
+        check_gradients(running, start)
+        measure.interleave(running, images, labels, repeats=repeats, steps=steps, progress=status.update)
+    for index, contender in contenders.items():
+        fill_in(rows[index], contender, start, ceiling_tflops, shapes_tflops)
+    return rank(rows)
 
 
 def find_batches(

@@ -229,11 +229,9 @@ def measured(names: list[str], memory: str = "exact") -> list[throughput.Row]:
 
 def make_row(implementation: str, **values: Any) -> throughput.Row:
     """A row as the measuring makes it, with some of its values changed."""
-    empty = dict.fromkeys(field.name for field in dataclasses.fields(throughput.Row))
     usual = {"model": "vit_base_patch16_224", "num_prompts": 3, "batch_size": 8, "prompt_type": "deep"}
-    usual |= {"dtype": "float32", "image_size": 224, "impl": implementation, "exact": True}
-    speed = {"images_per_second": 10.0, "images_per_second_min": 9.0, "images_per_second_max": 12.0}
-    return throughput.Row(**{**empty, **usual, **speed, "kept_mib_per_image": 5.0, **values})
+    usual |= {"dtype": "float32", "image_size": 224, "impl": implementation, "memory": None, "repeats": 5}
+    return throughput.Row(**{**usual, **values})
 
 
 def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +314,36 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
     text = io.StringIO()
     Console(file=text, width=140).print(throughput.make_table([row, other], "float32"))
     assert "concat_large: OutOfMemoryError: 80 GiB wanted" in text.getvalue()
+
+
+def test_an_implementation_that_cannot_be_built_is_a_row_with_its_reason() -> None:
+    row, other = measured(["vpt_fast_flash_attn_4", "vpt_fast"])
+    assert (row.impl, row.memory, row.rank, row.images_per_second) == (
+        "vpt_fast_flash_attn_4",
+        "exact",
+        None,
+        None,
+    )
+    assert "flash_attn" in row.error
+    assert other.rank == 1
+
+
+@pytest.mark.parametrize("batch_size, distinct", [(1, 1), (3, 1), (6, 2)])
+def test_gradients_are_checked_on_a_whole_batch_of_few_images(batch_size: int, distinct: int) -> None:
+    setting = dataclasses.replace(SETTING, batch_size=batch_size)
+    start = implementations.make_start(setting, torch.device("cpu"))
+    seen: list[Tensor] = []
+
+    class Recorded(peers.ConcatTimm):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return super().forward(images)
+
+    contender = implementations.peer(Recorded)("concat_recorded", start)
+    throughput.check_gradients([contender], start)
+    (images,) = seen
+    assert len(images) == batch_size and len(images.unique(dim=0)) == distinct
+    assert contender.gradient_error < 1e-5
 
 
 @pytest.mark.parametrize("limit, first", [(1, 64), (37, 8), (63, 64), (64, 64), (200, 8), (1000, 64)])
