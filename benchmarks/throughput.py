@@ -419,7 +419,7 @@ def main(
         for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models())
         for kind in listed(prompt_type, ["deep", "shallow"])
         for m in positive_numbers(num_prompts)
-        for batch in positive_numbers(batch_size or ("64" if on_gpu else "8"))
+        for batch in positive_numbers(batch_size or ("64" if on_gpu else "4"))
     ]
     those = default_entrants(on_gpu)
     if implementations or memory:

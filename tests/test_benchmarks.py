@@ -424,7 +424,7 @@ def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
         if setting.num_prompts == stops_at:
             raise KeyboardInterrupt
         measured.append(setting.num_prompts)
-        return [make_row("concat_timm", num_prompts=setting.num_prompts)]
+        return [make_row("concat_timm", num_prompts=setting.num_prompts, batch_size=setting.batch_size)]
 
     monkeypatch.setattr(throughput, "measure_setting", measure_setting)
     monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
