@@ -141,6 +141,12 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
     return tensors["images"], tensors["labels"], int(tensors["labels"].max()) + 1
 
 
+def split_photographs(num_images: int, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images that are never trained on, and of the others."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    return order[: recipe.held_out], order[recipe.held_out :]
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 or [0, 255] float (b, 3, h, w) to the backbone's input range."""
     mean = torch.tensor(IMAGENET_INCEPTION_MEAN).view(3, 1, 1)
@@ -224,8 +230,7 @@ def main(
     architecture, recipe = Architecture(), Recipe()
     images, labels, num_classes = read_archive(archive, work / "images.safetensors")
 
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out, train = order[: recipe.held_out], order[recipe.held_out :]
+    held_out, train = split_photographs(len(images), recipe, seed)
     held_images, held_labels = images[held_out], labels[held_out]
 
     torch.manual_seed(seed)
