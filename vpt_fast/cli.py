@@ -120,7 +120,14 @@ def evaluate(
         from vpt_fast.inference import evaluate_run
 
         found = evaluate_run(
-            run, data, split, device=device, batch_size=batch_size, workers=workers, data_root=data_root
+            run,
+            data,
+            split,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            data_root=data_root,
+            console=Console(stderr=True),
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))

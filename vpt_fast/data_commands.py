@@ -14,6 +14,7 @@ from rich.table import Table
 from vpt_fast.flags import DebugFlag, one_line_errors
 
 if TYPE_CHECKING:  # torch: imported by the commands
+    from vpt_fast.data import Splits
     from vpt_fast.data.check import SplitFound, TaskFound
 
 app = typer.Typer(
@@ -34,38 +35,46 @@ def check(
 ) -> None:
     """Report images, classes and missing files of the tasks in DIR; exits with 1 when something is missing.
 
-    Lists are read and files are asked for; no image is decoded.
+    Lists are read and files are asked for; no image is decoded. A DIR with none of the tasks is reported as
+    train would read it.
     """
     with one_line_errors(debug):
-        from vpt_fast.data import TASKS, find_task
-        from vpt_fast.data.check import check_task
+        from vpt_fast.data import TASKS, DataError, find_task, open_splits
+        from vpt_fast.data.check import check_task, find_tasks
         from vpt_fast.data.tasks import HOW_TO_GET
 
         if not root.is_dir():
             raise ValueError(f"DIR is {root}, which is no folder")
-        suites = {found.suite for found in TASKS.values()}
-        wanted = dict.fromkeys(
-            each
-            for name in task or suites
-            for each in (
-                [t for t in TASKS.values() if t.suite == name] if name in suites else [find_task(name)]
-            )
-        )
-        found = [check_task(each, root) for each in TASKS.values() if each in wanted]
-    shown = found if task else [each for each in found if each.folder is not None]
-    console = Console()
+        suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
+        named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
+        shown = [check_task(each, root) for each in named] or find_tasks(root, TASKS.values())
+        console = Console()
+        if not shown:
+            try:
+                console.print(_splits_table(open_splits(root)))
+                return
+            except DataError as error:
+                console.print(f"none of the tasks, and {error}", highlight=False, markup=False)
     if shown:
         console.print(_table(shown))
-    absent = [each.task for each in found if each not in shown]
+    absent = [] if named else [t for t in TASKS.values() if t not in [each.task for each in shown]]
     if absent:
         console.print(f"not found: {', '.join(each.name for each in absent)}", highlight=False)
     lacking = absent + [each.task for each in shown if not each.is_complete]
     for suite in dict.fromkeys(each.suite for each in lacking):
         console.print(f"{suite}: {HOW_TO_GET[suite]}", highlight=False)
-    for each in lacking if task else []:
+    for each in lacking if named else []:
         console.print(f"{each.name}: images from {each.source}", highlight=False)
     if not shown or not all(each.is_complete for each in shown):
         raise typer.Exit(1)
+
+
+def _splits_table(splits: Splits) -> Table:
+    table = Table("split", "images", "classes")
+    for name, images in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if images is not None:
+            table.add_row(name, f"{len(images):,}", str(len(set(images.labels))))
+    return table
 
 
 def _table(found: list[TaskFound]) -> Table:

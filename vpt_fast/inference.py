@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import (
@@ -23,6 +24,7 @@ from vpt_fast.data import (
 from vpt_fast.data.folder import IMAGE_EXTENSIONS
 from vpt_fast.loop import Evaluation, evaluate
 from vpt_fast.pretrained import load_pretrained
+from vpt_fast.report import checking_images, evaluating
 from vpt_fast.run import LABELS_FILE, Labels, RunError, RunFolder
 from vpt_fast.world import World, find_device
 
@@ -113,9 +115,12 @@ def evaluate_run(
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     data_root: str | None = None,
+    console: Console | None = None,
 ) -> SplitAccuracy:
     """Accuracy of a run on the val or test split of ``data``, which is split as in training: by the run's
     task, or where there is no val by its seed.
+
+    ``console`` shows how far it is.
 
     Raises ValueError when the data has no such split or other classes, when the run was trained on its val
     images, and as Classifier.load does.
@@ -136,12 +141,15 @@ def evaluate_run(
         other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
         raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
     images = splits.test if split == "test" else splits.val
-    checked = check_images(
-        images,
-        workers=workers,
-        preprocessing=labels.preprocessing.for_evaluation(),
-        keep_bytes=resident_budget(classifier.device),
-    )
+    console = console or Console(quiet=True)
+    with checking_images(console, len(images)) as advance:
+        checked = check_images(
+            images,
+            workers=workers,
+            preprocessing=labels.preprocessing.for_evaluation(),
+            keep_bytes=resident_budget(classifier.device),
+            progress=advance,
+        )
     batches = Batches(
         checked,
         labels.preprocessing.for_evaluation(),
@@ -152,7 +160,8 @@ def evaluate_run(
         workers=workers,
     )
     world = World(0, 1, classifier.device)
-    found = evaluate(classifier.model, batches, len(labels.classes), world, "fp32")
+    with evaluating(console, split, len(checked.images)) as count:
+        found = evaluate(classifier.model, batches, len(labels.classes), world, "fp32", count)
     return SplitAccuracy(split, labels.classes, found, checked.skipped)
 
 

@@ -43,7 +43,7 @@ from vpt_fast.graphed import GraphedStep
 from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
 from vpt_fast.recipe import Recipe
-from vpt_fast.report import Progress, checking_images, print_skipped, print_start
+from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
 from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, describe_data, environment
 from vpt_fast.world import World, join_world
 
@@ -137,7 +137,7 @@ def train(
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
-        facts = describe_run(recipe, model, splits, world)
+        facts = describe_run(recipe, model, splits, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
         train_batches: Source = make_batches(train_images, preprocessing, recipe, world, train=True)
@@ -245,7 +245,7 @@ def train(
             test = None
             progress.close()  # the test images have a bar of their own
             if recipe.test:
-                test = evaluate_test(model, splits, preprocessing, recipe, world, console, cache)
+                test = evaluate_test(model, splits, preprocessing, recipe, world, console, cache, stop)
             results = summarise(rows[-1], splits, test)
             if world.is_main:
                 with saving(folder, "the results"):
@@ -368,15 +368,29 @@ def evaluate_test(
     world: World,
     console: Console,
     cache: TrainingCache,
+    stop: threading.Event,
 ) -> Evaluation:
-    """Loss and accuracy on the test images; those that cannot be decoded are named and left out."""
+    """Loss and accuracy on the test images; those that cannot be decoded are named and left out.
+
+    Raises KeyboardInterrupt when it is asked to stop; training is saved, so the same command comes back here.
+    """
+
+    def unless_stopped(advance: Callable[..., None]) -> Callable[..., None]:
+        def call(*done: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            advance(*done)
+
+        return call
+
     assert splits.test is not None, "open_data saw to it"
     preprocessing = preprocessing.for_evaluation()
     with checking_images(console, len(splits.test)) as advance:
-        images = check_split(splits.test, preprocessing, recipe, world, cache, advance)
+        images = check_split(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
     print_skipped(console, images.skipped)
     batches = make_batches(images, preprocessing, recipe, world, train=False)
-    return evaluate(model, batches, len(splits.classes), world, recipe.precision)
+    with evaluating(console, "test", len(images.images)) as count:
+        return evaluate(model, batches, len(splits.classes), world, recipe.precision, unless_stopped(count))
 
 
 def summarise(last: dict[str, Any], splits: Splits, test: Evaluation | None) -> dict[str, Any]:
@@ -391,13 +405,16 @@ def summarise(last: dict[str, Any], splits: Splits, test: Evaluation | None) -> 
     }
 
 
-def describe_run(recipe: Recipe, model: TunedClassifier, splits: Splits, world: World) -> dict[str, Any]:
+def describe_run(
+    recipe: Recipe, model: TunedClassifier, splits: Splits, preprocessing: Preprocessing, world: World
+) -> dict[str, Any]:
     """What run.json says: what the results depend on beside the recipe."""
     return {
         **environment(world.device),
         "processes": world.size,
         "backbone": {"name": recipe.backbone, "fingerprint": model.config.backbone.fingerprint},
         "parameters": {"trained": model.num_trainable_parameters, "backbone": model.num_backbone_parameters},
+        "preprocessing": preprocessing.to_dict(),
         "data": describe_data(Path(recipe.data).expanduser(), splits),
     }
 
@@ -719,9 +736,17 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, batches: Source, num_classes: int, world: World, precision: str
+    network: nn.Module,
+    batches: Source,
+    num_classes: int,
+    world: World,
+    precision: str,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode."""
+    """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode.
+
+    ``progress`` is called with the number of images, of all processes, after each step.
+    """
     network.eval()
     loss = torch.zeros(1, device=world.device)
     correct = torch.zeros(num_classes, device=world.device)
@@ -732,6 +757,8 @@ def evaluate(
         loss += cross_entropy(logits, labels, reduction="sum")
         images += torch.bincount(labels, minlength=num_classes)
         correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
+        if progress is not None:
+            progress(len(labels) * world.size)
     sums = world.sum(torch.cat([loss, correct, images])).tolist()
     counts = [int(count) for count in sums[1:]]
     return Evaluation(

@@ -88,16 +88,30 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
 @contextlib.contextmanager
 def checking_images(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar for check_images, which calls what this yields; several lists may be gone through."""
+    with _bar(console, "checking images", total) as advance:
+        yield lambda done, of: advance(1)
+
+
+@contextlib.contextmanager
+def evaluating(console: Console, split: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for evaluate, which calls what this yields with numbers of images."""
+    with _bar(console, f"evaluating {split}", total) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Bars(
-        TextColumn("checking images"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bars:
         task = bars.add_task("", total=total)
-        yield lambda done, of: bars.advance(task)
+        yield lambda count: bars.advance(task, count)
 
 
 class Progress:

@@ -180,6 +180,21 @@ def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_pat
         assert part in said, said
 
 
+def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar, monkeypatch, tmp_path):
+    for name in TASKS:
+        shrink(monkeypatch, name)  # every list would fit
+    result = command("check", write_vtab(TASKS["vtab/cifar"], tmp_path / "cifar100"))
+    assert result.exit_code == 0 and "vtab/cifar" in result.output
+    assert "not found: vtab/caltech101" in result.output
+
+
+def test_check_reports_other_folders_as_train_reads_them(command, write_images):
+    result = command("check", write_images({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3}))
+    counts = [re.findall(r"\w+", line) for line in result.output.splitlines() if "│" in line]
+    assert result.exit_code == 0
+    assert counts == [["train", "8", "2"], ["val", "2", "2"], ["test", "6", "2"]]
+
+
 @pytest.mark.parametrize("options, said", [(["--task", "cub"], "not found"), ([], "not found: vtab/cifar")])
 def test_check_fails_where_there_is_nothing(command, tmp_path, options, said):
     result = command("check", tmp_path, *options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 
 import pytest
 from task_trees import shrink, write_fgvc, write_vtab
@@ -13,6 +14,7 @@ from vpt_fast import loop
 from vpt_fast.inference import evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
+from vpt_fast.report import print_skipped
 
 
 @pytest.fixture
@@ -85,6 +87,24 @@ def test_training_on_val_too_reports_no_val(command, short, color_images, tmp_pa
     assert refused.exit_code == 2 and "--split test is left" in refused.output
 
 
+def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(short, test=True)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return print_skipped(*arguments)
+
+        patch.setattr(
+            loop, "print_skipped", interrupted
+        )  # between reading the test images and evaluating them
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    result = train(recipe, tmp_path / "run")
+    assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
 def test_train_fraction_trains_on_fewer_images(short, tmp_path):
     result = train(dataclasses.replace(short, train_fraction=0.34), tmp_path / "run")
     assert result.facts["data"]["train"]["per_class"] == [3, 3, 3]
@@ -105,6 +125,7 @@ def test_run_of_a_task_is_evaluated_as_the_task(command, tmp_path, monkeypatch, 
         assert found["images"] == results[f"{split}_images"]
     saved = json.loads((run / "prompts" / "labels.json").read_text())
     assert saved["split"]["task"] == name
+    assert saved["preprocessing"] == json.loads((run / "run.json").read_text())["preprocessing"]
     assert saved["preprocessing"]["augment"] == ("crop_flip" if name == "fgvc/cub" else "none")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def check_task(task: Task, root: Path) -> TaskFound:
     if not problems and result.num_classes != task.num_classes:
         problems.append(f"{result.num_classes} classes in all; wanted {task.num_classes}")
     return TaskFound(task, folder, splits, tuple(problems))
+
+
+def find_tasks(root: Path, tasks: Iterable[Task]) -> list[TaskFound]:
+    """Those of `tasks` that `root` holds, or that it is by its name: each list would fit several tasks."""
+    name = root.resolve().name.lower()
+    found = [check_task(task, root) for task in tasks]
+    return [
+        each
+        for each in found
+        if each.folder is not None
+        and (each.folder != root or name in {folder.lower() for folder in each.task.folders})
+    ]
 
 
 def _check_split(task: Task, folder: Path, split: str) -> SplitFound:
