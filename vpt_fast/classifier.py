@@ -17,7 +17,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, Origin
+from vpt_fast.backbones.resolve import Origin
+from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
@@ -342,7 +343,7 @@ class FrozenClassifier(TunedClassifier):
     """A model whose frozen blocks run on the engine, folded.
 
     Args:
-        vit, origin: from `backbones.timm_vit.resolve_backbone`.
+        vit, origin: from `backbones.resolve.resolve_backbone`.
         num_classes: of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
         dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.

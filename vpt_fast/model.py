@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype

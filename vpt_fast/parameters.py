@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
 from vpt_fast.recipe import Recipe

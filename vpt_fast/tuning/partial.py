@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vpt_fast.backbones.timm_vit import resolve_backbone
+from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vpt_fast.backbones.timm_vit import FrozenViT, resolve_backbone
+from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
