@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,9 @@ IN_WORDS = {
     "concat_reference": "in the manner of the official code",
     "concat_timm": "timm blocks on the concatenated sequence",
     "concat_timm_compiled": "timm blocks on the concatenated sequence, compiled",
-    "concat_timm_amp": "the same under autocast",
+    "concat_timm_max_autotune": "timm blocks on the concatenated sequence, compiled with max-autotune",
+    "concat_timm_amp": "timm blocks on the concatenated sequence, under autocast",
+    "concat_timm_amp_compiled": "timm blocks on the concatenated sequence, under autocast, compiled",
     "no_prompts": "for comparison: no prompts at all, same backward",
 }
 IN_README = (
@@ -155,10 +158,12 @@ def number(value: float | None, digits: int = 3) -> str:
     """To so many significant digits, thousands separated; nothing for None."""
     if value is None:
         return ""
-    if value == 0 or abs(value) < 1e-3:
-        return f"{value:.{digits - 1}e}" if value else "0"
-    size = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:,.{max(0, digits - size)}f}"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -3:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
 def field(name: str, form: str = "") -> Callable[[Row], str]:
@@ -249,8 +254,10 @@ def throughput_section(group: Group) -> str:
         ("", remark),
     ]
     rows = sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
-    file = group.report.link(PAGE, "results")
-    parts = [f"#### {group.title()}", f"`{group.command()}` ({file})", table(rows, columns)]
+    source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
+    if ceiling := group.report.content.get("ceiling_tflops"):
+        source += f"; the ceiling is that of one large product, {number(ceiling)} TFLOP/s"
+    parts = [f"#### {group.title()}", source, table(rows, columns)]
     slower = [
         f"{name_of(row)} ({group.ratio(row):.2f})"
         for row in rows

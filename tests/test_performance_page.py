@@ -115,6 +115,14 @@ def test_columns_in_which_nothing_stands_are_left_out(project: Project) -> None:
     assert "| 10,240 |" in project.text() and "| 62 % |" in project.text()
 
 
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, ""), (0, "0"), (1234.5, "1,234"), (12.345, "12.3"), (0.0012345, "0.00123"), (1.5e-6, "1.50e-06")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert page.number(value) == text
+
+
 def test_a_row_that_failed_has_its_reason(project: Project) -> None:
     project.add("h100", [row("concat_timm", None, gradient_error=None, error="OutOfMemoryError: 80 GiB")])
     assert "OutOfMemoryError: 80 GiB" in line_of(project.text(), "`concat_timm`")
