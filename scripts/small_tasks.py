@@ -6,8 +6,8 @@ The pattern is VTAB-1k's: natural images, and structured tasks whose labels are 
 how many. Each is a folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
 
     digits         10 classes: the handwritten digits that scikit-learn ships (real scans)
-    photo_turn      4 classes: by which quarter turn a photograph was turned (real; only with --photographs, the
-                    archive that the backbone was trained from; images that it was not trained on)
+    photo_turn      4 classes: by which quarter turn a photograph was turned (real, and not among those that
+                    the backbone was trained on; only with --photographs, the archive that those are in)
     shape_position  8 classes: in which eighth of the image's width a shape's middle lies
     shape_turn      8 classes: in which eighth of a whole turn a shape points
     shape_count     6 classes: how many shapes there are, 1 to 6
