@@ -251,6 +251,8 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (300, 400)) -
 
 def time_epoch(contender: Contender, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Seconds, by the clock, of training on all batches, from asking for the first to the end of the last."""
+    if torch.cuda.is_available():  # whatever was asked for before is done
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for images, labels in batches:
         contender.step(images, labels)
@@ -322,7 +324,7 @@ def measure_loading(
                     max(speeds),
                     alone,
                     1 - median / alone,
-                )  # fmt: skip
+                )
             )
     return rows, decode_seconds
 
