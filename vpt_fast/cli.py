@@ -95,7 +95,7 @@ def train(
         for split in ("val", "test")
         if (value := result.results[f"{split}_accuracy"]) is not None
     ]
-    console.print(f"{', '.join([*found, f'after {epochs} epochs'])}; run folder {result.path}")
+    console.print(f"{', '.join(found) or 'done'} after {epochs} epochs; run folder {result.path}")
 
 
 @app.command("eval")

@@ -140,12 +140,13 @@ def train(
         facts = describe_run(recipe, model, splits, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
-        train_batches: Source = make_batches(train_images, preprocessing, recipe, world, train=True)
+        image_batches = make_batches(train_images, preprocessing, recipe, world, train=True)
+        train_batches: Source = image_batches
         val_batches: Source | None = None
         if val_images is not None:
             val_batches = make_batches(val_images, preprocessing, recipe, world, train=False)
         skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
-        print_start(console, recipe, model, splits, skipped, world, out, steps=len(train_batches))
+        print_start(console, recipe, model, splits, skipped, world, out, image_batches)
 
         # What is trained, and the network it is trained through: that part alone where its inputs stay.
         is_graphed = captures_steps(recipe, world, console)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import SkippedImage, Splits
+from vpt_fast.data import Batches, SkippedImage, Splits
 from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 
@@ -32,7 +33,7 @@ def print_start(
     skipped: Sequence[SkippedImage],
     world: World,
     out: Path,
-    steps: int,
+    batches: Batches,
 ) -> None:
     """What will be trained, on what data, at what cost, where; skipped files by name."""
     trained, backbone = model.num_trainable_parameters, model.num_backbone_parameters
@@ -58,9 +59,10 @@ def print_start(
         "data",
         f"{source}: {len(splits.classes)} classes, {parts_of_data} images",
     )
+    table.add_row("images", describe_images(recipe, batches))
     table.add_row(
         "schedule",
-        f"{recipe.epochs} epochs of {steps} steps, batch {batch}{parts}, "
+        f"{recipe.epochs} epochs of {len(batches)} steps, batch {batch}{parts}, "
         f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
     )
     table.add_row("device", f"{device_name(world.device)}{processes}")
@@ -72,6 +74,19 @@ def print_start(
     if free is not None and expected > free:
         console.print("[yellow]More memory is expected than is free: --accumulate splits a batch.[/]")
     print_skipped(console, skipped)
+
+
+def describe_images(recipe: Recipe, batches: Batches) -> str:
+    """What is done to the training images, and where they are kept."""
+    made = batches.preprocessing
+    height, width = made.image_size
+    kept = "decoded in each epoch"
+    if batches.is_resident:
+        kept = f"{filesize.decimal(batches.resident_bytes)} decoded, kept on {batches.resident_device}"
+    return (
+        f"{made.resize} to {height}×{width} ({made.interpolation}), augment {made.augment}, "
+        f"normalization {recipe.normalization}; {kept}"
+    )
 
 
 def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:

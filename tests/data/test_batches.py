@@ -295,7 +295,7 @@ def test_pixels_are_kept_where_they_fit_or_where_they_are_asked_to(
         monkeypatch.setattr(f"vpt_fast.data.resident.{name}", lambda *device, share=share: share * num_bytes)
     monkeypatch.setattr("vpt_fast.data.batches.device_budget", lambda device: device_bytes * num_bytes)
     batches = make(images, device="meta", resident=resident)
-    assert (batches._resident and batches._resident.pixels.device.type) == kept_on
+    assert (batches.resident_device and batches.resident_device.type) == kept_on
 
 
 def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monkeypatch):

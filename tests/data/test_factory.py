@@ -103,6 +103,17 @@ def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):
         open_splits("wds/some")
 
 
+def test_test_split_of_other_classes_is_refused(monkeypatch):
+    def create(name, root, split, **options):
+        return IterableImageDataset(
+            root, reader=[(picture(i), i % (2 if split == "train" else 3)) for i in range(8)]
+        )
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    with pytest.raises(DataError, match="the test split has other classes than train"):
+        open_splits("wds/some", with_test=True)
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

@@ -120,6 +120,14 @@ class Batches:
         """Bytes of pixels kept."""
         return 0 if self._resident is None else self._resident.num_bytes
 
+    @property
+    def resident_device(self) -> torch.device | None:
+        """Where the pixels are kept; None where they are not."""
+        if self._resident is None:
+            return None
+        stored = self._resident.pixels
+        return stored.device if isinstance(stored, torch.Tensor) else stored[0].device
+
     def indices(self, epoch: int) -> torch.Tensor:
         """(num_rank_images,) int64: the images of this rank's epoch in order, as indices into the list."""
         return self._draw(epoch).indices
