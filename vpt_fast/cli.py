@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpt_fast import data_commands
+from vpt_fast import data_commands, sweep_commands
 from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
@@ -32,6 +32,8 @@ from vpt_fast.recipe import Recipe, read_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data")
+app.command()(sweep_commands.sweep)
+app.command()(sweep_commands.table)
 
 
 @app.callback(invoke_without_command=True)

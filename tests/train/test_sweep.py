@@ -1,0 +1,307 @@
+"""Sweeps: what they choose, and that nothing is trained twice or lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from vpt_fast import loop, sweep
+from vpt_fast.loop import TrainingDiverged
+from vpt_fast.recipe import Recipe
+from vpt_fast.run import RunFolder
+from vpt_fast.sweep import Sweep, best_trial, default_axes, parse_axis, run_sweep, trial_folder
+
+
+@pytest.fixture
+def settings(color_images, monkeypatch) -> dict:
+    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+    return dict(
+        data=str(color_images),
+        backbone="train_test_vit",
+        method="linear",
+        epochs=2,
+        warmup_epochs=0,
+        batch_size=9,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The run folders that were trained in, in order."""
+    original, folders = loop.train, []
+
+    def train(recipe, out, **options):
+        folders.append(out.name)
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(sweep, "train", train)
+    return folders
+
+
+def test_best_trial_and_final_runs_are_those_trained_by_hand(settings, tmp_path):
+    axes = {"base_lr": (0.5, 0.001), "weight_decay": (0.01, 0.0)}
+    found = run_sweep(Sweep(settings, axes, seeds=(1, 2)), tmp_path / "sweep")
+
+    by_hand = {}
+    for lr in axes["base_lr"]:
+        for decay in axes["weight_decay"]:
+            recipe = Recipe(**settings, base_lr=lr, weight_decay=decay, tensorboard=False)
+            by_hand[lr, decay] = loop.train(recipe, tmp_path / f"{lr}-{decay}").metrics[-1]["val_accuracy"]
+    assert {tuple(t["params"].values()): t["val_accuracy"] for t in found["trials"]} == by_hand
+    lr, decay = min(by_hand, key=lambda point: (-by_hand[point], point[0], -point[1]))
+    assert found["best"] == {
+        "params": {"base_lr": lr, "weight_decay": decay},
+        "val_accuracy": by_hand[lr, decay],
+    }
+
+    common = dict(settings, base_lr=lr, weight_decay=decay, train_on="train+val", test=True)
+    finals = [loop.train(Recipe(**common, seed=s), tmp_path / f"final-{s}").results for s in (1, 2)]
+    one, two = (run["test_accuracy"] for run in finals)
+    assert found["final"]["accuracies"] == {"1": one, "2": two}
+    assert found["final"]["mean"] == pytest.approx((one + two) / 2)
+    assert found["final"]["standard_deviation"] == pytest.approx(abs(one - two) / 2**0.5)
+    assert found["finished"] and json.loads((tmp_path / "sweep" / "results.json").read_text()) == found
+
+
+def test_same_command_again_trains_nothing(settings, tmp_path, trained):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    first = run_sweep(plan, tmp_path)
+    assert trained == ["base_lr=0.5", "base_lr=0.1", "seed-1"]
+    assert run_sweep(plan, tmp_path) == first and len(trained) == 3
+
+
+def test_trial_folders_keep_metrics_and_the_best_ones_prompts_only(settings, tmp_path):
+    found = run_sweep(Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,)), tmp_path)
+    for trial in found["trials"]:
+        folder = RunFolder(trial_folder(tmp_path, trial["params"]))
+        assert folder.metrics.exists() and folder.results.exists() and not folder.checkpoint.exists()
+        assert folder.prompts.exists() == (trial["params"] == found["best"]["params"])
+
+
+def test_ctrl_c_gives_the_trial_back_and_its_run_goes_on(settings, tmp_path, monkeypatch, trained):
+    settings = dict(settings, epochs=3)
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    original, steps = loop.TrainStep.__call__, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 5:  # the second epoch of the first trial, of 3 steps each
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop.TrainStep, "__call__", step)
+    stopped = run_sweep(plan, tmp_path / "parts")
+    assert not stopped["finished"] and stopped["trials"] == []
+    finished = run_sweep(plan, tmp_path / "parts")
+    assert finished["finished"] and sorted(trained) == ["base_lr=0.1", "base_lr=0.5", "base_lr=0.5", "seed-1"]
+    assert len(steps) == 5 + 3 * 2 + 3 * 3 + 4 * 3  # one epoch of the stopped trial was not trained again
+    assert finished == run_sweep(plan, tmp_path / "whole")
+
+
+def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    sweep._begin(plan, tmp_path)
+    study, _ = sweep._open_studies(plan, tmp_path, None)
+    study.enqueue_trial({"base_lr": 0.5})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        dead = study.ask()
+    dead.suggest_categorical("base_lr", [0.5, 0.1])
+    dead.set_user_attr("owner", {**sweep._owner(), "started": "another process's"})
+    assert run_sweep(plan, tmp_path)["finished"]
+    assert sorted(trained) == ["base_lr=0.1", "base_lr=0.5", "seed-1"]
+
+
+def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trained):
+    plan = Sweep(settings, {"base_lr": (1e38, 0.1)}, seeds=(1,))
+    found = run_sweep(plan, tmp_path)
+    diverged, good = found["trials"]
+    assert diverged["state"] == "fail" and diverged["val_accuracy"] is None
+    assert "epoch" in diverged["reason"] and good["state"] == "complete"
+    run_sweep(plan, tmp_path)
+    assert trained.count("base_lr=1e+38") == 1
+
+
+def test_sweep_with_no_good_trial_says_why(settings, tmp_path, monkeypatch):
+    def train(*arguments, **options):
+        raise TrainingDiverged("the loss is inf")
+
+    monkeypatch.setattr(sweep, "train", train)
+    with pytest.raises(ValueError, match="the loss is inf"):
+        run_sweep(Sweep(settings, {"base_lr": (1.0,)}), tmp_path)
+
+
+def trial(value, place=0, **params) -> dict:
+    return {"state": "complete", "val_accuracy": value, "place": place, "params": params}
+
+
+@pytest.mark.parametrize(
+    ("trials", "best"),
+    [
+        ([trial(0.5, base_lr=1.0), trial(0.6, base_lr=5.0)], 1),
+        ([trial(0.5, base_lr=5.0), trial(0.5, base_lr=1.0)], 1),
+        ([trial(0.5, base_lr=1.0, weight_decay=0.0), trial(0.5, base_lr=1.0, weight_decay=0.01)], 1),
+        ([trial(0.5, 1, num_prompts=5), trial(0.5, 0, num_prompts=1)], 1),
+        ([{**trial(0.9, base_lr=1.0), "state": "pruned"}, trial(0.1, base_lr=5.0)], 1),
+    ],
+    ids=["accuracy", "smaller rate", "larger decay", "first of the grid", "finished only"],
+)
+def test_best_trial(trials, best):
+    assert best_trial(trials) is trials[best]
+
+
+OTHER_PROCESS = """
+import json, sys
+from pathlib import Path
+from vpt_fast.sweep import Sweep, run_sweep
+settings, axes, out = json.loads(sys.argv[1])
+run_sweep(Sweep(settings, axes, seeds=(1, 2)), Path(out))
+"""
+
+
+def test_two_processes_share_one_sweep(settings, tmp_path, trained):
+    settings = dict(settings, backbone="test_vit", pretrained=False)
+    axes = {"base_lr": (0.5, 0.25, 0.1, 0.05)}
+    argument = json.dumps([settings, axes, str(tmp_path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS, argument], env=environment)
+    while not (tmp_path / "trials").exists() and other.poll() is None:
+        time.sleep(0.02)
+    found = run_sweep(Sweep(settings, axes, seeds=(1, 2)), tmp_path)
+    assert other.wait(timeout=300) == 0 and found["finished"]
+    assert len(found["trials"]) == 4 and len(found["final"]["accuracies"]) == 2
+    assert len(trained) == len(set(trained))
+    # What the other process has trained, this one has not: its runs are of another process's id.
+    study, final = sweep._open_studies(Sweep(settings, axes, seeds=(1, 2)), tmp_path, None)
+    done = [
+        t for t in (*study.trials, *final.trials) if t.state.name == "COMPLETE" and "results" in t.user_attrs
+    ]
+    assert len(done) == 6  # each was trained once
+    assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)
+
+
+def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    flags = [f"--data={color_images}", f"--out={tmp_path / 'sweep'}", "--backbone=train_test_vit"]
+    flags += ["--method=linear", "--epochs=1", "--device=cpu", "--seeds=1,2", "--over=base_lr=0.5,0.1"]
+    result = command("sweep", *flags)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "2 trials of 1 epochs on 27 images, by grid: base_lr 0.5, 0.1",
+        "2 of 1 epochs on 36 images, trained on train and val; seeds 1, 2",
+        "126 images trained on",  # 2 · 27 + 2 · 36
+        "1 trials are left, about",
+        "best of 2 trials: base_lr",
+        "standard deviation, n - 1",
+    ):
+        assert text in result.output
+    assert command("sweep", *flags, "--train-on=train").exit_code == 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
+    plan = Sweep(
+        settings, {"base_lr": (0.5, 0.1, 0.05)}, seeds=(1,), sampler=sampler, trials=2, pruner="median"
+    )
+    found = run_sweep(plan, tmp_path)
+    assert found["finished"] and 1 <= len(found["trials"]) <= 2
+
+
+def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
+    import optuna
+
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.params["base_lr"] == 0.5)
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median")
+    found = run_sweep(plan, tmp_path)
+    assert [t["state"] for t in found["trials"]] == ["pruned", "complete"]
+    assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
+
+
+def test_without_test_images_the_final_runs_are_of_val(settings, images, tmp_path):
+    shutil.rmtree(images / "test")
+    found = run_sweep(Sweep(dict(settings, data=str(images)), {}, seeds=(1,)), tmp_path)
+    assert found["final"]["split"] == "val" and "no test images" in found["final"]["note"]
+    assert found["final"]["mean"] is not None and found["best"] is None
+
+
+def test_folder_of_another_sweep_is_refused(settings, tmp_path):
+    run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
+    with pytest.raises(ValueError, match="other settings: seeds, batch_size"):
+        run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
+
+
+def test_sweep_file_holds_what_was_asked(settings, tmp_path):
+    run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
+    values = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    assert values["settings"] == settings and values["axes"] == {"base_lr": [0.1]} and values["seeds"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "axes"),
+    [
+        ("vpt-deep", None, {"base_lr": 10, "weight_decay": 4}),
+        ("linear", "fgvc/cub", {"base_lr": 9, "weight_decay": 4}),
+        ("full", "vtab/cifar", {"base_lr": 4}),
+    ],
+)
+def test_default_grid_is_the_papers(method, task, axes):
+    recipe = Recipe(data="x", backbone="y", method=method, task=task)
+    assert {name: len(axis) for name, axis in default_axes(recipe).items()} == axes
+
+
+@pytest.mark.parametrize(
+    ("text", "axis"),
+    [
+        ("base-lr=5e-4,1", ("base_lr", (5e-4, 1.0))),
+        ("num_prompts=1,10,10", ("num_prompts", (1, 10))),
+        ("prompt_layers=0,1;-1", ("prompt_layers", ("0,1", -1))),
+        ("optimizer=sgd,adamw", ("optimizer", ("sgd", "adamw"))),
+    ],
+)
+def test_axes_are_parsed_as_the_recipe_parses(text, axis):
+    assert parse_axis(text, {"data": "x", "backbone": "y"}) == axis
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("bace_lr=1", "close names: base_lr"),
+        ("base_lr=fast", "base_lr is 'fast'"),
+        ("base_lr", "must be KEY=A,B,C"),
+        ("seed=1,2", "seed is no setting of the training"),
+        ("workers=1,2", "workers is no setting of the training"),
+    ],
+)
+def test_axes_that_cannot_be_searched_are_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_axis(text, {"data": "x", "backbone": "y"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(sampler="annealing"), "sampler is 'annealing'"),
+        (dict(pruner="axe"), "pruner is 'axe'"),
+        (dict(sampler="tpe"), "trials is None with sampler tpe"),
+        (dict(trials=3), "trials is 3 with sampler grid"),
+        (dict(seeds=()), "seeds is"),
+        (dict(axes={"epochs": (1, 2)}), "epochs is given as 2 and searched over too"),
+    ],
+)
+def test_sweeps_that_cannot_be_are_refused(settings, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        Sweep(**{"settings": settings, "axes": {}, **changes})
+
+
+def test_missing_optuna_is_named(settings, monkeypatch):
+    monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"optuna, which is not installed; pip install 'vpt_fast\[sweep\]'"):
+        Sweep(settings, {})

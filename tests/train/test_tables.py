@@ -1,0 +1,172 @@
+"""Tables of results, by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+
+import pytest
+import yaml
+
+from vpt_fast.data import TASKS
+from vpt_fast.published import ACCURACIES, GROUP_MEANS
+from vpt_fast.recipe import Recipe
+from vpt_fast.tables import format_table, make_rows, read_entries
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Writes a finished sweep's results.json and returns its folder."""
+
+    def write(method, task, *accuracies, finished=True, split="test"):
+        folder = tmp_path / f"{method}-{task}".replace("/", "-")
+        folder.mkdir()
+        final = {
+            "split": split,
+            "accuracies": {str(seed): value for seed, value in enumerate(accuracies)},
+            "mean": statistics.fmean(accuracies),
+            "standard_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        }
+        results = {"kind": "sweep", "task": task, "data": "x", "backbone": "vit", "method": method}
+        results |= {"parameters": {"trained": 10, "backbone": 1000}, "final": final, "finished": finished}
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes a finished run's folder and returns it."""
+
+    def write(name, **settings):
+        folder = tmp_path / name
+        folder.mkdir()
+        test = settings.pop("test_accuracy")
+        recipe = Recipe(data="x", backbone="vit", task="vtab/cifar", **settings)
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+        (folder / "run.json").write_text(json.dumps({"parameters": {"trained": 10, "backbone": 1000}}))
+        (folder / "results.json").write_text(json.dumps({"val_accuracy": 0.5, "test_accuracy": test}))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("method", GROUP_MEANS)
+@pytest.mark.parametrize("group", ["natural", "specialized", "structured"])
+def test_published_means_are_those_of_the_published_tasks(method, group):
+    tasks = [ACCURACIES[method][task.name] for task in TASKS.values() if task.group == group]
+    # 0.05 for each task's rounding
+    assert statistics.fmean(tasks) == pytest.approx(GROUP_MEANS[method][group], abs=0.05)
+
+
+def test_published_accuracies_are_there_for_every_task():
+    assert all(set(row) == set(TASKS) for row in ACCURACIES.values())
+
+
+def test_means_wins_and_differences_by_hand(sweep):
+    folders = [
+        sweep("vpt-deep", "vtab/cifar", 0.80, 0.82),
+        sweep("vpt-deep", "vtab/dtd", 0.60),
+        sweep("vpt-deep", "vtab/eurosat", 0.97),
+        sweep("full", "vtab/cifar", 0.70),
+        sweep("full", "vtab/dtd", 0.65),
+    ]
+    entries, notes = read_entries(folders)
+    rows, more = make_rows(entries)
+    deep, full = rows
+    assert (deep.method, full.method, notes, more) == ("vpt-deep", "full", [], [])
+    natural = deep.means["natural"]
+    assert natural.accuracy == pytest.approx((81 + 60) / 2) and natural.tasks == 2
+    assert natural.published == pytest.approx((78.8 + 65.8) / 2)
+    assert natural.difference == pytest.approx((81 + 60 - 78.8 - 65.8) / 2)
+    assert natural.wins == 1  # cifar
+    assert deep.means["specialized"].wins is None  # full has no run there
+    assert deep.entries["vtab/cifar"].standard_deviation == pytest.approx(100 * 0.02 / 2**0.5)
+    assert deep.total == pytest.approx(1 + 3 * 10 / 1000)
+    assert full.means["natural"].wins is None
+
+
+def test_without_runs_of_full_wins_are_against_the_published_ones(sweep):
+    rows, notes = make_rows(read_entries([sweep("vpt-deep", "vtab/cifar", 0.70)])[0])
+    assert rows[0].means["natural"].wins == 1  # 68.9 published
+    assert "as published" in notes[0]
+
+
+def test_accuracy_on_val_is_held_against_nothing(sweep):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
+    assert make_rows(entries)[0][0].means["natural"].published is None
+    assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
+
+
+def test_runs_that_differ_in_their_seed_are_taken_together(run):
+    folders = [run("a", seed=1, test_accuracy=0.7), run("b", seed=2, test_accuracy=0.8)]
+    ((entry,), _) = read_entries(folders)
+    assert (entry.runs, entry.split) == (2, "test")
+    assert entry.accuracy == pytest.approx(75)
+    assert entry.standard_deviation == pytest.approx(10 / 2**0.5)
+
+
+def test_runs_that_differ_in_more_are_refused(run):
+    folders = [run("a", base_lr=1, test_accuracy=0.7), run("b", base_lr=2, seed=2, test_accuracy=0.8)]
+    with pytest.raises(ValueError, match="comes twice; the two differ in base_lr"):
+        read_entries(folders)
+
+
+def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
+    assert entries == [] and "not finished" in notes[0]
+
+
+def test_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no results\.json there"):
+        read_entries([tmp_path])
+
+
+def test_markdown_shows_what_is_missing(sweep, tmp_path):
+    sweep("vpt-deep", "vtab/cifar", 0.80, 0.82)
+    text = format_table(*read_entries([tmp_path]), "markdown")
+    assert "| vpt-deep | 1.01× of 1 tasks | 81.00 (1), 1 of 7 tasks | - | - | - |" in text
+    assert "| published | 1.18× of 24 tasks | 78.80 | - | - | - |" in text
+    assert "| difference | - | +2.20 | - | - | - |" in text
+    assert "| vtab/cifar | 81.00 ± 1.41 | 78.8 | +2.20 |" in text
+    assert "| vtab/dtd | missing | 65.8 | - |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {5, 7}  # the tasks' table, the groups'
+
+
+def test_csv_has_a_line_for_each_task_and_group(sweep):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.80, 0.82)])
+    task, group = csv.DictReader(io.StringIO(format_table(entries, notes, "csv")))
+    assert (task["of"], float(task["accuracy"]), float(task["difference"])) == ("vtab/cifar", 81, 2.2)
+    assert (group["of"], group["tasks"], group["wins"]) == ("natural", "1", "1")
+
+
+def test_latex_is_escaped_and_every_row_has_all_columns(sweep):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/oxford_iiit_pet", 0.80, 0.82)])
+    text = format_table(entries, notes, "latex")
+    assert (
+        r"oxford\_iiit\_pet" in text
+        and r"$\pm$" in text
+        and "%" not in text.replace(r"\%", "").partition("\n")[2]
+    )
+    for name in ("toprule", "midrule", "bottomrule"):
+        assert text.count("\\" + name) == 2
+    for tabular in text.split(r"\begin{tabular}{")[1:]:
+        columns = len(tabular.partition("}")[0])
+        lines = [line for line in tabular.splitlines() if line.endswith(r"\\")]
+        assert {line.count(" & ") + 1 for line in lines} == {columns}
+
+
+def test_table_command_writes_a_file(command, sweep, tmp_path):
+    folder = sweep("linear", "vtab/cifar", 0.5)
+    result = command("table", folder, "--format", "csv", "--out", tmp_path / "table.csv")
+    assert result.exit_code == 0 and result.output == ""
+    assert (tmp_path / "table.csv").read_text().startswith("method,of,accuracy")
+
+
+def test_table_of_nothing_finished_is_refused(command, sweep):
+    result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
+    assert result.exit_code == 2 and "no finished runs" in result.stderr

@@ -1,0 +1,44 @@
+"""Numbers that were published: Jia et al., "Visual Prompt Tuning", ECCV 2022, ViT-B/16 supervised on
+ImageNet-21k. Accuracies in percent: of Table 1 the means, of the appendix the tasks."""
+
+from __future__ import annotations
+
+_METHODS = ("full", "vpt-shallow", "vpt-deep")
+_ROWS = {
+    "vtab/cifar": (68.9, 77.7, 78.8),
+    "vtab/caltech101": (87.7, 86.9, 90.8),
+    "vtab/dtd": (64.3, 62.6, 65.8),
+    "vtab/oxford_flowers102": (97.2, 97.5, 98.0),
+    "vtab/oxford_iiit_pet": (86.9, 87.3, 88.3),
+    "vtab/svhn": (87.4, 74.5, 78.1),
+    "vtab/sun397": (38.8, 51.2, 49.6),
+    "vtab/patch_camelyon": (79.7, 78.2, 81.8),
+    "vtab/eurosat": (95.7, 92.0, 96.1),
+    "vtab/resisc45": (84.2, 75.6, 83.4),
+    "vtab/diabetic_retinopathy": (73.9, 72.9, 68.4),
+    "vtab/clevr_count": (56.3, 50.5, 68.5),
+    "vtab/clevr_dist": (58.6, 58.6, 60.0),
+    "vtab/dmlab": (41.7, 40.5, 46.5),
+    "vtab/kitti": (65.5, 67.1, 72.8),
+    "vtab/dsprites_loc": (57.5, 68.7, 73.6),
+    "vtab/dsprites_ori": (46.7, 36.1, 47.9),
+    "vtab/smallnorb_azi": (25.7, 20.2, 32.9),
+    "vtab/smallnorb_ele": (29.1, 34.1, 37.8),
+    "fgvc/cub": (87.3, 86.7, 88.5),
+    "fgvc/nabirds": (82.7, 78.8, 84.2),
+    "fgvc/flowers": (98.8, 98.4, 99.0),
+    "fgvc/dogs": (89.4, 90.7, 90.2),
+    "fgvc/cars": (84.5, 68.7, 83.6),
+}
+
+ACCURACIES: dict[str, dict[str, float]] = {
+    method: {task: row[column] for task, row in _ROWS.items()} for column, method in enumerate(_METHODS)
+}
+"""Method -> task -> accuracy."""
+
+GROUP_MEANS: dict[str, dict[str, float]] = {
+    "full": {"natural": 75.88, "specialized": 83.36, "structured": 47.64},
+    "vpt-shallow": {"natural": 76.81, "specialized": 79.66, "structured": 46.98},
+    "vpt-deep": {"natural": 78.48, "specialized": 82.43, "structured": 54.98},
+}
+"""Method -> group of VTAB -> mean accuracy."""

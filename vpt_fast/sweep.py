@@ -1,0 +1,660 @@
+"""Sweeps: settings chosen on val, then final runs with several seeds, as the paper does.
+
+A sweep's folder:
+
+    sweep.yaml         what all runs share, what is searched, and how
+    study.db           the Optuna studies of trials and final runs, unless a storage is named
+    trials/<settings>/ a run folder for each trial; the best one's keeps its prompts
+    final/seed-<s>/    a run folder for each final run
+    results.json       each trial, the best settings, and the final accuracies
+
+Several processes may work through one sweep at the same time: a trial is taken by one of them, and taken
+again by another when that one ends without an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import socket
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vpt_fast.cache import TrainingCache
+from vpt_fast.data import find_task
+from vpt_fast.loop import TrainingDiverged, open_data, train
+from vpt_fast.recipe import Recipe, parse_method, read_yaml
+from vpt_fast.run import RunFolder, default_run_folder, write
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial, Trial
+
+# The grid of the paper's appendix, and of KMnP/vpt: for SGD and for the methods of AdamW.
+SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+FGVC_RATES = SGD_RATES[:-1]
+WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
+ADAMW_RATES = (5e-3, 1e-3, 5e-4, 1e-4)
+SEEDS = (42, 44, 82, 100, 800)  # of the final runs
+
+SAMPLERS = ("grid", "tpe", "random")
+PRUNERS = ("none", "median", "hyperband")
+SET_BY_SWEEP = ("train_on", "test")
+NOT_SEARCHED = ("task", "train_on", "val_fraction", "backbone_arg", "seed")
+
+HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 300  # of trials on other machines
+POLL_SECONDS = 2.0
+
+Params = dict[str, Any]
+
+
+class Stopped(Exception):
+    """Asked to stop (Ctrl-C): the trial at hand is given back."""
+
+
+class _Twin(Exception):
+    """Another process trains these settings already."""
+
+
+def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
+    """The paper's grid for a recipe's method: setting -> values."""
+    if parse_method(recipe.method).rule.optimizer == "adamw":
+        return {"base_lr": ADAMW_RATES}
+    is_fgvc = recipe.task is not None and find_task(recipe.task).suite == "fgvc"
+    return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
+
+
+def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    """`KEY=A,B,C` as a setting of the recipe and its values; values that hold commas are parted by `;`.
+
+    Raises:
+        ValueError: an unknown setting, one that no sweep can search, or a value that the recipe refuses.
+    """
+    name, equals, listed = text.partition("=")
+    name = name.strip().replace("-", "_")
+    parts = [part.strip() for part in listed.split(";" if ";" in listed else ",")]
+    if not equals or not all(parts):
+        raise ValueError(f"over is {text!r}; it must be KEY=A,B,C")
+    field = next((f for f in dataclasses.fields(Recipe) if f.name == name), None)
+    if field and (name in NOT_SEARCHED or not field.metadata["result"]):
+        raise ValueError(f"over is {text!r}; {name} is no setting of the training, and cannot be searched")
+    values: list[Any] = []
+    for part in parts:
+        value: Any = yaml.safe_load(part)
+        if isinstance(value, list) or value is None:
+            raise ValueError(f"over is {text!r}, whose value {part!r} is none that can be searched")
+        recipe = Recipe.from_dict({**settings, name: value})  # names what is wrong with it
+        value = getattr(recipe, name)
+        values.append(part if isinstance(value, list | dict) else value)
+    return name, tuple(dict.fromkeys(values))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to search, how, and what to run in the end.
+
+    Attributes:
+        settings: of the recipe, shared by all runs, as `Recipe.from_dict` takes them.
+        axes: setting -> values to search; {} searches nothing: `settings` are final.
+        seeds: of the final runs.
+        sampler: "grid" is every combination; "tpe" or "random" (Optuna's) choose `trials` of them.
+        trials: for "tpe" and "random".
+        pruner: "none", or Optuna's that ends a trial whose val accuracy is behind: "median", "hyperband".
+
+    Raises:
+        ValueError: an argument cannot be used; the text names it.
+    """
+
+    settings: dict[str, Any]
+    axes: dict[str, tuple[Any, ...]]
+    seeds: tuple[int, ...] = SEEDS
+    sampler: str = "grid"
+    trials: int | None = None
+    pruner: str = "none"
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError("a sweep needs optuna, which is not installed; pip install 'vpt_fast[sweep]'")
+        for name, value, known in (("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if (self.trials is None) != (self.sampler == "grid") or (self.trials or 1) < 1:
+            wanted = "left out with sampler grid, and at least 1 with the others"
+            raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {list(self.seeds)}; it must be one or more, each at least 0")
+        for name in SET_BY_SWEEP:
+            if name in self.settings:
+                raise ValueError(f"{name} is given; a sweep sets it itself: val for the search, then test")
+        for name in self.axes:
+            if name in self.settings:
+                raise ValueError(
+                    f"{name} is given as {self.settings[name]} and searched over too; leave out one of them "
+                    "(--over names what to search instead)"
+                )
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                "a sweep does not run under torchrun; start the same command several times instead"
+            )
+        for point in self.points():
+            self.recipe(**point)
+
+    def points(self) -> list[Params]:
+        """Every combination, in the axes' order."""
+        return [
+            dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())
+        ]
+
+    def recipe(self, **changes: Any) -> Recipe:
+        return Recipe.from_dict({"tensorboard": False, **self.settings, **changes})
+
+    @property
+    def num_trials(self) -> int:
+        if not self.axes:
+            return 0
+        return len(self.points()) if self.trials is None else self.trials
+
+    def to_dict(self) -> dict[str, Any]:
+        """What sweep.yaml holds."""
+        values = dataclasses.asdict(self)
+        return {
+            **values,
+            "axes": {name: list(axis) for name, axis in self.axes.items()},
+            "seeds": list(self.seeds),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        recipe = self.recipe(**self.points()[0]).to_dict()
+        fields = dataclasses.fields(Recipe)
+        kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
+        return {**self.to_dict(), "settings": kept}
+
+    def study_name(self) -> str:
+        """The same for the same sweep, wherever the data lie."""
+        text = json.dumps([self.identity(), Path(self.settings["data"]).name], sort_keys=True)
+        return f"vpt-fast-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def default_sweep_folder(recipe: Recipe) -> Path:
+    run = default_run_folder(recipe)
+    return run.with_name(f"sweep-{run.name}")
+
+
+def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of finished trials the one with the highest val accuracy of the last epoch; of equal ones that with
+    the smallest base_lr, then the largest weight_decay, then the first of the grid; None for no trial."""
+    done = [trial for trial in trials if trial["state"] == "complete"]
+
+    def rank(trial: Mapping[str, Any]) -> tuple[float, ...]:
+        params = trial["params"]
+        lr, decay = params.get("base_lr", 0.0), params.get("weight_decay", 0.0)
+        return (-trial["val_accuracy"], lr, -decay, trial["place"])
+
+    return min(done, key=rank, default=None)
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    *,
+    storage: str | None = None,
+    console: Console | None = None,
+    cache: TrainingCache | None = None,
+) -> dict[str, Any]:
+    """Works through what is not done yet of `sweep` in the folder `out`; returns what results.json holds.
+
+    Its `finished` is False after SIGINT or SIGTERM; the same call goes on. A trial whose training diverges
+    has failed; the sweep goes on.
+
+    Args:
+        storage: URL of an Optuna storage that several machines share; None for a file in `out`.
+        cache: shared with other sweeps of this process.
+
+    Raises:
+        ValueError: `out` holds another sweep, the data cannot be used, or every trial failed.
+    """
+    console = console or Console(quiet=True)
+    cache = cache or TrainingCache()
+    plan = _FinalPlan.of(sweep, cache)
+    out.mkdir(parents=True, exist_ok=True)
+    _begin(sweep, out)
+    _print_plan(console, sweep, plan, out, cache)
+    search, final = _open_studies(sweep, out, storage)
+    results = _collect(sweep, plan, search, final, out)
+    try:
+        if sweep.axes:
+            with _Display(
+                console, "trial", sweep.num_trials, sweep.recipe(**sweep.points()[0]).epochs
+            ) as display:
+                _Worker(
+                    study=search,
+                    axes=sweep.axes,
+                    wanted=sweep.points() if sweep.sampler == "grid" else None,
+                    limit=sweep.num_trials,
+                    recipe=sweep.recipe,
+                    folder=lambda params: trial_folder(out, params),
+                    metric="val_accuracy",
+                    cache=cache,
+                    display=display,
+                    after=lambda: _tidy(_collect(sweep, plan, search, final, out), out),
+                ).work()
+        results = _collect(sweep, plan, search, final, out)
+        if sweep.axes and results["best"] is None:
+            reasons = "; ".join(
+                dict.fromkeys(trial["reason"] for trial in results["trials"] if trial["reason"])
+            )
+            raise ValueError(f"no trial in {out} came to an end: {reasons}")
+        best = results["best"]["params"] if sweep.axes else {}
+        with _Display(console, "final run", len(sweep.seeds), sweep.recipe(**best).epochs) as display:
+            _Worker(
+                study=final,
+                axes={"seed": sweep.seeds},
+                wanted=[{"seed": seed} for seed in sweep.seeds],
+                limit=len(sweep.seeds),
+                recipe=lambda seed: sweep.recipe(**best, **plan.changes, seed=seed),
+                folder=lambda params: out / "final" / f"seed-{params['seed']}",
+                metric=f"{plan.split}_accuracy",
+                cache=cache,
+                display=display,
+                after=lambda: _collect(sweep, plan, search, final, out),
+            ).work()
+    except Stopped:
+        pass
+    return _collect(sweep, plan, search, final, out)
+
+
+@dataclass(frozen=True)
+class _FinalPlan:
+    """What the final runs train on, and the split that their accuracy is of."""
+
+    changes: dict[str, Any]
+    split: str
+    reason: str
+    num_images: int
+
+    @classmethod
+    def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
+        """VTAB and folders with test images train on train and val; FGVC on train, as in the paper."""
+        recipe = sweep.recipe(**sweep.points()[0])
+        splits = open_data(recipe, cache)
+        num_train, num_val = len(splits.train), len(splits.val or ())
+        if splits.test is None:
+            return cls({}, "val", "there are no test images: final accuracies are of val", num_train)
+        if recipe.task is not None and find_task(recipe.task).suite == "fgvc":
+            return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", num_train)
+        changes: dict[str, Any] = {"test": True, "train_on": "train+val"}
+        if recipe.train_fraction < 1:
+            num_images = len(open_data(dataclasses.replace(recipe, **changes), cache).train)
+            return cls(changes, "test", "trained on a share of train and val", num_images)
+        return cls(changes, "test", "trained on train and val", num_train + num_val)
+
+
+def trial_folder(out: Path, params: Params) -> Path:
+    """Named by the trial's settings, so that whoever takes a trial again goes on from its last epoch."""
+    name = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+    )
+    name = name.replace("/", "_")
+    if len(name) > 150:
+        name = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return out / "trials" / name
+
+
+def _begin(sweep: Sweep, out: Path) -> None:
+    """Writes sweep.yaml, or holds it against the one that is there."""
+    path = out / "sweep.yaml"
+    if path.exists():
+        values = read_yaml(path)
+        values["axes"] = {name: tuple(axis) for name, axis in values["axes"].items()}
+        begun = Sweep(**{**values, "seeds": tuple(values["seeds"])})
+        ours, theirs = sweep.identity(), begun.identity()
+        changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
+        pairs = (
+            (name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"]
+        )
+        changed += [name for name, one, other in pairs if one != other]
+        if sweep.settings["data"] != begun.settings["data"]:
+            changed.append("data")
+        if changed:
+            raise ValueError(
+                f"{out} holds a sweep with other settings: {', '.join(changed)}; choose another --out"
+            )
+        return
+    write(path, yaml.safe_dump(sweep.to_dict(), sort_keys=False).encode())
+
+
+def _print_plan(console: Console, sweep: Sweep, plan: _FinalPlan, out: Path, cache: TrainingCache) -> None:
+    recipe = sweep.recipe(**sweep.points()[0])
+    num_train = len(open_data(recipe, cache).train)
+    epochs = recipe.epochs
+    table = Table.grid(padding=(0, 2))
+    if sweep.axes:
+        axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
+        trials = f"{sweep.num_trials} trials of {epochs} epochs on {num_train:,} images, by {sweep.sampler}"
+        table.add_row("search", f"{trials}: {axes}")
+    seeds = ", ".join(map(str, sweep.seeds))
+    table.add_row(
+        "final runs",
+        f"{len(sweep.seeds)} of {epochs} epochs on {plan.num_images:,} images, {plan.reason}; seeds {seeds}",
+    )
+    images = epochs * (sweep.num_trials * num_train + len(sweep.seeds) * plan.num_images)
+    table.add_row("in all", f"{images:,} images trained on")
+    table.add_row("folder", str(out))
+    console.print(table, highlight=False)
+
+
+def _open_studies(sweep: Sweep, out: Path, storage: str | None) -> tuple[optuna.Study, optuna.Study]:
+    """The studies of trials and of final runs; whichever process comes first makes them."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    with _lock(out), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        opened = optuna.storages.RDBStorage(
+            url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+        )
+        name, seed = sweep.study_name(), int(sweep.settings.get("seed", 0))
+        search = optuna.create_study(
+            storage=opened, study_name=name, direction="maximize", load_if_exists=True
+        )
+        final = optuna.create_study(
+            storage=opened, study_name=f"{name}-final", direction="maximize", load_if_exists=True
+        )
+    seed += len(search.trials)  # a sampler that goes on would draw again what it drew at first
+    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    if sweep.sampler in samplers:
+        search.sampler = samplers[sweep.sampler](seed=seed)
+    search.pruner = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+    }[sweep.pruner]()
+    final.pruner = optuna.pruners.NopPruner()
+    return search, final
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """One process at a time, where there are several."""
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """Takes one trial of a study after the other until none is left, here or in another process.
+
+    wanted: what is to be tried; None leaves it to the study's sampler, `limit` times.
+    """
+
+    study: optuna.Study
+    axes: Mapping[str, Sequence[Any]]
+    wanted: list[Params] | None
+    limit: int
+    recipe: Callable[..., Recipe]
+    folder: Callable[[Params], Path]
+    metric: str
+    cache: TrainingCache
+    display: _Display
+    after: Callable[[], Any]
+
+    def work(self) -> None:
+        while True:
+            self._give_back_dead()
+            trials = self.study.get_trials(deepcopy=False)
+            states = [trial.state.name for trial in trials]
+            taken = [_params(t) for t in trials if _is_done(t) or t.state.name in ("RUNNING", "WAITING")]
+            lost = [_params(t) for t in trials if t.state.name == "FAIL" and _params(t)]
+            missing: list[Params] = []
+            for params in lost if self.wanted is None else self.wanted:
+                if params not in taken and params not in missing:
+                    missing.append(params)
+            for params in missing:
+                self.study.enqueue_trial(params)
+            self.display.done(sum(map(_is_done, trials)))
+            draws = self.wanted is None and len(taken) < self.limit
+            if missing or draws or "WAITING" in states:
+                self._take_one()
+            elif "RUNNING" in states:
+                self.display.wait(states.count("RUNNING"))
+                time.sleep(POLL_SECONDS)
+            else:
+                return
+
+    def _take_one(self) -> None:
+        self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
+        self.after()
+
+    def _objective(self, trial: Trial) -> float:
+        import optuna
+
+        trial.set_user_attr("owner", _owner())
+        params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
+        for twin in self.study.get_trials(deepcopy=False):
+            if twin.number != trial.number and twin.params == params:
+                if twin.state.name == "COMPLETE":  # a sampler's choice may repeat; the answer would too
+                    return twin.value
+                if twin.state.name == "RUNNING" and twin.number < trial.number:
+                    time.sleep(POLL_SECONDS)
+                    raise _Twin
+
+        def on_epoch(row: dict[str, Any]) -> None:
+            self.display.epoch(params, row["epoch"] + 1)
+            if row["val_accuracy"] is not None:
+                trial.report(row["val_accuracy"], row["epoch"])
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        self.display.begin(params)
+        try:
+            result = train(self.recipe(**params), self.folder(params), cache=self.cache, on_epoch=on_epoch)
+        except TrainingDiverged as error:
+            trial.set_user_attr("diverged", str(error))
+            self.display.end(params, f"diverged: {error}")
+            raise
+        except optuna.TrialPruned:
+            self.display.end(params, "pruned")
+            raise
+        if result.results is None:
+            raise Stopped
+        trial.set_user_attr("results", result.results)
+        trial.set_user_attr("parameters", result.facts["parameters"])
+        value = result.results[self.metric]
+        self.display.end(params, f"{self.metric.replace('_', ' ')} {value:.2%}")
+        return value
+
+    def _give_back_dead(self) -> None:
+        """Fails trials whose process is gone: on this machine at once, elsewhere when it was silent long."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            if not _is_alive(trial):
+                with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def _params(trial: FrozenTrial) -> Params:
+    """A trial's settings, of one that waits too."""
+    return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
+
+
+def _is_done(trial: FrozenTrial) -> bool:
+    """Whether there is no use in trying it again."""
+    return trial.state.name in ("COMPLETE", "PRUNED") or "diverged" in trial.user_attrs
+
+
+def _owner() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, since ids are given again; None where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]
+
+
+def _is_alive(trial: FrozenTrial) -> bool:
+    owner = trial.user_attrs.get("owner")
+    if owner is None:  # taken, and not said by whom yet: a matter of moments
+        return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
+    if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
+        return True  # its heartbeat tells
+    return _process_start(owner["pid"]) == owner["started"]
+
+
+def _collect(
+    sweep: Sweep, plan: _FinalPlan, search: optuna.Study, final: optuna.Study, out: Path
+) -> dict[str, Any]:
+    """What the studies have come to, written to results.json."""
+    points = sweep.points()
+    rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler's choices may repeat
+    parameters = None
+    for trial in search.get_trials(deepcopy=False):
+        if not _is_done(trial) or (place := points.index(_params(trial))) in rows:
+            continue
+        state = trial.state.name.lower()
+        rows[place] = {
+            "params": points[place],
+            "state": state,
+            "val_accuracy": trial.value if state == "complete" else None,
+            "reason": trial.user_attrs.get("diverged"),
+            "place": place,
+        }
+    trials = sorted(rows.values(), key=lambda row: row["place"])
+    best = best_trial(trials)
+    accuracies = {}
+    for trial in final.get_trials(deepcopy=False):
+        if trial.state.name == "COMPLETE":
+            accuracies[trial.params["seed"]] = trial.value
+            parameters = trial.user_attrs.get("parameters", parameters)
+    ordered = [accuracies[seed] for seed in sweep.seeds if seed in accuracies]
+    failed = {
+        t.params["seed"]: t.user_attrs["diverged"]
+        for t in final.get_trials(deepcopy=False)
+        if "diverged" in t.user_attrs
+    }
+    recipe = sweep.recipe(**points[0])
+    results = {
+        "kind": "sweep",
+        "task": recipe.task,
+        "data": recipe.data,
+        "backbone": recipe.backbone,
+        "method": recipe.method,
+        "settings": sweep.settings,
+        "axes": {name: list(axis) for name, axis in sweep.axes.items()},
+        "num_trials": sweep.num_trials,
+        "trials": trials,
+        "best": None if best is None else {k: best[k] for k in ("params", "val_accuracy")},
+        "parameters": parameters,
+        "final": {
+            "split": plan.split,
+            "note": plan.reason,
+            "accuracies": {str(seed): accuracies[seed] for seed in sweep.seeds if seed in accuracies},
+            "diverged": {str(seed): reason for seed, reason in failed.items()},
+            "mean": statistics.fmean(ordered) if ordered else None,
+            "standard_deviation": statistics.stdev(ordered) if len(ordered) > 1 else None,  # sample: n - 1
+        },
+        "finished": len(ordered) + len(failed) == len(sweep.seeds),
+    }
+    write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    return results
+
+
+def _tidy(results: Mapping[str, Any], out: Path) -> None:
+    """Trials that are done need no checkpoint, and only the best one's prompts are kept."""
+    for row in results["trials"]:
+        folder = RunFolder(trial_folder(out, row["params"]))
+        folder.checkpoint.unlink(missing_ok=True)
+        if results["best"] is None or row["params"] != results["best"]["params"]:
+            shutil.rmtree(folder.prompts, ignore_errors=True)
+
+
+class _Display:
+    """A bar over the trials on a terminal, a line for each trial that ends, and once what is left."""
+
+    def __init__(self, console: Console, noun: str, total: int, epochs: int) -> None:
+        self._console, self._noun, self._total, self._epochs = console, noun, total, epochs
+        self._done = 0
+        self._first_seconds: float | None = None
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bars.add_task(noun, total=total * epochs)
+
+    def __enter__(self) -> _Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def done(self, trials: int) -> None:
+        self._done = trials
+        self._bars.update(self._task, completed=trials * self._epochs)
+
+    def begin(self, params: Params) -> None:
+        self._started = time.perf_counter()
+        self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
+
+    def epoch(self, params: Params, epochs: int) -> None:
+        text = f"{self._name(params)}, epoch {epochs}/{self._epochs}"
+        self._bars.update(self._task, description=text, completed=self._done * self._epochs + epochs)
+
+    def end(self, params: Params, outcome: str) -> None:
+        seconds = time.perf_counter() - self._started
+        self._console.print(
+            f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False, markup=False
+        )
+        left = self._total - self._done - 1
+        if self._first_seconds is None and left > 0:
+            self._first_seconds = seconds
+            self._console.print(
+                f"{left} {self._noun}s are left, about {_duration(left * seconds)}", highlight=False
+            )
+
+    def wait(self, running: int) -> None:
+        self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")
+
+    def _name(self, params: Params) -> str:
+        listed = " ".join(f"{key}={value}" for key, value in params.items())
+        return f"{self._noun} {self._done + 1}/{self._total} {listed}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

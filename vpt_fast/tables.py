@@ -1,0 +1,376 @@
+"""Accuracies of many runs in the layout of the paper's Table 1, beside the published ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpt_fast.data import TASKS
+from vpt_fast.parameters import PAPER_TOTALS
+from vpt_fast.published import ACCURACIES
+from vpt_fast.recipe import Recipe
+from vpt_fast.run import RunFolder
+
+FORMATS = ("markdown", "csv", "latex")
+GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
+BASELINE = "full"  # wins are counted against it
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a method came to on a task, in percent.
+
+    standard_deviation: of a sample (n - 1), over `runs` runs; None for one run.
+    split: whose accuracy it is: "test", or "val" where there was no test.
+    stored: parameters stored for the task; backbone_parameters: of the backbone.
+    """
+
+    method: str
+    task: str
+    backbone: str
+    accuracy: float
+    standard_deviation: float | None
+    runs: int
+    split: str
+    stored: int
+    backbone_parameters: int
+
+
+def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
+    """What sweep folders, run folders, and folders of these hold; and notes on what was left out.
+
+    Runs of one method and task that differ in their seed alone are taken together.
+
+    Raises:
+        ValueError: a folder holds no results, or a method and task come twice.
+    """
+    entries: dict[tuple[str, str, str], Entry] = {}
+    runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
+    notes: list[str] = []
+    for path in (found for folder in folders for found in _find(folder)):
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        if results.get("kind") == "sweep":
+            if not results["finished"] or results["final"]["mean"] is None:
+                notes.append(f"{path}: the sweep is not finished; left out")
+                continue
+            entry = _sweep_entry(results)
+            key = (entry.backbone, entry.method, entry.task)
+            if key in entries or key in runs:
+                raise ValueError(f"{path}: there are results of {entry.method} on {entry.task} already")
+            entries[key] = entry
+        elif "val_accuracy" in results:
+            config = Recipe.from_yaml(RunFolder(path).config).to_dict()
+            facts = json.loads(RunFolder(path).facts.read_text(encoding="utf-8"))
+            key = (config["backbone"], config["method"], _task(config))
+            if key in entries:
+                raise ValueError(f"{path}: there are results of {key[1]} on {key[2]} already")
+            runs.setdefault(key, []).append((config, facts, results))
+        else:
+            raise ValueError(f"{path}: results.json is neither a sweep's nor a run's")
+    for key, found in runs.items():
+        entries[key] = _run_entry(key, found)
+    notes += [
+        f"{entry.method} on {entry.task}: accuracy on val, there was no test"
+        for entry in entries.values()
+        if entry.split == "val"
+    ]
+    return list(entries.values()), notes
+
+
+def _find(folder: Path) -> list[Path]:
+    if (folder / "results.json").exists():
+        return [folder]
+    below = sorted(path.parent for path in folder.glob("*/results.json"))
+    if not below:
+        raise ValueError(f"{folder}: no results.json there or in a folder below; the runs must be finished")
+    return below
+
+
+def _task(values: dict[str, Any]) -> str:
+    return values["task"] or Path(values["data"]).name
+
+
+def _sweep_entry(results: dict[str, Any]) -> Entry:
+    final = results["final"]
+    deviation = final["standard_deviation"]
+    return Entry(
+        method=results["method"],
+        task=_task(results),
+        backbone=results["backbone"],
+        accuracy=100 * final["mean"],
+        standard_deviation=None if deviation is None else 100 * deviation,
+        runs=len(final["accuracies"]),
+        split=final["split"],
+        stored=results["parameters"]["trained"],
+        backbone_parameters=results["parameters"]["backbone"],
+    )
+
+
+def _run_entry(
+    key: tuple[str, str, str], found: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
+) -> Entry:
+    first = Recipe.from_dict(found[0][0])
+    for config, *_ in found[1:]:
+        if set(other := first.differences(Recipe.from_dict(config))) != {"seed"}:
+            what = ", ".join(sorted(set(other) - {"seed"})) or "nothing, not even the seed"
+            raise ValueError(f"{key[1]} on {key[2]} comes twice; the two differ in {what}")
+    split = "test" if all(results["test_accuracy"] is not None for *_, results in found) else "val"
+    values = [results[f"{split}_accuracy"] for *_, results in found]
+    if None in values:
+        raise ValueError(f"{key[1]} on {key[2]}: of some runs there is neither test nor val accuracy")
+    parameters = found[0][1]["parameters"]
+    return Entry(
+        method=key[1],
+        task=key[2],
+        backbone=key[0],
+        accuracy=100 * statistics.fmean(values),
+        standard_deviation=100 * statistics.stdev(values) if len(values) > 1 else None,
+        runs=len(values),
+        split=split,
+        stored=parameters["trained"],
+        backbone_parameters=parameters["backbone"],
+    )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A method's mean over the tasks of a group that there are; `published` is over the same tasks.
+
+    wins: tasks of these on which it is better than full fine-tuning.
+    """
+
+    accuracy: float
+    published: float | None
+    tasks: int
+    wins: int | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.published is None else self.accuracy - self.published
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a backbone: its entries by task, means by group, and the parameters of all of its tasks
+    together, in backbones."""
+
+    name: str
+    method: str
+    entries: dict[str, Entry]
+    means: dict[str, Mean]
+    total: float
+
+
+def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
+    """A row for each method and backbone, and notes on what they are compared to."""
+    backbones = dict.fromkeys(entry.backbone for entry in entries)
+    rows, notes = [], []
+    for backbone in backbones:
+        here = [entry for entry in entries if entry.backbone == backbone]
+        full = {entry.task: entry.accuracy for entry in here if entry.method == BASELINE}
+        if not full:
+            full = ACCURACIES[BASELINE]
+            notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
+        for method in dict.fromkeys(entry.method for entry in here):
+            mine = {entry.task: entry for entry in here if entry.method == method}
+            name = method if len(backbones) == 1 else f"{method}, {backbone}"
+            size = next(iter(mine.values())).backbone_parameters
+            total = (size + sum(entry.stored for entry in mine.values())) / size
+            means = {
+                group: mean
+                for group in GROUPS
+                if (mean := _mean(method, _of_group(mine, group), full)) is not None
+            }
+            rows.append(Row(name, method, mine, means, total))
+    return rows, notes
+
+
+def _of_group(entries: dict[str, Entry], group: str) -> list[Entry]:
+    return [entries[name] for name, task in TASKS.items() if task.group == group and name in entries]
+
+
+def _mean(method: str, entries: list[Entry], full: dict[str, float]) -> Mean | None:
+    if not entries:
+        return None
+    published = [published_accuracy(entry) for entry in entries]
+    known = [value for value in published if value is not None]
+    comparable = [entry for entry in entries if entry.task in full]
+    wins = sum(entry.accuracy > full[entry.task] for entry in comparable)
+    return Mean(
+        statistics.fmean(entry.accuracy for entry in entries),
+        statistics.fmean(known) if len(known) == len(entries) else None,
+        len(entries),
+        wins if comparable and method != BASELINE else None,
+    )
+
+
+def published_accuracy(entry: Entry) -> float | None:
+    """In percent; None where there is none, or where an accuracy on val has nothing to be held against."""
+    return ACCURACIES.get(entry.method, {}).get(entry.task) if entry.split == "test" else None
+
+
+def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> str:
+    """The tables as text, in one of `FORMATS`."""
+    if form not in FORMATS:
+        raise ValueError(f"format is {form!r}; it must be one of {', '.join(FORMATS)}")
+    if not entries:
+        raise ValueError("there are no finished runs to tabulate")
+    rows, more = make_rows(entries)
+    if form == "csv":
+        return _csv(rows)
+    notes = [
+        "Accuracy in percent; ± is the standard deviation of a sample (n - 1) over the seeds.",
+        "Means, published ones too, are over the tasks that are there; in brackets: tasks better than full.",
+        *notes,
+        *more,
+    ]
+    sections = (_summary(rows), _tasks(rows))
+    return (_markdown if form == "markdown" else _latex)(sections, notes)
+
+
+Lines = list[list[str]]
+
+
+def _summary(rows: list[Row]) -> Lines:
+    lines = [["method", "total params", *(_group_title(group) for group in GROUPS)]]
+    for row in rows:
+        tasks = len(row.entries)
+        paper = PAPER_TOTALS.get(row.method)
+        cells: Lines = [[row.name, f"{row.total:.2f}× of {tasks} tasks"], ["published"], ["difference"]]
+        cells[1].append(MISSING if paper is None else f"{paper:.2f}× of 24 tasks")
+        cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and tasks == 24 else MISSING)
+        for group in GROUPS:
+            mean = row.means.get(group)
+            if mean is None:
+                for line in cells:
+                    line.append(MISSING)
+                continue
+            of = sum(task.group == group for task in TASKS.values())
+            missing = "" if mean.tasks == of else f", {mean.tasks} of {of} tasks"
+            wins = "" if mean.wins is None else f" ({mean.wins})"
+            cells[0].append(f"{mean.accuracy:.2f}{wins}{missing}")
+            cells[1].append(MISSING if mean.published is None else f"{mean.published:.2f}")
+            cells[2].append(MISSING if mean.difference is None else f"{mean.difference:+.2f}")
+        lines += cells
+    return lines
+
+
+def _group_title(group: str) -> str:
+    tasks = sum(task.group == group for task in TASKS.values())
+    return f"{'FGVC' if group == 'fgvc' else group.capitalize()} ({tasks})"
+
+
+def _tasks(rows: list[Row]) -> Lines:
+    names = dict.fromkeys(task for row in rows for task in row.entries)
+    groups = {TASKS[name].group for name in names if name in TASKS}
+    shown = [name for name, task in TASKS.items() if task.group in groups]  # missing ones too
+    lines = [["task", *(title for row in rows for title in (row.name, "published", "difference"))]]
+    for name in [*shown, *(name for name in names if name not in TASKS)]:
+        line = [name]
+        for row in rows:
+            entry = row.entries.get(name)
+            if entry is None:
+                paper = ACCURACIES.get(row.method, {}).get(name)
+                line += ["missing", MISSING if paper is None else f"{paper:.1f}", MISSING]
+                continue
+            spread = "" if entry.standard_deviation is None else f" ± {entry.standard_deviation:.2f}"
+            published = published_accuracy(entry)
+            line += [f"{entry.accuracy:.2f}{spread}"]
+            line += (
+                [MISSING, MISSING]
+                if published is None
+                else [f"{published:.1f}", f"{entry.accuracy - published:+.2f}"]
+            )
+        lines.append(line)
+    return lines
+
+
+def _markdown(sections: Iterable[Lines], notes: Iterable[str]) -> str:
+    tables = []
+    for header, *body in sections:
+        lines = [header, ["---"] * len(header), *body]
+        tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join([*tables, *notes]) + "\n"
+
+
+_LATEX = {"×": r"$\times$", "±": r"$\pm$", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#"}
+
+
+def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
+    """Tables for booktabs."""
+
+    def escaped(text: str) -> str:
+        return "".join(_LATEX.get(character, character) for character in text)
+
+    tables = [r"% needs \usepackage{booktabs}"]
+    for header, *body in sections:
+        lines = [" & ".join(map(escaped, line)) + r" \\" for line in (header, *body)]
+        columns = "l" + "r" * (len(header) - 1)
+        tables.append(
+            "\n".join(
+                [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
+                + [r"\bottomrule", r"\end{tabular}"]
+            )
+        )
+    return "\n\n".join([*tables, *map(escaped, notes)]) + "\n"
+
+
+def _csv(rows: list[Row]) -> str:
+    """A line for each method and task, then for each method and group."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "method",
+            "of",
+            "accuracy",
+            "standard_deviation",
+            "runs",
+            "tasks",
+            "split",
+            "published",
+            "difference",
+            "wins",
+        ]
+    )
+    for row in rows:
+        for entry in row.entries.values():
+            published = published_accuracy(entry)
+            difference = None if published is None else round(entry.accuracy - published, 6)
+            writer.writerow(
+                [
+                    row.name,
+                    entry.task,
+                    entry.accuracy,
+                    entry.standard_deviation,
+                    entry.runs,
+                    1,
+                    entry.split,
+                    published,
+                    difference,
+                    None,
+                ]
+            )
+        for group, mean in row.means.items():
+            writer.writerow(
+                [
+                    row.name,
+                    group,
+                    mean.accuracy,
+                    None,
+                    None,
+                    mean.tasks,
+                    None,
+                    mean.published,
+                    mean.difference,
+                    mean.wins,
+                ]
+            )
+    return text.getvalue()
