@@ -34,7 +34,7 @@ LAYERS = {
         "loop",
         "inference",
     ],
-    "sweeps": ["published", "sweep", "tables", "ablations"],
+    "sweeps": ["published", "sweep", "tables"],
     "commands": ["flags", "sweep_commands", "data_commands", "demo", "cli"],
 }
 BELOW = {
