@@ -13,10 +13,7 @@ from flops import Shape
 from measure import Stopwatch, empty_cache
 
 ROUNDS = 5  # after one of warm-up
-LARGE = {
-    "cuda": 8192,
-    "cpu": 2048,
-}  # rows and columns of the large product; a CPU's takes a fraction of a second
+LARGE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large product, a fraction of a second
 CALLS = {"cuda": 20, "cpu": 1}  # in a round: a GPU is to be busy for much longer than an event takes
 
 

@@ -90,11 +90,11 @@ def peer(
             own = "amp"
         model = build(start.peer_vit if own == "bfloat16" else start.vit, start.state)
         model = model.to(start.device).train()
-        # Static shapes: the small batch of the gradient check must not turn the timed one into a dynamic one.
-        # One graph: a part that could not be compiled, or once too often, is an error and not a slow row.
-        run = (
-            model if compiled is None else torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
-        )
+        run: Any = model
+        if compiled is not None:
+            # Of static shapes, since all batches of a setting have one size. In one graph: a part that could
+            # not be compiled, or once too often, is an error and not a slow row.
+            run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
         return Contender(name, model, run, autocast_dtype(own), captures=compiled == "max-autotune")
 
     return contender
@@ -148,9 +148,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast_graphed": prompted(graphed=True),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
-    "concat_reference": peer(
-        peers.ConcatReference, dtype="float32"
-    ),  # which is what the official code runs in
+    "concat_reference": peer(peers.ConcatReference, dtype="float32"),  # as the official code runs
     "concat_timm": peer(peers.ConcatTimm),
     "concat_timm_compiled": peer(peers.ConcatTimm, compiled="default"),
     "concat_timm_max_autotune": peer(peers.ConcatTimm, compiled="max-autotune"),

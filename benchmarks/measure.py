@@ -228,9 +228,7 @@ def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own_tensors(contender)}
     own = sum(storages.values())
     contender.peak_bytes = torch.cuda.max_memory_allocated(device) - allocated + own
-    if (
-        contender.steps_to_settle > 1
-    ):  # the steps before the capture have left memory reserved that replays do not need
+    if contender.steps_to_settle > 1:  # what was reserved before the capture, replays do not need
         empty_cache(device)
         contender.peak_reserved_bytes = torch.cuda.memory_reserved(device) - reserved + own
     else:

@@ -150,10 +150,7 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
     definitions: dict[Callable[..., Any], list[Contender]] = {}
     for contender in contenders:
         definitions.setdefault(BOUNDS.get(contender.name, peers.ConcatTimm), []).append(contender)
-    for (
-        build,
-        those,
-    ) in definitions.items():  # one at a time, for their gradients may be as large as the model
+    for build, those in definitions.items():  # in turn, for their gradients may be as large as the model
         exact = build(vit, state).double().to(start.device)
         expected = measure.gradients(Contender("float64", exact, exact), few_images.double(), few_labels)
         for contender in those:
@@ -173,7 +170,7 @@ def essential_flops(implementation: str, start: Start) -> int | None:
     return flops.essential(shape, setting.num_prompts, setting.prompt_type, batch_size, NUM_CLASSES)
 
 
-def make_row(entrant: Entrant, start: Start, repeats: int, error: str | None = None) -> Row:
+def make_row(entrant: Entrant, start: Start, repeats: int) -> Row:
     """A row without measurements."""
     setting = start.setting
     return Row(
@@ -186,7 +183,6 @@ def make_row(entrant: Entrant, start: Start, repeats: int, error: str | None = N
         impl=entrant.name,
         memory=entrant.memory,
         repeats=repeats,
-        error=error,
     )
 
 
