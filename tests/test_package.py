@@ -35,7 +35,7 @@ LAYERS = {
         "inference",
     ],
     "sweeps": ["published", "sweep", "tables"],
-    "commands": ["flags", "sweep_commands", "data_commands", "demo", "cli"],
+    "commands": ["flags", "sweep_commands", "data_commands", "backbone_commands", "demo", "cli"],
 }
 BELOW = {
     "files": [],
@@ -46,7 +46,7 @@ BELOW = {
     "data": ["files"],
     "train": ["files", "data", "engine", "backbones", "model"],
     "sweeps": ["files", "data", "backbones", "model", "train"],
-    "commands": ["files", "data", "model", "train", "sweeps"],
+    "commands": ["files", "data", "backbones", "model", "train", "sweeps"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 

@@ -266,13 +266,13 @@ class TunedClassifier(nn.Module):
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
             backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
-            overrides: `dtype`, `backend` and `attention`, if other than the saved ones, where the class has
-                them.
+            overrides: `checkpoint`, where the file of the backbone's weights has moved; `dtype`, `backend`
+                and `attention`, if other than the saved ones, where the class has them.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ValueError: the folder holds another class, or the backbone's weights are not those that the
-                model was trained on.
+            ValueError: the folder holds another class, or the backbone's weights are not there, or not those
+                that the model was trained on.
         """
         settings, tensors = read_pretrained(path)
         return cls._from_settings(settings, tensors, backbone, str(path), overrides)
@@ -290,6 +290,8 @@ class TunedClassifier(nn.Module):
             raise ValueError(f"{path}: holds a {settings['model']}, want a {cls.__name__}")
         options = dict(settings["options"])
         known = [name for name in ("dtype", "backend", "attention") if name in options]
+        if not cls.stores_backbone:
+            known.append("checkpoint")
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
             wanted = " or ".join(known) if known else "none"
@@ -303,9 +305,16 @@ class TunedClassifier(nn.Module):
             backbone = saved.name
         if isinstance(options.get("dtype"), str):
             options["dtype"] = getattr(torch, options["dtype"])
-        options |= overrides
         if isinstance(backbone, str):
             options |= {"pretrained": saved.pretrained and not cls.stores_backbone, **saved.kwargs}
+            if saved.checkpoint is not None and not cls.stores_backbone:
+                options["checkpoint"] = saved.checkpoint
+                if "checkpoint" not in overrides and not Path(saved.checkpoint).is_file():
+                    raise ValueError(
+                        f"checkpoint: {saved.checkpoint}, which the backbone of {path} was loaded from, is "
+                        "not there; pass the file as checkpoint=..., or the backbone as backbone=..."
+                    )
+        options |= overrides
         model = cls(  # the subclass's constructor, which takes the backbone in any form
             backbone,  # type: ignore[arg-type]
             settings["num_classes"],

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpt_fast import data_commands, sweep_commands
+from vpt_fast import backbone_commands, data_commands, sweep_commands
 from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
@@ -34,6 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(data_commands.app, name="data")
 app.command()(sweep_commands.sweep)
 app.command()(sweep_commands.table)
+app.command()(backbone_commands.backbones)
 
 
 @app.callback(invoke_without_command=True)

@@ -41,7 +41,12 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
     constructor: Any = kind
     try:
         return constructor(
-            recipe.backbone, num_classes, pretrained=recipe.pretrained, **settings, **recipe.backbone_arg
+            recipe.backbone,
+            num_classes,
+            pretrained=recipe.pretrained,
+            checkpoint=recipe.checkpoint,
+            **settings,
+            **recipe.backbone_arg,
         )
     except (TypeError, AssertionError, RuntimeError, OSError) as error:  # timm's and the hub's ways to say no
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
@@ -63,5 +68,5 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
     if class_name == "PromptedViT":
         settings["prompt_type"] = method.name.removeprefix("vpt-")
     if method.name == "sidetune":
-        settings["side_pretrained"] = recipe.pretrained
+        settings["side_pretrained"] = recipe.pretrained or recipe.checkpoint is not None
     return MODELS[class_name], settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -26,14 +27,15 @@ class PromptedViT(FrozenClassifier):
     the work that concatenation does for nothing (see `engine`).
 
     Args:
-        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
-            not changed. With ``pad`` a name's image size is that of the image without its border, and an
-            instance must have been built for the image with its border.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, whose weights are
+            used as they are and which is not changed. With ``pad`` a name's image size is that of the image
+            without its border, and an instance must have been built for the image with its border.
         num_classes: of the head.
         num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
         prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
-        pool: what the head reads, after the final norm: None for the backbone's own pooling; ``"cls"``;
-            ``"image"``, the mean over the patches; ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
+        pool: what the head reads, after the final norm: None for the backbone's own pooling, or the paper's
+            for a backbone by its name there; ``"cls"``; ``"image"``, the mean over the patches;
+            ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
         dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
             the backbone's own. Prompts, head and the residual stream are float32 or more.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
@@ -42,7 +44,8 @@ class PromptedViT(FrozenClassifier):
             codes), ``"recompute_mlp"``, ``"recompute"``, see `engine.policy.MemoryPolicy`; ``"auto"``: the
             fastest of them that fits the memory free at the first step with a batch of that size
             (``"compact"`` only with 16-bit products). May be changed at any time.
-        pretrained: load timm's published weights (only with a name).
+        pretrained: load the published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name).
 
     Attributes:
@@ -79,6 +82,7 @@ class PromptedViT(FrozenClassifier):
         attention: str = "auto",
         memory: str = "exact",
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         # Every setting is checked before the backbone is built or downloaded.
@@ -96,7 +100,11 @@ class PromptedViT(FrozenClassifier):
             prompt_dropout_per=prompt_dropout_per,
         )
         border = settings.border
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, border=border)
+        vit, origin = resolve_backbone(
+            backbone, pretrained, timm_kwargs, border=border, checkpoint=checkpoint
+        )
+        if pool is None and prompt_location in IN_SEQUENCE:
+            pool = origin.prompted_pool
         super().__init__(
             vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )

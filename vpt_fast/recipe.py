@@ -166,13 +166,23 @@ class Recipe:
         None, "Threads or processes that decode images.", DATA, shown="all cores", result=False
     )
 
-    backbone: str = _knob(REQUIRED, "timm name of the Vision Transformer to tune, or vpt_fast_demo.", MODEL)
+    backbone: str = _knob(
+        REQUIRED,
+        "timm name of the Vision Transformer to tune, a name of the paper's (vpt-fast backbones), or "
+        "vpt_fast_demo.",
+        MODEL,
+    )
     method: str = _knob(
         "vpt-deep",
         f"What is trained, besides the linear head: {', '.join(METHODS)} (K blocks, K layers).",
         MODEL,
     )
-    pretrained: bool = _knob(True, "Load the backbone's pre-trained weights.", MODEL)
+    pretrained: bool | None = _knob(
+        None, "Load the backbone's published weights.", MODEL, shown="on without --checkpoint"
+    )
+    checkpoint: str | None = _knob(
+        None, "File to load the backbone's weights from.", MODEL, shown="none", result=False
+    )
     backbone_arg: dict[str, Any] = _knob(
         {},
         "Keyword argument for timm's create_model, such as img_size=384; may be repeated.",
@@ -326,6 +336,10 @@ class Recipe:
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
             )
         self._reject_knobs_of_other_methods()
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError(
+                f"pretrained is on beside checkpoint {self.checkpoint}, which has the weights; leave one out"
+            )
         if self.method == "vpt-shallow" and self.prompt_layers is not None:
             raise ValueError(
                 "prompt_layers only applies to method vpt-deep; vpt-shallow has prompts in one place"
@@ -353,6 +367,8 @@ class Recipe:
         Raises ValueError when ``world_size`` processes cannot share a batch evenly.
         """
         changes: dict[str, Any] = self._preprocessing_defaults()
+        if self.pretrained is None:
+            changes["pretrained"] = self.checkpoint is None
         method = parse_method(self.method)
         num_prompts = self.num_prompts
         if "num_prompts" in method.rule.knobs:

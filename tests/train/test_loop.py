@@ -10,6 +10,7 @@ import os
 import signal
 
 import pytest
+import timm
 import torch
 
 from vpt_fast import loop
@@ -154,6 +155,17 @@ def test_going_on_with_other_backbone_weights_is_refused(recipe, tmp_path, monke
     values = json.loads(facts.read_text())
     values["backbone"]["fingerprint"] = "0" * 64
     facts.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="the backbone's weights changed since it began"):
+        train(recipe, tmp_path / "run")
+
+
+def test_going_on_with_other_weights_in_the_checkpoints_place_is_refused(recipe, tmp_path, monkeypatch):
+    path, weights = tmp_path / "backbone.pth", timm.create_model(recipe.backbone).state_dict()
+    torch.save({"model": {name: tensor + 0.1 for name, tensor in weights.items()}}, path)
+    recipe = dataclasses.replace(recipe, checkpoint=str(path))
+    interrupt_at_step(monkeypatch, 6)
+    train(recipe, tmp_path / "run")
+    torch.save({"model": weights}, path)
     with pytest.raises(RunError, match="the backbone's weights changed since it began"):
         train(recipe, tmp_path / "run")
 

@@ -164,6 +164,18 @@ def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them()
         make(method="linear", num_prompts=5, prompt_shared=True)
 
 
+@pytest.mark.parametrize("checkpoint, pretrained", [(None, True), ("ViT-B_16.npz", False)])
+def test_published_weights_are_loaded_where_there_is_no_checkpoint(checkpoint, pretrained):
+    resolved = make(checkpoint=checkpoint).resolved(num_train_images=100, device_type="cpu")
+    assert resolved.pretrained is pretrained
+    assert Recipe.from_dict(resolved.to_dict()) == resolved
+
+
+def test_pretrained_beside_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="pretrained is on beside checkpoint ViT-B_16.npz"):
+        make(checkpoint="ViT-B_16.npz", pretrained=True)
+
+
 def test_shallow_refuses_prompt_layers():
     with pytest.raises(ValueError, match="prompt_layers only applies to method vpt-deep"):
         make(method="vpt-shallow", prompt_layers=2)

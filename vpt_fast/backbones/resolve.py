@@ -4,48 +4,75 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.backbones.checkpoints import load_checkpoint
+from vpt_fast.backbones.known import KNOWN, KnownBackbone
+
 _VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a backbone came from: timm's name for it, or None for an instance that the user built; whether
-    timm's weights were loaded; and the keywords that went to timm."""
+    """Where a backbone came from: its name, or None for an instance that the user built; whether published
+    weights were loaded; the keywords that went to timm; and the file that its weights were read from."""
 
     name: str | None
     pretrained: bool
     kwargs: dict[str, Any]
+    checkpoint: str | None = field(default=None, kw_only=True)
+
+    @property
+    def prompted_pool(self) -> str | None:
+        """What the head reads of a prompted model by default: the paper's choice for this backbone, or None
+        for the backbone's own pooling."""
+        known = KNOWN.get(self.name or "")
+        return known.pool if known and "global_pool" not in self.kwargs else None
 
 
 def resolve_backbone(
-    backbone: str | VisionTransformer, pretrained: bool, kwargs: dict[str, Any], border: int = 0
+    backbone: str | VisionTransformer,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    border: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[VisionTransformer, Origin]:
     """The VisionTransformer that the user means.
 
     Args:
-        backbone: a timm name, with or without a pretrained tag, or an instance.
-        pretrained: load timm's published weights (only with a name).
+        backbone: a timm name, with or without a pretrained tag, a name in `known.KNOWN`, or an instance.
+        pretrained: load the published weights (only with a name).
         kwargs: go to timm.create_model (only with a name).
         border: pixels to add on each side of a named model's image size.
+        checkpoint: a file to load the weights from, see `checkpoints.load_checkpoint` (only with a name, and
+            instead of `pretrained`).
 
     Raises:
         ValueError: no such model in timm, one that is not a VisionTransformer, an img_size that the patch
-            size does not divide, or keywords beside an instance.
+            size does not divide, keywords beside an instance, both pretrained and a checkpoint, published
+            weights that timm's hub does not have, or a checkpoint that does not fit.
     """
+    if pretrained and checkpoint is not None:
+        raise ValueError(
+            f"pretrained: got True beside checkpoint {os.fspath(checkpoint)!r}, which has the weights; want "
+            "one of the two"
+        )
+    if checkpoint is not None and not os.path.isfile(checkpoint):
+        raise ValueError(f"checkpoint: {os.fspath(checkpoint)} is no file")
     if isinstance(backbone, VisionTransformer):
-        if pretrained or kwargs:
-            given = ["pretrained"] * pretrained + sorted(kwargs)
+        if pretrained or kwargs or checkpoint is not None:
+            given = ["pretrained"] * pretrained + ["checkpoint"] * (checkpoint is not None) + sorted(kwargs)
             raise ValueError(
                 f"{', '.join(given)}: only with a backbone's name; this backbone is built already and its "
                 "weights are used as they are"
@@ -53,23 +80,22 @@ def resolve_backbone(
         return backbone, Origin(None, False, {})
     if not isinstance(backbone, str):
         raise ValueError(f"backbone: got a {type(backbone).__name__}, want a timm name or VisionTransformer")
-    if not timm.is_model(backbone):
-        close = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+    known = KNOWN.get(backbone)
+    timm_name = known.timm_name if known else backbone
+    if not timm.is_model(timm_name):
+        close = difflib.get_close_matches(backbone, [*KNOWN, *timm.list_models()], n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
-    # Known from the module's name alone, before any weights are downloaded. Models that others register
-    # with timm have modules of their own.
-    module = timm.models.model_entrypoint(backbone).__module__
-    if module.startswith("timm.") and module not in _VIT_MODULES:
+    if not is_supported(timm_name):
         raise ValueError(f"backbone: {backbone!r} is not a timm VisionTransformer, the one kind supported")
     build_kwargs = dict(kwargs)
     if border:
-        size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(backbone)
+        size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(timm_name)
         if size is None and settings is None:
             raise ValueError(f"img_size: timm knows no default for {backbone!r}, and a border needs one")
         height, width = to_2tuple(size or settings.input_size[1:])
         build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
-    vit = _create(backbone, pretrained, build_kwargs)
+    vit = _create(backbone, pretrained, build_kwargs, None if checkpoint is None else os.fspath(checkpoint))
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm VisionTransformer")
     if "img_size" in build_kwargs and not vit.patch_embed.dynamic_img_pad:
@@ -80,7 +106,39 @@ def resolve_backbone(
                 f"img_size: got {size[0]}x{size[1]}{with_border}, want a multiple of the patch size "
                 f"{patch[0]}x{patch[1]}"
             )
-    return vit, Origin(backbone, pretrained, dict(kwargs))
+    # The absolute path: what is saved may be read from another folder.
+    path = None if checkpoint is None else os.path.abspath(checkpoint)
+    return vit, Origin(backbone, pretrained, dict(kwargs), checkpoint=path)
+
+
+def is_supported(timm_name: str) -> bool:
+    """Whether a model of timm's is of a kind that can be tuned here.
+
+    Known from its module's name alone, before any weights are downloaded. Models that others register with
+    timm have modules of their own, and are looked at when they are built.
+    """
+    module = timm.models.model_entrypoint(timm_name).__module__
+    return module in _VIT_MODULES or not module.startswith("timm.")
+
+
+def table() -> list[tuple[str, ...]]:
+    """`KNOWN` as text, a header first."""
+    header = ("name", "trained", "timm name", "normalisation", "file", "timm has it", "tuned here")
+    return [
+        header,
+        *(
+            (
+                known.name,
+                known.objective,
+                known.timm_name,
+                known.normalization,
+                known.file,
+                "yes" if known.hub else "no",
+                "yes" if is_supported(known.timm_name) else "no",
+            )
+            for known in KNOWN.values()
+        ),
+    ]
 
 
 _Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after it was built
@@ -101,15 +159,42 @@ def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
         _shared.reset(token)
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str | None) -> nn.Module:
     shared = _shared.get()
     if shared is None:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-    key = (name, pretrained, repr(sorted(kwargs.items())), bytes(torch.get_rng_state().numpy()))
+        return _build(name, pretrained, kwargs, checkpoint)
+    file = None if checkpoint is None else (checkpoint, os.stat(checkpoint).st_mtime_ns)
+    key = (name, pretrained, repr(sorted(kwargs.items())), file, bytes(torch.get_rng_state().numpy()))
     if key not in shared:
         shared.clear()
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        vit = _build(name, pretrained, kwargs, checkpoint)
         shared[key] = (vit, torch.get_rng_state())
     vit, state = shared[key]
     torch.set_rng_state(state)
     return vit
+
+
+def _build(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str | None) -> nn.Module:
+    known = KNOWN.get(name)
+    if known is None:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint)
+        return model
+    if pretrained:
+        checkpoint = _from_hub(known)
+    arguments = {"pretrained_cfg_overlay": known.pretrained_cfg_overlay, **known.arguments, **kwargs}
+    model = timm.create_model(known.timm_name, num_classes=0, **arguments)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, may_lack=known.may_lack, leaves_out=known.leaves_out)
+    return model
+
+
+def _from_hub(known: KnownBackbone) -> str:
+    """The path of timm's copy of the weights, downloaded where it is not yet."""
+    if known.hub is None:
+        raise ValueError(
+            f"pretrained: timm's hub does not have the weights of {known.name}; get {known.address} and pass "
+            "the file as checkpoint"
+        )
+    return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ class ClsTokenTuning(FrozenClassifier):
         backend: str = "auto",
         attention: str = "auto",
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         if vit.cls_token is None:
             raise ValueError("backbone: it has no CLS token to tune")
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ class PartialTuning(FrozenClassifier):
     An attention-pool head stays frozen.
 
     Args:
-        backbone: a timm name, or a timm VisionTransformer, which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, which is not changed.
         num_classes: of the head.
         num_tuned_blocks: k, from 1 to the number of blocks.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32 or more.
         backend, attention: of the frozen blocks, see `kernels.get_backend`.
-        pretrained: load timm's published weights (only with a name).
+        pretrained: load the published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name).
 
     Raises:
@@ -47,13 +49,14 @@ class PartialTuning(FrozenClassifier):
         backend: str = "auto",
         attention: str = "auto",
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
         k = num_tuned_blocks
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"num_tuned_blocks: got {k!r}, want a whole number from 1")
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         if k > len(vit.blocks):
             raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
         super().__init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ class LinearProbe(FrozenClassifier):
     """A linear head on the features of a frozen vision transformer.
 
     Args:
-        backbone: a timm name, or a timm VisionTransformer, whose weights are used as they are and which is
-            not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, whose weights are
+            used as they are and which is not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
-        pretrained: load timm's published weights (only with a name).
+        pretrained: load the published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name).
 
     Raises:
@@ -41,10 +43,11 @@ class LinearProbe(FrozenClassifier):
         backend: str = "auto",
         attention: str = "auto",
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         super().__init__(
             vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -50,10 +51,11 @@ class SideTuning(FrozenClassifier):
         attention: str = "auto",
         side_pretrained: bool = False,
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         super().__init__(
             vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )

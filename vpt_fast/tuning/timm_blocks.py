@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ class TimmClassifier(TunedClassifier):
     stands before the first trained tensor.
 
     Args:
-        backbone: a timm name, or a timm VisionTransformer, which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, which is not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
-        pretrained: load timm's published weights (only with a name).
+        pretrained: load the published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name). Dropout rates act in training.
 
     Raises:
@@ -42,10 +44,11 @@ class TimmClassifier(TunedClassifier):
         *,
         pool: str | None = None,
         pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs)
+        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         dtype = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         frozen = FrozenViT(vit, dtype, timm_blocks=len(vit.blocks))
         super().__init__(frozen, origin, num_classes, pool=pool)

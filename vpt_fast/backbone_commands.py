@@ -1,0 +1,48 @@
+"""vpt-fast backbones: what the names of the paper's backbones stand for."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vpt_fast.flags import JsonFlag
+
+
+def backbones(
+    as_json: JsonFlag = False,
+    addresses: Annotated[
+        bool, typer.Option("--addresses", help="Where the files are published, too.")
+    ] = False,
+) -> None:
+    """The paper's backbones by its names, for --backbone: architecture, file, whether timm has the weights.
+
+    Every Vision Transformer of timm's goes by its own name too.
+    """
+    from vpt_fast.backbones.known import KNOWN
+    from vpt_fast.backbones.resolve import table
+
+    header, *rows = table()
+    if as_json:
+        typer.echo(
+            json.dumps(
+                [
+                    {**dict(zip(header, row, strict=True)), "address": known.address}
+                    for row, known in zip(rows, KNOWN.values(), strict=True)
+                ],
+                indent=2,
+            )
+        )
+        return
+    shown = Table()
+    for name in header:
+        shown.add_column(name, overflow="fold", no_wrap=name == "name")  # names are to be copied
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for known in KNOWN.values() if addresses else ():
+        console.print(f"{known.name}: {known.address}", highlight=False, soft_wrap=True)

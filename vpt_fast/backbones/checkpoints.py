@@ -1,0 +1,285 @@
+"""Reading weights from a file into a timm model: the files that backbones' authors publish, and timm's own.
+
+timm converts names and interpolates positions. Here is what it leaves open: every tensor of the model must be
+in the file and fit, nothing in the file may be left over but what the format is known to carry beside a
+backbone, and nothing is unpickled but tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import clean_state_dict
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+# MAE's fine-tuned files hold their command line; an object without behaviour.
+_PLAIN_TYPES = (argparse.Namespace,)
+
+# JAX ViT .npz: name in timm, after blocks.N., to the name after Transformer/encoderblock_N/.
+_JAX_BLOCK = {
+    "norm1": "LayerNorm_0",
+    "attn.qkv": "MultiHeadDotProductAttention_1",
+    "attn.proj": "MultiHeadDotProductAttention_1/out",
+    "norm2": "LayerNorm_2",
+    "mlp.fc1": "MlpBlock_3/Dense_0",
+    "mlp.fc2": "MlpBlock_3/Dense_1",
+}
+_JAX_OUTSIDE = {  # what has the same shape in both
+    "cls_token": "cls",
+    "patch_embed.proj.bias": "embedding/bias",
+    "norm.weight": "Transformer/encoder_norm/scale",
+    "norm.bias": "Transformer/encoder_norm/bias",
+}
+_JAX_POSITIONS = "Transformer/posembed_input/pos_embedding"
+_JAX_LEFT_OUT = ("head/", "pre_logits/")  # classifiers
+_JAX_PREFIX = "opt/target/"  # of files that were written with the optimizer's state
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    may_lack: tuple[str, ...] = (),
+    leaves_out: tuple[str, ...] = (),
+) -> None:
+    """Fill a model, all but its classifier, with the weights in a file.
+
+    Formats: the JAX ViT's .npz; .pth and .pth.tar of MAE, MoCo v3 (pre-training, linear probe), Swin,
+    ConvNeXt, torchvision's ResNet and timm's own; .safetensors. Position embeddings, and Swin's tables of
+    relative positions, are interpolated to the model's image size as timm does it.
+
+    Args:
+        model: built by timm with num_classes=0.
+        path: the file.
+        may_lack: prefixes of the model's tensors that the file need not hold; they stay as they are.
+        leaves_out: prefixes of tensors in the file (in timm's names) that the model has no place for, beside
+            the format's own.
+
+    Raises:
+        ValueError: a file that cannot be read, is damaged or holds objects that would have to be unpickled,
+            or weights of another architecture; the message names the first tensor that does not fit.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        _load_jax(model, path)
+        return
+    state = _backbone_state(read_tensors(path), path)
+    _check_patch_size(state, model, path)
+    state = _converted(state, model, path)
+    heads = _classifiers(model)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
+    for name, tensor in wanted.items():
+        if name not in state:
+            # Torchvision's older files lack BatchNorm's count of batches, which inference does not read.
+            if name.startswith(may_lack) or name.endswith(".num_batches_tracked"):
+                continue
+            raise _misfit(path, model, f"it lacks {name}")
+        _check_shape(name, tuple(state[name].shape), tuple(tensor.shape), path, model)
+    for name in state:
+        if name not in wanted and not name.startswith(leaves_out):
+            raise _misfit(path, model, f"it holds {name}, which the model has no place for")
+    model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+
+
+def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
+    """What a .pth or .safetensors file holds; of objects only tensors, plain values and the types in `also`
+    (as torch.serialization.safe_globals takes them).
+
+    Raises:
+        ValueError: the file is damaged, holds other objects, or no mapping.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([*_PLAIN_TYPES, *also]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise ValueError(f"checkpoint: {path} is damaged, or none") from None
+        raise ValueError(
+            f"checkpoint: {path} holds an object of {refused[1]}; only tensors and plain values are read, "
+            "since unpickling anything else can run code"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged, or none: {_first_line(error)}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint: {path} holds a {type(content).__name__}, want a mapping of names")
+    return dict(content)
+
+
+def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The backbone's tensors under their names in the authors' model, without what was trained beside it."""
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    state = clean_state_dict(content)  # without DistributedDataParallel's "module."
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"checkpoint: {path} holds no state dict: {name} is a {type(value).__name__}")
+    encoder = "base_encoder."
+    if any(name.startswith(encoder) for name in state):  # MoCo v3, as pre-trained
+        beside = ("momentum_encoder.", "predictor.")
+        state = {n.removeprefix(encoder): t for n, t in state.items() if not n.startswith(beside)}
+    elif "decoder_embed.weight" in state:  # MAE with its decoder
+        state = {n: t for n, t in state.items() if n != "mask_token" and not n.startswith("decoder_")}
+    return state
+
+
+def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors under timm's names, positions interpolated."""
+    convert: Callable[..., Any] | None = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )
+    if convert is None:
+        return state
+
+    def failure(part: dict[str, torch.Tensor]) -> Exception | None:
+        try:
+            convert(dict(part), model)
+        except (KeyError, AttributeError, RuntimeError, AssertionError, ValueError, IndexError) as error:
+            return error
+        return None
+
+    error = failure(state)
+    if error is None:
+        return convert(dict(state), model)
+    # timm's converters take the right architecture for granted: ask for the first name that one fails on.
+    culprit = next((name for name, tensor in state.items() if failure({name: tensor})), None)
+    where = "" if culprit is None else f"{culprit} does not fit: "
+    raise _misfit(path, model, f"{where}{_first_line(error)}")
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifier's tensors in timm's names."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _check_patch_size(state: Mapping[str, torch.Tensor], model: nn.Module, path: Path) -> None:
+    # timm would resample the kernel, which gives another model than the one that was trained.
+    name = "patch_embed.proj.weight"
+    kernel, own = state.get(name), model.state_dict().get(name)
+    if kernel is not None and own is not None and kernel.ndim == 4 and kernel.shape[2:] != own.shape[2:]:
+        _check_shape(name, tuple(kernel.shape), tuple(own.shape), path, model)
+
+
+def _check_shape(
+    name: str, got: tuple[int, ...], want: tuple[int, ...], path: Path, model: nn.Module
+) -> None:
+    if got != want:
+        raise _misfit(path, model, f"{name} has shape {got}, want {want}")
+
+
+def _misfit(path: Path, model: nn.Module, why: str) -> ValueError:
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    return ValueError(f"checkpoint: {path} does not fit {name}: {why}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _load_jax(model: nn.Module, path: Path) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise _misfit(path, model, "an .npz file holds a Vision Transformer")
+    shapes = _npz_shapes(path)
+    check_jax_shapes(model, shapes, path)
+    try:
+        model.load_pretrained(str(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged: {_first_line(error)}") from None
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every array in an .npz file, read from the headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = {
+                        (1, 0): np.lib.format.read_array_header_1_0,
+                        (2, 0): np.lib.format.read_array_header_2_0,
+                    }[version]
+                    shape, _, dtype = read(file)
+                if dtype.hasobject:
+                    raise ValueError(f"{member} holds Python objects, which are not read")
+                shapes[member.removesuffix(".npy")] = shape
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged, or no .npz file: {_first_line(error)}") from None
+    return shapes
+
+
+def check_jax_shapes(vit: VisionTransformer, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Whether arrays of these names and shapes are the weights of this model, in the layout of the JAX ViT
+    (google-research/vision_transformer).
+
+    Raises:
+        ValueError: the first array that is missing, of another shape, or left over.
+    """
+    prefix = _JAX_PREFIX if f"{_JAX_PREFIX}cls" in shapes else ""
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for name, tensor in vit.state_dict().items():
+        if not name.startswith("head."):
+            wanted |= _jax_arrays(name, tuple(tensor.shape), vit, path)
+    for name, want in wanted.items():
+        if prefix + name not in shapes:
+            raise _misfit(path, vit, f"it lacks {prefix}{name}")
+        got = shapes[prefix + name]
+        if want is None:  # positions, of any number
+            want = (1, got[1] if len(got) == 3 else 1, vit.embed_dim)
+        _check_shape(prefix + name, got, want, path, vit)
+    for name in shapes:
+        inner = name.removeprefix(prefix)
+        beside = inner.startswith(_JAX_LEFT_OUT) or (prefix and not name.startswith(prefix))
+        if inner not in wanted and not beside:
+            raise _misfit(path, vit, f"it holds {name}, which the model has no place for")
+
+
+def _jax_arrays(
+    name: str, shape: tuple[int, ...], vit: VisionTransformer, path: Path
+) -> dict[str, tuple[int, ...] | None]:
+    """The arrays that one of the model's tensors is made of, name to shape; None where the number of
+    positions is free."""
+    if name == "pos_embed":
+        return {_JAX_POSITIONS: None}
+    if name == "patch_embed.proj.weight":
+        return {"embedding/kernel": (*shape[2:], shape[1], shape[0])}
+    if name in _JAX_OUTSIDE:
+        return {_JAX_OUTSIDE[name]: shape}
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+    if found is None or found[2] not in _JAX_BLOCK:
+        raise _misfit(path, vit, f"its format has no counterpart of {name}")
+    index, module, part = found.groups()
+    where = f"Transformer/encoderblock_{index}/{_JAX_BLOCK[module]}"
+    dim = vit.embed_dim
+    num_heads: int = vit.blocks[int(index)].attn.num_heads  # type: ignore[assignment, union-attr]
+    heads = (num_heads, dim // num_heads)
+    if module == "attn.qkv":
+        array, size = ("kernel", (dim, *heads)) if part == "weight" else ("bias", heads)
+        return {f"{where}/{each}/{array}": size for each in ("query", "key", "value")}
+    if module == "attn.proj" and part == "weight":
+        return {f"{where}/kernel": (*heads, dim)}
+    if part == "bias":
+        return {f"{where}/bias": shape}
+    if len(shape) == 1:
+        return {f"{where}/scale": shape}
+    return {f"{where}/kernel": shape[::-1]}

@@ -1,0 +1,174 @@
+"""Backbones by the names that the official code of the VPT paper (KMnP/vpt) has for them.
+
+Each is a timm architecture with weights that their authors publish as a file, and that timm's hub mostly has
+too. Sources of names and addresses: the official code's README, and timm's own settings of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+
+_NORMALIZATIONS = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
+
+
+@dataclass(frozen=True)
+class KnownBackbone:
+    """A backbone of the paper.
+
+    Attributes:
+        name: the official code's (DATA.FEATURE).
+        objective: what it was trained with.
+        timm_name: the architecture; with a tag where timm's hub holds the very weights of the file.
+        address: where its authors publish the file.
+        normalization: mean and deviation of the images that it was trained on.
+        arguments: of timm's model, beside the architecture's own.
+        pool: what the head reads where there are prompts; None for the backbone's own pooling.
+        may_lack: prefixes of the model's tensors that the file need not hold; they keep the values that timm
+            starts them with.
+        leaves_out: prefixes of the file's tensors that the model has no place for.
+    """
+
+    name: str
+    objective: str
+    timm_name: str
+    address: str
+    normalization: Literal["imagenet", "inception"] = "imagenet"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    pool: str | None = None
+    may_lack: tuple[str, ...] = ()
+    leaves_out: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """The published file's name."""
+        return self.address.rpartition("/")[2]
+
+    @property
+    def hub(self) -> str | None:
+        """The repository on the Hugging Face hub that holds the same weights; None where there is none."""
+        return f"timm/{self.timm_name}" if "." in self.timm_name else None
+
+    @property
+    def pretrained_cfg_overlay(self) -> dict[str, Any]:
+        """The part of timm's description of the weights that says how images are normalised."""
+        mean, std = _NORMALIZATIONS[self.normalization]
+        return {"mean": mean, "std": std}
+
+
+def _supervised(name: str, timm_name: str, file: str) -> KnownBackbone:
+    # The first ImageNet-21k weights of Google's JAX code. timm's default for these architectures, augreg, was
+    # trained later by another recipe.
+    return KnownBackbone(
+        name=name,
+        objective="supervised, ImageNet-21k",
+        timm_name=f"{timm_name}.orig_in21k",
+        address=f"https://storage.googleapis.com/vit_models/imagenet21k/{file}",
+        normalization="inception",
+    )
+
+
+def _mae(name: str, timm_name: str, size: str) -> KnownBackbone:
+    # The official code norms after pooling, with a norm that the file does not hold and that stays as it
+    # starts (1, 0), and pools the prompts too.
+    return KnownBackbone(
+        name=name,
+        objective="MAE, ImageNet-1k",
+        timm_name=f"{timm_name}.mae",
+        address=f"https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{size}.pth",
+        arguments={"global_pool": "avg"},
+        pool="image_and_prompts",
+        may_lack=("fc_norm.",),
+        leaves_out=("norm.",),
+    )
+
+
+def _swin(name: str, objective: str, timm_name: str, file: str) -> KnownBackbone:
+    release = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
+    return KnownBackbone(name, objective, timm_name, f"{release}/{file}")
+
+
+KNOWN: dict[str, KnownBackbone] = {
+    known.name: known
+    for known in (
+        _supervised("sup_vitb16_imagenet21k", "vit_base_patch16_224", "ViT-B_16.npz"),
+        _supervised("sup_vitb32_imagenet21k", "vit_base_patch32_224", "ViT-B_32.npz"),
+        _supervised("sup_vitl16_imagenet21k", "vit_large_patch16_224", "ViT-L_16.npz"),
+        _supervised("sup_vitl32_imagenet21k", "vit_large_patch32_224", "ViT-L_32.npz"),
+        _supervised("sup_vith14_imagenet21k", "vit_huge_patch14_224", "ViT-H_14.npz"),
+        _mae("mae_vitb16", "vit_base_patch16_224", "base"),
+        _mae("mae_vitl16", "vit_large_patch16_224", "large"),
+        _mae("mae_vith14", "vit_huge_patch14_224", "huge"),
+        KnownBackbone(
+            name="mocov3_vitb",
+            objective="MoCo v3, ImageNet-1k",
+            timm_name="vit_base_patch16_224",
+            address="https://dl.fbaipublicfiles.com/moco-v3/vit-b-300ep/linear-vit-b-300ep.pth.tar",
+        ),
+        _swin(
+            "swint_imagenet",
+            "supervised, ImageNet-1k",
+            "swin_tiny_patch4_window7_224.ms_in1k",
+            "swin_tiny_patch4_window7_224.pth",
+        ),
+        _swin(
+            "swins_imagenet",
+            "supervised, ImageNet-1k",
+            "swin_small_patch4_window7_224.ms_in1k",
+            "swin_small_patch4_window7_224.pth",
+        ),
+        _swin(
+            "swinb_imagenet_224",
+            "supervised, ImageNet-1k",
+            "swin_base_patch4_window7_224.ms_in1k",
+            "swin_base_patch4_window7_224.pth",
+        ),
+        _swin(
+            "swinb_imagenet_384",
+            "supervised, ImageNet-1k",
+            "swin_base_patch4_window12_384.ms_in1k",
+            "swin_base_patch4_window12_384.pth",
+        ),
+        _swin(
+            "swinb_imagenet22k_224",
+            "supervised, ImageNet-22k",
+            "swin_base_patch4_window7_224.ms_in22k",
+            "swin_base_patch4_window7_224_22k.pth",
+        ),
+        _swin(
+            "swinb_imagenet22k_384",
+            "supervised, ImageNet-22k",
+            "swin_base_patch4_window12_384.ms_in22k",
+            "swin_base_patch4_window12_384_22k.pth",
+        ),
+        _swin(
+            "swinl_imagenet22k_224",
+            "supervised, ImageNet-22k",
+            "swin_large_patch4_window7_224.ms_in22k",
+            "swin_large_patch4_window7_224_22k.pth",
+        ),
+        KnownBackbone(
+            name="imagenet22k_sup_rnx_base",
+            objective="supervised, ImageNet-22k",
+            timm_name="convnext_base.fb_in22k",
+            address="https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth",
+        ),
+        KnownBackbone(
+            name="imagenet_sup_rn50",
+            objective="supervised, ImageNet-1k",
+            timm_name="resnet50.tv_in1k",
+            address="https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        ),
+    )
+}
