@@ -20,7 +20,7 @@ LAYERS = {
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
-    "model": ["prompts", "classifier", "model", "tuning", "pretrained", "graphed", ""],
+    "model": ["prompts", "classifier", "model", "swin", "tuning", "pretrained", "graphed", ""],
     "data": ["data"],
     "train": [
         "methods",
@@ -103,7 +103,7 @@ def test_version_is_that_of_the_metadata():
 
 
 def test_public_names():
-    names = ["GraphedStep", "LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
+    names = ["GraphedStep", "LinearProbe", "PromptedSwin", "PromptedViT", "__version__", "load_pretrained"]
     assert sorted(vpt_fast.__all__) == names
 
 

@@ -12,9 +12,10 @@ from vpt_fast.backbones import demo as _demo  # registers vpt_fast_demo with tim
 from vpt_fast.graphed import GraphedStep
 from vpt_fast.model import PromptedViT
 from vpt_fast.pretrained import load_pretrained
+from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.probes import LinearProbe
 
 __version__ = version("vpt_fast")
-__all__ = ["GraphedStep", "LinearProbe", "PromptedViT", "__version__", "load_pretrained"]
+__all__ = ["GraphedStep", "LinearProbe", "PromptedSwin", "PromptedViT", "__version__", "load_pretrained"]
 
 del _demo, version

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import huggingface_hub
 import safetensors.torch
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import Origin
+from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
-from vpt_fast.engine.policy import POLICIES
 from vpt_fast.files import replacing
 from vpt_fast.kernels import get_backend
 
@@ -95,9 +95,13 @@ class TunedClassifier(nn.Module):
     # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
     stores_backbone = False
 
-    def __init__(self, backbone: FrozenViT, origin: Origin, num_classes: int, *, pool: str | None) -> None:
+    backbone: FrozenViT  # or, in the classes that take one, a FrozenSwin: typed as what it is most often
+
+    def __init__(
+        self, backbone: FrozenViT | FrozenSwin, origin: Origin, num_classes: int, *, pool: str | None
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone  # type: ignore[assignment]
         self.pool = pool
         self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
         nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
@@ -157,7 +161,7 @@ class TunedClassifier(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        """d: the width of the tokens."""
+        """d: the width of the tokens that the head reads."""
         return self.backbone.embed_dim
 
     @property
@@ -352,12 +356,13 @@ class FrozenClassifier(TunedClassifier):
     """A model whose frozen blocks run on the engine, folded.
 
     Args:
-        vit, origin: from `backbones.resolve.resolve_backbone`.
+        model, origin: from `backbones.resolve.resolve_backbone`.
         num_classes: of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
         dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
         backend, attention: see `kernels.get_backend`.
-        timm_blocks: how many of the last blocks are timm's own instead, for what trains in them.
+        timm_blocks: how many of the last blocks are timm's own instead, for what trains in them; of a Swin
+            none.
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -365,7 +370,7 @@ class FrozenClassifier(TunedClassifier):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        model: VisionTransformer | SwinTransformer,
         origin: Origin,
         num_classes: int,
         *,
@@ -375,39 +380,17 @@ class FrozenClassifier(TunedClassifier):
         attention: str,
         timm_blocks: int = 0,
     ) -> None:
-        backbone = FrozenViT(vit, dtype, backend, attention, timm_blocks)
+        backbone: FrozenViT | FrozenSwin
+        if isinstance(model, SwinTransformer):
+            backbone = FrozenSwin(model, dtype, backend, attention)
+        else:
+            backbone = FrozenViT(model, dtype, backend, attention, timm_blocks)
         super().__init__(backbone, origin, num_classes, pool=pool)
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._backend, self._attention = backend, attention
 
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
-
-    def _run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
-        """Tokens (B, N, d) through the folded blocks, without prompts, to the rows of the last one's output
-        that `last` names (B, R, d)."""
-        num_tokens, x = tokens.shape[1], tokens
-        for index, block in enumerate(self.backbone.folded_blocks):
-            read = last if index == self.backbone.num_folded - 1 else Read.TOKENS
-            rows = row_range(read, num_tokens, self.backbone.num_prefix_tokens, 0)
-            x = block(x, None, rows, POLICIES["exact"])
-        return x
-
-    def _folded_workspace(self, batch_size: int) -> int:
-        """Bytes of temporaries while a folded block runs; 0 without any."""
-        return max(
-            (
-                cost.workspace_bytes(
-                    block,
-                    dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
-                    batch_size=batch_size,
-                    num_rows=self.backbone.num_tokens,
-                    policy=POLICIES["exact"],
-                )
-                for block in self.backbone.folded_blocks
-            ),
-            default=0,
-        )
 
 
 class TrainedPart(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vpt_fast.backbones.resolve import SWIN, kind_of
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import Recipe, parse_method
@@ -25,6 +26,14 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "adapter": ("AdapterTuning", None),
     "lora": ("LoRATuning", None),
     "full": ("FullTuning", None),
+}
+
+# Those that take a SwinTransformer.
+_SWIN_CLASSES = {
+    "vpt-deep": "PromptedSwin",
+    "vpt-shallow": "PromptedSwin",
+    "linear": "LinearProbe",
+    "mlp-K": "MLPProbe",
 }
 
 # What constructors call a setting of the recipe, where it is another name.
@@ -55,9 +64,19 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
 
 
 def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any]]:
-    """The class that a resolved recipe trains, and its keywords beside those that go to timm."""
+    """The class that a resolved recipe trains, and its keywords beside those that go to timm.
+
+    Raises ValueError for a method that there is not for the recipe's backbone.
+    """
     method = parse_method(recipe.method)
     class_name, count_keyword = _CLASSES[method.name]
+    if kind_of(recipe.backbone) is SWIN:
+        if method.name not in _SWIN_CLASSES:
+            raise ValueError(
+                f"method is {recipe.method!r}, which there is not for backbone {recipe.backbone!r}, a "
+                f"SwinTransformer; it must be one of {', '.join(_SWIN_CLASSES)}"
+            )
+        class_name = _SWIN_CLASSES[method.name]
     settings: dict[str, Any] = {"pool": recipe.pool}
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
@@ -65,7 +84,7 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
         settings["dtype"] = getattr(torch, settings["dtype"])
     if count_keyword:
         settings[count_keyword] = method.count
-    if class_name == "PromptedViT":
+    if class_name in ("PromptedViT", "PromptedSwin"):
         settings["prompt_type"] = method.name.removeprefix("vpt-")
     if method.name == "sidetune":
         settings["side_pretrained"] = recipe.pretrained or recipe.checkpoint is not None

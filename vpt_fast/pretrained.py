@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vpt_fast.classifier import TunedClassifier, read_pretrained
 from vpt_fast.model import PromptedViT
+from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning
@@ -22,6 +23,7 @@ MODELS: dict[str, type[TunedClassifier]] = {
     model.__name__: model
     for model in (
         PromptedViT,
+        PromptedSwin,
         LinearProbe,
         MLPProbe,
         PartialTuning,

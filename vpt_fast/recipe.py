@@ -168,7 +168,7 @@ class Recipe:
 
     backbone: str = _knob(
         REQUIRED,
-        "timm name of the Vision Transformer to tune, a name of the paper's (vpt-fast backbones), or "
+        "timm name of the Vision Transformer or Swin to tune, a name of the paper's (vpt-fast backbones), or "
         "vpt_fast_demo.",
         MODEL,
     )

@@ -14,13 +14,35 @@ import huggingface_hub
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 
-_VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of timm models, and the modules in which timm defines models of it."""
+
+    model: type[nn.Module]
+    modules: tuple[str, ...]
+
+
+VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
+SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",))
+
+
+def kind_of(backbone: Any) -> Kind:
+    """SWIN for a SwinTransformer, by name or built; all else is taken for a VisionTransformer."""
+    if not isinstance(backbone, str):
+        return SWIN if isinstance(backbone, SwinTransformer) else VIT
+    known = KNOWN.get(backbone)
+    name = known.timm_name if known else backbone
+    if not timm.is_model(name):
+        return VIT
+    return SWIN if timm.models.model_entrypoint(name).__module__ in SWIN.modules else VIT
 
 
 @dataclass(frozen=True)
@@ -42,13 +64,14 @@ class Origin:
 
 
 def resolve_backbone(
-    backbone: str | VisionTransformer,
+    backbone: str | nn.Module,
     pretrained: bool,
     kwargs: dict[str, Any],
     border: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> tuple[VisionTransformer, Origin]:
-    """The VisionTransformer that the user means.
+    kind: Kind = VIT,
+) -> tuple[Any, Origin]:
+    """The model that the user means.
 
     Args:
         backbone: a timm name, with or without a pretrained tag, a name in `known.KNOWN`, or an instance.
@@ -57,11 +80,12 @@ def resolve_backbone(
         border: pixels to add on each side of a named model's image size.
         checkpoint: a file to load the weights from, see `checkpoints.load_checkpoint` (only with a name, and
             instead of `pretrained`).
+        kind: what the model has to be.
 
     Raises:
-        ValueError: no such model in timm, one that is not a VisionTransformer, an img_size that the patch
-            size does not divide, keywords beside an instance, both pretrained and a checkpoint, published
-            weights that timm's hub does not have, or a checkpoint that does not fit.
+        ValueError: no such model in timm, one of another kind, an img_size that the patch size does not
+            divide, keywords beside an instance, both pretrained and a checkpoint, published weights that
+            timm's hub does not have, or a checkpoint that does not fit.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -70,7 +94,8 @@ def resolve_backbone(
         )
     if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ValueError(f"checkpoint: {os.fspath(checkpoint)} is no file")
-    if isinstance(backbone, VisionTransformer):
+    wanted = kind.model.__name__
+    if isinstance(backbone, kind.model):
         if pretrained or kwargs or checkpoint is not None:
             given = ["pretrained"] * pretrained + ["checkpoint"] * (checkpoint is not None) + sorted(kwargs)
             raise ValueError(
@@ -79,15 +104,15 @@ def resolve_backbone(
             )
         return backbone, Origin(None, False, {})
     if not isinstance(backbone, str):
-        raise ValueError(f"backbone: got a {type(backbone).__name__}, want a timm name or VisionTransformer")
+        raise ValueError(f"backbone: got a {type(backbone).__name__}, want a timm name or {wanted}")
     known = KNOWN.get(backbone)
     timm_name = known.timm_name if known else backbone
     if not timm.is_model(timm_name):
         close = difflib.get_close_matches(backbone, [*KNOWN, *timm.list_models()], n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
-    if not is_supported(timm_name):
-        raise ValueError(f"backbone: {backbone!r} is not a timm VisionTransformer, the one kind supported")
+    if not is_supported(timm_name, kind):
+        raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
     build_kwargs = dict(kwargs)
     if border:
         size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(timm_name)
@@ -96,10 +121,11 @@ def resolve_backbone(
         height, width = to_2tuple(size or settings.input_size[1:])
         build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
     vit = _create(backbone, pretrained, build_kwargs, None if checkpoint is None else os.fspath(checkpoint))
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm VisionTransformer")
-    if "img_size" in build_kwargs and not vit.patch_embed.dynamic_img_pad:
-        size, patch = to_2tuple(build_kwargs["img_size"]), vit.patch_embed.patch_size
+    if not isinstance(vit, kind.model):
+        raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm {wanted}")
+    embedding: Any = vit.patch_embed
+    if "img_size" in build_kwargs and not embedding.dynamic_img_pad:
+        size, patch = to_2tuple(build_kwargs["img_size"]), embedding.patch_size
         if size[0] % patch[0] or size[1] % patch[1]:
             with_border = f" (with a border of {border} pixels on each side)" if border else ""
             raise ValueError(
@@ -111,14 +137,14 @@ def resolve_backbone(
     return vit, Origin(backbone, pretrained, dict(kwargs), checkpoint=path)
 
 
-def is_supported(timm_name: str) -> bool:
-    """Whether a model of timm's is of a kind that can be tuned here.
+def is_supported(timm_name: str, *kinds: Kind) -> bool:
+    """Whether a model of timm's may be of one of these kinds.
 
     Known from its module's name alone, before any weights are downloaded. Models that others register with
     timm have modules of their own, and are looked at when they are built.
     """
     module = timm.models.model_entrypoint(timm_name).__module__
-    return module in _VIT_MODULES or not module.startswith("timm.")
+    return any(module in kind.modules for kind in kinds) or not module.startswith("timm.")
 
 
 def table() -> list[tuple[str, ...]]:
@@ -134,7 +160,7 @@ def table() -> list[tuple[str, ...]]:
                 known.normalization,
                 known.file,
                 "yes" if known.hub else "no",
-                "yes" if is_supported(known.timm_name) else "no",
+                "yes" if is_supported(known.timm_name, VIT, SWIN) else "no",
             )
             for known in KNOWN.values()
         ),

@@ -17,8 +17,10 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from vpt_fast.engine.block import FrozenBlock
-from vpt_fast.engine.plan import Read
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import FrozenBlock, compute_dtype
+from vpt_fast.engine.plan import Read, row_range
+from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 from vpt_fast.kernels import get_backend
 
@@ -31,11 +33,11 @@ POOLS = {
 }
 
 
-def fingerprint(vit: VisionTransformer) -> str:
+def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and float32 values of every weight but the classifier's; on the meta
     device, where there are no values, over names and shapes."""
     digest = hashlib.sha256()
-    for name, weight in sorted(vit.state_dict().items()):
+    for name, weight in sorted(model.state_dict().items()):
         if name.startswith("head."):
             continue
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
@@ -179,8 +181,33 @@ class FrozenViT(nn.Module):
         x = self._norm_pre(patch_embed.norm(x))
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
+    def run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
+        """Tokens (B, N, d) through the folded blocks, without prompts, to the rows of the last one's output
+        that `last` names (B, R, d)."""
+        num_tokens, x = tokens.shape[1], tokens
+        for index, block in enumerate(self.folded_blocks):
+            read = last if index == self.num_folded - 1 else Read.TOKENS
+            x = block(x, None, row_range(read, num_tokens, self.num_prefix_tokens, 0), POLICIES["exact"])
+        return x
+
+    def folded_workspace(self, batch_size: int) -> int:
+        """Bytes of temporaries while a folded block runs; 0 without any."""
+        return max(
+            (
+                cost.workspace_bytes(
+                    block,
+                    dtype=compute_dtype(self.device.type, block.qkv_weight.dtype),
+                    batch_size=batch_size,
+                    num_rows=self.num_tokens,
+                    policy=POLICIES["exact"],
+                )
+                for block in self.folded_blocks
+            ),
+            default=0,
+        )
+
     def _norm_pre(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem.norm_pre(x.to(_dtype_of(self.stem.norm_pre, default=x.dtype)))
+        return self.stem.norm_pre(x.to(dtype_of(self.stem.norm_pre, default=x.dtype)))
 
     def head_reads(self, pool: str | None) -> Read:
         """The rows that pooling by `pool` reads; None is the model's own pooling.
@@ -210,7 +237,7 @@ class FrozenViT(nn.Module):
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows that `head_reads(pool)` names, after the last block (B, R, d), to features (B, d)."""
         stem = self.stem
-        x = stem.norm(rows.to(_dtype_of(stem.norm, stem.fc_norm, stem.attn_pool, default=rows.dtype)))
+        x = stem.norm(rows.to(dtype_of(stem.norm, stem.fc_norm, stem.attn_pool, default=rows.dtype)))
         if pool is not None:
             x = x[:, 0] if pool == "cls" else x.mean(dim=1)
         elif stem.attn_pool is not None:
@@ -227,10 +254,10 @@ class FrozenViT(nn.Module):
 
 
 def _at_least_float32(module: nn.Module) -> nn.Module:
-    return module.to(torch.promote_types(_dtype_of(module, default=torch.float32), torch.float32))
+    return module.to(torch.promote_types(dtype_of(module, default=torch.float32), torch.float32))
 
 
-def _dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
+def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
     """The dtype of the first weight in the modules, which is what their input must have."""
     for module in modules:
         for parameter in () if module is None else module.parameters():
@@ -268,16 +295,16 @@ def _block_parts(block: Any, index: int) -> BlockParts:
     if not isinstance(attn.norm, nn.Identity):
         raise ValueError(f"{where}.attn has a norm on its output (scale_attn_norm), which is not supported")
     has_qk_norm = not isinstance(attn.q_norm, nn.Identity)
-    fc1, fc2, activation = _mlp_parts(block.mlp, f"{where}.mlp")
+    fc1, fc2, activation = mlp_parts(block.mlp, f"{where}.mlp")
     return BlockParts(
         num_heads=attn.num_heads,
-        norm1=_norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=_linear_parts(attn.qkv),
-        q_norm=_norm_parts(attn.q_norm, f"{where}.attn.q_norm") if has_qk_norm else None,
-        k_norm=_norm_parts(attn.k_norm, f"{where}.attn.k_norm") if has_qk_norm else None,
-        proj=_linear_parts(attn.proj),
+        norm1=norm_parts(block.norm1, f"{where}.norm1"),
+        qkv=linear_parts(attn.qkv),
+        q_norm=norm_parts(attn.q_norm, f"{where}.attn.q_norm") if has_qk_norm else None,
+        k_norm=norm_parts(attn.k_norm, f"{where}.attn.k_norm") if has_qk_norm else None,
+        proj=linear_parts(attn.proj),
         scale1=_layer_scale(block.ls1, f"{where}.ls1"),
-        norm2=_norm_parts(block.norm2, f"{where}.norm2"),
+        norm2=norm_parts(block.norm2, f"{where}.norm2"),
         fc1=fc1,
         activation=activation,
         fc2=fc2,
@@ -285,11 +312,11 @@ def _block_parts(block: Any, index: int) -> BlockParts:
     )
 
 
-def _linear_parts(linear: Any) -> LinearParts:
+def linear_parts(linear: Any) -> LinearParts:
     return LinearParts(linear.weight, linear.bias)
 
 
-def _norm_parts(norm: nn.Module, where: str) -> NormParts:
+def norm_parts(norm: nn.Module, where: str) -> NormParts:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
         return NormParts("layer", norm.eps, norm.weight, norm.bias)
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
@@ -322,7 +349,7 @@ def _activation(act: Any, where: str) -> str:
     return names[type(act)]
 
 
-def _mlp_parts(mlp: Any, where: str) -> tuple[LinearParts, LinearParts, str]:
+def mlp_parts(mlp: Any, where: str) -> tuple[LinearParts, LinearParts, str]:
     """fc1 with the gate before the value where there is one, fc2, and the activation's name."""
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise ValueError(
@@ -335,17 +362,17 @@ def _mlp_parts(mlp: Any, where: str) -> tuple[LinearParts, LinearParts, str]:
         if not isinstance(mlp.fc1, nn.Linear):
             kind = type(mlp.fc1).__name__
             raise ValueError(f"{where}.fc1 is a {kind}, which is not supported; want Linear")
-        return _linear_parts(mlp.fc1), _linear_parts(mlp.fc2), activation
+        return linear_parts(mlp.fc1), linear_parts(mlp.fc2), activation
     if activation != "silu":
         raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
     if type(mlp) is GluMlp:
         if mlp.gate_last:
             fc1 = _join(*(_half(mlp.fc1, half) for half in (1, 0)))
         else:
-            fc1 = _linear_parts(mlp.fc1)
+            fc1 = linear_parts(mlp.fc1)
     else:
-        fc1 = _join(_linear_parts(mlp.fc1_g), _linear_parts(mlp.fc1_x))
-    return fc1, _linear_parts(mlp.fc2), "swiglu"
+        fc1 = _join(linear_parts(mlp.fc1_g), linear_parts(mlp.fc1_x))
+    return fc1, linear_parts(mlp.fc2), "swiglu"
 
 
 def _half(linear: Any, half: int) -> LinearParts:

@@ -19,6 +19,7 @@ H heads of D, h MLP width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +30,22 @@ from torch.nn import functional as F
 
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
+from vpt_fast.engine.window_attention import WindowBias, window_attention, window_attention_backward
 from vpt_fast.kernels import Backend, Ops
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+
+
+class Windows(NamedTuple):
+    """The windows that a block's tokens attend in: they come window by window, W times T.
+
+    bias: what attention adds to the scores.
+    pads, pad_kv: where the windows reach past the image, the places (P,) among the N that hold no token, and
+        the key and value that stand there, (2, H, D); else None.
+    """
+
+    bias: WindowBias
+    pads: torch.Tensor | None
+    pad_kv: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,7 @@ class _Call:
     dtype: torch.dtype
     grad_tokens: bool
     policy: MemoryPolicy
+    windows: Windows | None  # None: every token attends to every other
 
     @property
     def num_image_rows(self) -> int:
@@ -88,7 +105,7 @@ class _Kept(NamedTuple):
     prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
     prompt_k_rstd: torch.Tensor | None  # (1 or B, m, H, 1)
     out: torch.Tensor | None  # (B, R, H, D)
-    lse: torch.Tensor  # (B, H, R)
+    lse: torch.Tensor  # (B, H, R); of attention in windows a prompt has W
     x_hat2: torch.Tensor  # (B, R, d)
     scale2: torch.Tensor | None  # (B, R, 1)
     rstd2: torch.Tensor  # (B, R, 1)
@@ -117,6 +134,16 @@ class FrozenBlock(nn.Module):
         for name, weight in weights._asdict().items():
             parameter = None if weight is None else nn.Parameter(weight, requires_grad=False)
             self.register_parameter(name, parameter)
+
+    @property
+    def windows(self) -> Windows | None:
+        """The windows that tokens attend in; None where every token attends to every other."""
+        return None
+
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return 1
 
     def forward(
         self,
@@ -150,6 +177,7 @@ class FrozenBlock(nn.Module):
             dtype=dtype,
             grad_tokens=grad_tokens,
             policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
+            windows=self.windows,
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
@@ -217,6 +245,8 @@ def _forward(
         q = _project(x_hat1[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
         kv = _project(x_hat1, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         k, v = kv.unbind(2)
+    if call.windows is not None and call.windows.pads is not None:
+        k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(dtype)
 
     prompt_x_hat = prompt_rstd = prompt_codes = prompt_scale = None
     prompt_kv = prompt_k = prompt_v = prompt_k_rstd = None
@@ -249,7 +279,7 @@ def _forward(
         k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
         prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
 
-    out, lse = ops.attention(q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
+    out, lse = _attend(call, q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
     update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
     hidden, x_hat2, rstd2, codes2, scale2 = ops.add_normalize(
         residual, update, eps2, norm2, dtype, pack=policy.pack
@@ -313,8 +343,8 @@ def _backward(
 
     grads, grad_q, grad_prompt_kv = None, None, None
     if call.grad_tokens:
-        grads = ops.attention_backward(
-            grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse,
+        grads = _attend_backward(
+            call, grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse, num_fresh=call.num_fresh_rows,
             need_q=True, need_kv=True, packed=call.packed,
         )  # fmt: skip
         grad_prompt_kv = grads.prompt_kv
@@ -326,9 +356,9 @@ def _backward(
             if grad_out[:, part].shape[1] == 0:
                 continue
             out = None if kept.out is None else kept.out[:, part]
-            part_grads = ops.attention_backward(
-                grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, out, kept.lse[:, :, part],
-                need_q=need_q, need_kv=False,
+            part_grads = _attend_backward(
+                call, grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, out, kept.lse[:, :, part],
+                num_fresh=call.num_fresh_rows if need_q else 0, need_q=need_q, need_kv=False,
             )  # fmt: skip
             grad_q, more = part_grads.q, part_grads.prompt_kv
             grad_prompt_kv = more if grad_prompt_kv is None else grad_prompt_kv + more
@@ -381,6 +411,22 @@ def _backward(
         if call.num_fresh_rows:
             grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:])
     return grad_tokens, grad_prompts
+
+
+def _attend(call: _Call, *qkv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if call.windows is None:
+        return call.ops.attention(*qkv)
+    in_windows: Callable[..., tuple[torch.Tensor, torch.Tensor]] = window_attention
+    return in_windows(*qkv, call.windows.bias, num_fresh=call.num_fresh_rows)
+
+
+def _attend_backward(
+    call: _Call, *tensors: torch.Tensor | None, num_fresh: int, **wanted: bool
+) -> AttentionGrads:
+    if call.windows is None:
+        return call.ops.attention_backward(*tensors, **wanted)
+    in_windows: Callable[..., AttentionGrads] = window_attention_backward
+    return in_windows(*tensors, call.windows.bias, num_fresh=num_fresh, **wanted)
 
 
 def _unbind_kept(kept: _Kept) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

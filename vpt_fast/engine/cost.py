@@ -75,7 +75,7 @@ def kept_bytes(
         total += batch_size * num_rows * attn_dim * size  # q
         if image_keys:
             total += batch_size * num_tokens * 2 * attn_dim * size  # k, v
-    total += batch_size * num_rows * heads * stat  # lse
+    total += batch_size * (num_rows + (block.num_windows - 1) * fresh_rows) * heads * stat  # lse
     if not policy.pack or not grad_tokens or block.backend.needs_out:
         total += batch_size * num_rows * attn_dim * size  # out
     total += x_hat(batch_size * num_rows, policy.pack)

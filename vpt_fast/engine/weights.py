@@ -111,7 +111,7 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
     head_dim = attn_dim // parts.num_heads
     scale = head_dim**-0.5
 
-    qkv = _after_norm(parts.norm1, parts.qkv)
+    qkv = after_norm(parts.norm1, parts.qkv)
     q_norm: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     k_norm: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     qk_norm = None
@@ -128,7 +128,7 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         k_norm = _affine(parts.k_norm, ones)
 
     proj = _before_scale(parts.proj, parts.scale1)
-    fc1 = _after_norm(parts.norm2, parts.fc1)
+    fc1 = after_norm(parts.norm2, parts.fc1)
     fc2 = _before_scale(parts.fc2, parts.scale2)
     spec = BlockSpec(
         num_heads=parts.num_heads,
@@ -155,7 +155,7 @@ def _affine(norm: NormParts, ones: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return weight, None if norm.bias is None else _wide(norm.bias)
 
 
-def _after_norm(norm: NormParts, linear: LinearParts) -> LinearParts:
+def after_norm(norm: NormParts, linear: LinearParts) -> LinearParts:
     """The linear layer that takes x̂ and gives W (x̂ · w + β) + b."""
     weight = _wide(linear.weight)
     bias = None if linear.bias is None else _wide(linear.bias)

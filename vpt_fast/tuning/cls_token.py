@@ -51,7 +51,7 @@ class ClsTokenTuning(FrozenClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         self._check_images(images)
-        rows = self._run_folded(self.backbone.embed(images), self._reads)
+        rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
         return self.head(self.backbone.features(rows, self.pool).to(self.head.weight.dtype))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
@@ -71,5 +71,5 @@ class ClsTokenTuning(FrozenClassifier):
                 policy=POLICIES["exact"],
             )
         return cost.TrainingBytes(
-            weights=self._weight_bytes(), kept=kept, workspace=self._folded_workspace(batch_size)
+            weights=self._weight_bytes(), kept=kept, workspace=self.backbone.folded_workspace(batch_size)
         )

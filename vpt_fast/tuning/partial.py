@@ -84,7 +84,7 @@ class PartialTuning(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
         self._check_images(images)
-        return self._run_folded(self.backbone.embed(images), Read.TOKENS)
+        return self.backbone.run_folded(self.backbone.embed(images), Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens before the first trained block (B, N, d) to logits (B, num_classes)."""
@@ -103,5 +103,5 @@ class PartialTuning(FrozenClassifier):
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
             kept=batch_size * kept * len(self.backbone.timm_blocks),
-            workspace=max(self._folded_workspace(batch_size), batch_size * workspace),
+            workspace=max(self.backbone.folded_workspace(batch_size), batch_size * workspace),
         )

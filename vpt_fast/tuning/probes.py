@@ -6,25 +6,27 @@ import os
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 
 
 class LinearProbe(FrozenClassifier):
-    """A linear head on the features of a frozen vision transformer.
+    """A linear head on the features of a frozen vision transformer or Swin.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, whose weights are
-            used as they are and which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or SwinTransformer,
+            whose weights are used as they are and which is not changed.
         num_classes: of the head.
-        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        pool: None for the backbone's own pooling; ``"cls"`` (not of a Swin) or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
-        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
+        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`. A Swin
+            takes ``"auto"``, and no ``"triton"`` as backend.
         pretrained: load the published weights (only with a name).
         checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name).
@@ -35,7 +37,7 @@ class LinearProbe(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | VisionTransformer | SwinTransformer,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -47,9 +49,11 @@ class LinearProbe(FrozenClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
+        model, origin = resolve_backbone(
+            backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind_of(backbone)
+        )
         super().__init__(
-            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+            model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )
         self._reads = self.backbone.head_reads_of_image(pool)
 
@@ -61,7 +65,7 @@ class LinearProbe(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        rows = self._run_folded(self.backbone.embed(images), self._reads)
+        rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
         return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -76,7 +80,7 @@ class LinearProbe(FrozenClassifier):
         """The memory that a training step takes at the model's own image size, in its own dtype."""
         kept = batch_size * self._num_kept() * self.head.weight.element_size()
         return cost.TrainingBytes(
-            weights=self._weight_bytes(), kept=kept, workspace=self._folded_workspace(batch_size)
+            weights=self._weight_bytes(), kept=kept, workspace=self.backbone.folded_workspace(batch_size)
         )
 
     def _num_kept(self) -> int:
@@ -105,7 +109,11 @@ class MLPProbe(LinearProbe):
     """
 
     def __init__(
-        self, backbone: str | VisionTransformer, num_classes: int, num_layers: int = 3, **settings: Any
+        self,
+        backbone: str | VisionTransformer | SwinTransformer,
+        num_classes: int,
+        num_layers: int = 3,
+        **settings: Any,
     ) -> None:
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers: got {num_layers!r}, want a whole number from 1")

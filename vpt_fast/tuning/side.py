@@ -79,7 +79,7 @@ class SideTuning(FrozenClassifier):
         self._check_images(images)
         dtype = self.head.weight.dtype
         with torch.no_grad():
-            rows = self._run_folded(self.backbone.embed(images), self._reads)
+            rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
             base = self.backbone.features(rows, self.pool).to(dtype)
         alpha = self.alpha.sigmoid()
         return self.head(alpha * base + (1 - alpha) * self.side(images.to(dtype)))
@@ -95,7 +95,7 @@ class SideTuning(FrozenClassifier):
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
             kept=batch_size * per_image * self.head.weight.element_size(),
-            workspace=self._folded_workspace(batch_size),
+            workspace=self.backbone.folded_workspace(batch_size),
         )
 
 

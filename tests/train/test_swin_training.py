@@ -1,0 +1,56 @@
+"""Training with a Swin transformer: which methods it has, and that each is trained, stored and read again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vpt_fast import load_pretrained
+from vpt_fast.loop import train
+from vpt_fast.methods import build_model
+from vpt_fast.recipe import Recipe
+from vpt_fast.run import RunFolder
+
+SWIN = "swin_tiny_patch4_window7_224"
+SMALL = dict(img_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "trained"),
+    [
+        ("vpt-deep", "PromptedSwin", {"prompts.0", "prompts.1", "head.weight", "head.bias"}),
+        ("vpt-shallow", "PromptedSwin", {"prompts.0", "head.weight", "head.bias"}),
+        ("linear", "LinearProbe", {"head.weight", "head.bias"}),
+        ("mlp-2", "MLPProbe", {"hidden.0.weight", "hidden.0.bias", "head.weight", "head.bias"}),
+    ],
+)
+def test_training_lowers_the_loss_and_leaves_a_model(method, model, trained, color_images, tmp_path):
+    recipe = Recipe(
+        data=str(color_images), backbone=SWIN, method=method, pretrained=False, backbone_arg=SMALL,
+        epochs=3, warmup_epochs=1, batch_size=8, base_lr=0.5, device="cpu", workers=0, tensorboard=False,
+    )  # fmt: skip
+    result = train(recipe, tmp_path / "run")
+    assert result.metrics[-1]["train_loss"] < 0.9 * result.metrics[0]["train_loss"]
+    folder = RunFolder(tmp_path / "run")
+    assert folder.read().checkpoint.trainable.keys() == trained
+    torch.manual_seed(recipe.seed)  # the backbone's weights are random, drawn first
+    loaded = load_pretrained(folder.prompts)
+    assert (type(loaded).__name__, loaded.trainable_state_dict().keys()) == (model, trained)
+
+
+@pytest.mark.parametrize(
+    "method", ["vpt+bias", "cls-token", "partial-1", "sidetune", "bias", "adapter", "lora", "full"]
+)
+def test_method_that_there_is_not_for_a_swin_is_named_with_the_backbone(method):
+    recipe = Recipe(data="", backbone=SWIN, method=method, pretrained=False, backbone_arg=SMALL)
+    with pytest.raises(ValueError, match=f"method is '{method}'.*for backbone '{SWIN}'".replace("+", r"\+")):
+        build_model(recipe, 3)
+
+
+def test_prompt_location_that_there_is_not_for_a_swin_is_named():
+    recipe = Recipe(
+        data="", backbone=SWIN, method="vpt-shallow", num_prompts=3, prompt_location="pad",
+        prompt_dropout=0.0, pretrained=False, backbone_arg=SMALL,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="prompt_location='pad': not with a SwinTransformer"):
+        build_model(recipe, 3)

@@ -1,0 +1,310 @@
+"""Reading a timm SwinTransformer: the frozen blocks, and everything before, between and after them.
+
+What timm can build and this file does not know raises; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import timm.data
+import torch
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import dtype_of, fingerprint, linear_parts, mlp_parts, norm_parts
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.plan import Read
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy
+from vpt_fast.engine.weights import BlockParts, fold
+from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock, Move, merge_order, relative_bias
+from vpt_fast.kernels import Backend, get_backend
+
+
+class FrozenSwin(nn.Module):
+    """A timm SwinTransformer with frozen, folded blocks and no classifier.
+
+    The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
+    eval mode whatever `train` is called with. Images are of the model's own size.
+
+    Args:
+        swin: the model to read.
+        dtype: of the frozen weights; None keeps the model's own.
+        backend: ``"auto"`` or ``"torch"``, see `kernels.get_backend`; attention in windows is plain PyTorch
+            in either.
+        attention: ``"auto"``.
+
+    Attributes:
+        blocks: all stages' blocks, in order.
+
+    Raises:
+        ValueError: an implementation of attention that there is not for windows, or a part of the model that
+            is not supported; the message names it.
+    """
+
+    num_prefix_tokens = 0
+    takes_any_size = False
+    pads_images = False
+
+    def __init__(
+        self,
+        swin: SwinTransformer,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value, wanted in (
+            ("backend", backend, ("auto", "torch")),
+            ("attention", attention, ("auto",)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"{name}: got {value!r} with a SwinTransformer, whose attention in windows there is in "
+                    f"plain PyTorch only; want {' or '.join(map(repr, wanted))}"
+                )
+        operations = get_backend(backend, attention)
+        _check(swin)
+        # Everything but stages and classifier, in one deep copy.
+        self.stem: Any = copy.deepcopy(
+            swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
+        )
+        if dtype is not None:
+            self.stem.to(dtype)
+        stages: Any = swin.layers
+        self.stages = tuple((len(stage.blocks), int(stage.blocks[0].dim)) for stage in stages)
+        blocks = [
+            _window_block(block, f"layers.{index}.blocks.{place}", dtype, operations)
+            for index, stage in enumerate(stages)
+            for place, block in enumerate(stage.blocks)
+        ]
+        # Typed as what they hold.
+        self.blocks: list[FrozenWindowBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
+            self._make_entries(stages, dtype, operations)
+        )
+        self._leave = _move(self.blocks[-1].order, _raster(self.blocks[-1].size))
+        self.requires_grad_(False)
+        self.eval()
+        self.fingerprint = fingerprint(swin)
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(swin)
+        self.num_parameters = sum(
+            p.numel() for name, p in swin.named_parameters() if not name.startswith("head.")
+        )
+
+    def _make_entries(
+        self, stages: Iterable[SwinTransformerStage], dtype: torch.dtype | None, backend: Backend
+    ) -> list[nn.Module]:
+        """For each block, what brings tokens from the order before it into its own."""
+        device = self.device
+        entries: list[nn.Module] = []
+        index, order, size = 0, _raster(self.blocks[0].size), self.blocks[0].size
+        for stage in stages:
+            for place in range(len(stage.blocks)):
+                block = self.blocks[index]
+                if place == 0 and index > 0:
+                    merging: Any = stage.downsample
+                    entry: nn.Module = FrozenMerge(
+                        norm_parts(merging.norm, "backbone: a downsample's norm"),
+                        linear_parts(merging.reduction),
+                        Move(order, merge_order(size, block.order)),
+                        dtype,
+                        backend,
+                        block.spec.head_dim,
+                    )
+                else:
+                    entry = _move(order, block.order)
+                entries.append(entry.to(device))
+                index, order, size = index + 1, block.order, block.size
+        return entries
+
+    def train(self, mode: bool = True) -> FrozenSwin:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stem.patch_embed.proj.weight.device
+
+    @property
+    def embed_dim(self) -> int:
+        """The width of the last stage, which the head reads."""
+        return self.stages[-1][1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the windows were made for."""
+        return tuple(self.stem.patch_embed.img_size)
+
+    @property
+    def in_chans(self) -> int:
+        return self.stem.patch_embed.proj.in_channels
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return tuple(self.stem.patch_embed.patch_size)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> tokens (B, N, d), row by row, in at least float32."""
+        x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype)).flatten(1, 2)
+        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+    def enter(
+        self, index: int, tokens: torch.Tensor, prompts: torch.Tensor | None, policy: MemoryPolicy
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens (B, N, d), and prompts (B, m, d) where some come along, as they left what was before to what
+        the block `index` takes: in its order, merged where it is a stage's first."""
+        entry = self._enter[index]
+        if not isinstance(entry, FrozenMerge):
+            return entry(tokens), prompts
+        return entry(tokens, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
+
+    def kept_on_entering(
+        self, index: int, batch_size: int, num_prompts: int, dtype: torch.dtype, policy: MemoryPolicy
+    ) -> int:
+        """Bytes that `enter` keeps for backward: where it merges, normalised rows and one statistic each."""
+        if not isinstance(self._enter[index], FrozenMerge):
+            return 0
+        stat = torch.promote_types(dtype, torch.float32).itemsize
+        num_tokens, width = self.blocks[index].num_tokens, self.blocks[index - 1].proj_weight.shape[0]
+        size, per_row = (1, 2 * stat) if policy.pack else (dtype.itemsize, stat)
+        return batch_size * (
+            num_tokens * (4 * width * size + per_row) + num_prompts * (width * size + per_row)
+        )
+
+    def leave(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens as they left the last block to those of the image, row by row (B, N, d)."""
+        return self._leave(tokens)
+
+    def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
+        """The rows that `pool` reads, after the last block (B, R, d), to features (B, d): the mean of the
+        normalised rows, whichever they are."""
+        del pool
+        norm = self.stem.norm
+        return norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1)
+
+    def head_reads_of_image(self, pool: str | None) -> Read:
+        """What pooling reads in a model without prompts.
+
+        Raises:
+            ValueError: a pool that this model has no tokens for.
+        """
+        if pool not in (None, "image"):
+            raise ValueError(
+                f"pool: got {pool!r}, and a SwinTransformer without prompts has none but image tokens; want "
+                "None or 'image'"
+            )
+        return Read.PATCHES
+
+    def run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
+        """Tokens (B, N, d) through all blocks, without prompts, to the last one's output (B, N', d')."""
+        del last  # as head_reads_of_image says: all of them
+        policy = POLICIES["exact"]
+        for index, block in enumerate(self.blocks):
+            tokens, _ = self.enter(index, tokens, None, policy)
+            tokens = block(tokens, None, (0, block.num_tokens), policy)
+        return self.leave(tokens)
+
+    def folded_workspace(self, batch_size: int) -> int:
+        """Bytes of temporaries while a block runs."""
+        return max(
+            self.workspace_bytes(block, batch_size, 0, block.num_tokens, POLICIES["exact"])
+            for block in self.blocks
+        )
+
+    def workspace_bytes(
+        self,
+        block: FrozenWindowBlock,
+        batch_size: int,
+        num_prompts: int,
+        num_rows: int,
+        policy: MemoryPolicy,
+    ) -> int:
+        """An estimate of the temporaries while one of the blocks runs backward: `cost.workspace_bytes`, and
+        three times the scores of all windows, in float32 or more."""
+        dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
+        per_window = block.num_tokens // block.num_windows + num_prompts
+        scores = batch_size * block.num_windows * block.spec.num_heads * per_window**2
+        return (
+            cost.workspace_bytes(block, dtype=dtype, batch_size=batch_size, num_rows=num_rows, policy=policy)
+            + 3 * scores * torch.promote_types(dtype, torch.float32).itemsize
+        )
+
+
+def _raster(size: tuple[int, int]) -> torch.Tensor:
+    return torch.arange(size[0] * size[1])
+
+
+def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:
+    return nn.Identity() if torch.equal(current, wanted) else Move(current, wanted)
+
+
+def _check(swin: SwinTransformer) -> None:
+    for method in ("forward_features", "forward_head"):
+        if getattr(type(swin), method) is not getattr(SwinTransformer, method):
+            raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
+    if swin.dynamic_img_size:
+        raise ValueError(
+            "backbone: a SwinTransformer with dynamic_img_size=True or strict_img_size=False is not "
+            "supported; want one that is built for its img_size"
+        )
+    if swin.global_pool != "avg":
+        raise ValueError(f"backbone: global_pool={swin.global_pool!r} is not supported, want 'avg'")
+    for index, stage in enumerate(swin.layers):
+        wanted = nn.Identity if index == 0 else PatchMerging
+        if type(stage.downsample) is not wanted:
+            raise ValueError(
+                f"backbone: layers.{index}.downsample is a {type(stage.downsample).__name__}, which is not "
+                f"supported; want {wanted.__name__}"
+            )
+
+
+def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Backend) -> FrozenWindowBlock:
+    where = f"backbone: {name}"
+    for part, wanted in ((block, SwinTransformerBlock), (getattr(block, "attn", None), WindowAttention)):
+        if type(part) is not wanted:
+            raise ValueError(
+                f"{where} has a {type(part).__name__}, which is not supported; want timm's {wanted.__name__}"
+            )
+    attn = block.attn
+    fc1, fc2, activation = mlp_parts(block.mlp, f"{where}.mlp")
+    parts = BlockParts(
+        num_heads=attn.num_heads,
+        norm1=norm_parts(block.norm1, f"{where}.norm1"),
+        qkv=linear_parts(attn.qkv),
+        q_norm=None,
+        k_norm=None,
+        proj=linear_parts(attn.proj),
+        scale1=None,
+        norm2=norm_parts(block.norm2, f"{where}.norm2"),
+        fc1=fc1,
+        activation=activation,
+        fc2=fc2,
+        scale2=None,
+    )
+    spec, weights = fold(parts, dtype)
+    bias = relative_bias(attn.relative_position_bias_table, attn.relative_position_index)
+    heads = (spec.num_heads, spec.head_dim)
+    if attn.qkv.bias is None:
+        pad_kv = bias.new_zeros(2, *heads)
+    else:
+        pad_kv = attn.qkv.bias.detach().unflatten(0, (3, *heads))[1:].clone()
+    return FrozenWindowBlock(
+        spec,
+        weights,
+        backend,
+        relative_bias=bias.to(torch.promote_types(weights.qkv_weight.dtype, torch.float32)),
+        pad_kv=pad_kv,
+        size=tuple(block.input_resolution),
+        window=tuple(block.window_size),
+        shift=tuple(block.shift_size),
+    )

@@ -1,0 +1,280 @@
+"""Blocks whose tokens attend in windows (Liu et al., Swin Transformer, ICCV 2021), and the moves between.
+
+Such a block takes its tokens window by window, so that all it does is a block's ordinary work. Between two
+blocks the tokens are brought from the one's order into the other's, in one pass that holds partition, shift
+and padding, and the gathering of patch merging too.
+
+An order is a tensor (N,) of the tokens' indices in the image, row by row; -1 where a place holds no token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype
+from vpt_fast.engine.policy import MemoryPolicy
+from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
+from vpt_fast.engine.window_attention import WindowBias
+from vpt_fast.kernels import Backend, Ops
+
+Size = tuple[int, int]
+
+
+def window_order(size: Size, window: Size, shift: Size) -> torch.Tensor:
+    """The order of a block's tokens: rolled by `shift`, padded to whole windows, window by window.
+
+    Args:
+        size: (height, width) of the image in tokens.
+        window, shift: (height, width) in tokens.
+    """
+    tokens = torch.arange(size[0] * size[1]).view(size)
+    tokens = tokens.roll((-shift[0], -shift[1]), dims=(0, 1))
+    tokens = F.pad(tokens, (0, -size[1] % window[1], 0, -size[0] % window[0]), value=-1)
+    return _partition(tokens, window).flatten()
+
+
+def window_regions(size: Size, window: Size, shift: Size) -> torch.Tensor | None:
+    """`WindowBias.regions` of a block: (W, T), or None where its windows are not shifted."""
+    if not any(shift):
+        return None
+    sides = []
+    for length, side, step in zip(size, window, shift, strict=True):
+        length += -length % side
+        sides.append(torch.arange(length) >= length - step)  # what came around the edge
+    regions = 2 * sides[0].unsqueeze(1) + sides[1].unsqueeze(0)
+    return _partition(regions, window)
+
+
+def merge_order(size: Size, after: torch.Tensor) -> torch.Tensor:
+    """The tokens that are merged, four by four: (4·N',).
+
+    Args:
+        size: (height, width) of the image in tokens, before merging.
+        after: (N',), the order of the merged tokens.
+    """
+    tokens = torch.arange(size[0] * size[1]).view(size)
+    tokens = F.pad(tokens, (0, size[1] % 2, 0, size[0] % 2), value=-1)
+    height, width = (side // 2 for side in tokens.shape)
+    # Column before row, as timm and the original authors lay the four side by side.
+    fours = tokens.view(height, 2, width, 2).permute(0, 2, 3, 1).reshape(-1, 4)
+    return torch.where((after >= 0).unsqueeze(1), fours[after.clamp(min=0)], -1).flatten()
+
+
+def _partition(x: torch.Tensor, window: Size) -> torch.Tensor:
+    """(height, width) -> (W, T)."""
+    x = x.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0]))
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def relative_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """((2h - 1)·(2w - 1), H) and the pairs' rows in it (T, T) -> (H, T, T), in at least float32."""
+    bias = table.detach()[index].permute(2, 0, 1)
+    return bias.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+
+
+class FrozenWindowBlock(FrozenBlock):
+    """A frozen block whose tokens attend in windows, and to its prompts. It takes tokens in `order`.
+
+    Args:
+        spec, weights, backend: as for `FrozenBlock`.
+        relative_bias: (H, T, T).
+        pad_kv: (2, H, D), the key and value where windows reach past the image: timm pads what attention's
+            projection is given with zeros, so they are its bias.
+        size, window, shift: (height, width) in tokens, of the image, a window, and the shift.
+    """
+
+    relative_bias: torch.Tensor
+    regions: torch.Tensor | None
+    pads: torch.Tensor | None
+    pad_kv: torch.Tensor | None
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        weights: BlockWeights,
+        backend: Backend,
+        *,
+        relative_bias: torch.Tensor,
+        pad_kv: torch.Tensor,
+        size: Size,
+        window: Size,
+        shift: Size,
+    ) -> None:
+        super().__init__(spec, weights, backend)
+        self.size, self.window, self.shift = size, window, shift
+        self.order = window_order(size, window, shift)
+        pads = (self.order < 0).nonzero().squeeze(1)
+        tensors = {
+            "relative_bias": relative_bias,
+            "regions": window_regions(size, window, shift),
+            "pads": pads if len(pads) else None,
+            "pad_kv": pad_kv if len(pads) else None,
+        }
+        for name, tensor in tensors.items():
+            parameter = None if tensor is None else _frozen(tensor.to(relative_bias.device))
+            self.register_parameter(name, parameter)
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the tokens of all windows, with the places that hold none."""
+        return len(self.order)
+
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return len(self.order) // (self.window[0] * self.window[1])
+
+    @property
+    def windows(self) -> Windows:
+        return Windows(WindowBias(self.relative_bias, self.regions), self.pads, self.pad_kv)
+
+
+class Move(nn.Module):
+    """Brings tokens (B, N, d) from one order into another; places that hold no token are zero.
+
+    Args:
+        current, wanted: the two orders.
+    """
+
+    index: torch.Tensor
+    back: torch.Tensor
+
+    def __init__(self, current: torch.Tensor, wanted: torch.Tensor) -> None:
+        super().__init__()
+        for name, index in (("index", _places(current, wanted)), ("back", _places(wanted, current))):
+            holes = (index < 0).nonzero().squeeze(1)
+            self.register_parameter(name, _frozen(index.clamp(min=0)))
+            self.register_parameter(f"{name}_holes", _frozen(holes) if len(holes) else None)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
+
+
+class _MoveFunction(torch.autograd.Function):
+    """Backward is a move, too: autograd's own, of an index, would add into zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: torch.Tensor,
+        index: torch.Tensor,
+        holes: torch.Tensor | None,
+        back: torch.Tensor,
+        back_holes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back, back_holes)
+        return _gather(tokens, index, holes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        back, back_holes = ctx.saved_tensors
+        return _gather(grad, back, back_holes), None, None, None, None
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor, holes: torch.Tensor | None) -> torch.Tensor:
+    moved = x.index_select(1, index)
+    return moved if holes is None else moved.index_fill_(1, holes, 0)
+
+
+def _places(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Where in the order `current` each token of `wanted` stands; -1 where it does not, or there is none."""
+    place = torch.full((int(max(current.max(), wanted.max())) + 2,), -1)
+    is_token = current >= 0
+    place[current[is_token]] = torch.arange(len(current))[is_token]
+    return place[wanted]  # place[-1] is no token's
+
+
+class FrozenMerge(nn.Module):
+    """Patch merging: the norm of four neighbours side by side, and a linear layer from 4d to 2d.
+
+    Of prompts the four are the same prompt, so that the norm of one is the norm of the four, and the layer is
+    the sum of its four parts: a quarter of the work.
+
+    Args:
+        norm, reduction: as they stand in a checkpoint; they are folded into one layer.
+        move: from the order of the stage before to the merged tokens' four by four.
+        dtype: of the folded weights; None keeps the layer's own.
+        backend, head_dim: it runs on the operations that blocks with heads of this size do.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(
+        self,
+        norm: NormParts,
+        reduction: LinearParts,
+        move: Move,
+        dtype: torch.dtype | None,
+        backend: Backend,
+        head_dim: int,
+    ) -> None:
+        super().__init__()
+        folded = after_norm(norm, reduction)
+        dtype = dtype or reduction.weight.dtype
+        self.norm, self.move = (norm.kind, norm.eps), move
+        self.backend, self.head_dim = backend, head_dim
+        self.weight = _frozen(folded.weight.to(dtype))  # (2d, 4d)
+        self.register_parameter("bias", None if folded.bias is None else _frozen(folded.bias.to(dtype)))
+
+    def forward(self, tokens: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
+        """Tokens (B, N, d) to merged tokens (B, N', 2d), in the order of the next stage."""
+        fours = self.move(tokens).unflatten(1, (-1, 4)).flatten(2)  # (B, N', 4d)
+        return self._reduce(fours, policy)
+
+    def merge_prompts(self, prompts: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
+        """Prompts (B, m, d) to (B, m, 2d)."""
+        return self._reduce(prompts, policy)
+
+    def _reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
+        dtype = compute_dtype(x.device.type, self.weight.dtype)
+        ops = self.backend.ops(x.device.type, dtype, self.head_dim)
+        return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
+
+
+class _ReduceFunction(torch.autograd.Function):
+    """Of four neighbours (..., 4d), or of prompts (..., d). Keeps x̂, or its codes, and rstd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: tuple[str, float],
+        ops: Ops,
+        dtype: torch.dtype,
+        policy: MemoryPolicy,
+    ) -> torch.Tensor:
+        kind, eps = norm
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=policy.pack)
+            layer = _layer(weight, x.shape[-1], dtype)
+            output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
+        ctx.save_for_backward(weight, x_hat if codes is None else codes, rstd, scale)
+        ctx.kind, ctx.ops, ctx.dtype = kind, ops, dtype
+        return output.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, x_hat, rstd, scale = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x_hat = grad.to(ctx.dtype) @ _layer(weight, x_hat.shape[-1], ctx.dtype)
+            grad_x = ctx.ops.normalize_backward(grad_x_hat, x_hat, rstd, scale, ctx.kind)
+        return grad_x, *(None for _ in range(6))
+
+
+def _layer(weight: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """(2d, 4d) as it is for rows of that width; for prompts the sum of its four parts, (2d, d)."""
+    return (weight if weight.shape[1] == width else weight.unflatten(1, (4, width)).sum(1)).to(dtype)
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    """A Parameter and not a buffer: see `FrozenBlock`."""
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,221 @@
+"""PromptedSwin: visual prompts through a frozen Swin transformer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from vpt_fast.backbones.resolve import SWIN, resolve_backbone
+from vpt_fast.backbones.timm_swin import FrozenSwin
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
+from vpt_fast.prompts import PromptConfig, drop, init_bound
+
+POOLS = ("image", "prompts", "image_and_prompts")
+
+
+class PromptedSwin(FrozenClassifier):
+    """A frozen Swin transformer tuned by visual prompts (Jia et al., ECCV 2022, sec. 4.2 and its appendix).
+
+    The prompts stand beside the tokens of every window, with no relative position bias and no mask; a
+    prompt's output is the mean over the windows of its image. Shallow prompts enter the first block and go
+    through all of them, and through patch merging as four copies of themselves side by side; deep ones are
+    new in every block. Same logits, loss and gradients as concatenating them in every window, without the
+    work that this does for nothing (see `engine.windows`), and each image for itself: the official code gives
+    the shallow prompts of one image to windows of others.
+
+    Args:
+        backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer, whose weights are used
+            as they are and which is not changed.
+        num_classes: of the head.
+        num_prompts: m: prompts of each block that gets new ones.
+        prompt_type, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
+        pool: the tokens whose mean the head reads, after the final norm: None for ``"image_and_prompts"``,
+            the official choice; ``"image"``; ``"prompts"``.
+        dtype, memory: as for `PromptedViT`; what patch merging keeps is packed or not, and never recomputed.
+        backend, attention: ``"auto"`` or ``"torch"``, and ``"auto"``; attention in windows is plain PyTorch.
+        pretrained: load the published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
+        timm_kwargs: go to timm.create_model (only with a name), but the other settings of
+            `prompts.PromptConfig`, which are refused unless they are the defaults.
+
+    Attributes:
+        prompts: what is trained: a tensor (blocks, m, d) for every stage; when shallow one, (1, m, d).
+        head: nn.Linear, from d features of the last stage to logits.
+
+    Raises:
+        ValueError: an argument out of range, a setting of prompts that PromptedSwin does not have, or a part
+            of the backbone that is not supported; the message names it.
+    """
+
+    backbone: FrozenSwin  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        backbone: str | SwinTransformer,
+        num_classes: int,
+        num_prompts: int,
+        prompt_type: str = "deep",
+        *,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        memory: str = "exact",
+        pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        check_memory(memory)
+        if pool not in (None, *POOLS):
+            raise ValueError(f"pool: got {pool!r} with a SwinTransformer, want None or one of {POOLS}")
+        settings = PromptConfig(
+            num_prompts=num_prompts,
+            prompt_type=prompt_type,
+            prompt_dropout=prompt_dropout,
+            prompt_dropout_per=prompt_dropout_per,
+        )
+        # What PromptedViT has beside these may be given as it is by default, as the recipe does.
+        others = {name: timm_kwargs.pop(name) for name in asdict(settings) if name in timm_kwargs}
+        refused = {name: value for name, value in others.items() if value != getattr(settings, name)}
+        if refused:
+            given = ", ".join(f"{name}={value!r}" for name, value in refused.items())
+            raise ValueError(
+                f"{given}: not with a SwinTransformer, whose prompts are prepended in every window, each "
+                "block's own or the first's"
+            )
+        swin, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=SWIN)
+        super().__init__(
+            swin, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
+        self.memory = memory
+        self._chosen: dict[tuple[int, torch.dtype], str] = {}  # what "auto" came to
+        self.prompt_settings = settings
+        self._is_deep = prompt_type == "deep"
+        # Of all stages' prompts, as of the official code's, the bound is that of the first stage's width.
+        bound = init_bound(self.patch_size, self.backbone.stages[0][1])
+        stages = self.backbone.stages if self._is_deep else ((1, self.backbone.stages[0][1]),)
+        self.prompts = nn.ParameterList(
+            torch.empty(depth, num_prompts, width, device=self.backbone.device).uniform_(-bound, bound)
+            for depth, width in stages
+        )
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_prompts", "prompt_type", "prompt_dropout", "prompt_dropout_per")
+        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        self._check_images(images)
+        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
+            x = self.backbone.embed(images)
+        batch = x.shape[0]
+        policy = POLICIES[self.memory_policy(batch)]
+        sets = self._prompt_sets(batch)
+        prompts: torch.Tensor | None = None
+        for index, block in enumerate(self.backbone.blocks):
+            x, prompts = self.backbone.enter(index, x, prompts, policy)
+            if index < len(sets):
+                prompts = sets[index]
+            rows = self._rows(index)
+            out = block(x, prompts, rows, policy)
+            # split, not two slices: its backward is one cat
+            num_fresh = rows[1] - block.num_tokens
+            x, flowed = out.split((out.shape[1] - num_fresh, num_fresh), dim=1)
+            prompts = flowed if num_fresh else None
+        tokens = self.backbone.leave(x) if x.shape[1] else x
+        read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
+        features = self.backbone.features(read, self.pool)
+        return self.head(features.to(self.head.weight.dtype))
+
+    def _prompt_sets(self, batch_size: int) -> list[torch.Tensor]:
+        """New prompts (1 or B, m, d) for each of the first blocks: deep, for all of them."""
+        # unbind, not indexing: its backward is one stack
+        sets = [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
+        settings = self.prompt_settings
+        if self.training and settings.prompt_dropout > 0.0:
+            p, per = settings.prompt_dropout, settings.prompt_dropout_per
+            sets = [drop(prompts, p, per, batch_size) for prompts in sets]
+        return sets
+
+    def _rows(self, index: int) -> tuple[int, int]:
+        """The rows of a block's output that are read, of its N tokens and then its m prompts."""
+        num_tokens, m = self.backbone.blocks[index].num_tokens, self.prompt_settings.num_prompts or 0
+        if index < self.num_blocks - 1:
+            return 0, num_tokens + (0 if self._is_deep else m)
+        return (
+            num_tokens if self.pool == "prompts" else 0,
+            num_tokens if self.pool == "image" else num_tokens + m,
+        )
+
+    def memory_policy(self, batch_size: int) -> str:
+        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
+
+        Args:
+            batch_size: images a step.
+        """
+        if self.memory != "auto":
+            return self.memory
+        if not torch.is_grad_enabled():
+            return "exact"  # nothing is kept
+        key = (batch_size, self._compute_dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose_policy(*key)
+        return self._chosen[key]
+
+    @torch.compiler.disable
+    def _choose_policy(self, batch_size: int, dtype: torch.dtype) -> str:
+        def step_bytes(memory: str) -> int:
+            return sum(self._step_bytes(batch_size, POLICIES[memory]))
+
+        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes, as of `PromptedViT`.
+
+        Args:
+            batch_size: images a step.
+        """
+        kept, workspace = self._step_bytes(batch_size, POLICIES[self.memory_policy(batch_size)])
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
+
+    def _step_bytes(self, batch_size: int, policy: MemoryPolicy) -> tuple[int, int]:
+        """Bytes kept for backward by all blocks and merges, and those of one block's temporaries."""
+        settings, dtype = self.prompt_settings, self._compute_dtype
+        m = settings.num_prompts or 0
+        per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
+        kept = workspace = 0
+        for index, block in enumerate(self.backbone.blocks):
+            rows, flowed = self._rows(index), not self._is_deep and index > 0
+            kept += cost.kept_bytes(
+                block,
+                dtype=dtype,
+                batch_size=batch_size,
+                num_tokens=block.num_tokens,
+                rows=rows,
+                prompt_shape=(batch_size if per_image or flowed else 1, m),
+                grad_tokens=index > 0,
+                policy=policy,
+            )
+            kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
+            num_rows = rows[1] - rows[0]
+            workspace = max(workspace, self.backbone.workspace_bytes(block, batch_size, m, num_rows, policy))
+        return kept, workspace
