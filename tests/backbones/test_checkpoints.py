@@ -37,8 +37,7 @@ from vpt_fast import LinearProbe, PromptedViT, load_pretrained
 from vpt_fast.backbones import resolve
 from vpt_fast.backbones.checkpoints import check_jax_shapes, load_checkpoint
 from vpt_fast.backbones.known import KNOWN
-from vpt_fast.backbones.resolve import SWIN as SWIN_KIND
-from vpt_fast.backbones.resolve import VIT, is_supported, resolve_backbone
+from vpt_fast.backbones.resolve import is_supported, resolve_backbone
 from vpt_fast.tuning.full import FullTuning
 
 VIT = "vit_base_patch16_224"
@@ -310,7 +309,7 @@ class TestKnown:
             resolve_backbone("mocov3_vitb16", False, {})
 
     def test_convnets_are_known_but_not_tuned(self) -> None:
-        assert not is_supported(KNOWN["imagenet_sup_rn50"].timm_name, VIT, SWIN_KIND)
+        assert not is_supported(KNOWN["imagenet_sup_rn50"].timm_name, resolve.VIT, resolve.SWIN)
         with pytest.raises(ValueError, match="'imagenet_sup_rn50' is not a timm VisionTransformer"):
             resolve_backbone("imagenet_sup_rn50", False, {})
 
