@@ -20,8 +20,10 @@ from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from tiny import random_batch, randomise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from vpt_fast.kernels import get_backend
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
+from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock
 
 GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
 NUM_CLASSES = 5
@@ -375,3 +377,16 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
 def test_prompted_vit_refuses_a_swin() -> None:
     with pytest.raises(ValueError, match="SwinTransformer"):
         PromptedViT(tiny_swin(), NUM_CLASSES, 3)
+
+
+def test_norms_and_mlp_on_the_triton_kernels() -> None:
+    """The operations that blocks and merging take from the backend, in Triton's interpreter."""
+    swin = tiny_swin(torch.float32, embed_dim=32, depths=(1, 1), window_size=3, img_size=16)
+    model = PromptedSwin(swin, NUM_CLASSES, 3, "shallow")
+    images, labels = random_batch(model, 2, NUM_CLASSES, dtype=torch.float32)
+    expected = step(model, images, labels)
+    triton = get_backend("triton")
+    for module in model.modules():
+        if isinstance(module, (FrozenWindowBlock, FrozenMerge)):
+            module.backend = triton
+    assert_same(step(model, images, labels), expected, 1e-4)

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from vpt_fast import LinearProbe, PromptedViT, load_pretrained
+from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.backbones import resolve
 from vpt_fast.backbones.checkpoints import check_jax_shapes, load_checkpoint
 from vpt_fast.backbones.known import KNOWN
@@ -71,6 +71,18 @@ def test_a_published_format_fills_the_whole_model(
     torch.save(content(source), tmp_path / "file.pth.tar")
     load_checkpoint(model, tmp_path / "file.pth.tar")
     assert_same_weights(model, source)
+
+
+@pytest.mark.parametrize("name", [SWIN, "swinb_imagenet22k_224"])
+def test_a_prompted_swin_stands_on_the_authors_file(name: str, tmp_path: Path) -> None:
+    source = small(SWIN, 1, **SMALL_SWIN)
+    torch.save(swin(source), tmp_path / "swin.pth")
+    model = PromptedSwin(name, 3, 2, checkpoint=tmp_path / "swin.pth", **SMALL_SWIN)
+    assert model.backbone.fingerprint == PromptedSwin(source, 3, 2).backbone.fingerprint
+    model.save_pretrained(tmp_path)
+    loaded = PromptedSwin.from_pretrained(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/target/"])
