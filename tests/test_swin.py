@@ -290,13 +290,17 @@ def test_bytes_kept_equal_the_closed_form_and_the_estimate(prompt_type: str) -> 
 
 
 @pytest.mark.parametrize("memory", ["compact", "recompute_mlp", "recompute"])
-@pytest.mark.parametrize("pool", ["image", "prompts"])
-def test_estimate_of_kept_bytes(pool: str, memory: str) -> None:
-    model, _ = prompted_and_defined(tiny_swin(window_size=3), num_prompts=M, pool=pool, memory=memory)
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({"pool": "image"}, T), ({"pool": "prompts"}, M), ({"prompt_type": "shallow"}, T + M)],
+    ids=["image_pool", "prompt_pool", "shallow"],
+)
+def test_estimate_of_kept_bytes(settings: dict[str, Any], rows: int, memory: str) -> None:
+    model, _ = prompted_and_defined(tiny_swin(window_size=3), num_prompts=M, memory=memory, **settings)
     images, _ = random_batch(model, BATCH)
     with KeptBytes(model, images) as kept:
         model(images)
-    after = {"image": T, "prompts": M}[pool] * (32 + 2) + 32
+    after = rows * (32 + 2) + 32
     assert kept.total == model.estimate_training_bytes(BATCH)["kept"] + BATCH * after * 8
 
 
@@ -338,6 +342,7 @@ def test_backbone_by_name_is_the_same_as_built() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "add": (dict(prompt_location="add", num_prompts=None), "prompt_location='add': not with a Swin"),
     "pad": (dict(prompt_location="pad"), "prompt_location='pad': not with a SwinTransformer"),
     "layers": (dict(prompt_layers=2), "prompt_layers=2: not with a SwinTransformer"),
     "shared": (dict(prompt_shared=True), "prompt_shared=True: not with a SwinTransformer"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ POOLS = ("image", "prompts", "image_and_prompts")
 
 
 class PromptedSwin(FrozenClassifier):
-    """A frozen Swin transformer tuned by visual prompts (Jia et al., ECCV 2022, sec. 4.2 and its appendix).
+    """A frozen Swin transformer tuned by visual prompts (Jia et al., ECCV 2022).
 
     The prompts stand beside the tokens of every window, with no relative position bias and no mask; a
     prompt's output is the mean over the windows of its image. Shallow prompts enter the first block and go
@@ -78,22 +78,24 @@ class PromptedSwin(FrozenClassifier):
         check_arguments(num_classes, pool, dtype, backend, attention)
         check_memory(memory)
         if pool not in (None, *POOLS):
-            raise ValueError(f"pool: got {pool!r} with a SwinTransformer, want None or one of {POOLS}")
-        settings = PromptConfig(
-            num_prompts=num_prompts,
-            prompt_type=prompt_type,
-            prompt_dropout=prompt_dropout,
-            prompt_dropout_per=prompt_dropout_per,
-        )
-        # What PromptedViT has beside these may be given as it is by default, as the recipe does.
-        others = {name: timm_kwargs.pop(name) for name in asdict(settings) if name in timm_kwargs}
-        refused = {name: value for name, value in others.items() if value != getattr(settings, name)}
+            wanted = ", ".join(map(repr, POOLS))
+            raise ValueError(f"pool: got {pool!r} with a SwinTransformer, want None or one of {wanted}")
+        # What PromptedViT has beside its own settings may be given as it is by default, as the recipe does.
+        defaults = {field.name: field.default for field in fields(PromptConfig)}
+        others = {name: timm_kwargs.pop(name) for name in defaults if name in timm_kwargs}
+        refused = {name: value for name, value in others.items() if value != defaults[name]}
         if refused:
             given = ", ".join(f"{name}={value!r}" for name, value in refused.items())
             raise ValueError(
                 f"{given}: not with a SwinTransformer, whose prompts are prepended in every window, each "
                 "block's own or the first's"
             )
+        settings = PromptConfig(
+            num_prompts=num_prompts,
+            prompt_type=prompt_type,
+            prompt_dropout=prompt_dropout,
+            prompt_dropout_per=prompt_dropout_per,
+        )
         swin, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=SWIN)
         super().__init__(
             swin, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
@@ -136,7 +138,8 @@ class PromptedSwin(FrozenClassifier):
             # split, not two slices: its backward is one cat
             num_fresh = rows[1] - block.num_tokens
             x, flowed = out.split((out.shape[1] - num_fresh, num_fresh), dim=1)
-            prompts = flowed if num_fresh else None
+            # A copy: what is kept of the prompts would keep all rows alive.
+            prompts = flowed.clone() if num_fresh else None
         tokens = self.backbone.leave(x) if x.shape[1] else x
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
         features = self.backbone.features(read, self.pool)
