@@ -33,8 +33,9 @@ LAYERS = {
         "cache",
         "loop",
         "inference",
+        "tsne",
     ],
-    "sweeps": ["published", "sweep", "tables"],
+    "sweeps": ["published", "sweep", "tables", "ablations"],
     "commands": ["flags", "sweep_commands", "data_commands", "backbone_commands", "demo", "cli"],
 }
 BELOW = {

@@ -33,7 +33,9 @@ from vpt_fast.recipe import Recipe, read_yaml
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name="data")
 app.command()(sweep_commands.sweep)
+app.command()(sweep_commands.ablate)
 app.command()(sweep_commands.table)
+app.add_typer(sweep_commands.plot_app, name="plot")
 app.command()(backbone_commands.backbones)
 
 

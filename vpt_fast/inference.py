@@ -122,13 +122,39 @@ def evaluate_run(
 
     ``console`` shows how far it is.
 
-    Raises ValueError when the data has no such split or other classes, when the run was trained on its val
-    images, and as Classifier.load does.
+    Raises ValueError as Classifier.load and open_split do.
     """
     classifier = Classifier.load(run, device)
+    console = console or Console(quiet=True)
+    batches, skipped = open_split(
+        classifier, data, split, batch_size=batch_size, workers=workers, data_root=data_root, console=console
+    )
+    classes = classifier.labels.classes
+    with evaluating(console, split, batches.num_images) as count:
+        world = World(0, 1, classifier.device)
+        found = evaluate(classifier.model, batches, len(classes), world, "fp32", count)
+    return SplitAccuracy(split, classes, found, skipped)
+
+
+def open_split(
+    classifier: Classifier,
+    data: str | Path,
+    split: str,
+    *,
+    batch_size: int = BATCH_SIZE,
+    workers: int | None = None,
+    data_root: str | None = None,
+    console: Console | None = None,
+) -> tuple[Batches, tuple[SkippedImage, ...]]:
+    """Batches of the val or test split of ``data`` in its order, which is split as in training, and the
+    images that cannot be decoded.
+
+    Raises ValueError when the data has no such split or other classes, or when the model was trained on its
+    val images.
+    """
     labels = classifier.labels
     if split == "val" and labels.train_on == "train+val":
-        raise ValueError(f"split is val, whose images the run in {run} was trained on; --split test is left")
+        raise ValueError("split is val, whose images the run was trained on; --split test is left")
     splits = open_splits(
         data,
         task=labels.task,
@@ -141,8 +167,7 @@ def evaluate_run(
         other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
         raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
     images = splits.test if split == "test" else splits.val
-    console = console or Console(quiet=True)
-    with checking_images(console, len(images)) as advance:
+    with checking_images(console or Console(quiet=True), len(images)) as advance:
         checked = check_images(
             images,
             workers=workers,
@@ -159,10 +184,7 @@ def evaluate_run(
         device=classifier.device,
         workers=workers,
     )
-    world = World(0, 1, classifier.device)
-    with evaluating(console, split, len(checked.images)) as count:
-        found = evaluate(classifier.model, batches, len(labels.classes), world, "fp32", count)
-    return SplitAccuracy(split, labels.classes, found, checked.skipped)
+    return batches, checked.skipped
 
 
 def expand_images(arguments: Sequence[str]) -> list[Path]:

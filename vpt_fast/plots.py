@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -19,7 +21,12 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#c0392b", "linestyle": "--", "marker": "s"},
     {"color": "#7fb3d5", "linestyle": "-.", "marker": "^"},
     {"color": "#7d8c2f", "linestyle": ":", "marker": "D"},
+    {"color": "#6c3483", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "#999999", "linestyle": "-", "marker": "x"},
+    {"color": "#ca6f1e", "linestyle": (0, (1, 3)), "marker": "P"},
+    {"color": "#1a5276", "linestyle": (0, (8, 3)), "marker": "*"},
 )
+MOST_IN_LEGEND = 20  # classes
 
 
 def plot_curves(rows: Rows, path: Path) -> None:
@@ -58,6 +65,82 @@ def plot_comparison(runs: Mapping[str, Rows], test_accuracy: Mapping[str, float]
     test.set_title("test accuracy")
     test.invert_yaxis()
     test.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_ablation(
+    lines: Mapping[str, Mapping[Any, tuple[float, float | None]]],
+    path: Path,
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Accuracy against what was varied: for each line, value -> (mean, standard deviation or None).
+
+    Numbers lie on an axis of numbers, a logarithmic one where they span more than a factor of 30; values that
+    are not numbers stand side by side, as groups of bars.
+
+    Raises ValueError for more lines than there are styles.
+    """
+    if len(lines) > len(STYLES):
+        raise ValueError(f"lines: got {len(lines)}, want at most {len(STYLES)}, which can be told apart")
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    values = list(dict.fromkeys(value for line in lines.values() for value in line))
+    is_numeric = all(isinstance(value, int | float) for value in values)
+    for i, ((name, line), style) in enumerate(zip(lines.items(), STYLES, strict=False)):
+        means = [mean for mean, _ in line.values()]
+        errors = [deviation or 0.0 for _, deviation in line.values()]
+        if is_numeric:
+            axes.errorbar(list(line), means, errors, label=name, markersize=5, capsize=3, **style)
+        else:
+            width = 0.8 / len(lines)
+            places = [values.index(value) - 0.4 + (i + 0.5) * width for value in line]
+            hatch = ("", "//", "..", "xx", "\\\\", "--", "oo", "++")[i]
+            axes.bar(
+                places, means, width, yerr=errors, label=name, hatch=hatch, facecolor=style["color"],
+                edgecolor="white", capsize=3,
+            )  # fmt: skip
+    if is_numeric:
+        if min(values) > 0 and max(values) / min(values) > 30:
+            axes.set_xscale("log")
+        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
+        axes.minorticks_off()
+    else:
+        axes.set_xticks(range(len(values)), labels=[str(value) for value in values])
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_embedding(
+    points: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Points (n, 2) in the colours and markers of their classes, which labels (n,) index; with a legend up to
+    `MOST_IN_LEGEND` classes."""
+    figure = Figure(figsize=(6.4, 5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    colors = colormaps["turbo"].resampled(max(2, len(classes)))
+    markers = "os^DvP*X<>"
+    for index, name in enumerate(classes):
+        of_class = points[labels == index]
+        axes.scatter(
+            of_class[:, 0], of_class[:, 1], s=14, color=colors(index), label=name, alpha=0.8, linewidths=0,
+            marker=markers[index % len(markers)],
+        )  # fmt: skip
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if len(classes) <= MOST_IN_LEGEND:
+        figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
 

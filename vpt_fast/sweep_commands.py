@@ -1,4 +1,4 @@
-"""vpt-fast sweep, table and ablate: settings by search, and many runs side by side."""
+"""vpt-fast sweep, ablate, table and plot: settings by search, and many runs side by side."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from vpt_fast.flags import DebugFlag, one_line_errors, with_recipe_flags
+from vpt_fast.flags import DebugFlag, DeviceFlag, RunArgument, one_line_errors, with_recipe_flags
 from vpt_fast.recipe import Recipe, read_yaml
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
@@ -98,6 +99,99 @@ def sweep(
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
     runs = f"{len(final['accuracies'])} runs, {final['note']}"
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
+
+
+@with_recipe_flags
+def ablate(
+    name: Annotated[
+        Literal["length", "depth", "location", "output", "data-size"],
+        typer.Argument(metavar="ABLATION", help="length, depth, location, output or data-size."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder.", rich_help_panel="Run", show_default="runs/ablation-NAME-DATA-BACKBONE"),
+    ] = None,
+    config: ConfigFlag = None,
+    methods: Annotated[
+        str, typer.Option(help="Lines of the picture, comma-separated.", show_default="by ablation")
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of each point's runs.")] = SEEDS,
+    search: Annotated[
+        bool, typer.Option("--sweep", help="Search each point's base_lr and weight_decay first.")
+    ] = False,
+    debug: DebugFlag = False,
+    **flags: Any,
+) -> None:
+    """Vary one thing, as the paper's ablations do, and draw the accuracies.
+
+    Prompt length (Fig. 6), depth (Fig. 7), location (Fig. 5), what the head reads (output, Fig. 8), and the
+    share of the training images (data-size, Fig. 3). Every flag of train holds for all points. Ctrl-C stops;
+    the same command goes on.
+
+    [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone vit_base_patch16_224_in21k[/]
+    """
+    with one_line_errors(debug):
+        from vpt_fast.ablations import plan_ablation, run_ablation
+        from vpt_fast.run import default_run_folder
+
+        settings = given_settings(config, flags)
+        listed = [part.strip() for part in methods.split(",") if part.strip()]
+        points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
+        run = default_run_folder(points[0].sweep.recipe(**points[0].sweep.points()[0]))
+        folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
+        found = run_ablation(name, points, folder, console=Console())
+    console = Console()
+    if not found["finished"]:
+        console.print(f"Stopped after {len(found['points'])} points; the same command goes on from there.")
+        raise typer.Exit(130)
+    shown = Table("line", "value", "accuracy", "standard deviation")
+    for row in found["points"]:
+        deviation = row["standard_deviation"]
+        shown.add_row(
+            row["line"],
+            str(row["value"]),
+            "diverged" if row["mean"] is None else f"{row['mean']:.2%}",
+            "" if deviation is None else f"{deviation:.2%}",
+        )
+    console.print(shown)
+    console.print(f"picture: {folder / 'ablation.png'}")
+
+
+plot_app = typer.Typer(help="Pictures of a run.", no_args_is_help=True)
+
+
+@plot_app.callback()
+def plot() -> None:
+    """Pictures of a run."""
+
+
+@plot_app.command()
+def tsne(
+    run: RunArgument,
+    data: Annotated[str, typer.Option(help="Images, as for train.")],
+    split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
+    data_root: Annotated[Path | None, typer.Option(help="As for train.", show_default="none")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of t-SNE.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images.", show_default="one a core")
+    ] = None,
+    device: DeviceFlag = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Draw what the head reads of a split in two dimensions, by class (Fig. 9)."""
+    with one_line_errors(debug):
+        from vpt_fast.plots import plot_embedding
+        from vpt_fast.tsne import embed_run
+
+        path = out or run / f"tsne-{split}.png"
+        found = embed_run(
+            run, data, split, seed=seed, device=device, workers=workers,
+            data_root=None if data_root is None else str(data_root), console=Console(),
+        )  # fmt: skip
+        title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
+        plot_embedding(found.points, found.labels, found.classes, path, title=title)
+    Console().print(f"picture: {path}")
 
 
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""Ablations: which points there are, what they come to, and their pictures; t-SNE of a run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vpt_fast import ablations, loop, plots
+from vpt_fast.ablations import ABLATIONS, plan_ablation, run_ablation
+from vpt_fast.cli import app
+from vpt_fast.recipe import Recipe
+from vpt_fast.tsne import embed_run
+
+NAMED = {"data": "images", "backbone": "vit_base_patch16_224"}
+
+
+@pytest.fixture
+def settings(color_images, monkeypatch) -> dict:
+    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+    return dict(
+        data=str(color_images),
+        backbone="train_test_vit",
+        epochs=1,
+        warmup_epochs=0,
+        batch_size=9,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were saved, in order."""
+    figures, save = [], plots._save
+
+    def spy(figure, path):
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", spy)
+    return figures
+
+
+def planned(name: str, **options) -> dict:
+    """(line, value) -> settings that are not the same for all."""
+    points = plan_ablation(name, NAMED, seeds=(1,), **options)
+    return {(p.line, p.value): {k: v for k, v in p.sweep.settings.items() if k not in NAMED} for p in points}
+
+
+def test_length_varies_the_number_of_prompts() -> None:
+    assert planned("length") == {
+        ("vpt-deep", m): {"method": "vpt-deep", "num_prompts": m} for m in (1, 10, 50, 100, 200)
+    }
+
+
+def test_depth_takes_first_and_last_blocks_of_the_backbone() -> None:
+    found = planned("depth")
+    assert [value for line, value in found if line == "first blocks"] == [1, 3, 6, 9, 12]
+    assert found["last blocks", 9] == {"method": "vpt-deep", "prompt_layers": -9}
+
+
+def test_location_gives_each_place_a_number_that_fits_it() -> None:
+    found = planned("location")
+    assert found["vpt-shallow", "pad"]["num_prompts"] == 8  # half a patch on each side
+    assert found["vpt-shallow", "concat-channel"]["num_prompts"] == 3
+    assert "num_prompts" not in found["vpt-deep", "add"]
+    assert ("vpt-deep", "pad") not in found and len(found) == 9
+
+
+def test_output_varies_what_the_head_reads_for_each_method() -> None:
+    found = planned("output", methods=["vpt-deep"])
+    assert list(found) == [("vpt-deep", pool) for pool in ("cls", "image", "prompts", "image_and_prompts")]
+
+
+def test_data_size_leaves_a_method_what_only_others_have() -> None:
+    points = plan_ablation("data-size", {**NAMED, "num_prompts": 7}, seeds=(1,))
+    lines = {point.line: point.sweep.settings.get("num_prompts") for point in points}
+    assert lines == {"linear": None, "vpt-shallow": 7, "vpt-deep": 7, "full": None}
+
+
+def test_search_leaves_the_searched_settings_open() -> None:
+    point, *_ = plan_ablation("length", {**NAMED, "base_lr": 1.0}, seeds=(1,), search=True)
+    assert "base_lr" in point.sweep.axes and "base_lr" not in point.sweep.settings
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options", "named"),
+    [
+        ("width", {}, {}, "ablation is 'width'"),
+        ("length", {"num_prompts": 5}, {}, "num_prompts is given; the ablation varies it"),
+        ("length", {"method": "vpt-deep"}, {}, "method is given; --methods names them"),
+        ("length", {}, {"methods": ["linear"]}, "num_prompts"),
+        ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
+    ],
+    ids=["ablation", "varied", "method", "refused", "location"],
+)
+def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan_ablation(name, {**NAMED, **changes}, seeds=(1,), **options)
+
+
+def test_points_are_runs_by_hand_and_their_picture_has_a_line_for_each_method(
+    settings, tmp_path, drawn, monkeypatch
+) -> None:
+    monkeypatch.setattr(ablations, "LENGTHS", (1, 2))
+    methods = ["vpt-deep", "vpt-shallow"]
+    points = plan_ablation("length", settings, methods=methods, seeds=(1,))
+    found = run_ablation("length", points, tmp_path / "a")
+    common = dict(settings, test=True, train_on="train+val", tensorboard=False, seed=1)
+    for row in found["points"]:
+        recipe = Recipe(**common, method=row["line"], num_prompts=row["value"])
+        by_hand = loop.train(recipe, tmp_path / row["line"] / str(row["value"]))
+        assert row["mean"] == by_hand.results["test_accuracy"]
+    assert len(found["points"]) == 4 and found["finished"]
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == found
+    (axes,) = drawn[-1].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == methods
+    assert [line.get_xdata().tolist() for line in axes.get_lines() if len(line.get_xdata()) == 2]
+
+    monkeypatch.setattr(loop, "train_epoch", None)  # the same again trains nothing
+    assert run_ablation("length", points, tmp_path / "a") == found
+
+
+def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> None:
+    lines = {"deep": {"cls": (0.5, 0.1), "image": (0.6, None)}, "shallow": {"image": (0.4, 0.2)}}
+    plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cls", "image"]
+    assert sorted(bar.get_height() for bar in axes.patches) == [0.4, 0.5, 0.6]
+
+
+def test_more_lines_than_styles_are_refused(tmp_path) -> None:
+    lines = {str(i): {1: (0.5, None)} for i in range(len(plots.STYLES) + 1)}
+    with pytest.raises(ValueError, match="lines: got 9, want at most 8"):
+        plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+
+
+def test_every_ablation_of_the_paper_is_a_command() -> None:
+    text = CliRunner().invoke(app, ["ablate", "--help"]).output
+    assert all(name in text for name in ABLATIONS)
+
+
+def test_tsne_is_of_what_the_head_reads(settings, tmp_path, drawn) -> None:
+    result = loop.train(Recipe(**settings, method="linear"), tmp_path / "run")
+    arguments = ["plot", "tsne", str(result.path), "--data", settings["data"], "--device", "cpu"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "tsne-val.png").is_file()
+    found = embed_run(result.path, settings["data"], "val", device="cpu")
+    (axes,) = drawn[-1].axes
+    points = np.concatenate([group.get_offsets() for group in axes.collections])
+    assert sorted(map(tuple, points.tolist())) == sorted(map(tuple, found.points.tolist()))
+    assert len(axes.collections) == len(found.classes)

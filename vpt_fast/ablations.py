@@ -1,0 +1,230 @@
+"""The ablations of Jia et al., "Visual Prompt Tuning", ECCV 2022, as series of sweeps.
+
+An ablation's folder:
+
+    <line>/<value>/    a sweep's folder (`vpt_fast.sweep`) for each point: without axes, final runs alone
+    results.json       every point: its settings, mean and standard deviation over the seeds
+    ablation.png
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+
+from vpt_fast.cache import TrainingCache
+from vpt_fast.plots import plot_ablation
+from vpt_fast.recipe import METHODS, Recipe, parse_method
+from vpt_fast.run import write
+from vpt_fast.sweep import Sweep, default_axes, run_sweep
+
+LENGTHS = (1, 10, 50, 100, 200)
+DEPTHS = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 1.0)  # of the blocks: 1, 3, 6, 9, 12 of ViT-B's
+FRACTIONS = (0.1, 0.3, 0.5, 0.8, 1.0)
+POOLS = ("cls", "image", "prompts", "image_and_prompts")
+LOCATIONS = {
+    "vpt-shallow": ("prepend", "add", "add-1", "prepend-pixel", "concat-channel", "pad"),
+    "vpt-deep": ("prepend", "add", "add-1"),  # prompts that are pixels exist once
+}
+KNOBS = {knob for rule in METHODS.values() for knob in rule.knobs}
+EXTRA_CHANNELS = 3  # of concat-channel where no number is given: as many as an image has
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is varied, and how its picture is labelled.
+
+    Attributes:
+        title, x_label: of the picture.
+        methods: a line each, where the user names none.
+        varied: the settings that points set themselves.
+        points: (method, recipe) -> {line: {value: settings}}.
+    """
+
+    title: str
+    x_label: str
+    methods: tuple[str, ...]
+    varied: tuple[str, ...]
+    points: Callable[[str, Recipe], Mapping[str, Mapping[Any, dict[str, Any]]]] = field(repr=False)
+
+
+def _length(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+    return {method: {m: {"num_prompts": m} for m in LENGTHS}}
+
+
+def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+    blocks = len(_shape(recipe).blocks)
+    counts = sorted({max(1, round(share * blocks)) for share in DEPTHS})
+    return {
+        "first blocks": {k: {"prompt_layers": k} for k in counts},
+        "last blocks": {k: {"prompt_layers": -k} for k in counts},
+    }
+
+
+def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+    # A border as wide as a patch, half of it on each side, keeps the padded image a whole number of patches.
+    counts = {
+        "add": None,
+        "add-1": None,
+        "pad": max(1, _shape(recipe).patch_embed.patch_size[0] // 2),
+        "concat-channel": EXTRA_CHANNELS,
+    }
+    found: dict[Any, dict[str, Any]] = {}
+    for location in LOCATIONS[method]:
+        found[location] = {"prompt_location": location}
+        if location in counts:
+            found[location]["num_prompts"] = counts[location]
+    return {method: found}
+
+
+def _output(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+    return {method: {pool: {"pool": pool} for pool in POOLS}}
+
+
+def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+    return {method: {share: {"train_fraction": share} for share in FRACTIONS}}
+
+
+ABLATIONS = {
+    "length": Ablation("Prompt length (Fig. 6)", "prompts", ("vpt-deep",), ("num_prompts",), _length),
+    "depth": Ablation(
+        "Prompt depth (Fig. 7)", "blocks with prompts", ("vpt-deep",), ("prompt_layers",), _depth
+    ),
+    "location": Ablation(
+        "Prompt location (Fig. 5)", "location", tuple(LOCATIONS), ("prompt_location",), _location
+    ),
+    "output": Ablation(
+        "What the head reads (Fig. 8)", "output", ("vpt-deep", "vpt-shallow"), ("pool",), _output
+    ),
+    "data-size": Ablation(
+        "Training data (Fig. 3)",
+        "share of the training images",
+        ("linear", "vpt-shallow", "vpt-deep", "full"),
+        ("train_fraction",),
+        _data_size,
+    ),
+}
+
+
+def _shape(recipe: Recipe) -> Any:
+    """The backbone's modules on the meta device: nothing is computed or downloaded."""
+    with torch.device("meta"):
+        return timm.create_model(recipe.backbone, pretrained=False, num_classes=0, **recipe.backbone_arg)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sweep of an ablation."""
+
+    line: str
+    value: Any
+    sweep: Sweep
+
+
+def plan_ablation(
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int],
+    search: bool = False,
+) -> list[Point]:
+    """The sweeps of an ablation; every one is checked.
+
+    Args:
+        name: in `ABLATIONS`.
+        settings: of the recipe, as `Recipe.from_dict` takes them, for all points; one that only some methods
+            have, such as num_prompts, for the methods that have it.
+        methods: instead of the ablation's own.
+        seeds: of each point's final runs.
+        search: whether each point searches the recipe's grid first; else `settings` are final.
+
+    Raises:
+        ValueError: no such ablation, a setting that it varies itself is given, or one that a point refuses.
+    """
+    if name not in ABLATIONS:
+        raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
+    ablation = ABLATIONS[name]
+    for given in (*ablation.varied, "method"):
+        if given in settings:
+            instead = "--methods names them" if given == "method" else "the ablation varies it"
+            raise ValueError(f"{given} is given; {instead}")
+    found = []
+    for method in methods or ablation.methods:
+        if name == "location" and method not in LOCATIONS:
+            raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
+        foreign = KNOBS - set(parse_method(method).rule.knobs)
+        common = {key: value for key, value in settings.items() if key not in foreign} | {"method": method}
+        recipe = Recipe.from_dict(common)
+        for line, values in ablation.points(method, recipe).items():
+            label = f"{method}, {line}" if line != method and len(methods) > 1 else line
+            for value, changes in values.items():
+                merged = {**common, **changes}
+                merged = {key: setting for key, setting in merged.items() if setting is not None}
+                axes = default_axes(Recipe.from_dict(merged)) if search else {}
+                searched = {key: setting for key, setting in merged.items() if key not in axes}
+                found.append(Point(label, value, Sweep(searched, axes, tuple(seeds))))
+    return found
+
+
+def run_ablation(
+    name: str, points: Sequence[Point], out: Path, *, console: Console | None = None
+) -> dict[str, Any]:
+    """Works through the points of `plan_ablation` that are not done yet; returns what results.json holds.
+
+    The picture is drawn after each point. `finished` is False after SIGINT or SIGTERM; the same call goes on.
+
+    Raises:
+        ValueError: as `run_sweep`.
+    """
+    console = console or Console(quiet=True)
+    ablation, cache = ABLATIONS[name], TrainingCache()
+    console.print(f"{ablation.title}: {len(points)} points, of each:", highlight=False)
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        console.rule(f"{point.line}: {ablation.x_label} {point.value}")
+        folder = out / point.line.replace(", ", "-").replace(" ", "-") / str(point.value)
+        found = run_sweep(point.sweep, folder, console=console, cache=cache)
+        if not found["finished"]:
+            return {"ablation": name, "points": rows, "finished": False}
+        final = found["final"]
+        rows.append(
+            {
+                "line": point.line,
+                "value": point.value,
+                "settings": {**found["settings"], **(found["best"]["params"] if found["best"] else {})},
+                "split": final["split"],
+                "mean": final["mean"],
+                "standard_deviation": final["standard_deviation"],
+                "accuracies": final["accuracies"],
+                "diverged": final["diverged"],
+                "parameters": found["parameters"],
+            }
+        )
+        results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
+        write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        _draw(ablation, rows, out / "ablation.png")
+    return results
+
+
+def _draw(ablation: Ablation, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    lines: dict[str, dict[Any, tuple[float, float | None]]] = {}
+    for row in rows:
+        if row["mean"] is not None:  # None where every seed diverged
+            line = lines.setdefault(row["line"], {})
+            line[row["value"]] = row["mean"], row["standard_deviation"]
+    if lines:
+        plot_ablation(
+            lines,
+            path,
+            title=ablation.title,
+            x_label=ablation.x_label,
+            y_label=f"{rows[0]['split']} accuracy",
+        )

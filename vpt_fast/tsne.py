@@ -1,0 +1,78 @@
+"""What a run's head reads, in two dimensions (Jia et al., ECCV 2022, Fig. 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from sklearn.manifold import TSNE
+
+from vpt_fast.data import Batches
+from vpt_fast.inference import Classifier, open_split
+from vpt_fast.report import evaluating
+
+MOST_IMAGES = 2000  # t-SNE of more takes minutes, and its picture shows no more
+PERPLEXITY = 30.0  # scikit-learn's default, and van der Maaten's
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """points: (n, 2). labels: (n,), indices into `classes`."""
+
+    points: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def embed_run(
+    run: Path,
+    data: str | Path,
+    split: str,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    workers: int | None = None,
+    data_root: str | None = None,
+    console: Console | None = None,
+) -> Embedding:
+    """t-SNE (van der Maaten and Hinton, 2008) of the features that a run's head reads, by scikit-learn.
+
+    Of a split with more than `MOST_IMAGES` images so many are taken, at random by `seed`.
+
+    Raises ValueError for a split of fewer than 3 images, and as Classifier.load and open_split do.
+    """
+    console = console or Console(quiet=True)
+    classifier = Classifier.load(run, device)
+    batches, _ = open_split(classifier, data, split, workers=workers, data_root=data_root, console=console)
+    features, labels = read_features(classifier, batches, split, console)
+    if len(features) < 3:
+        raise ValueError(f"split {split} of {data} has {len(features)} images; t-SNE needs at least 3")
+    if len(features) > MOST_IMAGES:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(features), MOST_IMAGES, replace=False))
+        features, labels = features[chosen], labels[chosen]
+    with console.status(f"t-SNE of {len(features)} images"):
+        perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+        points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
+    return Embedding(points, labels, classifier.labels.classes)
+
+
+@torch.no_grad()
+def read_features(
+    classifier: Classifier, batches: Batches, split: str, console: Console
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the head is given for every image (n, d), in float32, and the labels (n,)."""
+    read: list[torch.Tensor] = []
+    hook = classifier.model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
+    labels = []
+    try:
+        with evaluating(console, split, batches.num_images) as advance:
+            for images, targets in batches.epoch(0):  # (b, 3, H, W), (b,)
+                classifier.model(images)
+                labels.append(targets)
+                advance(len(targets))
+    finally:
+        hook.remove()
+    return torch.cat(read).cpu().numpy(), torch.cat(labels).cpu().numpy()
