@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from concatenation import PATCH_EMBEDDING, ConcatenatedViT, step, trainables
+from concatenation import ConcatenatedViT, step, trainables
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vpt_fast import PromptedViT
+from vpt_fast import PromptedViT, official
+from vpt_fast.backbones.checkpoints import load_checkpoint
+from vpt_fast.official import Unmapped
 
 GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
 # Those of a Swin are test_swin.py's.
@@ -37,38 +38,6 @@ GOLDEN_FILES = GOLDEN_FILES or [GOLDEN_DIR / "no_golden_file.safetensors"]
 # off by up to 5e-6 in a step and 1.1e-5 after SGD steps, which carry rounding on; a wrong formula by 1e-3.
 STEP_TOLERANCE = 2e-5
 SGD_TOLERANCE = 1e-4
-
-OFFICIAL_DEFAULTS: dict[str, Any] = {
-    "NUM_TOKENS": None,  # given by the file's metadata
-    "LOCATION": "prepend",
-    "INITIATION": "random",
-    "CLSEMB_FOLDER": "",
-    "CLSEMB_PATH": "",
-    "PROJECT": -1,
-    "DEEP": False,
-    "NUM_DEEP_LAYERS": None,
-    "REVERSE_DEEP": False,
-    "DEEP_SHARED": False,
-    "FORWARD_DEEP_NOEXPAND": False,
-    "VIT_POOL_TYPE": "original",
-    "DROPOUT": 0.0,
-    "SAVE_FOR_EACH_EPOCH": False,
-}
-TOKEN_LOCATIONS = ("prepend", "add", "add-1")  # the ones that may be deep and may be projected
-LOCATIONS = {
-    "prepend": "prepend",
-    "add": "add",
-    "add-1": "add-1",
-    "prepend-pixel": "prepend-pixel",
-    "prepend-pixel-gaussian": "prepend-pixel",  # differs in how it starts, which the file holds
-    "pad": "pad",
-    "below": "concat-channel",
-}
-POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "image_and_prompts"}
-
-
-class Unmapped(ValueError):
-    """A golden file asks for what PromptedViT has no counterpart of, or what the official code gets wrong."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +59,7 @@ class Golden:
             given.setdefault("DEEP", metadata["deep"] == "True")
         if "pool" in metadata:
             given.setdefault("VIT_POOL_TYPE", metadata["pool"])
-        unknown = sorted(given.keys() - OFFICIAL_DEFAULTS.keys())
-        if unknown:
-            raise Unmapped(f"unknown prompt settings {unknown}; known: {sorted(OFFICIAL_DEFAULTS)}")
-        return cls(metadata, tensors, OFFICIAL_DEFAULTS | given)
+        return cls(metadata, tensors, official.DEFAULTS | given)
 
     def __getitem__(self, size: str) -> int:
         return int(self.metadata[size])
@@ -107,87 +73,19 @@ class Golden:
 
 
 def mapped_settings(golden: Golden) -> dict[str, Any]:
-    """The keyword arguments of PromptedViT that mean what the official settings mean."""
-    prompt, depth, num_prompts = golden.prompt, golden["num_layers"], golden["num_prompts"]
-    location, deep, pool = prompt["LOCATION"], prompt["DEEP"], prompt["VIT_POOL_TYPE"]
-    if location == "prepend-pixel-imgnettransform":
-        raise Unmapped(f"LOCATION {location}: PromptedViT takes the strip's pixels as they are")
-    if location not in LOCATIONS:
-        raise Unmapped(f"LOCATION {location!r}; known: {sorted(LOCATIONS)}")
-    if pool != "original" and pool not in POOLS:
-        raise Unmapped(f"VIT_POOL_TYPE {pool!r}; known: original, {', '.join(POOLS)}")
-    if prompt["INITIATION"] not in ("random", "final-cls", "cls-nolastl", "cls-nofirstl"):
-        raise Unmapped(f"INITIATION {prompt['INITIATION']!r} is none of the official ones")
-    if prompt["DROPOUT"] != 0:
-        raise Unmapped(f"DROPOUT {prompt['DROPOUT']}: results under random masks cannot be compared")
-    if prompt["NUM_TOKENS"] not in (None, num_prompts):
-        raise Unmapped(f"NUM_TOKENS {prompt['NUM_TOKENS']} but the file's num_prompts is {num_prompts}")
-    if pool != "original" and location != "prepend":
-        raise Unmapped(f"VIT_POOL_TYPE {pool} with LOCATION {location}: the official code refuses it")
-    if golden.is_mae:
-        return mapped_mae_settings(golden)
-
-    if deep and location not in TOKEN_LOCATIONS:
-        raise Unmapped(f"DEEP with LOCATION {location}: the official code has no deep prompts there")
-    if not deep and (prompt["REVERSE_DEEP"] or prompt["FORWARD_DEEP_NOEXPAND"]):
-        raise Unmapped("REVERSE_DEEP and FORWARD_DEEP_NOEXPAND need DEEP")
-
-    settings: dict[str, Any] = {
-        "num_prompts": None if location in ("add", "add-1") else num_prompts,
-        "prompt_type": "deep" if deep else "shallow",
-        "prompt_location": LOCATIONS[location],
-        "pool": POOLS.get(pool),
-    }
-    if location in TOKEN_LOCATIONS and prompt["PROJECT"] > -1:
-        settings["prompt_project"] = prompt["PROJECT"]
-    if not deep:
-        return settings
-
-    first = prompt["NUM_DEEP_LAYERS"]
-    if first is not None and not 1 <= first <= depth:
-        raise Unmapped(f"NUM_DEEP_LAYERS {first} of {depth} blocks")
-    if prompt["REVERSE_DEEP"]:
-        if first is None:
-            raise Unmapped("REVERSE_DEEP needs NUM_DEEP_LAYERS")
-        if location == "prepend":
-            raise Unmapped(
-                "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never "
-                "inserted, so it loses the first num_prompts patches"
-            )
-        return settings | {"prompt_layers": -first}
-
-    drop = prompt["FORWARD_DEEP_NOEXPAND"]
-    if drop and location != "prepend":
-        raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
-    if first is not None:
-        settings["prompt_layers"] = first
-    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path never looks at it
-    settings["after_prompts"] = "drop" if drop else "flow"
-    if drop and first is not None and first < depth:
-        if pool in ("img_pool", "prompt_pool"):
-            raise Unmapped(
-                f"FORWARD_DEEP_NOEXPAND with {pool}: the official code counts num_prompts rows that are "
-                "gone, so it pools the wrong patches"
-            )
-        if pool == "imgprompt_pool":  # no prompt is left: all but CLS are the patches
-            settings["pool"] = "image"
-    return settings
-
-
-def mapped_mae_settings(golden: Golden) -> dict[str, Any]:
-    """The official MAE reads DEEP, VIT_POOL_TYPE and LOCATION alone, and by default pools prompts too."""
-    prompt = golden.prompt
-    if prompt["LOCATION"] != "prepend":
-        raise Unmapped(f"LOCATION {prompt['LOCATION']} with MAE: the official code refuses it")
-    return {
-        "num_prompts": golden["num_prompts"],
-        "prompt_type": "deep" if prompt["DEEP"] else "shallow",
-        "pool": POOLS.get(prompt["VIT_POOL_TYPE"], "image_and_prompts"),
-    }
+    """The keyword arguments of PromptedViT that mean what the file's settings mean."""
+    if golden.prompt["DROPOUT"] != 0:
+        raise Unmapped(f"DROPOUT {golden.prompt['DROPOUT']}: results under random masks cannot be compared")
+    return official.mapped_settings(
+        golden.prompt,
+        encoder="mae" if golden.is_mae else "sup",
+        depth=golden["num_layers"],
+        num_prompts=golden["num_prompts"],
+    )
 
 
 def build_backbone(golden: Golden, folder: Path) -> VisionTransformer:
-    """The file's frozen weights, by timm's loader of the public JAX checkpoints or as an MAE state dict."""
+    """The file's frozen weights, as a public JAX checkpoint or as an MAE state dict."""
     border = golden["num_prompts"] if golden.prompt["LOCATION"] == "pad" else 0
     sizes: dict[str, Any] = {
         "img_size": golden["img_size"] + 2 * border,
@@ -212,37 +110,12 @@ def build_backbone(golden: Golden, folder: Path) -> VisionTransformer:
         raise Unmapped(f"position embedding {position}, want one for an image of {sizes['img_size']} pixels")
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in npz.items()}
     np.savez(folder / "backbone.npz", **arrays)
-    vit.load_pretrained(str(folder / "backbone.npz"))
+    load_checkpoint(vit, folder / "backbone.npz")
     return vit
 
 
-def to_our_names(golden: Golden, official: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official tensors of the trained parameters (values, gradients) under PromptedViT's names for them."""
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in official.items()}
-    ours = {
-        "head.weight": tensors.pop("head.last_layer.weight"),
-        "head.bias": tensors.pop("head.last_layer.bias"),
-    }
-    location, settings = golden.prompt["LOCATION"], mapped_settings(golden)
-    shallow = tensors.pop("prompt_embeddings", None)
-    deep = tensors.pop("deep_prompt_embeddings", None)
-    if settings.get("prompt_shared") or settings["prompt_type"] == "shallow":
-        deep = None  # there, but never used
-    sets = [tensor for tensor in (shallow, deep) if tensor is not None]  # REVERSE_DEEP has no shallow ones
-    if sets:
-        ours["prompts"] = torch.cat(sets)
-    if location == "pad":
-        ours["prompts"] = tensors.pop("prompt_embeddings_tb")
-        ours["prompts_sides"] = tensors.pop("prompt_embeddings_lr")
-    if location == "below":
-        ours[f"{PATCH_EMBEDDING}.weight"] = tensors.pop("embeddings.patch_embeddings.weight")
-        ours[f"{PATCH_EMBEDDING}.bias"] = tensors.pop("embeddings.patch_embeddings.bias")
-    projection = {part: tensors.pop(f"prompt_proj.{part}", None) for part in ("weight", "bias")}
-    if "prompt_project" in settings:  # with a location in pixel space the official projection is never used
-        ours |= {f"prompt_projection.{part}": t for part, t in projection.items() if t is not None}
-    if tensors:
-        raise Unmapped(f"tensors without a counterpart: {sorted(tensors)}")
-    return ours
+def to_our_names(golden: Golden, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return official.to_our_names(tensors, mapped_settings(golden))
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = STEP_TOLERANCE) -> None:
@@ -328,3 +201,27 @@ def test_settings_without_a_counterpart_are_refused(
     save_file({"loss": torch.zeros(())}, path, metadata)
     with pytest.raises(Unmapped, match=reason):
         mapped_settings(Golden.read(path))
+
+
+# The golden files of settings that prompts can be moved with both ways.
+MOVED = [path for path in GOLDEN_FILES if not path.stem.startswith("swin")]
+
+
+@pytest.mark.parametrize("path", MOVED, ids=lambda path: path.stem)
+def test_official_prompts_give_the_official_logits_and_go_back_bit_by_bit(path: Path, tmp_path: Path) -> None:
+    golden = Golden.read(path)
+    tensors = {
+        name if name.startswith("head.") else f"enc.{name}": tensor
+        for name, tensor in golden.under("init:").items()
+    }
+    torch.save({"model": tensors}, tmp_path / "last_model.pth")
+    backbone = build_backbone(golden, tmp_path)
+    model = official.import_prompts(tmp_path / "last_model.pth", backbone, prompt=golden.prompt)
+    assert_close(model.eval()(golden.tensors["images"]), golden.tensors["logits"], "logits")
+    official.export_prompts(model, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    unused = () if again.keys() == tensors.keys() else ("enc.transformer.deep_prompt_embeddings",)
+    assert set(tensors) - set(again) == set(unused) and not set(again) - set(tensors)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.items())
+    other = official.import_prompts(tmp_path / "again.pth", backbone)  # the settings are in the file
+    assert torch.equal(other.eval()(golden.tensors["images"]), model(golden.tensors["images"]))

@@ -20,7 +20,7 @@ LAYERS = {
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
-    "model": ["prompts", "classifier", "model", "swin", "tuning", "pretrained", "graphed", ""],
+    "model": ["prompts", "classifier", "model", "swin", "tuning", "pretrained", "graphed", "official", ""],
     "data": ["data"],
     "train": [
         "methods",
@@ -36,7 +36,15 @@ LAYERS = {
         "tsne",
     ],
     "sweeps": ["published", "sweep", "tables", "ablations"],
-    "commands": ["flags", "sweep_commands", "data_commands", "backbone_commands", "demo", "cli"],
+    "commands": [
+        "flags",
+        "sweep_commands",
+        "data_commands",
+        "backbone_commands",
+        "official_commands",
+        "demo",
+        "cli",
+    ],
 }
 BELOW = {
     "files": [],

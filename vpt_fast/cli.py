@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vpt_fast import backbone_commands, data_commands, sweep_commands
+from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
 from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
@@ -37,6 +37,8 @@ app.command()(sweep_commands.ablate)
 app.command()(sweep_commands.table)
 app.add_typer(sweep_commands.plot_app, name="plot")
 app.command()(backbone_commands.backbones)
+app.command()(official_commands.import_prompts)
+app.command()(official_commands.export_prompts)
 
 
 @app.callback(invoke_without_command=True)

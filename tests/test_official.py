@@ -1,0 +1,155 @@
+"""Moving prompts from and to the official code: what its files hold, and what is refused. The golden files'
+prompts are moved in test_official_parity.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny import tiny_vit
+from typer.testing import CliRunner
+
+from vpt_fast import PromptedViT, load_pretrained
+from vpt_fast.cli import app
+from vpt_fast.official import Unmapped, export_prompts, import_prompts
+
+PREFIX = "enc.transformer."
+
+
+def save(tensors: dict[str, Any], path: Path) -> Path:
+    torch.save({"model": tensors}, path)
+    return path
+
+
+def official_model(depth: int = 3, m: int = 2, dim: int = 32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        f"{PREFIX}prompt_embeddings": torch.randn(1, m, dim),
+        f"{PREFIX}deep_prompt_embeddings": torch.randn(depth - 1, m, dim),
+        "head.last_layer.weight": torch.randn(5, dim),
+        "head.last_layer.bias": torch.randn(5),
+    }
+
+
+@pytest.fixture
+def vit():
+    return tiny_vit(torch.float32)
+
+
+@pytest.mark.parametrize("as_array", [True, False], ids=["arrays", "tensors"])
+def test_prompts_of_an_epoch_are_read_and_get_a_new_head(vit, as_array: bool, tmp_path: Path) -> None:
+    tensors = official_model()
+    shallow, deep = tensors[f"{PREFIX}prompt_embeddings"], tensors[f"{PREFIX}deep_prompt_embeddings"]
+    content = {"shallow_prompt": shallow, "deep_prompt": deep}
+    torch.save({n: t.numpy() if as_array else t for n, t in content.items()}, tmp_path / "prompt_ep100.pth")
+    model = import_prompts(tmp_path / "prompt_ep100.pth", vit, num_classes=7)
+    assert torch.equal(model.prompts, torch.cat((shallow, deep)))
+    assert model.num_classes == 7
+
+
+def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
+    path = tmp_path / "prompt_ep1.pth"
+    array = np.ones((1, 2, 32), np.float32)
+    torch.save({"shallow_prompt": array}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert import_prompts(path, vit, num_classes=7).prompt_settings.prompt_type == "shallow"
+
+
+def test_fewer_deep_prompts_than_blocks_are_those_of_the_first(vit, tmp_path: Path) -> None:
+    model = import_prompts(save(official_model(depth=2), tmp_path / "file.pth"), vit)
+    assert model.prompt_settings.prompt_layers == 2
+
+
+def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_path: Path) -> None:
+    name = f"{PREFIX}embeddings.cls_token"
+    import_prompts(save({**official_model(), name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
+    other = save({**official_model(), name: vit.cls_token.detach() + 1}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="backbone: .*other.pth was trained on another one"):
+        import_prompts(other, vit)
+
+
+@pytest.mark.parametrize(
+    "extra, prompt, reason",
+    [
+        ({"enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}, {}, "is a Swin's"),
+        ({"head.projection.0.weight": torch.zeros(32, 32)}, {}, "trained beside the prompts"),
+        ({f"{PREFIX}encoder.layer.0.adapter.weight": torch.zeros(2)}, {}, "trained beside the prompts"),
+        ({}, {"REVERSE_DEEP": True, "NUM_DEEP_LAYERS": 3}, "slices off prompts that were never inserted"),
+        ({}, {"NUM_TOKENS": 9}, "NUM_TOKENS 9 but the trained tensors have 2"),
+        ({}, {"NUM_LAYERS": 9}, "unknown prompt settings"),
+    ],
+    ids=["swin", "mlp_head", "adapter", "reverse", "tokens", "key"],
+)
+def test_what_has_no_counterpart_is_refused_with_the_reason(
+    vit, extra: dict[str, Any], prompt: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = save({**official_model(), **extra}, tmp_path / "file.pth")
+    with pytest.raises(Unmapped, match=reason):
+        import_prompts(path, vit, prompt=prompt)
+
+
+@pytest.mark.parametrize("num_classes, drop_head", [(5, False), (None, True)], ids=["two_heads", "no_head"])
+def test_the_number_of_classes_is_asked_for_where_there_is_no_head(
+    vit, num_classes: int | None, drop_head: bool, tmp_path: Path
+) -> None:
+    tensors = {n: t for n, t in official_model().items() if not (drop_head and n.startswith("head."))}
+    with pytest.raises(ValueError, match="num_classes: got"):
+        import_prompts(save(tensors, tmp_path / "file.pth"), vit, num_classes=num_classes)
+
+
+def test_a_file_without_prompts_is_refused(vit, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no prompts"):
+        import_prompts(save({"head.weight": torch.zeros(2)}, tmp_path / "file.pth"), vit)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (dict(prompt_layers=[0, 2]), r"prompt_layers \[0, 2\]"),
+        (dict(prompt_layers=-2), "slices off prompts"),
+        (dict(prompt_dropout=0.1, prompt_dropout_per="batch"), "prompt_dropout_per 'batch'"),
+        (dict(prompt_shared=True, after_prompts="drop"), "prompt_shared True"),
+    ],
+    ids=["some", "last", "dropout", "shared"],
+)
+def test_a_model_that_the_official_code_does_not_have_is_not_written(
+    vit, arguments: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = PromptedViT(vit, 5, 2, **arguments)
+    with pytest.raises(Unmapped, match=reason):
+        export_prompts(model, tmp_path / "file.pth")
+    assert not (tmp_path / "file.pth").exists()
+
+
+@pytest.mark.parametrize("encoder, prefix", [("sup", PREFIX), ("mocov3", "enc.")])
+def test_names_written_are_those_of_the_encoder(vit, encoder: str, prefix: str, tmp_path: Path) -> None:
+    export_prompts(PromptedViT(vit, 5, 2, prompt_layers=[0, 1, 2]), tmp_path / "file.pth", encoder=encoder)
+    names = torch.load(tmp_path / "file.pth", weights_only=True)["model"].keys()
+    assert f"{prefix}deep_prompt_embeddings" in names
+
+
+def test_the_commands_move_prompts_in_and_out(tmp_path: Path) -> None:
+    tensors = official_model(depth=6, dim=64)
+    path = save(tensors, tmp_path / "last_model.pth")
+
+    def run(*arguments: Any) -> str:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    model, back = tmp_path / "model", tmp_path / "back.pth"
+    sizes: dict[str, Any] = dict(embed_dim=64, depth=6, num_heads=2, img_size=32)
+    weights = tmp_path / "vit.pth"
+    torch.save(timm.create_model("vit_base_patch16_224", **sizes).state_dict(), weights)
+    backbone = ["--backbone", "vit_base_patch16_224", "--checkpoint", weights]
+    backbone += [f"--backbone-arg={name}={size}" for name, size in sizes.items()]
+    run("import-prompts", path, *backbone, "--out", model, "--setting", "VIT_POOL_TYPE=img_pool")
+    assert load_pretrained(model).pool == "image"
+    assert "VIT_POOL_TYPE: img_pool" in run("export-prompts", model, "--out", back)
+    again = torch.load(back, weights_only=True)["model"]
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())

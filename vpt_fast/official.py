@@ -1,0 +1,457 @@
+"""Prompts trained with the official code (KMnP/vpt), read and written.
+
+The official code's settings are those of its configuration's MODEL.PROMPT, by their names there. Its files
+hold a whole model under "model" (`enc.transformer.prompt_embeddings`, `head.last_layer.weight`, ..., with its
+frozen backbone), or the prompts alone (`prompt_epN.pth`, with "shallow_prompt" and "deep_prompt" as arrays).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vpt_fast.backbones.checkpoints import read_tensors
+from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.files import replacing
+from vpt_fast.model import PromptedViT
+
+ENCODERS = ("sup", "mae", "mocov3")  # the official code's three classes of ViTs
+
+DEFAULTS: dict[str, Any] = {
+    "NUM_TOKENS": None,  # read off the tensors
+    "LOCATION": "prepend",
+    "INITIATION": "random",
+    "CLSEMB_FOLDER": "",
+    "CLSEMB_PATH": "",
+    "PROJECT": -1,
+    "DEEP": False,
+    "NUM_DEEP_LAYERS": None,
+    "REVERSE_DEEP": False,
+    "DEEP_SHARED": False,
+    "FORWARD_DEEP_NOEXPAND": False,
+    "VIT_POOL_TYPE": "original",
+    "DROPOUT": 0.0,
+    "SAVE_FOR_EACH_EPOCH": False,
+}
+_TOKEN_LOCATIONS = ("prepend", "add", "add-1")  # the ones that may be deep and may be projected
+_LOCATIONS = {
+    "prepend": "prepend",
+    "add": "add",
+    "add-1": "add-1",
+    "prepend-pixel": "prepend-pixel",
+    "prepend-pixel-gaussian": "prepend-pixel",  # differs in how it starts
+    "pad": "pad",
+    "below": "concat-channel",
+}
+_POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "image_and_prompts"}
+_PATCH_EMBEDDING = "backbone.stem.patch_embed.proj"  # trained with concat-channel
+
+# What numpy's arrays are pickled with, under its names before and since version 2.
+_RECONSTRUCT = np.zeros(1).__reduce__()[0]
+_ARRAY_TYPES = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float16", "float32", "float64")),
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+]
+
+# Frozen tensors that tell backbones apart: timm's name, and the official one after "enc.".
+_FROZEN = {
+    "cls_token": ("transformer.embeddings.cls_token", "cls_token"),
+    "norm.weight": ("transformer.encoder.encoder_norm.weight", "norm.weight"),
+}
+
+
+class Unmapped(ValueError):
+    """Official settings or tensors that have no counterpart here, or that the official code gets wrong."""
+
+
+def mapped_settings(
+    prompt: Mapping[str, Any], *, encoder: str, depth: int, num_prompts: int
+) -> dict[str, Any]:
+    """The keyword arguments of PromptedViT that mean what official settings mean.
+
+    Args:
+        prompt: official settings; those left out have the official defaults.
+        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``.
+        depth: blocks of the backbone.
+        num_prompts: as the trained tensors have it.
+
+    Raises:
+        Unmapped: settings without a counterpart, with the reason.
+    """
+    unknown = sorted(prompt.keys() - DEFAULTS.keys())
+    if unknown:
+        raise Unmapped(f"unknown prompt settings {unknown}; known: {sorted(DEFAULTS)}")
+    prompt = DEFAULTS | dict(prompt)
+    location, deep, pool = prompt["LOCATION"], prompt["DEEP"], prompt["VIT_POOL_TYPE"]
+    if location == "prepend-pixel-imgnettransform":
+        raise Unmapped(f"LOCATION {location}: PromptedViT takes the strip's pixels as they are")
+    if location not in _LOCATIONS:
+        raise Unmapped(f"LOCATION {location!r}; known: {sorted(_LOCATIONS)}")
+    if pool != "original" and pool not in _POOLS:
+        raise Unmapped(f"VIT_POOL_TYPE {pool!r}; known: original, {', '.join(_POOLS)}")
+    if prompt["INITIATION"] not in ("random", "final-cls", "cls-nolastl", "cls-nofirstl"):
+        raise Unmapped(f"INITIATION {prompt['INITIATION']!r} is none of the official ones")
+    if prompt["NUM_TOKENS"] not in (None, num_prompts):
+        raise Unmapped(f"NUM_TOKENS {prompt['NUM_TOKENS']} but the trained tensors have {num_prompts}")
+    if pool != "original" and location != "prepend":
+        raise Unmapped(f"VIT_POOL_TYPE {pool} with LOCATION {location}: the official code refuses it")
+    dropout = {"prompt_dropout": prompt["DROPOUT"]} if prompt["DROPOUT"] else {}
+    if encoder != "sup":
+        return dropout | _mapped_ssl_settings(prompt, encoder, num_prompts)
+
+    if deep and location not in _TOKEN_LOCATIONS:
+        raise Unmapped(f"DEEP with LOCATION {location}: the official code has no deep prompts there")
+    if not deep and (prompt["REVERSE_DEEP"] or prompt["FORWARD_DEEP_NOEXPAND"]):
+        raise Unmapped("REVERSE_DEEP and FORWARD_DEEP_NOEXPAND need DEEP")
+
+    settings: dict[str, Any] = dropout | {
+        "num_prompts": None if location in ("add", "add-1") else num_prompts,
+        "prompt_type": "deep" if deep else "shallow",
+        "prompt_location": _LOCATIONS[location],
+        "pool": _POOLS.get(pool),
+    }
+    if location in _TOKEN_LOCATIONS and prompt["PROJECT"] > -1:
+        settings["prompt_project"] = prompt["PROJECT"]
+    if not deep:
+        return settings
+
+    first = prompt["NUM_DEEP_LAYERS"]
+    if first is not None and not 1 <= first <= depth:
+        raise Unmapped(f"NUM_DEEP_LAYERS {first} of {depth} blocks")
+    if prompt["REVERSE_DEEP"]:
+        if first is None:
+            raise Unmapped("REVERSE_DEEP needs NUM_DEEP_LAYERS")
+        if location == "prepend":
+            raise Unmapped(
+                "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never "
+                "inserted, so it loses the first num_prompts patches"
+            )
+        return settings | {"prompt_layers": -first}
+
+    drop = prompt["FORWARD_DEEP_NOEXPAND"]
+    if drop and location != "prepend":
+        raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
+    if first is not None:
+        settings["prompt_layers"] = first
+    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path never looks at it
+    settings["after_prompts"] = "drop" if drop else "flow"
+    if drop and first is not None and first < depth:
+        if pool in ("img_pool", "prompt_pool"):
+            raise Unmapped(
+                f"FORWARD_DEEP_NOEXPAND with {pool}: the official code counts num_prompts rows that are "
+                "gone, so it pools the wrong patches"
+            )
+        if pool == "imgprompt_pool":  # no prompt is left: all but CLS are the patches
+            settings["pool"] = "image"
+    return settings
+
+
+def _mapped_ssl_settings(prompt: Mapping[str, Any], encoder: str, num_prompts: int) -> dict[str, Any]:
+    """The official MAE and MoCo v3 read DEEP and LOCATION alone, the MAE VIT_POOL_TYPE too, and it pools
+    prompts by default; what else is set there changes nothing."""
+    if prompt["LOCATION"] != "prepend":
+        raise Unmapped(f"LOCATION {prompt['LOCATION']} with {encoder}: the official code refuses it")
+    pool = _POOLS.get(prompt["VIT_POOL_TYPE"], "image_and_prompts") if encoder == "mae" else None
+    return {
+        "num_prompts": num_prompts,
+        "prompt_type": "deep" if prompt["DEEP"] else "shallow",
+        "pool": pool,
+    }
+
+
+def to_our_names(
+    official: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Official tensors of the trained parameters under PromptedViT's names for them.
+
+    Args:
+        official: by their names after ``enc.`` and ``transformer.``; those of the head may be missing.
+        settings: from `mapped_settings`.
+
+    Raises:
+        Unmapped: a tensor without a counterpart.
+    """
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in official.items()}
+    ours = {}
+    for part in ("weight", "bias"):
+        if f"head.last_layer.{part}" in tensors:
+            ours[f"head.{part}"] = tensors.pop(f"head.last_layer.{part}")
+    location = settings.get("prompt_location", "prepend")
+    shallow = tensors.pop("prompt_embeddings", None)
+    deep = tensors.pop("deep_prompt_embeddings", None)
+    if settings.get("prompt_shared") or settings["prompt_type"] == "shallow":
+        deep = None  # there, but never used
+    sets = [tensor for tensor in (shallow, deep) if tensor is not None]  # REVERSE_DEEP has no shallow ones
+    if sets:
+        ours["prompts"] = torch.cat(sets)
+    if location == "pad":
+        ours["prompts"] = tensors.pop("prompt_embeddings_tb")
+        ours["prompts_sides"] = tensors.pop("prompt_embeddings_lr")
+    if location == "concat-channel":
+        for part in ("weight", "bias"):
+            ours[f"{_PATCH_EMBEDDING}.{part}"] = tensors.pop(f"embeddings.patch_embeddings.{part}")
+    projection = {part: tensors.pop(f"prompt_proj.{part}", None) for part in ("weight", "bias")}
+    if "prompt_project" in settings:  # with a location in pixel space the official projection is never used
+        ours |= {f"prompt_projection.{part}": t for part, t in projection.items() if t is not None}
+    if tensors:
+        raise Unmapped(f"tensors without a counterpart: {sorted(tensors)}")
+    return ours
+
+
+def to_official_names(
+    ours: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """PromptedViT's trained tensors under the official names, without prefix; `to_our_names` undoes it."""
+    tensors = dict(ours)
+    official = {f"head.last_layer.{part}": tensors.pop(f"head.{part}") for part in ("weight", "bias")}
+    prompts = tensors.pop("prompts")
+    layers = settings.get("prompt_layers")
+    if settings["prompt_location"] == "pad":
+        official["prompt_embeddings_tb"] = prompts
+        official["prompt_embeddings_lr"] = tensors.pop("prompts_sides")
+    elif isinstance(layers, int) and layers < 0:
+        official["deep_prompt_embeddings"] = prompts
+    else:
+        official["prompt_embeddings"] = prompts[:1]
+        if settings["prompt_type"] == "deep" and not settings.get("prompt_shared"):
+            official["deep_prompt_embeddings"] = prompts[1:]
+    for name, tensor in tensors.items():
+        name = name.replace(_PATCH_EMBEDDING, "embeddings.patch_embeddings")
+        official[name.replace("prompt_projection", "prompt_proj")] = tensor
+    return official
+
+
+def import_prompts(
+    path: str | os.PathLike[str],
+    backbone: str | VisionTransformer,
+    *,
+    prompt: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **timm_kwargs: Any,
+) -> PromptedViT:
+    """A model with prompts, and head where there is one, that the official code trained.
+
+    Args:
+        path: a file with the whole model, or prompt_epN.pth, which has no head: a new one is drawn.
+        backbone, pretrained, checkpoint, timm_kwargs: as for PromptedViT: what they were trained on.
+        prompt: official settings (MODEL.PROMPT). What the tensors tell (DEEP, PROJECT, NUM_TOKENS, the number
+            of deep layers, locations in pixel space) and what `export_prompts` recorded need not be given.
+        num_classes: of the new head; None where the file has one.
+
+    Raises:
+        Unmapped: settings or tensors that have no counterpart here, with the reason.
+        ValueError: a file that cannot be read, one of another backbone or method, or shapes that do not fit.
+    """
+    path = Path(path)
+    content = read_tensors(path, _ARRAY_TYPES)
+    trained, frozen = _split(content, path)
+    head = trained.get("head.last_layer.weight")
+    if (head is None) == (num_classes is None):
+        state = (
+            "has no head; say how many classes a new one has" if head is None else "has a head; leave it out"
+        )
+        raise ValueError(f"num_classes: got {num_classes}, and {path} {state}")
+    vit, _ = resolve_backbone(backbone, False, timm_kwargs)  # for its sizes alone
+    if any(name.startswith("transformer.") for name in trained):
+        encoder = "sup"
+    else:
+        encoder = "mocov3" if isinstance(vit.fc_norm, nn.Identity) else "mae"
+    told = _told_settings(trained, len(vit.blocks), vit.patch_embed.patch_size[1])
+    num_prompts = told.pop("NUM_TOKENS")
+    given = {**told, **content.get("prompt", {}), **(prompt or {})}
+    settings = mapped_settings(given, encoder=encoder, depth=len(vit.blocks), num_prompts=num_prompts)
+    classes = num_classes if head is None else head.shape[0]
+    assert classes is not None
+    model = PromptedViT(
+        backbone, classes, pretrained=pretrained, checkpoint=checkpoint, **settings, **timm_kwargs
+    )
+    _check_frozen(frozen, model.backbone.stem, path)
+    tensors = to_our_names(trained, settings)
+    if head is None:
+        tensors |= {"head.weight": model.head.weight.detach(), "head.bias": model.head.bias.detach()}
+    model.load_trainable_state_dict(tensors)
+    return model
+
+
+def export_prompts(
+    model: PromptedViT, path: str | os.PathLike[str], *, encoder: str | None = None
+) -> dict[str, Any]:
+    """Write prompts and head as the official code's checkpoints hold them (its MODEL.WEIGHT_PATH reads it).
+
+    The file has no backbone, which the official code loads first. Beside "model" it holds the settings under
+    "prompt", which the official code does not look at.
+
+    Args:
+        model: whose prompts.
+        path: the file; one that is there is replaced, whole or not at all.
+        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``: the official class of the backbone; None for what the
+            backbone's name says, or else ``"mae"`` where it norms after pooling and ``"sup"`` where not.
+
+    Returns:
+        The official settings (MODEL.PROMPT) that mean what the model is.
+
+    Raises:
+        Unmapped: the official code has no such model, or gets it wrong.
+    """
+    stem = model.backbone.stem
+    if encoder is None:
+        encoder = "sup" if isinstance(stem.fc_norm, nn.Identity) else "mae"
+        if (model.config.backbone.name or "").startswith("mocov3"):
+            encoder = "mocov3"
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder: got {encoder!r}, want one of {', '.join(map(repr, ENCODERS))}")
+    options = model.prompt_settings
+    prompt = _official_settings(model, encoder)
+    num_prompts = int(prompt["NUM_TOKENS"])
+    mapped = mapped_settings(prompt, encoder=encoder, depth=model.num_blocks, num_prompts=num_prompts)
+    # What the official settings come to here must be this very model.
+    for name, value in mapped.items():
+        own = _own_pool(model) if name == "pool" else getattr(options, name)
+        if name == "pool" and value is None:
+            value = "cls"
+        if name == "prompt_layers":
+            own = options.prompted_blocks(model.num_blocks)
+            value = replace(options, prompt_layers=value).prompted_blocks(model.num_blocks)
+        if own != value:
+            raise Unmapped(f"{name} {own!r}: the official code has {value!r} in such a model ({encoder})")
+    settings = {"prompt_location": options.prompt_location, **mapped}
+    prefix = "enc.transformer." if encoder == "sup" else "enc."
+    tensors = {
+        (name if name.startswith("head.") else prefix + name): tensor.cpu().clone()
+        for name, tensor in to_official_names(model.trainable_state_dict(), settings).items()
+    }
+    with replacing(path) as temporary:
+        torch.save({"model": tensors, "prompt": prompt}, temporary)
+    return prompt
+
+
+def _own_pool(model: PromptedViT) -> str | None:
+    """The model's pooling by name, its backbone's own too."""
+    if model.pool is not None:
+        return model.pool
+    stem = model.backbone.stem
+    if stem.attn_pool is not None or stem.global_pool not in ("token", "avg") or stem.pool_include_prefix:
+        return None
+    return {"token": "cls", "avg": "image"}[stem.global_pool]
+
+
+def _official_settings(model: PromptedViT, encoder: str) -> dict[str, Any]:
+    """The official settings that come nearest to the model."""
+    options, depth = model.prompt_settings, model.num_blocks
+    layers = options.prompt_layers
+    if isinstance(layers, tuple):
+        if layers != tuple(range(len(layers))):
+            raise Unmapped(f"prompt_layers {list(layers)}: the official code takes the first or the last k")
+        layers = len(layers)
+    if options.prompt_dropout and options.prompt_dropout_per != "image":
+        raise Unmapped(f"prompt_dropout_per {options.prompt_dropout_per!r}: the official code's is 'image'")
+    if layers == depth:
+        layers = None
+    pools = {name: official for official, name in _POOLS.items()} | {"cls": "original"}
+    pool = pools.get(_own_pool(model) or "")
+    if pool is None:
+        raise Unmapped("pool None: the official code has no such pooling as the backbone's own")
+    drops = options.after_prompts == "drop"
+    if drops and layers is not None and pool == "img_pool":
+        pool = "imgprompt_pool"  # which means this there: no prompt is left
+    prompt = {
+        "NUM_TOKENS": options.num_prompts or model.prompts.shape[1],
+        "LOCATION": {ours: official for official, ours in reversed(_LOCATIONS.items())}[
+            options.prompt_location
+        ],
+        "DEEP": options.prompt_type == "deep",
+        "PROJECT": -1 if options.prompt_project is None else options.prompt_project,
+        "NUM_DEEP_LAYERS": None if layers is None else abs(layers),
+        "REVERSE_DEEP": layers is not None and layers < 0,
+        "DEEP_SHARED": options.prompt_shared,
+        "FORWARD_DEEP_NOEXPAND": drops,
+        "VIT_POOL_TYPE": pool,
+        "DROPOUT": options.prompt_dropout,
+    }
+    if encoder != "sup":
+        for name in ("PROJECT", "NUM_DEEP_LAYERS", "DEEP_SHARED", "FORWARD_DEEP_NOEXPAND"):
+            if prompt[name] not in (DEFAULTS[name], False):
+                raise Unmapped(
+                    f"{name} {prompt[name]!r} with {encoder}: the official code does not look at it"
+                )
+    return prompt
+
+
+def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The trained tensors, by their names after "enc.", and the backbone's."""
+    if "shallow_prompt" in content:
+        names = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
+        return {f"transformer.{names[n]}": torch.as_tensor(content[n]) for n in names if n in content}, {}
+    state = content.get("model")
+    if not isinstance(state, Mapping) or not any("prompt_embeddings" in name for name in state):
+        raise ValueError(
+            f"{path}: holds no prompts, want a file of the official code's with 'model' or prompts"
+        )
+    trained, frozen = {}, {}
+    widened = any(name.endswith("transformer.prompt_embeddings") and t.ndim == 4 for name, t in state.items())
+    for name, tensor in state.items():
+        name = name.removeprefix("module.").removeprefix("enc.")
+        inner = name.removeprefix("transformer.")
+        if "prompt_embeddings_" in inner and not inner.endswith(("_tb", "_lr")):
+            raise Unmapped(f"{path}: {name} is a Swin's; its prompts cannot be moved yet")
+        if inner.startswith("head.projection.") or "adapter" in inner or inner.startswith("side"):
+            raise Unmapped(
+                f"{path}: {name} is trained beside the prompts and has no counterpart in PromptedViT"
+            )
+        is_patch = widened and inner.startswith("embeddings.patch_embeddings.")
+        if is_patch or "prompt_embeddings" in inner or inner.startswith(("prompt_proj.", "head.last_layer.")):
+            trained[name] = tensor
+        else:
+            frozen[name] = tensor
+    if widened and not any(
+        name.endswith("patch_embeddings.weight") and tensor.shape[1] > 3 for name, tensor in trained.items()
+    ):  # a strip of pixels, and a patch embedding that is the backbone's own
+        moved = [name for name in trained if "embeddings.patch_embeddings." in name]
+        frozen |= {name: trained.pop(name) for name in moved}
+    return trained, frozen
+
+
+def _told_settings(trained: Mapping[str, torch.Tensor], depth: int, patch_width: int) -> dict[str, Any]:
+    """The official settings that the tensors tell by being there and by their shapes."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in trained.items()}
+    deep, prompts = tensors.get("deep_prompt_embeddings"), tensors.get("prompt_embeddings")
+    told: dict[str, Any] = {}
+    if "prompt_embeddings_tb" in tensors:
+        return {"LOCATION": "pad", "NUM_TOKENS": tensors["prompt_embeddings_tb"].shape[2] // 2}
+    if prompts is not None and prompts.ndim == 4:
+        if "embeddings.patch_embeddings.weight" in tensors:
+            return {"LOCATION": "below", "NUM_TOKENS": prompts.shape[1]}
+        return {"LOCATION": "prepend-pixel", "NUM_TOKENS": prompts.shape[3] // patch_width}
+    if "prompt_proj.weight" in tensors:
+        told["PROJECT"] = tensors["prompt_proj.weight"].shape[1]
+    if deep is not None:
+        told["DEEP"] = True
+        if prompts is not None and deep.shape[0] + 1 != depth:
+            told["NUM_DEEP_LAYERS"] = deep.shape[0] + 1
+    first = prompts if prompts is not None else deep
+    assert first is not None  # _split saw to it
+    return told | {"NUM_TOKENS": first.shape[1]}
+
+
+def _check_frozen(frozen: Mapping[str, torch.Tensor], vit: VisionTransformer, path: Path) -> None:
+    """Whether the backbone in the file, where there is one, is this."""
+    own = vit.state_dict()
+    for name, officials in _FROZEN.items():
+        for official in officials:
+            if official in frozen and name in own:
+                got, want = frozen[official], own[name]
+                if got.shape != want.shape or not torch.allclose(got.to(want), want, rtol=1e-4, atol=1e-6):
+                    raise ValueError(f"backbone: {path} was trained on another one: its {official} differs")

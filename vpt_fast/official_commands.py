@@ -1,0 +1,108 @@
+"""vpt-fast import-prompts and export-prompts: from and to files of the official code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from vpt_fast.flags import DebugFlag, one_line_errors
+from vpt_fast.recipe import Recipe
+
+
+def import_prompts(
+    file: Annotated[Path, typer.Argument(help="The official code's file: a whole model, or prompt_epN.pth.")],
+    backbone: Annotated[str, typer.Option(help="As for train: what the prompts were trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: settings, prompts and head.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to load the backbone's weights from.", show_default="none")
+    ] = None,
+    pretrained: Annotated[
+        bool | None,
+        typer.Option(
+            "--pretrained/--no-pretrained",
+            help="Load the backbone's published weights.",
+            show_default="on without --checkpoint",
+        ),
+    ] = None,
+    backbone_arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As for train.", show_default="none")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Setting of MODEL.PROMPT that the tensors do not tell, such as VIT_POOL_TYPE=img_pool; may "
+            "be repeated.",
+            show_default="the official defaults",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Of a new head, for prompt_epN.pth, which has none.")
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Turn prompts that the official code (KMnP/vpt) trained into a saved model of this package."""
+    with one_line_errors(debug):
+        from vpt_fast import official
+
+        prompt = {}
+        for text in setting or []:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"setting is {text!r}; it must be NAME=VALUE")
+            prompt[name] = yaml.safe_load(value)
+        # A recipe reads KEY=VALUE, and knows when published weights are loaded.
+        recipe = Recipe(
+            data="",
+            backbone=backbone,
+            pretrained=pretrained,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            backbone_arg=backbone_arg or [],  # type: ignore[arg-type]
+        ).resolved(num_train_images=1, device_type="cpu")
+        model = official.import_prompts(
+            file,
+            recipe.backbone,
+            prompt=prompt,
+            num_classes=num_classes,
+            pretrained=bool(recipe.pretrained),
+            checkpoint=recipe.checkpoint,
+            **recipe.backbone_arg,
+        )
+        model.save_pretrained(out)
+    console = Console()
+    settings = model.prompt_settings
+    console.print(
+        escape(
+            f"{out}: {settings.prompt_type} prompts {tuple(model.prompts.shape)}, "
+            f"{model.num_classes} classes, pool {model.pool or 'of the backbone'}"
+        ),
+        highlight=False,
+    )
+    if num_classes is not None:
+        console.print("[yellow]The file has no head: a new one was drawn, which has to be trained.[/]")
+
+
+def export_prompts(
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Saved model, such as a run's prompts folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="sup, mae or mocov3: the official class of the backbone.", show_default="by its name"
+        ),
+    ] = None,
+    debug: DebugFlag = False,
+) -> None:
+    """Write a saved model's prompts and head as the official code (KMnP/vpt) reads them."""
+    with one_line_errors(debug):
+        from vpt_fast import PromptedViT, official
+
+        prompt = official.export_prompts(PromptedViT.from_pretrained(model), out, encoder=encoder)
+    typer.echo(yaml.safe_dump({"MODEL": {"PROMPT": prompt}}, sort_keys=False), nl=False)
