@@ -75,14 +75,13 @@ def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_pa
 @pytest.mark.parametrize(
     "extra, prompt, reason",
     [
-        ({"enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}, {}, "is a Swin's"),
         ({"head.projection.0.weight": torch.zeros(32, 32)}, {}, "trained beside the prompts"),
         ({f"{PREFIX}encoder.layer.0.adapter.weight": torch.zeros(2)}, {}, "trained beside the prompts"),
         ({}, {"REVERSE_DEEP": True, "NUM_DEEP_LAYERS": 3}, "slices off prompts that were never inserted"),
         ({}, {"NUM_TOKENS": 9}, "NUM_TOKENS 9 but the trained tensors have 2"),
         ({}, {"NUM_LAYERS": 9}, "unknown prompt settings"),
     ],
-    ids=["swin", "mlp_head", "adapter", "reverse", "tokens", "key"],
+    ids=["mlp_head", "adapter", "reverse", "tokens", "key"],
 )
 def test_what_has_no_counterpart_is_refused_with_the_reason(
     vit, extra: dict[str, Any], prompt: dict[str, Any], reason: str, tmp_path: Path
@@ -90,6 +89,12 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(
     path = save({**official_model(), **extra}, tmp_path / "file.pth")
     with pytest.raises(Unmapped, match=reason):
         import_prompts(path, vit, prompt=prompt)
+
+
+def test_a_swins_prompts_on_a_vit_are_refused(vit, tmp_path: Path) -> None:
+    tensors = {**official_model(), "enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}
+    with pytest.raises(ValueError, match="the prompts of a Swin, by stages; got a ViT"):
+        import_prompts(save(tensors, tmp_path / "file.pth"), vit)
 
 
 @pytest.mark.parametrize("num_classes, drop_head", [(5, False), (None, True)], ids=["two_heads", "no_head"])

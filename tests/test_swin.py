@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from vpt_fast.kernels import get_backend
 
-from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
+from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained, official
 from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock
 
 GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -107,6 +107,22 @@ def test_matches_the_official_implementation(kind: Any, path: Path, dtype: torch
     actual = step(model, golden.tensors["images"].to(dtype), golden.tensors["labels"])
     expected = Step(golden.tensors["logits"], golden.tensors["loss"], golden.trained("grad:"))
     assert_same(actual, expected, 2e-5)  # the files were computed in float32
+
+
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
+def test_official_prompts_give_the_official_logits_and_go_back_bit_by_bit(path: Path, tmp_path: Path) -> None:
+    golden = Golden(path)
+    tensors = {
+        name if name.startswith("head.") else f"enc.{name}": tensor
+        for name, tensor in golden._under("init:").items()
+    }
+    torch.save({"model": tensors}, tmp_path / "last_model.pth")
+    model = official.import_prompts(tmp_path / "last_model.pth", golden.swin).eval()
+    assert relative_error(model(golden.tensors["images"]), golden.tensors["logits"]) < 2e-5
+    official.export_prompts(model, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
 SIZES: dict[str, dict[str, Any]] = {

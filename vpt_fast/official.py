@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.checkpoints import read_tensors
-from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.resolve import SWIN, kind_of, resolve_backbone
 from vpt_fast.files import replacing
 from vpt_fast.model import PromptedViT
+from vpt_fast.swin import PromptedSwin
 
-ENCODERS = ("sup", "mae", "mocov3")  # the official code's three classes of ViTs
+ENCODERS = ("sup", "mae", "mocov3", "swin")  # the official code's classes of transformers
 
 DEFAULTS: dict[str, Any] = {
     "NUM_TOKENS": None,  # read off the tensors
@@ -52,6 +54,7 @@ _LOCATIONS = {
     "below": "concat-channel",
 }
 _POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "image_and_prompts"}
+_STAGE = "deep_prompt_embeddings_"  # and a stage of a Swin, from 0
 _PATCH_EMBEDDING = "backbone.stem.patch_embed.proj"  # trained with concat-channel
 
 # What numpy's arrays are pickled with, under its names before and since version 2.
@@ -82,7 +85,7 @@ def mapped_settings(
 
     Args:
         prompt: official settings; those left out have the official defaults.
-        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``.
+        encoder: ``"sup"``, ``"mae"``, ``"mocov3"`` or ``"swin"``.
         depth: blocks of the backbone.
         num_prompts: as the trained tensors have it.
 
@@ -108,7 +111,7 @@ def mapped_settings(
         raise Unmapped(f"VIT_POOL_TYPE {pool} with LOCATION {location}: the official code refuses it")
     dropout = {"prompt_dropout": prompt["DROPOUT"]} if prompt["DROPOUT"] else {}
     if encoder != "sup":
-        return dropout | _mapped_ssl_settings(prompt, encoder, num_prompts)
+        return dropout | _mapped_other_settings(prompt, encoder, num_prompts)
 
     if deep and location not in _TOKEN_LOCATIONS:
         raise Unmapped(f"DEEP with LOCATION {location}: the official code has no deep prompts there")
@@ -157,9 +160,11 @@ def mapped_settings(
     return settings
 
 
-def _mapped_ssl_settings(prompt: Mapping[str, Any], encoder: str, num_prompts: int) -> dict[str, Any]:
-    """The official MAE and MoCo v3 read DEEP and LOCATION alone, the MAE VIT_POOL_TYPE too, and it pools
-    prompts by default; what else is set there changes nothing."""
+def _mapped_other_settings(prompt: Mapping[str, Any], encoder: str, num_prompts: int) -> dict[str, Any]:
+    """The official MAE, MoCo v3 and Swin read DEEP and LOCATION alone, the MAE VIT_POOL_TYPE too; MAE and
+    Swin pool prompts by default. What else is set there changes nothing, but Swin's other prompts do."""
+    if encoder == "swin" and (prompt["NUM_DEEP_LAYERS"] or prompt["PROJECT"] > -1 or prompt["DEEP_SHARED"]):
+        raise Unmapped("NUM_DEEP_LAYERS, PROJECT and DEEP_SHARED: PromptedSwin has no such prompts")
     if prompt["LOCATION"] != "prepend":
         raise Unmapped(f"LOCATION {prompt['LOCATION']} with {encoder}: the official code refuses it")
     pool = _POOLS.get(prompt["VIT_POOL_TYPE"], "image_and_prompts") if encoder == "mae" else None
@@ -187,6 +192,11 @@ def to_our_names(
     for part in ("weight", "bias"):
         if f"head.last_layer.{part}" in tensors:
             ours[f"head.{part}"] = tensors.pop(f"head.last_layer.{part}")
+    stages = sorted(name for name in tensors if name.startswith(_STAGE))
+    if stages:  # a Swin's: of the first block, and then of all others by stages
+        first, *others = (tensors.pop(name) for name in stages)
+        sets = [torch.cat((tensors.pop("prompt_embeddings"), first)), *others]
+        ours |= {f"prompts.{stage}": prompts for stage, prompts in enumerate(sets)}
     location = settings.get("prompt_location", "prepend")
     shallow = tensors.pop("prompt_embeddings", None)
     deep = tensors.pop("deep_prompt_embeddings", None)
@@ -215,6 +225,14 @@ def to_official_names(
     """PromptedViT's trained tensors under the official names, without prefix; `to_our_names` undoes it."""
     tensors = dict(ours)
     official = {f"head.last_layer.{part}": tensors.pop(f"head.{part}") for part in ("weight", "bias")}
+    if "prompts.0" in tensors:
+        first = tensors.pop("prompts.0")
+        official["prompt_embeddings"] = first[:1]
+        if settings["prompt_type"] == "deep":
+            official[f"{_STAGE}0"] = first[1:]
+        for name, prompts in tensors.items():
+            official[name.replace("prompts.", _STAGE)] = prompts
+        return official
     prompts = tensors.pop("prompts")
     layers = settings.get("prompt_layers")
     if settings["prompt_location"] == "pad":
@@ -234,14 +252,14 @@ def to_official_names(
 
 def import_prompts(
     path: str | os.PathLike[str],
-    backbone: str | VisionTransformer,
+    backbone: str | VisionTransformer | SwinTransformer,
     *,
     prompt: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     pretrained: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     **timm_kwargs: Any,
-) -> PromptedViT:
+) -> PromptedViT | PromptedSwin:
     """A model with prompts, and head where there is one, that the official code trained.
 
     Args:
@@ -264,22 +282,30 @@ def import_prompts(
             "has no head; say how many classes a new one has" if head is None else "has a head; leave it out"
         )
         raise ValueError(f"num_classes: got {num_classes}, and {path} {state}")
-    vit, _ = resolve_backbone(backbone, False, timm_kwargs)  # for its sizes alone
-    if any(name.startswith("transformer.") for name in trained):
-        encoder = "sup"
+    kind = kind_of(backbone)
+    built, _ = resolve_backbone(backbone, False, timm_kwargs, kind=kind)  # for its sizes alone
+    if kind is SWIN:
+        encoder, depth = "swin", sum(len(stage.blocks) for stage in built.layers)
+    elif any(name.startswith("transformer.") for name in trained):
+        encoder, depth = "sup", len(built.blocks)
     else:
-        encoder = "mocov3" if isinstance(vit.fc_norm, nn.Identity) else "mae"
-    told = _told_settings(trained, len(vit.blocks), vit.patch_embed.patch_size[1])
+        encoder = "mocov3" if isinstance(built.fc_norm, nn.Identity) else "mae"
+        depth = len(built.blocks)
+    is_staged = any(name.startswith(_STAGE) for name in trained)
+    if is_staged and kind is not SWIN:
+        raise ValueError(f"backbone: {path} holds the prompts of a Swin, by stages; got a ViT")
+    told = {"DEEP": is_staged} | _told_settings(trained, depth, built.patch_embed.patch_size[1])
     num_prompts = told.pop("NUM_TOKENS")
     given = {**told, **content.get("prompt", {}), **(prompt or {})}
-    settings = mapped_settings(given, encoder=encoder, depth=len(vit.blocks), num_prompts=num_prompts)
+    settings = mapped_settings(given, encoder=encoder, depth=depth, num_prompts=num_prompts)
     classes = num_classes if head is None else head.shape[0]
     assert classes is not None
-    model = PromptedViT(
-        backbone, classes, pretrained=pretrained, checkpoint=checkpoint, **settings, **timm_kwargs
-    )
+    build: Any = PromptedSwin if kind is SWIN else PromptedViT
+    model = build(backbone, classes, pretrained=pretrained, checkpoint=checkpoint, **settings, **timm_kwargs)
     _check_frozen(frozen, model.backbone.stem, path)
     tensors = to_our_names(trained, settings)
+    if kind is SWIN and "prompts" in tensors:  # shallow: those of the first stage's first block
+        tensors["prompts.0"] = tensors.pop("prompts")
     if head is None:
         tensors |= {"head.weight": model.head.weight.detach(), "head.bias": model.head.bias.detach()}
     model.load_trainable_state_dict(tensors)
@@ -287,7 +313,7 @@ def import_prompts(
 
 
 def export_prompts(
-    model: PromptedViT, path: str | os.PathLike[str], *, encoder: str | None = None
+    model: PromptedViT | PromptedSwin, path: str | os.PathLike[str], *, encoder: str | None = None
 ) -> dict[str, Any]:
     """Write prompts and head as the official code's checkpoints hold them (its MODEL.WEIGHT_PATH reads it).
 
@@ -297,8 +323,9 @@ def export_prompts(
     Args:
         model: whose prompts.
         path: the file; one that is there is replaced, whole or not at all.
-        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``: the official class of the backbone; None for what the
-            backbone's name says, or else ``"mae"`` where it norms after pooling and ``"sup"`` where not.
+        encoder: ``"sup"``, ``"mae"``, ``"mocov3"`` or ``"swin"``: the official class of the backbone; None
+            for what the backbone is or its name says, or else ``"mae"`` where it norms after pooling and
+            ``"sup"`` where not.
 
     Returns:
         The official settings (MODEL.PROMPT) that mean what the model is.
@@ -307,7 +334,9 @@ def export_prompts(
         Unmapped: the official code has no such model, or gets it wrong.
     """
     stem = model.backbone.stem
-    if encoder is None:
+    if isinstance(model, PromptedSwin):
+        encoder = "swin"
+    elif encoder is None:
         encoder = "sup" if isinstance(stem.fc_norm, nn.Identity) else "mae"
         if (model.config.backbone.name or "").startswith("mocov3"):
             encoder = "mocov3"
@@ -338,8 +367,12 @@ def export_prompts(
     return prompt
 
 
-def _own_pool(model: PromptedViT) -> str | None:
+def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
     """The model's pooling by name, its backbone's own too."""
+    if isinstance(model, PromptedSwin):
+        return (
+            "cls" if model.pool in (None, "image_and_prompts") else model.pool
+        )  # the official one is "original"
     if model.pool is not None:
         return model.pool
     stem = model.backbone.stem
@@ -348,7 +381,7 @@ def _own_pool(model: PromptedViT) -> str | None:
     return {"token": "cls", "avg": "image"}[stem.global_pool]
 
 
-def _official_settings(model: PromptedViT, encoder: str) -> dict[str, Any]:
+def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[str, Any]:
     """The official settings that come nearest to the model."""
     options, depth = model.prompt_settings, model.num_blocks
     layers = options.prompt_layers
@@ -368,7 +401,7 @@ def _official_settings(model: PromptedViT, encoder: str) -> dict[str, Any]:
     if drops and layers is not None and pool == "img_pool":
         pool = "imgprompt_pool"  # which means this there: no prompt is left
     prompt = {
-        "NUM_TOKENS": options.num_prompts or model.prompts.shape[1],
+        "NUM_TOKENS": options.num_prompts or model.trainable_state_dict()["prompts"].shape[1],
         "LOCATION": {ours: official for official, ours in reversed(_LOCATIONS.items())}[
             options.prompt_location
         ],
@@ -405,8 +438,6 @@ def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tens
     for name, tensor in state.items():
         name = name.removeprefix("module.").removeprefix("enc.")
         inner = name.removeprefix("transformer.")
-        if "prompt_embeddings_" in inner and not inner.endswith(("_tb", "_lr")):
-            raise Unmapped(f"{path}: {name} is a Swin's; its prompts cannot be moved yet")
         if inner.startswith("head.projection.") or "adapter" in inner or inner.startswith("side"):
             raise Unmapped(
                 f"{path}: {name} is trained beside the prompts and has no counterpart in PromptedViT"

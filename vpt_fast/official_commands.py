@@ -78,7 +78,7 @@ def import_prompts(
     settings = model.prompt_settings
     console.print(
         escape(
-            f"{out}: {settings.prompt_type} prompts {tuple(model.prompts.shape)}, "
+            f"{out}: {settings.num_prompts or 'added'} {settings.prompt_type} prompts, "
             f"{model.num_classes} classes, pool {model.pool or 'of the backbone'}"
         ),
         highlight=False,
@@ -102,7 +102,13 @@ def export_prompts(
 ) -> None:
     """Write a saved model's prompts and head as the official code (KMnP/vpt) reads them."""
     with one_line_errors(debug):
-        from vpt_fast import PromptedViT, official
+        from vpt_fast import PromptedViT, load_pretrained, official
+        from vpt_fast.swin import PromptedSwin
 
-        prompt = official.export_prompts(PromptedViT.from_pretrained(model), out, encoder=encoder)
+        saved = load_pretrained(model)
+        if not isinstance(saved, PromptedViT | PromptedSwin):
+            raise ValueError(
+                f"{model}: holds a {type(saved).__name__}, which has no prompts of the official code's"
+            )
+        prompt = official.export_prompts(saved, out, encoder=encoder)
     typer.echo(yaml.safe_dump({"MODEL": {"PROMPT": prompt}}, sort_keys=False), nl=False)
