@@ -137,6 +137,11 @@ def test_names_written_are_those_of_the_encoder(vit, encoder: str, prefix: str, 
     assert f"{prefix}deep_prompt_embeddings" in names
 
 
+def test_an_encoder_of_another_kind_is_refused(vit, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="encoder: got 'swin', want one of 'sup', 'mae', 'mocov3'"):
+        export_prompts(PromptedViT(vit, 5, 2), tmp_path / "file.pth", encoder="swin")
+
+
 def test_the_commands_move_prompts_in_and_out(tmp_path: Path) -> None:
     tensors = official_model(depth=6, dim=64)
     path = save(tensors, tmp_path / "last_model.pth")

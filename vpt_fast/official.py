@@ -25,7 +25,7 @@ from vpt_fast.files import replacing
 from vpt_fast.model import PromptedViT
 from vpt_fast.swin import PromptedSwin
 
-ENCODERS = ("sup", "mae", "mocov3", "swin")  # the official code's classes of transformers
+VIT_ENCODERS = ("sup", "mae", "mocov3")  # the official code's classes of ViTs
 
 DEFAULTS: dict[str, Any] = {
     "NUM_TOKENS": None,  # read off the tensors
@@ -323,9 +323,8 @@ def export_prompts(
     Args:
         model: whose prompts.
         path: the file; one that is there is replaced, whole or not at all.
-        encoder: ``"sup"``, ``"mae"``, ``"mocov3"`` or ``"swin"``: the official class of the backbone; None
-            for what the backbone is or its name says, or else ``"mae"`` where it norms after pooling and
-            ``"sup"`` where not.
+        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``: the official class of a ViT; None for what its name
+            says, or else ``"mae"`` where it norms after pooling and ``"sup"`` where not. None for a Swin.
 
     Returns:
         The official settings (MODEL.PROMPT) that mean what the model is.
@@ -334,14 +333,15 @@ def export_prompts(
         Unmapped: the official code has no such model, or gets it wrong.
     """
     stem = model.backbone.stem
-    if isinstance(model, PromptedSwin):
+    wanted = ("swin",) if isinstance(model, PromptedSwin) else VIT_ENCODERS
+    if encoder is None and isinstance(model, PromptedSwin):
         encoder = "swin"
     elif encoder is None:
         encoder = "sup" if isinstance(stem.fc_norm, nn.Identity) else "mae"
         if (model.config.backbone.name or "").startswith("mocov3"):
             encoder = "mocov3"
-    if encoder not in ENCODERS:
-        raise ValueError(f"encoder: got {encoder!r}, want one of {', '.join(map(repr, ENCODERS))}")
+    if encoder not in wanted:
+        raise ValueError(f"encoder: got {encoder!r}, want one of {', '.join(map(repr, wanted))}")
     options = model.prompt_settings
     prompt = _official_settings(model, encoder)
     num_prompts = int(prompt["NUM_TOKENS"])
@@ -370,9 +370,8 @@ def export_prompts(
 def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
     """The model's pooling by name, its backbone's own too."""
     if isinstance(model, PromptedSwin):
-        return (
-            "cls" if model.pool in (None, "image_and_prompts") else model.pool
-        )  # the official one is "original"
+        # Its "original", which for the ViT is CLS, is the mean over patches and prompts.
+        return "cls" if model.pool in (None, "image_and_prompts") else model.pool
     if model.pool is not None:
         return model.pool
     stem = model.backbone.stem
