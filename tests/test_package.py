@@ -20,7 +20,18 @@ LAYERS = {
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
-    "model": ["prompts", "classifier", "model", "swin", "tuning", "pretrained", "graphed", "official", ""],
+    "model": [
+        "prompts",
+        "classifier",
+        "model",
+        "swin",
+        "convnet",
+        "tuning",
+        "pretrained",
+        "graphed",
+        "official",
+        "",
+    ],
     "data": ["data"],
     "train": [
         "methods",
@@ -112,7 +123,15 @@ def test_version_is_that_of_the_metadata():
 
 
 def test_public_names():
-    names = ["GraphedStep", "LinearProbe", "PromptedSwin", "PromptedViT", "__version__", "load_pretrained"]
+    names = [
+        "GraphedStep",
+        "LinearProbe",
+        "PromptedConvNet",
+        "PromptedSwin",
+        "PromptedViT",
+        "__version__",
+        "load_pretrained",
+    ]
     assert sorted(vpt_fast.__all__) == names
 
 

@@ -9,6 +9,7 @@ them to the sequence, at about the cost of a ViT without prompts.
 from importlib.metadata import version
 
 from vpt_fast.backbones import demo as _demo  # registers vpt_fast_demo with timm
+from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.graphed import GraphedStep
 from vpt_fast.model import PromptedViT
 from vpt_fast.pretrained import load_pretrained
@@ -16,6 +17,14 @@ from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.probes import LinearProbe
 
 __version__ = version("vpt_fast")
-__all__ = ["GraphedStep", "LinearProbe", "PromptedSwin", "PromptedViT", "__version__", "load_pretrained"]
+__all__ = [
+    "GraphedStep",
+    "LinearProbe",
+    "PromptedConvNet",
+    "PromptedSwin",
+    "PromptedViT",
+    "__version__",
+    "load_pretrained",
+]
 
 del _demo, version

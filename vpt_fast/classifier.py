@@ -18,7 +18,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.resolve import Origin
+from vpt_fast.backbones.resolve import CONVNET, Origin
+from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.engine import cost
@@ -95,10 +96,15 @@ class TunedClassifier(nn.Module):
     # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
     stores_backbone = False
 
-    backbone: FrozenViT  # or, in the classes that take one, a FrozenSwin: typed as what it is most often
+    backbone: FrozenViT  # or, where a class takes one, a FrozenSwin or FrozenConvNet: typed as what is usual
 
     def __init__(
-        self, backbone: FrozenViT | FrozenSwin, origin: Origin, num_classes: int, *, pool: str | None
+        self,
+        backbone: FrozenViT | FrozenSwin | FrozenConvNet,
+        origin: Origin,
+        num_classes: int,
+        *,
+        pool: str | None,
     ) -> None:
         super().__init__()
         self.backbone = backbone  # type: ignore[assignment]
@@ -370,7 +376,7 @@ class FrozenClassifier(TunedClassifier):
 
     def __init__(
         self,
-        model: VisionTransformer | SwinTransformer,
+        model: nn.Module,
         origin: Origin,
         num_classes: int,
         *,
@@ -380,10 +386,13 @@ class FrozenClassifier(TunedClassifier):
         attention: str,
         timm_blocks: int = 0,
     ) -> None:
-        backbone: FrozenViT | FrozenSwin
+        backbone: FrozenViT | FrozenSwin | FrozenConvNet
         if isinstance(model, SwinTransformer):
             backbone = FrozenSwin(model, dtype, backend, attention)
+        elif isinstance(model, CONVNET.model):
+            backbone = FrozenConvNet(model, dtype, backend, attention)
         else:
+            assert isinstance(model, VisionTransformer)
             backbone = FrozenViT(model, dtype, backend, attention, timm_blocks)
         super().__init__(backbone, origin, num_classes, pool=pool)
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")

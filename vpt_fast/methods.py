@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import SWIN, kind_of
+from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import Recipe, parse_method
@@ -28,12 +28,11 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "full": ("FullTuning", None),
 }
 
-# Those that take a SwinTransformer.
-_SWIN_CLASSES = {
-    "vpt-deep": "PromptedSwin",
-    "vpt-shallow": "PromptedSwin",
-    "linear": "LinearProbe",
-    "mlp-K": "MLPProbe",
+# Those that take another backbone than a VisionTransformer, and what it is called.
+_PROBES = {"linear": "LinearProbe", "mlp-K": "MLPProbe"}
+_OTHER_CLASSES = {
+    SWIN: ("SwinTransformer", {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_PROBES}),
+    CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_PROBES}),
 }
 
 # What constructors call a setting of the recipe, where it is another name.
@@ -70,13 +69,15 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
     """
     method = parse_method(recipe.method)
     class_name, count_keyword = _CLASSES[method.name]
-    if kind_of(recipe.backbone) is SWIN:
-        if method.name not in _SWIN_CLASSES:
+    kind = kind_of(recipe.backbone)
+    if kind in _OTHER_CLASSES:
+        called, classes = _OTHER_CLASSES[kind]
+        if method.name not in classes:
             raise ValueError(
                 f"method is {recipe.method!r}, which there is not for backbone {recipe.backbone!r}, a "
-                f"SwinTransformer; it must be one of {', '.join(_SWIN_CLASSES)}"
+                f"{called}; it must be one of {', '.join(classes)}"
             )
-        class_name = _SWIN_CLASSES[method.name]
+        class_name = classes[method.name]
     settings: dict[str, Any] = {"pool": recipe.pool}
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
@@ -84,7 +85,7 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
         settings["dtype"] = getattr(torch, settings["dtype"])
     if count_keyword:
         settings[count_keyword] = method.count
-    if class_name in ("PromptedViT", "PromptedSwin"):
+    if class_name in ("PromptedViT", "PromptedSwin", "PromptedConvNet"):
         settings["prompt_type"] = method.name.removeprefix("vpt-")
     if method.name == "sidetune":
         settings["side_pretrained"] = recipe.pretrained or recipe.checkpoint is not None

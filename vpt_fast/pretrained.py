@@ -8,6 +8,7 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 
 from vpt_fast.classifier import TunedClassifier, read_pretrained
+from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.model import PromptedViT
 from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.adapter import AdapterTuning
@@ -24,6 +25,7 @@ MODELS: dict[str, type[TunedClassifier]] = {
     for model in (
         PromptedViT,
         PromptedSwin,
+        PromptedConvNet,
         LinearProbe,
         MLPProbe,
         PartialTuning,

@@ -168,8 +168,8 @@ class Recipe:
 
     backbone: str = _knob(
         REQUIRED,
-        "timm name of the Vision Transformer or Swin to tune, a name of the paper's (vpt-fast backbones), or "
-        "vpt_fast_demo.",
+        "timm name of the Vision Transformer, Swin or ConvNet to tune, a name of the paper's "
+        "(vpt-fast backbones), or vpt_fast_demo.",
         MODEL,
     )
     method: str = _knob(

@@ -14,6 +14,12 @@ import huggingface_hub
 import timm
 import torch
 from timm.layers import to_2tuple
+from timm.models.convnext import ConvNeXt
+from timm.models.densenet import DenseNet
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -24,25 +30,39 @@ from vpt_fast.backbones.known import KNOWN, KnownBackbone
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of timm models, and the modules in which timm defines models of it."""
+    """Classes of timm models, and the modules in which timm defines models of them."""
 
-    model: type[nn.Module]
+    model: type[nn.Module] | tuple[type[nn.Module], ...]
     modules: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The classes' names."""
+        models = self.model if isinstance(self.model, tuple) else (self.model,)
+        return " or ".join(model.__name__ for model in models)
 
 
 VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
 SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",))
+CONVNET = Kind(
+    (ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3, DenseNet),
+    tuple(
+        f"timm.models.{name}"
+        for name in ("resnet", "convnext", "efficientnet", "regnet", "mobilenetv3", "densenet")
+    ),
+)
 
 
 def kind_of(backbone: Any) -> Kind:
-    """SWIN for a SwinTransformer, by name or built; all else is taken for a VisionTransformer."""
+    """SWIN or CONVNET for one of these, by name or built; all else is taken for a VisionTransformer."""
     if not isinstance(backbone, str):
-        return SWIN if isinstance(backbone, SwinTransformer) else VIT
+        return next((kind for kind in (SWIN, CONVNET) if isinstance(backbone, kind.model)), VIT)
     known = KNOWN.get(backbone)
     name = known.timm_name if known else backbone
     if not timm.is_model(name):
         return VIT
-    return SWIN if timm.models.model_entrypoint(name).__module__ in SWIN.modules else VIT
+    module = timm.models.model_entrypoint(name).__module__
+    return next((kind for kind in (SWIN, CONVNET) if module in kind.modules), VIT)
 
 
 @dataclass(frozen=True)
@@ -94,7 +114,7 @@ def resolve_backbone(
         )
     if checkpoint is not None and not os.path.isfile(checkpoint):
         raise ValueError(f"checkpoint: {os.fspath(checkpoint)} is no file")
-    wanted = kind.model.__name__
+    wanted = kind.label
     if isinstance(backbone, kind.model):
         if pretrained or kwargs or checkpoint is not None:
             given = ["pretrained"] * pretrained + ["checkpoint"] * (checkpoint is not None) + sorted(kwargs)
@@ -114,6 +134,9 @@ def resolve_backbone(
     if not is_supported(timm_name, kind):
         raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
     build_kwargs = dict(kwargs)
+    if kind is CONVNET and "img_size" in kwargs:  # nothing in it is built for a size
+        size = to_2tuple(build_kwargs.pop("img_size"))
+        build_kwargs["pretrained_cfg_overlay"] = {"input_size": (kwargs.get("in_chans", 3), *size)}
     if border:
         size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(timm_name)
         if size is None and settings is None:
@@ -123,7 +146,7 @@ def resolve_backbone(
     vit = _create(backbone, pretrained, build_kwargs, None if checkpoint is None else os.fspath(checkpoint))
     if not isinstance(vit, kind.model):
         raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm {wanted}")
-    embedding: Any = vit.patch_embed
+    embedding: Any = getattr(vit, "patch_embed", None)
     if "img_size" in build_kwargs and not embedding.dynamic_img_pad:
         size, patch = to_2tuple(build_kwargs["img_size"]), embedding.patch_size
         if size[0] % patch[0] or size[1] % patch[1]:

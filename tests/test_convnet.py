@@ -1,0 +1,126 @@
+"""PromptedConvNet against its plain definition in float64; what is kept; how it is stored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from tiny import random_batch, randomise
+from torch import nn
+from torch.nn import functional as F
+
+from vpt_fast import LinearProbe, PromptedConvNet, load_pretrained
+from vpt_fast.prompts import pad_image
+
+FAMILIES = (
+    "resnet10t",
+    "convnext_atto",
+    "efficientnet_b0",
+    "regnetx_002",
+    "mobilenetv3_small_050",
+    "densenet121",
+)
+
+
+def convnet(name: str, size: int = 32) -> nn.Module:
+    """A timm ConvNet with random weights and statistics, in float64."""
+    model = timm.create_model(name, num_classes=0, pretrained_cfg_overlay={"input_size": (3, size, size)})
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.double().eval()
+
+
+def kept_bytes(run) -> int:
+    """Bytes of all storages of four dimensions that autograd keeps while `run` makes its result."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if not (isinstance(tensor, nn.Parameter) or tensor.grad_fn is None and tensor.ndim < 4):
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_border_gives_the_logits_and_gradients_of_the_plain_definition(name):
+    plain = convnet(name)
+    model = PromptedConvNet(plain, 5, 3).double()
+    images, labels = random_batch(model)
+    F.cross_entropy(model(images), labels).backward()
+    rows, sides = (t.detach().clone().requires_grad_() for t in (model.prompts, model.prompts_sides))
+    logits = model.head(plain(pad_image(images, rows, sides, 3)))
+    expected = torch.autograd.grad(F.cross_entropy(logits, labels), (rows, sides, *model.head.parameters()))
+    got = (model.prompts.grad, model.prompts_sides.grad, *(p.grad for p in model.head.parameters()))
+    torch.testing.assert_close(model(images), logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_extra_channels_are_the_image_plus_a_convolution_of_the_prompts(name):
+    plain = convnet(name)
+    model = PromptedConvNet(copy.deepcopy(plain), 5, 2, prompt_location="concat-channel").double()
+    images, labels = random_batch(model)
+    first = model.backbone.first_name
+    trained = model.backbone.stem.get_submodule(first)
+    prompts = model.prompts.detach().clone().requires_grad_()
+    plain.set_submodule(first, copy.deepcopy(trained))
+    logits = model.head(plain(torch.cat((images, prompts.expand(2, -1, -1, -1)), dim=1)))
+    F.cross_entropy(model(images), labels).backward()
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels), prompts)
+    torch.testing.assert_close(model.prompts.grad, expected, rtol=1e-9, atol=1e-10)
+    names = {"prompts", "head.weight", "head.bias", f"backbone.stem.{first}.weight"}
+    assert model.trainable_state_dict().keys() - {f"backbone.stem.{first}.bias"} == names
+
+
+def test_less_is_kept_than_by_timm_and_what_is_kept_is_what_the_estimate_says():
+    plain = convnet("resnet10t").requires_grad_(False)
+    model = PromptedConvNet(plain, 5, 3).double()
+    images, _ = random_batch(model)
+    rows, sides = model.prompts, model.prompts_sides
+    timm_keeps = kept_bytes(lambda: model.head(plain(pad_image(images, rows, sides, 3))))
+    keeps = kept_bytes(lambda: model(images))
+    assert keeps < 0.6 * timm_keeps
+    estimate = model.estimate_training_bytes(2)["kept"]
+    assert 0.95 * keeps < estimate < 1.05 * keeps
+
+
+def test_saved_model_gives_the_same_logits(tmp_path):
+    plain = convnet("resnet10t")
+    model = PromptedConvNet(plain, 5, 3).double()
+    images, _ = random_batch(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, plain)
+    torch.testing.assert_close(loaded.double()(images), model(images), rtol=1e-6, atol=1e-6)
+
+
+def test_linear_probe_reads_the_pooled_features():
+    plain = convnet("resnet10t")
+    probe = LinearProbe(plain, 5)
+    images, _ = random_batch(probe)
+    torch.testing.assert_close(probe.frozen_features(images), plain(images).float())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "message"),
+    [
+        ("resnet10t", {"prompt_type": "deep"}, "prompt_type: got 'deep' with a ConvNet"),
+        ("resnet10t", {"prompt_location": "prepend"}, "prompt_location: got 'prepend' with a ConvNet"),
+        ("resnet10t", {"pool": "cls"}, "pool: got 'cls' with a ConvNet"),
+        ("resnet10t", {"prompt_dropout": 0.1}, "prompt_dropout: got 0.1"),
+        ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet"),
+        ("test_vit", {}, "backbone: 'test_vit' is not a timm ResNet or ConvNeXt"),
+    ],
+)
+def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PromptedConvNet(backbone, 3, 2, **settings)

@@ -1,0 +1,194 @@
+"""Reading a timm ConvNet: the frozen network, which keeps for backward what an input's gradient needs.
+
+PyTorch's convolution keeps its input even where its weight is frozen, and its BatchNorm does in eval mode.
+Neither is needed for the gradient of the input.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from vpt_fast.backbones.timm_vit import fingerprint
+from vpt_fast.engine.plan import Read
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution that keeps its weight alone: the gradient of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+        ctx.save_for_backward(conv.weight)
+        ctx.conv, ctx.shape, ctx.dtype = conv, x.shape, x.dtype
+        return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        conv = ctx.conv
+        # Autocast's products are in another dtype than the weights.
+        grad_input = conv2d_input(
+            ctx.shape,
+            weight.to(grad.dtype),
+            grad,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        return grad_input.to(ctx.dtype), None
+
+
+class FrozenConv2d(nn.Module):
+    """nn.Conv2d of a frozen weight: images (B, C, H, W) to (B, C', H', W')."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenConvolution.apply(x, self.conv)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """nn.BatchNorm2d in eval mode, as the scale and the shift of each channel that it is, and the activation
+    that timm's own adds to it: (B, C, H, W) to the same shape."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        wide = torch.promote_types(norm.running_var.dtype, torch.float32)
+        scale = (norm.running_var.detach().to(wide) + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach()
+        shift = -norm.running_mean.detach() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach()
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
+        self.register_buffer("shift", shift.view(1, -1, 1, 1))
+        self.act = getattr(norm, "act", nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act((x * self.scale + self.shift).to(x.dtype))
+
+
+class FrozenConvNet(nn.Module):
+    """A timm ConvNet without its classifier, frozen.
+
+    The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
+    eval mode whatever `train` is called with: BatchNorm has the statistics that it came with. Convolutions
+    with padding that depends on the image (of timm's tf_ models) are timm's own, and keep their inputs.
+
+    Args:
+        model: the model to read: one of `resolve.CONVNET`.
+        dtype: of the frozen weights; None keeps the model's own.
+        backend, attention: ``"auto"`` or ``"torch"``, and ``"auto"``: a ConvNet has no attention.
+
+    Raises:
+        ValueError: a backend or an attention that there is not for ConvNets.
+    """
+
+    takes_any_size = False
+    pads_images = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value, wanted in (
+            ("backend", backend, ("auto", "torch")),
+            ("attention", attention, ("auto",)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"{name}: got {value!r} with a ConvNet, want {' or '.join(map(repr, wanted))}"
+                )
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+        stem: Any = copy.deepcopy(model)
+        stem.reset_classifier(0)
+        # Under a name of its own: `fingerprint` leaves out what is called head, where ConvNeXt has a norm.
+        self.fingerprint = fingerprint(nn.ModuleDict({"convnet": stem}))
+        self.num_parameters = sum(p.numel() for p in stem.parameters())
+        if dtype is not None:
+            stem.to(dtype)
+        stem.requires_grad_(False)
+        first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
+        self.in_chans, self.first_kernel = first.in_channels, tuple(first.kernel_size)
+        self._dtype = first.weight.dtype
+        self.first_name = next(name for name, m in stem.named_modules() if m is first)
+        for name, module in list(stem.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                stem.set_submodule(name, FrozenBatchNorm2d(module))
+            elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+                stem.set_submodule(name, FrozenConv2d(module))
+        self.stem = stem
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenConvNet:
+        """Stays in eval mode."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.stem.parameters()).device
+
+    @property
+    def embed_dim(self) -> int:
+        """The number of features that the classifier reads."""
+        return self.stem.head_hidden_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels: img_size, or that of the weights' description."""
+        return tuple(self.data_config["input_size"][1:])
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of the first convolution's kernel."""
+        return self.first_kernel  # type: ignore[return-value]
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, height, width) in the weights' dtype."""
+        return images.to(self._dtype)
+
+    def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
+        """Images of `embed` (B, C, H, W) to the last feature map (B, C', H', W')."""
+        del last  # always all of it: see head_reads_of_image
+        return self.stem.forward_features(images)
+
+    def features(self, feature_map: torch.Tensor, pool: str | None) -> torch.Tensor:
+        """The last feature map to features (B, d), by the backbone's own pooling."""
+        del pool  # None: see head_reads_of_image
+        return self.stem.forward_head(feature_map, pre_logits=True)
+
+    @staticmethod
+    def head_reads_of_image(pool: str | None) -> Read:
+        """Raises ValueError for another pooling than the backbone's own."""
+        if pool is not None:
+            raise ValueError(f"pool: got {pool!r} with a ConvNet, which has no tokens; want None")
+        return Read.PATCHES
+
+    def folded_workspace(self, batch_size: int) -> int:
+        """An estimate of the temporaries while it runs: three of the largest feature map."""
+        sizes = [0]
+        meta = copy.deepcopy(self).to("meta")
+        for module in meta.modules():
+            if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
+                module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))
+        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta", dtype=self._dtype)
+        with torch.no_grad():
+            meta.run_folded(images, Read.PATCHES)
+        return 3 * max(sizes)

@@ -1,0 +1,175 @@
+"""PromptedConvNet: visual prompts, as pixels, through a frozen ConvNet."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
+from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
+from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.engine.plan import Read
+from vpt_fast.prompts import PromptConfig, init_bound, pad_image
+
+LOCATIONS = ("pad", "concat-channel")
+MEMORY = ("auto", "exact")
+
+
+class PromptedConvNet(FrozenClassifier):
+    """A frozen ConvNet tuned by visual prompts in its input (Jia et al., ECCV 2022, sec. 4.3).
+
+    Args:
+        backbone: a timm name, or a timm ConvNet of a family in `resolve.CONVNET`, whose weights are used as
+            they are and which is not changed.
+        num_classes: of the head.
+        num_prompts: m: pixels of border on each side (pad), or extra input channels (concat-channel).
+        prompt_type: ``"shallow"``: prompts are part of the image.
+        prompt_location: ``"pad"``: a border of pixels around the image; ``"concat-channel"``: extra input
+            channels, with the whole first convolution trained.
+        pool: None, the backbone's own.
+        dtype: of the frozen weights; None keeps the backbone's own. Prompts and head are float32 or more.
+        backend, attention, memory: ``"auto"`` or ``"torch"``; ``"auto"``; ``"auto"`` or ``"exact"``.
+        pretrained: load timm's published weights (only with a name).
+        checkpoint: a file to load the weights from instead (only with a name).
+        timm_kwargs: go to timm.create_model (only with a name), but img_size, the image's size without the
+            border, and the other settings of `prompts.PromptConfig`, which are refused unless they are the
+            defaults.
+
+    Attributes:
+        prompts, prompts_sides: as of `PromptedViT`, of ``pad`` and of ``concat-channel``.
+        head: nn.Linear, from d features to logits.
+
+    Raises:
+        ValueError: an argument out of range, or one that a ConvNet does not have; the message names it.
+    """
+
+    backbone: FrozenConvNet  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int,
+        num_prompts: int,
+        prompt_type: str = "shallow",
+        *,
+        prompt_location: str = "pad",
+        pool: str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        memory: str = "exact",
+        pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **timm_kwargs: Any,
+    ) -> None:
+        check_arguments(num_classes, pool, dtype, backend, attention)
+        FrozenConvNet.head_reads_of_image(pool)
+        if memory not in MEMORY:
+            raise ValueError(f"memory: got {memory!r} with a ConvNet, want one of {MEMORY}")
+        if prompt_type != "shallow":
+            raise ValueError(f"prompt_type: got {prompt_type!r} with a ConvNet, want 'shallow'")
+        if prompt_location not in LOCATIONS:
+            raise ValueError(
+                f"prompt_location: got {prompt_location!r} with a ConvNet, want one of {LOCATIONS}"
+            )
+        names = PromptConfig.__dataclass_fields__.keys() & timm_kwargs.keys()
+        others = {name: timm_kwargs.pop(name) for name in names}
+        # Refuses all but the defaults of what pixels do not have, by name.
+        settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location, **others)
+        model, origin = resolve_backbone(
+            backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=CONVNET
+        )
+        super().__init__(
+            model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+        )
+        self.memory = memory
+        self.prompt_settings = settings
+        self._make_prompts()
+
+    def _make_prompts(self) -> None:
+        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
+        (height, width), device = self.image_size, self.backbone.device
+        if location == "pad":
+            if self.backbone.in_chans != 3:
+                raise ValueError(
+                    f"prompt_location: got 'pad' with a backbone for {self.backbone.in_chans} channels; "
+                    "its border is made of RGB pixels"
+                )
+            self.prompts = nn.Parameter(torch.rand(1, 3, 2 * m, width + 2 * m, device=device))
+            self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m, device=device))
+            return
+        bound = self._widen_first_convolution(m)
+        self.prompts = nn.Parameter(torch.empty(1, m, height, width, device=device).uniform_(-bound, bound))
+
+    def _widen_first_convolution(self, extra: int) -> float:
+        """Let the first convolution take `extra` more channels, and train all of it, in float32 or more.
+
+        Returns:
+            The bound of what is new.
+        """
+        first = self.backbone.stem.get_submodule(self.backbone.first_name)
+        frozen: nn.Conv2d = first.conv if isinstance(first, FrozenConv2d) else first
+        trained = copy.deepcopy(frozen)
+        trained.in_channels += extra
+        bound = init_bound(self.patch_size, frozen.out_channels)
+        wide = torch.promote_types(frozen.weight.dtype, torch.float32)
+        weight = frozen.weight.to(wide)
+        new = weight.new_empty(weight.shape[0], extra, *weight.shape[2:]).uniform_(-bound, bound)
+        trained.weight = nn.Parameter(torch.cat((weight, new), dim=1))
+        if frozen.bias is not None:
+            trained.bias = nn.Parameter(frozen.bias.detach().to(wide, copy=True))
+        self.backbone.stem.set_submodule(self.backbone.first_name, trained)
+        return bound
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_prompts", "prompt_type", "prompt_location")
+        settings = asdict(self.prompt_settings)
+        return {**super()._options(), **{name: settings[name] for name in names}}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        self._check_images(images)
+        x = self.backbone.embed(images)
+        if self.prompt_settings.prompt_location == "pad":
+            border = self.prompt_settings.border
+            x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
+        else:
+            x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
+        features = self.backbone.features(self.backbone.run_folded(x, Read.PATCHES), None)
+        return self.head(features.to(self.head.weight.dtype))
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes: what is kept is counted on tensors without values, in the
+        weights' own dtype; the temporaries are an estimate.
+
+        Args:
+            batch_size: images a step.
+        """
+        meta = copy.deepcopy(self).to("meta")
+        own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            meta(images)
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=sum(storage.nbytes() for storage in kept.values()),
+            workspace=3 * max(storage.nbytes() for storage in kept.values()),
+        )
