@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast import LinearProbe, PromptedConvNet, load_pretrained
+from vpt_fast.backbones.known import KNOWN
+from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.prompts import pad_image
 
 FAMILIES = (
@@ -117,6 +119,11 @@ def test_linear_probe_reads_the_pooled_features():
         ("resnet10t", {"prompt_location": "prepend"}, "prompt_location: got 'prepend' with a ConvNet"),
         ("resnet10t", {"pool": "cls"}, "pool: got 'cls' with a ConvNet"),
         ("resnet10t", {"prompt_dropout": 0.1}, "prompt_dropout: got 0.1"),
+        (
+            "resnet10t",
+            {"prompt_location": "concat-channel", "dtype": torch.bfloat16},
+            "dtype: got torch.bfloat16 with prompt_location='concat-channel'",
+        ),
         ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet"),
         ("test_vit", {}, "backbone: 'test_vit' is not a timm ResNet or ConvNeXt"),
     ],
@@ -124,3 +131,11 @@ def test_linear_probe_reads_the_pooled_features():
 def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):
     with pytest.raises(ValueError, match=message):
         PromptedConvNet(backbone, 3, 2, **settings)
+
+
+def test_image_size_leaves_the_normalisation_of_a_known_backbone():
+    with torch.device("meta"):
+        model, _ = resolve_backbone("imagenet_sup_rn50", False, {"img_size": 64}, kind=CONVNET)
+    known = KNOWN["imagenet_sup_rn50"].pretrained_cfg_overlay
+    assert model.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert {name: model.pretrained_cfg[name] for name in known} == known

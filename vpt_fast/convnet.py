@@ -78,6 +78,11 @@ class PromptedConvNet(FrozenClassifier):
             raise ValueError(
                 f"prompt_location: got {prompt_location!r} with a ConvNet, want one of {LOCATIONS}"
             )
+        if prompt_location == "concat-channel" and dtype is not None and dtype.itemsize < 4:
+            raise ValueError(
+                f"dtype: got {dtype} with prompt_location='concat-channel', whose first convolution is "
+                "trained, in float32; want None, and autocast for products of 16 bits"
+            )
         names = PromptConfig.__dataclass_fields__.keys() & timm_kwargs.keys()
         others = {name: timm_kwargs.pop(name) for name in names}
         # Refuses all but the defaults of what pixels do not have, by name.

@@ -136,7 +136,11 @@ def resolve_backbone(
     build_kwargs = dict(kwargs)
     if kind is CONVNET and "img_size" in kwargs:  # nothing in it is built for a size
         size = to_2tuple(build_kwargs.pop("img_size"))
-        build_kwargs["pretrained_cfg_overlay"] = {"input_size": (kwargs.get("in_chans", 3), *size)}
+        build_kwargs["pretrained_cfg_overlay"] = {
+            **(known.pretrained_cfg_overlay if known else {}),
+            **kwargs.get("pretrained_cfg_overlay", {}),
+            "input_size": (kwargs.get("in_chans", 3), *size),
+        }
     if border:
         size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(timm_name)
         if size is None and settings is None:
@@ -183,7 +187,7 @@ def table() -> list[tuple[str, ...]]:
                 known.normalization,
                 known.file,
                 "yes" if known.hub else "no",
-                "yes" if is_supported(known.timm_name, VIT, SWIN) else "no",
+                "yes" if is_supported(known.timm_name, VIT, SWIN, CONVNET) else "no",
             )
             for known in KNOWN.values()
         ),
