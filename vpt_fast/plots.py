@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def plot_ablation(
     is_numeric = all(isinstance(value, int | float) for value in values)
     for i, ((name, line), style) in enumerate(zip(lines.items(), STYLES, strict=False)):
         means = [mean for mean, _ in line.values()]
-        errors = [deviation or 0.0 for _, deviation in line.values()]
+        errors = [math.nan if deviation is None else deviation for _, deviation in line.values()]
         if is_numeric:
             axes.errorbar(list(line), means, errors, label=name, markersize=5, capsize=3, **style)
         else:
