@@ -20,7 +20,7 @@ def backbones(
 ) -> None:
     """The paper's backbones by its names, for --backbone: architecture, file, whether timm has the weights.
 
-    Every Vision Transformer of timm's goes by its own name too.
+    Every Vision Transformer and Swin of timm's goes by its own name too.
     """
     from vpt_fast.backbones.known import KNOWN
     from vpt_fast.backbones.resolve import table
