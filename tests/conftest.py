@@ -16,6 +16,12 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So wide that the commands break and cut no text, of paths above all: how long those are is chance."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody has written holds NaN, or 77 where it is of integers, so that no test passes on

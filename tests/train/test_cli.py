@@ -13,11 +13,6 @@ from vpt_fast import loop
 from vpt_fast.run import Labels, RunFolder
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")  # so that no text is broken or cut
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, color_images):
     """A finished run on the color images."""

@@ -29,7 +29,6 @@ def small_demo(recipe, color_images, monkeypatch):
             dataclasses.replace(recipe, method="vpt-deep", **common),
         ]
 
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(demo, "export_digits", export)
     monkeypatch.setattr(demo, "demo_recipes", recipes)
 

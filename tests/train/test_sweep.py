@@ -188,8 +188,7 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)
 
 
-def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "250")
+def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tmp_path):
     flags = [f"--data={color_images}", f"--out={tmp_path / 'sweep'}", "--backbone=train_test_vit"]
     flags += ["--method=linear", "--epochs=1", "--device=cpu", "--seeds=1,2", "--over=base_lr=0.5,0.1"]
     result = command("sweep", *flags)
