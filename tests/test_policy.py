@@ -7,8 +7,7 @@ import torch
 from tiny import random_batch, tiny_vit
 from vpt_fast.kernels import Backend
 
-from vpt_fast import PromptedViT
-from vpt_fast import model as model_module
+from vpt_fast import PromptedViT, classifier
 from vpt_fast.engine.policy import choose_policy, free_bytes
 
 BYTES = {"exact": 100, "compact": 60, "recompute_mlp": 70, "recompute": 20}
@@ -54,7 +53,7 @@ def auto(monkeypatch: pytest.MonkeyPatch) -> PromptedViT:
         looks.append(device)
         return int((step["kept"] + step["workspace"]) / 0.9) - 100
 
-    monkeypatch.setattr(model_module, "free_bytes", free)
+    monkeypatch.setattr(classifier, "free_bytes", free)
     model.looks = looks
     return model
 

@@ -323,7 +323,7 @@ def test_estimate_of_kept_bytes(settings: dict[str, Any], rows: int, memory: str
 def test_auto_memory_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3, memory="auto")
     for free, expected in ((10**12, "exact"), (0, "recompute")):
-        monkeypatch.setattr("vpt_fast.swin.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device, free=free: free)
         assert model.memory_policy(1 + (free == 0)) == expected
 
 

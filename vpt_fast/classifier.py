@@ -23,7 +23,9 @@ from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.engine import cost
+from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, choose_policy, free_bytes
 from vpt_fast.files import replacing
 from vpt_fast.kernels import get_backend
 
@@ -400,6 +402,65 @@ class FrozenClassifier(TunedClassifier):
 
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
+
+
+class PromptedClassifier(FrozenClassifier):
+    """A FrozenClassifier whose blocks keep for backward what a memory policy says.
+
+    Args:
+        memory: a name in `engine.policy.MEMORY`; the others are those of `FrozenClassifier`.
+    """
+
+    def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory = memory
+        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
+
+    def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
+        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
+
+        ``"auto"`` looks at the free memory once for each batch size, and stays with its choice.
+
+        Args:
+            batch_size: images a step.
+            num_tokens: N; None for the model's own image size.
+        """
+        if self.memory != "auto":
+            return self.memory
+        if not torch.is_grad_enabled():
+            return "exact"  # nothing is kept
+        key = (batch_size, num_tokens or self.backbone.num_tokens, self._compute_dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose_policy(*key)
+        return self._chosen[key]
+
+    @torch.compiler.disable
+    def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
+        def step_bytes(memory: str) -> int:
+            return sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
+
+        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size, in the dtype in force (the
+        model's own, or autocast's) and under its memory policy.
+
+        Args:
+            batch_size: images a step.
+        """
+        policy = POLICIES[self.memory_policy(batch_size)]
+        kept, workspace = self._step_bytes(batch_size, self.backbone.num_tokens, self._compute_dtype, policy)
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
+
+    def _step_bytes(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+    ) -> tuple[int, int]:
+        """Bytes kept for backward, and those of the largest temporaries."""
+        raise NotImplementedError
 
 
 class TrainedPart(nn.Module):

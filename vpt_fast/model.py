@@ -12,15 +12,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import plan_blocks, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
 
 
-class PromptedViT(FrozenClassifier):
+class PromptedViT(PromptedClassifier):
     """A frozen vision transformer tuned by visual prompts (Jia et al., ECCV 2022).
 
     Same logits, loss and gradients as concatenating the prompts to the sequence of an ordinary ViT, without
@@ -106,10 +105,15 @@ class PromptedViT(FrozenClassifier):
         if pool is None and prompt_location in IN_SEQUENCE:
             pool = origin.prompted_pool
         super().__init__(
-            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+            vit,
+            origin,
+            num_classes,
+            pool=pool,
+            dtype=dtype,
+            backend=backend,
+            attention=attention,
+            memory=memory,
         )
-        self.memory = memory
-        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
         self.prompt_settings = settings
         self._prompted = settings.prompted_blocks(self.num_blocks)
         self._plans = plan_blocks(
@@ -236,47 +240,6 @@ class PromptedViT(FrozenClassifier):
             p, per = settings.prompt_dropout, settings.prompt_dropout_per
             sets = tuple(drop(prompts, p, per, batch_size) for prompts in sets)
         return sets
-
-    def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
-        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
-
-        ``"auto"`` looks at the free memory once for each batch size, and stays with its choice.
-
-        Args:
-            batch_size: images a step.
-            num_tokens: N; None for the model's own image size.
-        """
-        if self.memory != "auto":
-            return self.memory
-        if not torch.is_grad_enabled():
-            return "exact"  # nothing is kept
-        num_tokens = num_tokens or self.backbone.num_tokens
-        dtype = compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
-        key = (batch_size, num_tokens, dtype)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose_policy(*key)
-        return self._chosen[key]
-
-    @torch.compiler.disable
-    def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
-        def step_bytes(memory: str) -> int:
-            kept, workspace = self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory])
-            return kept + workspace
-
-        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
-
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in the dtype in force (the
-        model's own, or autocast's) and under its memory policy.
-
-        Args:
-            batch_size: images a step.
-        """
-        num_tokens = self.backbone.num_tokens
-        dtype = compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
-        policy = POLICIES[self.memory_policy(batch_size)]
-        kept, workspace = self._step_bytes(batch_size, num_tokens, dtype, policy)
-        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy

@@ -12,16 +12,15 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import SWIN, resolve_backbone
 from vpt_fast.backbones.timm_swin import FrozenSwin
-from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.prompts import PromptConfig, drop, init_bound
 
 POOLS = ("image", "prompts", "image_and_prompts")
 
 
-class PromptedSwin(FrozenClassifier):
+class PromptedSwin(PromptedClassifier):
     """A frozen Swin transformer tuned by visual prompts (Jia et al., ECCV 2022).
 
     The prompts stand beside the tokens of every window, with no relative position bias and no mask; a
@@ -98,10 +97,15 @@ class PromptedSwin(FrozenClassifier):
         )
         swin, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=SWIN)
         super().__init__(
-            swin, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+            swin,
+            origin,
+            num_classes,
+            pool=pool,
+            dtype=dtype,
+            backend=backend,
+            attention=attention,
+            memory=memory,
         )
-        self.memory = memory
-        self._chosen: dict[tuple[int, torch.dtype], str] = {}  # what "auto" came to
         self.prompt_settings = settings
         self._is_deep = prompt_type == "deep"
         # Of all stages' prompts, as of the official code's, the bound is that of the first stage's width.
@@ -165,44 +169,12 @@ class PromptedSwin(FrozenClassifier):
             num_tokens if self.pool == "image" else num_tokens + m,
         )
 
-    def memory_policy(self, batch_size: int) -> str:
-        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
-
-        Args:
-            batch_size: images a step.
-        """
-        if self.memory != "auto":
-            return self.memory
-        if not torch.is_grad_enabled():
-            return "exact"  # nothing is kept
-        key = (batch_size, self._compute_dtype)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose_policy(*key)
-        return self._chosen[key]
-
-    @torch.compiler.disable
-    def _choose_policy(self, batch_size: int, dtype: torch.dtype) -> str:
-        def step_bytes(memory: str) -> int:
-            return sum(self._step_bytes(batch_size, POLICIES[memory]))
-
-        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
-
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
-
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes, as of `PromptedViT`.
-
-        Args:
-            batch_size: images a step.
-        """
-        kept, workspace = self._step_bytes(batch_size, POLICIES[self.memory_policy(batch_size)])
-        return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
-
-    def _step_bytes(self, batch_size: int, policy: MemoryPolicy) -> tuple[int, int]:
+    def _step_bytes(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+    ) -> tuple[int, int]:
         """Bytes kept for backward by all blocks and merges, and those of one block's temporaries."""
-        settings, dtype = self.prompt_settings, self._compute_dtype
+        del num_tokens  # of the one image size that there is
+        settings = self.prompt_settings
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         kept = workspace = 0

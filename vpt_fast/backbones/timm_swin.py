@@ -20,7 +20,14 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.backbones.timm_vit import dtype_of, fingerprint, linear_parts, mlp_parts, norm_parts
+from vpt_fast.backbones.timm_vit import (
+    dtype_of,
+    fingerprint,
+    linear_parts,
+    mlp_parts,
+    norm_parts,
+    require_plain_pytorch,
+)
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read
@@ -63,15 +70,9 @@ class FrozenSwin(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value, wanted in (
-            ("backend", backend, ("auto", "torch")),
-            ("attention", attention, ("auto",)),
-        ):
-            if value not in wanted:
-                raise ValueError(
-                    f"{name}: got {value!r} with a SwinTransformer, whose attention in windows there is in "
-                    f"plain PyTorch only; want {' or '.join(map(repr, wanted))}"
-                )
+        require_plain_pytorch(
+            "a SwinTransformer, whose attention in windows there is in plain PyTorch only", backend, attention
+        )
         operations = get_backend(backend, attention)
         _check(swin)
         # Everything but stages and classifier, in one deep copy.
@@ -134,6 +135,11 @@ class FrozenSwin(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.stem.patch_embed.proj.weight.device
+
+    @property
+    def num_tokens(self) -> int:
+        """N of the first stage, with the places that hold no token."""
+        return self.blocks[0].num_tokens
 
     @property
     def embed_dim(self) -> int:

@@ -33,12 +33,22 @@ POOLS = {
 }
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and float32 values of every weight but the classifier's; on the meta
-    device, where there are no values, over names and shapes."""
+def require_plain_pytorch(what: str, backend: str, attention: str) -> None:
+    """Raises ValueError for an implementation that there is only for VisionTransformers."""
+    for name, value, wanted in (
+        ("backend", backend, ("auto", "torch")),
+        ("attention", attention, ("auto",)),
+    ):
+        if value not in wanted:
+            raise ValueError(f"{name}: got {value!r} with {what}; want {' or '.join(map(repr, wanted))}")
+
+
+def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
+    """SHA-256 over the names, shapes and float32 values of every weight but those of the module `classifier`;
+    on the meta device, where there are no values, over names and shapes."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        if name.startswith("head."):
+        if classifier is not None and name.startswith(f"{classifier}."):
             continue
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         if not weight.is_meta:
