@@ -1,0 +1,252 @@
+"""How kernels are best launched on this GPU: every candidate timed beside what is recorded. One command:
+
+    python benchmarks/tune.py
+
+launches attention's kernels, and the products with an activation, at the shapes of ViT-B/16, L/16 and H/14
+with each of the tiles, warps and stages below, prints a table for each and writes
+results/tune-<device>-<date>.json as it goes. The same command goes on where it was interrupted. What is
+recorded in `kernels` is changed by hand, where a candidate is right and faster beyond the spread of its
+rounds (green): using the kernels searches nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import attention
+import operations
+import torch
+import typer
+from operations import DTYPES, ERROR_BELOW, Settings, number
+from reports import listed, positive_numbers
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import kernels
+
+Launch = dict[str, int]
+"""Tiles, warps and stages, as the kernel is launched with them."""
+
+
+@dataclass
+class Row:
+    """One launch of one kernel at one shape. Times are of the whole call that the kernel is launched by.
+
+    exact: whether what it computes is right. error: why it did not run.
+    """
+
+    kernel: str
+    shape: str
+    launch: Launch
+    recorded: bool
+    exact: bool = False
+    ms: float | None = None
+    ms_min: float | None = None
+    ms_max: float | None = None
+    ratio: float | None = None  # of speed to the recorded launch's
+    error: str | None = None
+
+
+class Target(NamedTuple):
+    """A kernel at a shape, and how to launch it otherwise.
+
+    module, function: what says how it is launched, and is replaced while a candidate runs.
+    of_launch: a launch to what that function returns.
+    recorded: the launch as it is.
+    call: what is timed. error: the relative error of what it computes, from float64.
+    """
+
+    kernel: str
+    shape: str
+    module: Any
+    function: str
+    of_launch: Callable[[Launch], Any]
+    recorded: Launch
+    candidates: list[Launch]
+    call: Callable[[], object]
+    error: Callable[[], float]
+
+
+def launches(**choices: tuple[int, ...]) -> list[Launch]:
+    """Every combination."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def area(launch: Launch) -> int:
+    return launch["BLOCK_M"] * launch["BLOCK_N"]
+
+
+# Larger tiles' accumulators leave no registers for the rest.
+ATTENTION_LAUNCHES = [
+    launch
+    for launch in launches(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
+    if area(launch) <= 128 * 64
+]
+LINEAR_LAUNCHES = [
+    {**launch, "BLOCK_K": 64, "GROUP": 8}
+    for launch in launches(
+        BLOCK_M=(64, 128, 256), BLOCK_N=(64, 128, 256), num_warps=(4, 8), num_stages=(3, 4)
+    )
+    if 64 * 128 <= area(launch) <= 4096 * launch["num_warps"]
+]
+
+ATTENTION_KERNELS = {"forward": "forward_tiles", "grad_q": "grad_q_tiles", "grad_kv": "grad_kv_tiles"}
+LINEAR_KERNELS = ("linear_activate", "linear_activate_backward")
+KERNELS = (*ATTENTION_KERNELS, *LINEAR_KERNELS)
+
+
+def attention_targets(shape: attention.Shape, names: list[str], settings: Settings) -> list[Target]:
+    """Forward; and backward, with the launch of dQ replaced or with that of dK and dV."""
+    from vpt_fast.kernels.launch import arch_of
+    from vpt_fast.kernels.prompted_attention import ops
+
+    inputs = attention.make_inputs(shape, settings.dtype, settings.device)
+    functions = (ops.attention, ops.attention_backward)
+    calls = attention.make_calls("triton", functions, inputs)
+    sizes = (shape.head_dim, shape.num_tokens, arch_of(settings.device))
+    return [
+        Target(
+            kernel=name,
+            shape=", ".join(f"{field} {value}" for field, value in asdict(shape).items()),
+            module=ops,
+            function=ATTENTION_KERNELS[name],
+            of_launch=lambda launch: ops.Tiles(*launch.values()),
+            recorded=getattr(ops, ATTENTION_KERNELS[name])(settings.dtype, *sizes).launch,
+            candidates=ATTENTION_LAUNCHES,
+            call=calls["forward_ms" if name == "forward" else "backward_ms"],
+            error=lambda: max(attention.errors(functions, inputs)),
+        )
+        for name in names
+    ]
+
+
+def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
+    """A product with GELU or its derivative."""
+    from vpt_fast.kernels.mlp import gemm
+
+    inputs = kernels.make_inputs(case, settings.dtype, settings.device)
+    fused = kernels.implementation(kernels.OURS, case, settings.dtype)
+    return [
+        Target(
+            kernel=case.op,
+            shape=f"batch_size {case.batch_size}, num_tokens {case.num_tokens}, width {case.width}",
+            module=gemm,
+            function="_config",
+            of_launch=dict,
+            recorded=gemm._config(settings.dtype, aligned=True),
+            candidates=LINEAR_LAUNCHES,
+            call=partial(fused, *inputs[0], *inputs[1]),
+            error=partial(kernels.check, fused, case, inputs),
+        )
+    ]
+
+
+@contextmanager
+def launched(target: Target, launch: Launch) -> Iterator[None]:
+    """The kernel is launched so inside."""
+    recorded = getattr(target.module, target.function)
+    setattr(target.module, target.function, lambda *_, **__: target.of_launch(launch))
+    try:
+        yield
+    finally:
+        setattr(target.module, target.function, recorded)
+
+
+def measure_target(target: Target, settings: Settings) -> list[Row]:
+    """A row for each launch, the recorded one first; all that run are timed in turns."""
+    others = [launch for launch in target.candidates if launch != target.recorded]
+    rows, calls = [], {}
+    for launch in (target.recorded, *others):
+        row = Row(target.kernel, target.shape, launch, recorded=launch == target.recorded)
+        rows.append(row)
+        try:
+            with launched(target, launch):
+                row.exact = target.error() < ERROR_BELOW[settings.dtype]
+                calls[len(rows) - 1] = operations.prepare(target.call, settings.device)
+        except Exception as failure:  # shared memory or registers that the device has not got
+            row.error = operations.message(failure)
+    times = settings.times({str(index): call for index, call in calls.items()})
+    for index, seconds in times.items():
+        row = rows[int(index)]
+        row.ms, row.ms_min, row.ms_max = (1e3 * value for value in seconds)
+    for row in rows:
+        if row.ms is not None and rows[0].ms is not None:
+            row.ratio = rows[0].ms / row.ms
+    return rows
+
+
+def make_table(rows: list[Row], most: int = 8) -> Table:
+    """The recorded launch, and the fastest of the others that are right."""
+    recorded, *others = rows
+    fastest = sorted((row for row in others if row.exact and row.ms is not None), key=lambda row: row.ms)
+    table = Table(title=f"{recorded.kernel}: {recorded.shape}", box=box.SIMPLE, caption_justify="left")
+    for column in ("launch", "ms", "min", "max", "× recorded"):
+        table.add_column(column, justify="left" if column == "launch" else "right", no_wrap=True)
+    for row in (recorded, *fastest[:most]):
+        launch = " ".join(f"{key}={value}" for key, value in row.launch.items())
+        is_faster = not row.recorded and recorded.ms_min is not None and row.ms_max < recorded.ms_min
+        table.add_row(
+            f"{launch} (recorded)" if row.recorded else launch,
+            *(number(value, ".4f") for value in (row.ms, row.ms_min, row.ms_max)),
+            number(row.ratio, ".2f"),
+            style="green" if is_faster else "" if row.exact else "red",
+        )
+    failed = sum(row.error is not None for row in rows)
+    wrong = sum(row.error is None and not row.exact for row in rows)
+    table.caption = f"{len(rows)} launches; {failed} do not run here, {wrong} are wrong"
+    return table
+
+
+def main(
+    names: Annotated[
+        str, typer.Option("--kernels", help=f"comma-separated, of {', '.join(KERNELS)}")
+    ] = ",".join(KERNELS),
+    num_prompts: Annotated[str, typer.Option(help="m, comma-separated")] = "100",
+    batch_size: Annotated[int, typer.Option(min=1, help="images")] = 64,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
+    output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
+) -> None:
+    """Time how kernels could be launched."""
+    wanted = listed(names, list(KERNELS))
+    console = Console()
+    console.width = max(console.width, 120)
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here, and nothing else is tuned")
+    settings, report = operations.start(
+        "tune", console, device="cuda", dtype=dtype, repeats=repeats, output=output, fresh=fresh
+    )
+    rows = [Row(**row) for row in report.rows]
+    groups: list[Callable[[], list[Target]]] = []
+    if of_attention := [name for name in wanted if name in ATTENTION_KERNELS]:
+        groups += [
+            partial(attention_targets, attention.Shape(batch_size, n, m, h, d), of_attention, settings)
+            for (n, h, d), m in itertools.product(attention.MODELS, positive_numbers(num_prompts))
+        ]
+    for name, model in itertools.product(wanted, kernels.MODELS):
+        if name in LINEAR_KERNELS:
+            case = kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))
+            groups.append(partial(linear_targets, case, settings))
+    with Progress(console=console, transient=True) as progress:
+        for group in progress.track(groups, description="shapes"):
+            for target in group():
+                there = [row for row in rows if (row.kernel, row.shape) == (target.kernel, target.shape)]
+                if not there:
+                    there = measure_target(target, settings)
+                    rows += there
+                    report.write([asdict(row) for row in rows])
+                console.print(make_table(there))
+    console.print(f"written: {report.path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

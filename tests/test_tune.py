@@ -1,0 +1,102 @@
+"""benchmarks/tune.py launches every candidate, checks it, and compares it with what is recorded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vpt_fast.kernels.mlp import gemm
+from vpt_fast.kernels.prompted_attention import ops
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import attention  # noqa: E402
+import operations  # noqa: E402
+import tune  # noqa: E402
+
+import kernels  # noqa: E402
+
+SETTINGS = operations.Settings(
+    torch.device("cpu"), torch.float32, repeats=1, bounds=operations.Bounds(20.0, 0.1)
+)
+SHAPE = attention.Shape(batch_size=1, num_tokens=5, num_prompts=3, num_heads=1, head_dim=16)
+SMALL = [dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No large buffer to empty caches with."""
+    monkeypatch.setitem(operations._FLUSH_BYTES, "cpu", 16)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keywords of every launch of attention's forward kernel."""
+    found: list[dict[str, Any]] = []
+    kernel = ops.attention_forward_kernel
+
+    class Recorded:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **keywords: found.append(keywords) or kernel[grid](*args, **keywords)
+
+    monkeypatch.setattr(ops, "attention_forward_kernel", Recorded())
+    return found
+
+
+def attention_target(name: str) -> tune.Target:
+    (target,) = tune.attention_targets(SHAPE, [name], SETTINGS)
+    return target._replace(candidates=SMALL)
+
+
+@pytest.mark.parametrize("name", tune.ATTENTION_KERNELS)
+def test_candidates_of_attention_are_right_and_compared_with_what_is_recorded(name: str) -> None:
+    recorded, other = tune.measure_target(attention_target(name), SETTINGS)
+    assert (recorded.recorded, other.recorded) == (True, False)
+    assert recorded.error is None and recorded.exact and recorded.ratio == 1.0
+    assert other.error is None and other.exact and other.launch == SMALL[0]
+    assert other.ratio == pytest.approx(recorded.ms / other.ms)
+
+
+@pytest.mark.parametrize("op", tune.LINEAR_KERNELS)
+def test_candidates_of_products_are_right(op: str) -> None:
+    case = kernels.Case(op, "gelu", False, batch_size=1, num_tokens=3, width=16)
+    (target,) = tune.linear_targets(case, SETTINGS)
+    candidate = {**gemm._config(torch.float32, aligned=True), "BLOCK_M": 32}
+    rows = tune.measure_target(target._replace(candidates=[candidate]), SETTINGS)
+    assert [row.exact for row in rows] == [True, True]
+
+
+def test_a_candidate_is_what_the_kernel_is_launched_with(launched: list[dict[str, Any]]) -> None:
+    target = attention_target("forward")
+    launched.clear()
+    with tune.launched(target, SMALL[0]):
+        target.call()
+    target.call()
+    (inside, after) = ({key: keywords[key] for key in SMALL[0]} for keywords in launched)
+    assert (inside, after) == (SMALL[0], target.recorded)
+
+
+def test_what_cannot_be_launched_costs_no_other_its_turn() -> None:
+    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1)  # no power of two
+    target = attention_target("forward")._replace(candidates=[refused, *SMALL])
+    recorded, failed, other = tune.measure_target(target, SETTINGS)
+    assert failed.error is not None and failed.ms is None and not failed.exact
+    assert recorded.ms is not None and other.ms is not None
+
+
+def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:
+    target = attention_target("forward")._replace(error=lambda: 1.0)
+    rows = tune.measure_target(target, SETTINGS)
+    assert not any(row.exact for row in rows)
+    assert tune.make_table(rows).row_count == 1
+
+
+def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -> None:
+    recorded = ops.forward_tiles(torch.bfloat16, 64, 197, 90).launch
+    assert all(launch.keys() == recorded.keys() for launch in tune.ATTENTION_LAUNCHES)
+    assert recorded in tune.ATTENTION_LAUNCHES
+    linear = gemm._config(torch.bfloat16, aligned=True)
+    assert all(launch.keys() == linear.keys() for launch in tune.LINEAR_LAUNCHES)
+    assert linear in tune.LINEAR_LAUNCHES
