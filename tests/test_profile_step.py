@@ -1,0 +1,90 @@
+"""benchmarks/profile_step.py counts all that ran in a step, once, and names what it was for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import profile_step  # noqa: E402
+import typer  # noqa: E402
+from implementations import IMPLEMENTATIONS, Setting, make_start, random_batch  # noqa: E402
+
+APP = typer.Typer()
+APP.command()(profile_step.main)
+TINY = ["--model", "vit_tiny_patch16_224", "--num-prompts", "2", "--batch-size", "1", "--steps", "1"]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("attention_forward_kernel", "attention"),
+        ("grad_kv_kernel", "attention"),
+        ("void flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
+        ("normalize_backward_kernel", "normalisation"),
+        ("activate_backward_kernel", "activation"),
+        ("linear_activate_kernel", "products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
+        ("aten::addmm", "products"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("aten::copy_", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, add>", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(name: str, kind: str) -> None:
+    assert profile_step.kind_of(name) == kind
+
+
+@pytest.fixture(scope="module")
+def profiled() -> tuple[list[profile_step.Entry], float]:
+    setting = Setting("vit_tiny_patch16_224", 2, 1, "deep", "float32")
+    start = make_start(setting, torch.device("cpu"))
+    contender = IMPLEMENTATIONS["vpt_fast"]("vpt_fast", start)
+    return profile_step.profile_steps(contender, random_batch(start.vit, 1, torch.device("cpu")), steps=2)
+
+
+def test_calls_are_those_of_one_step(profiled: tuple[list[profile_step.Entry], float]) -> None:
+    (backward,) = (entry for entry in profiled[0] if entry.name == "_FrozenBlockFunctionBackward")
+    assert backward.calls == 12
+
+
+def test_what_ran_is_no_longer_than_the_step(profiled: tuple[list[profile_step.Entry], float]) -> None:
+    entries, step_ms = profiled
+    assert 0.5 * step_ms < sum(entry.ms for entry in entries) <= step_ms
+
+
+def test_kinds_hold_every_entry_once(profiled: tuple[list[profile_step.Entry], float]) -> None:
+    entries, _ = profiled
+    kinds = profile_step.by_kind(entries)
+    assert sum(kinds.values()) == pytest.approx(sum(entry.ms for entry in entries))
+    assert next(iter(kinds)) == "products"
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    found = CliRunner().invoke(APP, [*TINY, "--memory", "recompute", "--output", str(path)])
+    assert found.exit_code == 0, found.output
+    report = json.loads(path.read_text())
+    assert report["memory"] == "recompute" and report["implementation"] == "vpt_fast"
+    assert all(row["name"][:20] in found.output for row in report["rows"][:3])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--implementation", "concat"], ["implementation", "'concat'", "concat_timm"]),
+        (["--memory", "none"], ["memory", "'none'", "recompute"]),
+        (["--dtype", "int8"], ["dtype", "'int8'", "bfloat16"]),
+        (["--implementation", "concat_timm", "--memory", "compact"], ["'compact'", "concat_timm"]),
+    ],
+)
+def test_what_cannot_be_profiled_is_named(flags: list[str], words: list[str]) -> None:
+    found = CliRunner().invoke(APP, [*TINY, *flags])
+    assert found.exit_code == 2
+    assert all(word in found.output for word in words)
