@@ -142,6 +142,36 @@ def test_autocast_error_is_at_most_that_of_concatenation(prompts: str) -> None:
         assert ours**0.5 <= 1.25 * theirs**0.5 + 1e-5, f"{name}: {ours**0.5:.2e}, concat {theirs**0.5:.2e}"
 
 
+def test_weights_rounded_once_give_what_autocast_gives_bit_for_bit() -> None:
+    model = PromptedViT(tiny_vit(torch.float32, qk_norm=True, init_values=0.1), NUM_CLASSES, 3)
+    images, labels = random_batch(model, dtype=torch.float32)
+    rounded = copy.deepcopy(model)
+    rounded.hold_frozen_weights_in(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = step(model, images, labels), step(rounded, images, labels)
+    assert torch.equal(actual.logits, expected.logits)
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(actual.gradients[name], gradient), name
+
+
+def test_weights_rounded_once_are_half_the_bytes_and_the_rest_stays() -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
+    in_blocks = "backbone.blocks."
+    others = {name: p.dtype for name, p in model.named_parameters() if not name.startswith(in_blocks)}
+    before = [sum(p.nbytes for p in block.parameters()) for block in model.backbone.blocks]
+    model.hold_frozen_weights_in(torch.bfloat16)
+    after = [sum(p.nbytes for p in block.parameters()) for block in model.backbone.blocks]
+    assert [2 * size for size in after] == before
+    assert all(model.get_parameter(name).dtype == dtype for name, dtype in others.items())
+    assert model.config.options["dtype"] is None
+
+
+def test_float64_weights_are_not_rounded() -> None:
+    model = build()
+    model.hold_frozen_weights_in(torch.bfloat16)
+    assert {p.dtype for p in model.backbone.parameters()} == {torch.float64}
+
+
 def test_grad_scaler() -> None:
     model = build(torch.float32)
     images, labels = random_batch(model, dtype=torch.float32)

@@ -124,7 +124,10 @@ def train(
         # Model and images.
         torch.manual_seed(recipe.seed)
         with cache.backbones():
-            model = build_model(recipe, len(splits.classes)).to(world.device)
+            model = build_model(recipe, len(splits.classes))
+        if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
+            model.hold_frozen_weights_in(dtype)
+        model.to(world.device)
         preprocessing = Preprocessing.for_model(
             model.data_config,
             model.image_size,

@@ -14,6 +14,7 @@ import timm
 import torch
 
 from vpt_fast import loop
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.loop import SavingFailed, TrainingDiverged, build_optimizer, train
 from vpt_fast.methods import build_model
 from vpt_fast.run import RunError, RunFolder
@@ -288,6 +289,15 @@ def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path,
 def test_low_precision_trains(recipe, tmp_path, precision):
     metrics = train(dataclasses.replace(recipe, precision=precision), tmp_path / "run").metrics
     assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
+
+
+def test_frozen_weights_are_rounded_once_and_nothing_else_changes(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, precision="bf16", epochs=2)
+    rounded = train(recipe, tmp_path / "rounded")
+    calls = []
+    monkeypatch.setattr(TunedClassifier, "hold_frozen_weights_in", lambda model, dtype: calls.append(dtype))
+    require_equal(rounded, train(recipe, tmp_path / "cast in every step"))
+    assert calls == [torch.bfloat16]
 
 
 def test_clipping_bounds_the_gradient(recipe, tmp_path):

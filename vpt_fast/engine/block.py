@@ -135,6 +135,14 @@ class FrozenBlock(nn.Module):
             parameter = None if weight is None else nn.Parameter(weight, requires_grad=False)
             self.register_parameter(name, parameter)
 
+    def hold_weights_in(self, dtype: torch.dtype) -> None:
+        """Rounds the weights to `dtype` for good, as autocast to it does in every call, forward and backward;
+        float64 stays, as it does there."""
+        for name in BlockWeights._fields:
+            weight = getattr(self, name)
+            if weight is not None and weight.dtype != torch.float64:
+                weight.data = weight.data.to(dtype)
+
     @property
     def windows(self) -> Windows | None:
         """The windows that tokens attend in; None where every token attends to every other."""
