@@ -105,11 +105,13 @@ def parts_of(root: Path, header: Mapping[str, Any]) -> list[Part]:
         )
         for model, seconds in zip(MODELS, (60, 70, 90), strict=True)
     ]
+    profiles = [benchmark(f"profile-{model}", 20, "profile_step", f"--model={model}") for model in MODELS]
     return [
         *parts,
         benchmark("attention", 60),
         benchmark("kernels", 90),
         *throughput,
+        *profiles,
         benchmark("recipe", 45),
     ]
 

@@ -52,6 +52,7 @@ MODELS = {
 }
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
+MOST_KERNELS = 10  # of a profile
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -66,11 +67,13 @@ class Report:
 
     @property
     def kind(self) -> str:
-        """ "throughput", "attention", "kernels", "recipe" or "gpu-suite", by the beginning of its name."""
-        for kind in ("attention", "kernels", "recipe", "gpu-suite"):
-            if self.path.name.startswith(f"{kind}-"):
-                return kind
-        return "throughput"
+        """A key of `SECTIONS`, by the beginning of its name, else "throughput"."""
+        return next((kind for kind in SECTIONS if self.path.name.startswith(f"{kind}-")), "throughput")
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What it is about, so that a newer file on the same takes its place."""
+        return self.device, self.kind, *map(self.content.get, ("model", "implementation", "memory"))
 
     @property
     def device(self) -> str:
@@ -387,6 +390,82 @@ def recipe_section(report: Report) -> str:
     return "\n\n".join(text)
 
 
+def profile_section(report: Report) -> str:
+    content = report.content
+    step, kinds = content["step_ms"], content["kinds_ms"]
+    spent = [{"kind": kind, "ms": ms} for kind, ms in kinds.items()]
+    spent.append({"kind": "nothing runs", "ms": max(0.0, step - sum(kinds.values()))})
+
+    def share(row: Row) -> str:
+        return f"{100 * row['ms'] / step:.0f} %"
+
+    columns: list[Column] = [("kind", field("kind")), ("ms", field("ms")), ("of the step", share)]
+    longest: list[Column] = [
+        ("kernel", lambda row: f"`{row['name'][:80]}`"),
+        *columns,
+        ("calls", field("calls", "g")),
+    ]
+    memory = "" if content["memory"] == "exact" else f", memory {content['memory']}"
+    setting = (
+        f"{model_name(content['model'])} with {content['num_prompts']} {content['prompt_type']} prompts, "
+        f"batch {content['batch_size']}, {content['dtype']}"
+    )
+    return "\n\n".join(
+        [
+            "### Where a step's time goes",
+            paragraph(
+                f"`{content['implementation']}`{memory}, {setting}:",
+                f"{number(step)} ms a step under the profiler.",
+                f"`python benchmarks/profile_step.py --model {content['model']} --implementation",
+                f"{content['implementation']}` ({report.link(PAGE, 'results')}).",
+            ),
+            table(spent, columns),
+            table(content["rows"][:MOST_KERNELS], longest),
+        ]
+    )
+
+
+def tune_section(report: Report) -> str:
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        cases.setdefault((row["kernel"], row["shape"]), []).append(row)
+    found: list[Row] = []
+    for (kernel, shape), rows in cases.items():
+        right = [row for row in rows if row["exact"] and row["ms"] is not None]
+        recorded = next((row for row in right if row["recorded"]), None)
+        best = min(right, key=lambda row: row["ms"], default=None)
+        found.append(
+            {"kernel": kernel, "shape": shape, "recorded": recorded, "best": best, "tried": len(rows)}
+        )
+
+    def launch(name: str) -> Callable[[Row], str]:
+        return lambda row: (
+            ""
+            if row[name] is None
+            else " ".join(f"{key}={value}" for key, value in row[name]["launch"].items())
+        )
+
+    def ms(name: str) -> Callable[[Row], str]:
+        return lambda row: "" if row[name] is None else spread("ms")(row[name])
+
+    columns: list[Column] = [
+        ("kernel", field("kernel")),
+        ("shape", field("shape")),
+        ("launches tried", field("tried", "d")),
+        ("recorded", launch("recorded")),
+        ("ms (min–max)", ms("recorded")),
+        ("the fastest right one", launch("best")),
+        ("ms (min–max) ", ms("best")),
+    ]
+    return "\n\n".join(
+        [
+            "### How kernels are launched",
+            f"`python benchmarks/tune.py` ({report.link(PAGE, 'results')}).",
+            table(found, columns),
+        ]
+    )
+
+
 def suite_section(report: Report) -> str:
     parts = [{"part": name, **outcome} for name, outcome in report.content["parts"].items()]
     passed = sum(part["state"] == "passed" for part in parts)
@@ -404,6 +483,8 @@ SECTIONS = {
     "attention": attention_section,
     "kernels": kernels_section,
     "recipe": recipe_section,
+    "profile": profile_section,
+    "tune": tune_section,
     "gpu-suite": suite_section,
 }
 
@@ -437,10 +518,9 @@ def performance_page(root: Path, reports: list[Report]) -> str:
         if of_device:
             text.append("### Training")
             text += [throughput_section(group) for group in of_device]
+        newest = {report.subject: report for report in reversed(here)}.values()
         for kind, section in SECTIONS.items():
-            newest = next((report for report in here if report.kind == kind), None)
-            if newest is not None:
-                text.append(section(newest))
+            text += [section(report) for report in newest if report.kind == kind]
     plots = sorted((root / PAGE.with_suffix("")).glob("*.png"))
     if plots:
         text.append("## Plots")

@@ -206,3 +206,38 @@ def test_every_link_of_the_page_leads_to_a_file() -> None:
         text = (ROOT / path).read_text()
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / path.parent / target).exists(), f"{path}: {target}"
+
+
+def profile(model: str, **fields: Any) -> dict[str, Any]:
+    setting = {
+        "model": model,
+        "num_prompts": 100,
+        "prompt_type": "deep",
+        "batch_size": 64,
+        "dtype": "bfloat16",
+    }
+    kernel = {"name": "nvjet_tst", "kind": "products", "calls": 12.0, "ms": 6.0}
+    start = {"implementation": "vpt_fast", "memory": "exact", "step_ms": 8.0, "kinds_ms": {"products": 6.0}}
+    return setting | start | {"rows": [kernel]} | fields
+
+
+def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(project: Project) -> None:
+    project.add("profile-base-old", **profile("vit_base_patch16_224", step_ms=77.0), date="2026-11-22")
+    project.add("profile-base", **profile("vit_base_patch16_224"))
+    project.add("profile-large", **profile("vit_large_patch16_224"))
+    text = project.text()
+    assert text.count("### Where a step's time goes") == 2 and "77.0 ms" not in text
+    assert line_of(text, "`nvjet_tst`") == "| `nvjet_tst` | products | 6.00 | 75 % | 12 |"
+    assert line_of(text, "nothing runs") == "| nothing runs | 2.00 | 25 % |"
+
+
+def test_of_launches_the_recorded_one_stands_beside_the_fastest_right_one(project: Project) -> None:
+    def launch(block: int, ms: float, **fields: Any) -> dict[str, Any]:
+        start = {"kernel": "forward", "shape": "head_dim 64", "launch": {"BLOCK_M": block}, "recorded": False}
+        return start | {"exact": True, "ms": ms, "ms_min": ms, "ms_max": ms} | fields
+
+    project.add("tune-h100", [launch(64, 2.0, recorded=True), launch(128, 1.5), launch(32, 1.0, exact=False)])
+    line = line_of(project.text(), "forward")
+    assert [cell.strip() for cell in line.split("|")[3:8]] == [
+        *("3", "BLOCK_M=64", "2.00 (2.00–2.00)", "BLOCK_M=128", "1.50 (1.50–1.50)"),
+    ]
