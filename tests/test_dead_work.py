@@ -278,6 +278,20 @@ def test_half_precision_keeps_half_and_float32_statistics() -> None:
     assert model.estimate_training_bytes(BATCH)["kept"] == blocks
 
 
+def test_recomputing_keeps_half_of_a_residual_stream_in_16_bits() -> None:
+    vit, estimates, kept = tiny_vit(dtype=torch.float32), [], []
+    for residual_dtype in (None, torch.bfloat16):
+        model = PromptedViT(vit, CLASSES, M, residual_dtype=residual_dtype, memory="recompute").train()
+        images, _ = random_batch(model, BATCH, dtype=torch.float32)
+        with KeptBytes(model, images) as everything, torch.autocast("cpu", torch.bfloat16):
+            model(images)
+        kept.append(everything.total)
+        with torch.autocast("cpu", torch.bfloat16):
+            estimates.append(model.estimate_training_bytes(BATCH)["kept"])
+    assert estimates[0] == 2 * estimates[1]
+    assert kept[0] - kept[1] == estimates[0] - estimates[1]  # the norm and the head behind the blocks aside
+
+
 def test_linear_probe_keeps_nothing_but_the_features() -> None:
     model = LinearProbe(tiny_vit(), CLASSES).double()
     images, _ = random_batch(model, BATCH)

@@ -292,8 +292,8 @@ class TunedClassifier(nn.Module):
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
             backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
-            overrides: `checkpoint`, where the file of the backbone's weights has moved; `dtype`, `backend`
-                and `attention`, if other than the saved ones, where the class has them.
+            overrides: `checkpoint`, where the file of the backbone's weights has moved; `dtype`, `backend`,
+                `attention` and `residual_dtype`, if other than the saved ones, where the class has them.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
@@ -315,7 +315,7 @@ class TunedClassifier(nn.Module):
         if settings["model"] != cls.__name__:
             raise ValueError(f"{path}: holds a {settings['model']}, want a {cls.__name__}")
         options = dict(settings["options"])
-        known = [name for name in ("dtype", "backend", "attention") if name in options]
+        known = [name for name in ("dtype", "backend", "attention", "residual_dtype") if name in options]
         if not cls.stores_backbone:
             known.append("checkpoint")
         unknown = sorted(overrides.keys() - set(known))
@@ -329,8 +329,9 @@ class TunedClassifier(nn.Module):
                     f"backbone: the one that {path} was trained on has no timm name; pass it as backbone=..."
                 )
             backbone = saved.name
-        if isinstance(options.get("dtype"), str):
-            options["dtype"] = getattr(torch, options["dtype"])
+        for name in ("dtype", "residual_dtype"):
+            if isinstance(options.get(name), str):
+                options[name] = getattr(torch, options[name])
         if isinstance(backbone, str):
             options |= {"pretrained": saved.pretrained and not cls.stores_backbone, **saved.kwargs}
             if saved.checkpoint is not None and not cls.stores_backbone:
@@ -385,6 +386,7 @@ class FrozenClassifier(TunedClassifier):
         backend, attention: see `kernels.get_backend`.
         timm_blocks: how many of the last blocks are timm's own instead, for what trains in them; of a Swin
             none.
+        residual_dtype: see `timm_vit.FrozenViT`; of a Swin or ConvNet None.
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -401,6 +403,7 @@ class FrozenClassifier(TunedClassifier):
         backend: str,
         attention: str,
         timm_blocks: int = 0,
+        residual_dtype: torch.dtype | None = None,
     ) -> None:
         backbone: FrozenViT | FrozenSwin | FrozenConvNet
         if isinstance(model, SwinTransformer):
@@ -409,7 +412,7 @@ class FrozenClassifier(TunedClassifier):
             backbone = FrozenConvNet(model, dtype, backend, attention)
         else:
             assert isinstance(model, VisionTransformer)
-            backbone = FrozenViT(model, dtype, backend, attention, timm_blocks)
+            backbone = FrozenViT(model, dtype, backend, attention, timm_blocks, residual_dtype)
         super().__init__(backbone, origin, num_classes, pool=pool)
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._backend, self._attention = backend, attention

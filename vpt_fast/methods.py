@@ -81,8 +81,14 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
     settings: dict[str, Any] = {"pool": recipe.pool}
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
-    if settings.get("dtype"):
-        settings["dtype"] = getattr(torch, settings["dtype"])
+    for name in ("dtype", "residual_dtype"):
+        if settings.get(name):
+            settings[name] = getattr(torch, settings[name])
+    if kind in _OTHER_CLASSES and settings.pop("residual_dtype", None) is not None:
+        raise ValueError(
+            f"residual_dtype is {recipe.residual_dtype!r}, which there is not for backbone "
+            f"{recipe.backbone!r}, a {called}; leave it out"
+        )
     if count_keyword:
         settings[count_keyword] = method.count
     if class_name in ("PromptedViT", "PromptedSwin", "PromptedConvNet"):

@@ -18,6 +18,9 @@ from vpt_fast.engine.plan import plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
 
+# Not float16: large ViTs have activations in the residual stream that it cannot hold.
+RESIDUAL_DTYPES = (None, torch.bfloat16)
+
 
 class PromptedViT(PromptedClassifier):
     """A frozen vision transformer tuned by visual prompts (Jia et al., ECCV 2022).
@@ -36,7 +39,10 @@ class PromptedViT(PromptedClassifier):
             for a backbone by its name there; ``"cls"``; ``"image"``, the mean over the patches;
             ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
         dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
-            the backbone's own. Prompts, head and the residual stream are float32 or more.
+            the backbone's own. Prompts and head are float32 or more.
+        residual_dtype: of the residual stream, the tokens between blocks: None for float32 or more.
+            ``torch.bfloat16`` rounds it after every block, as a model that is all in bfloat16 does, and
+            halves what it moves, and what ``memory="recompute"`` keeps.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
         memory: what is kept for backward: ``"exact"``, ``"compact"`` (gradients carry the rounding of 8-bit
@@ -77,6 +83,7 @@ class PromptedViT(PromptedClassifier):
         prompt_dropout_per: str = "image",
         pool: str | None = None,
         dtype: torch.dtype | None = None,
+        residual_dtype: torch.dtype | None = None,
         backend: str = "auto",
         attention: str = "auto",
         memory: str = "exact",
@@ -87,6 +94,10 @@ class PromptedViT(PromptedClassifier):
         # Every setting is checked before the backbone is built or downloaded.
         check_arguments(num_classes, pool, dtype, backend, attention)
         check_memory(memory)
+        if residual_dtype not in RESIDUAL_DTYPES:
+            raise ValueError(
+                f"residual_dtype: got {residual_dtype}, want one of {', '.join(map(str, RESIDUAL_DTYPES))}"
+            )
         settings = PromptConfig(
             num_prompts=num_prompts,
             prompt_type=prompt_type,
@@ -113,6 +124,7 @@ class PromptedViT(PromptedClassifier):
             backend=backend,
             attention=attention,
             memory=memory,
+            residual_dtype=residual_dtype,
         )
         self.prompt_settings = settings
         self._prompted = settings.prompted_blocks(self.num_blocks)
@@ -179,7 +191,9 @@ class PromptedViT(PromptedClassifier):
         self.backbone.stem.patch_embed.proj = trained
 
     def _options(self) -> dict[str, Any]:
-        return {**super()._options(), **asdict(self.prompt_settings)}
+        residual = self.backbone.residual_dtype
+        name = None if residual is None else str(residual).removeprefix("torch.")
+        return {**super()._options(), "residual_dtype": name, **asdict(self.prompt_settings)}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -204,7 +218,7 @@ class PromptedViT(PromptedClassifier):
         policy = POLICIES[self.memory_policy(x.shape[0], num_tokens)]
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             if index in added:
-                x = x + added[index]
+                x = (x + added[index]).to(x.dtype)
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             x = block(x, prompts, rows, policy)
@@ -266,6 +280,7 @@ class PromptedViT(PromptedClassifier):
                     prompt_shape=(copies, m) if own else None,
                     grad_tokens=below,
                     policy=policy,
+                    residual_dtype=self.backbone.residual_dtype,
                 )
                 block_workspace = cost.workspace_bytes(
                     block, dtype=dtype, batch_size=batch_size, num_rows=rows[1] - rows[0], policy=policy

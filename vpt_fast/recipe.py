@@ -47,8 +47,8 @@ class MethodRule:
 
 _ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
 METHODS: dict[str, MethodRule] = {
-    "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "memory")),
-    "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "memory")),
+    "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
+    "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
     "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per")),
     "cls-token": MethodRule(ENGINE_KNOBS),
     "linear": MethodRule(ENGINE_KNOBS, batch_size=2048),
@@ -195,6 +195,12 @@ class Recipe:
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = _knob(
         None, "Data type of the frozen weights.", MODEL, shown="the backbone's own"
+    )
+    residual_dtype: Literal["bfloat16"] | None = _knob(
+        None,
+        "Data type of the tokens between blocks (vpt-deep and vpt-shallow on a Vision Transformer).",
+        MODEL,
+        shown="float32",
     )
     backend: Literal["auto", "torch", "triton"] = _knob(
         "auto", "Implementation of the frozen blocks; auto is Triton's kernels on CUDA.", MODEL

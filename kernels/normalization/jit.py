@@ -110,4 +110,4 @@ def normalize_backward_kernel(
             row_offset(row, size1, size2, residual_stride0, residual_stride1, residual_stride2)[:, None] + col
         )
         out += tl.load(residual + at, mask, other=0.0).to(tl.float32)
-    tl.store(dx + row.to(tl.int64)[:, None] * d + col, out, mask)
+    tl.store(dx + row.to(tl.int64)[:, None] * d + col, out.to(dx.dtype.element_ty), mask)

@@ -137,9 +137,10 @@ def _normalize_backward(
     scale: torch.Tensor | None,
     kind: str,
     residual: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     require_device(grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
-    require_dtype(DTYPES, grad=grad.dtype)
+    require_dtype(DTYPES, grad=grad.dtype, dtype=dtype)
     require_dtype(DTYPES if scale is None else (torch.int8,), x_hat=x_hat.dtype)
     require_dtype((torch.float32,), rstd=rstd.dtype)
     require_shape(grad.shape, x_hat=x_hat, residual=residual)
@@ -147,8 +148,8 @@ def _normalize_backward(
     if scale is not None:
         require_dtype((torch.float32,), scale=scale.dtype)
     if residual is not None:
-        require_dtype((torch.float32,), residual=residual.dtype)
-    dx = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        require_dtype(DTYPES, residual=residual.dtype)
+    dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
     d = grad.shape[-1]
     _check(kind, rows.num_rows, d)
@@ -183,8 +184,9 @@ def _(
     scale: torch.Tensor | None,
     kind: str,
     residual: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+    return torch.empty(grad.shape, dtype=dtype, device=grad.device)
 
 
 def normalize(
@@ -216,9 +218,10 @@ def normalize_backward(
     scale: torch.Tensor | None,
     kind: str,
     residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`reference.normalize_backward` in one pass over all that it reads."""
-    return _normalize_backward(grad, x_hat, rstd, scale, kind, residual)
+    return _normalize_backward(grad, x_hat, rstd, scale, kind, residual, dtype or rstd.dtype)
 
 
 # One width of every class that the launcher makes a difference for: rows to a program, warps, ragged or not.

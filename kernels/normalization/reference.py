@@ -52,14 +52,14 @@ def add_normalize(
     """hidden = residual + update, and its normalisation.
 
     Args:
-        residual: (..., d), in at least float32.
+        residual: (..., d), any floating dtype.
         update: (..., d), any floating dtype.
         eps, kind, dtype, pack: as for `normalize`.
 
     Returns:
         hidden (..., d) in residual's dtype, and what `normalize` gives for it.
     """
-    hidden = residual + update
+    hidden = (residual + update).to(residual.dtype)
     return hidden, *normalize(hidden, eps, kind, dtype, pack=pack)
 
 
@@ -70,6 +70,7 @@ def normalize_backward(
     scale: torch.Tensor | None,
     kind: str,
     residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Gradient of x from the gradient of x̂.
 
@@ -82,9 +83,10 @@ def normalize_backward(
         scale: of the codes; None with x̂ itself.
         kind: ``"layer"`` or ``"rms"``.
         residual: (..., d), a gradient to add to the result, or None.
+        dtype: of the result; None for rstd's.
 
     Returns:
-        dx (..., d) in rstd's dtype.
+        dx (..., d) in `dtype`, rounded once.
     """
     grad = grad.to(rstd.dtype)
     x_hat = x_hat.to(rstd.dtype)
@@ -107,4 +109,6 @@ def normalize_backward(
     else:
         dx = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
     dx = dx.mul_(rstd)
-    return dx if residual is None else dx.add_(residual)
+    if residual is not None:
+        dx = dx.add_(residual)
+    return dx if dtype is None else dx.to(dtype)

@@ -99,6 +99,18 @@ def test_normalize_backward(shape, kind, dtype, packed):
     assert_as_good_as(dx, eager * rstd_of(x, kind) + residual, exact)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_residual_stream_of_16_bits_is_rounded_once(kind):
+    residual, update, above = (make(197, 768, seed=i, dtype=torch.bfloat16) for i in range(3))
+    hidden, x_hat, rstd, *_ = assert_equal_twice(
+        ops.add_normalize, residual, update, EPS, kind, torch.bfloat16
+    )
+    assert torch.equal(hidden, (residual.float() + update.float()).bfloat16())
+    dx = assert_equal_twice(ops.normalize_backward, update, x_hat, rstd, None, kind, above, torch.bfloat16)
+    wide = ops.normalize_backward(update, x_hat, rstd, None, kind, above.float())
+    assert_as_good_as(dx, wide.bfloat16(), wide)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_of_a_packed_projection(dtype):
     qkv = make(3, 197, 3, 12, 64, seed=0, dtype=dtype)

@@ -126,6 +126,17 @@ def test_normalize_backward(shape, kind, dtype, with_residual):
     assert_as_good_as(dx, eager, exact)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_residual_stream_of_16_bits_is_rounded_once(kind):
+    residual, update = random(5, 48, seed=0).half(), random(5, 48, seed=1).half()
+    hidden, x_hat, rstd, *_ = ops.add_normalize(residual, update, EPS, kind, torch.float16)
+    assert torch.equal(hidden, (residual.float() + update.float()).half())
+    assert torch.equal(x_hat, ops.normalize(hidden.float(), EPS, kind, torch.float16)[0])
+    above = random(5, 48, seed=2).half()
+    dx = ops.normalize_backward(update, x_hat, rstd, None, kind, above, torch.float16)
+    assert torch.equal(dx, ops.normalize_backward(update, x_hat, rstd, None, kind, above.float()).half())
+
+
 def backward_formula(grad, x_hat, rstd, kind):
     dx = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
     if kind == "layer":
@@ -201,7 +212,8 @@ def call(op, **changed):
         ("normalize_backward", {"x_hat": torch.ones(4, 8).char()}, "x_hat: got torch.int8"),
         ("normalize_backward", {"scale": torch.ones(4, 1)}, "x_hat: got torch.float32"),
         ("normalize_backward", {"rstd": torch.ones(4)}, r"rstd: got shape \(4,\), want \(4, 1\)"),
-        ("normalize_backward", {"residual": torch.ones(4, 8).half()}, "residual: got torch.float16"),
+        ("normalize_backward", {"residual": torch.ones(4, 8).double()}, "residual: got torch.float64"),
+        ("normalize_backward", {"dtype": torch.float64}, "dtype: got torch.float64"),
         ("normalize_backward", {"kind": "batch"}, "kind: got 'batch'"),
     ],
 )
@@ -223,9 +235,12 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(op, monkeypatch):
         (ops._normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, True)),
         (ops._normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, False)),
         (ops._add_normalize, (torch.ones(3, 8), torch.ones(3, 8), EPS, "rms", torch.float16, True)),
-        (ops._normalize_backward, (torch.ones(3, 8), torch.ones(3, 8), torch.ones(3, 1), None, "rms", None)),
+        *(
+            (ops._normalize_backward, (*[torch.ones(3, 8)] * 2, torch.ones(3, 1), None, "rms", None, dtype))
+            for dtype in (torch.float32, torch.float16)
+        ),
     ],
-    ids=["packed", "plain", "add", "backward"],
+    ids=["packed", "plain", "add", "backward", "backward-fp16"],
 )
 def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

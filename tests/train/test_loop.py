@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from vpt_fast import loop
+from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.loop import SavingFailed, TrainingDiverged, build_optimizer, train
 from vpt_fast.methods import build_model
@@ -291,6 +291,14 @@ def test_low_precision_trains(recipe, tmp_path, precision):
     assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
 
 
+def test_a_residual_stream_in_bfloat16_trains_and_is_saved(recipe, tmp_path):
+    settings = dict(precision="bf16", residual_dtype="bfloat16")
+    metrics = train(dataclasses.replace(recipe, **settings), tmp_path / "run").metrics
+    assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
+    saved = load_pretrained(tmp_path / "run" / "prompts")
+    assert saved.backbone.residual_dtype == torch.bfloat16
+
+
 def test_frozen_weights_are_rounded_once_and_nothing_else_changes(recipe, tmp_path, monkeypatch):
     recipe = dataclasses.replace(recipe, precision="bf16", epochs=2)
     rounded = train(recipe, tmp_path / "rounded")
@@ -325,8 +333,6 @@ def test_clipping_bounds_the_gradient(recipe, tmp_path):
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
 def test_prompt_settings_reach_the_saved_model(recipe, tmp_path, settings):
-    from vpt_fast import load_pretrained
-
     recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, **settings)
     result = train(recipe, tmp_path / "run")
     saved = load_pretrained(tmp_path / "run" / "prompts").trainable_state_dict()

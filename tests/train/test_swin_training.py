@@ -54,3 +54,12 @@ def test_prompt_location_that_there_is_not_for_a_swin_is_named():
     )  # fmt: skip
     with pytest.raises(ValueError, match="prompt_location='pad': not with a SwinTransformer"):
         build_model(recipe, 3)
+
+
+def test_a_residual_stream_in_16_bits_is_refused_with_the_backbone():
+    recipe = Recipe(
+        data="", backbone=SWIN, method="vpt-deep", residual_dtype="bfloat16", pretrained=False,
+        backbone_arg=SMALL,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"residual_dtype is 'bfloat16'.*for backbone '{SWIN}'"):
+        build_model(recipe, 3)

@@ -69,6 +69,7 @@ class FrozenViT(nn.Module):
         backend, attention: see `kernels.get_backend`.
         timm_blocks: how many of the last blocks are copies of timm's own and not folded, for methods that
             train in them. They and what stands behind them are in float32 or more, whatever `dtype` is.
+        residual_dtype: of the residual stream, the tokens between blocks: None for float32 or more.
 
     Raises:
         ValueError: the model has a part that is not supported; the message names it.
@@ -81,10 +82,12 @@ class FrozenViT(nn.Module):
         backend: str = "auto",
         attention: str = "auto",
         timm_blocks: int = 0,
+        residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         operations = get_backend(backend, attention)
         _check(vit)
+        self.residual_dtype = residual_dtype
         # Everything but blocks and classifier, in one deep copy.
         self.stem: VisionTransformer = copy.deepcopy(
             vit, memo={id(vit.blocks): nn.Identity(), id(vit.head): nn.Identity()}
@@ -174,15 +177,15 @@ class FrozenViT(nn.Module):
         return tuple(self.stem.patch_embed.patch_size)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) -> tokens before the first block (B, N, d), in at least float32.
+        """(B, C, height, width) -> tokens before the first block (B, N, d), in `residual_dtype`.
 
-        The residual stream is at least float32 whatever the weights' dtype: it is not kept for backward,
-        so that its precision costs no memory.
+        Float32 costs no memory but under the policy "recompute", since else the residual stream is not kept
+        for backward; it costs time, since every block reads and writes it.
         """
         x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
         x = self._norm_pre(self.stem.patch_drop(self.stem._pos_embed(x)))
         # Without a prefix token nothing has copied the convolution's channels to the end yet.
-        return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+        return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
         """Prompts given as a strip of patches: (1, C, p, p·m) -> (1, m, d), with no position added."""

@@ -163,7 +163,7 @@ class FrozenBlock(nn.Module):
         """The block's output for the rows that are read.
 
         Args:
-            tokens: (B, N, d), the residual stream, in at least float32.
+            tokens: (B, N, d), the residual stream.
             prompts: (1, m, d) where they are the same for every image, (B, m, d) where they differ, or None.
             rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
             policy: what is kept for backward.
@@ -189,7 +189,7 @@ class FrozenBlock(nn.Module):
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
-            prompts = prompts.to(tokens.dtype)
+            prompts = prompts.to(torch.promote_types(tokens.dtype, torch.float32))
         if is_kept:
             return _FrozenBlockFunction.apply(tokens, prompts, call, *weights)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -269,7 +269,8 @@ def _forward(
         if call.num_fresh_rows:
             prompt_q = _project(prompt_x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
             q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
-            residual = torch.cat((residual, prompts[:, call.fresh].expand(batch, -1, -1)), dim=1)
+            fresh = prompts[:, call.fresh].to(x.dtype)
+            residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
 
     q_rstd = k_rstd = None
     q_in, k_in, prompt_k_in = q, k, prompt_k
@@ -295,7 +296,7 @@ def _forward(
     u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
     activated, mlp_codes, mlp_scale = ops.activate(u, spec.activation, pack=policy.pack)
     # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
-    output = hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)
+    output = (hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)).to(x.dtype)
 
     if policy.recompute_mlp:
         mlp = None
@@ -336,7 +337,7 @@ def _backward(
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
     grad_u = ops.activate_backward(grad.to(dtype) @ w.fc2_weight, mlp, kept.mlp_scale, spec.activation)
     grad_hidden = ops.normalize_backward(
-        grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad
+        grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad, grad.dtype
     )
     # Attention's output: (B, R, d) -> (B, R, H, D)
     grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, heads)
@@ -396,7 +397,7 @@ def _backward(
             grad_x_hat[:, call.image] += grad_q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
         grad_tokens = ops.normalize_backward(
             grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
-            grad_hidden if call.packed else None,
+            grad_hidden if call.packed else None, grad.dtype,
         )  # fmt: skip
         if not call.packed:
             grad_tokens[:, call.image] += grad_hidden[:, :num_image]
@@ -417,7 +418,7 @@ def _backward(
             grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, kept.prompt_scale, spec.norm1[0]
         )
         if call.num_fresh_rows:
-            grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:])
+            grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
     return grad_tokens, grad_prompts
 
 

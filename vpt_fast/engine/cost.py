@@ -33,6 +33,7 @@ def kept_bytes(
     prompt_shape: tuple[int, int] | None,
     grad_tokens: bool,
     policy: MemoryPolicy,
+    residual_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes that one call of a block keeps for backward.
 
@@ -45,6 +46,7 @@ def kept_bytes(
         prompt_shape: (1 or B, m) of the prompts that enter it, or None.
         grad_tokens: whether anything below it is trained.
         policy: what is kept.
+        residual_dtype: of the residual stream; None for float32 or more.
     """
     heads = block.spec.num_heads
     attn_dim = heads * block.spec.head_dim
@@ -60,7 +62,8 @@ def kept_bytes(
     copies, m = prompt_shape or (0, 0)
 
     if policy.recompute_block:  # the inputs; prompts that all images share are the parameter itself
-        return (batch_size * num_tokens + (copies * m if copies > 1 else 0)) * embed_dim * stat
+        residual = stat if residual_dtype is None else residual_dtype.itemsize
+        return (batch_size * num_tokens * residual + (copies * m if copies > 1 else 0) * stat) * embed_dim
 
     def x_hat(num: int, packed: bool) -> int:
         """x̂ and rstd of `num` rows; packed with a scale."""
