@@ -104,16 +104,27 @@ def large(name: str) -> torch.nn.Module:
     return timm.create_model(name, num_classes=0, **LARGE[name]).cuda()
 
 
+@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16], ids=["", "bfloat16-residual"])
 @pytest.mark.parametrize("memory", POLICIES)
 @pytest.mark.parametrize("name", LARGE)
-def test_gradients_of_large_models_in_bfloat16(name: str, memory: str) -> None:
+def test_gradients_of_large_models_in_bfloat16(
+    name: str, memory: str, residual_dtype: torch.dtype | None
+) -> None:
     """Error from float64 at most 1.25 times that of concatenation in bfloat16."""
     vit = large(name)
     exact = PromptedViT(vit, CLASSES, 100, backend="torch").double()
     state = {key: t.clone() for key, t in exact.trainable_state_dict().items()}
     images = random_batch(exact, 4, CLASSES, torch.float32)[0].cuda()
     expected = gradients(exact, images.double())
-    fast = PromptedViT(vit, CLASSES, 100, dtype=torch.bfloat16, backend="triton", memory=memory)
+    fast = PromptedViT(
+        vit,
+        CLASSES,
+        100,
+        dtype=torch.bfloat16,
+        residual_dtype=residual_dtype,
+        backend="triton",
+        memory=memory,
+    )
     fast.load_trainable_state_dict(state)
     plain = ConcatenatedViT(vit.to(torch.bfloat16), CLASSES, num_prompts=100).load_trainables(state)
     actual, eager = gradients(fast, images), gradients(plain, images)
