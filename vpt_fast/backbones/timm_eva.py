@@ -144,16 +144,23 @@ class FrozenEva(FrozenViT):
             for index in range(self.num_folded)
         ]
 
-    def timm_positions(self, image_size: tuple[int, int]) -> Positions:
+    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
         if self.rope is None:
-            return super().timm_positions(image_size)
+            return super().timm_positions(image_size, num_added)
         angles = self._timm_angles(self._grid(image_size))
+        if num_added:
+            sin, cos = angles.chunk(2, dim=-1)
+            pad = (0, 0, 0, num_added)
+            angles = torch.cat((F.pad(sin, pad), F.pad(cos, pad, value=1.0)), dim=-1)  # turned by 0
         by_block = angles[self.num_folded :] if angles.ndim == 4 else [angles] * len(self.timm_blocks)
         return [{"rope": angles} for angles in by_block]
 
     def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
         update = block.attn(block.norm1(x), **position)
         return update if block.gamma_1 is None else block.gamma_1 * update
+
+    def num_layer_scales(self, block: Any) -> int:
+        return (block.gamma_1 is not None) + (block.gamma_2 is not None)
 
     def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
         update = block.mlp(block.norm2(x))
@@ -169,16 +176,6 @@ def _check_training(vit: Eva) -> None:
             "rope_shift_coords, rope_jitter_coords, rope_rescale_coords: moving positions in training is not "
             "supported; want None"
         )
-
-
-def without_positions(position: Position, num_added: int) -> Position:
-    """The keywords of one of timm's blocks for a sequence with `num_added` tokens more at its end, which have
-    no position: they are turned by 0."""
-    if not position:
-        return position
-    sin, cos = position["rope"].chunk(2, dim=-1)
-    pad = (0, 0, 0, num_added)
-    return {"rope": torch.cat((F.pad(sin, pad), F.pad(cos, pad, value=1.0)), dim=-1)}
 
 
 def _pairs_halves(rope: Any) -> bool:

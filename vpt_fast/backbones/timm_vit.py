@@ -205,9 +205,10 @@ class FrozenViT(nn.Module):
         del image_size
         return (None,) * self.num_folded
 
-    def timm_positions(self, image_size: tuple[int, int]) -> Positions:
-        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size."""
-        del image_size
+    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
+        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size, and
+        `num_added` more behind them, which have no position."""
+        del image_size, num_added
         return ({},) * len(self.timm_blocks)
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
@@ -259,6 +260,10 @@ class FrozenViT(nn.Module):
     def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
         """What one of timm's blocks adds to its input x after attention, before stochastic depth."""
         return block.ls1(block.attn(block.norm1(x), **position))
+
+    def num_layer_scales(self, block: Any) -> int:
+        """How many LayerScales one of timm's blocks has."""
+        return sum(isinstance(scale, LayerScale) for scale in (block.ls1, block.ls2))
 
     def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
         """What it adds after the MLP."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_fast.backbones.timm_eva import TimmViT, without_positions
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
 from vpt_fast.tuning.timm_blocks import TimmClassifier
@@ -76,7 +76,7 @@ class PromptAndBiasTuning(BiasTuning):
         for block, prompts, position in zip(self.backbone.timm_blocks, sets, positions, strict=True):
             prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
             x = torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1)
-            x = block(x, **without_positions(position, prompts.shape[1]))[:, :num_tokens]
+            x = block(x, **position)[:, :num_tokens]
         return x
 
     def _num_added_tokens(self) -> int:

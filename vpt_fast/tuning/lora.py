@@ -43,6 +43,7 @@ class LoRATuning(TimmClassifier):
 
         super().__init__(backbone, num_classes, **settings)
         self.rank = rank
+        self._attn_dim: int = self.backbone.timm_blocks[0].attn.proj.in_features  # type: ignore[assignment]
         for block in self.backbone.timm_blocks:
             if isinstance(block.attn, EvaAttention):
                 # Else it reads qkv's weight, past what peft puts around the layer.
@@ -54,5 +55,5 @@ class LoRATuning(TimmClassifier):
         return {**super()._options(), "rank": self.rank}
 
     def _num_kept_beside(self) -> int:
-        # The inputs of qkv's A and of both B; proj's A reads attention's output, which is kept already.
-        return self.num_blocks * self.backbone.num_tokens * (self.embed_dim + 2 * self.rank)
+        # The inputs of qkv's A, of both B and of proj's A: attention's output with its heads side by side.
+        return self.num_blocks * self.backbone.num_tokens * (self.embed_dim + self._attn_dim + 2 * self.rank)

@@ -65,7 +65,7 @@ class TimmClassifier(TunedClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         self._check_images(images)
-        positions = self.backbone.timm_positions(size_of(images))
+        positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
         return self._logits(self._run_blocks(self.backbone.embed(images), positions), self._reads)
 
     def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
@@ -121,12 +121,14 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool, num_added: int = 0
     is_gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features != activated
     # Attention's query, key, value and output; the activation's input; of a gate, both factors too.
     narrow = 4 * attn_dim + activated * (4 if is_gated else 1)
-    if vit.is_rotary:  # query and key turned, beside the packed ones, which the value keeps alive
+    # Query and key normalised or turned, beside those as projected, which the value keeps alive with itself.
+    if block.attn.qkv is not None and (vit.is_rotary or not isinstance(block.attn.q_norm, nn.Identity)):
         narrow += 2 * attn_dim
     if not isinstance(block.mlp.norm, nn.Identity):
         narrow += activated
-    if trains_weights:  # the inputs of qkv, proj, fc1 and fc2
+    if trains_weights:  # the inputs of qkv, proj, fc1 and fc2, and of LayerScale
         narrow += 2 * embed_dim + attn_dim + activated
+        narrow += embed_dim * vit.num_layer_scales(block)
     # The residual stream before both norms, their means and deviations, the rows' log-sum-exp.
     per_token = narrow * dtype.itemsize + (2 * embed_dim + 4 + block.attn.num_heads) * wide
     # Gradients of the hidden layer and of attention's tensors, a few copies of the residual stream.
