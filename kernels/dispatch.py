@@ -11,6 +11,7 @@ from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention import reference as prompted_attention
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
+from vpt_fast.kernels.rotation import reference as rotation
 
 BACKENDS = ("auto", "torch", "triton")
 ATTENTION = ("auto", *FLASH_BACKENDS)
@@ -31,6 +32,7 @@ class Ops(NamedTuple):
     attention_backward: Callable[..., Any]
     activate: Callable[..., tuple[torch.Tensor, ...]]
     activate_backward: Callable[..., torch.Tensor]
+    rotate_: Callable[..., None]
     needs_out: bool
 
 
@@ -43,6 +45,7 @@ TORCH_OPS = Ops(
     attention_backward=prompted_attention.attention_backward,
     activate=mlp.activate,
     activate_backward=mlp.activate_backward,
+    rotate_=rotation.rotate_,
     needs_out=False,
 )
 
@@ -124,6 +127,7 @@ def _triton_ops() -> Ops:
     from vpt_fast.kernels.mlp import ops as mlp_ops
     from vpt_fast.kernels.normalization import ops as normalization_ops
     from vpt_fast.kernels.prompted_attention import ops as attention_ops
+    from vpt_fast.kernels.rotation import ops as rotation_ops
 
     return Ops(
         name="triton",
@@ -134,5 +138,6 @@ def _triton_ops() -> Ops:
         attention_backward=attention_ops.attention_backward,
         activate=mlp_ops.activate,
         activate_backward=mlp_ops.activate_backward,
+        rotate_=rotation_ops.rotate_,
         needs_out=False,
     )

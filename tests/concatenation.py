@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[
 
 
 class ConcatenatedViT(nn.Module):
-    """A frozen timm VisionTransformer with prompts, by concatenation.
+    """A frozen timm VisionTransformer or Eva with prompts, by concatenation.
 
     The settings are those of vpt_fast.PromptedViT. The trainable tensors start at zero: take them from
     another model with `load_trainables`.
@@ -39,7 +40,7 @@ class ConcatenatedViT(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: VisionTransformer | Eva,
         num_classes: int,
         num_prompts: int | None = None,
         prompt_type: str = "deep",
@@ -107,19 +108,25 @@ class ConcatenatedViT(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(images)  # (B, prefix + patches, d)
+        x, ropes = self.embed(images)  # (B, prefix + patches, d)
         held = 0  # how many prompts stand in the sequence now, right after the prefix tokens
         for i, block in enumerate(self.vit.blocks):
             if i in self.layers:
                 x, held = self.with_prompts(x, held, i)
             elif self.after_prompts == "drop":
                 x, held = self.without_prompts(x, held), 0
-            x = block(x)
+            if isinstance(self.vit, Eva):
+                # timm turns what stands behind the prefix tokens; prompts have no position either
+                block.attn.num_prefix_tokens = self.vit.num_prefix_tokens + held
+                x = block(x, rope=ropes[i])
+            else:
+                x = block(x)
         x = self.vit.fc_norm(self.pool(self.vit.norm(x), held))  # (B, d)
         return self.head(x.to(self.head.weight.dtype))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens as they enter the first block, without prompts of their own: (B, prefix + patches, d)."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Tokens as they enter the first block, without prompts of their own: (B, prefix + patches, d), and
+        what each block takes as rotary positions."""
         proj = self.patch_embedding if self.location == "concat-channel" else self.vit.patch_embed.proj
         images = images.to(proj.weight.dtype)
         if self.location == "pad":
@@ -138,7 +145,11 @@ class ConcatenatedViT(nn.Module):
                 x = x.unflatten(1, self.vit.patch_embed.grid_size)
         else:
             x = self.vit.patch_embed(images)
-        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
+        depth = len(self.vit.blocks)
+        if isinstance(self.vit, Eva):
+            x, rope = self.vit._pos_embed(x)
+            return self.vit.norm_pre(x), rope if self.vit.rope_mixed else [rope] * depth
+        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x))), [None] * depth
 
     def with_prompts(self, x: Tensor, held: int, block: int) -> tuple[Tensor, int]:
         if self.location in ("pad", "concat-channel"):  # they entered with the image

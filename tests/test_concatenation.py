@@ -184,6 +184,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": "silu"},
     "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu"},
     "swiglu_layer_scale": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "init_values": 1e-5},
+    "mlp_scale_norm": {"scale_mlp_norm": True},
     "no_embed_class": {"no_embed_class": True},
     "no_position": {"pos_embed": "none"},
     "embed_norm": {"embed_norm_layer": nn.LayerNorm},
@@ -304,7 +305,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         "gate",
     ),
     "attention_scale_norm": (lambda: tiny_vit(scale_attn_norm=True), "norm"),
-    "mlp_scale_norm": (lambda: tiny_vit(scale_mlp_norm=True), "norm"),
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(1, 1)),
         "SwinTransformer",
@@ -312,7 +312,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "swin_by_name": (lambda: "swin_tiny_patch4_window7_224", "swin_tiny"),
     "convnet_by_name": (lambda: "resnet10t", "resnet10t"),
     "post_norm_by_name": (lambda: "vit_base_patch16_rpn_224", "ResPostBlock"),
-    "eva_by_name": (lambda: "eva02_tiny_patch14_224", "eva02"),
     "no_such_name": (lambda: "vit_base_patch16_225", "vit_base_patch16_224"),
     "distilled": (lambda: "deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
 }

@@ -185,6 +185,7 @@ def parts(dtype: torch.dtype = torch.float32, **changes) -> BlockParts:
         norm2=NormParts("rms", 1e-5, random(d, seed=8, dtype=dtype), None),
         fc1=LinearParts(random(h, d, seed=9, dtype=dtype), None),
         activation="gelu",
+        mlp_norm=None,
         fc2=LinearParts(random(d, h, seed=10, dtype=dtype), random(d, seed=11, dtype=dtype)),
         scale2=None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
-        if name.endswith("gamma"):  # LayerScale
+        if name.endswith(("gamma", "gamma_1", "gamma_2")):  # LayerScale
             parameter.copy_(0.7 + 0.3 * noise)
         elif name.endswith("weight") and parameter.dim() == 1:  # a norm's
             parameter.copy_(1 + 0.3 * noise)
@@ -43,6 +44,24 @@ def tiny_vit(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> 
     vit = VisionTransformer(**(defaults | arguments))
     randomise(vit, seed)
     return vit.to(dtype).eval()
+
+
+def tiny_eva(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> Eva:
+    """A timm Eva of width 32 with 3 blocks for 32x32 images, every weight random. Built in `dtype`, as timm
+    keeps the angles of rotary positions in the dtype that a model is built in."""
+    defaults = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "num_classes": 0,
+        "use_rot_pos_emb": True,
+    }
+    eva = Eva(**(defaults | arguments), dtype=dtype)
+    randomise(eva, seed)
+    return eva.eval()
 
 
 def random_batch(

@@ -15,11 +15,11 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, Origin
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
+from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.engine import cost
@@ -284,7 +284,7 @@ class TunedClassifier(nn.Module):
     def from_pretrained(
         cls: type[_Model],
         path: str | os.PathLike[str],
-        backbone: str | VisionTransformer | None = None,
+        backbone: str | TimmViT | None = None,
         **overrides: Any,
     ) -> _Model:
         """Build a saved model again.
@@ -308,7 +308,7 @@ class TunedClassifier(nn.Module):
         cls: type[_Model],
         settings: dict[str, Any],
         tensors: dict[str, torch.Tensor],
-        backbone: str | VisionTransformer | None,
+        backbone: str | TimmViT | None,
         path: str,
         overrides: dict[str, Any],
     ) -> _Model:
@@ -411,8 +411,8 @@ class FrozenClassifier(TunedClassifier):
         elif isinstance(model, CONVNET.model):
             backbone = FrozenConvNet(model, dtype, backend, attention)
         else:
-            assert isinstance(model, VisionTransformer)
-            backbone = FrozenViT(model, dtype, backend, attention, timm_blocks, residual_dtype)
+            assert isinstance(model, TimmViT)
+            backbone = frozen_vit(model, dtype, backend, attention, timm_blocks, residual_dtype)
         super().__init__(backbone, origin, num_classes, pool=pool)
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._backend, self._attention = backend, attention

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import plan_blocks, row_range
@@ -29,9 +30,9 @@ class PromptedViT(PromptedClassifier):
     the work that concatenation does for nothing (see `engine`).
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, whose weights are
-            used as they are and which is not changed. With ``pad`` a name's image size is that of the image
-            without its border, and an instance must have been built for the image with its border.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, whose weights
+            are used as they are and which is not changed. With ``pad`` a name's image size is that of the
+            image without its border, and an instance must have been built for the image with its border.
         num_classes: of the head.
         num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
         prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
@@ -69,7 +70,7 @@ class PromptedViT(PromptedClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         num_prompts: int | None = None,
         prompt_type: str = "deep",
@@ -216,12 +217,16 @@ class PromptedViT(PromptedClassifier):
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
         policy = POLICIES[self.memory_policy(x.shape[0], num_tokens)]
-        for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
+        height, width = size_of(images)
+        border = settings.border
+        rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
+        blocks = zip(self.backbone.blocks, self._plans, rotations, strict=True)
+        for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
                 x = (x + added[index]).to(x.dtype)
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
-            x = block(x, prompts, rows, policy)
+            x = block(x, prompts, rows, policy, rotation)
         features = self.backbone.features(x, self.pool)
         return self.head(features.to(self.head.weight.dtype))
 

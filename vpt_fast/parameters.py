@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
 from vpt_fast.recipe import Recipe
@@ -131,7 +131,7 @@ def count_parameters(
 
 
 def _count(
-    name: str, lengths: Mapping[str, int | None] | None, recipe: Recipe, vit: VisionTransformer
+    name: str, lengths: Mapping[str, int | None] | None, recipe: Recipe, vit: TimmViT
 ) -> MethodParameters:
     def build(num_prompts: int | None = None) -> Any:
         resolved = replace(recipe, num_prompts=num_prompts).resolved(num_train_images=1, device_type="cpu")

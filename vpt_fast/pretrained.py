@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.classifier import TunedClassifier, read_pretrained
 from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.model import PromptedViT
@@ -41,7 +40,7 @@ MODELS: dict[str, type[TunedClassifier]] = {
 
 
 def load_pretrained(
-    path: str | os.PathLike[str], backbone: str | VisionTransformer | None = None, **overrides: Any
+    path: str | os.PathLike[str], backbone: str | TimmViT | None = None, **overrides: Any
 ) -> TunedClassifier:
     """Build the saved model in a folder or hub repository again, of whichever class it is.
 

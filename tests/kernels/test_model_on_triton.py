@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from concatenation import ConcatenatedViT, relative_error
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_vit
 
 from vpt_fast import PromptedViT
 from vpt_fast.engine.policy import POLICIES
@@ -40,6 +40,14 @@ def backbone(**arguments):
     return tiny_vit(depth=2, **arguments)
 
 
+DINOV3 = dict(rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=2, dynamic_img_size=True)
+EVAS = {
+    "dinov3_shallow": (DINOV3, SETTINGS["shallow"]),
+    "eva02_deep": (dict(swiglu_mlp=True, scale_mlp=True, qkv_fused=False), DEEP),
+    "mixed_with_qk_norm_deep": (dict(rope_type="mixed", attn_type="rope", qk_norm=True), DEEP),
+}
+
+
 def gradients(model, images) -> dict[str, torch.Tensor]:
     logits = model(images)
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits))
@@ -69,6 +77,11 @@ def test_variant_of_the_backbone_equals_concatenation(arguments: dict) -> None:
     assert max(errors(backbone(**arguments), DEEP).values()) < 2e-5
 
 
+@pytest.mark.parametrize(("arguments", "settings"), EVAS.values(), ids=EVAS)
+def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -> None:
+    assert max(errors(tiny_eva(depth=2, **arguments), settings).values()) < 2e-5
+
+
 @pytest.mark.parametrize("memory", [name for name, policy in POLICIES.items() if not policy.pack][1:])
 def test_recomputing_is_exact(memory: str) -> None:
     assert max(errors(backbone(), DEEP, memory).values()) < 2e-5
@@ -93,9 +106,14 @@ def test_dropout_per_image_equals_the_plain_operations() -> None:
         assert relative_error(found[1][name], expected.double()) < 2e-5, name
 
 
-def test_compiles_without_a_graph_break() -> None:
-    model = PromptedViT(backbone().float(), CLASSES, 7, backend="triton").train()
-    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+@pytest.mark.parametrize(
+    ("vit", "image_size"),
+    [(backbone, (32, 32)), (lambda: tiny_eva(depth=1, **DINOV3), (16, 48))],
+    ids=["vit", "rotary_at_another_image_size"],
+)
+def test_compiles_without_a_graph_break(vit, image_size: tuple[int, int]) -> None:
+    model = PromptedViT(vit().float(), CLASSES, 7, backend="triton").train()
+    images = torch.randn(2, 3, *image_size)
     eager = gradients(model, images)
     model.zero_grad()
     compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), images)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from concatenation import relative_error, step
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_vit
 from torch import nn
 from ways_to_tune import logits
 
@@ -39,18 +39,26 @@ WAYS = {
     "adapter": (AdapterTuning, {"reduction": 8}),
     "lora": (LoRATuning, {"rank": 2}),
 }
-# Registers, LayerScale, query-key norm and a mean over the patches; and the plain ViT.
+# Registers, LayerScale, query-key norm and a mean over the patches; and the plain ViT; and two of Eva.
 BACKBONES = {
     "plain": {},
     "rich": dict(reg_tokens=2, init_values=0.1, qk_norm=True, global_pool="avg", fc_norm=True),
-}
+    "dinov3": dict(
+        build=tiny_eva, rope_type="dinov3", rope_rotate_half=True, init_values=0.1, num_reg_tokens=2,
+        dynamic_img_size=True,
+    ),
+    "mixed": dict(
+        build=tiny_eva, rope_type="mixed", attn_type="rope", qkv_fused=False, swiglu_mlp=True,
+        scale_mlp=True,
+    ),
+}  # fmt: skip
 
 
-def make(method: str, dtype: torch.dtype = torch.float64, **backbone):
+def make(method: str, dtype: torch.dtype = torch.float64, build=tiny_vit, **backbone):
     """A timm model, and the method's model on it with every trained tensor moved from its start."""
     kind, options = WAYS[method]
     size = {"img_size": 64, "patch_size": 16} if method == "sidetune" else {}
-    vit = tiny_vit(dtype=dtype, **size, **backbone)
+    vit = build(dtype=dtype, **size, **backbone)
     model = kind(vit, CLASSES, **options).to(dtype)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -128,10 +136,11 @@ def test_nothing_is_kept_of_what_stands_before_the_first_adapter() -> None:
     assert with_gradient == [False, True, True]
 
 
+@pytest.mark.parametrize("backbone", ["plain", "dinov3"])
 @pytest.mark.parametrize("method", [name for name in WAYS if name != "sidetune"])
-def test_estimate_covers_what_is_kept(method: str) -> None:
-    _, model = make(method, torch.float32)
-    images, labels = random_batch(model, dtype=torch.float32)
+def test_estimate_covers_what_is_kept(method: str, backbone: str) -> None:
+    _, model = make(method, torch.float32, **BACKBONES[backbone])
+    images, labels = random_batch(model, 8, dtype=torch.float32)
     known = {storage(t) for t in (*model.parameters(), images)}
     kept: dict[int, int] = {}
 

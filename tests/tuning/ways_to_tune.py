@@ -35,13 +35,15 @@ def logits(method: str, vit: VisionTransformer, images: Tensor, trained: dict[st
         return functional_call(model, in_timm(trained) | own, images)
     features = Features(vit)
     if method == "adapter":
-        for i, block in enumerate(features.vit.blocks):
-            block.ls2.register_forward_hook(adapter(trained, f"adapters.{i}"))  # before the residual sum
+        for i, block in enumerate(features.vit.blocks):  # before the residual sum
+            scaled = block.ls2 if hasattr(block, "ls2") else with_scale(block)
+            scaled.register_forward_hook(adapter(trained, f"adapters.{i}"))
     if method == "lora":
         for i, block in enumerate(features.vit.blocks):
-            for name in ("qkv", "proj"):
-                linear = getattr(block.attn, name)
-                linear.register_forward_hook(low_rank(trained, f"backbone.blocks.{i}.attn.{name}"))
+            block.attn.qkv_bias_separate = True  # so that Eva's attention calls its qkv
+            for name, linear in block.attn.named_children():
+                if isinstance(linear, nn.Linear):
+                    linear.register_forward_hook(low_rank(trained, f"backbone.blocks.{i}.attn.{name}"))
         x = features(images)
     else:
         x = functional_call(features, in_timm(trained), images)  # (B, d)
@@ -63,6 +65,13 @@ def in_timm(trained: dict[str, Tensor]) -> dict[str, Tensor]:
         k: k.removeprefix("backbone.").removeprefix("stem.") for k in trained if k.startswith("backbone.")
     }
     return {f"vit.{name}": trained[k] for k, name in names.items()}
+
+
+def with_scale(block: nn.Module) -> nn.Module:
+    """Eva's MLP, its LayerScale taken into it."""
+    gamma, block.gamma_2 = block.gamma_2, None
+    block.mlp.register_forward_hook(lambda module, inputs, x: x if gamma is None else gamma * x)
+    return block.mlp
 
 
 def adapter(trained: dict[str, Tensor], where: str):

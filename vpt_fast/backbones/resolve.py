@@ -17,6 +17,7 @@ from timm.layers import to_2tuple
 from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
 from timm.models.efficientnet import EfficientNet
+from timm.models.eva import Eva
 from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
@@ -42,7 +43,10 @@ class Kind:
         return " or ".join(model.__name__ for model in models)
 
 
-VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
+VIT = Kind(
+    (VisionTransformer, Eva),
+    ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"),
+)
 SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",))
 CONVNET = Kind(
     (ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3, DenseNet),
@@ -54,7 +58,8 @@ CONVNET = Kind(
 
 
 def kind_of(backbone: Any) -> Kind:
-    """SWIN or CONVNET for one of these, by name or built; all else is taken for a VisionTransformer."""
+    """SWIN or CONVNET for one of these, by name or built; all else is taken for a VisionTransformer
+    or Eva."""
     if not isinstance(backbone, str):
         return next((kind for kind in (SWIN, CONVNET) if isinstance(backbone, kind.model)), VIT)
     known = KNOWN.get(backbone)

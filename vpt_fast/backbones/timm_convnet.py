@@ -157,9 +157,9 @@ class FrozenConvNet(nn.Module):
         return images.to(self._dtype)
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
-        """Images of `embed` (B, C, H, W) to the last feature map (B, C', H', W')."""
+        """Images (B, C, H, W) to the last feature map (B, C', H', W')."""
         del last  # always all of it: see head_reads_of_image
-        return self.stem.forward_features(images)
+        return self.stem.forward_features(self.embed(images))
 
     def features(self, feature_map: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The last feature map to features (B, d), by the backbone's own pooling."""

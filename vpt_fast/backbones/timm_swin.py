@@ -211,10 +211,11 @@ class FrozenSwin(nn.Module):
             )
         return Read.PATCHES
 
-    def run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
-        """Tokens (B, N, d) through all blocks, without prompts, to the last one's output (B, N', d')."""
+    def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
+        """Images (B, C, height, width) through all blocks, without prompts, to the last one's output
+        (B, N', d')."""
         del last  # as head_reads_of_image says: all of them
-        policy = POLICIES["exact"]
+        policy, tokens = POLICIES["exact"], self.embed(images)
         for index, block in enumerate(self.blocks):
             tokens, _ = self.enter(index, tokens, None, policy)
             tokens = block(tokens, None, (0, block.num_tokens), policy)
@@ -282,7 +283,6 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
                 f"{where} has a {type(part).__name__}, which is not supported; want timm's {wanted.__name__}"
             )
     attn = block.attn
-    fc1, fc2, activation = mlp_parts(block.mlp, f"{where}.mlp")
     parts = BlockParts(
         num_heads=attn.num_heads,
         norm1=norm_parts(block.norm1, f"{where}.norm1"),
@@ -292,9 +292,7 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
         proj=linear_parts(attn.proj),
         scale1=None,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
-        fc1=fc1,
-        activation=activation,
-        fc2=fc2,
+        **mlp_parts(block.mlp, f"{where}.mlp"),
         scale2=None,
     )
     spec, weights = fold(parts, dtype)

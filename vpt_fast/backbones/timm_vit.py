@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import timm.data
 import torch
@@ -18,11 +18,15 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import FrozenBlock, compute_dtype
+from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 from vpt_fast.kernels import get_backend
+
+# The keywords that one of timm's own blocks takes beside its tokens, and those of several blocks.
+Position = dict[str, torch.Tensor]
+Positions = Sequence[Position]
 
 # Pooling by name: the mean over these rows, after the final norm (Fig. 8).
 POOLS = {
@@ -86,7 +90,7 @@ class FrozenViT(nn.Module):
     ) -> None:
         super().__init__()
         operations = get_backend(backend, attention)
-        _check(vit)
+        self._check(vit)
         self.residual_dtype = residual_dtype
         # Everything but blocks and classifier, in one deep copy.
         self.stem: VisionTransformer = copy.deepcopy(
@@ -98,7 +102,7 @@ class FrozenViT(nn.Module):
         self.num_folded = len(vit.blocks) - timm_blocks
         blocks: list[nn.Module] = []
         for index, block in enumerate(vit.blocks):
-            parts = _block_parts(block, index)
+            parts = self._block_parts(block, index)
             if index < self.num_folded:
                 blocks.append(FrozenBlock(*fold(parts, dtype), operations))
             else:
@@ -134,6 +138,11 @@ class FrozenViT(nn.Module):
     def timm_blocks(self) -> Sequence[Block]:
         """The last blocks, as far as they are timm's own."""
         return self.blocks[self.num_folded :]  # type: ignore[return-value]
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether queries and keys are turned by positions."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +192,7 @@ class FrozenViT(nn.Module):
         for backward; it costs time, since every block reads and writes it.
         """
         x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
-        x = self._norm_pre(self.stem.patch_drop(self.stem._pos_embed(x)))
+        x = self._norm_pre(self._add_positions(x))
         # Without a prefix token nothing has copied the convolution's channels to the end yet.
         return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
 
@@ -194,13 +203,26 @@ class FrozenViT(nn.Module):
         x = self._norm_pre(patch_embed.norm(x))
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
-    def run_folded(self, tokens: torch.Tensor, last: Read) -> torch.Tensor:
-        """Tokens (B, N, d) through the folded blocks, without prompts, to the rows of the last one's output
-        that `last` names (B, R, d)."""
-        num_tokens, x = tokens.shape[1], tokens
-        for index, block in enumerate(self.folded_blocks):
+    def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
+        """What each folded block takes as rotary positions of an image of this (height, width)."""
+        del image_size
+        return (None,) * self.num_folded
+
+    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
+        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size, and
+        `num_added` more behind them, which have no position."""
+        del image_size, num_added
+        return ({},) * len(self.timm_blocks)
+
+    def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
+        """Images (B, C, height, width) through the folded blocks, without prompts, to the rows of the last
+        one's output that `last` names (B, R, d)."""
+        x = self.embed(images)
+        num_tokens, rotations = x.shape[1], self.rotations(size_of(images))
+        for index, (block, rotation) in enumerate(zip(self.folded_blocks, rotations, strict=True)):
             read = last if index == self.num_folded - 1 else Read.TOKENS
-            x = block(x, None, row_range(read, num_tokens, self.num_prefix_tokens, 0), POLICIES["exact"])
+            rows = row_range(read, num_tokens, self.num_prefix_tokens, 0)
+            x = block(x, None, rows, POLICIES["exact"], rotation)
         return x
 
     def folded_workspace(self, batch_size: int) -> int:
@@ -219,6 +241,37 @@ class FrozenViT(nn.Module):
             default=0,
         )
 
+    @staticmethod
+    def _check(vit: Any) -> None:
+        """Raises ValueError for a model with a part that is not supported, its blocks aside."""
+        check_methods(vit, VisionTransformer)
+        check_ends(vit)
+
+    @staticmethod
+    def _block_parts(block: Any, index: int) -> BlockParts:
+        return _block_parts(block, index)
+
+    def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches as they leave the patch embedding to all tokens with their positions."""
+        return self.stem.patch_drop(self.stem._pos_embed(x))
+
+    @property
+    def _pools_prefix_tokens(self) -> bool:
+        """Whether the model's own pooling, if it is not CLS, reads CLS and registers too."""
+        return self.stem.pool_include_prefix
+
+    def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
+        """What one of timm's blocks adds to its input x after attention, before stochastic depth."""
+        return block.ls1(block.attn(block.norm1(x), **position))
+
+    def num_layer_scales(self, block: Any) -> int:
+        """How many LayerScales one of timm's blocks has."""
+        return sum(isinstance(scale, LayerScale) for scale in (block.ls1, block.ls2))
+
+    def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        """What it adds after the MLP."""
+        return block.ls2(block.mlp(block.norm2(x)))
+
     def _norm_pre(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem.norm_pre(x.to(dtype_of(self.stem.norm_pre, default=x.dtype)))
 
@@ -231,8 +284,8 @@ class FrozenViT(nn.Module):
         if pool is None:
             if self.stem.attn_pool is None and self.stem.global_pool == "token":
                 return Read.CLS
-            return Read.TOKENS if self.stem.pool_include_prefix else Read.PATCHES
-        if pool == "cls" and not self.stem.has_class_token:
+            return Read.TOKENS if self._pools_prefix_tokens else Read.PATCHES
+        if pool == "cls" and self.stem.cls_token is None:
             raise ValueError("pool: got 'cls', and this backbone has no CLS token")
         return POOLS[pool]
 
@@ -278,12 +331,22 @@ def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
     return default
 
 
-def _check(vit: VisionTransformer) -> None:
+def size_of(images: torch.Tensor) -> tuple[int, int]:
+    """(height, width) of images (B, C, height, width)."""
+    return images.shape[2], images.shape[3]
+
+
+def check_methods(vit: nn.Module, timm_class: type[nn.Module]) -> None:
+    """Raises ValueError for a subclass of one of timm's classes that computes something else."""
     for method in ("forward_features", "_pos_embed", "pool", "forward_head"):
-        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
+        if getattr(type(vit), method) is not getattr(timm_class, method):
             raise ValueError(f"backbone: {type(vit).__name__} has its own {method}, which is not supported")
+
+
+def check_ends(vit: Any) -> None:
+    """Raises ValueError for a patch embedding or a pooling that is not supported, or no blocks between."""
     if len(vit.blocks) == 0:
-        raise ValueError("backbone: got a VisionTransformer without blocks")
+        raise ValueError(f"backbone: got a {type(vit).__name__} without blocks")
     if vit.attn_pool is None and vit.global_pool not in ("token", "avg", "max", "avgmax"):
         raise ValueError(
             f"backbone: global_pool={vit.global_pool!r} gives no feature vector; "
@@ -299,30 +362,31 @@ def _block_parts(block: Any, index: int) -> BlockParts:
     where = f"backbone: blocks.{index}"
     if type(block) is not Block:
         raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's Block")
-    attn = block.attn
-    if type(attn) is not Attention:
-        kind = type(attn).__name__
-        raise ValueError(f"{where}.attn is a {kind}, which is not supported; want timm's Attention")
-    if attn.gate is not None:
-        raise ValueError(f"{where}.attn has an output gate, which is not supported")
-    if not isinstance(attn.norm, nn.Identity):
-        raise ValueError(f"{where}.attn has a norm on its output (scale_attn_norm), which is not supported")
-    has_qk_norm = not isinstance(attn.q_norm, nn.Identity)
-    fc1, fc2, activation = mlp_parts(block.mlp, f"{where}.mlp")
+    attn: Any = block.attn
+    check_attention(attn, (Attention,), f"{where}.attn")
     return BlockParts(
         num_heads=attn.num_heads,
         norm1=norm_parts(block.norm1, f"{where}.norm1"),
         qkv=linear_parts(attn.qkv),
-        q_norm=norm_parts(attn.q_norm, f"{where}.attn.q_norm") if has_qk_norm else None,
-        k_norm=norm_parts(attn.k_norm, f"{where}.attn.k_norm") if has_qk_norm else None,
+        q_norm=optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm"),
+        k_norm=optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm"),
         proj=linear_parts(attn.proj),
         scale1=_layer_scale(block.ls1, f"{where}.ls1"),
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
-        fc1=fc1,
-        activation=activation,
-        fc2=fc2,
+        **mlp_parts(block.mlp, f"{where}.mlp"),
         scale2=_layer_scale(block.ls2, f"{where}.ls2"),
     )
+
+
+def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -> None:
+    """Raises ValueError for attention of another class, or with a part that is not supported."""
+    if type(attn) not in kinds:
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{where} is a {type(attn).__name__}, which is not supported; want timm's {wanted}")
+    if attn.gate is not None:
+        raise ValueError(f"{where} has an output gate, which is not supported")
+    if not isinstance(attn.norm, nn.Identity):
+        raise ValueError(f"{where} has a norm on its output (scale_attn_norm), which is not supported")
 
 
 def linear_parts(linear: Any) -> LinearParts:
@@ -337,6 +401,10 @@ def norm_parts(norm: nn.Module, where: str) -> NormParts:
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         return NormParts("rms", eps, norm.weight, None)
     raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
+
+
+def optional_norm_parts(norm: nn.Module, where: str) -> NormParts | None:
+    return None if isinstance(norm, nn.Identity) else norm_parts(norm, where)
 
 
 def _layer_scale(scale: nn.Module, where: str) -> torch.Tensor | None:
@@ -362,30 +430,42 @@ def _activation(act: Any, where: str) -> str:
     return names[type(act)]
 
 
-def mlp_parts(mlp: Any, where: str) -> tuple[LinearParts, LinearParts, str]:
-    """fc1 with the gate before the value where there is one, fc2, and the activation's name."""
+class MLPParts(TypedDict):
+    """The MLP's share of `BlockParts`, fc1 with the gate before the value where there is one."""
+
+    fc1: LinearParts
+    activation: str
+    mlp_norm: NormParts | None
+    fc2: LinearParts
+
+
+def mlp_parts(mlp: Any, where: str) -> MLPParts:
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise ValueError(
             f"{where} is a {type(mlp).__name__}, which is not supported; want timm's Mlp, GluMlp or SwiGLU"
         )
-    if not isinstance(mlp.norm, nn.Identity):
-        raise ValueError(f"{where} has a norm inside (scale_mlp_norm), which is not supported")
     activation = _activation(mlp.act, where)
     if type(mlp) is Mlp:
         if not isinstance(mlp.fc1, nn.Linear):
             kind = type(mlp.fc1).__name__
             raise ValueError(f"{where}.fc1 is a {kind}, which is not supported; want Linear")
-        return linear_parts(mlp.fc1), linear_parts(mlp.fc2), activation
-    if activation != "silu":
-        raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
-    if type(mlp) is GluMlp:
-        if mlp.gate_last:
-            fc1 = _join(*(_half(mlp.fc1, half) for half in (1, 0)))
+        fc1 = linear_parts(mlp.fc1)
+    else:
+        if activation != "silu":
+            raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
+        activation = "swiglu"
+        if type(mlp) is SwiGLU:
+            fc1 = join(linear_parts(mlp.fc1_g), linear_parts(mlp.fc1_x))
+        elif mlp.gate_last:
+            fc1 = join(*(_half(mlp.fc1, half) for half in (1, 0)))
         else:
             fc1 = linear_parts(mlp.fc1)
-    else:
-        fc1 = _join(linear_parts(mlp.fc1_g), linear_parts(mlp.fc1_x))
-    return fc1, linear_parts(mlp.fc2), "swiglu"
+    return MLPParts(
+        fc1=fc1,
+        activation=activation,
+        mlp_norm=optional_norm_parts(mlp.norm, f"{where}.norm"),
+        fc2=linear_parts(mlp.fc2),
+    )
 
 
 def _half(linear: Any, half: int) -> LinearParts:
@@ -393,8 +473,14 @@ def _half(linear: Any, half: int) -> LinearParts:
     return LinearParts(linear.weight.chunk(2)[half], bias)
 
 
-def _join(gate: LinearParts, value: LinearParts) -> LinearParts:
+def join(*layers: LinearParts) -> LinearParts:
+    """Linear layers of one input as one; where some have no bias, theirs is zero."""
     bias = None
-    if gate.bias is not None and value.bias is not None:
-        bias = torch.cat((gate.bias, value.bias))
-    return LinearParts(torch.cat((gate.weight, value.weight)), bias)
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat(
+            [
+                layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+                for layer in layers
+            ]
+        )
+    return LinearParts(torch.cat([layer.weight for layer in layers]), bias)

@@ -48,6 +48,19 @@ class Windows(NamedTuple):
     pad_kv: torch.Tensor | None
 
 
+class Rotation(NamedTuple):
+    """Rotary positions of a block's P patches, see `kernels.rotation.reference`. All other tokens, and all
+    prompts, have none.
+
+    sin, cos: (P, 1 or H, D/2), of the angles by which queries and keys are turned.
+    start: of the patches among the N tokens.
+    """
+
+    sin: torch.Tensor
+    cos: torch.Tensor
+    start: int
+
+
 @dataclass(frozen=True)
 class _Call:
     """What one call of a block is asked for.
@@ -111,6 +124,9 @@ class _Kept(NamedTuple):
     rstd2: torch.Tensor  # (B, R, 1)
     mlp: torch.Tensor | None  # (B, R, h): the MLP's pre-activation, or codes of the derivative there
     mlp_scale: torch.Tensor | None  # (B, R, 2), of a gated activation's codes
+    x_hat3: torch.Tensor | None  # (B, R, h), h/2 of a gated activation: only with a norm behind it
+    scale3: torch.Tensor | None  # (B, R, 1)
+    rstd3: torch.Tensor | None  # (B, R, 1)
 
 
 class FrozenBlock(nn.Module):
@@ -124,6 +140,7 @@ class FrozenBlock(nn.Module):
     qkv_weight: torch.Tensor
     proj_weight: torch.Tensor
     fc1_weight: torch.Tensor
+    fc2_weight: torch.Tensor
 
     def __init__(self, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> None:
         super().__init__()
@@ -159,6 +176,7 @@ class FrozenBlock(nn.Module):
         prompts: torch.Tensor | None,
         rows: tuple[int, int],
         policy: MemoryPolicy,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """The block's output for the rows that are read.
 
@@ -167,6 +185,7 @@ class FrozenBlock(nn.Module):
             prompts: (1, m, d) where they are the same for every image, (B, m, d) where they differ, or None.
             rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
             policy: what is kept for backward.
+            rotation: rotary positions, where the block has them.
 
         Returns:
             (B, R, d), dtype of `tokens`.
@@ -191,10 +210,13 @@ class FrozenBlock(nn.Module):
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(tokens.dtype, torch.float32))
         if is_kept:
-            return _FrozenBlockFunction.apply(tokens, prompts, call, *weights)
+            return _FrozenBlockFunction.apply(tokens, prompts, call, *(rotation or _NO_ROTATION), *weights)
         with torch.autocast(tokens.device.type, enabled=False):
-            output, _ = _forward(tokens, prompts, weights.to(call.dtype), call)
+            output, _ = _forward(tokens, prompts, rotation, weights.to(call.dtype), call)
         return output
+
+
+_NO_ROTATION = (None, None, 0)
 
 
 class _FrozenBlockFunction(torch.autograd.Function):
@@ -204,36 +226,45 @@ class _FrozenBlockFunction(torch.autograd.Function):
         tokens: torch.Tensor,
         prompts: torch.Tensor | None,
         call: _Call,
+        sin: torch.Tensor | None,
+        cos: torch.Tensor | None,
+        start: int,
         *weights: torch.Tensor | None,
     ) -> torch.Tensor:
+        rotation = _rotation(sin, cos, start)
         with torch.autocast(tokens.device.type, enabled=False):
-            output, kept = _forward(tokens, prompts, BlockWeights(*weights).to(call.dtype), call)
-        ctx.call = call
+            output, kept = _forward(tokens, prompts, rotation, BlockWeights(*weights).to(call.dtype), call)
+        ctx.call, ctx.start = call, start
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
         # go in as they came: a copy cast for autocast would be a second backbone.
         inputs_or_kept = (tokens, prompts) if call.policy.recompute_block else kept
-        ctx.save_for_backward(*weights, *inputs_or_kept)
+        ctx.save_for_backward(sin, cos, *weights, *inputs_or_kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call = ctx.call
-        saved = ctx.saved_tensors  # once: every look unpacks them all anew
+        sin, cos, *saved = ctx.saved_tensors  # once: every look unpacks them all anew
+        rotation = _rotation(sin, cos, ctx.start)
         num_weights = len(BlockWeights._fields)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             if call.policy.recompute_block:
                 tokens, prompts = saved[num_weights:]
-                _, kept = _forward(tokens, prompts, weights, call)
+                _, kept = _forward(tokens, prompts, rotation, weights, call)
             else:
                 kept = _Kept(*saved[num_weights:])
-            grad_tokens, grad_prompts = _backward(grad, kept, weights, call, ctx.needs_input_grad[1])
-        return grad_tokens, grad_prompts, None, *(None for _ in saved[:num_weights])
+            grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[1])
+        return *grads, *(None for _ in range(4 + num_weights))
+
+
+def _rotation(sin: torch.Tensor | None, cos: torch.Tensor | None, start: int) -> Rotation | None:
+    return None if sin is None or cos is None else Rotation(sin, cos, start)
 
 
 def _forward(
-    x: torch.Tensor, prompts: torch.Tensor | None, w: BlockWeights, call: _Call
+    x: torch.Tensor, prompts: torch.Tensor | None, rotation: Rotation | None, w: BlockWeights, call: _Call
 ) -> tuple[torch.Tensor, _Kept]:
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
@@ -287,6 +318,8 @@ def _forward(
         q_in = _affine(q, w.q_norm_weight, w.q_norm_bias)
         k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
         prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
+    if rotation is not None:
+        _rotate(call, rotation, q_in, k_in)
 
     out, lse = _attend(call, q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
     update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
@@ -295,11 +328,16 @@ def _forward(
     )
     u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
     activated, mlp_codes, mlp_scale = ops.activate(u, spec.activation, pack=policy.pack)
+    x_hat3 = rstd3 = codes3 = scale3 = None
+    if spec.mlp_norm is not None:
+        norm3, eps3 = spec.mlp_norm
+        x_hat3, rstd3, codes3, scale3 = ops.normalize(activated, eps3, norm3, dtype, pack=policy.pack)
+        activated = x_hat3
     # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
     output = (hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)).to(x.dtype)
 
     if policy.recompute_mlp:
-        mlp = None
+        mlp = x_hat3 = rstd3 = None
     else:
         mlp = u if mlp_codes is None else mlp_codes
     return output, _Kept(
@@ -323,11 +361,19 @@ def _forward(
         rstd2=rstd2,
         mlp=mlp,
         mlp_scale=mlp_scale,
+        x_hat3=x_hat3 if codes3 is None else codes3,
+        scale3=scale3,
+        rstd3=rstd3,
     )
 
 
 def _backward(
-    grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Call, grad_prompts_wanted: bool
+    grad: torch.Tensor,
+    kept: _Kept,
+    rotation: Rotation | None,
+    w: BlockWeights,
+    call: _Call,
+    grad_prompts_wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     spec, ops, dtype = call.spec, call.ops, call.dtype
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
@@ -335,7 +381,16 @@ def _backward(
 
     # MLP: (B, R, d) -> (B, R, h) -> (B, R, d)
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
-    grad_u = ops.activate_backward(grad.to(dtype) @ w.fc2_weight, mlp, kept.mlp_scale, spec.activation)
+    grad_activated = grad.to(dtype) @ w.fc2_weight
+    if spec.mlp_norm is not None:
+        norm3, eps3 = spec.mlp_norm
+        x_hat3, rstd3 = kept.x_hat3, kept.rstd3
+        if x_hat3 is None:
+            x_hat3, rstd3, _, _ = ops.normalize(ops.activate(mlp, spec.activation)[0], eps3, norm3, dtype)
+        grad_activated = ops.normalize_backward(
+            grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
+        )
+    grad_u = ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     grad_hidden = ops.normalize_backward(
         grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad, grad.dtype
     )
@@ -349,6 +404,8 @@ def _backward(
         q = _affine(q_hat, w.q_norm_weight, w.q_norm_bias)
         k = _affine(k_hat, w.k_norm_weight, w.k_norm_bias)
         prompt_k = _affine(prompt_k_hat, w.k_norm_weight, w.k_norm_bias)
+        if rotation is not None:
+            _rotate(call, rotation, q, k)
 
     grads, grad_q, grad_prompt_kv = None, None, None
     if call.grad_tokens:
@@ -372,6 +429,8 @@ def _backward(
             grad_q, more = part_grads.q, part_grads.prompt_kv
             grad_prompt_kv = more if grad_prompt_kv is None else grad_prompt_kv + more
 
+    if rotation is not None and call.grad_tokens:
+        _rotate(call, rotation, grad_q, grad_k, inverse=True)
     if spec.qk_norm is not None:
         # Through the norms, in place: the gradients of q and k become those of the projection's outputs.
         kind = spec.qk_norm[0]
@@ -436,6 +495,27 @@ def _attend_backward(
         return call.ops.attention_backward(*tensors, **wanted)
     in_windows: Callable[..., AttentionGrads] = window_attention_backward
     return in_windows(*tensors, call.windows.bias, num_fresh=num_fresh, **wanted)
+
+
+def _rotate(
+    call: _Call,
+    rotation: Rotation,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    *,
+    inverse: bool = False,
+) -> None:
+    """Turns the patches' rows of q (B, R, H, D) and k (B, N, H, D), or of their gradients, in place."""
+    sin, cos, start = rotation
+    stop = start + sin.shape[0]
+    if k is not None:
+        call.ops.rotate_(k[:, start:stop], sin, cos, inverse=inverse)
+    # Of the queries there are those of the image-side tokens in `call.image`.
+    first, last = max(start, call.image.start), min(stop, call.image.stop)
+    if first < last:
+        rows = slice(first - call.image.start, last - call.image.start)
+        table = slice(first - start, last - start)
+        call.ops.rotate_(q[:, rows], sin[table], cos[table], inverse=inverse)
 
 
 def _unbind_kept(kept: _Kept) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

@@ -52,6 +52,7 @@ def kept_bytes(
     attn_dim = heads * block.spec.head_dim
     embed_dim = block.proj_weight.shape[0]
     hidden_dim = block.fc1_weight.shape[0]
+    activated_dim = block.fc2_weight.shape[1]
     size = dtype.itemsize
     stat = max(size, torch.float32.itemsize)  # of rstd and lse
     num_rows = rows[1] - rows[0]
@@ -65,9 +66,9 @@ def kept_bytes(
         residual = stat if residual_dtype is None else residual_dtype.itemsize
         return (batch_size * num_tokens * residual + (copies * m if copies > 1 else 0) * stat) * embed_dim
 
-    def x_hat(num: int, packed: bool) -> int:
+    def x_hat(num: int, packed: bool, width: int = embed_dim) -> int:
         """x̂ and rstd of `num` rows; packed with a scale."""
-        return num * (embed_dim + 2 * stat if packed else embed_dim * size + stat)
+        return num * (width + 2 * stat if packed else width * size + stat)
 
     total = 0
     if grad_tokens:
@@ -87,6 +88,8 @@ def kept_bytes(
         total += batch_size * num_rows * (hidden_dim + (2 * stat if is_gated else 0))  # derivative
     elif not policy.recompute_mlp:
         total += batch_size * num_rows * hidden_dim * size  # u
+    if block.spec.mlp_norm is not None and not policy.recompute_mlp:
+        total += x_hat(batch_size * num_rows, policy.pack, activated_dim)
     if prompt_shape is not None:
         total += x_hat(copies * m, policy.pack and copies > 1) + copies * m * 2 * attn_dim * size
     if block.spec.qk_norm is not None:

@@ -7,7 +7,8 @@ A pre-norm transformer block computes
 
 Everything in it that is frozen and linear is folded into the neighbouring matrices, in at least float32:
 LN1's affine and the softmax scale into W_qkv, LN2's affine into W_1, the LayerScales γ1, γ2 into W_o, W_2.
-With query-key normalisation the softmax scale goes into the query norm's affine instead.
+With query-key normalisation the softmax scale goes into the query norm's affine instead. Where a norm stands
+between the activation and W_2 (EVA-02), its affine goes into W_2.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class BlockParts:
 
     `scale1`, `scale2` are the LayerScale vectors (d,) or None; `q_norm`, `k_norm` normalise each head's
     queries and keys over the head dimension; `activation` is one of `kernels.mlp.reference.ACTIVATIONS`,
-    with fc1 giving the gate before the value where it is packed.
+    with fc1 giving the gate before the value where it is packed; `mlp_norm` normalises what it gives.
     """
 
     num_heads: int
@@ -58,13 +59,15 @@ class BlockParts:
     norm2: NormParts
     fc1: LinearParts
     activation: str
+    mlp_norm: NormParts | None
     fc2: LinearParts
     scale2: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps)."""
+    """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps), `mlp_norm` None
+    or (kind, eps)."""
 
     num_heads: int
     head_dim: int
@@ -72,6 +75,7 @@ class BlockSpec:
     norm2: tuple[str, float]
     qk_norm: tuple[str, float, float] | None
     activation: str
+    mlp_norm: tuple[str, float] | None
 
 
 class BlockWeights(NamedTuple):
@@ -129,7 +133,8 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
 
     proj = _before_scale(parts.proj, parts.scale1)
     fc1 = after_norm(parts.norm2, parts.fc1)
-    fc2 = _before_scale(parts.fc2, parts.scale2)
+    mlp_norm = parts.mlp_norm
+    fc2 = _before_scale(parts.fc2 if mlp_norm is None else after_norm(mlp_norm, parts.fc2), parts.scale2)
     spec = BlockSpec(
         num_heads=parts.num_heads,
         head_dim=head_dim,
@@ -137,6 +142,7 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         norm2=(parts.norm2.kind, parts.norm2.eps),
         qk_norm=qk_norm,
         activation=parts.activation,
+        mlp_norm=None if mlp_norm is None else (mlp_norm.kind, mlp_norm.eps),
     )
     weights = BlockWeights(
         qkv.weight, qkv.bias, *q_norm, *k_norm,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 _INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
@@ -49,7 +50,7 @@ class AdapterTuning(TimmClassifier):
     """
 
     def __init__(
-        self, backbone: str | VisionTransformer, num_classes: int, reduction: int = 8, **settings: Any
+        self, backbone: str | TimmViT, num_classes: int, reduction: int = 8, **settings: Any
     ) -> None:
         if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
             raise ValueError(f"reduction: got {reduction!r}, want a whole number from 1")
@@ -66,10 +67,11 @@ class AdapterTuning(TimmClassifier):
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "reduction": self.reduction}
 
-    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        for block, adapter in zip(self.backbone.timm_blocks, self.adapters, strict=True):
-            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-            x = x + block.drop_path2(adapter(block.ls2(block.mlp(block.norm2(x)))))
+    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+        vit = self.backbone
+        for block, adapter, position in zip(vit.timm_blocks, self.adapters, positions, strict=True):
+            x = x + block.drop_path1(vit.attention_branch(block, x, position))
+            x = x + block.drop_path2(adapter(vit.mlp_branch(block, x)))
         return x
 
     def _num_kept_beside(self) -> int:

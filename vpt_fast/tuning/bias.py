@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
@@ -21,7 +22,7 @@ class BiasTuning(TimmClassifier):
     Args and errors are those of `TimmClassifier`.
     """
 
-    def __init__(self, backbone: str | VisionTransformer, num_classes: int, **settings: Any) -> None:
+    def __init__(self, backbone: str | TimmViT, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("bias"):
@@ -47,7 +48,7 @@ class PromptAndBiasTuning(BiasTuning):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         num_prompts: int,
         *,
@@ -68,13 +69,14 @@ class PromptAndBiasTuning(BiasTuning):
         names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
-    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
         batch_size, num_tokens = x.shape[:2]
         p = self.prompt_settings.prompt_dropout if self.training else 0.0
         sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
-        for block, prompts in zip(self.backbone.timm_blocks, sets, strict=True):
+        for block, prompts, position in zip(self.backbone.timm_blocks, sets, positions, strict=True):
             prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
-            x = block(torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1))[:, :num_tokens]
+            x = torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1)
+            x = block(x, **position)[:, :num_tokens]
         return x
 
     def _num_added_tokens(self) -> int:

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
@@ -25,7 +25,7 @@ class ClsTokenTuning(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -51,7 +51,7 @@ class ClsTokenTuning(FrozenClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         self._check_images(images)
-        rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
+        rows = self.backbone.run_folded(images, self._reads)
         return self.head(self.backbone.features(rows, self.pool).to(self.head.weight.dtype))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:

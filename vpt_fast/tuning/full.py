@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
-
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
@@ -20,7 +19,7 @@ class FullTuning(TimmClassifier):
     stores_backbone = True
     trains_weights = True
 
-    def __init__(self, backbone: str | VisionTransformer, num_classes: int, **settings: Any) -> None:
+    def __init__(self, backbone: str | TimmViT, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
         self.backbone.requires_grad_(True)
         self._freeze_what_is_not_read()

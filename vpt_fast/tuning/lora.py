@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import EvaAttention
 
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
-# In a block; the packed projection to queries, keys and values, and attention's output projection.
-_TARGETS = r"\d+\.attn\.(qkv|proj)"
+# In a block; the projections to queries, keys and values, packed or apart, and attention's output projection.
+_TARGETS = r"\d+\.attn\.(qkv|[qkv]_proj|proj)"
 
 
 def require_peft() -> None:
@@ -24,7 +25,7 @@ class LoRATuning(TimmClassifier):
     head.
 
     peft puts the updates in and starts them: A random, B at zero. Their scale is 1 (peft's lora_alpha is the
-    rank), and they have no dropout. qkv is one matrix in timm, so queries, keys and values share an A.
+    rank), and they have no dropout. Where qkv is one matrix in timm, queries, keys and values share an A.
 
     Args:
         rank: r: rows of A, columns of B.
@@ -34,9 +35,7 @@ class LoRATuning(TimmClassifier):
         ValueError: as `TimmClassifier`, for a rank out of range, and where peft is not installed.
     """
 
-    def __init__(
-        self, backbone: str | VisionTransformer, num_classes: int, rank: int = 8, **settings: Any
-    ) -> None:
+    def __init__(self, backbone: str | TimmViT, num_classes: int, rank: int = 8, **settings: Any) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: got {rank!r}, want a whole number from 1")
         require_peft()
@@ -44,6 +43,11 @@ class LoRATuning(TimmClassifier):
 
         super().__init__(backbone, num_classes, **settings)
         self.rank = rank
+        self._attn_dim: int = self.backbone.timm_blocks[0].attn.proj.in_features  # type: ignore[assignment]
+        for block in self.backbone.timm_blocks:
+            if isinstance(block.attn, EvaAttention):
+                # Else it reads qkv's weight, past what peft puts around the layer.
+                block.attn.qkv_bias_separate = True
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS)
         peft.inject_adapter_in_model(config, self.backbone.blocks)  # type: ignore[arg-type]
 
@@ -51,5 +55,5 @@ class LoRATuning(TimmClassifier):
         return {**super()._options(), "rank": self.rank}
 
     def _num_kept_beside(self) -> int:
-        # The inputs of qkv's A and of both B; proj's A reads attention's output, which is kept already.
-        return self.num_blocks * self.backbone.num_tokens * (self.embed_dim + 2 * self.rank)
+        # The inputs of qkv's A, of both B and of proj's A: attention's output with its heads side by side.
+        return self.num_blocks * self.backbone.num_tokens * (self.embed_dim + self._attn_dim + 2 * self.rank)

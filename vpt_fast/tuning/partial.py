@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
@@ -24,7 +25,8 @@ class PartialTuning(FrozenClassifier):
     An attention-pool head stays frozen.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is
+            not changed.
         num_classes: of the head.
         num_tuned_blocks: k, from 1 to the number of blocks.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
@@ -40,7 +42,7 @@ class PartialTuning(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         num_tuned_blocks: int = 1,
         *,
@@ -84,18 +86,22 @@ class PartialTuning(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
         self._check_images(images)
-        return self.backbone.run_folded(self.backbone.embed(images), Read.TOKENS)
+        return self.backbone.run_folded(images, Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Tokens before the first trained block (B, N, d) to logits (B, num_classes)."""
-        x = features
-        for block in self.backbone.timm_blocks:
-            x = block(x)
+        """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits
+        (B, num_classes)."""
+        return self._classify(features, self.image_size)
+
+    def _classify(self, features: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        x, positions = features, self.backbone.timm_positions(image_size)
+        for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
+            x = block(x, **position)
         return self._logits(x, self._reads)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
-        return self.classify(self.frozen_features(images))
+        return self._classify(self.frozen_features(images), size_of(images))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate of the memory that a training step takes at the model's own image size."""

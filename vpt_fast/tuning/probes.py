@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 
@@ -19,8 +19,8 @@ class LinearProbe(FrozenClassifier):
     """A linear head on the features of a frozen vision transformer or Swin.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or SwinTransformer,
-            whose weights are used as they are and which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva or
+            SwinTransformer, whose weights are used as they are and which is not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` (not of a Swin) or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own.
@@ -37,7 +37,7 @@ class LinearProbe(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer | SwinTransformer,
+        backbone: str | TimmViT | SwinTransformer,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -65,7 +65,7 @@ class LinearProbe(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
+        rows = self.backbone.run_folded(images, self._reads)
         return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ class MLPProbe(LinearProbe):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer | SwinTransformer,
+        backbone: str | TimmViT | SwinTransformer,
         num_classes: int,
         num_layers: int = 3,
         **settings: Any,

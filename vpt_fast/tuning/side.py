@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torchvision
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 
@@ -42,7 +42,7 @@ class SideTuning(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -79,7 +79,7 @@ class SideTuning(FrozenClassifier):
         self._check_images(images)
         dtype = self.head.weight.dtype
         with torch.no_grad():
-            rows = self.backbone.run_folded(self.backbone.embed(images), self._reads)
+            rows = self.backbone.run_folded(images, self._reads)
             base = self.backbone.features(rows, self.pool).to(dtype)
         alpha = self.alpha.sigmoid()
         return self.head(alpha * base + (1 - alpha) * self.side(images.to(dtype)))

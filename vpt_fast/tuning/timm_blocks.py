@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
+from vpt_fast.backbones.timm_vit import FrozenViT, Positions, size_of
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
@@ -23,7 +24,8 @@ class TimmClassifier(TunedClassifier):
     stands before the first trained tensor.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is
+            not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         pretrained: load the published weights (only with a name).
@@ -39,7 +41,7 @@ class TimmClassifier(TunedClassifier):
 
     def __init__(
         self,
-        backbone: str | VisionTransformer,
+        backbone: str | TimmViT,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -50,7 +52,7 @@ class TimmClassifier(TunedClassifier):
         check_arguments(num_classes, pool)
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         dtype = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
-        frozen = FrozenViT(vit, dtype, timm_blocks=len(vit.blocks))
+        frozen = frozen_vit(vit, dtype, timm_blocks=len(vit.blocks))
         super().__init__(frozen, origin, num_classes, pool=pool)
         self._reads = frozen.head_reads_of_image(pool)
 
@@ -63,12 +65,18 @@ class TimmClassifier(TunedClassifier):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         self._check_images(images)
-        return self._logits(self._run_blocks(self.backbone.embed(images)), self._reads)
+        positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
+        return self._logits(self._run_blocks(self.backbone.embed(images), positions), self._reads)
 
-    def _run_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, d) before the first block to those after the last."""
-        for block in self.backbone.timm_blocks:
-            x = block(x)
+    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Tokens (B, N, d) before the first block to those after the last.
+
+        Args:
+            x: the tokens.
+            positions: what each block takes beside them, of `FrozenViT.timm_positions`.
+        """
+        for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
+            x = block(x, **position)
         return x
 
     def _freeze_what_is_not_read(self) -> None:
@@ -113,8 +121,14 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool, num_added: int = 0
     is_gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features != activated
     # Attention's query, key, value and output; the activation's input; of a gate, both factors too.
     narrow = 4 * attn_dim + activated * (4 if is_gated else 1)
-    if trains_weights:  # the inputs of qkv, proj, fc1 and fc2
+    # Query and key normalised or turned, beside those as projected, which the value keeps alive with itself.
+    if block.attn.qkv is not None and (vit.is_rotary or not isinstance(block.attn.q_norm, nn.Identity)):
+        narrow += 2 * attn_dim
+    if not isinstance(block.mlp.norm, nn.Identity):
+        narrow += activated
+    if trains_weights:  # the inputs of qkv, proj, fc1 and fc2, and of LayerScale
         narrow += 2 * embed_dim + attn_dim + activated
+        narrow += embed_dim * vit.num_layer_scales(block)
     # The residual stream before both norms, their means and deviations, the rows' log-sum-exp.
     per_token = narrow * dtype.itemsize + (2 * embed_dim + 4 + block.attn.num_heads) * wide
     # Gradients of the hidden layer and of attention's tensors, a few copies of the residual stream.

@@ -1,0 +1,96 @@
+"""Rotation of queries and keys by their positions, in Triton.
+
+The function has the signature and the meaning of its twin in `reference`. Leading dimensions of x may have
+any strides; the last one is contiguous. Arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS
+from vpt_fast.kernels.rotation.jit import rotate_kernel
+from vpt_fast.kernels.rows import leading_rows
+
+_MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
+_NUM_WARPS = 4
+
+
+def _config(half: int) -> dict[str, int]:
+    """Eight elements of each half to a thread: one access of 16 bytes where an element has two."""
+    block_half = triton.next_power_of_2(half)
+    return {"HALF": half, "BLOCK_ROWS": 1024 // block_half, "BLOCK_HALF": block_half}
+
+
+@torch.library.custom_op("vpt_fast::rotate_", mutates_args=("x",))
+def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
+    require_device(x=x, sin=sin, cos=cos)
+    require_dtype(DTYPES, x=x.dtype, sin=sin.dtype, cos=cos.dtype)
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, want (images, patches, heads, head dim)")
+    _, num_patches, num_heads, head_dim = x.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head dim: got {head_dim}, want one of {', '.join(map(str, HEAD_DIMS))}")
+    half = head_dim // 2
+    table_heads = sin.shape[1] if sin.ndim == 3 and sin.shape[1] == num_heads else 1
+    require_shape((num_patches, table_heads, half), sin=sin, cos=cos)
+    rows = leading_rows(x=x)
+    if rows.num_rows > _MAX_ROWS:
+        raise ValueError(f"rows: got {rows.num_rows}, want at most {_MAX_ROWS}")
+    if rows.num_rows == 0:
+        return
+    config = _config(half)
+    with on_device(x):
+        rotate_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
+            x,
+            sin.contiguous(),
+            cos.contiguous(),
+            rows.num_rows,
+            num_patches,
+            num_heads,
+            table_heads,
+            *rows.sizes[1:],
+            *rows.strides[0],
+            INVERSE=inverse,
+            **config,
+            num_warps=_NUM_WARPS,
+        )
+
+
+@_rotate_.register_fake
+def _(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
+    return None
+
+
+def rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, *, inverse: bool = False) -> None:
+    """`reference.rotate_` in one pass over x."""
+    _rotate_(x, sin, cos, inverse)
+
+
+def builds(arch: int) -> list[Build]:
+    """Every head dim in bfloat16, forward; the other dtypes, and backward, at one.
+
+    `arch` (80, 90, 100) makes no difference here.
+    """
+    found = [_build(torch.bfloat16, head_dim, inverse=False) for head_dim in HEAD_DIMS]
+    found += [_build(dtype, 64, inverse=False) for dtype in (torch.float16, torch.float32)]
+    return [*found, _build(torch.bfloat16, 64, inverse=True)]
+
+
+def _build(dtype: torch.dtype, head_dim: int, *, inverse: bool) -> Build:
+    pointers = {"x": f"*{TYPE_NAMES[dtype]}", "sin": "*fp32", "cos": "*fp32"}
+    strides = [f"x_stride{dim}" for dim in range(3)]
+    integers = ["num_rows", "num_patches", "num_heads", "table_heads", "size1", "size2", *strides]
+    return Build(
+        kernel=rotate_kernel,
+        config=f"{TYPE_NAMES[dtype]} D{head_dim}{' inverse' if inverse else ''}",
+        signature={**pointers, **dict.fromkeys(integers, "i32")},
+        constexprs={"INVERSE": inverse, **_config(head_dim // 2)},
+        divisible=(*pointers, *strides),
+        num_warps=_NUM_WARPS,
+        num_stages=3,
+        wgmma=False,
+    )

@@ -1,0 +1,30 @@
+"""Rotation of queries and keys by their positions (Su et al., RoFormer, 2021), in plain PyTorch.
+
+Of a head's D dimensions, i and i + D/2 are the two coordinates of a point in a plane. A patch turns the point
+by an angle that depends on the patch's place and on i. Products of queries and keys then depend on where the
+two stand to each other. Other layouts, with i and i + 1 as a pair, are brought into this one where the
+frozen projection is read: products do not depend on the order of the dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, *, inverse: bool = False) -> None:
+    """Turns the rows of x in place, computed in at least float32.
+
+    With x = [x1, x2]:  x1 ← x1 · cos - x2 · sin,  x2 ← x2 · cos + x1 · sin.  The gradient of x is that of
+    the result, turned back.
+
+    Args:
+        x: (B, P, H, D), queries or keys of P patches, in any strides.
+        sin, cos: (P, 1 or H, D/2), of the angles; the same for all heads, or each head's own.
+        inverse: turn by the opposite angles.
+    """
+    first, second = x.chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
+    turned = first * cos - second * sin
+    second.copy_(second * cos + first * sin)
+    first.copy_(turned)

@@ -1,0 +1,243 @@
+"""Reading a timm Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary positions.
+
+Queries and keys of the patches are turned by where the patches stand; CLS, registers and prompts are not.
+What timm can build and this file does not know raises; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope
+from timm.layers.pos_embed_sincos import (
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    RotaryEmbeddingMRope,
+)
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from vpt_fast.backbones.timm_vit import (
+    FrozenViT,
+    Position,
+    Positions,
+    check_attention,
+    check_ends,
+    check_methods,
+    join,
+    linear_parts,
+    mlp_parts,
+    norm_parts,
+    optional_norm_parts,
+)
+from vpt_fast.engine.block import Rotation
+from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts
+
+TimmViT = VisionTransformer | Eva
+"""The timm models that `frozen_vit` reads."""
+
+_ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
+
+
+def frozen_vit(vit: TimmViT, *args: Any, **settings: Any) -> FrozenViT:
+    """The FrozenViT that reads this model; the others are its arguments."""
+    if isinstance(vit, Eva):
+        return FrozenEva(vit, *args, **settings)
+    return FrozenViT(vit, *args, **settings)
+
+
+class FrozenEva(FrozenViT):
+    """A timm Eva with frozen, folded blocks and no classifier. Args and errors are those of `FrozenViT`.
+
+    Attributes:
+        rope: timm's own rotary positions, or None where the model has none.
+        sin, cos: of the angles at the model's own image size, (1 or blocks, P, 1 or H, D/2); None without.
+    """
+
+    rope: Any
+    sin: torch.Tensor | None
+    cos: torch.Tensor | None
+
+    def __init__(
+        self,
+        vit: Eva,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        attention: str = "auto",
+        timm_blocks: int = 0,
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
+        if timm_blocks == len(vit.blocks):
+            _check_training(vit)
+        super().__init__(vit, dtype, backend, attention, timm_blocks, residual_dtype)  # type: ignore[arg-type]
+        # Beside the stem, which then gives tokens alone and computes no positions that nobody reads; and in
+        # at least float32 whatever `dtype` is: a rounded frequency is wrong by whole angles far out.
+        self.stem.rope = None
+        wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
+        self.rope = copy.deepcopy(vit.rope)
+        self.sin = self.cos = None
+        if self.rope is not None:
+            self.rope.to(wide).requires_grad_(False).eval()
+            if self.num_folded:
+                # Parameters and not buffers: see `FrozenBlock`.
+                sin, cos = (nn.Parameter(table, requires_grad=False) for table in self._angles(self._grid()))
+                self.sin, self.cos = sin, cos
+
+    @property
+    def is_rotary(self) -> bool:
+        return self.rope is not None
+
+    @staticmethod
+    def _check(vit: Any) -> None:
+        check_methods(vit, Eva)
+        check_ends(vit)
+        if vit.rope is not None and type(vit.rope) not in _ROPES:
+            raise ValueError(
+                f"backbone: rope is a {type(vit.rope).__name__}, which is not supported; want timm's "
+                + " or ".join(kind.__name__ for kind in _ROPES)
+            )
+
+    @staticmethod
+    def _block_parts(block: Any, index: int) -> BlockParts:
+        return _eva_block_parts(block, index)
+
+    def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, _ = self.stem._pos_embed(x)
+        return tokens
+
+    @property
+    def _pools_prefix_tokens(self) -> bool:
+        return self.stem.attn_pool is not None
+
+    def _grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(height, width) in patches of an image of this size; None for the model's own."""
+        return self.stem.patch_embed.dynamic_feat_size(image_size or self.image_size)
+
+    def _timm_angles(self, grid: tuple[int, int]) -> torch.Tensor:
+        """timm's sines and cosines, side by side: (P, 2D), or for every block and head (L, H, P, 2D)."""
+        return self.rope.get_embed(shape=grid)
+
+    def _angles(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """sin and cos (1 or L, P, 1 or H, D/2)."""
+        tables = self._timm_angles(grid).detach()
+        tables = tables.transpose(1, 2) if tables.ndim == 4 else tables.unsqueeze(1).unsqueeze(0)
+        sin, cos = tables.chunk(2, dim=-1)
+        # timm holds each angle twice, where its two coordinates are.
+        half = sin.shape[-1] // 2
+        once = slice(half) if _pairs_halves(self.rope) else slice(0, None, 2)
+        return sin[..., once].contiguous(), cos[..., once].contiguous()
+
+    def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
+        if self.sin is None or self.cos is None:
+            return super().rotations(image_size)
+        sin, cos = (
+            (self.sin, self.cos) if image_size == self.image_size else self._angles(self._grid(image_size))
+        )
+        own = len(sin) > 1  # every block's
+        return [
+            Rotation(sin[index * own], cos[index * own], self.num_prefix_tokens)
+            for index in range(self.num_folded)
+        ]
+
+    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
+        if self.rope is None:
+            return super().timm_positions(image_size, num_added)
+        angles = self._timm_angles(self._grid(image_size))
+        if num_added:
+            sin, cos = angles.chunk(2, dim=-1)
+            pad = (0, 0, 0, num_added)
+            angles = torch.cat((F.pad(sin, pad), F.pad(cos, pad, value=1.0)), dim=-1)  # turned by 0
+        by_block = angles[self.num_folded :] if angles.ndim == 4 else [angles] * len(self.timm_blocks)
+        return [{"rope": angles} for angles in by_block]
+
+    def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
+        update = block.attn(block.norm1(x), **position)
+        return update if block.gamma_1 is None else block.gamma_1 * update
+
+    def num_layer_scales(self, block: Any) -> int:
+        return (block.gamma_1 is not None) + (block.gamma_2 is not None)
+
+    def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        update = block.mlp(block.norm2(x))
+        return update if block.gamma_2 is None else block.gamma_2 * update
+
+
+def _check_training(vit: Eva) -> None:
+    """Raises ValueError for what changes positions in training, where timm's own modules are trained."""
+    if vit.patch_drop is not None:
+        raise ValueError("patch_drop_rate: dropping patches in training is not supported with an Eva; want 0")
+    if vit.rope is not None and vit.rope.aug_active:
+        raise ValueError(
+            "rope_shift_coords, rope_jitter_coords, rope_rescale_coords: moving positions in training is not "
+            "supported; want None"
+        )
+
+
+def _pairs_halves(rope: Any) -> bool:
+    """Whether a head's dimensions i and i + D/2 are a point's coordinates, and not 2i and 2i + 1."""
+    return getattr(rope, "rotate_half", isinstance(rope, RotaryEmbeddingMRope))
+
+
+def _eva_block_parts(block: Any, index: int) -> BlockParts:
+    where = f"backbone: blocks.{index}"
+    if type(block) is not EvaBlock:
+        raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's EvaBlock")
+    attn = block.attn
+    check_attention(attn, (EvaAttention, AttentionRope), f"{where}.attn")
+    if getattr(attn, "num_kv_groups", 1) > 1:
+        raise ValueError(
+            f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
+            "(num_kv_heads), which is not supported"
+        )
+    qkv = _qkv_parts(attn)
+    q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
+    k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
+    if not attn.rotate_half:
+        # Products of queries and keys do not depend on the order of a head's dimensions, as long as it is
+        # one for both: the engine knows one.
+        qkv = _reordered(qkv, attn.num_heads)
+        q_norm, k_norm = (_reordered_norm(norm) for norm in (q_norm, k_norm))
+    return BlockParts(
+        num_heads=attn.num_heads,
+        norm1=norm_parts(block.norm1, f"{where}.norm1"),
+        qkv=qkv,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        proj=linear_parts(attn.proj),
+        scale1=block.gamma_1,
+        norm2=norm_parts(block.norm2, f"{where}.norm2"),
+        **mlp_parts(block.mlp, f"{where}.mlp"),
+        scale2=block.gamma_2,
+    )
+
+
+def _qkv_parts(attn: Any) -> LinearParts:
+    """The packed projection, whether timm holds it packed or apart, with a bias on all, some or none."""
+    if attn.qkv is None:
+        return join(*(linear_parts(layer) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)))
+    bias = attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return LinearParts(attn.qkv.weight, bias)
+
+
+def _reordered(qkv: LinearParts, num_heads: int) -> LinearParts:
+    """The projection that gives each head's queries and keys as (0, 2, 4, .., 1, 3, 5, ..)."""
+    values = qkv.weight.shape[0] * 2 // 3
+    head_dim = values // (2 * num_heads)
+    order = torch.arange(qkv.weight.shape[0], device=qkv.weight.device)
+    order[:values] = order[:values].view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
+    return LinearParts(qkv.weight[order], None if qkv.bias is None else qkv.bias[order])
+
+
+def _reordered_norm(norm: NormParts | None) -> NormParts | None:
+    if norm is None:
+        return None
+    weight, bias = (None if t is None else torch.cat((t[::2], t[1::2])) for t in (norm.weight, norm.bias))
+    return NormParts(norm.kind, norm.eps, weight, bias)
