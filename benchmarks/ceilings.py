@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from flops import Shape
+from flops import Product, product
 from measure import Stopwatch, empty_cache
 
 ROUNDS = 5  # after one of warm-up
@@ -28,37 +28,27 @@ def large_product(device: torch.device, dtype: torch.dtype) -> float:
     return products([(size, size, size)], device, dtype)
 
 
-def block_products(shape: Shape, batch_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of the four products of a ViT's block, one after the other, on B images without prompts.
-
-    That is queries, keys and values; the projection; and the MLP's two. Each counts by its operations.
-    """
-    rows, d, a = batch_size * shape.num_tokens, shape.width, shape.attention_width
-    hidden = shape.mlp_weights // (2 * d)
-    sizes = [(rows, d, 3 * a), (rows, a, d), (rows, d, hidden), (rows, hidden, d)]
-    return products(sizes, device, dtype)
-
-
-def products(sizes: Sequence[tuple[int, int, int]], device: torch.device, dtype: torch.dtype) -> float:
+def products(sizes: Sequence[Product], device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of products (rows, inputs) by (inputs, outputs), one after the other, in the fastest round: a
-    ceiling is what nothing else on the machine has slowed down."""
+    ceiling is what nothing else on the machine has slowed down. Each counts by its operations."""
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
     # weights lie as nn.Linear has them
-    factors = [(random(rows, inputs), random(outputs, inputs).T) for rows, inputs, outputs in sizes]
+    factors = {size: (random(size[0], size[1]), random(size[2], size[1]).T) for size in sizes}
     seconds = []
     for round_ in range(-1, ROUNDS):
         watch = Stopwatch(device)
         watch.mark()
         for _ in range(CALLS[device.type]):
-            for left, right in factors:
+            for size in sizes:
+                left, right = factors[size]
                 left @ right
         watch.mark()
         if round_ >= 0:
             seconds += watch.seconds()
     del factors, left, right
     empty_cache(device)
-    operations = CALLS[device.type] * sum(2 * rows * inputs * outputs for rows, inputs, outputs in sizes)
+    operations = CALLS[device.type] * sum(product(*size) for size in sizes)
     return operations / min(seconds) / 1e12

@@ -1,4 +1,4 @@
-"""What got faster or slower between two results files of throughput.py, attention.py or kernels.py:
+"""What got faster or slower between two results files of throughput, attention, kernels or recipe.py:
 
     python benchmarks/compare.py OLD.json NEW.json
 
@@ -22,7 +22,7 @@ from rich.table import Table
 
 IDENTITY = (
     "model", "prompt_type", "num_prompts", "batch_size", "image_size", "op", "kind", "codes", "width",
-    "num_tokens", "num_heads", "head_dim", "dtype", "impl", "memory",
+    "num_tokens", "num_heads", "head_dim", "dtype", "impl", "memory", "pixels", "workers",
 )  # fmt: skip
 """The fields of a row that say what was measured."""
 HIGHER_IS_BETTER = "images_per_second"
@@ -91,8 +91,17 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; want a results file") from None
     if not isinstance(report, dict) or "device" not in report or not isinstance(report.get("rows"), list):
-        raise ValueError(f"{path}: has no device and rows; want a file of throughput, attention or kernels")
+        raise ValueError(
+            f"{path}: has no device and rows; want a file of throughput, attention, kernels or recipe"
+        )
     return report
+
+
+def flat_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report. Those of recipe.py hold what was measured one level down, and training with its
+    loading of images stands beside them."""
+    rows = [{**row, **(row.get("measured") or {})} for row in report["rows"]]
+    return rows + report.get("end_to_end", [])
 
 
 def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
@@ -102,8 +111,9 @@ def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
         ValueError: two rows measured the same.
     """
     found: dict[Key, dict[str, Any]] = {}
-    for row in report["rows"]:
-        fields = {"dtype": report.get("dtype"), **row}  # some files say it once, for all rows
+    common = {name: report.get(name) for name in IDENTITY}  # some files say a part once, for all rows
+    for row in flat_rows(report):
+        fields = {**common, **row}
         key = tuple((name, fields[name]) for name in IDENTITY if fields.get(name) is not None)
         if key in found:
             raise ValueError(f"two rows of {label(key)}")

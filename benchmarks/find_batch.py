@@ -55,7 +55,7 @@ def largest_batch(
         empty_cache(device)
         try:
             contender = build(start.copy_to(device))
-            images, labels = random_batch(start.vit, batch_size, device)
+            images, labels = random_batch(start, batch_size, device)
         except torch.OutOfMemoryError:
             return False
         with contender.turn(device):

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
 
+Product = tuple[int, int, int]  # rows, inputs, outputs
+
 FLASH_BACKWARD = 5 / 2  # S, dP, dQ, dK, dV against forward's S and P V: probabilities are formed again
+
+
+def product(rows: int, inputs: int, outputs: int) -> int:
+    """Operations of a matrix (rows, inputs) times one (inputs, outputs)."""
+    return 2 * rows * inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,14 @@ def shape_of(vit: VisionTransformer) -> Shape:
     )
 
 
+def block_products(shape: Shape, batch_size: int) -> list[Product]:
+    """The four products of a block on B images without prompts, one after the other: queries, keys and
+    values; the projection; and the MLP's two."""
+    rows, d, a = batch_size * shape.num_tokens, shape.width, shape.attention_width
+    hidden = shape.mlp_weights // (2 * d)
+    return [(rows, d, 3 * a), (rows, a, d), (rows, d, hidden), (rows, hidden, d)]
+
+
 def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:
     """What exact prompt tuning cannot do without; vpt_fast does no more under the memory policy "exact".
 
@@ -91,17 +106,17 @@ def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int,
         fresh = m if prompt_type == "shallow" and is_first and not is_last else 0  # of them, that are read on
         rows = shape.num_read if is_last else tokens  # tokens that are read on
         keys, all_rows = tokens + enters, rows + fresh
-        attended = _product(b * all_rows, a, d) + 2 * b * all_rows * shape.mlp_weights
-        projected = _product(enters, d, 2 * a) + _product(fresh, d, a)
-        image = _product(b * tokens, d, 2 * a) + _product(b * rows, d, a)
-        total += image + projected + 2 * _product(b * all_rows, a, keys) + attended  # forward
+        attended = product(b * all_rows, a, d) + 2 * b * all_rows * shape.mlp_weights
+        projected = product(enters, d, 2 * a) + product(fresh, d, a)
+        image = product(b * tokens, d, 2 * a) + product(b * rows, d, a)
+        total += image + projected + 2 * product(b * all_rows, a, keys) + attended  # forward
         total += attended + projected  # backward
         if is_first:
-            total += 4 * _product(b * rows, a, m)  # S, dP, dK, dV over the prompts' columns alone
-            total += 3 * _product(b * fresh, a, keys) + 2 * _product(b * fresh, a, m)
+            total += 4 * product(b * rows, a, m)  # S, dP, dK, dV over the prompts' columns alone
+            total += 3 * product(b * fresh, a, keys) + 2 * product(b * fresh, a, m)
         else:
-            total += 5 * _product(b * all_rows, a, keys) + image  # S, dP, dQ, dK, dV
-    return total + _patch_embedding(shape, b) + 3 * _product(b, d, num_classes)
+            total += 5 * product(b * all_rows, a, keys) + image  # S, dP, dQ, dK, dV
+    return total + _patch_embedding(shape, b) + 3 * product(b, d, num_classes)
 
 
 def concatenation(shape: Shape, num_prompts: int, batch_size: int, num_classes: int) -> int:
@@ -119,11 +134,11 @@ def linear_probe(shape: Shape, batch_size: int, num_classes: int) -> int:
     """What vpt_fast.LinearProbe does: forward, with the last block's output on the rows that are read, and
     the gradient of the head's weight."""
     b, n, d, a = batch_size, shape.num_tokens, shape.width, shape.attention_width
-    total = _patch_embedding(shape, b) + 2 * _product(b, d, num_classes)
+    total = _patch_embedding(shape, b) + 2 * product(b, d, num_classes)
     for block in range(shape.blocks):
         rows = shape.num_read if block == shape.blocks - 1 else n
-        total += _product(b * n, d, 2 * a) + _product(b * rows, d, a) + 2 * _product(b * rows, a, n)
-        total += _product(b * rows, a, d) + 2 * b * rows * shape.mlp_weights
+        total += product(b * n, d, 2 * a) + product(b * rows, d, a) + 2 * product(b * rows, a, n)
+        total += product(b * rows, a, d) + 2 * b * rows * shape.mlp_weights
     return total
 
 
@@ -137,19 +152,15 @@ def full_finetuning(shape: Shape, batch_size: int, num_classes: int) -> int:
 def _ordinary(shape: Shape, num_tokens: int, batch_size: int, num_classes: int) -> int:
     """Forward, and the gradients of all inputs, of a ViT of so many tokens whose head alone is trained."""
     rows = batch_size * num_tokens
-    attention = 2 * _product(rows, shape.attention_width, num_tokens)
+    attention = 2 * product(rows, shape.attention_width, num_tokens)
     blocks = shape.blocks * (2 * _linears(shape, rows) + attention + int(FLASH_BACKWARD * attention))
-    return blocks + _patch_embedding(shape, batch_size) + 3 * _product(batch_size, shape.width, num_classes)
+    return blocks + _patch_embedding(shape, batch_size) + 3 * product(batch_size, shape.width, num_classes)
 
 
 def _linears(shape: Shape, rows: int) -> int:
     """Forward through one block's matrices."""
-    return _product(rows, shape.width, 4 * shape.attention_width) + 2 * rows * shape.mlp_weights
+    return product(rows, shape.width, 4 * shape.attention_width) + 2 * rows * shape.mlp_weights
 
 
 def _patch_embedding(shape: Shape, batch_size: int) -> int:
-    return _product(batch_size * shape.num_patches, shape.patch_values, shape.width)
-
-
-def _product(rows: int, inputs: int, outputs: int) -> int:
-    return 2 * rows * inputs * outputs
+    return product(batch_size * shape.num_patches, shape.patch_values, shape.width)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import convnet_flops
+import convnet_peers
+import flops
 import peers
-import timm
+import swin_flops
+import swin_peers
 import torch
 import typer
 from measure import Contender
@@ -16,7 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
 
-from vpt_fast import LinearProbe, PromptedViT
+from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, is_supported, kind_of, resolve_backbone
+from vpt_fast.engine.policy import POLICIES
 
 NUM_CLASSES = 100
 
@@ -42,30 +48,138 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Family:
+    """What is particular to a kind of backbone.
+
+    Attributes:
+        prompted: vpt_fast's model.
+        peers: the module that holds its plain implementations.
+        flops: the module that holds its forms of operations.
+        prompt_types: that it can have, the usual one first.
+        num_prompts: where nothing else is asked for.
+        memory: vpt_fast's policies.
+        lacks: implementations that there are not, with the reason.
+    """
+
+    prompted: type
+    peers: Any
+    flops: Any
+    prompt_types: tuple[str, ...] = ("deep", "shallow")
+    num_prompts: int = 100
+    memory: tuple[str, ...] = tuple(POLICIES)
+    lacks: dict[str, str] = field(default_factory=dict)
+
+
+def _lacks(reason: str, *others: str) -> dict[str, str]:
+    return dict.fromkeys([*(f"vpt_fast_{attention}" for attention in ATTENTION[1:]), *others], reason)
+
+
+# Plain implementations read a VisionTransformer; of timm's Eva there are none.
+PLAIN_VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
+FAMILIES = {
+    VIT: Family(PromptedViT, peers, flops),
+    SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_lacks("attention in windows is plain PyTorch")),
+    CONVNET: Family(
+        PromptedConvNet,
+        convnet_peers,
+        convnet_flops,
+        prompt_types=("shallow",),
+        num_prompts=10,
+        memory=("exact",),
+        lacks={
+            **_lacks("a ConvNet has no attention"),
+            "vpt_fast_torch": "vpt_fast is plain PyTorch",
+            "concat_reference": "concat_timm is what the official code does",
+        },
+    ),
+}
+"""Kind of backbone -> what is particular to it."""
+
+
+def family_of(model: str) -> Family:
+    """By timm's name.
+
+    Raises:
+        typer.BadParameter: a model of a kind without plain implementations.
+    """
+    kinds = (PLAIN_VIT, SWIN, CONVNET)
+    if not is_supported(model, *kinds):
+        wanted = " or ".join(kind.label for kind in kinds)
+        raise typer.BadParameter(f"models: {model} has no plain implementation here, want a {wanted}")
+    return FAMILIES[kind_of(model)]
+
+
+def require_possible(setting: Setting, names: Sequence[str], memory: Sequence[str]) -> None:
+    """Raises typer.BadParameter for a prompt type, an implementation or a memory policy that there is not for
+    the setting's model, before anything is built."""
+    family = family_of(setting.model)
+    if setting.prompt_type not in family.prompt_types:
+        wanted = " or ".join(family.prompt_types)
+        raise typer.BadParameter(
+            f"prompt-type: got {setting.prompt_type} with {setting.model}, want {wanted}"
+        )
+    for name in names:
+        if name in family.lacks:
+            raise typer.BadParameter(
+                f"implementations: got {name} with {setting.model}: {family.lacks[name]}"
+            )
+    for policy in memory:
+        if policy not in family.memory:
+            wanted = " or ".join(family.memory)
+            raise typer.BadParameter(f"memory: got {policy} with {setting.model}, want {wanted}")
+
+
+@dataclass(frozen=True)
 class Start:
     """The weights that all implementations of one setting start from, on the device."""
 
-    vit: VisionTransformer  # float32
-    peer_vit: VisionTransformer  # in the dtype that peers run in
+    backbone: nn.Module  # float32
+    peer_backbone: nn.Module  # in the dtype that peers run in
     state: dict[str, Tensor]
     setting: Setting
     # vpt_fast's frozen weights by name, folded, of its first model: the others share them
     folded: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[kind_of(self.backbone)]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that all of them take."""
+        return self.family.peers.image_size(self.backbone)
+
+    @property
+    def shape(self) -> Any:
+        """What the family's forms of operations read; None where there are none."""
+        if getattr(self.backbone, "attn_pool", None) is not None:
+            return None
+        return self.family.flops.shape_of(self.backbone)
+
+    @property
     def device(self) -> torch.device:
-        return self.state["prompts"].device
+        return self.state["head.bias"].device
 
     def copy_to(self, device: torch.device) -> Start:
         """Copies of the weights on the device, which live no longer than what is made of them."""
-        vit = copy.deepcopy(self.vit).to(device)
-        peer_vit = vit if self.peer_vit is self.vit else copy.deepcopy(self.peer_vit).to(device)
+        backbone = copy.deepcopy(self.backbone).to(device)
+        is_one = self.peer_backbone is self.backbone
+        peer_backbone = backbone if is_one else copy.deepcopy(self.peer_backbone).to(device)
         state = {name: tensor.to(device, copy=True) for name, tensor in self.state.items()}
-        return replace(self, vit=vit, peer_vit=peer_vit, state=state, folded={})
+        return replace(self, backbone=backbone, peer_backbone=peer_backbone, state=state, folded={})
 
 
-Build = Callable[[VisionTransformer, dict[str, Tensor]], nn.Module]
+Build = Callable[[Any, dict[str, Tensor]], nn.Module]
 Implementation = Callable[[str, Start], Contender]
+
+
+def plain(role: str) -> Build:
+    """The class of that name among the plain implementations for the backbone's kind."""
+
+    def build(backbone: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+        return getattr(FAMILIES[kind_of(backbone)].peers, role)(backbone, state)
+
+    return build
 
 
 def peer(
@@ -75,7 +189,7 @@ def peer(
     dtype: str | None = None,
     full_precision_weights: bool = False,
 ) -> Implementation:
-    """A contender made of the ViT and the trainable tensors.
+    """A contender made of the backbone and the trainable tensors.
 
     Args:
         build: makes the model.
@@ -88,7 +202,7 @@ def peer(
         own = dtype or start.setting.dtype
         if full_precision_weights and own == "bfloat16":
             own = "amp"
-        model = build(start.peer_vit if own == "bfloat16" else start.vit, start.state)
+        model = build(start.peer_backbone if own == "bfloat16" else start.backbone, start.state)
         model = model.to(start.device).train()
         run: Any = model
         if compiled is not None:
@@ -101,12 +215,12 @@ def peer(
 
 
 def prompted(backend: str = "auto", attention: str = "auto", graphed: bool = False) -> Implementation:
-    """vpt_fast.PromptedViT under the memory policy "exact"; another is assigned to the model's `memory`."""
+    """vpt_fast's model under the memory policy "exact"; another is assigned to the model's `memory`."""
 
     def contender(name: str, start: Start) -> Contender:
         setting = start.setting
-        model = PromptedViT(
-            start.vit,
+        model = start.family.prompted(
+            start.backbone,
             NUM_CLASSES,
             setting.num_prompts,
             setting.prompt_type,
@@ -125,7 +239,7 @@ def linear_probe(name: str, start: Start) -> Contender:
     """vpt_fast.LinearProbe."""
     setting = start.setting
     dtype = torch.bfloat16 if setting.dtype == "bfloat16" else None
-    model = LinearProbe(start.vit, NUM_CLASSES, dtype=dtype).to(start.device).train()
+    model = LinearProbe(start.backbone, NUM_CLASSES, dtype=dtype).to(start.device).train()
     model.load_trainable_state_dict({key: start.state[key] for key in ("head.weight", "head.bias")})
     return Contender(name, with_folded_weights(model, start), model, autocast_dtype(setting.dtype))
 
@@ -143,19 +257,22 @@ def with_folded_weights(model: Any, start: Start) -> Any:
     return model
 
 
+DEFINITION = plain("ConcatTimm")
+"""What the gradients of every implementation but the bounds are held against, in float64."""
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast": prompted(),
     "vpt_fast_graphed": prompted(graphed=True),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
-    "concat_reference": peer(peers.ConcatReference, dtype="float32"),  # as the official code runs
-    "concat_timm": peer(peers.ConcatTimm),
-    "concat_timm_compiled": peer(peers.ConcatTimm, compiled="default"),
-    "concat_timm_max_autotune": peer(peers.ConcatTimm, compiled="max-autotune"),
-    "concat_timm_checkpointed": peer(peers.ConcatCheckpointed),
-    "concat_timm_amp": peer(peers.ConcatTimm, dtype="amp"),
-    "concat_timm_amp_compiled": peer(peers.ConcatTimm, dtype="amp", compiled="default"),
-    "no_prompts": peer(peers.NoPrompts),
+    "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs
+    "concat_timm": peer(DEFINITION),
+    "concat_timm_compiled": peer(DEFINITION, compiled="default"),
+    "concat_timm_max_autotune": peer(DEFINITION, compiled="max-autotune"),
+    "concat_timm_checkpointed": peer(plain("ConcatCheckpointed")),
+    "concat_timm_amp": peer(DEFINITION, dtype="amp"),
+    "concat_timm_amp_compiled": peer(DEFINITION, dtype="amp", compiled="default"),
+    "no_prompts": peer(plain("NoPrompts")),
     "linear_probe": linear_probe,
     # weights that are trained need more digits than bfloat16 has
     "full_finetuning": peer(peers.FullFineTuning, full_precision_weights=True),
@@ -181,7 +298,7 @@ ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled
 
 # Another computation: rows to read the others by, not ways to tune prompts. Each with what defines it.
 BOUNDS: dict[str, Build] = {
-    "no_prompts": peers.NoPrompts,
+    "no_prompts": plain("NoPrompts"),
     "linear_probe": peers.LinearProbe,
     "full_finetuning": peers.FullFineTuning,
 }
@@ -190,18 +307,20 @@ BOUNDS: dict[str, Build] = {
 def make_start(setting: Setting, device: torch.device) -> Start:
     torch.manual_seed(0)
     size: dict[str, Any] = {} if setting.image_size is None else {"img_size": setting.image_size}
-    vit = timm.create_model(setting.model, pretrained=False, num_classes=0, **size)
-    if not isinstance(vit, VisionTransformer):
-        raise typer.BadParameter(
-            f"models: {setting.model} is a {type(vit).__name__}, want a VisionTransformer"
-        )
-    vit.eval().requires_grad_(False).to(device)
-    state = peers.initial_state(vit, setting.num_prompts, setting.prompt_type, NUM_CLASSES)
-    peer_vit = copy.deepcopy(vit).to(torch.bfloat16) if setting.dtype == "bfloat16" else vit
-    return Start(vit, peer_vit, {name: tensor.to(device) for name, tensor in state.items()}, setting)
+    try:
+        backbone, _ = resolve_backbone(setting.model, False, size, kind=kind_of(setting.model))
+    except ValueError as error:
+        raise typer.BadParameter(f"models: {error}") from None
+    backbone.eval().requires_grad_(False).to(device)
+    arguments = setting.num_prompts, setting.prompt_type, NUM_CLASSES
+    state = family_of(setting.model).peers.initial_state(backbone, *arguments)
+    peer_backbone = copy.deepcopy(backbone).to(torch.bfloat16) if setting.dtype == "bfloat16" else backbone
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    return Start(backbone, peer_backbone, state, setting)
 
 
-def random_batch(vit: VisionTransformer, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_batch(start: Start, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) of the size that the start's backbone takes, and labels (B,)."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, *vit.patch_embed.img_size, generator=generator)
+    images = torch.randn(batch_size, 3, *start.image_size, generator=generator)
     return images.to(device), torch.randint(NUM_CLASSES, (batch_size,), generator=generator).to(device)

@@ -1,13 +1,15 @@
 """What vpt_fast is compared with: visual prompts by concatenation, and the bounds on either side of it.
 
-Every peer reads a timm VisionTransformer. Those by concatenation share its frozen weights and train `prompts`
-and `head`, so that one set of trainable tensors goes into all of them. They import nothing of vpt_fast.
+Every peer reads a timm VisionTransformer; swin_peers.py and convnet_peers.py have those of other backbones,
+by the same names. Those by concatenation share its frozen weights and train `prompts` and `head`, so that one
+set of trainable tensors goes into all of them. They import nothing of vpt_fast.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,10 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def with_shared_weights(vit: VisionTransformer) -> VisionTransformer:
+def with_shared_weights(backbone: nn.Module) -> Any:
     """A copy of the modules that holds the very same parameters, frozen and in eval mode."""
-    twin = copy.deepcopy(vit, {id(tensor): tensor for tensor in (*vit.parameters(), *vit.buffers())})
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    twin = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
     return twin.requires_grad_(False).eval()
+
+
+def image_size(vit: VisionTransformer) -> tuple[int, int]:
+    """(height, width) in pixels of the images that it takes."""
+    return tuple(vit.patch_embed.img_size)
 
 
 def initial_state(
@@ -29,12 +37,21 @@ def initial_state(
     prompts (prompted blocks, m, d), one block when shallow; head.weight (classes, d); head.bias (classes,).
     """
     generator = torch.Generator().manual_seed(seed)
-    patch_area, width = math.prod(vit.patch_embed.patch_size), vit.embed_dim
     blocks = len(vit.blocks) if prompt_type == "deep" else 1
-    bound = math.sqrt(6 / (3 * patch_area + width))
+    bound = prompt_bound(vit.patch_embed.patch_size, vit.embed_dim)
+    prompts = torch.empty(blocks, num_prompts, vit.embed_dim).uniform_(-bound, bound, generator=generator)
+    return {"prompts": prompts, **initial_head(num_classes, vit.embed_dim, generator)}
+
+
+def prompt_bound(patch_size: tuple[int, int], width: int) -> float:
+    """Of the uniform distribution that prompts are drawn from."""
+    return math.sqrt(6 / (3 * math.prod(patch_size) + width))
+
+
+def initial_head(num_classes: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """head.weight (classes, d) and head.bias (classes,)."""
     head = torch.empty(num_classes, width)
     return {
-        "prompts": torch.empty(blocks, num_prompts, width).uniform_(-bound, bound, generator=generator),
         "head.weight": nn.init.kaiming_normal_(head, a=0, mode="fan_out", generator=generator),
         "head.bias": torch.full((num_classes,), -math.log(99.0)),
     }
@@ -51,35 +68,44 @@ def pools_first_token(vit: VisionTransformer) -> bool:
     return vit.attn_pool is None and vit.global_pool == "token"
 
 
+def dtype_of(backbone: nn.Module) -> torch.dtype:
+    """Of its weights."""
+    return next(backbone.parameters()).dtype
+
+
 class FrozenPeer(nn.Module):
-    """Common to the peers that train nothing of the ViT: it, and a head in float32 or more.
+    """Common to the peers that train nothing of the backbone: it, and a head in float32 or more.
 
     Args:
-        vit: read, not modified; its weights are shared.
+        backbone: a timm model of any kind; read, not modified; its weights are shared.
         state: from `initial_state`.
     """
 
-    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+    def __init__(self, backbone: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
-        self.vit = with_shared_weights(vit)
+        self.backbone = with_shared_weights(backbone)
         self.head = make_head(state)
 
     def train(self, mode: bool = True) -> FrozenPeer:
         super().train(mode)
-        self.vit.eval()
+        self.backbone.eval()
         return self
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Tokens before the first block, (B, N, d)."""
-        with torch.no_grad():
-            x = self.vit.patch_embed(images.to(self.vit.patch_embed.proj.weight.dtype))
-            return self.vit.norm_pre(self.vit._pos_embed(x))
 
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features.to(self.head.weight.dtype))
 
 
-class Concatenation(FrozenPeer):
+class FrozenViT(FrozenPeer):
+    """Common to those of a ViT."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens before the first block, (B, N, d)."""
+        with torch.no_grad():
+            x = self.backbone.patch_embed(images.to(dtype_of(self.backbone)))
+            return self.backbone.norm_pre(self.backbone._pos_embed(x))
+
+
+class Concatenation(FrozenViT):
     """Common to the concatenating peers: a frozen ViT, with prompts in float32 or more."""
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
@@ -96,20 +122,20 @@ class ConcatReference(Concatenation):
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(vit, state)
-        for block in self.vit.blocks:
+        for block in self.backbone.blocks:
             block.attn.fused_attn = False
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        prefix, m, held = self.vit.num_prefix_tokens, self.prompts.shape[1], 0
-        for i, block in enumerate(self.vit.blocks):
+        prefix, m, held = self.backbone.num_prefix_tokens, self.prompts.shape[1], 0
+        for i, block in enumerate(self.backbone.blocks):
             if i < len(self.prompts):
                 x = torch.cat([x[:, :prefix], self.block_prompts(i, x), x[:, prefix + held :]], dim=1)
                 held = m
             x = block(x)
-        x = self.vit.norm(x)  # (B, N + m, d)
+        x = self.backbone.norm(x)  # (B, N + m, d)
         x = torch.cat([x[:, :prefix], x[:, prefix + held :]], dim=1)
-        return self.classify(self.vit.fc_norm(self.vit.pool(x)))
+        return self.classify(self.backbone.fc_norm(self.backbone.pool(x)))
 
 
 class ConcatTimm(Concatenation):
@@ -122,12 +148,12 @@ class ConcatTimm(Concatenation):
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
         num_tokens = x.shape[1]
-        for i, block in enumerate(self.vit.blocks):
+        for i, block in enumerate(self.backbone.blocks):
             if i < len(self.prompts):
                 x = torch.cat([x[:, :num_tokens], self.block_prompts(i, x)], dim=1)  # (B, N + m, d)
             x = self.run_block(block, x)
-        x = x[:, :1] if pools_first_token(self.vit) else x[:, :num_tokens]
-        return self.classify(self.vit.fc_norm(self.vit.pool(self.vit.norm(x))))
+        x = x[:, :1] if pools_first_token(self.backbone) else x[:, :num_tokens]
+        return self.classify(self.backbone.fc_norm(self.backbone.pool(self.backbone.norm(x))))
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
@@ -141,7 +167,7 @@ class ConcatCheckpointed(ConcatTimm):
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
 
 
-class NoPrompts(FrozenPeer):
+class NoPrompts(FrozenViT):
     """The bound: the frozen ViT at its own length, with backward through every block and no prompt at all.
 
     One trained vector, added to every token, is what backward goes down to; it costs next to nothing.
@@ -153,33 +179,39 @@ class NoPrompts(FrozenPeer):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        x = self.vit.blocks(x + self.offset.to(x.dtype))
-        x = x[:, :1] if pools_first_token(self.vit) else x
-        return self.classify(self.vit.fc_norm(self.vit.pool(self.vit.norm(x))))
+        x = self.backbone.blocks(x + self.offset.to(x.dtype))
+        x = x[:, :1] if pools_first_token(self.backbone) else x
+        return self.classify(self.backbone.fc_norm(self.backbone.pool(self.backbone.norm(x))))
 
 
 class LinearProbe(FrozenPeer):
-    """The lower bound: a head on the frozen ViT's features, no backward through any block."""
+    """The lower bound, of any backbone: a head on its frozen features, no backward through any block."""
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            features = self.vit(images.to(self.vit.patch_embed.proj.weight.dtype))
+            features = self.backbone(images.to(dtype_of(self.backbone)))
         return self.classify(features)
 
 
 class FullFineTuning(nn.Module):
-    """The upper bound: every weight of the ViT is trained, in float32 or more, in a copy of its own.
+    """The upper bound, of any backbone: every weight is trained, in float32 or more, in a copy of its own. In
+    eval mode, so that no block is left out at random and BatchNorm keeps its statistics.
 
     Args:
-        vit: read, not modified.
+        backbone: a timm model; read, not modified.
         state: from `initial_state`, of which the head alone is taken.
     """
 
-    def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+    def __init__(self, backbone: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
-        self.vit = copy.deepcopy(vit).requires_grad_(True)
+        self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         self.head = make_head(state)
 
+    def train(self, mode: bool = True) -> FullFineTuning:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
-        features = self.vit(images.to(self.vit.patch_embed.proj.weight.dtype))
+        features = self.backbone(images.to(dtype_of(self.backbone)))
         return self.head(features.to(self.head.weight.dtype))

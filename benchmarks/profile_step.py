@@ -16,9 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 import torch
 import typer
-from implementations import IMPLEMENTATIONS, Setting, make_start, random_batch
+from implementations import (
+    IMPLEMENTATIONS,
+    Setting,
+    family_of,
+    make_start,
+    random_batch,
+    require_possible,
+)
 from measure import Contender
 from operations import choose_device
 from reports import default_path, make_header, write_report
@@ -28,7 +36,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vpt_fast.engine.policy import MEMORY
+from vpt_fast.engine.policy import MEMORY, POLICIES
 
 WARM_UP = 3
 
@@ -128,7 +136,9 @@ def make_tables(entries: list[Entry], step_ms: float, most: int) -> list[Table]:
 
 def main(
     model: Annotated[str, typer.Option(help="timm's name")] = "vit_base_patch16_224",
-    num_prompts: Annotated[int, typer.Option(min=1, help="m")] = 100,
+    num_prompts: Annotated[
+        int, typer.Option(min=0, help="m, or pixels of a ConvNet's border", show_default="100, or 10")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="images", show_default="64; 4 on a CPU")] = 0,
     implementation: Annotated[str, typer.Option(help="as of throughput.py")] = "vpt_fast",
     memory: Annotated[str, typer.Option(help=f"of vpt_fast: {', '.join(MEMORY)}")] = "exact",
@@ -150,13 +160,17 @@ def main(
     ):
         if value not in known:
             raise typer.BadParameter(f"{name}: got {value!r}, want one of {', '.join(filter(None, known))}")
+    if not timm.is_model(model):
+        raise typer.BadParameter(f"model: got {model!r}, want timm's name of one")
+    family = family_of(model)
     setting = Setting(
         model=model,
-        num_prompts=num_prompts,
+        num_prompts=num_prompts or family.num_prompts,
         batch_size=batch_size or (64 if on_gpu else 4),
-        prompt_type="deep",
+        prompt_type=family.prompt_types[0],
         dtype=dtype or ("bfloat16" if on_gpu else "float32"),
     )
+    require_possible(setting, [implementation], [memory] if memory in POLICIES else [])
     console = Console()
     console.width = max(console.width, 140)
     start = make_start(setting, where)
@@ -167,9 +181,11 @@ def main(
         raise typer.BadParameter(f"memory: got {memory!r} with {implementation}, which has no policies")
     header = {**make_header(where), **asdict(setting), "implementation": implementation, "memory": memory}
     with console.status(f"{implementation}: {WARM_UP + contender.steps_to_settle} + {steps} steps"):
-        batch = random_batch(start.vit, setting.batch_size, where)
+        batch = random_batch(start, setting.batch_size, where)
         entries, step_ms = profile_steps(contender, batch, steps)
-    console.print(f"{implementation}, {model}, m {num_prompts}, batch {setting.batch_size}, {setting.dtype}")
+    console.print(
+        f"{implementation}, {model}, m {setting.num_prompts}, batch {setting.batch_size}, {setting.dtype}"
+    )
     for table in make_tables(entries, step_ms, most):
         console.print(table)
     path = output or default_path(header, f"profile-{model}-{implementation}")

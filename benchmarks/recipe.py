@@ -32,6 +32,7 @@ from implementations import (
     Setting,
     make_start,
     random_batch,
+    require_possible,
 )
 from measure import Contender
 from PIL import Image
@@ -418,6 +419,7 @@ def main(
     )
     default = "vpt_fast,vpt_fast_graphed,concat_timm_compiled" if on_gpu else "vpt_fast,concat_timm_compiled"
     names = listed(implementations or default, list(IMPLEMENTATIONS))
+    require_possible(setting, names, [])
     protocol = Protocol(test=test_images)
     workers = workers or default_workers()
     steps, epoch_steps = steps or (10 if on_gpu else 1), epoch_steps or (12 if on_gpu else 2)
@@ -429,8 +431,8 @@ def main(
     )
     start = make_start(setting, where)
     contenders = [IMPLEMENTATIONS[name](name, start) for name in names]
-    random = random_batch(start.vit, setting.batch_size, where)
-    size = tuple(start.vit.patch_embed.img_size)
+    random = random_batch(start, setting.batch_size, where)
+    size = start.image_size
     report = {**make_header(where), **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
     path = output or default_path(report, "recipe")
 
@@ -452,7 +454,7 @@ def main(
             images = write_images(Path(folder), epoch_steps * setting.batch_size)
             loading, decode_seconds = measure_loading(
                 right, setting, images,
-                Preprocessing.for_model(resolve_model_data_config(start.vit), size),
+                Preprocessing.for_model(resolve_model_data_config(start.backbone), size),
                 random, workers=workers, repeats=min(repeats, 3), progress=status.update,
             )  # fmt: skip
     for table in make_tables(rows, loading, setting):

@@ -11,31 +11,34 @@ concatenation in float64 is marked and not ranked.
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import ceilings
-import flops
 import measure
-import peers
 import timm
 import torch
 import typer
 from find_batch import largest_batch, ran_out_of_memory
 from implementations import (
     BOUNDS,
+    DEFINITION,
     EXACT_BELOW,
     IMPLEMENTATIONS,
     NUM_CLASSES,
     ON_A_CPU,
     ON_A_GPU,
+    Build,
+    Family,
     Setting,
     Start,
+    family_of,
     make_start,
     random_batch,
+    require_possible,
 )
 from measure import MIB, Contender
 from reports import default_path, listed, make_header, positive_numbers, resumed, write_report
@@ -61,7 +64,7 @@ class Row:
             for models that pool by attention.
         essential_tflops: that work over the time.
         share_of_ceiling: of the report's `ceiling_tflops`.
-        shapes_tflops: the ceiling for products of the model's own shapes.
+        shapes_tflops: the ceiling for products of the model's own shapes; None of convolutions.
         share_of_shapes: of that.
         largest_batch: with --find-batch, in the rows of the first batch size.
     """
@@ -124,13 +127,14 @@ def entrants(implementations: list[str], memory: list[str]) -> list[Entrant]:
     ]
 
 
-def default_entrants(on_gpu: bool) -> list[Entrant]:
-    """On a GPU vpt_fast under every memory policy, its variants under the first one."""
-    if not on_gpu:
-        return entrants(ON_A_CPU, ["exact"])
-    return entrants(["vpt_fast"], list(POLICIES)) + entrants(
-        [name for name in ON_A_GPU if name != "vpt_fast"], ["exact"]
-    )
+def chosen_entrants(names: list[str], memory: list[str], family: Family, on_gpu: bool) -> list[Entrant]:
+    """The implementations and policies that were asked for. Where none were, those that a family has: on a
+    GPU vpt_fast under every policy, its variants under the first one."""
+    usual = [name for name in (ON_A_GPU if on_gpu else ON_A_CPU) if name not in family.lacks]
+    if names or memory or not on_gpu:
+        return entrants(names or usual, memory or ["exact"])
+    variants = [name for name in usual if name != "vpt_fast"]
+    return entrants(["vpt_fast"], list(family.memory)) + entrants(variants, ["exact"])
 
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
@@ -142,16 +146,16 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
     """
     batch_size = start.setting.batch_size
     distinct = 2 if batch_size % 2 == 0 else 1
-    few_images, few_labels = random_batch(start.vit, distinct, start.device)
+    few_images, few_labels = random_batch(start, distinct, start.device)
     images = few_images.repeat(batch_size // distinct, 1, 1, 1)
     labels = few_labels.repeat(batch_size // distinct)
-    vit = copy.deepcopy(start.vit).double()
+    backbone = copy.deepcopy(start.backbone).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
-    definitions: dict[Callable[..., Any], list[Contender]] = {}
+    definitions: dict[Build, list[Contender]] = {}
     for contender in contenders:
-        definitions.setdefault(BOUNDS.get(contender.name, peers.ConcatTimm), []).append(contender)
+        definitions.setdefault(BOUNDS.get(contender.name, DEFINITION), []).append(contender)
     for build, those in definitions.items():  # in turn, for their gradients may be as large as the model
-        exact = build(vit, state).double().to(start.device)
+        exact = build(backbone, state).double().to(start.device)
         expected = measure.gradients(Contender("float64", exact, exact), few_images.double(), few_labels)
         for contender in those:
             with contender.turn(start.device):
@@ -161,13 +165,12 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
 
 def essential_flops(implementation: str, start: Start) -> int | None:
     """Operations of a step that cannot be left out; None where there is no closed form."""
-    setting = start.setting
-    if start.vit.attn_pool is not None:
+    setting, shape, forms = start.setting, start.shape, start.family.flops
+    if shape is None:
         return None
-    shape, batch_size = flops.shape_of(start.vit), setting.batch_size
     if implementation in BOUNDS:
-        return getattr(flops, implementation)(shape, batch_size, NUM_CLASSES)
-    return flops.essential(shape, setting.num_prompts, setting.prompt_type, batch_size, NUM_CLASSES)
+        return getattr(forms, implementation)(shape, setting.batch_size, NUM_CLASSES)
+    return forms.essential(shape, setting.num_prompts, setting.prompt_type, setting.batch_size, NUM_CLASSES)
 
 
 def make_row(entrant: Entrant, start: Start, repeats: int) -> Row:
@@ -179,7 +182,7 @@ def make_row(entrant: Entrant, start: Start, repeats: int) -> Row:
         batch_size=setting.batch_size,
         prompt_type=setting.prompt_type,
         dtype=setting.dtype,
-        image_size=start.vit.patch_embed.img_size[0],
+        image_size=start.image_size[0],
         impl=entrant.name,
         memory=entrant.memory,
         repeats=repeats,
@@ -248,11 +251,11 @@ def measure_setting(
     with console.status("weights") as status:
         start = make_start(setting, device)
         shapes_tflops = None
-        if start.vit.attn_pool is None:
+        shape = start.shape
+        sizes = [] if shape is None else start.family.flops.block_products(shape, setting.batch_size)
+        if sizes:
             status.update("products of the model's shapes")
-            shapes_tflops = ceilings.block_products(
-                flops.shape_of(start.vit), setting.batch_size, device, product_dtype(setting.dtype)
-            )
+            shapes_tflops = ceilings.products(sizes, device, product_dtype(setting.dtype))
         rows, contenders = list[Row](), dict[int, Contender]()
         for index, entrant in enumerate(those):
             row = make_row(entrant, start, repeats)
@@ -261,7 +264,7 @@ def measure_setting(
             except (ValueError, torch.OutOfMemoryError) as failure:  # a library that is not there
                 row.error = measure.first_line(failure)
             rows.append(row)
-        images, labels = random_batch(start.vit, setting.batch_size, device)
+        images, labels = random_batch(start, setting.batch_size, device)
         status.update("gradients against float64")
         running = list(contenders.values())
         check_gradients(running, start)
@@ -375,9 +378,16 @@ class Report:
 
 def main(
     models: Annotated[str, typer.Option(help="timm names, comma-separated; default by device")] = "",
-    num_prompts: Annotated[str, typer.Option(help="prompts per block, comma-separated")] = "100",
+    num_prompts: Annotated[
+        str,
+        typer.Option(
+            help="prompts per block, or pixels of a ConvNet's border, comma-separated; default: 100, or 10"
+        ),
+    ] = "",
     batch_size: Annotated[str, typer.Option(help="images per step, comma-separated; default by device")] = "",
-    prompt_type: Annotated[str, typer.Option(help="deep or shallow, comma-separated")] = "deep",
+    prompt_type: Annotated[
+        str, typer.Option(help="deep or shallow, comma-separated; default: deep, and of a ConvNet shallow")
+    ] = "",
     implementations: Annotated[
         str, typer.Option(help=f"comma-separated, of {', '.join(IMPLEMENTATIONS)}; default by device")
     ] = "",
@@ -410,17 +420,19 @@ def main(
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
-    settings = [
-        Setting(model, m, batch, kind, dtype, image_size)
-        for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models())
-        for kind in listed(prompt_type, ["deep", "shallow"])
-        for m in positive_numbers(num_prompts)
-        for batch in positive_numbers(batch_size or ("64" if on_gpu else "4"))
-    ]
-    those = default_entrants(on_gpu)
-    if implementations or memory:
-        names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), list(IMPLEMENTATIONS))
-        those = entrants(names, listed(memory or "exact", list(POLICIES)))
+    names = listed(implementations, list(IMPLEMENTATIONS)) if implementations else []
+    policies = listed(memory, list(POLICIES)) if memory else []
+    settings: dict[Setting, list[Entrant]] = {}
+    for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models()):
+        family = family_of(model)
+        for kind, m, batch in itertools.product(
+            listed(prompt_type or family.prompt_types[0], ["deep", "shallow"]),
+            positive_numbers(num_prompts or str(family.num_prompts)),
+            positive_numbers(batch_size or ("64" if on_gpu else "4")),
+        ):
+            setting = Setting(model, m, batch, kind, dtype, image_size)
+            require_possible(setting, names, policies)
+            settings[setting] = chosen_entrants(names, policies, family, on_gpu)
     console = Console()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     steps = steps or (10 if on_gpu else 1)
@@ -432,14 +444,16 @@ def main(
             report.ceiling_tflops = ceilings.large_product(where, product_dtype(dtype))
     console.print(f"Ceiling: {report.ceiling_tflops:.3g} TFLOP/s, one large product.")
     count = f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"
-    console.print(f"{count}, of each {len(those)} implementations; what is done stands in {report.path}.")
-    for setting in settings:
+    total = sum(map(len, settings.values()))
+    console.print(f"{count}, {total} rows; what is done stands in {report.path}.")
+    first_size = next(iter(settings)).batch_size
+    for setting, those in settings.items():
         rows = report.measured(setting, those)
         if not rows:
             rows = measure_setting(setting, those, where, repeats, steps, console, report.ceiling_tflops)
         report.rows += rows
         report.write()
-        is_first_size = setting.batch_size == settings[0].batch_size
+        is_first_size = setting.batch_size == first_size
         if find_batch and is_first_size and all(row.largest_batch is None for row in rows):
             find_batches(rows, those, setting, where, console)
             report.write()

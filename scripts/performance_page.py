@@ -49,6 +49,8 @@ MODELS = {
     "vit_base_patch16_224": "ViT-B/16",
     "vit_large_patch16_224": "ViT-L/16",
     "vit_huge_patch14_224": "ViT-H/14",
+    "swin_base_patch4_window7_224": "Swin-B",
+    "convnext_base": "ConvNeXt-B",
 }
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")

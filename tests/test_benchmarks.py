@@ -107,7 +107,7 @@ def test_a_bound_is_the_backbone_without_prompts(bound: str, variant: str) -> No
     assert relative_error(actual.logits, expected.logits) < 1e-9
     names = {"head.weight": "1.weight", "head.bias": "1.bias"}
     if bound == "full_finetuning":
-        names = {n: n.replace("vit", "0").replace("head", "1") for n in actual.gradients}
+        names = {n: n.replace("backbone", "0").replace("head", "1") for n in actual.gradients}
         assert len(names) == len(expected.gradients)
     for name, plain_name in names.items():
         assert relative_error(actual.gradients[name], expected.gradients[plain_name]) < 1e-9, name
@@ -117,7 +117,7 @@ def test_no_prompts_sends_a_gradient_through_every_block() -> None:
     vit = tiny_vit()
     model = peers.NoPrompts(vit, state_for(vit, "deep")).double()
     reached: list[int] = []
-    for index, block in enumerate(model.vit.blocks):
+    for index, block in enumerate(model.backbone.blocks):
         block.register_full_backward_hook(lambda *_, index=index: reached.append(index))
     step(model, *batch())
     assert sorted(reached) == [0, 1, 2]
@@ -136,8 +136,8 @@ FROZEN = [
 def test_a_peer_shares_the_frozen_weights_and_trains_nothing_of_them(build: type) -> None:
     vit = tiny_vit()
     model = build(vit, state_for(vit, "deep"))
-    shared = {name: p for name, p in model.named_parameters() if name.startswith("vit.")}
-    assert all(vit.get_parameter(name.removeprefix("vit.")) is p for name, p in shared.items())
+    shared = {name: p for name, p in model.named_parameters() if name.startswith("backbone.")}
+    assert all(vit.get_parameter(name.removeprefix("backbone.")) is p for name, p in shared.items())
     assert not any(p.requires_grad for p in shared.values())
 
 
@@ -257,8 +257,8 @@ def test_bounds_are_measured_by_their_own_work_and_not_ranked() -> None:
 
 def test_every_row_of_a_setting_has_the_same_essential_work() -> None:
     rows = measured(["vpt_fast", "concat_timm", "concat_reference"])
-    vit = implementations.make_start(SETTING, torch.device("cpu")).vit
-    work = flops.essential(flops.shape_of(vit), 3, "deep", 2, implementations.NUM_CLASSES)
+    shape = implementations.make_start(SETTING, torch.device("cpu")).shape
+    work = flops.essential(shape, 3, "deep", 2, implementations.NUM_CLASSES)
     for row in rows:
         assert row.essential_gflop_per_image == pytest.approx(work / 2 / 1e9)
         assert row.essential_tflops == pytest.approx(work / 2 / 1e12 * row.images_per_second)
@@ -456,14 +456,24 @@ def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
         (["--dtype", "int8"], "int8"),
         (["--memory", "none"], "none"),
         (["--find-batch"], "find-batch"),
-        (["--models", "resnet18"], "ResNet"),
+        (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),
+        (["--models", "eva02_tiny_patch14_224"], "eva02_tiny_patch14_224 has no plain implementation"),
+        (["--models", "test_resnet", "--prompt-type", "deep"], "prompt-type: got deep with test_resnet"),
+        (["--models", "test_resnet", "--memory", "compact"], "memory: got compact with test_resnet"),
+        (
+            ["--models", "test_resnet", "--implementations", "concat_reference"],
+            "implementations: got concat_reference with test_resnet: concat_timm is what the official",
+        ),
+        (
+            ["--models", "swin_tiny_patch4_window7_224", "--implementations", "vpt_fast_sdpa_flash"],
+            "implementations: got vpt_fast_sdpa_flash with swin_tiny_patch4_window7_224",
+        ),
     ],
-    ids=["model", "implementation", "dtype", "memory", "find_batch", "not_a_vit"],
 )
 def test_a_wrong_flag_is_named(arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ceilings.LARGE, "cpu", 128)
+    monkeypatch.setattr(ceilings, "large_product", lambda *where: pytest.fail("it has begun to measure"))
     app = throughput.typer.Typer()
     app.command()(throughput.main)
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 2
-    assert named in result.output
+    assert named in " ".join(result.output.replace("│", " ").split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
+import recipe  # noqa: E402
 
 app = compare.typer.Typer()
 app.command()(compare.main)
@@ -61,6 +63,43 @@ def test_times_are_better_when_lower_and_without_a_range_say_so() -> None:
     assert (backward.metric, backward.ratio, backward.verdict) == ("backward_ms", 0.5, "slower?")
 
 
+def recipe_report(train_ms: float, images_per_second: float, workers: int = 2) -> dict[str, Any]:
+    """As recipe.py writes it."""
+    measured = recipe.Measured.of([1e-3 * train_ms * x for x in (0.99, 1.0, 1.01)], [1e-3, 1.1e-3])
+    extrapolated = recipe.Extrapolated.of(measured, recipe.Protocol(), 64)
+    rows = [
+        recipe.Row("vpt_fast", True, 1e-6, None, measured, extrapolated),
+        recipe.Row("concat_large", False, None, "OutOfMemoryError: 80 GiB"),
+    ]
+    speeds = (images_per_second, 0.99 * images_per_second, 1.01 * images_per_second, 500.0, 0.1)
+    ways = [
+        recipe.Loading("vpt_fast", pixels, number, 128, *speeds)
+        for pixels, number in (("resident", 0), ("decoded", workers))
+    ]
+    setting = {"model": "vit_base_patch16_224", "num_prompts": 50, "batch_size": 64, "dtype": "bfloat16"}
+    ends = {"end_to_end": [asdict(way) for way in ways], "decode_seconds": 1.0}
+    return {**report(*map(asdict, rows)), **setting, **ends}
+
+
+def test_a_whole_task_s_steps_and_its_loading_are_compared() -> None:
+    found = compare.compare(recipe_report(20.0, 400.0), recipe_report(10.0, 404.0))
+    assert [(change.metric, change.verdict) for change in found.changes] == [
+        ("train_ms", "faster"),
+        ("inference_ms", "within noise"),
+        ("images_per_second", "within noise"),
+        ("images_per_second", "within noise"),
+    ]
+    assert found.changes[0].ratio == pytest.approx(2)
+    assert dict(found.changes[0].key)["model"] == "vit_base_patch16_224"
+    assert [dict(change.key).get("pixels") for change in found.changes] == [None, None, "resident", "decoded"]
+    assert not (found.broken or found.mended or found.only_old or found.only_new)
+
+
+def test_loading_with_another_number_of_workers_is_another_row() -> None:
+    found = compare.compare(recipe_report(20.0, 400.0), recipe_report(20.0, 400.0, workers=8))
+    assert [dict(key)["workers"] for key in (*found.only_old, *found.only_new)] == [2, 8]
+
+
 def test_rows_of_one_file_are_listed() -> None:
     old = report(throughput("vpt_fast", 1.0), throughput("concat_timm", 1.0))
     new = report(throughput("vpt_fast", 1.0), throughput("vpt_fast", 1.0, memory="compact"))
@@ -88,8 +127,8 @@ def test_two_rows_of_one_setting_are_an_error() -> None:
     "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
 )
 def test_a_committed_file_differs_from_itself_in_nothing(path: Path) -> None:
-    if "rows" not in json.loads(path.read_text()) or path.name.startswith("recipe-"):
-        return  # of the suite of tests, and of whole tasks: nothing to match
+    if "rows" not in json.loads(path.read_text()):
+        return  # of the suite of tests: nothing to match
     read = compare.read_report(path)
     found = compare.compare(read, read)
     assert found.changes and not any(one.beyond_noise for one in found.changes)

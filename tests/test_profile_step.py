@@ -46,7 +46,7 @@ def profiled() -> tuple[list[profile_step.Entry], float]:
     setting = Setting("vit_tiny_patch16_224", 2, 1, "deep", "float32")
     start = make_start(setting, torch.device("cpu"))
     contender = IMPLEMENTATIONS["vpt_fast"]("vpt_fast", start)
-    return profile_step.profile_steps(contender, random_batch(start.vit, 1, torch.device("cpu")), steps=2)
+    return profile_step.profile_steps(contender, random_batch(start, 1, torch.device("cpu")), steps=2)
 
 
 def test_calls_are_those_of_one_step(profiled: tuple[list[profile_step.Entry], float]) -> None:

@@ -38,7 +38,7 @@ def test_a_task_is_extrapolated_from_the_medians() -> None:
 def contenders(*names: str) -> tuple[list[recipe.Contender], tuple[torch.Tensor, torch.Tensor]]:
     start = implementations.make_start(SETTING, CPU)
     made = [implementations.IMPLEMENTATIONS[name](name, start) for name in names]
-    return made, implementations.random_batch(start.vit, SETTING.batch_size, CPU)
+    return made, implementations.random_batch(start, SETTING.batch_size, CPU)
 
 
 def test_training_and_inference_are_timed_in_every_round() -> None:

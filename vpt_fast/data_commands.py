@@ -110,7 +110,8 @@ def prepare(
         typer.Option(
             "--from",
             metavar="SOURCE",
-            help="The task's set in TensorFlow Datasets, such as tfds/cifar100, or a folder of shards.",
+            help="The task's set in TensorFlow Datasets, such as tfds/cifar100, or a folder of shards, or of "
+            "the original files of CLEVR, KITTI, dSprites or smallNORB.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the task's folder in.")],
@@ -123,7 +124,7 @@ def prepare(
     """Make VTAB-1k's 800 + 200 training images and the test images of a task from its full data set.
 
     Ctrl-C stops; the same command goes on. From TensorFlow Datasets the images are VTAB-1k's own; from shards
-    they are a choice of the same form.
+    and original files they are a choice of the same form.
     """
     with one_line_errors(debug):
         from vpt_fast.data import find_task
@@ -152,6 +153,6 @@ def prepare(
     console.print(f"{prepared.images:,} images: {prepared.folder}", highlight=False)
     if not prepared.is_published:
         console.print(
-            "[yellow]The training images are the shards' first ones, not those that VTAB-1k published:[/] "
+            "[yellow]The training images are a choice of the same form, not those that VTAB-1k published:[/] "
             "results are not comparable to published ones image by image."
         )

@@ -1,7 +1,16 @@
-"""Numbers that were published: Jia et al., "Visual Prompt Tuning", ECCV 2022, ViT-B/16 supervised on
-ImageNet-21k. Accuracies in percent: of Table 1 the means, of the appendix the tasks."""
+"""Numbers that were published: Jia et al., "Visual Prompt Tuning", ECCV 2022, accuracies in percent.
+
+Of ViT-B/16 supervised on ImageNet-21k these are the means of Table 1 and the appendix's tasks; of the other
+backbones the means alone. Backbones have their names in `backbones.known`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vpt_fast.backbones.known import find_known
+
+BACKBONE = "sup_vitb16_imagenet21k"
 
 _METHODS = ("full", "vpt-shallow", "vpt-deep")
 _ROWS = {
@@ -34,11 +43,51 @@ _ROWS = {
 ACCURACIES: dict[str, dict[str, float]] = {
     method: {task: row[column] for task, row in _ROWS.items()} for column, method in enumerate(_METHODS)
 }
-"""Method -> task -> accuracy."""
+"""Method -> task -> accuracy, of `BACKBONE`."""
 
 GROUP_MEANS: dict[str, dict[str, float]] = {
     "full": {"natural": 75.88, "specialized": 83.36, "structured": 47.64},
     "vpt-shallow": {"natural": 76.81, "specialized": 79.66, "structured": 46.98},
     "vpt-deep": {"natural": 78.48, "specialized": 82.43, "structured": 54.98},
 }
-"""Method -> group of VTAB -> mean accuracy."""
+"""Method -> group of VTAB -> mean accuracy, of `BACKBONE`."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published of one backbone.
+
+    Attributes:
+        means: method -> group of VTAB -> mean accuracy.
+        accuracies: method -> task -> accuracy; empty where the means alone were published.
+        location: the prompts' in all of it.
+    """
+
+    means: dict[str, dict[str, float]]
+    accuracies: dict[str, dict[str, float]]
+    location: str = "prepend"
+
+
+def _means(
+    method: str, natural: float, specialized: float, structured: float, location: str = "prepend"
+) -> Published:
+    groups = {"natural": natural, "specialized": specialized, "structured": structured}
+    return Published({method: groups}, {}, location)
+
+
+PUBLISHED: dict[str, Published] = {
+    BACKBONE: Published(GROUP_MEANS, ACCURACIES),
+    "swinb_imagenet22k_224": _means("vpt-deep", 76.78, 84.53, 53.35),
+    "mae_vitb16": _means("vpt-deep", 36.02, 60.61, 26.57),
+    "mocov3_vitb": _means("vpt-deep", 70.27, 83.04, 42.38),
+    "imagenet22k_sup_rnx_base": _means("vpt-shallow", 78.48, 83.00, 44.64, location="pad"),
+}
+"""Backbone -> what was published of it."""
+
+
+def published_of(backbone: str, prompt_location: str | None = None) -> Published | None:
+    """By the backbone's name there, or timm's for the very same weights; None where nothing was published, or
+    not with prompts in `prompt_location`."""
+    known = find_known(backbone)
+    found = None if known is None else PUBLISHED.get(known.name)
+    return found if found is None or prompt_location in (None, found.location) else None

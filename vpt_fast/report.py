@@ -83,6 +83,8 @@ def describe_images(recipe: Recipe, batches: Batches) -> str:
     kept = "decoded in each epoch"
     if batches.is_resident:
         kept = f"{filesize.decimal(batches.resident_bytes)} decoded, kept on {batches.resident_device}"
+        if batches.not_pinned is not None:
+            kept += f", not pinned as a whole: {batches.not_pinned}"
     return (
         f"{made.resize} to {height}×{width} ({made.interpolation}), augment {made.augment}, "
         f"normalization {recipe.normalization}; {kept}"

@@ -74,7 +74,7 @@ def sweep(
     The best trial has the highest val accuracy after the last epoch; ties go to the smaller base_lr. Ctrl-C
     stops; the same command goes on. Started several times, on several GPUs (--device), it is shared.
 
-    [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone vit_base_patch16_224_in21k[/]
+    [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
         from vpt_fast.sweep import Sweep, default_axes, default_sweep_folder, parse_axis, run_sweep
@@ -128,7 +128,7 @@ def ablate(
     share of the training images (data-size, Fig. 3). Every flag of train holds for all points. Ctrl-C stops;
     the same command goes on.
 
-    [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone vit_base_patch16_224_in21k[/]
+    [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
         from vpt_fast.ablations import plan_ablation, run_ablation

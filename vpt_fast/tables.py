@@ -13,12 +13,13 @@ from typing import Any
 
 from vpt_fast.data import TASKS
 from vpt_fast.parameters import PAPER_TOTALS
-from vpt_fast.published import ACCURACIES
+from vpt_fast.published import BACKBONE, PUBLISHED, Published, published_of
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 
 FORMATS = ("markdown", "csv", "latex")
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
+OTHER = "other"  # the group of tasks that are none of the paper's
 BASELINE = "full"  # wins are counted against it
 MISSING = "-"
 
@@ -30,6 +31,7 @@ class Entry:
     standard_deviation: of a sample (n - 1), over `runs` runs; None for one run.
     split: whose accuracy it is: "test", or "val" where there was no test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
+    prompt_location: of the prompts, where there are any.
     """
 
     method: str
@@ -41,6 +43,19 @@ class Entry:
     split: str
     stored: int
     backbone_parameters: int
+    prompt_location: str
+
+    @property
+    def published(self) -> Published | None:
+        """Of the backbone, with prompts where these are; None for an accuracy on val, which has nothing to be
+        held against."""
+        return published_of(self.backbone, self.prompt_location) if self.split == "test" else None
+
+    @property
+    def published_accuracy(self) -> float | None:
+        """Of the method on the task, in percent."""
+        accuracies = self.published.accuracies if self.published is not None else {}
+        return accuracies.get(self.method, {}).get(self.task)
 
 
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
@@ -100,6 +115,7 @@ def _task(values: dict[str, Any]) -> str:
 def _sweep_entry(results: dict[str, Any]) -> Entry:
     final = results["final"]
     deviation = final["standard_deviation"]
+    settings = {**results["settings"], **(results["best"] or {}).get("params", {})}
     return Entry(
         method=results["method"],
         task=_task(results),
@@ -110,6 +126,7 @@ def _sweep_entry(results: dict[str, Any]) -> Entry:
         split=final["split"],
         stored=results["parameters"]["trained"],
         backbone_parameters=results["parameters"]["backbone"],
+        prompt_location=settings.get("prompt_location", Recipe.prompt_location),
     )
 
 
@@ -136,24 +153,29 @@ def _run_entry(
         split=split,
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
+        prompt_location=first.prompt_location,
     )
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A method's mean over the tasks of a group that there are; `published` is over the same tasks.
+    """A method's mean over the tasks of a group that there are.
 
+    published: over `published_tasks` tasks: the same ones, or where single tasks were not published, all.
     wins: tasks of these on which it is better than full fine-tuning.
     """
 
     accuracy: float
     published: float | None
+    published_tasks: int
     tasks: int
     wins: int | None
 
     @property
     def difference(self) -> float | None:
-        return None if self.published is None else self.accuracy - self.published
+        """Of means over the same tasks."""
+        is_same = self.published is not None and self.published_tasks == self.tasks
+        return self.accuracy - self.published if is_same else None
 
 
 @dataclass(frozen=True)
@@ -167,6 +189,21 @@ class Row:
     means: dict[str, Mean]
     total: float
 
+    @property
+    def is_papers(self) -> bool:
+        """Whether its backbone is that of the paper's Table 1."""
+        return published_of(self._first.backbone) is PUBLISHED[BACKBONE]
+
+    @property
+    def published_accuracies(self) -> dict[str, float]:
+        """Of the method on this backbone by task, those without an entry too."""
+        published = published_of(self._first.backbone, self._first.prompt_location)
+        return published.accuracies.get(self.method, {}) if published is not None else {}
+
+    @property
+    def _first(self) -> Entry:
+        return next(iter(self.entries.values()))
+
 
 def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
     """A row for each method and backbone, and notes on what they are compared to."""
@@ -175,9 +212,13 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
     for backbone in backbones:
         here = [entry for entry in entries if entry.backbone == backbone]
         full = {entry.task: entry.accuracy for entry in here if entry.method == BASELINE}
-        if not full:
-            full = ACCURACIES[BASELINE]
+        published = published_of(backbone)
+        of_the_papers = any(entry.task in TASKS for entry in here)
+        if not full and published is not None and BASELINE in published.accuracies and of_the_papers:
+            full = published.accuracies[BASELINE]
             notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
+        if published is None and of_the_papers:
+            notes.append(f"nothing was published of {backbone}, by this name, to hold its runs against")
         for method in dict.fromkeys(entry.method for entry in here):
             mine = {entry.task: entry for entry in here if entry.method == method}
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
@@ -185,35 +226,44 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             total = (size + sum(entry.stored for entry in mine.values())) / size
             means = {
                 group: mean
-                for group in GROUPS
-                if (mean := _mean(method, _of_group(mine, group), full)) is not None
+                for group in (*GROUPS, OTHER)
+                if (mean := _mean(method, group, _of_group(mine, group), full)) is not None
             }
             rows.append(Row(name, method, mine, means, total))
     return rows, notes
 
 
 def _of_group(entries: dict[str, Entry], group: str) -> list[Entry]:
+    if group == OTHER:
+        return [entry for name, entry in entries.items() if name not in TASKS]
     return [entries[name] for name, task in TASKS.items() if task.group == group and name in entries]
 
 
-def _mean(method: str, entries: list[Entry], full: dict[str, float]) -> Mean | None:
+def _mean(method: str, group: str, entries: list[Entry], full: dict[str, float]) -> Mean | None:
     if not entries:
         return None
-    published = [published_accuracy(entry) for entry in entries]
-    known = [value for value in published if value is not None]
+    accuracies = [entry.published_accuracy for entry in entries]
+    known = [value for value in accuracies if value is not None]
+    published = statistics.fmean(known) if len(known) == len(entries) else None
+    published_tasks = len(entries)
+    # Means alone were published, of all tasks of the group.
+    if published is None and all(entry.published and not entry.published.accuracies for entry in entries):
+        published = entries[0].published.means.get(method, {}).get(group)
+        published_tasks = _tasks_of(group)
     comparable = [entry for entry in entries if entry.task in full]
     wins = sum(entry.accuracy > full[entry.task] for entry in comparable)
     return Mean(
         statistics.fmean(entry.accuracy for entry in entries),
-        statistics.fmean(known) if len(known) == len(entries) else None,
+        published,
+        published_tasks,
         len(entries),
         wins if comparable and method != BASELINE else None,
     )
 
 
-def published_accuracy(entry: Entry) -> float | None:
-    """In percent; None where there is none, or where an accuracy on val has nothing to be held against."""
-    return ACCURACIES.get(entry.method, {}).get(entry.task) if entry.split == "test" else None
+def _tasks_of(group: str) -> int:
+    """How many the paper has."""
+    return sum(task.group == group for task in TASKS.values())
 
 
 def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> str:
@@ -227,7 +277,8 @@ def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> s
         return _csv(rows)
     notes = [
         "Accuracy in percent; ± is the standard deviation of a sample (n - 1) over the seeds.",
-        "Means, published ones too, are over the tasks that are there; in brackets: tasks better than full.",
+        "Means are over the tasks that are there, published ones too unless they say of how many; in "
+        "brackets: tasks better than full.",
         *notes,
         *more,
     ]
@@ -239,32 +290,42 @@ Lines = list[list[str]]
 
 
 def _summary(rows: list[Row]) -> Lines:
-    lines = [["method", "total params", *(_group_title(group) for group in GROUPS)]]
+    groups = _groups(rows)
+    lines = [["method", "total params", *(_group_title(group, rows) for group in groups)]]
     for row in rows:
         tasks = len(row.entries)
-        paper = PAPER_TOTALS.get(row.method)
+        paper = PAPER_TOTALS.get(row.method) if row.is_papers else None
         cells: Lines = [[row.name, f"{row.total:.2f}× of {tasks} tasks"], ["published"], ["difference"]]
         cells[1].append(MISSING if paper is None else f"{paper:.2f}× of 24 tasks")
         cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and tasks == 24 else MISSING)
-        for group in GROUPS:
+        for group in groups:
             mean = row.means.get(group)
             if mean is None:
                 for line in cells:
                     line.append(MISSING)
                 continue
-            of = sum(task.group == group for task in TASKS.values())
+            of = mean.tasks if group == OTHER else _tasks_of(group)
             missing = "" if mean.tasks == of else f", {mean.tasks} of {of} tasks"
+            all_tasks = "" if mean.published_tasks == mean.tasks else f" of {of} tasks"
             wins = "" if mean.wins is None else f" ({mean.wins})"
             cells[0].append(f"{mean.accuracy:.2f}{wins}{missing}")
-            cells[1].append(MISSING if mean.published is None else f"{mean.published:.2f}")
+            cells[1].append(MISSING if mean.published is None else f"{mean.published:.2f}{all_tasks}")
             cells[2].append(MISSING if mean.difference is None else f"{mean.difference:+.2f}")
         lines += cells
     return lines
 
 
-def _group_title(group: str) -> str:
-    tasks = sum(task.group == group for task in TASKS.values())
-    return f"{'FGVC' if group == 'fgvc' else group.capitalize()} ({tasks})"
+def _groups(rows: list[Row]) -> list[str]:
+    """The paper's where there is a task of it, and that of other tasks where there are any."""
+    found = {group for row in rows for group in row.means}
+    return [*(GROUPS if found - {OTHER} else ()), *([OTHER] if OTHER in found else [])]
+
+
+def _group_title(group: str, rows: list[Row]) -> str:
+    if group == OTHER:
+        tasks = len({name for row in rows for name in row.entries} - TASKS.keys())
+        return f"Other tasks ({tasks})"
+    return f"{'FGVC' if group == 'fgvc' else group.capitalize()} ({_tasks_of(group)})"
 
 
 def _tasks(rows: list[Row]) -> Lines:
@@ -277,11 +338,11 @@ def _tasks(rows: list[Row]) -> Lines:
         for row in rows:
             entry = row.entries.get(name)
             if entry is None:
-                paper = ACCURACIES.get(row.method, {}).get(name)
+                paper = row.published_accuracies.get(name)
                 line += ["missing", MISSING if paper is None else f"{paper:.1f}", MISSING]
                 continue
             spread = "" if entry.standard_deviation is None else f" ± {entry.standard_deviation:.2f}"
-            published = published_accuracy(entry)
+            published = entry.published_accuracy
             line += [f"{entry.accuracy:.2f}{spread}"]
             line += (
                 [MISSING, MISSING]
@@ -342,7 +403,7 @@ def _csv(rows: list[Row]) -> str:
     )
     for row in rows:
         for entry in row.entries.values():
-            published = published_accuracy(entry)
+            published = entry.published_accuracy
             difference = None if published is None else round(entry.accuracy - published, 6)
             writer.writerow(
                 [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+_joined = itertools.count()  # times that this process has joined others
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,12 @@ def join_world(device: str | None) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # torchrun keeps one store for as long as its processes live, and every group that is made in it with
+    # torch's own keys reads the addresses that the one before may have left there.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"vpt_fast/{next(_joined)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
     finally:

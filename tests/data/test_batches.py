@@ -298,6 +298,47 @@ def test_pixels_are_kept_where_they_fit_or_where_they_are_asked_to(
     assert (batches.resident_device and batches.resident_device.type) == kept_on
 
 
+def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images):
+    gathered, copied = (make(images, PREPROCESSINGS["squash-flip"], resident="host") for _ in range(2))
+    copied._is_pinned = True  # as where there is a GPU
+    assert_same(copied.epoch(1), gathered.epoch(1))
+
+
+class Cudart:
+    """CUDA's runtime, as far as memory is pinned with it: addresses that are, and what it answers."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.pinned = status, {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        self.pinned |= {address: num_bytes} if self.status == 0 else {}
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+    def cudaGetErrorString(self, status: int) -> str:
+        return f"error {status}"
+
+
+def test_pixels_are_pinned_where_they_lie_as_long_as_they_live(images, monkeypatch):
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    resident = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20).resident
+    assert resident.pin() is None
+    assert cudart.pinned == {resident.pixels.data_ptr(): resident.num_bytes}
+    del resident
+    assert cudart.pinned == {}
+
+
+@pytest.mark.parametrize("name, reason", [("squash", "error 2"), ("crop-flip", "their sizes differ")])
+def test_pixels_that_cannot_be_pinned_come_with_the_reason(images, monkeypatch, name, reason):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(status=2))
+    resident = check_images(images, preprocessing=PREPROCESSINGS[name], keep_bytes=1 << 20).resident
+    assert reason in resident.pin()
+
+
 def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: "MemFree: 1 kB\nMemAvailable: 4000 kB\n")
     assert host_budget() == 1000 << 10

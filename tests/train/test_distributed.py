@@ -1,4 +1,4 @@
-"""Two processes under torchrun train what one process trains."""
+"""Two processes under torchrun train what one process trains, as often as they like."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from vpt_fast.run import RunFolder
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ARGUMENTS = (
     "--backbone=vit_tiny_patch16_224",
     "--no-pretrained",
@@ -31,11 +32,7 @@ def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path):
     # 26 train images: an even number, since processes repeat an image to share an odd one evenly.
     (images / "train" / "red" / "0.png").unlink()
     launch(["-m", "vpt_fast.cli"], images, tmp_path / "one")
-    launch(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vpt_fast.cli"],
-        images,
-        tmp_path / "two",
-    )
+    launch([*TORCHRUN, "-m", "vpt_fast.cli"], images, tmp_path / "two")
     one, two = (RunFolder(tmp_path / name).read() for name in ("one", "two"))
     assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
     for row, other in zip(one.metrics, two.metrics, strict=True):
@@ -43,8 +40,35 @@ def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path):
             assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
 
 
+JOINS_OFTEN = """
+import torch
+from vpt_fast.world import join_world
+
+for time in range(20):
+    with join_world("cpu") as world:
+        assert world.from_main(lambda: time) == time
+        network = torch.nn.Linear(1, 1, bias=False)
+        with world.joined(network) as parallel:
+            parallel(torch.full((1, 1), world.rank + 1.0)).sum().backward()
+        assert network.weight.grad.item() == 1.5
+        print("joined", flush=True)
+"""
+
+
+def test_the_same_processes_join_again_and_again(tmp_path):
+    script = tmp_path / "joins_often.py"
+    script.write_text(JOINS_OFTEN)
+    assert run([*TORCHRUN, str(script)], timeout=120).count("joined") == 40
+
+
 def launch(module: list[str], images, out) -> None:
+    run([*module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS], timeout=300)
+
+
+def run(arguments: list[str], timeout: float) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

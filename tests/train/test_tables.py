@@ -10,8 +10,9 @@ import statistics
 import pytest
 import yaml
 
+from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data import TASKS
-from vpt_fast.published import ACCURACIES, GROUP_MEANS
+from vpt_fast.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.recipe import Recipe
 from vpt_fast.tables import format_table, make_rows, read_entries
 
@@ -20,8 +21,8 @@ from vpt_fast.tables import format_table, make_rows, read_entries
 def sweep(tmp_path):
     """Writes a finished sweep's results.json and returns its folder."""
 
-    def write(method, task, *accuracies, finished=True, split="test"):
-        folder = tmp_path / f"{method}-{task}".replace("/", "-")
+    def write(method, task, *accuracies, finished=True, split="test", backbone=BACKBONE, **settings):
+        folder = tmp_path / f"{method}-{task}-{backbone}".replace("/", "-")
         folder.mkdir()
         final = {
             "split": split,
@@ -29,7 +30,8 @@ def sweep(tmp_path):
             "mean": statistics.fmean(accuracies),
             "standard_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         }
-        results = {"kind": "sweep", "task": task, "data": "x", "backbone": "vit", "method": method}
+        results = {"kind": "sweep", "task": task, "data": "x", "backbone": backbone, "method": method}
+        results |= {"settings": settings, "best": {"params": {"base_lr": 1}}}
         results |= {"parameters": {"trained": 10, "backbone": 1000}, "final": final, "finished": finished}
         (folder / "results.json").write_text(json.dumps(results))
         return folder
@@ -45,7 +47,7 @@ def run(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         test = settings.pop("test_accuracy")
-        recipe = Recipe(data="x", backbone="vit", task="vtab/cifar", **settings)
+        recipe = Recipe(data="x", backbone=BACKBONE, task="vtab/cifar", **settings)
         (folder / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
         (folder / "run.json").write_text(json.dumps({"parameters": {"trained": 10, "backbone": 1000}}))
         (folder / "results.json").write_text(json.dumps({"val_accuracy": 0.5, "test_accuracy": test}))
@@ -93,6 +95,72 @@ def test_without_runs_of_full_wins_are_against_the_published_ones(sweep):
     rows, notes = make_rows(read_entries([sweep("vpt-deep", "vtab/cifar", 0.70)])[0])
     assert rows[0].means["natural"].wins == 1  # 68.9 published
     assert "as published" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "backbone, known",
+    [
+        (BACKBONE, BACKBONE),
+        ("vit_base_patch16_224.orig_in21k", BACKBONE),
+        ("vit_base_patch16_224.mae", "mae_vitb16"),
+        ("mocov3_vitb", "mocov3_vitb"),
+        ("vit_base_patch16_224", None),  # timm's weights of that name are others
+        ("vit_base_patch16_224.augreg_in21k", None),
+        ("swin_base_patch4_window7_224.ms_in1k", None),
+        ("convnext_base.fb_in22k", "imagenet22k_sup_rnx_base"),
+    ],
+)
+def test_published_numbers_are_of_the_very_weights(backbone, known):
+    assert published_of(backbone) is (None if known is None else PUBLISHED[known])
+
+
+def test_backbones_that_something_was_published_of_are_known():
+    assert PUBLISHED.keys() <= KNOWN.keys()
+
+
+NATURAL = [name for name, task in TASKS.items() if task.group == "natural"]
+
+
+def test_of_other_backbones_the_published_mean_is_of_all_tasks_of_a_group(sweep):
+    swin = "swinb_imagenet22k_224"
+    folders = [sweep("vpt-deep", name, 0.8, backbone=swin) for name in NATURAL]
+    ((row,), notes) = make_rows(read_entries(folders)[0])
+    natural = row.means["natural"]
+    assert (natural.published, natural.published_tasks, natural.wins) == (76.78, 7, None)
+    assert natural.difference == pytest.approx(80 - 76.78)
+    assert notes == [] and not row.is_papers
+    ((part,), _) = make_rows(read_entries(folders[:2])[0])
+    assert (part.means["natural"].published, part.means["natural"].difference) == (76.78, None)
+    assert "76.78 of 7 tasks" in format_table(*read_entries(folders[:2]), "markdown")
+
+
+@pytest.mark.parametrize("location, published", [("pad", 44.64), ("concat-channel", None)])
+def test_a_convnet_s_published_mean_is_of_a_border(sweep, location, published):
+    convnet = "convnext_base.fb_in22k"
+    entries, _ = read_entries(
+        [sweep("vpt-shallow", "vtab/dmlab", 0.4, backbone=convnet, prompt_location=location)]
+    )
+    assert make_rows(entries)[0][0].means["structured"].published == published
+
+
+def test_a_backbone_that_nothing_was_published_of_is_said(sweep):
+    entries, _ = read_entries([sweep("vpt-deep", "vtab/cifar", 0.8, backbone="vit_tiny_patch16_224")])
+    ((row,), notes) = make_rows(entries)
+    assert row.means["natural"].published is None and row.entries["vtab/cifar"].published_accuracy is None
+    assert notes == ["nothing was published of vit_tiny_patch16_224, by this name, to hold its runs against"]
+    text = format_table(entries, notes, "markdown")
+    assert "| published | - | - | - | - | - |" in text and "78.8" not in text
+
+
+def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
+    folders = [sweep("linear", "birds", 0.5, backbone="x"), sweep("linear", "fish", 0.7, backbone="x")]
+    text = format_table(*read_entries(folders), "markdown")
+    assert "| method | total params | Other tasks (2) |" in text
+    assert "| linear | 1.02× of 2 tasks | 60.00 |" in text
+    mixed = format_table(
+        *read_entries([*folders, sweep("linear", "vtab/dtd", 0.6, backbone="x")]), "markdown"
+    )
+    assert "| FGVC (5) | Other tasks (2) |" in mixed and "| - | 60.00 |" in mixed
 
 
 def test_accuracy_on_val_is_held_against_nothing(sweep):

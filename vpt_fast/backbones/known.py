@@ -172,3 +172,10 @@ KNOWN: dict[str, KnownBackbone] = {
         ),
     )
 }
+
+
+def find_known(backbone: str) -> KnownBackbone | None:
+    """The backbone of this name, or whose weights timm has by this name; None where there is none. A timm
+    name without a tag says nothing of the weights."""
+    by_timm = {known.timm_name: known for known in KNOWN.values() if known.hub is not None}
+    return KNOWN.get(backbone) or by_timm.get(backbone)

@@ -34,9 +34,10 @@ class Batches:
     all ranks take the same number of steps. In evaluation each image is seen exactly once, and ranks may
     differ by one image, so by one step.
 
-    A set that fits is decoded once and kept as uint8, on the device or in the host's memory, from where a
-    batch is copied through pinned memory (`resident`); larger ones are decoded in each epoch by `workers`
-    processes. All give the same numbers.
+    A set that fits is decoded once and kept as uint8, on the device or in the host's memory (`resident`);
+    larger ones are decoded in each epoch by `workers` processes. From the host's memory a GPU copies a batch
+    image by image where all pixels are pinned, else the batch is gathered in pinned memory first. All
+    give the same numbers.
 
     Args:
         images: what to read; a `CheckedImages` brings its pixels along.
@@ -48,6 +49,10 @@ class Batches:
             None is `default_workers()`.
         resident: "device", "host", "off", or "auto": the first of device and host whose free memory the
             pixels take no more than a quarter of, else off.
+
+    Attributes:
+        not_pinned: why pixels in the host's memory are not pinned; None where they are, or where there are
+            none or no GPU.
 
     Raises:
         ValueError: an argument cannot be used; the text names it.
@@ -98,6 +103,9 @@ class Batches:
         self._plan = _Plan()
         self._resident = self._make_resident(images, ready, resident, workers)
         self._loader = None if self._resident is not None else self._make_loader(images, workers)
+        to_a_gpu = self.device.type == "cuda" and self.resident_device == torch.device("cpu")
+        self.not_pinned = self._resident.pin() if self._resident is not None and to_a_gpu else None
+        self._is_pinned = to_a_gpu and self.not_pinned is None
 
     def __len__(self) -> int:
         """Steps an epoch of this rank."""
@@ -156,12 +164,22 @@ class Batches:
         if isinstance(stored, torch.Tensor):
             order = draws.indices.to(stored.device)
             for chunk in chunks:
-                yield self._to_device(stored.index_select(0, order[chunk]))
+                if self._is_pinned:
+                    yield self._copy_each(stored, order[chunk])
+                else:
+                    yield self._to_device(stored.index_select(0, order[chunk]))
             return
         for chunk in chunks:
             reads = zip(draws.indices[chunk].tolist(), draws.positions[chunk], strict=True)
             cropped = [self.preprocessing.crop(stored[i], position) for i, position in reads]
             yield self._to_device(torch.stack(cropped))
+
+    def _copy_each(self, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Straight from where they lie: nothing is gathered in the host's memory, and nothing waits."""
+        pixels = torch.empty(len(indices), *stored.shape[1:], dtype=stored.dtype, device=self.device)
+        for image, index in zip(pixels, indices.tolist(), strict=True):
+            image.copy_(stored[index], non_blocking=True)
+        return pixels
 
     def _to_device(self, pixels: torch.Tensor) -> torch.Tensor:
         """From pinned memory: the copy runs beside the GPU's work, and nothing waits for it."""

@@ -81,14 +81,15 @@ def open_factory(
     return Splits(train, val, test)
 
 
-def open_set(name: str, root: str | None, split: str) -> Any:
-    """timm's data set.
+def open_set(name: str, root: str | None, split: str, label_field: str | None = None) -> Any:
+    """timm's data set; `label_field`: which of its fields comes as the label, None for the usual one.
 
     Raises:
         DataError: it cannot be opened.
     """
     try:
-        return create_dataset(name, root=root, split=split, is_training=False, download=False)
+        field = {} if label_field is None else {"target_key": label_field}
+        return create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
     # Each library that timm calls has its own way to say that there is no such set.
     except Exception as error:
         reason = str(error) or type(error).__name__

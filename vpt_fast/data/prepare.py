@@ -4,17 +4,19 @@ VTAB-1k trains on the first 800 images of a task's training part and chooses on 
 validation part, in the order of TensorFlow Datasets (google-research/task_adaptation). So its images are
 defined by a range of each split of such a set, and taken from there they are the published ones. Shards of a
 full data set hold the same images, in an order that nobody vouches for: the first 800, the next 200 and the
-test images make a task of the same form, with other images to train on.
+test images make a task of the same form, with other images to train on. So do a set's original files, in an
+order that is drawn here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
@@ -22,8 +24,10 @@ from vpt_fast.files import replacing
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
+from .set_files import SET_FILES, SetFiles
 from .shards import TarImage, holds_shards, read_shards
 from .tasks import HOW_TO_GET, VTAB_FILES, Task
+from .vtab_labels import LABEL_RULES, LabelRule
 
 MANIFEST = "prepared.json"
 TFDS_RANGES = {
@@ -38,22 +42,16 @@ TFDS_RANGES = {
     "vtab/eurosat": ("train[:800]", "train[16200:16400]", "train[21600:]"),
     "vtab/resisc45": ("train[:800]", "train[18900:19100]", "train[25200:]"),
     "vtab/diabetic_retinopathy": ("train[:800]", "validation[:200]", "test"),
+    "vtab/clevr_count": ("train[:800]", "train[63000:63200]", "validation"),
+    "vtab/clevr_dist": ("train[:800]", "train[63000:63200]", "validation"),
     "vtab/dmlab": ("train[:800]", "validation[:200]", "test"),
+    "vtab/kitti": ("train[:800]", "validation[:200]", "test"),
+    "vtab/dsprites_loc": ("train[:800]", "train[589824:590024]", "train[663552:]"),
+    "vtab/dsprites_ori": ("train[:800]", "train[589824:590024]", "train[663552:]"),
+    "vtab/smallnorb_azi": ("train[:800]", "test[:200]", "test[12150:]"),
+    "vtab/smallnorb_ele": ("train[:800]", "test[:200]", "test[12150:]"),
 }
 """Task -> the TensorFlow Datasets ranges of train800, val200 and test."""
-_CLEVR = "its labels are counted or measured in the scenes' descriptions"
-_DSPRITES = "its labels are positions or angles, put into 16 bins"
-_NORB = "its labels are azimuths or elevations, not the classes that timm reads"
-REFUSED = {
-    "vtab/clevr_count": _CLEVR,
-    "vtab/clevr_dist": _CLEVR,
-    "vtab/kitti": "its labels are distances of annotated vehicles, put into 4 bins",
-    "vtab/dsprites_loc": _DSPRITES,
-    "vtab/dsprites_ori": _DSPRITES,
-    "vtab/smallnorb_azi": _NORB,
-    "vtab/smallnorb_ele": _NORB,
-}
-"""Task -> why a range of a data set's images and labels is not the task."""
 
 _Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path; file name ending; label
 
@@ -82,7 +80,8 @@ def prepare_task(
 
     Args:
         source: the task's data set in TensorFlow Datasets by timm's name, such as "tfds/cifar100", kept
-            prepared in `data_root`; or a folder of shards.
+            prepared in `data_root`; or a folder of shards; or, for the tasks in `LABEL_RULES`, one of the
+            set's original files.
         progress: called with (images done, images in all).
 
     Raises:
@@ -90,16 +89,22 @@ def prepare_task(
             the folder holds what was prepared from another source.
     """
     if task.name not in TFDS_RANGES:
-        why = REFUSED.get(task.name, "its lists name their images one by one")
+        why = "its lists name their images one by one"
         raise DataError(f"{task.name} cannot be prepared: {why}; {HOW_TO_GET[task.suite]}")
     is_published = source == task.source
-    if not is_published and not holds_shards(Path(source)):
-        raise DataError(f"{source}: wanted {task.source}, or a folder of shards of {task.name}")
+    files = SET_FILES.get(task.source)
+    if is_published:
+        kind, (splits, classes) = source, _read_tfds(task, data_root)
+    elif holds_shards(Path(source)):
+        kind, (splits, classes) = "shards", _read_shards(task, Path(source))
+    elif files is not None and Path(source).is_dir():
+        kind, (splits, classes) = "files", (_read_files(task, files(Path(source))), ())
+    else:
+        original = "" if files is None else f", or a folder of {files.layout}"
+        raise DataError(f"{source}: wanted {task.source}, a folder of shards of {task.name}{original}")
     folder = out / task.folders[0]
-    read = _read_tfds if is_published else _read_shards
-    splits, classes = read(task, source, data_root)
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, {"task": task.name, "source": source if is_published else "shards"})
+    _begin(folder, {"task": task.name, "source": kind})
     total = sum(task.sizes.values())
     done = 0
     lists = {}
@@ -146,53 +151,74 @@ def _begin(folder: Path, manifest: dict[str, str]) -> None:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_tfds(
-    task: Task, source: str, data_root: str | None
-) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+def _read_tfds(task: Task, data_root: str | None) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+    rule = LABEL_RULES.get(task.name)
     sets = {
-        split: open_set(source, data_root, taken)
+        split: open_set(task.source, data_root, taken, None if rule is None else rule.field)
         for split, taken in zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True)
     }
-    return (
-        {split: _rows(dataset) for split, dataset in sets.items()},
-        class_names(sets["train"], task.num_classes),
-    )
+    rows = {split: _rows(dataset, rule) for split, dataset in sets.items()}
+    return rows, () if rule is not None else class_names(sets["train"], task.num_classes)
 
 
-def _rows(dataset: IterableDataset[Any]) -> Iterator[_Sample]:
-    for image, label in dataset:
-        yield _png_writer(image), ".png", int(label)
+def _rows(dataset: IterableDataset[Any], rule: LabelRule | None) -> Iterator[_Sample]:
+    for image, value in dataset:
+        if rule is not None and rule.scale != 1:
+            image = Image.fromarray(np.asarray(image) * np.uint8(rule.scale))
+        yield _png_writer(image), ".png", int(value) if rule is None else rule.label(value)
 
 
 def _png_writer(image: Image.Image) -> Callable[[Path], None]:
     return lambda path: image.convert("RGB").save(path, "png")
 
 
-def _read_shards(
-    task: Task, source: str, data_root: str | None
-) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
-    found = read_shards(Path(source))
+def _read_files(task: Task, files: SetFiles) -> dict[str, Iterator[_Sample]]:
+    """The same ranges, of each part's images in an order that is drawn: a set's files have one of their own,
+    and the first of them may all be alike."""
+    rule, generator = LABEL_RULES[task.name], np.random.default_rng(0)
+    parts = {part: generator.permutation(files.parts[part]) for part in sorted(files.parts)}
+
+    def samples(part: str, numbers: list[int]) -> Iterator[_Sample]:
+        for number, (write, ending) in zip(numbers, files.images(part, numbers), strict=True):
+            yield write, ending, rule.label(files.field(rule.field, part, number))
+
+    taken = zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True)
+    return {split: samples(*_take(parts, range_)) for split, range_ in taken}
+
+
+def _take(parts: Mapping[str, np.ndarray], taken: str) -> tuple[str, list[int]]:
+    """The part of a range such as "train[:800]", and the numbers in it, ascending."""
+    part, _, ends = taken.rstrip("]").partition("[")
+    start, _, stop = ends.partition(":")
+    return part, sorted(parts[part][int(start or 0) : int(stop) if stop else None].tolist())
+
+
+def _read_shards(task: Task, source: Path) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+    found = read_shards(source)
+    rule = LABEL_RULES.get(task.name)
+    bins = None if rule is None or rule.binned_from is None else rule
     needed = task.num_train + task.num_val
     if len(found["train"]) < needed:
         raise DataError(f"{source}: {len(found['train']):,} training images; wanted {needed:,} or more")
     if "test" not in found:
         raise DataError(f"{source}: has no test shards")
     classes = found["train"].classes
-    if len(classes) != task.num_classes:
-        raise DataError(f"{source}: {len(classes)} classes; {task.name} has {task.num_classes}")
+    wanted = task.num_classes if bins is None else bins.binned_from
+    if len(classes) != wanted:
+        raise DataError(f"{source}: {len(classes)} classes; those of {task.name} have {wanted}")
     order = list(range(needed))
     parts = {
         "train": found["train"].select(order[: task.num_train]),
         "val": found["train"].select(order[task.num_train :]),
         "test": found["test"],
     }
-    return {split: _members(images) for split, images in parts.items()}, classes
+    return {split: _members(images, bins) for split, images in parts.items()}, classes
 
 
-def _members(images: ImageList) -> Iterator[_Sample]:
+def _members(images: ImageList, bins: LabelRule | None) -> Iterator[_Sample]:
     for item, label in zip(images.items, images.labels, strict=True):
         assert isinstance(item, TarImage)
-        yield _copy_writer(item), Path(item.name).suffix, label
+        yield _copy_writer(item), Path(item.name).suffix, label if bins is None else bins.label(label)
 
 
 def _copy_writer(item: TarImage) -> Callable[[Path], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,13 @@ class ResidentImages:
             return ResidentImages(self.preprocessing, self.pixels.to(device))
         return ResidentImages(self.preprocessing, tuple(image.to(device) for image in self.pixels))
 
+    def pin(self) -> str | None:
+        """Pins the pixels in the host's memory, where they lie, for as long as they live: a GPU then copies
+        from them beside whatever else the two do. Returns None, or the reason why they cannot be pinned."""
+        if not isinstance(self.pixels, torch.Tensor):
+            return "each image has memory of its own, since their sizes differ"
+        return None if self.pixels.is_pinned() else _pin_in_place(self.pixels)
+
     def serves(self, preprocessing: Preprocessing) -> bool:
         """Whether `preprocessing` could start from these pixels."""
         stored = self.preprocessing
@@ -94,6 +102,16 @@ class ResidentImages:
             and (stored.resize == "squash" or stored.crop_pct == preprocessing.crop_pct)
             and (stored.crops_at_random or not preprocessing.crops_at_random)
         )
+
+
+def _pin_in_place(pixels: torch.Tensor) -> str | None:
+    """Has CUDA pin a tensor's memory; `Tensor.pin_memory` would need it twice. Returns the error, or None."""
+    cudart = torch.cuda.cudart()
+    status = cudart.cudaHostRegister(pixels.data_ptr(), pixels.nbytes, 0)
+    if int(status) != 0:
+        return str(cudart.cudaGetErrorString(status))
+    weakref.finalize(pixels, cudart.cudaHostUnregister, pixels.data_ptr())
+    return None
 
 
 class ResidentBuilder:

@@ -1,0 +1,237 @@
+"""The original files of CLEVR, KITTI, dSprites and smallNORB: fields by the names of TensorFlow Datasets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+
+from .images import DataError
+
+Writer = Callable[[Path], None]
+
+
+class SetFiles(Protocol):
+    """A data set as it is published.
+
+    Attributes:
+        layout: what its folder holds, for messages.
+        parts: name of a part, as in TensorFlow Datasets -> numbers of its images.
+    """
+
+    layout: str
+    parts: Mapping[str, np.ndarray]
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError where files are missing or hold something else."""
+
+    def field(self, name: str, part: str, number: int) -> Any:
+        """What the set says of an image."""
+
+    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
+        """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
+
+
+class ClevrFiles:
+    """CLEVR_v1.0: scenes as JSON, images as PNG. Its test images have no scenes; VTAB tests on val."""
+
+    layout = "scenes/CLEVR_{train,val}_scenes.json and images/{train,val}"
+    _FOLDERS = {"train": "train", "validation": "val"}
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = _first_folder(folder, ("", "CLEVR_v1.0"), "scenes", self.layout)
+        self._scenes = {
+            part: _read_json(self._folder / "scenes" / f"CLEVR_{name}_scenes.json")["scenes"]
+            for part, name in self._FOLDERS.items()
+        }
+        self.parts = {part: np.arange(len(scenes)) for part, scenes in self._scenes.items()}
+
+    def field(self, name: str, part: str, number: int) -> list[list[float]]:
+        assert name == "objects/pixel_coords"
+        return [found["pixel_coords"] for found in self._scenes[part][number]["objects"]]
+
+    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
+        folder = self._folder / "images" / self._FOLDERS[part]
+        for number in numbers:
+            yield _copier(folder / self._scenes[part][number]["image_filename"])
+
+
+class KittiFiles:
+    """KITTI's object detection: the labelled images, divided by video with its development kit's mapping."""
+
+    layout = "training/image_2, training/label_2 and, of the development kit, mapping"
+    _TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = _first_folder(folder, ("",), "training/label_2", self.layout) / "training"
+        kit = _first_folder(folder, ("", "devkit_object", "devkit"), "mapping", self.layout)
+        self.parts = _kitti_parts(kit / "mapping")
+
+    def field(self, name: str, part: str, number: int) -> dict[str, list[Any]]:
+        del part  # numbers are those of all labelled images
+        assert name == "objects"
+        path = self._folder / "label_2" / f"{number:06d}.txt"
+        objects = [line.split() for line in _read_text(path).splitlines()]
+        known = [words for words in objects if words and words[0] != "DontCare"]
+        if any(len(words) != 15 or words[0] not in self._TYPES for words in known):
+            raise DataError(f"{path}: wanted lines of a type of object and 14 numbers")
+        return {
+            "type": [self._TYPES.index(words[0]) for words in known],
+            "location": [[float(word) for word in words[11:14]] for words in known],
+        }
+
+    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
+        for number in numbers:
+            yield _copier(self._folder / "image_2" / f"{number:06d}.png")
+
+
+def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
+    """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
+    lines = _read_text(mapping / "train_mapping.txt").splitlines()
+    places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
+    videos = np.array([lines[place].split()[1] for place in places])
+    names = sorted(set(videos.tolist()))
+    count = max(1, len(names) // 10)
+    generator = np.random.RandomState(123)
+    test = set(generator.choice(names, count, replace=False).tolist())
+    rest = [name for name in names if name not in test]
+    validation = set(generator.choice(rest, count, replace=False).tolist())
+    groups = {"train": set(rest) - validation, "validation": validation, "test": test}
+    return {part: np.flatnonzero(np.isin(videos, sorted(those))) for part, those in groups.items()}
+
+
+class DSpritesFiles:
+    """dSprites: one .npz of all images, in the order of their factors."""
+
+    _FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+    _COLUMNS = {"label_orientation": 3, "label_x_position": 4}
+    layout = _FILE
+
+    def __init__(self, folder: Path) -> None:
+        self._path = _first_folder(folder, ("",), self._FILE, self.layout) / self._FILE
+        with np.load(self._path, allow_pickle=False) as arrays:
+            self._classes = arrays["latents_classes"]
+        self.parts = {"train": np.arange(len(self._classes))}
+
+    def field(self, name: str, part: str, number: int) -> int:
+        return int(self._classes[number, self._COLUMNS[name]])
+
+    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
+        # Read image by image: all of them together are 3 GB.
+        with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype != np.uint8 or len(shape) != 3:
+                raise DataError(f"{self._path}: imgs is {dtype} {shape}, wanted uint8 (images, 64, 64)")
+            yield from _records(file, file.tell(), shape[1:], numbers, white=1)
+
+
+class SmallNorbFiles:
+    """smallNORB: .mat files in a format of its own, as they are downloaded (.gz) or unpacked."""
+
+    layout = "smallnorb-5x…-{training,testing}-{dat,info}.mat or .mat.gz"
+    _NAMES = {"train": "5x46789x9x18x6x2x96x96-training", "test": "5x01235x9x18x6x2x96x96-testing"}
+    _TYPES = {0x1E3D4C55: np.dtype("uint8"), 0x1E3D4C54: np.dtype("<i4")}
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._info: dict[str, np.ndarray] = {}
+        for part in self._NAMES:
+            with self._open(part, "info") as file:
+                shape, dtype = self._header(file)
+                self._info[part] = np.frombuffer(file.read(), dtype).reshape(shape)
+        self.parts = {part: np.arange(len(info)) for part, info in self._info.items()}
+
+    def field(self, name: str, part: str, number: int) -> int:
+        _, elevation, azimuth, _ = self._info[part][number].tolist()
+        return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[
+            name
+        ]  # azimuths are 0, 2, .., 34
+
+    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
+        with self._open(part, "dat") as file:
+            shape, _ = self._header(file)
+            # Of the two cameras' images the first, as the set's own field "image".
+            yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
+
+    def _open(self, part: str, kind: str) -> BinaryIO:
+        path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
+        packed = path.with_name(f"{path.name}.gz")
+        if path.is_file():
+            return path.open("rb")
+        if packed.is_file():
+            return gzip.open(packed, "rb")  # type: ignore[return-value]
+        raise DataError(f"{path}: is missing; wanted {self.layout}")
+
+    def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of the array whose numbers come next: a magic number, how many dimensions, and their
+        sizes, of which three or more are written."""
+        magic, dimensions = np.frombuffer(file.read(8), "<i4").tolist()
+        if magic not in self._TYPES:
+            raise DataError(f"{file.name}: begins with {magic:#x}, which is no matrix of smallNORB's")
+        sizes = np.frombuffer(file.read(4 * max(3, dimensions)), "<i4").tolist()
+        return tuple(sizes[:dimensions]), self._TYPES[magic]
+
+
+SET_FILES: dict[str, type[SetFiles]] = {
+    "tfds/clevr": ClevrFiles,
+    "tfds/kitti": KittiFiles,
+    "tfds/dsprites": DSpritesFiles,
+    "tfds/smallnorb": SmallNorbFiles,
+}
+"""A task's source -> its original files."""
+
+
+def _records(
+    file: Any, start: int, shape: tuple[int, ...], numbers: Sequence[int], stride: int = 1, white: int = 255
+) -> Iterator[tuple[Writer, str]]:
+    """Grey images of one size, one after the other from `start`, of which every `stride`-th counts and whose
+    brightest pixel is `white`."""
+    size = int(np.prod(shape))
+    for number in numbers:
+        file.seek(start + int(number) * size * stride)
+        pixels = np.frombuffer(file.read(size), np.uint8).reshape(shape) * (255 // white)
+        yield _png_writer(Image.fromarray(pixels)), ".png"
+
+
+def _png_writer(image: Image.Image) -> Writer:
+    return lambda path: image.save(path, "png")
+
+
+def _copier(source: Path) -> tuple[Writer, str]:
+    def copy(path: Path) -> None:
+        try:
+            shutil.copyfile(source, path)
+        except FileNotFoundError:
+            raise DataError(f"{source}: is missing") from None
+
+    return copy, source.suffix
+
+
+def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) -> Path:
+    """`root` or the first folder of these names in it that holds `inside`."""
+    found = next((root / name for name in names if (root / name / inside).exists()), None)
+    if found is None:
+        raise DataError(f"{root}: has no {inside}; wanted {layout}")
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing") from None
