@@ -70,8 +70,13 @@ class Family:
     lacks: dict[str, str] = field(default_factory=dict)
 
 
-def _lacks(reason: str, *others: str) -> dict[str, str]:
-    return dict.fromkeys([*(f"vpt_fast_{attention}" for attention in ATTENTION[1:]), *others], reason)
+def _lacks(reason: str) -> dict[str, str]:
+    residual = "the residual stream of a VisionTransformer alone may be in 16 bits"
+    return {
+        **dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason),
+        "vpt_fast_bfloat16_residual": residual,
+        "vpt_fast_bfloat16_residual_graphed": residual,
+    }
 
 
 # Plain implementations read a VisionTransformer; of timm's Eva there are none.
@@ -214,11 +219,17 @@ def peer(
     return contender
 
 
-def prompted(backend: str = "auto", attention: str = "auto", graphed: bool = False) -> Implementation:
+def prompted(
+    backend: str = "auto",
+    attention: str = "auto",
+    graphed: bool = False,
+    residual_dtype: torch.dtype | None = None,
+) -> Implementation:
     """vpt_fast's model under the memory policy "exact"; another is assigned to the model's `memory`."""
 
     def contender(name: str, start: Start) -> Contender:
         setting = start.setting
+        options = {} if residual_dtype is None else {"residual_dtype": residual_dtype}
         model = start.family.prompted(
             start.backbone,
             NUM_CLASSES,
@@ -227,6 +238,7 @@ def prompted(backend: str = "auto", attention: str = "auto", graphed: bool = Fal
             dtype=torch.bfloat16 if setting.dtype == "bfloat16" else None,
             backend=backend,
             attention=attention,
+            **options,
         )
         model = with_folded_weights(model.to(start.device).train(), start)
         model.load_trainable_state_dict(start.state)
@@ -263,6 +275,8 @@ DEFINITION = plain("ConcatTimm")
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast": prompted(),
     "vpt_fast_graphed": prompted(graphed=True),
+    "vpt_fast_bfloat16_residual": prompted(residual_dtype=torch.bfloat16),
+    "vpt_fast_bfloat16_residual_graphed": prompted(residual_dtype=torch.bfloat16, graphed=True),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
     "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs
@@ -282,6 +296,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 ON_A_GPU = [
     "vpt_fast",
     "vpt_fast_graphed",
+    "vpt_fast_bfloat16_residual",
+    "vpt_fast_bfloat16_residual_graphed",
     "vpt_fast_torch",
     "vpt_fast_sdpa_flash",
     "concat_reference",
