@@ -48,7 +48,7 @@ class ClevrFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = _first_folder(folder, ("", "CLEVR_v1.0"), "scenes", self.layout)
         self._scenes = {
-            part: _read_json(self._folder / "scenes" / f"CLEVR_{name}_scenes.json")["scenes"]
+            part: _read_scenes(self._folder / "scenes" / f"CLEVR_{name}_scenes.json")
             for part, name in self._FOLDERS.items()
         }
         self.parts = {part: np.arange(len(scenes)) for part, scenes in self._scenes.items()}
@@ -95,8 +95,14 @@ class KittiFiles:
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
     lines = _read_text(mapping / "train_mapping.txt").splitlines()
-    places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
-    videos = np.array([lines[place].split()[1] for place in places])
+    try:
+        places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
+        videos = np.array([lines[place].split()[1] for place in places])
+    except (IndexError, ValueError) as error:
+        raise DataError(
+            f"{mapping}: {error}; wanted numbers of lines in train_rand.txt, and a day, a video and a frame "
+            "in each line of train_mapping.txt"
+        ) from None
     names = sorted(set(videos.tolist()))
     count = max(1, len(names) // 10)
     generator = np.random.RandomState(123)
@@ -116,8 +122,11 @@ class DSpritesFiles:
 
     def __init__(self, folder: Path) -> None:
         self._path = _first_folder(folder, ("",), self._FILE, self.layout) / self._FILE
-        with np.load(self._path, allow_pickle=False) as arrays:
-            self._classes = arrays["latents_classes"]
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                self._classes = arrays["latents_classes"]
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
     def field(self, name: str, part: str, number: int) -> int:
@@ -150,10 +159,8 @@ class SmallNorbFiles:
         self.parts = {part: np.arange(len(info)) for part, info in self._info.items()}
 
     def field(self, name: str, part: str, number: int) -> int:
-        _, elevation, azimuth, _ = self._info[part][number].tolist()
-        return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[
-            name
-        ]  # azimuths are 0, 2, .., 34
+        _, elevation, azimuth, _ = self._info[part][number].tolist()  # azimuths are 0, 2, .., 34
+        return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[name]
 
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         with self._open(part, "dat") as file:
@@ -223,11 +230,16 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
     return found
 
 
-def _read_json(path: Path) -> Any:
+def _read_scenes(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(_read_text(path))
+        found = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    scenes = found.get("scenes") if isinstance(found, dict) else None
+    wanted = {"image_filename", "objects"}
+    if not isinstance(scenes, list) or not all(wanted <= scene.keys() for scene in scenes):
+        raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
+    return scenes
 
 
 def _read_text(path: Path) -> str:
