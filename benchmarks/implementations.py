@@ -70,15 +70,16 @@ class Family:
     lacks: dict[str, str] = field(default_factory=dict)
 
 
-def _lacks(reason: str, *others: str) -> dict[str, str]:
-    return dict.fromkeys([*(f"vpt_fast_{attention}" for attention in ATTENTION[1:]), *others], reason)
+def _no_flash(reason: str) -> dict[str, str]:
+    """`Family.lacks` of every FlashAttention implementation."""
+    return dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason)
 
 
 # Plain implementations read a VisionTransformer; of timm's Eva there are none.
 PLAIN_VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
 FAMILIES = {
     VIT: Family(PromptedViT, peers, flops),
-    SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_lacks("attention in windows is plain PyTorch")),
+    SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_no_flash("it has no relative position bias")),
     CONVNET: Family(
         PromptedConvNet,
         convnet_peers,
@@ -87,7 +88,7 @@ FAMILIES = {
         num_prompts=10,
         memory=("exact",),
         lacks={
-            **_lacks("a ConvNet has no attention"),
+            **_no_flash("a ConvNet has no attention"),
             "vpt_fast_torch": "vpt_fast is plain PyTorch",
             "concat_reference": "concat_timm is what the official code does",
         },
