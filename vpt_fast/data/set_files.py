@@ -6,9 +6,10 @@ import gzip
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,8 @@ from .images import DataError
 Writer = Callable[[Path], None]
 
 
-class SetFiles(Protocol):
-    """A data set as it is published.
+class SetFiles(ABC):
+    """A data set as it is published, from its folder.
 
     Attributes:
         layout: what its folder holds, for messages.
@@ -27,19 +28,22 @@ class SetFiles(Protocol):
     """
 
     layout: str
-    parts: Mapping[str, np.ndarray]
+    parts: dict[str, np.ndarray]
 
+    @abstractmethod
     def __init__(self, folder: Path) -> None:
         """Raises DataError where files are missing or hold something else."""
 
+    @abstractmethod
     def field(self, name: str, part: str, number: int) -> Any:
         """What the set says of an image."""
 
+    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
 
 
-class ClevrFiles:
+class ClevrFiles(SetFiles):
     """CLEVR_v1.0: scenes as JSON, images as PNG. Its test images have no scenes; VTAB tests on val."""
 
     layout = "scenes/CLEVR_{train,val}_scenes.json and images/{train,val}"
@@ -63,7 +67,7 @@ class ClevrFiles:
             yield _copier(folder / self._scenes[part][number]["image_filename"])
 
 
-class KittiFiles:
+class KittiFiles(SetFiles):
     """KITTI's object detection: the labelled images, divided by video with its development kit's mapping."""
 
     layout = "training/image_2, training/label_2 and, of the development kit, mapping"
@@ -113,7 +117,7 @@ def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     return {part: np.flatnonzero(np.isin(videos, sorted(those))) for part, those in groups.items()}
 
 
-class DSpritesFiles:
+class DSpritesFiles(SetFiles):
     """dSprites: one .npz of all images, in the order of their factors."""
 
     _FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
@@ -142,12 +146,12 @@ class DSpritesFiles:
             yield from _records(file, file.tell(), shape[1:], numbers, white=1)
 
 
-class SmallNorbFiles:
+class SmallNorbFiles(SetFiles):
     """smallNORB: .mat files in a format of its own, as they are downloaded (.gz) or unpacked."""
 
     layout = "smallnorb-5x…-{training,testing}-{dat,info}.mat or .mat.gz"
     _NAMES = {"train": "5x46789x9x18x6x2x96x96-training", "test": "5x01235x9x18x6x2x96x96-testing"}
-    _TYPES = {0x1E3D4C55: np.dtype("uint8"), 0x1E3D4C54: np.dtype("<i4")}
+    _TYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("uint8"), 0x1E3D4C54: np.dtype("<i4")}
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
