@@ -70,7 +70,8 @@ class Family:
     lacks: dict[str, str] = field(default_factory=dict)
 
 
-def _lacks(reason: str) -> dict[str, str]:
+def _no_vit(reason: str) -> dict[str, str]:
+    """`Family.lacks` of every FlashAttention implementation, and of what there is for ViTs alone."""
     residual = "the residual stream of a VisionTransformer alone may be in 16 bits"
     return {
         **dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason),
@@ -83,7 +84,7 @@ def _lacks(reason: str) -> dict[str, str]:
 PLAIN_VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
 FAMILIES = {
     VIT: Family(PromptedViT, peers, flops),
-    SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_lacks("attention in windows is plain PyTorch")),
+    SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_no_vit("it has no relative position bias")),
     CONVNET: Family(
         PromptedConvNet,
         convnet_peers,
@@ -92,7 +93,7 @@ FAMILIES = {
         num_prompts=10,
         memory=("exact",),
         lacks={
-            **_lacks("a ConvNet has no attention"),
+            **_no_vit("a ConvNet has no attention"),
             "vpt_fast_torch": "vpt_fast is plain PyTorch",
             "concat_reference": "concat_timm is what the official code does",
         },

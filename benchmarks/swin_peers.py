@@ -61,9 +61,8 @@ class Concatenation(FrozenSwin):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
-        sets = [
-            prompts for stage in self.prompts for prompts in stage
-        ]  # (m, d) for each block that has new ones
+        # (m, d) for each block that has new ones
+        sets = [prompts for stage in self.prompts for prompts in stage]
         prompts, index = sets[0], 0
         for stage in self.backbone.layers:
             x = stage.downsample(x)  # (B, height, width, d)
@@ -92,12 +91,8 @@ class Concatenation(FrozenSwin):
         return x + block.mlp(block.norm2(x))
 
     def attend(self, block: nn.Module, x: Tensor) -> Tensor:
-        (height, width), (window_h, window_w), shift = (
-            block.input_resolution,
-            block.window_size,
-            block.shift_size,
-        )
-        num_tokens = height * width
+        (height, width), (window_h, window_w) = block.input_resolution, block.window_size
+        num_tokens, shift = height * width, block.shift_size
         tokens = x[:, :num_tokens].unflatten(1, (height, width))
         if any(shift):
             tokens = torch.roll(tokens, shifts=(-shift[0], -shift[1]), dims=(1, 2))

@@ -37,7 +37,7 @@ LOGS = ROOT / "build" / "gpu-suite"
 SOURCES = ("kernels/**/*.py", "vpt_fast/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/*.py")
 """What a result depends on; of tests/ itself only what is no test, since tests/gpu imports it."""
 MODELS = {"vit_base_patch16_224": 60, "vit_large_patch16_224": 70, "vit_huge_patch14_224": 90}
-"""Model -> seconds that its throughput takes, about. For others there is no time: see throughput.py --models."""
+"""Model -> seconds that its throughput takes, about. There is no time for others: throughput.py --models."""
 MOST_TESTS_AT_ONCE = 6
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT = 300.0, 360.0  # seconds; what takes that long hangs

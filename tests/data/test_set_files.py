@@ -238,8 +238,14 @@ def test_classes_of_shards_are_put_into_bins(small, tmp_path, monkeypatch):
     [
         (ClevrFiles, None, "has no scenes; wanted scenes/CLEVR_"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
+        (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
+        (
+            DSpritesFiles,
+            ("dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", "no"),
+            "wanted an archive of imgs",
+        ),
         (SmallNorbFiles, None, "-training-info.mat: is missing; wanted smallnorb-5x"),
         (
             SmallNorbFiles,
@@ -255,6 +261,13 @@ def test_files_of_something_else_are_named(tmp_path, files, broken, message):
         path.write_text(broken[1])
     with pytest.raises(DataError, match=message):
         files(tmp_path)
+
+
+def test_a_mapping_of_kitti_that_says_something_else_is_named(tmp_path):
+    root = write_kitti(tmp_path / "set")
+    (root / "mapping/train_rand.txt").write_text("1,two")
+    with pytest.raises(DataError, match="mapping: .*'two'; wanted numbers of lines in train_rand.txt"):
+        KittiFiles(root)
 
 
 def test_a_line_of_kitti_that_says_something_else_is_named(tmp_path):

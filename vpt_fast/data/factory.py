@@ -88,7 +88,7 @@ def open_set(name: str, root: str | None, split: str, label_field: str | None = 
         DataError: it cannot be opened.
     """
     try:
-        field = {} if label_field is None else {"target_key": label_field}
+        field: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
         return create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
     # Each library that timm calls has its own way to say that there is no such set.
     except Exception as error:

@@ -6,9 +6,10 @@ import gzip
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,8 @@ from .images import DataError
 Writer = Callable[[Path], None]
 
 
-class SetFiles(Protocol):
-    """A data set as it is published.
+class SetFiles(ABC):
+    """A data set as it is published, from its folder.
 
     Attributes:
         layout: what its folder holds, for messages.
@@ -27,19 +28,22 @@ class SetFiles(Protocol):
     """
 
     layout: str
-    parts: Mapping[str, np.ndarray]
+    parts: dict[str, np.ndarray]
 
+    @abstractmethod
     def __init__(self, folder: Path) -> None:
         """Raises DataError where files are missing or hold something else."""
 
+    @abstractmethod
     def field(self, name: str, part: str, number: int) -> Any:
         """What the set says of an image."""
 
+    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
 
 
-class ClevrFiles:
+class ClevrFiles(SetFiles):
     """CLEVR_v1.0: scenes as JSON, images as PNG. Its test images have no scenes; VTAB tests on val."""
 
     layout = "scenes/CLEVR_{train,val}_scenes.json and images/{train,val}"
@@ -48,7 +52,7 @@ class ClevrFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = _first_folder(folder, ("", "CLEVR_v1.0"), "scenes", self.layout)
         self._scenes = {
-            part: _read_json(self._folder / "scenes" / f"CLEVR_{name}_scenes.json")["scenes"]
+            part: _read_scenes(self._folder / "scenes" / f"CLEVR_{name}_scenes.json")
             for part, name in self._FOLDERS.items()
         }
         self.parts = {part: np.arange(len(scenes)) for part, scenes in self._scenes.items()}
@@ -63,7 +67,7 @@ class ClevrFiles:
             yield _copier(folder / self._scenes[part][number]["image_filename"])
 
 
-class KittiFiles:
+class KittiFiles(SetFiles):
     """KITTI's object detection: the labelled images, divided by video with its development kit's mapping."""
 
     layout = "training/image_2, training/label_2 and, of the development kit, mapping"
@@ -95,8 +99,14 @@ class KittiFiles:
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
     lines = _read_text(mapping / "train_mapping.txt").splitlines()
-    places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
-    videos = np.array([lines[place].split()[1] for place in places])
+    try:
+        places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
+        videos = np.array([lines[place].split()[1] for place in places])
+    except (IndexError, ValueError) as error:
+        raise DataError(
+            f"{mapping}: {error}; wanted numbers of lines in train_rand.txt, and a day, a video and a frame "
+            "in each line of train_mapping.txt"
+        ) from None
     names = sorted(set(videos.tolist()))
     count = max(1, len(names) // 10)
     generator = np.random.RandomState(123)
@@ -107,7 +117,7 @@ def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     return {part: np.flatnonzero(np.isin(videos, sorted(those))) for part, those in groups.items()}
 
 
-class DSpritesFiles:
+class DSpritesFiles(SetFiles):
     """dSprites: one .npz of all images, in the order of their factors."""
 
     _FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
@@ -116,8 +126,11 @@ class DSpritesFiles:
 
     def __init__(self, folder: Path) -> None:
         self._path = _first_folder(folder, ("",), self._FILE, self.layout) / self._FILE
-        with np.load(self._path, allow_pickle=False) as arrays:
-            self._classes = arrays["latents_classes"]
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                self._classes = arrays["latents_classes"]
+        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
     def field(self, name: str, part: str, number: int) -> int:
@@ -133,12 +146,12 @@ class DSpritesFiles:
             yield from _records(file, file.tell(), shape[1:], numbers, white=1)
 
 
-class SmallNorbFiles:
+class SmallNorbFiles(SetFiles):
     """smallNORB: .mat files in a format of its own, as they are downloaded (.gz) or unpacked."""
 
     layout = "smallnorb-5x…-{training,testing}-{dat,info}.mat or .mat.gz"
     _NAMES = {"train": "5x46789x9x18x6x2x96x96-training", "test": "5x01235x9x18x6x2x96x96-testing"}
-    _TYPES = {0x1E3D4C55: np.dtype("uint8"), 0x1E3D4C54: np.dtype("<i4")}
+    _TYPES: dict[int, np.dtype] = {0x1E3D4C55: np.dtype("uint8"), 0x1E3D4C54: np.dtype("<i4")}
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -150,10 +163,8 @@ class SmallNorbFiles:
         self.parts = {part: np.arange(len(info)) for part, info in self._info.items()}
 
     def field(self, name: str, part: str, number: int) -> int:
-        _, elevation, azimuth, _ = self._info[part][number].tolist()
-        return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[
-            name
-        ]  # azimuths are 0, 2, .., 34
+        _, elevation, azimuth, _ = self._info[part][number].tolist()  # azimuths are 0, 2, .., 34
+        return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[name]
 
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         with self._open(part, "dat") as file:
@@ -223,11 +234,16 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
     return found
 
 
-def _read_json(path: Path) -> Any:
+def _read_scenes(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(_read_text(path))
+        found = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    scenes = found.get("scenes") if isinstance(found, dict) else None
+    wanted = {"image_filename", "objects"}
+    if not isinstance(scenes, list) or not all(wanted <= scene.keys() for scene in scenes):
+        raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
+    return scenes
 
 
 def _read_text(path: Path) -> str:
