@@ -15,7 +15,7 @@ from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
-from vpt_fast.prompts import PromptConfig, init_bound, pad_image
+from vpt_fast.prompts import PromptConfig, init_bound, pad_image, refuse_settings
 
 LOCATIONS = ("pad", "concat-channel")
 MEMORY = ("auto", "exact")
@@ -83,10 +83,8 @@ class PromptedConvNet(FrozenClassifier):
                 f"dtype: got {dtype} with prompt_location='concat-channel', whose first convolution is "
                 "trained, in float32; want None, and autocast for products of 16 bits"
             )
-        names = PromptConfig.__dataclass_fields__.keys() & timm_kwargs.keys()
-        others = {name: timm_kwargs.pop(name) for name in names}
-        # Refuses all but the defaults of what pixels do not have, by name.
-        settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location, **others)
+        refuse_settings(timm_kwargs, "a ConvNet, whose prompts are pixels")
+        settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location)
         model, origin = resolve_backbone(
             backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=CONVNET
         )
