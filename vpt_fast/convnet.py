@@ -158,21 +158,4 @@ class PromptedConvNet(FrozenClassifier):
         Args:
             batch_size: images a step.
         """
-        meta = copy.deepcopy(self).to("meta")
-        own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
-        images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            meta(images)
-        return cost.TrainingBytes(
-            weights=self._weight_bytes(),
-            kept=sum(storage.nbytes() for storage in kept.values()),
-            workspace=3 * max(storage.nbytes() for storage in kept.values()),
-        )
+        return self._counted_training_bytes(batch_size)
