@@ -66,6 +66,9 @@ SETTING_ROWS: tuple[dict[str, Any], ...] = (
     dict(prompt_dropout=0.1, prompt_dropout_per="batch"),
     *(dict(pool=pool) for pool in ("cls", "image", "prompts", "image_and_prompts")),
     *(dict(dtype=dtype) for dtype in ("bfloat16", "float64")),
+    dict(residual_dtype="bfloat16"),
+    dict(backend="torch"),
+    dict(attention="sdpa_cpu"),
     *(dict(memory=memory) for memory in ("auto", "exact", "compact", "recompute_mlp", "recompute")),
 )
 
