@@ -37,7 +37,10 @@ _ANY = {
     "full": "FullTuning",
 }
 _OTHER_CLASSES = {
-    SWIN: ("SwinTransformer", {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_ANY}),
+    SWIN: (
+        "SwinTransformer",
+        {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_ANY, "lora": "LoRATuning"},
+    ),
     CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_ANY}),
 }
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning and biases on Swin and ConvNets: the definition, and how they are stored."""
+"""Full fine-tuning, biases and others on Swin and ConvNets: the definition, and how they are stored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from concatenation import relative_error, step
 from tiny import random_batch, randomise
 from torch import nn
 from torch.func import functional_call
+from ways_to_tune import low_rank
 
 from vpt_fast import load_pretrained
 from vpt_fast.tuning.bias import BiasTuning
 from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.lora import LoRATuning
 from vpt_fast.tuning.side import SideTuning
 
 CLASSES = 5
@@ -118,6 +120,29 @@ def test_estimate_covers_what_is_kept(method: str, name: str) -> None:
         model(images)
     total = sum(storage.nbytes() for storage in kept.values())
     assert 0.95 * total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * total
+
+
+def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
+    name = "swin_tiny_patch4_window7_224"
+    backbone, _ = make("full", name)
+    model = LoRATuning(backbone, CLASSES, rank=2).double().eval()
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    images, labels = random_batch(model)
+    found = step(model, images, labels)
+
+    trained = {n: t.clone().requires_grad_() for n, t in model.trainable_state_dict().items()}
+    network = copy.deepcopy(backbone).requires_grad_(False)
+    for path, linear in network.named_modules():
+        if path.endswith((".attn.qkv", ".attn.proj")):
+            linear.register_forward_hook(low_rank(trained, f"backbone.stem.{path}"))
+    logits = nn.functional.linear(network(images), trained["head.weight"], trained["head.bias"])
+    nn.functional.cross_entropy(logits, labels).backward()
+    assert len(trained) == 2 + 3 * 2 * 2  # the head; A and B of two layers in three blocks
+    assert relative_error(found.logits, logits) < 1e-12
+    for n, tensor in trained.items():
+        assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
@@ -23,7 +24,7 @@ class BiasTuning(TimmClassifier):
     Args and errors are those of `TimmClassifier`.
     """
 
-    takes_any_kind = True
+    kinds: tuple[Kind, ...] = (VIT, SWIN, CONVNET)
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
@@ -49,7 +50,7 @@ class PromptAndBiasTuning(BiasTuning):
         ValueError: as `TimmClassifier`, and for prompt settings out of range.
     """
 
-    takes_any_kind = False
+    kinds = (VIT,)
 
     def __init__(
         self,

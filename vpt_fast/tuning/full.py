@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
@@ -21,7 +22,7 @@ class FullTuning(TimmClassifier):
 
     stores_backbone = True
     trains_weights = True
-    takes_any_kind = True
+    kinds = (VIT, SWIN, CONVNET)
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_fast.backbones.resolve import VIT, kind_of, resolve_backbone
+from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import frozen_vit
 from vpt_fast.backbones.timm_vit import FrozenViT, Positions, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
@@ -25,8 +25,8 @@ class TimmClassifier(TunedClassifier):
     stands before the first trained tensor.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva (of a class
-            that takes any kind a Swin or ConvNet, too), which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, or a model
+            of another of the class's `kinds`, which is not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         pretrained: load the published weights (only with a name).
@@ -39,8 +39,7 @@ class TimmClassifier(TunedClassifier):
 
     # Whether matrices of the blocks are trained, whose inputs are then kept.
     trains_weights = False
-    # Whether a Swin or ConvNet will do, too.
-    takes_any_kind = False
+    kinds: tuple[Kind, ...] = (VIT,)  # of backbones that it takes
 
     def __init__(
         self,
@@ -53,7 +52,9 @@ class TimmClassifier(TunedClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool)
-        kind = kind_of(backbone) if self.takes_any_kind else VIT
+        kind = kind_of(backbone)
+        if kind not in self.kinds:
+            kind = VIT  # which `resolve_backbone` then misses
         model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
         if kind is not VIT:
             whole = WholeBackbone(model)
