@@ -118,7 +118,7 @@ def test_linear_probe_reads_the_pooled_features():
         ("resnet10t", {"prompt_type": "deep"}, "prompt_type: got 'deep' with a ConvNet"),
         ("resnet10t", {"prompt_location": "prepend"}, "prompt_location: got 'prepend' with a ConvNet"),
         ("resnet10t", {"pool": "cls"}, "pool: got 'cls' with a ConvNet"),
-        ("resnet10t", {"prompt_dropout": 0.1}, "prompt_dropout: got 0.1"),
+        ("resnet10t", {"prompt_dropout": 0.1}, "prompt_dropout=0.1: not with a ConvNet"),
         (
             "resnet10t",
             {"prompt_location": "concat-channel", "dtype": torch.bfloat16},

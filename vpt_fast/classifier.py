@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
@@ -98,11 +100,12 @@ class TunedClassifier(nn.Module):
     # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
     stores_backbone = False
 
-    backbone: FrozenViT  # or, where a class takes one, a FrozenSwin or FrozenConvNet: typed as what is usual
+    # Or, where a class takes one, a FrozenSwin, FrozenConvNet or WholeBackbone: typed as what is usual.
+    backbone: FrozenViT
 
     def __init__(
         self,
-        backbone: FrozenViT | FrozenSwin | FrozenConvNet,
+        backbone: FrozenViT | FrozenSwin | FrozenConvNet | WholeBackbone,
         origin: Origin,
         num_classes: int,
         *,
@@ -215,6 +218,28 @@ class TunedClassifier(nn.Module):
         """Parameters that are trained, and stored."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    def _counted_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory of a training step: what is kept is counted in a pass over tensors without values, in
+        the weights' own dtype; the temporaries are an estimate."""
+        meta = copy.deepcopy(self).to("meta")
+        own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            meta(images)
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=sum(storage.nbytes() for storage in kept.values()),
+            workspace=3 * max(storage.nbytes() for storage in kept.values()),
+        )
+
     def _weight_bytes(self) -> int:
         """All parameters, and gradient and momentum of the trained ones."""
         return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in self.parameters())
@@ -234,9 +259,13 @@ class TunedClassifier(nn.Module):
         elif not self.backbone.pads_images and (got[0] % patch[0] or got[1] % patch[1]):
             raise ValueError(f"images: got {got[0]}x{got[1]}, want a multiple of {patch[0]}x{patch[1]}")
 
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """Name to tensor of all that is stored: what is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        return {name: tensor.detach() for name, tensor in self._stored().items()}
 
     @torch.no_grad()
     def load_trainable_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -245,17 +274,17 @@ class TunedClassifier(nn.Module):
         Raises:
             ValueError: a name is missing or unknown, or a shape differs; nothing is changed then.
         """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = self._stored()
         missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
         for kind, names in (("missing", missing), ("unknown", unknown)):
             if names:
                 raise ValueError(f"trained tensors: {kind} {', '.join(sorted(names))}")
-        for name, parameter in own.items():
-            got, want = tuple(tensors[name].shape), tuple(parameter.shape)
+        for name, tensor in own.items():
+            got, want = tuple(tensors[name].shape), tuple(tensor.shape)
             if got != want:
                 raise ValueError(f"trained tensors: {name} has shape {got}, want {want}")
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write what was trained, and how to build the model again, to a folder.

@@ -15,7 +15,7 @@ from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
-from vpt_fast.prompts import PromptConfig, init_bound, pad_image
+from vpt_fast.prompts import PromptConfig, init_bound, pad_image, refuse_settings
 
 LOCATIONS = ("pad", "concat-channel")
 MEMORY = ("auto", "exact")
@@ -83,10 +83,8 @@ class PromptedConvNet(FrozenClassifier):
                 f"dtype: got {dtype} with prompt_location='concat-channel', whose first convolution is "
                 "trained, in float32; want None, and autocast for products of 16 bits"
             )
-        names = PromptConfig.__dataclass_fields__.keys() & timm_kwargs.keys()
-        others = {name: timm_kwargs.pop(name) for name in names}
-        # Refuses all but the defaults of what pixels do not have, by name.
-        settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location, **others)
+        refuse_settings(timm_kwargs, "a ConvNet, whose prompts are pixels")
+        settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location)
         model, origin = resolve_backbone(
             backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=CONVNET
         )
@@ -160,21 +158,4 @@ class PromptedConvNet(FrozenClassifier):
         Args:
             batch_size: images a step.
         """
-        meta = copy.deepcopy(self).to("meta")
-        own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
-        images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            meta(images)
-        return cost.TrainingBytes(
-            weights=self._weight_bytes(),
-            kept=sum(storage.nbytes() for storage in kept.values()),
-            workspace=3 * max(storage.nbytes() for storage in kept.values()),
-        )
+        return self._counted_training_bytes(batch_size)

@@ -29,10 +29,19 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
 }
 
 # Those that take another backbone than a VisionTransformer, and what it is called.
-_PROBES = {"linear": "LinearProbe", "mlp-K": "MLPProbe"}
+_ANY = {
+    "linear": "LinearProbe",
+    "mlp-K": "MLPProbe",
+    "sidetune": "SideTuning",
+    "bias": "BiasTuning",
+    "full": "FullTuning",
+}
 _OTHER_CLASSES = {
-    SWIN: ("SwinTransformer", {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_PROBES}),
-    CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_PROBES}),
+    SWIN: (
+        "SwinTransformer",
+        {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_ANY, "lora": "LoRATuning"},
+    ),
+    CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_ANY}),
 }
 
 # What constructors call a setting of the recipe, where it is another name.

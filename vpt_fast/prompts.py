@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -149,6 +149,20 @@ class PromptConfig:
                 f"prompt_layers: got {list(layers)}, want different block indices from 0 to {num_blocks - 1}"
             )
         return tuple(sorted(layers))
+
+
+def refuse_settings(keywords: dict[str, Any], what: str) -> None:
+    """Takes settings of `PromptConfig` that a model does not have out of its constructor's keywords. As they
+    are by default they may be given, as the recipe does.
+
+    Raises:
+        ValueError: one that is not the default; the message names it and `what` does not have it.
+    """
+    defaults = {field.name: field.default for field in fields(PromptConfig)}
+    others = {name: keywords.pop(name) for name in defaults if name in keywords}
+    given = ", ".join(f"{name}={value!r}" for name, value in others.items() if value != defaults[name])
+    if given:
+        raise ValueError(f"{given}: not with {what}")
 
 
 def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
-from vpt_fast.prompts import PromptConfig, drop, init_bound
+from vpt_fast.prompts import PromptConfig, drop, init_bound, refuse_settings
 
 POOLS = ("image", "prompts", "image_and_prompts")
 
@@ -79,16 +78,10 @@ class PromptedSwin(PromptedClassifier):
         if pool not in (None, *POOLS):
             wanted = ", ".join(map(repr, POOLS))
             raise ValueError(f"pool: got {pool!r} with a SwinTransformer, want None or one of {wanted}")
-        # What PromptedViT has beside its own settings may be given as it is by default, as the recipe does.
-        defaults = {field.name: field.default for field in fields(PromptConfig)}
-        others = {name: timm_kwargs.pop(name) for name in defaults if name in timm_kwargs}
-        refused = {name: value for name, value in others.items() if value != defaults[name]}
-        if refused:
-            given = ", ".join(f"{name}={value!r}" for name, value in refused.items())
-            raise ValueError(
-                f"{given}: not with a SwinTransformer, whose prompts are prepended in every window, each "
-                "block's own or the first's"
-            )
+        refuse_settings(
+            timm_kwargs,
+            "a SwinTransformer, whose prompts are prepended in every window, each block's own or the first's",
+        )
         settings = PromptConfig(
             num_prompts=num_prompts,
             prompt_type=prompt_type,

@@ -13,7 +13,13 @@ from vpt_fast.run import RunFolder
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"), [("vpt-shallow", {"num_prompts": 2, "prompt_location": "pad"}), ("linear", {})]
+    ("method", "settings"),
+    [
+        ("vpt-shallow", {"num_prompts": 2, "prompt_location": "pad"}),
+        ("linear", {}),
+        ("full", {}),
+        ("bias", {}),
+    ],
 )
 def test_training_leaves_a_model(method, settings, color_images, tmp_path):
     recipe = Recipe(
@@ -26,9 +32,11 @@ def test_training_leaves_a_model(method, settings, color_images, tmp_path):
     torch.manual_seed(recipe.seed)  # the backbone's weights are random, drawn first
     loaded = load_pretrained(RunFolder(tmp_path / "run").prompts)
     assert loaded.image_size == (32, 32)
+    stored = RunFolder(tmp_path / "run").read().checkpoint.trainable
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.trainable_state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "full", "bias", "partial-1"])
+@pytest.mark.parametrize("method", ["vpt-deep", "adapter", "lora", "partial-1"])
 def test_method_that_there_is_not_for_a_convnet_is_named(method):
     recipe = Recipe(data="", backbone="resnet10t", method=method, pretrained=False)
     with pytest.raises(ValueError, match=f"method is '{method}'.*a ConvNet"):

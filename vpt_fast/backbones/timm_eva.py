@@ -56,7 +56,7 @@ class FrozenEva(FrozenViT):
     """A timm Eva with frozen, folded blocks and no classifier. Args and errors are those of `FrozenViT`.
 
     Attributes:
-        rope: timm's own rotary positions, or None where the model has none.
+        rope: timm's own rotary positions; None where the model has none, or they are not needed again.
         sin, cos: of the angles at the model's own image size, (1 or blocks, P, 1 or H, D/2); None without.
     """
 
@@ -88,10 +88,12 @@ class FrozenEva(FrozenViT):
                 # Parameters and not buffers: see `FrozenBlock`.
                 sin, cos = (nn.Parameter(table, requires_grad=False) for table in self._angles(self._grid()))
                 self.sin, self.cos = sin, cos
+            if not timm_blocks and not self.takes_any_size:
+                self.rope = None  # nobody asks it again, and its own tables are buffers
 
     @property
     def is_rotary(self) -> bool:
-        return self.rope is not None
+        return self.rope is not None or self.sin is not None
 
     @staticmethod
     def _check(vit: Any) -> None:

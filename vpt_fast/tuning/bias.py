@@ -1,4 +1,4 @@
-"""BiasTuning: the biases of a vision transformer. PromptAndBiasTuning: deep prompts too."""
+"""BiasTuning: the biases of a backbone. PromptAndBiasTuning: deep prompts too, of a vision transformer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
@@ -14,7 +15,8 @@ from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
 class BiasTuning(TimmClassifier):
-    """Every bias of the vision transformer trained, and the head: BitFit (Ben Zaken et al., ACL 2022).
+    """Every bias of a vision transformer, Swin or ConvNet trained, and the head: BitFit (Ben Zaken et al.,
+    ACL 2022).
 
     A bias's gradient is a sum of output gradients, so that nothing is kept beside what the gradient of the
     residual stream needs.
@@ -22,7 +24,9 @@ class BiasTuning(TimmClassifier):
     Args and errors are those of `TimmClassifier`.
     """
 
-    def __init__(self, backbone: str | TimmViT, num_classes: int, **settings: Any) -> None:
+    kinds: tuple[Kind, ...] = (VIT, SWIN, CONVNET)
+
+    def __init__(self, backbone: str | nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("bias"):
@@ -45,6 +49,8 @@ class PromptAndBiasTuning(BiasTuning):
     Raises:
         ValueError: as `TimmClassifier`, and for prompt settings out of range.
     """
+
+    kinds = (VIT,)
 
     def __init__(
         self,

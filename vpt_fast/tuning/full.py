@@ -1,25 +1,35 @@
-"""FullTuning: all weights of a vision transformer."""
+"""FullTuning: all weights of a backbone."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vpt_fast.backbones.timm_eva import TimmViT
+import torch
+from torch import nn
+
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
 class FullTuning(TimmClassifier):
-    """Fine-tuning of the whole vision transformer and the head.
+    """Fine-tuning of a whole vision transformer, Swin or ConvNet, and the head.
 
-    All weights are stored, so a saved model needs no published ones again.
+    All weights are stored, so a saved model needs no published ones again; with them BatchNorm's statistics,
+    which stay as they came.
 
     Args and errors are those of `TimmClassifier`.
     """
 
     stores_backbone = True
     trains_weights = True
+    kinds = (VIT, SWIN, CONVNET)
 
-    def __init__(self, backbone: str | TimmViT, num_classes: int, **settings: Any) -> None:
+    def __init__(self, backbone: str | nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
         self.backbone.requires_grad_(True)
         self._freeze_what_is_not_read()
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        buffers = {name for name, _ in self.named_buffers()}
+        kept = {name: t for name, t in self.state_dict(keep_vars=True).items() if name in buffers}
+        return {**super()._stored(), **kept}

@@ -1,4 +1,4 @@
-"""SideTuning: a small network beside a frozen vision transformer."""
+"""SideTuning: a small network beside a frozen backbone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 
@@ -42,7 +41,7 @@ class SideTuning(FrozenClassifier):
 
     def __init__(
         self,
-        backbone: str | TimmViT,
+        backbone: str | nn.Module,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -55,9 +54,11 @@ class SideTuning(FrozenClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
+        model, origin = resolve_backbone(
+            backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind_of(backbone)
+        )
         super().__init__(
-            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
+            model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )
         self._reads = self.backbone.head_reads_of_image(pool)
         height, width = self.image_size

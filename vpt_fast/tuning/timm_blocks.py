@@ -1,4 +1,4 @@
-"""TimmClassifier: what is common to the models that run timm's own blocks, and what those keep."""
+"""TimmClassifier: what is common to the models that train in timm's own modules, and what those keep."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
+from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
+from vpt_fast.backbones.timm_eva import frozen_vit
 from vpt_fast.backbones.timm_vit import FrozenViT, Positions, size_of
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
@@ -24,8 +25,8 @@ class TimmClassifier(TunedClassifier):
     stands before the first trained tensor.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is
-            not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, or a model
+            of another of the class's `kinds`, which is not changed.
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
         pretrained: load the published weights (only with a name).
@@ -38,10 +39,11 @@ class TimmClassifier(TunedClassifier):
 
     # Whether matrices of the blocks are trained, whose inputs are then kept.
     trains_weights = False
+    kinds: tuple[Kind, ...] = (VIT,)  # of backbones that it takes
 
     def __init__(
         self,
-        backbone: str | TimmViT,
+        backbone: str | nn.Module,
         num_classes: int,
         *,
         pool: str | None = None,
@@ -50,21 +52,32 @@ class TimmClassifier(TunedClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
-        dtype = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
-        frozen = frozen_vit(vit, dtype, timm_blocks=len(vit.blocks))
+        kind = kind_of(backbone)
+        if kind not in self.kinds:
+            kind = VIT  # which `resolve_backbone` then misses
+        model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
+        if kind is not VIT:
+            whole = WholeBackbone(model)
+            whole.check_pool(pool)
+            super().__init__(whole, origin, num_classes, pool=pool)
+            return
+        dtype = torch.promote_types(model.patch_embed.proj.weight.dtype, torch.float32)
+        frozen = frozen_vit(model, dtype, timm_blocks=len(model.blocks))
         super().__init__(frozen, origin, num_classes, pool=pool)
         self._reads = frozen.head_reads_of_image(pool)
 
     def train(self, mode: bool = True) -> TimmClassifier:
         """Dropout of timm's acts in training, before the blocks too."""
         super().train(mode)
-        self.backbone.stem.train(mode)
+        if isinstance(self.backbone, FrozenViT):
+            self.backbone.stem.train(mode)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""
         self._check_images(images)
+        if isinstance(self.backbone, WholeBackbone):
+            return self.head(self.backbone(images.to(self.head.weight.dtype)))
         positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
         return self._logits(self._run_blocks(self.backbone.embed(images), positions), self._reads)
 
@@ -86,6 +99,8 @@ class TimmClassifier(TunedClassifier):
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate of the memory that a training step takes at the model's own image size."""
+        if isinstance(self.backbone, WholeBackbone):
+            return self._counted_training_bytes(batch_size)
         kept, workspace = timm_block_bytes(
             self.backbone, trains_weights=self.trains_weights, num_added=self._num_added_tokens()
         )

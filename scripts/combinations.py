@@ -1,0 +1,198 @@
+"""Write docs/combinations.md: which method, and which setting of prompts, works on which kind of backbone.
+
+    python scripts/combinations.py
+
+Every combination is built, as `vpt-fast train` does it, on a small backbone of the kind; where that raises
+there is none. `tests/test_combinations.py` trains a step of each that is built, and reads the message of each
+that is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.classifier import TunedClassifier
+from vpt_fast.files import replacing
+from vpt_fast.methods import build_model
+from vpt_fast.recipe import METHODS, Recipe
+
+PAGE = Path("docs/combinations.md")
+NUM_CLASSES = 3
+NUM_PROMPTS = 8  # twice that, as a border, is a patch
+
+
+@dataclass(frozen=True)
+class BackboneKind:
+    """A kind of backbone, and a small one of it.
+
+    label: its column. called: what messages call it. prompts: the settings without which it takes no prompts.
+    """
+
+    label: str
+    called: str
+    name: str
+    arguments: dict[str, Any]
+    prompts: dict[str, Any] = field(default_factory=dict)
+
+
+_VIT = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
+_SWIN = dict(img_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+_RESNET = dict(img_size=64, stem_width=8, channels=[8, 8, 16, 16])
+KINDS = (
+    BackboneKind("ViT", "VisionTransformer", "vit_tiny_patch16_224", _VIT),
+    BackboneKind("DINOv3, EVA", "Eva", "vit_small_patch16_dinov3", _VIT),
+    BackboneKind("Swin", "SwinTransformer", "swin_tiny_patch4_window7_224", _SWIN),
+    BackboneKind("ConvNet", "ConvNet", "resnet10t", _RESNET, dict(prompt_location="pad")),
+)
+
+METHOD_ROWS = tuple(method.replace("-K", "-1") for method in METHODS)
+PROMPTED = ("vpt-deep", "vpt-shallow")
+SETTING_ROWS: tuple[dict[str, Any], ...] = (
+    *(
+        dict(prompt_location=location)
+        for location in ("prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
+    ),
+    *(dict(prompt_layers=layers) for layers in (1, -1, [0, 1])),
+    dict(after_prompts="drop"),
+    dict(prompt_shared=True),
+    dict(prompt_project=4),
+    dict(prompt_dropout=0.1, prompt_dropout_per="image"),
+    dict(prompt_dropout=0.1, prompt_dropout_per="batch"),
+    *(dict(pool=pool) for pool in ("cls", "image", "prompts", "image_and_prompts")),
+    *(dict(dtype=dtype) for dtype in ("bfloat16", "float64")),
+    dict(residual_dtype="bfloat16"),
+    dict(backend="torch"),
+    dict(attention="sdpa_cpu"),
+    *(dict(memory=memory) for memory in ("auto", "exact", "compact", "recompute_mlp", "recompute")),
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A method and settings of it on a kind of backbone."""
+
+    method: str
+    kind: BackboneKind
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.kind.label} {setting_text(self.settings)}".strip()
+
+    def build(self) -> TunedClassifier:
+        """The model, its weights random.
+
+        Raises:
+            ValueError: there is no such combination.
+        """
+        settings = dict(self.settings)
+        if self.method in PROMPTED:
+            added = settings.get("prompt_location") in ("add", "add-1")
+            settings = {
+                "num_prompts": None if added else NUM_PROMPTS,
+                "prompt_dropout": 0.0,
+                **self.kind.prompts,
+            } | settings
+        recipe = Recipe(
+            data="",
+            backbone=self.kind.name,
+            method=self.method,
+            pretrained=False,
+            backbone_arg=self.kind.arguments,
+            **settings,
+        )
+        return build_model(recipe.resolved(num_train_images=2, device_type="cpu"), NUM_CLASSES)
+
+
+def combinations() -> Iterator[Combination]:
+    """All that the page has a cell for, kind by kind."""
+    for kind in KINDS:
+        for method in METHOD_ROWS:
+            yield Combination(method, kind)
+        for settings in SETTING_ROWS:
+            for method in PROMPTED:
+                yield Combination(method, kind, settings)
+
+
+def build_all() -> dict[str, tuple[Combination, TunedClassifier | ValueError]]:
+    """Every combination by name, and the model or why there is none."""
+    built: dict[str, tuple[Combination, TunedClassifier | ValueError]] = {}
+    with sharing_backbones({}):
+        for combination in combinations():
+            result: TunedClassifier | ValueError
+            torch.manual_seed(0)  # the same backbone for all, so that it is made once
+            try:
+                result = combination.build()
+            except ValueError as error:
+                result = error
+            built[combination.name] = (combination, result)
+    return built
+
+
+def setting_text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def page(built: dict[str, tuple[Combination, TunedClassifier | ValueError]]) -> str:
+    """The text of docs/combinations.md."""
+
+    def works(method: str, kind: BackboneKind, settings: dict[str, Any]) -> bool:
+        return not isinstance(built[Combination(method, kind, settings).name][1], ValueError)
+
+    header = tuple(kind.label for kind in KINDS)
+    by_method = [
+        (f"`{method}`", *("yes" if works(method, kind, {}) else "no" for kind in KINDS))
+        for method in METHOD_ROWS
+    ]
+    by_setting = []
+    for settings in SETTING_ROWS:
+        cells = []
+        for kind in KINDS:
+            types = [m.removeprefix("vpt-") for m in PROMPTED if works(m, kind, settings)]
+            cells.append(", ".join(types) or "no")
+        by_setting.append((f"`{setting_text(settings)}`", *cells))
+    return f"""# What works on which backbone
+
+Written by `python scripts/combinations.py`, which builds every combination on a small backbone of each kind.
+`tests/test_combinations.py` holds this page to that, trains a step of each combination that works, and checks
+that each other raises a message that names both sides of it.
+
+ViT is timm's `VisionTransformer`; DINOv3 and EVA are timm's `Eva`, with rotary positions
+([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNet](convnets.md) stands for the
+six families there.
+
+## Methods
+
+As `--method`, with its own defaults ([methods.md](methods.md)); of a ConvNet's prompts with
+`prompt_location=pad`.
+
+{table(("method", *header), by_method)}
+
+## Settings of prompted models
+
+Which of `vpt-deep` and `vpt-shallow` take a setting ([prompts.md](prompts.md)), all others being the defaults
+but `prompt_location=pad` on a ConvNet.
+
+{table(("setting", *header), by_setting)}
+"""
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    path = Path(__file__).parents[1] / PAGE
+    with replacing(path) as temporary:
+        temporary.write_text(page(build_all()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""A timm Swin or ConvNet as it is, for methods that train in its own modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import timm.data
+import torch
+from torch import nn
+
+from vpt_fast.backbones.timm_vit import fingerprint
+
+
+class WholeBackbone(nn.Module):
+    """A copy of a timm Swin or ConvNet without its classifier, of timm's own modules, in float32 or more.
+
+    Every parameter has requires_grad False until a method unfreezes it. Dropout acts in training; BatchNorm
+    keeps the statistics that it came with.
+
+    Args:
+        model: the model to copy, which is not changed.
+    """
+
+    takes_any_size = False
+    pads_images = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+        stem: Any = copy.deepcopy(model)
+        stem.reset_classifier(0)
+        self.fingerprint = fingerprint(stem, classifier=None)
+        self.num_parameters = sum(p.numel() for p in stem.parameters())
+        first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
+        self.in_chans, self._first_kernel = first.in_channels, tuple(first.kernel_size)
+        self.stem = stem.to(torch.promote_types(first.weight.dtype, torch.float32))
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> WholeBackbone:
+        """Puts all but BatchNorm in this mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.stem.parameters()).device
+
+    @property
+    def embed_dim(self) -> int:
+        """The number of features that the classifier reads."""
+        return self.stem.head_hidden_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels: what a Swin's windows were made for; of a ConvNet img_size, or that of
+        the weights' description."""
+        embedding = getattr(self.stem, "patch_embed", None)
+        return tuple(self.data_config["input_size"][1:] if embedding is None else embedding.img_size)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of the first convolution's kernel."""
+        return self._first_kernel  # type: ignore[return-value]
+
+    def check_pool(self, pool: str | None) -> None:
+        """Raises ValueError for another pooling than the backbone's own."""
+        if pool is not None:
+            raise ValueError(
+                f"pool: got {pool!r} with a {type(self.stem).__name__} that is trained; want None"
+            )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) to features (B, d)."""
+        return self.stem.forward_head(self.stem.forward_features(images), pre_logits=True)
