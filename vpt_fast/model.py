@@ -237,8 +237,8 @@ class PromptedViT(PromptedClassifier):
     def _outputs(
         self, images: torch.Tensor, plans: Sequence[BlockPlan], wanted: Sequence[int]
     ) -> tuple[list[torch.Tensor], int]:
-        """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that are
-        read; and N, the tokens of an image."""
+        """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that
+        are read; and N, the tokens of an image."""
         settings = self.prompt_settings
         x = self._tokens(images)
         num_tokens, num_prefix = x.shape[1], self.backbone.num_prefix_tokens

@@ -24,9 +24,6 @@ from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import LinearProbe
 
-IGNORED = 255
-"""The label of pixels that neither the loss nor a metric looks at."""
-
 # What gives the patch tokens, by the name of the method that trains it.
 ENCODERS: dict[str, type[TunedClassifier]] = {
     "vpt-deep": PromptedViT,
@@ -104,8 +101,9 @@ class PromptedSegmenter(TunedModel):
     PromptedViT's, without the same dead work.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva,
-            which is not changed. With a name, ``img_size=512`` among the settings resamples its position embedding as timm does.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is not
+            changed. With a name, ``img_size=512`` among the settings resamples its position embedding as
+            timm does.
         num_classes: C.
         method: what is trained beside the heads: ``"vpt-deep"``: deep prompts; ``"vpt+bias"``: these and
             every bias of the backbone; ``"linear"``: nothing; ``"bias"``; ``"full"``: the whole backbone.
@@ -139,8 +137,6 @@ class PromptedSegmenter(TunedModel):
         **settings: Any,
     ) -> None:
         check_arguments(num_classes, None)
-        if num_classes > IGNORED:
-            raise ValueError(f"num_classes: got {num_classes}, want at most {IGNORED}, the label of no class")
         if method not in ENCODERS:
             raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
         if isinstance(head_channels, bool) or not isinstance(head_channels, int) or head_channels < 1:
