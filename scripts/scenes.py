@@ -38,9 +38,9 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     """An image in RGB, and its labels (HEIGHT, WIDTH) uint8."""
     height, width = HEIGHT * FINE, WIDTH * FINE
     x = np.linspace(0, 1, width)
-    level = rng.uniform(0.35, 0.65) + sum(
-        rng.uniform(-0.06, 0.06) * np.sin(2 * math.pi * (n * x + rng.random())) for n in (1, 2, 3)
-    )  # height of the horizon, from above, in units of the image's height
+    level = np.full(width, rng.uniform(0.35, 0.65))  # where ground begins, in units of the image's height
+    for n in (1, 2, 3):
+        level += rng.uniform(-0.06, 0.06) * np.sin(2 * math.pi * (n * x + rng.random()))
     is_ground = np.arange(height)[:, None] / height >= level
     shade = np.linspace(0, 1, height)[:, None, None]
     sky = rng.uniform((70, 110, 150), (170, 190, 250)) + 50 * shade
@@ -81,11 +81,11 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
                 )
         else:
             radius = size / 3
-            middle = np.array([left + radius, foot - radius])
+            center = np.array([left + radius, foot - radius])
             angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
             circle = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            polygon([*map(tuple, middle + circle)], BALL, color)
-            polygon([*map(tuple, middle - radius / 4 + circle / 2)], BALL, np.minimum(1.25 * color, 255))
+            polygon([*map(tuple, center + circle)], BALL, color)
+            polygon([*map(tuple, center - radius / 4 + circle / 2)], BALL, np.minimum(1.25 * color, 255))
     image = np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX), np.float64)
     image += rng.normal(0, 6, image.shape)
     found = np.asarray(labels)[FINE // 2 :: FINE, FINE // 2 :: FINE]
@@ -145,6 +145,7 @@ def report(
     from vpt_fast.segmentation import segment
 
     loaded = LoadedRun.load(run)
+    made = loaded.scene_preprocessing
     begun = RunFolder(run).read()
     results: dict[str, Any] = {
         "backbone": begun.recipe.backbone,
@@ -159,7 +160,7 @@ def report(
     rows = []
     for index in range(min(SHOWN, len(scenes))):
         image, mask = read_scene(scenes, index)
-        found = segment(loaded.model, pil_to_tensor(image), loaded.labels.preprocessing).argmax(0)
+        found = segment(loaded.model, pil_to_tensor(image), made).argmax(0)
         rows.append((np.asarray(image), {"mask": mask, "found": found.numpy().astype(np.uint8)}))
     out.mkdir(parents=True, exist_ok=True)
     plot_segmentation(rows, scenes.classes, out / "scenes.png")

@@ -10,7 +10,7 @@ import torch
 from concatenation import ConcatenatedViT, relative_error
 from definitions import gradient
 from test_dead_work import KeptBytes
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,31 +32,33 @@ SETTINGS = {
     "pixels": dict(num_prompts=2, prompt_location="prepend-pixel", prompt_type="shallow"),
 }
 BACKBONES = {
-    "plain": {},
-    "ragged": dict(img_size=(24, 40), reg_tokens=2, init_values=0.1, qk_norm=True),
-    "no_prefix": dict(class_token=False, global_pool="avg"),
+    "plain": lambda: tiny_vit(),
+    "ragged": lambda: tiny_vit(img_size=(24, 40), reg_tokens=2, init_values=0.1, qk_norm=True),
+    "no_prefix": lambda: tiny_vit(class_token=False, global_pool="avg"),
+    "rotary": lambda: tiny_eva(),
 }
 
 
 def tokens_of_concatenation(model: ConcatenatedViT, images: Tensor, blocks: list[int]) -> list[Tensor]:
     """Patches after `blocks`, then the image's own tokens after the final norm."""
-    x, held, found = model.embed(images), 0, []
-    prefix = model.vit.num_prefix_tokens
-    for i, block in enumerate(model.vit.blocks):
-        if i in model.layers:
-            x, held = model.with_prompts(x, held, i)
-        elif model.after_prompts == "drop":
-            x, held = model.without_prompts(x, held), 0
-        x = block(x)
-        if i in blocks:
-            found.append(x[:, prefix + held :])
-    return [*found, model.vit.norm(model.without_prompts(x, held))]
+    found: list[Tensor] = []
+    prefix, num_patches = model.vit.num_prefix_tokens, model.vit.patch_embed.num_patches
+    modules = [*(model.vit.blocks[i] for i in blocks), model.vit.norm]
+    hooks = [m.register_forward_hook(lambda _, __, out: found.append(out)) for m in modules]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    *tokens, last = found  # (B, prefix tokens, prompts where there are some, patches; d)
+    return [
+        *(x[:, -num_patches:] for x in tokens),
+        torch.cat((last[:, :prefix], last[:, -num_patches:]), dim=1),
+    ]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_tokens_and_their_gradients_are_those_of_concatenation(setting: dict, backbone: dict) -> None:
-    vit = tiny_vit(**backbone)
+def test_tokens_and_their_gradients_are_those_of_concatenation(setting: dict, backbone) -> None:
+    vit = backbone()
     model = PromptedViT(vit, CLASSES, **setting).double()
     wanted = ConcatenatedViT(vit, CLASSES, **setting).double()
     wanted.load_trainables(model.trainable_state_dict())
@@ -73,8 +75,8 @@ def test_tokens_and_their_gradients_are_those_of_concatenation(setting: dict, ba
 
 
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
-def test_patches_of_other_ways_to_tune_are_timms_own(backbone: dict) -> None:
-    vit = tiny_vit(**backbone)
+def test_patches_of_other_ways_to_tune_are_timms_own(backbone) -> None:
+    vit = backbone()
     images, _ = random_batch(LinearProbe(vit, CLASSES))
     exact = vit.forward_intermediates(images, indices=[1, 2], output_fmt="NLC", intermediates_only=True)
     for kind, settings in ((LinearProbe, {}), (FullTuning, {}), (AdapterTuning, {"reduction": 8})):

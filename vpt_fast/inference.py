@@ -17,6 +17,7 @@ from vpt_fast.data import (
     Batches,
     DecodeError,
     Preprocessing,
+    ScenePreprocessing,
     SkippedImage,
     check_images,
     decode_image,
@@ -44,6 +45,14 @@ class LoadedRun:
     @property
     def is_segmenter(self) -> bool:
         return self.labels.task == SEGMENTATION
+
+    @property
+    def scene_preprocessing(self) -> ScenePreprocessing:
+        """Raises RunError for a run that does not segment images."""
+        made = self.labels.preprocessing
+        if not isinstance(made, ScenePreprocessing):
+            raise RunError(f"the run holds a {type(self.model).__name__}, which does not segment images")
+        return made
 
     @classmethod
     def load(cls, run: Path, device: str | None = None) -> LoadedRun:

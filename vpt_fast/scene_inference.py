@@ -17,7 +17,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from vpt_fast.data import (
     DecodeError,
     SceneBatches,
-    ScenePreprocessing,
     check_scenes,
     decode_image,
     ignores_zero,
@@ -68,19 +67,18 @@ def evaluate_scene_run(
     ``multi_scale`` averages over six scales from 0.5 to 1.75, each as it is and mirrored. ``windows`` are the
     most in one pass. ``console`` shows how far it is.
 
-    Raises ValueError as open_scenes and check_scenes do, and when the data has other classes.
+    Raises ValueError as open_scenes and check_scenes do, when the data has other classes, and for a run that
+    classifies images.
     """
-    labels, console = run.labels, console or Console(quiet=True)
+    labels, preprocessing = run.labels, run.scene_preprocessing
+    console = console or Console(quiet=True)
     scenes = open_scenes(data, ignore_zero=labels.ignore_zero).val
     if scenes.classes != labels.classes:
         other = sorted(set(scenes.classes) ^ set(labels.classes))[:5]
         raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
     with checking_images(console, len(scenes)) as advance:
         check_scenes(scenes, workers=workers, progress=advance)
-    assert isinstance(labels.preprocessing, ScenePreprocessing), "of a segmentation run"
-    batches = SceneBatches(
-        scenes, labels.preprocessing, 1, train=False, seed=0, device=run.device, workers=workers
-    )
+    batches = SceneBatches(scenes, preprocessing, 1, train=False, seed=0, device=run.device, workers=workers)
     with evaluating(console, "val", len(scenes)) as count:
         found = evaluate_scenes(
             run.model,
@@ -111,9 +109,8 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
             raise ValueError(f"images {names[path.stem]} and {path} would both be written to {path.stem}.png")
         names[path.stem] = path
     out.mkdir(parents=True, exist_ok=True)
-    labels = run.labels
+    labels, preprocessing = run.labels, run.scene_preprocessing
     first = 1 if ignores_zero(len(labels.classes), labels.ignore_zero) else 0
-    assert isinstance(labels.preprocessing, ScenePreprocessing), "of a segmentation run"
     for path in paths:
         answer: dict[str, Any] = {"image": str(path)}
         try:
@@ -121,7 +118,7 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         except DecodeError as error:
             yield {**answer, "error": error.reason}
             continue
-        found = segment(run.model, pil_to_tensor(image).to(run.device), labels.preprocessing)  # (C, h, w)
+        found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
         classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
         mask, overlay = out / f"{path.stem}.png", out / f"{path.stem}-overlay.png"
         _write_mask(classes, first, len(labels.classes), mask)

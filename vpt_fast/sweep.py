@@ -42,7 +42,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.loop import TrainingDiverged, train
-from vpt_fast.recipe import Recipe, parse_method, read_yaml
+from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method, read_yaml
 from vpt_fast.run import RunFolder, default_run_folder, write
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     """The paper's grid for a recipe's method: setting -> values."""
     if parse_method(recipe.method).rule.optimizer == "adamw":
         return {"base_lr": ADAMW_RATES}
-    is_fgvc = recipe.task is not None and find_task(recipe.task).suite == "fgvc"
+    is_fgvc = recipe.task not in (None, SEGMENTATION) and find_task(recipe.task).suite == "fgvc"
     return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
 
 
@@ -142,6 +142,8 @@ class Sweep:
             raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it must be one or more, each at least 0")
+        if self.settings.get("task") == SEGMENTATION:
+            raise ValueError("task is segmentation, which no sweep searches; train it setting by setting")
         for name in SET_BY_SWEEP:
             if name in self.settings:
                 raise ValueError(f"{name} is given; a sweep sets it itself: val for the search, then test")
