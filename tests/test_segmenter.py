@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,6 +253,14 @@ def test_bad_arguments_are_named(settings: dict, message: str) -> None:
     wanted = {"backbone": tiny_vit(), "num_classes": CLASSES, "num_prompts": 3} | settings
     with pytest.raises(ValueError, match=message):
         PromptedSegmenter(**wanted)
+
+
+def test_heads_of_vit_l_have_as_many_parameters_as_the_docs_say() -> None:
+    with torch.device("meta"):
+        model = PromptedSegmenter("vit_large_patch16_384", 150, "linear", img_size=512)
+    assert model.aux_blocks == (9, 14, 19)
+    docs = Path(__file__).parents[1] / "docs" / "segmentation.md"
+    assert f"heads have {model.num_trainable_parameters:,} parameters" in docs.read_text()
 
 
 def test_position_embedding_is_resampled_for_a_larger_image() -> None:
