@@ -81,8 +81,20 @@ def test_evaluation_covers_a_window_with_the_shape_kept(size, scale, expected):
 
 def test_preprocessing_survives_json():
     assert ScenePreprocessing.from_dict(PLAIN.to_dict()) == PLAIN
-    with pytest.raises(ValueError, match="interpolation: 'cubic'"):
-        ScenePreprocessing(SIZE, interpolation="cubic")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"interpolation": "lanczos"}, "interpolation: 'lanczos', wanted one of nearest, bilinear, bicubic"),
+        ({"std": (1.0, 0.0, 1.0)}, "std: "),
+        ({"image_size": (24,)}, "image_size: "),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_fields_of_preprocessing_that_cannot_be_used_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScenePreprocessing(**{"image_size": SIZE} | settings)
 
 
 @pytest.fixture

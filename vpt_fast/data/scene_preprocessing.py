@@ -23,6 +23,8 @@ MOST_OF_ONE_CLASS = 0.75
 """A crop of which one class covers more than this is drawn again,"""
 TRIES = 10
 """so many times at most."""
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+"""Those that torchvision has for tensors."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ class ScenePreprocessing:
 
     Attributes:
         image_size: (height, width) of a crop, in pixels.
-        interpolation: timm's names, for images; masks are resized by the nearest pixel.
+        interpolation: one of `INTERPOLATIONS`, for images; masks are resized by the nearest pixel.
         mean, std: of the channels red, green, blue, for pixels in [0, 1].
 
     Raises:
-        ValueError: a field has a value that `Preprocessing` would not take.
+        ValueError: a field has another value than these, or one that `Preprocessing` would not take.
     """
 
     image_size: tuple[int, int]
@@ -52,6 +54,10 @@ class ScenePreprocessing:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # JSON gives lists
             object.__setattr__(self, field.name, getattr(self._images, field.name))
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation: {self.interpolation!r}, wanted one of {', '.join(INTERPOLATIONS)} for scenes"
+            )
 
     @property
     def _images(self) -> Preprocessing:
