@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vpt_fast.backbones.resolve import sharing_backbones
-from vpt_fast.classifier import TunedClassifier
+from vpt_fast.classifier import TunedModel
 from vpt_fast.files import replacing
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import METHODS, Recipe
@@ -85,7 +85,7 @@ class Combination:
     def name(self) -> str:
         return f"{self.method} {self.kind.label} {setting_text(self.settings)}".strip()
 
-    def build(self) -> TunedClassifier:
+    def build(self) -> TunedModel:
         """The model, its weights random.
 
         Raises:
@@ -120,12 +120,12 @@ def combinations() -> Iterator[Combination]:
                 yield Combination(method, kind, settings)
 
 
-def build_all() -> dict[str, tuple[Combination, TunedClassifier | ValueError]]:
+def build_all() -> dict[str, tuple[Combination, TunedModel | ValueError]]:
     """Every combination by name, and the model or why there is none."""
-    built: dict[str, tuple[Combination, TunedClassifier | ValueError]] = {}
+    built: dict[str, tuple[Combination, TunedModel | ValueError]] = {}
     with sharing_backbones({}):
         for combination in combinations():
-            result: TunedClassifier | ValueError
+            result: TunedModel | ValueError
             torch.manual_seed(0)  # the same backbone for all, so that it is made once
             try:
                 result = combination.build()
@@ -139,7 +139,7 @@ def setting_text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def page(built: dict[str, tuple[Combination, TunedClassifier | ValueError]]) -> str:
+def page(built: dict[str, tuple[Combination, TunedModel | ValueError]]) -> str:
     """The text of docs/combinations.md."""
 
     def works(method: str, kind: BackboneKind, settings: dict[str, Any]) -> bool:

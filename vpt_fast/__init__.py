@@ -13,6 +13,7 @@ from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.graphed import GraphedStep
 from vpt_fast.model import PromptedViT
 from vpt_fast.pretrained import load_pretrained
+from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.probes import LinearProbe
 
@@ -21,6 +22,7 @@ __all__ = [
     "GraphedStep",
     "LinearProbe",
     "PromptedConvNet",
+    "PromptedSegmenter",
     "PromptedSwin",
     "PromptedViT",
     "__version__",

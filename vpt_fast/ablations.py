@@ -21,7 +21,7 @@ from rich.console import Console
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.plots import plot_ablation
-from vpt_fast.recipe import METHODS, Recipe, parse_method
+from vpt_fast.recipe import METHODS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.run import write
 from vpt_fast.sweep import Sweep, default_axes, run_sweep
 
@@ -156,6 +156,8 @@ def plan_ablation(
         if given in settings:
             instead = "--methods names them" if given == "method" else "the ablation varies it"
             raise ValueError(f"{given} is given; {instead}")
+    if settings.get("task") == SEGMENTATION:
+        raise ValueError("task is segmentation, which the paper's ablations are not of")
     found = []
     for method in methods or ablation.methods:
         if name == "location" and method not in LOCATIONS:

@@ -1,4 +1,4 @@
-"""A backbone with a trained linear head: what every tuned model here is, and how it is stored."""
+"""A backbone and what is trained on it: what every tuned model here is, and how it is stored."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +38,7 @@ WEIGHTS_FILE = "model.safetensors"
 # Bias of the head at the start: every class at probability 1/100, the choice of the official code.
 _HEAD_BIAS = -math.log(99.0)
 
-_Model = TypeVar("_Model", bound="TunedClassifier")
+_Model = TypeVar("_Model", bound="TunedModel")
 
 
 def check_arguments(
@@ -86,38 +87,30 @@ class ClassifierConfig:
         return asdict(self)
 
 
-class TunedClassifier(nn.Module):
-    """Backbone and head, and all that training and storing need to know of a model; subclasses say what is
-    trained beside the head, and how the logits are computed.
+class TunedModel(nn.Module):
+    """All that training and storing need to know of a model; subclasses say what is trained, and what is
+    computed.
 
     Args:
-        backbone: everything frozen; what a subclass trains of it, it unfreezes.
-        origin: where the backbone came from.
-        num_classes: of the head.
-        pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
+        backbone_config: which backbone it stands on.
     """
 
     # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
     stores_backbone = False
 
+    # The trained tensors that have no weight decay.
+    undecayed: tuple[str, ...] = ()
+
     # Or, where a class takes one, a FrozenSwin, FrozenConvNet or WholeBackbone: typed as what is usual.
     backbone: FrozenViT
+    num_classes: int
 
-    def __init__(
-        self,
-        backbone: FrozenViT | FrozenSwin | FrozenConvNet | WholeBackbone,
-        origin: Origin,
-        num_classes: int,
-        *,
-        pool: str | None,
-    ) -> None:
+    # What the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
+    pool: str | None = None
+
+    def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
-        self.backbone = backbone  # type: ignore[assignment]
-        self.pool = pool
-        self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
-        nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
-        nn.init.constant_(self.head.bias, _HEAD_BIAS)
-        self._backbone_config = BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint)
+        self._backbone_config = backbone_config
 
     @property
     def config(self) -> ClassifierConfig:
@@ -134,12 +127,11 @@ class TunedClassifier(nn.Module):
         """The keywords of the class's constructor beside those that all have, as JSON holds them."""
         return {}
 
-    def _logits(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
-        """Tokens after the last block (B, N, d) to logits (B, num_classes)."""
-        rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
-        # A copy, so that rows that nobody reads are not kept alive by those that the final norm keeps.
-        features = self.backbone.features(tokens[:, slice(*rows)].contiguous(), self.pool)
-        return self.head(features.to(self.head.weight.dtype))
+    @classmethod
+    def _stores_backbone(cls, options: dict[str, Any]) -> bool:
+        """`stores_backbone` of a model that is built with these keywords."""
+        del options
+        return cls.stores_backbone
 
     def hold_frozen_weights_in(self, dtype: torch.dtype) -> None:
         """Rounds the weights of the folded blocks to `dtype` once.
@@ -154,21 +146,6 @@ class TunedClassifier(nn.Module):
         for module in self.backbone.modules():
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
-
-    @property
-    def feature_shape(self) -> tuple[int, ...] | None:
-        """Shape of one image's `frozen_features` at the model's own image size; None for a model that
-        has none: whose trained part needs the images."""
-        return None
-
-    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
-        more: the same in every epoch, so that it may be computed once."""
-        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
-
-    def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """The trained part: `frozen_features` to logits (B, num_classes)."""
-        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step with a batch of this size takes at the model's own image size."""
@@ -193,10 +170,6 @@ class TunedClassifier(nn.Module):
     def num_blocks(self) -> int:
         """L: the number of transformer blocks."""
         return len(self.backbone.blocks)
-
-    @property
-    def num_classes(self) -> int:
-        return self.head.out_features
 
     @property
     def pretrained_cfg(self) -> Any:
@@ -344,8 +317,9 @@ class TunedClassifier(nn.Module):
         if settings["model"] != cls.__name__:
             raise ValueError(f"{path}: holds a {settings['model']}, want a {cls.__name__}")
         options = dict(settings["options"])
+        stores_backbone = cls._stores_backbone(options)
         known = [name for name in ("dtype", "backend", "attention", "residual_dtype") if name in options]
-        if not cls.stores_backbone:
+        if not stores_backbone:
             known.append("checkpoint")
         unknown = sorted(overrides.keys() - set(known))
         if unknown:
@@ -362,8 +336,8 @@ class TunedClassifier(nn.Module):
             if isinstance(options.get(name), str):
                 options[name] = getattr(torch, options[name])
         if isinstance(backbone, str):
-            options |= {"pretrained": saved.pretrained and not cls.stores_backbone, **saved.kwargs}
-            if saved.checkpoint is not None and not cls.stores_backbone:
+            options |= {"pretrained": saved.pretrained and not stores_backbone, **saved.kwargs}
+            if saved.checkpoint is not None and not stores_backbone:
                 options["checkpoint"] = saved.checkpoint
                 if "checkpoint" not in overrides and not Path(saved.checkpoint).is_file():
                     raise ValueError(
@@ -371,14 +345,13 @@ class TunedClassifier(nn.Module):
                         "not there; pass the file as checkpoint=..., or the backbone as backbone=..."
                     )
         options |= overrides
-        model = cls(  # the subclass's constructor, which takes the backbone in any form
-            backbone,  # type: ignore[arg-type]
-            settings["num_classes"],
-            pool=settings["pool"],
-            **options,
-        )
+        if settings["pool"] is not None:
+            options["pool"] = settings["pool"]
+        # The subclass's constructor, which takes the backbone in any form.
+        constructor: Any = cls
+        model = constructor(backbone, settings["num_classes"], **options)
         got = model.backbone.fingerprint
-        if cls.stores_backbone:
+        if stores_backbone:
             model._backbone_config = saved
         elif got != saved.fingerprint:
             raise ValueError(
@@ -402,6 +375,91 @@ class TunedClassifier(nn.Module):
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
         return str(commit)
+
+
+class TunedClassifier(TunedModel):
+    """Backbone and linear head; subclasses say what is trained beside the head, and how the logits are
+    computed.
+
+    Args:
+        backbone: everything frozen; what a subclass trains of it, it unfreezes.
+        origin: where the backbone came from.
+        num_classes: of the head.
+        pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
+    """
+
+    undecayed = ("head.bias",)
+
+    def __init__(
+        self,
+        backbone: FrozenViT | FrozenSwin | FrozenConvNet | WholeBackbone,
+        origin: Origin,
+        num_classes: int,
+        *,
+        pool: str | None,
+    ) -> None:
+        super().__init__(BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint))
+        self.backbone = backbone  # type: ignore[assignment]
+        self.pool = pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
+        nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
+        nn.init.constant_(self.head.bias, _HEAD_BIAS)
+
+    def _logits(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
+        """Tokens after the last block (B, N, d) to logits (B, num_classes)."""
+        rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
+        # A copy, so that rows that nobody reads are not kept alive by those that the final norm keeps.
+        features = self.backbone.features(tokens[:, slice(*rows)].contiguous(), self.pool)
+        return self.head(features.to(self.head.weight.dtype))
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """Shape of one image's `frozen_features` at the model's own image size; None for a model that
+        has none: whose trained part needs the images."""
+        return None
+
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
+        more: the same in every epoch, so that it may be computed once."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """The trained part: `frozen_features` to logits (B, num_classes)."""
+        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
+
+    def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Normalised images (B, C, H, W) to the patches' tokens after some blocks, before the final norm.
+
+        What is trained beside the head has gradients through all of them. Prefix tokens and prompts are left
+        out, and so is the work for them in the last block that is named; no block after it is run.
+
+        Args:
+            images: as `forward` takes them.
+            blocks: indices from 0, in rising order.
+
+        Returns:
+            (B, patches, d) for each of the blocks, in the residual stream's dtype, row by row of the image.
+
+        Raises:
+            ValueError: images of another shape than the model takes, or no such blocks.
+            NotImplementedError: the class has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no patch tokens")
+
+    def _check_blocks(self, blocks: Sequence[int]) -> None:
+        wanted = sorted({*blocks} & {*range(self.num_blocks)})
+        if not blocks or list(blocks) != wanted:
+            raise ValueError(
+                f"blocks: got {list(blocks)}, want rising block indices from 0 to {self.num_blocks - 1}"
+            )
+
+    def _patches(self, tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """The patches of a block's output, which starts with all `num_tokens` tokens, or is patches alone."""
+        if tokens.shape[1] == num_tokens - self.backbone.num_prefix_tokens:
+            return tokens
+        # A copy, so that the other rows are not kept alive by what is kept of these.
+        return tokens[:, self.backbone.num_prefix_tokens : num_tokens].contiguous()
 
 
 class FrozenClassifier(TunedClassifier):
@@ -460,6 +518,7 @@ class PromptedClassifier(FrozenClassifier):
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
+        self.bytes_beside = 0  # kept for each image outside of the blocks, which "auto" leaves room for
         self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
 
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
@@ -483,7 +542,8 @@ class PromptedClassifier(FrozenClassifier):
     @torch.compiler.disable
     def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
         def step_bytes(memory: str) -> int:
-            return sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
+            blocks = sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
+            return blocks + batch_size * self.bytes_beside
 
         return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
 

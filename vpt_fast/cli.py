@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,9 +24,13 @@ from vpt_fast.flags import (
     JsonFlag,
     RunArgument,
     one_line_errors,
+    refuse,
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe, read_yaml
+
+if TYPE_CHECKING:
+    from vpt_fast.inference import LoadedRun
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -98,9 +102,10 @@ def train(
     if result.new_epochs == 0:
         console.print(f"{result.path} holds this run, finished; --fresh trains it again.")
     found = [
-        f"{split} accuracy {value:.2%}"
+        f"{split} {called} {value:.2%}"
         for split in ("val", "test")
-        if (value := result.results[f"{split}_accuracy"]) is not None
+        for name, called in (("miou", "mIoU"), ("accuracy", "accuracy"))
+        if (value := result.results.get(f"{split}_{name}")) is not None
     ]
     console.print(f"{', '.join(found) or 'done'} after {epochs} epochs; run folder {result.path}")
 
@@ -111,7 +116,20 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Images, laid out as for train; for a task's run, its folder.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
     as_json: JsonFlag = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images per forward pass; of a segmentation run windows.",
+            show_default="64; 16 of a segmentation run",
+        ),
+    ] = None,
+    multi_scale: Annotated[
+        bool,
+        typer.Option(
+            "--multi-scale", help="Of a segmentation run: average over six scales, and mirrored images."
+        ),
+    ] = False,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Threads that decode images.", show_default="all cores")
     ] = None,
@@ -122,16 +140,21 @@ def evaluate(
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Accuracy of a run on a split, for each class too (in fp32)."""
+    """Accuracy of a run on a split, of a segmentation run mIoU, for each class too (in fp32)."""
     with one_line_errors(debug):
-        from vpt_fast.inference import evaluate_run
+        from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
+        loaded = LoadedRun.load(run, device)
+        if loaded.is_segmenter:
+            refuse("a segmentation run", split=split == "test", data_root=data_root)
+            _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)
+            return
+        refuse("a classification run", multi_scale=multi_scale)
         found = evaluate_run(
-            run,
+            loaded,
             data,
             split,
-            device=device,
-            batch_size=batch_size,
+            batch_size=batch_size or BATCH_SIZE,
             workers=workers,
             data_root=data_root,
             console=Console(stderr=True),
@@ -151,34 +174,83 @@ def evaluate(
     console.print(f"{split} accuracy {found.evaluation.accuracy:.2%} ({sum(found.evaluation.images)} images)")
 
 
+def _evaluate_scenes(
+    run: LoadedRun, data: str, multi_scale: bool, windows: int | None, workers: int | None, as_json: bool
+) -> None:
+    from vpt_fast.scene_inference import evaluate_scene_run
+    from vpt_fast.segmentation import WINDOWS
+
+    found = evaluate_scene_run(
+        run,
+        data,
+        multi_scale=multi_scale,
+        windows=windows or WINDOWS,
+        workers=workers,
+        console=Console(stderr=True),
+    ).to_dict()
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        return
+    table = Table("class", "IoU")
+    for name, scores in found["per_class"].items():
+        table.add_row(escape(name), "-" if scores["iou"] is None else f"{scores['iou']:.2%}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} ({found['images']} images"
+        f"{', multi-scale' if multi_scale else ''})"
+    )
+
+
 @app.command()
 def predict(
     run: RunArgument,
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or patterns.")
     ],
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 1,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Classes to print for each image.", show_default="1")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a segmentation run: folder for masks and overlays.", show_default="RUN/predictions"
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Classify images; exits with 1 when one of them cannot be read."""
+    """Classify images, or segment them; exits with 1 when one of them cannot be read."""
     with one_line_errors(debug):
-        from vpt_fast.inference import Classifier, expand_images
+        from vpt_fast.inference import Classifier, LoadedRun, expand_images
 
         paths = expand_images(images)
-        answers = list(Classifier.load(run, device).predict(paths, top_k))
+        loaded = LoadedRun.load(run, device)
+        if loaded.is_segmenter:
+            from vpt_fast.scene_inference import predict_scenes
+
+            refuse("a segmentation run", top_k=top_k)
+            answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
+        else:
+            refuse("a classification run", out=out)
+            answers = list(Classifier.of(loaded).predict(paths, top_k or 1))
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
     else:
-        table = Table("image", "class", "probability")
+        table = Table("image", "class", "share" if loaded.is_segmenter else "probability")
         for answer in answers:
+            for rank, (name, share) in enumerate(answer.get("classes", {}).items()):
+                table.add_row(escape(answer["image"]) if rank == 0 else "", escape(name), f"{share:.2%}")
             for rank, guess in enumerate(answer.get("predictions", [])):
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
         if len(failed) < len(answers):
             Console().print(table)
+        for answer in answers:
+            if "mask" in answer:
+                Console(soft_wrap=True).print(f"{answer['mask']}, {answer['overlay']}", highlight=False)
     errors = Console(stderr=True, soft_wrap=True)
     for answer in failed:
         errors.print(f"[red]error:[/] {escape(answer['image'])}: {escape(answer['error'])}", highlight=False)

@@ -47,6 +47,12 @@ def fail(error: Exception | str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def refuse(run: str, **flags: Any) -> None:
+    """Raises ValueError for the flags that were given and that this kind of run does not have."""
+    if given := [name for name, value in flags.items() if value not in (None, False)]:
+        raise ValueError(f"{', '.join(given)}: {run} has no such choice; leave it out")
+
+
 def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag not given is None."""
     hints = get_type_hints(Recipe)

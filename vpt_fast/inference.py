@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vpt_fast.classifier import TunedClassifier
+from vpt_fast.classification import Evaluation, evaluate
+from vpt_fast.classifier import TunedClassifier, TunedModel
 from vpt_fast.data import (
     Batches,
     DecodeError,
+    Preprocessing,
+    ScenePreprocessing,
     SkippedImage,
     check_images,
     decode_image,
@@ -22,8 +25,8 @@ from vpt_fast.data import (
     resident_budget,
 )
 from vpt_fast.data.folder import IMAGE_EXTENSIONS
-from vpt_fast.loop import Evaluation, evaluate
 from vpt_fast.pretrained import load_pretrained
+from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
 from vpt_fast.run import LABELS_FILE, Labels, RunError, RunFolder
 from vpt_fast.world import World, find_device
@@ -32,15 +35,27 @@ BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A trained model with what it needs to classify image files."""
+class LoadedRun:
+    """A trained model, in eval mode, with what it needs to read image files."""
 
-    model: TunedClassifier
+    model: TunedModel
     labels: Labels
     device: torch.device
 
+    @property
+    def is_segmenter(self) -> bool:
+        return self.labels.task == SEGMENTATION
+
+    @property
+    def scene_preprocessing(self) -> ScenePreprocessing:
+        """Raises RunError for a run that does not segment images."""
+        made = self.labels.preprocessing
+        if not isinstance(made, ScenePreprocessing):
+            raise RunError(f"the run holds a {type(self.model).__name__}, which does not segment images")
+        return made
+
     @classmethod
-    def load(cls, run: Path, device: str | None = None) -> Classifier:
+    def load(cls, run: Path, device: str | None = None) -> LoadedRun:
         """From a run folder or its prompts folder.
 
         Raises ValueError when there is none, or when the backbone is not the one that it was trained on.
@@ -54,6 +69,29 @@ class Classifier:
         chosen = find_device(device)
         return cls(load_pretrained(folder).to(chosen).eval(), labels, chosen)
 
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained model with what it needs to classify image files."""
+
+    model: TunedClassifier
+    labels: Labels
+    preprocessing: Preprocessing
+    device: torch.device
+
+    @classmethod
+    def load(cls, run: Path, device: str | None = None) -> Classifier:
+        """Raises ValueError as LoadedRun.load and Classifier.of do."""
+        return cls.of(LoadedRun.load(run, device))
+
+    @classmethod
+    def of(cls, run: LoadedRun) -> Classifier:
+        """Raises RunError for a run that does not classify images."""
+        made = run.labels.preprocessing
+        if not isinstance(run.model, TunedClassifier) or not isinstance(made, Preprocessing):
+            raise RunError(f"the run holds a {type(run.model).__name__}, which does not classify images")
+        return cls(run.model, run.labels, made, run.device)
+
     @torch.no_grad()
     def predict(self, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
         """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}."""
@@ -64,7 +102,7 @@ class Classifier:
             for path in paths[start : start + BATCH_SIZE]:
                 answer: dict[str, Any] = {"image": str(path)}
                 try:
-                    images.append(self.labels.preprocessing(decode_image(path)))
+                    images.append(self.preprocessing(decode_image(path)))
                     readable.append(answer)
                 except DecodeError as error:
                     answer["error"] = error.reason
@@ -107,7 +145,7 @@ class SplitAccuracy:
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | LoadedRun,
     data: str | Path,
     split: str,
     *,
@@ -124,7 +162,8 @@ def evaluate_run(
 
     Raises ValueError as Classifier.load and open_split do.
     """
-    classifier = Classifier.load(run, device)
+    loaded = run if isinstance(run, LoadedRun) else LoadedRun.load(run, device)
+    classifier = Classifier.of(loaded)
     console = console or Console(quiet=True)
     batches, skipped = open_split(
         classifier, data, split, batch_size=batch_size, workers=workers, data_root=data_root, console=console
@@ -171,13 +210,13 @@ def open_split(
         checked = check_images(
             images,
             workers=workers,
-            preprocessing=labels.preprocessing.for_evaluation(),
+            preprocessing=classifier.preprocessing.for_evaluation(),
             keep_bytes=resident_budget(classifier.device),
             progress=advance,
         )
     batches = Batches(
         checked,
-        labels.preprocessing.for_evaluation(),
+        classifier.preprocessing.for_evaluation(),
         batch_size,
         train=False,
         seed=0,

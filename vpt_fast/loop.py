@@ -16,40 +16,31 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classifier import TrainedPart, TunedClassifier
-from vpt_fast.data import (
-    Batches,
-    CheckedImages,
-    ImageList,
-    Preprocessing,
-    Splits,
-    check_images,
-    device_budget,
-    open_splits,
-    resident_budget,
-)
+from vpt_fast.classification import FORWARD_BATCH, Classification
+from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
+from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
 from vpt_fast.graphed import GraphedStep
 from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
-from vpt_fast.recipe import Recipe
+from vpt_fast.precision import AUTOCAST, autocast
+from vpt_fast.problem import Evaluated, Objective, Problem, Source
+from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
-from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, describe_data, environment
+from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, environment
+from vpt_fast.segmentation import Segmentation
 from vpt_fast.world import World, join_world
 
 CHECK_EVERY = 16  # steps between looks at the loss: each look makes the CPU wait for a GPU
-FORWARD_BATCH = 64  # images in a pass with no backward, or more where the recipe's batch is larger
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingDiverged(RuntimeError):
@@ -65,7 +56,8 @@ class TrainResult:
     """What became of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
 
     The last ``new_epochs`` rows are from this call. ``results``, what results.json holds, is None until the
-    last epoch is done: {val,test}_{accuracy,loss,images}, each None where there was no such evaluation.
+    last epoch is done: {val,test}_{accuracy,loss,images}, of a segmenter miou too, each None where there was
+    no such evaluation.
     """
 
     path: Path
@@ -108,7 +100,8 @@ def train(
         if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
         cache = cache or TrainingCache(kept=0)
-        splits = open_data(recipe, cache)
+        problem = problem_of(recipe)
+        splits = problem.open(recipe, cache)
         recipe = recipe.resolved(
             num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
         )
@@ -128,36 +121,29 @@ def train(
         if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
             model.hold_frozen_weights_in(dtype)
         model.to(world.device)
-        preprocessing = Preprocessing.for_model(
-            model.data_config,
-            model.image_size,
-            normalization=recipe.normalization,
-            augment=recipe.augment,
-            resize=recipe.resize,
-            interpolation=recipe.interpolation,
-        )
-        train_images, val_images = read_images(splits, preprocessing, recipe, world, console, cache)
+        preprocessing = problem.preprocessing(recipe, model)
+        train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
-        facts = describe_run(recipe, model, splits, preprocessing, world)
+        facts = describe_run(problem, recipe, model, splits, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
-        image_batches = make_batches(train_images, preprocessing, recipe, world, train=True)
-        train_batches: Source = image_batches
+        train_batches: Source = problem.batches(train_images, preprocessing, recipe, world, train=True)
         val_batches: Source | None = None
         if val_images is not None:
-            val_batches = make_batches(val_images, preprocessing, recipe, world, train=False)
+            val_batches = problem.batches(val_images, preprocessing, recipe, world, train=False)
         skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
-        print_start(console, recipe, model, splits, skipped, world, out, image_batches)
+        images_text = problem.describe_images(recipe, train_batches)
+        print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
         # What is trained, and the network it is trained through: that part alone where its inputs stay.
-        is_graphed = captures_steps(recipe, world, console)
+        is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
         optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
         feature_seconds = 0.0
-        if caches_features(recipe, model, splits, world):
+        if isinstance(model, TunedClassifier) and caches_features(recipe, model, splits, world):
             console.print("Computing the frozen features once.")
             network = TrainedPart(model)
             if val_images is not None:
@@ -170,8 +156,8 @@ def train(
             )
             feature_seconds = time.perf_counter() - started
         parallel = stack.enter_context(world.joined(network))
-        weights = class_weights(recipe, splits, world)
-        step = TrainStep(parallel, recipe, optimizer, scaler, weights, is_graphed=is_graphed)
+        objective = problem.objective(recipe, splits, world)
+        step = TrainStep(parallel, recipe, optimizer, scaler, objective, is_graphed=is_graphed)
 
         # Begin, or go on after the last completed epoch.
         rows: list[dict[str, Any]] = []
@@ -187,8 +173,9 @@ def train(
                 folder.begin(recipe, facts)
         done = len(rows)
         labels = Labels(
-            splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on
-        )
+            splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on,
+            recipe.ignore_zero,
+        )  # fmt: skip
         events = open_events(recipe, folder, world, done)
 
         stop = stack.enter_context(stop_signals())
@@ -206,9 +193,11 @@ def train(
             seconds = time.perf_counter() - started + feature_seconds
             feature_seconds = 0.0
 
-            validation = None
+            validation: Evaluated | None = None
             if val_batches is not None:
-                validation = evaluate(network, val_batches, len(splits.classes), world, recipe.precision)
+                validation = problem.evaluate(
+                    network, val_batches, len(splits.classes), world, recipe.precision
+                )
             require_finite_state(model, epoch, validation.loss if validation else 0.0)
             row = {
                 "epoch": epoch,
@@ -216,7 +205,10 @@ def train(
                 "train_loss": totals.loss / totals.images,
                 "train_accuracy": totals.hits / totals.images,
                 "val_loss": validation.loss if validation else None,
-                "val_accuracy": validation.accuracy if validation else None,
+                **{
+                    f"val_{name}": validation.scores[name] if validation else None
+                    for name in problem.score_names
+                },
                 "images_per_second": totals.images / seconds,
                 "seconds": seconds,
             }
@@ -249,12 +241,19 @@ def train(
             test = None
             progress.close()  # the test images have a bar of their own
             if recipe.test:
-                test = evaluate_test(model, splits, preprocessing, recipe, world, console, cache, stop)
-            results = summarise(rows[-1], splits, test)
+                test = evaluate_test(
+                    problem, model, splits, preprocessing, recipe, world, console, cache, stop
+                )
+            results = summarise(problem, rows[-1], splits, test)
             if world.is_main:
                 with saving(folder, "the results"):
                     folder.save_results(results)
         return TrainResult(out, recipe, facts, rows, len(rows) - done, results)
+
+
+def problem_of(recipe: Recipe) -> Problem:
+    """What the recipe's task asks for."""
+    return Segmentation() if recipe.task == SEGMENTATION else Classification()
 
 
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
@@ -284,33 +283,20 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
         )
 
 
-def open_data(recipe: Recipe, cache: TrainingCache) -> Splits:
-    """The images that a recipe names."""
-    named: dict[str, Any] = dict(
-        task=recipe.task,
-        train_on=recipe.train_on,
-        with_test=recipe.test,
-        train_fraction=recipe.train_fraction,
-        val_fraction=recipe.val_fraction,
-        data_root=recipe.data_root,
-        seed=recipe.seed,
-    )
-    return cache.get("splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named))
-
-
 def read_images(
-    splits: Splits,
-    preprocessing: Preprocessing,
+    problem: Problem,
+    splits: Any,
+    preprocessing: Any,
     recipe: Recipe,
     world: World,
     console: Console,
     cache: TrainingCache,
-) -> tuple[CheckedImages, CheckedImages | None]:
-    """The images of train and val that can be decoded; where they are few, decoded."""
+) -> tuple[Any, Any]:
+    """What the problem's check lets through of train, and of val or None where there is none."""
     lists = [images for images in (splits.train, splits.val) if images is not None]
     with checking_images(console, sum(map(len, lists))) as advance:
         train, *val = (
-            check_split(
+            problem.check(
                 images,
                 preprocessing if images is splits.train else preprocessing.for_evaluation(),
                 recipe,
@@ -323,58 +309,18 @@ def read_images(
     return train, val[0] if val else None
 
 
-def check_split(
-    images: ImageList,
-    preprocessing: Preprocessing,
-    recipe: Recipe,
-    world: World,
-    cache: TrainingCache,
-    progress: Callable[[int, int], None],
-) -> CheckedImages:
-    return cache.get(
-        "images",
-        (images, preprocessing, recipe.resident),
-        lambda: check_images(
-            images,
-            workers=recipe.workers,
-            preprocessing=preprocessing,
-            keep_bytes=resident_budget(world.device, recipe.resident),
-            progress=progress,
-        ),
-    )
-
-
-def make_batches(
-    images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World, *, train: bool
-) -> Batches:
-    """This process's share of the recipe's batches, or batches to evaluate on."""
-    assert recipe.batch_size is not None, "resolve the recipe first"
-    share = recipe.batch_size // world.size
-    return Batches(
-        images,
-        preprocessing if train else preprocessing.for_evaluation(),
-        share if train else max(share, FORWARD_BATCH),
-        train=train,
-        seed=recipe.seed,
-        device=world.device,
-        workers=recipe.workers,
-        rank=world.rank,
-        world_size=world.size,
-        resident=recipe.resident,
-    )
-
-
 def evaluate_test(
-    model: TunedClassifier,
-    splits: Splits,
-    preprocessing: Preprocessing,
+    problem: Problem,
+    model: TunedModel,
+    splits: Any,
+    preprocessing: Any,
     recipe: Recipe,
     world: World,
     console: Console,
     cache: TrainingCache,
     stop: threading.Event,
-) -> Evaluation:
-    """Loss and accuracy on the test images; those that cannot be decoded are named and left out.
+) -> Evaluated:
+    """Loss and scores on the test images; those that cannot be decoded are named and left out.
 
     Raises KeyboardInterrupt when it is asked to stop; training is saved, so the same command comes back here.
     """
@@ -387,30 +333,32 @@ def evaluate_test(
 
         return call
 
-    assert splits.test is not None, "open_data saw to it"
+    assert splits.test is not None, "opening the data saw to it"
     preprocessing = preprocessing.for_evaluation()
     with checking_images(console, len(splits.test)) as advance:
-        images = check_split(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
+        images = problem.check(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
     print_skipped(console, images.skipped)
-    batches = make_batches(images, preprocessing, recipe, world, train=False)
+    batches = problem.batches(images, preprocessing, recipe, world, train=False)
     with evaluating(console, "test", len(images.images)) as count:
-        return evaluate(model, batches, len(splits.classes), world, recipe.precision, unless_stopped(count))
+        return problem.evaluate(
+            model, batches, len(splits.classes), world, recipe.precision, unless_stopped(count)
+        )
 
 
-def summarise(last: dict[str, Any], splits: Splits, test: Evaluation | None) -> dict[str, Any]:
+def summarise(problem: Problem, last: dict[str, Any], splits: Any, test: Evaluated | None) -> dict[str, Any]:
     """What results.json holds, from the last epoch's row and the evaluation on test."""
     return {
-        "val_accuracy": last["val_accuracy"],
+        **{f"val_{name}": last[f"val_{name}"] for name in problem.score_names},
         "val_loss": last["val_loss"],
         "val_images": None if splits.val is None else len(splits.val),
-        "test_accuracy": test.accuracy if test else None,
+        **{f"test_{name}": test.scores[name] if test else None for name in problem.score_names},
         "test_loss": test.loss if test else None,
-        "test_images": sum(test.images) if test else None,
+        "test_images": test.num_images if test else None,
     }
 
 
 def describe_run(
-    recipe: Recipe, model: TunedClassifier, splits: Splits, preprocessing: Preprocessing, world: World
+    problem: Problem, recipe: Recipe, model: TunedModel, splits: Any, preprocessing: Any, world: World
 ) -> dict[str, Any]:
     """What run.json says: what the results depend on beside the recipe."""
     return {
@@ -419,19 +367,11 @@ def describe_run(
         "backbone": {"name": recipe.backbone, "fingerprint": model.config.backbone.fingerprint},
         "parameters": {"trained": model.num_trainable_parameters, "backbone": model.num_backbone_parameters},
         "preprocessing": preprocessing.to_dict(),
-        "data": describe_data(Path(recipe.data).expanduser(), splits),
+        "data": problem.describe_data(Path(recipe.data).expanduser(), splits),
     }
 
 
-class Source(Protocol):
-    """Where a network's inputs come from: images, or features of them."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
-
-
-def caches_features(recipe: Recipe, model: TunedClassifier, splits: Splits, world: World) -> bool:
+def caches_features(recipe: Recipe, model: TunedClassifier, splits: Any, world: World) -> bool:
     """Whether the trained part's inputs are the same in every epoch, and few enough to be kept."""
     if model.feature_shape is None or recipe.augment != "none":
         return False
@@ -440,7 +380,8 @@ def caches_features(recipe: Recipe, model: TunedClassifier, splits: Splits, worl
 
 
 class FeatureBatches:
-    """What make_batches gives, with frozen features in place of images: all computed once by each process."""
+    """What Classification.batches gives, with frozen features in place of images: all computed once by each
+    process."""
 
     def __init__(
         self,
@@ -453,7 +394,7 @@ class FeatureBatches:
         *,
         train: bool,
     ) -> None:
-        self.batches = make_batches(images, preprocessing, recipe, world, train=train)
+        self.batches = Classification().batches(images, preprocessing, recipe, world, train=train)
         frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
         self.features, self.labels = cache.get(
             "features",
@@ -488,12 +429,12 @@ def compute_features(
     return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
 
-def captures_steps(recipe: Recipe, world: World, console: Console) -> bool:
-    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be.
+def captures_steps(recipe: Recipe, world: World, console: Console, obstacle: str | None) -> bool:
+    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be. `obstacle` is the
+    problem's own.
 
     Raises ValueError where a graph was asked for and cannot be had.
     """
-    obstacle = None
     if world.device.type != "cuda":
         obstacle = f"the device is {world.device.type}"
     elif world.size > 1:
@@ -510,23 +451,24 @@ def captures_steps(recipe: Recipe, world: World, console: Console) -> bool:
 
 
 def build_optimizer(
-    recipe: Recipe, model: TunedClassifier, *, capturable: bool
+    recipe: Recipe, model: TunedModel, *, capturable: bool
 ) -> tuple[torch.optim.Optimizer, list[str]]:
-    """The optimizer and the names of its parameters in its order; the head's bias has no weight decay.
+    """The optimizer and the names of its parameters in its order; a head's last bias has no weight decay.
 
     `capturable`: it can be part of a CUDA graph.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = [name for name in trained if name != "head.bias"]
+    decayed = [name for name in trained if name not in model.undecayed]
+    names = [*decayed, *model.undecayed]
     groups = [
         {"params": [trained[name] for name in decayed], "weight_decay": recipe.weight_decay},
-        {"params": [trained["head.bias"]], "weight_decay": 0.0},
+        {"params": [trained[name] for name in model.undecayed], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "adamw":
         adamw = torch.optim.AdamW(groups, lr=0.0, capturable=capturable, fused=capturable or None)
-        return adamw, [*decayed, "head.bias"]
+        return adamw, names
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, fused=capturable or None)
-    return sgd, [*decayed, "head.bias"]
+    return sgd, names
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
@@ -611,12 +553,12 @@ def train_epoch(
     losses = torch.zeros(len(batches), device=world.device)  # (steps,), each summed over the step's images
     hits = torch.zeros((), device=world.device)
     num_images = 0
-    for step, (inputs, labels) in enumerate(batches.epoch(epoch)):
-        # inputs (b, 3, H, W), or features of them; labels (b,): this process's share of the batch
-        losses[step], step_hits = train_step(inputs, labels)
+    for step, (inputs, targets) in enumerate(batches.epoch(epoch)):
+        # inputs (b, 3, H, W), or features of them; labels (b,) or masks (b, H, W): this process's share
+        losses[step], step_hits = train_step(inputs, targets)
         hits += step_hits
-        num_images += len(labels)
-        progress.step(len(labels) * world.size)
+        num_images += len(targets)
+        progress.step(len(targets) * world.size)
         is_check = (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches)
         if is_check:
             seen = world.sum(losses[: step + 1])
@@ -634,21 +576,8 @@ def train_epoch(
     return Totals(*totals.tolist())
 
 
-def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor | None:
-    """The weight of each class in the training loss (classes,), None where all weigh the same.
-
-    Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class weighs the same
-    in an epoch and an image 1 on average.
-    """
-    if recipe.class_weights == "none":
-        return None
-    labels = torch.as_tensor(splits.train.labels, device=world.device)
-    counts = torch.bincount(labels, minlength=len(splits.classes))
-    return len(labels) / (len(counts) * counts.float())
-
-
 class TrainStep:
-    """One optimizer step: ``loss_sum, hits = step(inputs, labels)``, both (), over the images of the batch.
+    """One optimizer step: ``loss_sum, hits = step(inputs, targets)``, both (), over the images of the batch.
 
     Graphed, whole batches are replayed from a CUDA graph; an epoch's last one may be smaller.
     """
@@ -659,48 +588,42 @@ class TrainStep:
         recipe: Recipe,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        class_weights: torch.Tensor | None,
+        objective: Objective,
         *,
         is_graphed: bool,
     ) -> None:
         self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
-        self.class_weights = class_weights
+        self.objective = objective
         self.graph: GraphedStep | None = None
         if is_graphed:
             self.graph = GraphedStep(
                 network,
                 optimizer,
-                lambda logits, labels: self._loss_sum(logits, labels) / len(labels),
+                lambda logits, labels: objective.loss_sum(logits, labels) / len(labels),
                 autocast_dtype=AUTOCAST[recipe.precision or "fp32"],
                 max_grad_norm=recipe.clip_grad_norm,
             )
 
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.graph is not None and len(labels) == self.recipe.batch_size:
-            loss = self.graph(inputs, labels)
-            return loss * len(labels), (self.graph.logits.argmax(1) == labels).sum()
-        return self._eager(inputs, labels)
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.graph is not None and len(targets) == self.recipe.batch_size:
+            loss = self.graph(inputs, targets)
+            return loss * len(targets), self.objective.hits(self.graph.logits, targets)
+        return self._eager(inputs, targets)
 
-    def _loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed over the images: a step's loss is this over their number, whatever their classes weigh, so
-        that parts of a batch, and processes, may be added up."""
-        smoothing = self.recipe.label_smoothing
-        return cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing, reduction="sum")
-
-    def _eager(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _eager(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         recipe, scaler, network = self.recipe, self.scaler, self.network
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=inputs.device)
         hits = torch.zeros((), device=inputs.device)
-        parts = list(zip(inputs.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
-        for i, (x, y) in enumerate(parts):  # x (b / accumulate, ...), y (b / accumulate,)
+        parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        for i, (x, y) in enumerate(parts):  # x and y (b / accumulate, ...)
             with exchange(network, now=i == len(parts) - 1):
                 with autocast(recipe.precision, inputs.device):
-                    logits = network(x).float()  # (b / accumulate, classes)
-                loss = self._loss_sum(logits, y)  # ()
-                scaler.scale(loss / len(labels)).backward()
+                    output = network(x)  # logits (b / accumulate, classes), or a segmenter's
+                loss = self.objective.loss_sum(output, y)  # ()
+                scaler.scale(loss / len(targets)).backward()
             loss_sum += loss.detach()
-            hits += (logits.detach().argmax(1) == y).sum()
+            hits += self.objective.hits(output, y)
         if recipe.clip_grad_norm is not None:
             scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -720,57 +643,7 @@ def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def autocast(precision: str | None, device: torch.device) -> torch.autocast:
-    dtype = AUTOCAST[precision or "fp32"]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross entropy, and counts per class in the order of the classes."""
-
-    loss: float
-    correct: tuple[int, ...]
-    images: tuple[int, ...]
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.correct) / sum(self.images)
-
-
-@torch.no_grad()
-def evaluate(
-    network: nn.Module,
-    batches: Source,
-    num_classes: int,
-    world: World,
-    precision: str,
-    progress: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode.
-
-    ``progress`` is called with the number of images, of all processes, after each step.
-    """
-    network.eval()
-    loss = torch.zeros(1, device=world.device)
-    correct = torch.zeros(num_classes, device=world.device)
-    images = torch.zeros(num_classes, device=world.device)
-    for inputs, labels in batches.epoch(0):  # (b, 3, H, W) or features; (b,)
-        with autocast(precision, world.device):
-            logits = network(inputs).float()  # (b, classes)
-        loss += cross_entropy(logits, labels, reduction="sum")
-        images += torch.bincount(labels, minlength=num_classes)
-        correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
-        if progress is not None:
-            progress(len(labels) * world.size)
-    sums = world.sum(torch.cat([loss, correct, images])).tolist()
-    counts = [int(count) for count in sums[1:]]
-    return Evaluation(
-        sums[0] / sum(counts[num_classes:]), tuple(counts[:num_classes]), tuple(counts[num_classes:])
-    )
-
-
-def require_finite_state(model: TunedClassifier, epoch: int, val_loss: float) -> None:
+def require_finite_state(model: TunedModel, epoch: int, val_loss: float) -> None:
     """Raises TrainingDiverged when what is about to be saved is not good."""
     broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
     if broken or not math.isfinite(val_loss):

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of
-from vpt_fast.classifier import TunedClassifier
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
+from vpt_fast.classifier import TunedModel
 from vpt_fast.pretrained import MODELS
-from vpt_fast.recipe import Recipe, parse_method
+from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method
+from vpt_fast.segmenter import ENCODERS
 
 # The class that a method trains, by name in pretrained.MODELS, and what its constructor calls the K of the
 # method's name.
@@ -48,7 +49,7 @@ _OTHER_CLASSES = {
 _KEYWORDS = {"adapter_reduction": "reduction", "lora_rank": "rank"}
 
 
-def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
+def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     """The model that a resolved recipe trains; what is random in it comes from torch's default generator.
 
     Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
@@ -71,15 +72,22 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedClassifier:
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
-def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any]]:
+def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
     """The class that a resolved recipe trains, and its keywords beside those that go to timm.
 
-    Raises ValueError for a method that there is not for the recipe's backbone.
+    Raises ValueError for a method that there is not for the recipe's backbone or task.
     """
     method = parse_method(recipe.method)
     class_name, count_keyword = _CLASSES[method.name]
     kind = kind_of(recipe.backbone)
-    if kind in _OTHER_CLASSES:
+    if recipe.task == SEGMENTATION:
+        if kind is not VIT or method.name not in ENCODERS:
+            raise ValueError(
+                f"method is {recipe.method!r} with backbone {recipe.backbone!r}, which there is not for task "
+                f"segmentation; it must be one of {', '.join(ENCODERS)}, with a VisionTransformer"
+            )
+        class_name, count_keyword = "PromptedSegmenter", None
+    elif kind in _OTHER_CLASSES:
         called, classes = _OTHER_CLASSES[kind]
         if method.name not in classes:
             raise ValueError(
@@ -88,6 +96,8 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedClassifier], dict[str, Any
             )
         class_name = classes[method.name]
     settings: dict[str, Any] = {"pool": recipe.pool}
+    if recipe.task == SEGMENTATION:
+        settings = {"method": method.name, "head_channels": recipe.head_channels}
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
     for name in ("dtype", "residual_dtype"):

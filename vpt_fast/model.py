@@ -15,7 +15,7 @@ from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.plan import plan_blocks, row_range
+from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
 
@@ -129,12 +129,7 @@ class PromptedViT(PromptedClassifier):
         )
         self.prompt_settings = settings
         self._prompted = settings.prompted_blocks(self.num_blocks)
-        self._plans = plan_blocks(
-            self.num_blocks,
-            self._prompted if prompt_location in IN_SEQUENCE else (),
-            after_prompts,
-            self.backbone.head_reads(pool),
-        )
+        self._plans = self._plans_to(self.num_blocks - 1, self.backbone.head_reads(pool))
         self._make_prompts()
 
     def _make_prompts(self) -> None:
@@ -209,8 +204,43 @@ class PromptedViT(PromptedClassifier):
         Raises:
             ValueError: images of another shape than the model takes.
         """
+        (x,), _ = self._outputs(images, self._plans, (self.num_blocks - 1,))
+        features = self.backbone.features(x, self.pool)
+        return self.head(features.to(self.head.weight.dtype))
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the tokens after the final norm, prompts left out.
+
+        What timm's `forward_features` gives for the backbone, with the prompts in effect.
+
+        Returns:
+            (B, prefix tokens + patches, d), in the residual stream's dtype.
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        last = self.num_blocks - 1
+        (x,), _ = self._outputs(images, self._plans_to(last, Read.TOKENS), (last,))
+        return self.backbone.normalize(x).to(x.dtype)
+
+    def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        self._check_blocks(blocks)
+        outputs, num_tokens = self._outputs(images, self._plans_to(blocks[-1], Read.PATCHES), blocks)
+        return [self._patches(x, num_tokens) for x in outputs]
+
+    def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
+        """The plans of the blocks up to `last`, of which `read` is read."""
+        in_sequence = self.prompt_settings.prompt_location in IN_SEQUENCE
+        prompted = [index for index in self._prompted if index <= last] if in_sequence else []
+        return plan_blocks(last + 1, prompted, self.prompt_settings.after_prompts, read)
+
+    def _outputs(
+        self, images: torch.Tensor, plans: Sequence[BlockPlan], wanted: Sequence[int]
+    ) -> tuple[list[torch.Tensor], int]:
+        """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that
+        are read; and N, the tokens of an image."""
         settings = self.prompt_settings
-        x = self._tokens(images)  # (B, N, d)
+        x = self._tokens(images)
         num_tokens, num_prefix = x.shape[1], self.backbone.num_prefix_tokens
         num_prompts = settings.num_prompts or 0
         sets = self._prompt_sets(x.shape[0])
@@ -220,15 +250,17 @@ class PromptedViT(PromptedClassifier):
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
-        blocks = zip(self.backbone.blocks, self._plans, rotations, strict=True)
+        outputs = []
+        blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
         for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
                 x = (x + added[index]).to(x.dtype)
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             x = block(x, prompts, rows, policy, rotation)
-        features = self.backbone.features(x, self.pool)
-        return self.head(features.to(self.head.weight.dtype))
+            if index in wanted:
+                outputs.append(x)
+        return outputs, num_tokens
 
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W), with the prompts that are part of them, to tokens (B, N, d)."""

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from vpt_fast.files import replacing
@@ -38,6 +40,8 @@ def plot_curves(rows: Rows, path: Path) -> None:
         lines = {"train": (rows, f"train_{name}")}
         if rows[0][f"val_{name}"] is not None:  # trained on the validation images too
             lines["val"] = (rows, f"val_{name}")
+            if name == "accuracy" and "val_miou" in rows[0]:  # of a segmenter
+                lines["val mIoU"] = (rows, "val_miou")
         _lines(axes, lines, name)
         axes.legend(frameon=False)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -142,6 +146,47 @@ def plot_embedding(
     axes.set_yticks([])
     if len(classes) <= MOST_IN_LEGEND:
         figure.legend(loc="outside right center", frameon=False)
+    _save(figure, path)
+
+
+def class_colors(num_classes: int) -> np.ndarray:
+    """A colour for each class (num_classes, 3) uint8: hues by the golden ratio, so that few classes differ
+    most, and three levels of brightness, which grey shows too."""
+    index = np.arange(num_classes)
+    value = np.array([0.95, 0.7, 0.45])[index % 3]
+    hsv = np.stack([index * 0.618034 % 1, np.full(num_classes, 0.75), value], axis=1)
+    return np.rint(255 * hsv_to_rgb(hsv)).astype(np.uint8)
+
+
+def plot_segmentation(
+    scenes: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Sequence[str], path: Path
+) -> None:
+    """A row for each scene: its image (h, w, 3) uint8, and laid over it each of its masks (h, w) uint8 of
+    class indices, by the masks' names; with a legend of the classes that are there, the largest first, up to
+    `MOST_IN_LEGEND`. A pixel whose index is no class is left as it is."""
+    height, width = scenes[0][0].shape[:2]
+    aspect = math.sqrt(width / height)
+    rows, columns = len(scenes), 1 + len(scenes[0][1])
+    figure = Figure(
+        figsize=(3.4 * aspect * columns + 2, (3.4 / aspect + 0.3) * rows), layout="constrained", dpi=120
+    )
+    colors = np.zeros((256, 3), np.uint8)
+    colors[: len(classes)] = class_colors(len(classes))
+    total = np.zeros(256, np.int64)
+    places = figure.subplots(rows, columns, squeeze=False)
+    for row, (image, masks) in zip(places, scenes, strict=True):
+        row[0].imshow(image)
+        for axes, mask in zip(row[1:], masks.values(), strict=True):
+            strength = np.where(mask < len(classes), 0.6, 0.0)[..., None]
+            axes.imshow(np.rint((1 - strength) * image + strength * colors[mask]).astype(np.uint8))
+            total += np.bincount(mask.ravel(), minlength=256)
+        for axes in row:
+            axes.set_axis_off()
+    for axes, name in zip(places[0], ("image", *scenes[0][1]), strict=True):
+        axes.set_title(name)
+    order = [i for i in np.argsort(-total[: len(classes)], kind="stable") if total[i]][:MOST_IN_LEGEND]
+    handles = [Patch(color=colors[i] / 255, label=classes[i]) for i in order]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
     _save(figure, path)
 
 

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.classifier import TunedClassifier, read_pretrained
+from vpt_fast.classifier import TunedModel, read_pretrained
 from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.model import PromptedViT
+from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
@@ -19,12 +20,13 @@ from vpt_fast.tuning.partial import PartialTuning
 from vpt_fast.tuning.probes import LinearProbe, MLPProbe
 from vpt_fast.tuning.side import SideTuning
 
-MODELS: dict[str, type[TunedClassifier]] = {
+MODELS: dict[str, type[TunedModel]] = {
     model.__name__: model
     for model in (
         PromptedViT,
         PromptedSwin,
         PromptedConvNet,
+        PromptedSegmenter,
         LinearProbe,
         MLPProbe,
         PartialTuning,
@@ -41,7 +43,7 @@ MODELS: dict[str, type[TunedClassifier]] = {
 
 def load_pretrained(
     path: str | os.PathLike[str], backbone: str | TimmViT | None = None, **overrides: Any
-) -> TunedClassifier:
+) -> TunedModel:
     """Build the saved model in a folder or hub repository again, of whichever class it is.
 
     Args and errors are those of `PromptedViT.from_pretrained`.

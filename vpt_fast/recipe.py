@@ -29,6 +29,8 @@ PROMPT_KNOBS = (
     "prompt_dropout",
     "prompt_dropout_per",
 )
+SEGMENTATION = "segmentation"  # a task that --data need not be a benchmark for
+POLY_POWER = 0.9
 ENGINE_KNOBS = ("dtype", "backend", "attention")  # of methods whose frozen blocks run on the engine
 
 
@@ -60,6 +62,19 @@ METHODS: dict[str, MethodRule] = {
     "lora": MethodRule(("lora_rank",), **_ADAMW),
     "full": MethodRule(**_ADAMW),
 }
+SEGMENTATION_KNOBS = ("ignore_zero", "head_channels", "aux_weight")
+CLASSIFICATION_KNOBS = (  # that segmentation does not have
+    "data_root",
+    "train_on",
+    "test",
+    "train_fraction",
+    "val_fraction",
+    "augment",
+    "resize",
+    "resident",
+    "pool",
+    "class_weights",
+)
 METHOD_KNOBS = tuple(dict.fromkeys(knob for rule in METHODS.values() for knob in rule.knobs))
 
 
@@ -124,7 +139,8 @@ class Recipe:
     )
     task: str | None = _knob(
         None,
-        "Benchmark task in --data, such as vtab/cifar or fgvc/cub; it sets what follows.",
+        "Benchmark task in --data, such as vtab/cifar or fgvc/cub; it sets what follows. Or segmentation: of "
+        "a folder in ADE20k's layout.",
         DATA,
         shown="none",
     )
@@ -140,6 +156,9 @@ class Recipe:
     )
     val_fraction: float = _knob(
         0.2, "Share of each class held out for validation where there is no val/.", DATA
+    )
+    ignore_zero: bool | None = _knob(
+        None, "Label 0 is no class (segmentation).", DATA, shown="on with 150 classes, as in ADE20k"
     )
     normalization: Literal["backbone", "imagenet", "inception", "none"] | None = _knob(
         None, "Mean and standard deviation of the images.", DATA, shown="the task's: imagenet; else backbone"
@@ -212,6 +231,8 @@ class Recipe:
         "auto", "What is kept for backward; auto is the fastest that fits the free memory.", MODEL
     )
 
+    head_channels: int = _knob(256, "Channels of the head's stages (segmentation).", MODEL)
+    aux_weight: float = _knob(0.4, "Weight of each auxiliary head's loss (segmentation).", MODEL)
     adapter_reduction: int = _knob(8, "The backbone's width over the adapters' (adapter).", MODEL)
     lora_rank: int = _knob(8, "Rank of the updates (lora).", MODEL)
 
@@ -255,7 +276,13 @@ class Recipe:
         None,
         "Epochs of linear warm-up; the first of them has a learning rate of 0.",
         OPTIMISATION,
-        shown="a tenth of the epochs, at most 10; with the methods of AdamW at most 5",
+        shown="a tenth of the epochs, at most 10; with the methods of AdamW at most 5; 0 for segmentation",
+    )
+    schedule: Literal["cosine", "poly"] | None = _knob(
+        None,
+        "How the learning rate falls after warm-up: half a cosine, or a polynomial of power 0.9.",
+        OPTIMISATION,
+        shown="cosine; poly for segmentation",
     )
     base_lr: float | None = _knob(
         None,
@@ -267,7 +294,8 @@ class Recipe:
         None,
         "Images per optimizer step, over all processes.",
         OPTIMISATION,
-        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial; at most the training set",
+        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial; 16 for segmentation; "
+        "at most the training set",
     )
     accumulate: int = _knob(
         1, "Parts a batch is split into to save memory; the gradient is the same.", OPTIMISATION
@@ -318,6 +346,7 @@ class Recipe:
             ("prompt_project", 1),
             ("adapter_reduction", 1),
             ("lora_rank", 1),
+            ("head_channels", 1),
             ("epochs", 1),
             ("warmup_epochs", 0),
             ("batch_size", 1),
@@ -328,15 +357,16 @@ class Recipe:
             self._require(name, lambda v, low=low: v >= low, f"at least {low}")
         for name in ("prompt_dropout", "momentum", "label_smoothing"):
             self._require(name, lambda v: 0 <= v < 1, "in [0, 1)")
-        for name in ("base_lr", "clip_grad_norm"):
+        for name in ("base_lr", "clip_grad_norm", "aux_weight"):
             self._require(name, lambda v: 0 < v < math.inf, "positive and finite")
         self._require("weight_decay", lambda v: 0 <= v < math.inf, "at least 0 and finite")
         self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
         self._require("train_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
-        if self.task is not None:
+        if self.task is not None and self.task != SEGMENTATION:
             from vpt_fast.data import find_task  # imports torch, which the flags' help does without
 
             object.__setattr__(self, "task", find_task(self.task).name)
+        self._reject_knobs_of_other_tasks()
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
@@ -356,6 +386,18 @@ class Recipe:
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value}; it must be {wanted}")
 
+    def _reject_knobs_of_other_tasks(self) -> None:
+        is_segmentation = self.task == SEGMENTATION
+        other = CLASSIFICATION_KNOBS if is_segmentation else SEGMENTATION_KNOBS
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if given := [name for name in other if getattr(self, name) != defaults[name]]:
+            task = (
+                "task segmentation has no such setting"
+                if is_segmentation
+                else "only goes with task segmentation"
+            )
+            raise ValueError(f"{', '.join(given)}: {task}; leave it out")
+
     def _reject_knobs_of_other_methods(self) -> None:
         own = parse_method(self.method).rule.knobs
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -372,6 +414,7 @@ class Recipe:
 
         Raises ValueError when ``world_size`` processes cannot share a batch evenly.
         """
+        is_segmentation = self.task == SEGMENTATION
         changes: dict[str, Any] = self._preprocessing_defaults()
         if self.pretrained is None:
             changes["pretrained"] = self.checkpoint is None
@@ -383,13 +426,18 @@ class Recipe:
             if self.prompt_dropout is None:
                 changes["prompt_dropout"] = 0.0 if method.name == "vpt-shallow" else 0.1
         if self.warmup_epochs is None:
-            changes["warmup_epochs"] = min(method.rule.warmup_epochs, self.epochs // 10)
+            warmup = 0 if is_segmentation else min(method.rule.warmup_epochs, self.epochs // 10)
+            changes["warmup_epochs"] = warmup
+        if self.schedule is None:
+            changes["schedule"] = "poly" if is_segmentation else "cosine"
         for name in ("optimizer", "base_lr"):
             if getattr(self, name) is None:
                 changes[name] = getattr(method.rule, name)
         batch_size = self.batch_size
         if batch_size is None:
             batch_size = 64 if (num_prompts or 0) >= 100 else method.rule.batch_size
+            if is_segmentation:
+                batch_size = 16
         if batch_size > num_train_images:
             batch_size = max(num_train_images // world_size, 1) * world_size
         if batch_size % world_size:
@@ -402,7 +450,9 @@ class Recipe:
     def _preprocessing_defaults(self) -> dict[str, Any]:
         """What the task, or where there is none the rule, says for the settings that were not given."""
         defaults: dict[str, Any] = {"normalization": "backbone", "augment": "none"}
-        if self.task is not None:
+        if self.task == SEGMENTATION:
+            del defaults["augment"]  # it has its own
+        elif self.task is not None:
             from vpt_fast.data import find_task
 
             task = find_task(self.task)
@@ -422,7 +472,8 @@ class Recipe:
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of a resolved recipe in ``epoch`` (counted from 0)."""
         assert self.warmup_epochs is not None, "resolve the recipe first"
-        return self.peak_lr * lr_factor(epoch, warmup_epochs=self.warmup_epochs, epochs=self.epochs)
+        warmup, schedule = self.warmup_epochs, self.schedule or "cosine"
+        return self.peak_lr * lr_factor(epoch, warmup_epochs=warmup, epochs=self.epochs, schedule=schedule)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -461,11 +512,14 @@ class Recipe:
         }
 
 
-def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int) -> float:
-    """Share of the peak learning rate in ``epoch``: epoch / warmup_epochs, then half a cosine towards 0."""
+def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "cosine") -> float:
+    """Share of the peak learning rate in ``epoch``: epoch / warmup_epochs, then half a cosine towards 0, or
+    (1 - progress) to the power 0.9 (``"poly"``)."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)
+    if schedule == "poly":
+        return (1.0 - progress) ** POLY_POWER
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

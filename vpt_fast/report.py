@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import Batches, SkippedImage, Splits
+from vpt_fast.classifier import TunedModel
+from vpt_fast.data import SceneSplits, SkippedImage, Splits
 from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 
@@ -28,14 +27,16 @@ NAMES_SHOWN = 10
 def print_start(
     console: Console,
     recipe: Recipe,
-    model: TunedClassifier,
-    splits: Splits,
+    model: TunedModel,
+    splits: Splits | SceneSplits,
     skipped: Sequence[SkippedImage],
     world: World,
     out: Path,
-    batches: Batches,
+    steps: int,
+    images_text: str,
 ) -> None:
-    """What will be trained, on what data, at what cost, where; skipped files by name."""
+    """What will be trained, on what data, at what cost, where; skipped files by name. `images_text` says what
+    is done to the training images."""
     trained, backbone = model.num_trainable_parameters, model.num_backbone_parameters
     batch = recipe.batch_size or 0
     memory = model.estimate_training_bytes(-(-batch // (world.size * recipe.accumulate)))
@@ -59,10 +60,10 @@ def print_start(
         "data",
         f"{source}: {len(splits.classes)} classes, {parts_of_data} images",
     )
-    table.add_row("images", describe_images(recipe, batches))
+    table.add_row("images", images_text)
     table.add_row(
         "schedule",
-        f"{recipe.epochs} epochs of {len(batches)} steps, batch {batch}{parts}, "
+        f"{recipe.epochs} epochs of {steps} steps, batch {batch}{parts}, "
         f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
     )
     table.add_row("device", f"{device_name(world.device)}{processes}")
@@ -74,21 +75,6 @@ def print_start(
     if free is not None and expected > free:
         console.print("[yellow]More memory is expected than is free: --accumulate splits a batch.[/]")
     print_skipped(console, skipped)
-
-
-def describe_images(recipe: Recipe, batches: Batches) -> str:
-    """What is done to the training images, and where they are kept."""
-    made = batches.preprocessing
-    height, width = made.image_size
-    kept = "decoded in each epoch"
-    if batches.is_resident:
-        kept = f"{filesize.decimal(batches.resident_bytes)} decoded, kept on {batches.resident_device}"
-        if batches.not_pinned is not None:
-            kept += f", not pinned as a whole: {batches.not_pinned}"
-    return (
-        f"{made.resize} to {height}×{width} ({made.interpolation}), augment {made.augment}, "
-        f"normalization {recipe.normalization}; {kept}"
-    )
 
 
 def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
@@ -181,7 +167,8 @@ class Progress:
         width = len(str(self._epochs))
         val = ""
         if row["val_accuracy"] is not None:
-            val = f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%}  "
+            miou = f"mIoU {row['val_miou']:6.2%} " if "val_miou" in row else ""
+            val = f"val loss {row['val_loss']:.4f} {miou}accuracy {row['val_accuracy']:6.2%}  "
         self._console.print(
             f"epoch {row['epoch'] + 1:{width}}/{self._epochs}  lr {row['lr']:<8.4g} "
             f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}  "

@@ -31,10 +31,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import ImageList, Preprocessing, Splits
+from vpt_fast.classifier import TunedModel
+from vpt_fast.data import ImageList, Preprocessing, ScenePreprocessing, Splits
 from vpt_fast.files import replacing
-from vpt_fast.recipe import Recipe
+from vpt_fast.recipe import SEGMENTATION, Recipe
 
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"
@@ -59,14 +59,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Labels:
-    """What turns a saved model into a classifier of image files, saved beside its prompts."""
+    """What turns a saved model into a classifier or segmenter of image files, saved beside its prompts."""
 
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | ScenePreprocessing
     val_fraction: float
     seed: int
     task: str | None = None
     train_on: str = "train"
+    ignore_zero: bool | None = None  # of a segmenter's data
 
     def to_json(self) -> str:
         return _json(
@@ -78,6 +79,7 @@ class Labels:
                     "train_on": self.train_on,
                     "val_fraction": self.val_fraction,
                     "seed": self.seed,
+                    "ignore_zero": self.ignore_zero,
                 },
             }
         )
@@ -88,9 +90,9 @@ class Labels:
         path = folder / LABELS_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                tuple(values["classes"]), Preprocessing.from_dict(values["preprocessing"]), **values["split"]
-            )
+            is_segmenter = values["split"].get("task") == SEGMENTATION
+            kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
+            return cls(tuple(values["classes"]), kind.from_dict(values["preprocessing"]), **values["split"])
         except FileNotFoundError:
             raise RunError(
                 f"{folder} is neither a run folder nor its prompts folder ({path} is missing)"
@@ -193,7 +195,7 @@ class RunFolder:
     def save_results(self, results: Mapping[str, Any]) -> None:
         write(self.results, _json(results).encode())
 
-    def save_prompts(self, model: TunedClassifier, labels: Labels) -> None:
+    def save_prompts(self, model: TunedModel, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 
@@ -220,7 +222,11 @@ class RunFolder:
 
 def default_run_folder(recipe: Recipe) -> Path:
     """runs/<data>-<backbone>-<method>, the same for the same command."""
-    data = (recipe.task or Path(recipe.data).resolve().name).replace("/", "-")
+    data = Path(recipe.data).resolve().name
+    if recipe.task == SEGMENTATION:
+        data += "-segmentation"
+    elif recipe.task is not None:
+        data = recipe.task.replace("/", "-")
     backbone = recipe.backbone.replace("/", "_").replace(":", "_")
     return Path("runs") / f"{data}-{backbone}-{recipe.method}"
 

@@ -39,9 +39,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.loop import TrainingDiverged, open_data, train
-from vpt_fast.recipe import Recipe, parse_method, read_yaml
+from vpt_fast.loop import TrainingDiverged, train
+from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method, read_yaml
 from vpt_fast.run import RunFolder, default_run_folder, write
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     """The paper's grid for a recipe's method: setting -> values."""
     if parse_method(recipe.method).rule.optimizer == "adamw":
         return {"base_lr": ADAMW_RATES}
-    is_fgvc = recipe.task is not None and find_task(recipe.task).suite == "fgvc"
+    is_fgvc = recipe.task not in (None, SEGMENTATION) and find_task(recipe.task).suite == "fgvc"
     return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
 
 
@@ -141,6 +142,8 @@ class Sweep:
             raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"seeds is {list(self.seeds)}; it must be one or more, each at least 0")
+        if self.settings.get("task") == SEGMENTATION:
+            raise ValueError("task is segmentation, which no sweep searches; train it setting by setting")
         for name in SET_BY_SWEEP:
             if name in self.settings:
                 raise ValueError(f"{name} is given; a sweep sets it itself: val for the search, then test")
@@ -295,7 +298,7 @@ class _FinalPlan:
     def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
         """VTAB and folders with test images train on train and val; FGVC on train, as in the paper."""
         recipe = sweep.recipe(**sweep.points()[0])
-        splits = open_data(recipe, cache)
+        splits = Classification().open(recipe, cache)
         num_train, num_val = len(splits.train), len(splits.val or ())
         if splits.test is None:
             return cls({}, "val", "there are no test images: final accuracies are of val", num_train)
@@ -303,7 +306,7 @@ class _FinalPlan:
             return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", num_train)
         changes: dict[str, Any] = {"test": True, "train_on": "train+val"}
         if recipe.train_fraction < 1:
-            num_images = len(open_data(dataclasses.replace(recipe, **changes), cache).train)
+            num_images = len(Classification().open(dataclasses.replace(recipe, **changes), cache).train)
             return cls(changes, "test", "trained on a share of train and val", num_images)
         return cls(changes, "test", "trained on train and val", num_train + num_val)
 
@@ -344,7 +347,7 @@ def _begin(sweep: Sweep, out: Path) -> None:
 
 def _print_plan(console: Console, sweep: Sweep, plan: _FinalPlan, out: Path, cache: TrainingCache) -> None:
     recipe = sweep.recipe(**sweep.points()[0])
-    num_train = len(open_data(recipe, cache).train)
+    num_train = len(Classification().open(recipe, cache).train)
     epochs = recipe.epochs
     table = Table.grid(padding=(0, 2))
     if sweep.axes:

@@ -8,7 +8,7 @@ import pytest
 import timm
 from test_loop import require_equal
 
-from vpt_fast import loop
+from vpt_fast import classification, loop
 from vpt_fast.cache import TrainingCache
 from vpt_fast.run import RunFolder
 
@@ -31,9 +31,9 @@ def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
 
 def test_backbone_and_images_are_loaded_once(recipe, tmp_path, monkeypatch):
     built, read = [], []
-    create, check = timm.create_model, loop.check_images
+    create, check = timm.create_model, classification.check_images
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: built.append(1) or create(*a, **k))
-    monkeypatch.setattr(loop, "check_images", lambda *a, **k: read.append(1) or check(*a, **k))
+    monkeypatch.setattr(classification, "check_images", lambda *a, **k: read.append(1) or check(*a, **k))
     cache = TrainingCache()
     for i, base_lr in enumerate((0.1, 0.2)):
         changed = dataclasses.replace(recipe, base_lr=base_lr, epochs=1, warmup_epochs=0)

@@ -9,7 +9,8 @@ import torch
 from test_loop import interrupt_at_step, require_equal, trained
 
 from vpt_fast import load_pretrained, loop
-from vpt_fast.loop import class_weights, train
+from vpt_fast.classification import CrossEntropy, class_weights
+from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import METHODS, Recipe
 
@@ -106,7 +107,8 @@ def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
     gradient = network.weight.grad.clone()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss, _ = loop.TrainStep(network, recipe, optimizer, scaler, weights, is_graphed=False)(x, labels)
+    objective = CrossEntropy(recipe.label_smoothing, weights)
+    loss, _ = loop.TrainStep(network, recipe, optimizer, scaler, objective, is_graphed=False)(x, labels)
     torch.testing.assert_close((loss, network.weight.grad), (wanted.detach(), gradient))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ways_to_tune import logits
 
 from vpt_fast import LinearProbe, load_pretrained
-from vpt_fast.classifier import TunedClassifier
+from vpt_fast.classifier import TunedModel
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning
@@ -254,4 +254,4 @@ def test_every_class_is_found_by_load_pretrained() -> None:
     from vpt_fast.pretrained import MODELS
 
     assert {kind for kind, _ in WAYS.values()} <= set(MODELS.values())
-    assert all(issubclass(kind, TunedClassifier) for kind in MODELS.values())
+    assert all(issubclass(kind, TunedModel) for kind in MODELS.values())

@@ -217,13 +217,24 @@ class FrozenViT(nn.Module):
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, height, width) through the folded blocks, without prompts, to the rows of the last
         one's output that `last` names (B, R, d)."""
+        if self.num_folded == 0:
+            return self.embed(images)
+        return self.folded_outputs(images, (self.num_folded - 1,), last)[0]
+
+    def folded_outputs(self, images: torch.Tensor, wanted: Sequence[int], last: Read) -> list[torch.Tensor]:
+        """Images (B, C, height, width) through the folded blocks up to the last one that is wanted, without
+        prompts: what each of those gives, all tokens (B, N, d), and the last one the rows that `last` names
+        (B, R, d)."""
         x = self.embed(images)
         num_tokens, rotations = x.shape[1], self.rotations(size_of(images))
-        for index, (block, rotation) in enumerate(zip(self.folded_blocks, rotations, strict=True)):
-            read = last if index == self.num_folded - 1 else Read.TOKENS
+        outputs = []
+        for index in range(wanted[-1] + 1):
+            read = last if index == wanted[-1] else Read.TOKENS
             rows = row_range(read, num_tokens, self.num_prefix_tokens, 0)
-            x = block(x, None, rows, POLICIES["exact"], rotation)
-        return x
+            x = self.folded_blocks[index](x, None, rows, POLICIES["exact"], rotations[index])
+            if index in wanted:
+                outputs.append(x)
+        return outputs
 
     def folded_workspace(self, batch_size: int) -> int:
         """Bytes of temporaries while a folded block runs; 0 without any."""
@@ -299,6 +310,10 @@ class FrozenViT(nn.Module):
         if reads.prompts:
             raise ValueError(f"pool: got {pool!r}, and the model has no prompts; want None, 'cls' or 'image'")
         return reads
+
+    def normalize(self, rows: torch.Tensor) -> torch.Tensor:
+        """The final norm, of rows after the last block (B, R, d)."""
+        return self.stem.norm(rows.to(dtype_of(self.stem.norm, default=rows.dtype)))
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows that `head_reads(pool)` names, after the last block (B, R, d), to features (B, d)."""

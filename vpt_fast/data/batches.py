@@ -249,7 +249,7 @@ class Batches:
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # else each epoch takes a number from the global one
         )
 
@@ -291,7 +291,7 @@ class _Files(Dataset):
             return error
 
 
-def _ignore_interrupts(worker: int) -> None:
+def ignore_interrupts(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.backbones.timm_vit import Positions
+from vpt_fast.backbones.timm_vit import Position
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 _INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
@@ -67,12 +67,11 @@ class AdapterTuning(TimmClassifier):
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "reduction": self.reduction}
 
-    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def _run_block(self, index: int, x: torch.Tensor, position: Position) -> torch.Tensor:
         vit = self.backbone
-        for block, adapter, position in zip(vit.timm_blocks, self.adapters, positions, strict=True):
-            x = x + block.drop_path1(vit.attention_branch(block, x, position))
-            x = x + block.drop_path2(adapter(vit.mlp_branch(block, x)))
-        return x
+        block, adapter = vit.timm_blocks[index], self.adapters[index]
+        x = x + block.drop_path1(vit.attention_branch(block, x, position))
+        return x + block.drop_path2(adapter(vit.mlp_branch(block, x)))
 
     def _num_kept_beside(self) -> int:
         # The inputs of down, gelu and up.

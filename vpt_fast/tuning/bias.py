@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,15 +76,18 @@ class PromptAndBiasTuning(BiasTuning):
         names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
-    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
         batch_size, num_tokens = x.shape[:2]
         p = self.prompt_settings.prompt_dropout if self.training else 0.0
         sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
-        for block, prompts, position in zip(self.backbone.timm_blocks, sets, positions, strict=True):
+        outputs = []
+        for index, prompts in enumerate(sets[: wanted[-1] + 1]):
             prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
             x = torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1)
-            x = block(x, **position)[:, :num_tokens]
-        return x
+            x = self._run_block(index, x, positions[index])[:, :num_tokens]
+            if index in wanted:
+                outputs.append(x)
+        return outputs
 
     def _num_added_tokens(self) -> int:
         return self.prompts.shape[1]

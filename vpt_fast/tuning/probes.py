@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
+from vpt_fast.engine.plan import Read
 
 
 class LinearProbe(FrozenClassifier):
@@ -71,6 +74,15 @@ class LinearProbe(FrozenClassifier):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
         return self.head(features)
+
+    @torch.no_grad()
+    def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        if not isinstance(self.backbone, FrozenViT):
+            return super().patch_tokens(images, blocks)
+        self._check_blocks(blocks)
+        self._check_images(images)
+        outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
+        return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes)."""

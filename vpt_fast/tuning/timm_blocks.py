@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import frozen_vit
-from vpt_fast.backbones.timm_vit import FrozenViT, Positions, size_of
+from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
@@ -78,19 +79,37 @@ class TimmClassifier(TunedClassifier):
         self._check_images(images)
         if isinstance(self.backbone, WholeBackbone):
             return self.head(self.backbone(images.to(self.head.weight.dtype)))
-        positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
-        return self._logits(self._run_blocks(self.backbone.embed(images), positions), self._reads)
+        (x,) = self._block_outputs(images, (self.num_blocks - 1,))
+        return self._logits(x, self._reads)
 
-    def _run_blocks(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Tokens (B, N, d) before the first block to those after the last.
+    def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        self._check_blocks(blocks)
+        self._check_images(images)
+        outputs = self._block_outputs(images, blocks)
+        return [self._patches(x, x.shape[1]) for x in outputs]
+
+    def _block_outputs(self, images: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
+        positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
+        return self._outputs(self.backbone.embed(images), positions, wanted)
+
+    def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
+        """Tokens (B, N, d) before the first block to those after each block that is wanted.
 
         Args:
             x: the tokens.
             positions: what each block takes beside them, of `FrozenViT.timm_positions`.
+            wanted: indices of blocks, in rising order; no block after the last of them is run.
         """
-        for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
-            x = block(x, **position)
-        return x
+        outputs = []
+        for index in range(wanted[-1] + 1):
+            x = self._run_block(index, x, positions[index])
+            if index in wanted:
+                outputs.append(x)
+        return outputs
+
+    def _run_block(self, index: int, x: torch.Tensor, position: Position) -> torch.Tensor:
+        """One block: tokens (B, N, d) to tokens (B, N, d)."""
+        return self.backbone.timm_blocks[index](x, **position)
 
     def _freeze_what_is_not_read(self) -> None:
         """Freezes what gets no gradient: the attention-pool head, where another pooling takes its place."""

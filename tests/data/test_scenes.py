@@ -1,0 +1,143 @@
+"""Folders in ADE20k's layout: what is listed, what a mask says, and what is refused before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpt_fast.data import DataError, check_scenes, open_scenes
+from vpt_fast.data.scenes import IGNORED, read_mask, read_scene
+
+
+def write(root: Path, labels: dict[str, np.ndarray], classes: str = "a\nb\nc\n") -> Path:
+    """A scene for each name, "training/0" for example, whose image is of the labels' size."""
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+    for name, array in labels.items():
+        Image.new("RGB", array.shape[::-1], "red").save(root / "images" / f"{name}.jpg")
+        Image.fromarray(array).save(root / "annotations" / f"{name}.png")
+    (root / "classnames.txt").write_text(classes)
+    return root
+
+
+@pytest.fixture
+def scenes(tmp_path) -> Path:
+    labels = np.array([[0, 1, 2], [255, 2, 1]], np.uint8)
+    return write(tmp_path / "scenes", {"training/0": labels, "training/1": labels, "validation/0": labels})
+
+
+def write_object_info(root: Path, count: int = 150) -> None:
+    rows = [f"{i}\t0.1\t10\t1\t1\tthing {i}, object" for i in range(1, count + 1)]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows]) + "\n")
+
+
+def test_splits_hold_the_images_with_their_masks(scenes):
+    found = open_scenes(scenes)
+    assert found.classes == ("a", "b", "c") and (len(found.train), len(found.val)) == (2, 1)
+    assert [p.name for p in found.train.images] == ["0.jpg", "1.jpg"]
+    assert [p.name for p in found.train.masks] == ["0.png", "1.png"]
+    image, mask = read_scene(found.val, 0)
+    assert image.size == (3, 2) and mask.tolist() == [[0, 1, 2], [IGNORED, 2, 1]]
+
+
+def test_names_of_ade20k_come_from_its_own_file_and_label_0_is_no_class(scenes):
+    write_object_info(scenes)
+    found = open_scenes(scenes).train
+    assert len(found.classes) == 150 and found.classes[0] == "thing 1, object" and found.ignores_zero
+    assert read_scene(found, 0)[1].tolist() == [[IGNORED, 0, 1], [IGNORED, 1, 0]]
+    assert not open_scenes(scenes, ignore_zero=False).train.ignores_zero
+
+
+def test_label_0_is_ignored_where_that_is_asked_for(scenes):
+    assert read_scene(open_scenes(scenes, ignore_zero=True).train, 0)[1].tolist() == [
+        [IGNORED, 0, 1],
+        [IGNORED, 1, 0],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16"])
+def test_masks_of_every_kind_of_whole_numbers_are_read(tmp_path, mode):
+    labels = np.array([[0, 1], [2, 255]], np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(labels)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 256)
+    image.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", 3, no_zero=False).tolist() == [[0, 1], [2, IGNORED]]
+
+
+def remove_mask(root):
+    (root / "annotations/training/1.png").unlink()
+
+
+def other_size(root):
+    Image.new("RGB", (2, 2)).save(root / "images/training/1.jpg")
+
+
+def label_out_of_range(root):
+    Image.fromarray(np.array([[0, 1, 7], [0, 0, 0]], np.uint8)).save(root / "annotations/training/1.png")
+
+
+def colour_mask(root):
+    Image.new("RGB", (3, 2)).save(root / "annotations/training/1.png")
+
+
+def broken_image(root):
+    (root / "images/training/1.jpg").write_bytes(b"no image")
+
+
+def broken_mask(root):
+    (root / "annotations/training/1.png").write_bytes(b"no image")
+
+
+def no_validation(root):
+    (root / "images/validation").rename(root / "elsewhere")
+
+
+def no_images(root):
+    (root / "images/validation/0.jpg").unlink()
+
+
+def no_names(root):
+    (root / "classnames.txt").unlink()
+
+
+def short_object_info(root):
+    write_object_info(root, 149)
+
+
+def nothing_labelled(root):
+    for path in (root / "annotations/training").iterdir():
+        Image.fromarray(np.full((2, 3), 255, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of the 2 images"),
+        (other_size, r"training/1.png: 3×2 pixels; its image .*training/1.jpg has 2×2"),
+        (label_out_of_range, "training/1.png: label 7; wanted 0 to 2 of 3 classes, or 255 for no class"),
+        (colour_mask, "training/1.png: wanted one whole-number label a pixel"),
+        (broken_image, "training/1.jpg: not an image"),
+        (broken_mask, "training/1.png: "),
+        (no_validation, "images/validation: there is no such folder; wanted images/training/NAME.jpg"),
+        (no_images, "images/validation: found no images"),
+        (no_names, "has neither objectInfo150.txt nor classnames.txt"),
+        (short_object_info, "objectInfo150.txt: 149 class names; wanted 150"),
+        (nothing_labelled, "annotations/training: no pixel of any mask has a class"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_what_cannot_be_used_is_named(scenes, spoil, message):
+    spoil(scenes)
+    with pytest.raises(DataError, match=message):
+        check_scenes(open_scenes(scenes).train, workers=0)
+
+
+def test_check_lets_all_through_and_counts_them(scenes):
+    seen = []
+    found = check_scenes(open_scenes(scenes).train, workers=2, progress=lambda *done: seen.append(done))
+    assert len(found.images) == 2 and found.skipped == () and seen == [(1, 2), (2, 2)]

@@ -1,0 +1,227 @@
+"""Classification: labels for whole images, by cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import filesize
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from vpt_fast.cache import TrainingCache
+from vpt_fast.classifier import TunedModel
+from vpt_fast.data import (
+    Batches,
+    CheckedImages,
+    ImageList,
+    Preprocessing,
+    Splits,
+    check_images,
+    open_splits,
+    resident_budget,
+)
+from vpt_fast.precision import autocast
+from vpt_fast.problem import Source
+from vpt_fast.recipe import Recipe
+from vpt_fast.run import describe_data
+from vpt_fast.world import World
+
+FORWARD_BATCH = 64  # images in a pass with no backward, or more where the recipe's batch is larger
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Of logits (b, classes) and labels (b,); a class's weight does not change what the sum is divided by."""
+
+    label_smoothing: float
+    class_weights: torch.Tensor | None  # (classes,)
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(
+            logits.float(),
+            labels,
+            self.class_weights,
+            label_smoothing=self.label_smoothing,
+            reduction="sum",
+        )
+
+    def hits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (logits.detach().argmax(1) == labels).sum()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross entropy, and counts per class in the order of the classes."""
+
+    loss: float
+    correct: tuple[int, ...]
+    images: tuple[int, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / sum(self.images)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy}
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.images)
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    batches: Source,
+    num_classes: int,
+    world: World,
+    precision: str | None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode.
+
+    ``progress`` is called with the number of images, of all processes, after each step.
+    """
+    network.eval()
+    loss = torch.zeros(1, device=world.device)
+    correct = torch.zeros(num_classes, device=world.device)
+    images = torch.zeros(num_classes, device=world.device)
+    for inputs, labels in batches.epoch(0):  # (b, 3, H, W) or features; (b,)
+        with autocast(precision, world.device):
+            logits = network(inputs).float()  # (b, classes)
+        loss += cross_entropy(logits, labels, reduction="sum")
+        images += torch.bincount(labels, minlength=num_classes)
+        correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
+        if progress is not None:
+            progress(len(labels) * world.size)
+    sums = world.sum(torch.cat([loss, correct, images])).tolist()
+    counts = [int(count) for count in sums[1:]]
+    return Evaluation(
+        sums[0] / sum(counts[num_classes:]), tuple(counts[:num_classes]), tuple(counts[num_classes:])
+    )
+
+
+def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor | None:
+    """The weight of each class in the training loss (classes,), None where all weigh the same.
+
+    Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class weighs the same
+    in an epoch and an image 1 on average.
+    """
+    if recipe.class_weights == "none":
+        return None
+    labels = torch.as_tensor(splits.train.labels, device=world.device)
+    counts = torch.bincount(labels, minlength=len(splits.classes))
+    return len(labels) / (len(counts) * counts.float())
+
+
+class Classification:
+    """The `problem.Problem` of image classification."""
+
+    score_names: tuple[str, ...] = ("accuracy",)
+    graph_obstacle: str | None = None
+
+    def open(self, recipe: Recipe, cache: TrainingCache) -> Splits:
+        named: dict[str, Any] = dict(
+            task=recipe.task,
+            train_on=recipe.train_on,
+            with_test=recipe.test,
+            train_fraction=recipe.train_fraction,
+            val_fraction=recipe.val_fraction,
+            data_root=recipe.data_root,
+            seed=recipe.seed,
+        )
+        return cache.get("splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named))
+
+    def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
+        assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"
+        return Preprocessing.for_model(
+            model.data_config,
+            model.image_size,
+            normalization=recipe.normalization,
+            augment=recipe.augment,
+            resize=recipe.resize,
+            interpolation=recipe.interpolation,
+        )
+
+    def check(
+        self,
+        images: ImageList,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        world: World,
+        cache: TrainingCache,
+        progress: Callable[[int, int], None],
+    ) -> CheckedImages:
+        """The images that can be decoded; where they are few, decoded."""
+        return cache.get(
+            "images",
+            (images, preprocessing, recipe.resident),
+            lambda: check_images(
+                images,
+                workers=recipe.workers,
+                preprocessing=preprocessing,
+                keep_bytes=resident_budget(world.device, recipe.resident),
+                progress=progress,
+            ),
+        )
+
+    def batches(
+        self,
+        images: CheckedImages,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        world: World,
+        *,
+        train: bool,
+    ) -> Batches:
+        """This process's share of the recipe's batches, or batches to evaluate on."""
+        assert recipe.batch_size is not None, "resolve the recipe first"
+        share = recipe.batch_size // world.size
+        return Batches(
+            images,
+            preprocessing if train else preprocessing.for_evaluation(),
+            share if train else max(share, FORWARD_BATCH),
+            train=train,
+            seed=recipe.seed,
+            device=world.device,
+            workers=recipe.workers,
+            rank=world.rank,
+            world_size=world.size,
+            resident=recipe.resident,
+        )
+
+    def objective(self, recipe: Recipe, splits: Splits, world: World) -> CrossEntropy:
+        return CrossEntropy(recipe.label_smoothing, class_weights(recipe, splits, world))
+
+    def evaluate(
+        self,
+        network: nn.Module,
+        batches: Source,
+        num_classes: int,
+        world: World,
+        precision: str | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        return evaluate(network, batches, num_classes, world, precision, progress)
+
+    def describe_images(self, recipe: Recipe, batches: Batches) -> str:
+        """What is done to the training images, and where they are kept."""
+        made = batches.preprocessing
+        height, width = made.image_size
+        kept = "decoded in each epoch"
+        if batches.is_resident:
+            kept = f"{filesize.decimal(batches.resident_bytes)} decoded, kept on {batches.resident_device}"
+            if batches.not_pinned is not None:
+                kept += f", not pinned as a whole: {batches.not_pinned}"
+        return (
+            f"{made.resize} to {height}×{width} ({made.interpolation}), augment {made.augment}, "
+            f"normalization {recipe.normalization}; {kept}"
+        )
+
+    def describe_data(self, root: Path, splits: Splits) -> dict[str, Any]:
+        return describe_data(root, splits)

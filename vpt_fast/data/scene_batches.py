@@ -1,0 +1,128 @@
+"""Batches of normalised crops with their masks, the same whatever the number of workers; and whole images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from .batches import ignore_interrupts
+from .decode import DecodeError, default_workers
+from .scene_preprocessing import ScenePreprocessing, image_seed
+from .scenes import SceneList, read_scene
+
+_Read = tuple[int, int | None]  # index of an image, seed of its augmentation or None for the image as it is
+_Scene = tuple[torch.Tensor, torch.Tensor]
+
+
+class SceneBatches:
+    """In training, batches of images (b, 3, H, W) float32 and masks (b, H, W) int64 on `device`; in
+    evaluation, single images (3, h, w) uint8 and masks (h, w) int64 of whatever size they have.
+
+    Training goes through a new permutation each epoch, with a new augmentation, which depend on (seed, epoch)
+    alone: not on workers, on ranks, or on PyTorch's global generators. Of `world_size` processes, each takes
+    every `world_size`-th image of the same permutation, which is lengthened, by starting over, to a multiple
+    of `world_size`; in evaluation each image is seen exactly once. Masks hold class indices, or
+    `scenes.IGNORED`.
+
+    Args:
+        scenes: what to read; decoded anew in each epoch.
+        batch_size: images a step of this process in training; an epoch's last batch may be smaller.
+        train: whether to shuffle and augment.
+        seed: 0 or more.
+        workers: decoding processes; 0 decodes in this one, None is `default_workers()`.
+
+    Raises:
+        ValueError: an argument cannot be used; the text names it.
+        DecodeError: in `epoch`, a file cannot be used. Run `check_scenes` before.
+    """
+
+    def __init__(
+        self,
+        scenes: SceneList,
+        preprocessing: ScenePreprocessing,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int,
+        device: torch.device | str,
+        workers: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        workers = default_workers() if workers is None else workers
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"{name}: {value}, wanted {least} or more")
+        self.num_images = len(scenes)
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size if train else 1
+        self.train, self.seed = train, seed
+        self.device = torch.device(device)
+        self.rank, self.world_size = rank, world_size
+        self._plan: list[list[_Read]] = []  # the batches of the epoch that comes next
+        self._loader: DataLoader = DataLoader(
+            _Scenes(scenes, preprocessing),
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_interrupts,
+            generator=torch.Generator(),  # else each epoch takes a number from the global one
+        )
+
+    def __len__(self) -> int:
+        """Steps an epoch of this rank."""
+        return math.ceil(len(self.indices(0)) / self.batch_size)
+
+    def indices(self, epoch: int) -> list[int]:
+        """The images of this rank's epoch in order, as indices into the list."""
+        if not self.train:
+            return list(range(self.rank, self.num_images, self.world_size))
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        length = math.ceil(self.num_images / self.world_size) * self.world_size
+        return np.resize(order, length)[self.rank :: self.world_size].tolist()
+
+    def epoch(self, epoch: int) -> Iterator[_Scene]:
+        """The batches of epoch `epoch`, 0 or more; one epoch at a time."""
+        seeds = (image_seed(self.seed, epoch, i) if self.train else None for i in self.indices(epoch))
+        reads = list(zip(self.indices(epoch), seeds, strict=True))
+        self._plan[:] = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]
+        for loaded in self._loader:
+            if isinstance(loaded, DecodeError):
+                raise DecodeError(loaded.path, loaded.reason)
+            pixels, masks = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
+            if self.train:
+                yield self.preprocessing.normalize(pixels), masks.long()
+            else:
+                yield pixels[0], masks[0].long()
+
+
+class _Scenes(Dataset):
+    """Read (index, seed or None) -> image (3, h, w) and mask (h, w), both uint8, or the error."""
+
+    def __init__(self, scenes: SceneList, preprocessing: ScenePreprocessing) -> None:
+        self._scenes, self._preprocessing = scenes, preprocessing
+
+    def __getitem__(self, read: _Read) -> _Scene | DecodeError:
+        index, seed = read
+        try:
+            image, mask = read_scene(self._scenes, index)
+        except DecodeError as error:
+            return error
+        if seed is None:
+            return pil_to_tensor(image), torch.from_numpy(mask)
+        return self._preprocessing.augment(image, mask, seed)
+
+
+def _stack(loaded: list[_Scene | DecodeError]) -> _Scene | DecodeError:
+    for item in loaded:
+        if isinstance(item, DecodeError):
+            return item
+    images, masks = zip(*loaded, strict=True)
+    return torch.stack(images), torch.stack(masks)

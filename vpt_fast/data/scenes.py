@@ -1,0 +1,211 @@
+"""Images with a label for every pixel, in ADE20k's layout: which there are, and whether they can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .decode import DecodeError, SkippedImage, decode_image, map_threads
+from .folder import IMAGE_EXTENSIONS
+from .images import DataError, some_names
+from .shards import read_class_names
+
+IGNORED = 255
+"""In a mask of class indices, a pixel that counts for nothing."""
+
+ADE_CLASSES = 150
+ADE_NAMES = "objectInfo150.txt"
+CLASS_NAMES = "classnames.txt"
+LAYOUT = (
+    "wanted images/training/NAME.jpg with annotations/training/NAME.png, and the same below "
+    "images/validation/ and annotations/validation/"
+)
+
+
+@dataclass(frozen=True)
+class SceneList:
+    """Images and their masks.
+
+    Attributes:
+        images: files.
+        masks: for each, the PNG file of the same size with a label for every pixel.
+        classes: the class names.
+        ignores_zero: whether label 0 is no class: label 1 is then the first one. Label 255 never is.
+    """
+
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    classes: tuple[str, ...]
+    ignores_zero: bool
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class SceneSplits:
+    """What `open_scenes` found; no test images, which the layout has none of."""
+
+    train: SceneList
+    val: SceneList
+    test: None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+
+@dataclass(frozen=True)
+class CheckedScenes:
+    """What `check_scenes` let through: all of the images."""
+
+    images: SceneList
+    skipped: tuple[SkippedImage, ...] = ()
+
+
+def open_scenes(data: str | Path, *, ignore_zero: bool | None = None) -> SceneSplits:
+    """Lists images and masks of a folder in ADE20k's layout (its scene-parsing release); opens none.
+
+    `images/training/` and `images/validation/` hold the images, `annotations/training/` and
+    `annotations/validation/` a PNG file of the same name for each. Class names come from `objectInfo150.txt`
+    (ADE20k's own), else from `classnames.txt`, one name a line in the order of the labels.
+
+    Args:
+        data: the folder.
+        ignore_zero: whether label 0 is no class; None: with 150 classes, as in ADE20k.
+
+    Raises:
+        DataError: a folder, a mask or the class names are missing; the text names the path.
+    """
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder; {LAYOUT}")
+    classes = _class_names(root)
+    no_zero = ignores_zero(len(classes), ignore_zero)
+    train, val = (_list_scenes(root, split, classes, no_zero) for split in ("training", "validation"))
+    return SceneSplits(train, val)
+
+
+def ignores_zero(num_classes: int, ignore_zero: bool | None) -> bool:
+    """What `open_scenes`'s `ignore_zero` comes to with so many classes."""
+    return num_classes == ADE_CLASSES if ignore_zero is None else ignore_zero
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    if (root / ADE_NAMES).is_file():
+        lines = (root / ADE_NAMES).read_text(encoding="utf-8").splitlines()[1:]  # the first is a header
+        names = tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
+        if len(names) != ADE_CLASSES or len(set(names)) != ADE_CLASSES:
+            raise DataError(f"{root / ADE_NAMES}: {len(set(names))} class names; wanted {ADE_CLASSES}")
+        return names
+    names = read_class_names(root / CLASS_NAMES, 2)
+    if names is None:
+        raise DataError(
+            f"{root}: has neither {ADE_NAMES} nor {CLASS_NAMES}; wanted the names of the classes, one a line "
+            "in the order of the labels"
+        )
+    if len(names) > IGNORED:
+        raise DataError(f"{root / CLASS_NAMES}: {len(names)} names; wanted at most {IGNORED}")
+    return names
+
+
+def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool) -> SceneList:
+    folders = root / "images" / split, root / "annotations" / split
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: there is no such folder; {LAYOUT}")
+    images = sorted(
+        path
+        for path in folders[0].iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+    )
+    if not images:
+        raise DataError(f"{folders[0]}: found no images; {LAYOUT}")
+    masks = [folders[1] / f"{path.stem}.png" for path in images]
+    if missing := [mask.name for mask in masks if not mask.is_file()]:
+        raise DataError(
+            f"{folders[1]}: found no {some_names(missing, '')}; wanted a mask for each of the "
+            f"{len(images)} images"
+        )
+    return SceneList(tuple(images), tuple(masks), classes, no_zero)
+
+
+def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
+    """The mask in a file as class indices (h, w) uint8, `IGNORED` where there is no class.
+
+    Args:
+        no_zero: whether label 0 is no class, and label 1 the first.
+
+    Raises:
+        DecodeError: the file cannot be read, does not hold one label a pixel, or holds a label that is no
+            class.
+    """
+    try:
+        with Image.open(path) as file:
+            labels = np.asarray(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # as decode_image: broken files raise almost anything
+        raise DecodeError(path, str(error) or "broken file") from error
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise DecodeError(path, "wanted one whole-number label a pixel: a greyscale or palette PNG")
+    first = 1 if no_zero else 0
+    is_class = (labels >= first) & (labels < first + num_classes)
+    is_known = is_class | (labels == IGNORED)
+    if no_zero:
+        is_known |= labels == 0
+    if not is_known.all():
+        raise DecodeError(
+            path,
+            f"label {labels[~is_known][0]}; wanted {first} to {first + num_classes - 1} of {num_classes} "
+            f"classes, or {'0 or ' if no_zero else ''}{IGNORED} for no class",
+        )
+    return np.where(is_class, labels.astype(np.int64) - first, IGNORED).astype(np.uint8)
+
+
+def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
+    """An image in RGB, and its mask (h, w) uint8 of class indices.
+
+    Raises:
+        DecodeError: one of the files cannot be used, or their sizes differ.
+    """
+    image = decode_image(scenes.images[index])
+    mask = read_mask(scenes.masks[index], len(scenes.classes), scenes.ignores_zero)
+    if mask.shape != (image.height, image.width):
+        raise DecodeError(
+            scenes.masks[index],
+            f"{mask.shape[1]}×{mask.shape[0]} pixels; its image {scenes.images[index]} has "
+            f"{image.width}×{image.height}",
+        )
+    return image, mask
+
+
+def check_scenes(
+    scenes: SceneList, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> CheckedScenes:
+    """Decodes every image and mask in full; none may be left out, so that a score is of all of them.
+
+    Args:
+        workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
+        progress: called with (images done, images in all) after each image.
+
+    Raises:
+        DecodeError: for the first that cannot be used.
+        DataError: no pixel of any mask has a class.
+    """
+
+    def has_classes(index: int) -> bool:
+        return bool((read_scene(scenes, index)[1] != IGNORED).any())
+
+    has_any = False
+    for i, found in enumerate(map_threads(has_classes, range(len(scenes)), workers)):
+        has_any |= found
+        if progress is not None:
+            progress(i + 1, len(scenes))
+    if not has_any:
+        raise DataError(f"{scenes.masks[0].parent}: no pixel of any mask has a class")
+    return CheckedScenes(scenes)

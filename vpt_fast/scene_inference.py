@@ -1,0 +1,140 @@
+"""Using a finished segmentation run: mean intersection over union on val, and masks of image files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from vpt_fast.data import (
+    DecodeError,
+    SceneBatches,
+    check_scenes,
+    decode_image,
+    ignores_zero,
+    open_scenes,
+)
+from vpt_fast.files import replacing
+from vpt_fast.inference import LoadedRun
+from vpt_fast.plots import class_colors, plot_segmentation
+from vpt_fast.report import checking_images, evaluating
+from vpt_fast.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, segment
+from vpt_fast.world import World
+
+
+@dataclass(frozen=True)
+class SceneScores:
+    """An evaluation of val."""
+
+    classes: tuple[str, ...]
+    multi_scale: bool
+    evaluation: SceneEvaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.evaluation
+        return {
+            "split": "val",
+            "images": found.num_images,
+            "multi_scale": self.multi_scale,
+            **found.scores,
+            "loss": found.loss,
+            "per_class": {
+                name: {"iou": None if math.isnan(iou) else iou}
+                for name, iou in zip(self.classes, found.iou, strict=True)
+            },
+        }
+
+
+def evaluate_scene_run(
+    run: LoadedRun,
+    data: str | Path,
+    *,
+    multi_scale: bool = False,
+    windows: int = WINDOWS,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> SceneScores:
+    """Scores of a run on the validation images of ``data``, in fp32, in windows of the model's image size.
+
+    ``multi_scale`` averages over six scales from 0.5 to 1.75, each as it is and mirrored. ``windows`` are the
+    most in one pass. ``console`` shows how far it is.
+
+    Raises ValueError as open_scenes and check_scenes do, when the data has other classes, and for a run that
+    classifies images.
+    """
+    labels, preprocessing = run.labels, run.scene_preprocessing
+    console = console or Console(quiet=True)
+    scenes = open_scenes(data, ignore_zero=labels.ignore_zero).val
+    if scenes.classes != labels.classes:
+        other = sorted(set(scenes.classes) ^ set(labels.classes))[:5]
+        raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
+    with checking_images(console, len(scenes)) as advance:
+        check_scenes(scenes, workers=workers, progress=advance)
+    batches = SceneBatches(scenes, preprocessing, 1, train=False, seed=0, device=run.device, workers=workers)
+    with evaluating(console, "val", len(scenes)) as count:
+        found = evaluate_scenes(
+            run.model,
+            batches,
+            len(labels.classes),
+            World(0, 1, run.device),
+            "fp32",
+            count,
+            scales=MULTI_SCALE if multi_scale else (1.0,),
+            flips=multi_scale,
+            windows=windows,
+        )
+    return SceneScores(labels.classes, multi_scale, found)
+
+
+def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator[dict[str, Any]]:
+    """Writes for each image ``out``/NAME.png, a palette PNG of its size with labels as the training masks
+    have them, and ``out``/NAME-overlay.png, a picture with a legend.
+
+    Yields {"image", "mask", "overlay", "classes": {name: share of the pixels}}, the largest share first, or
+    {"image", "error"}.
+
+    Raises ValueError for two images that would be written to one file, before any is.
+    """
+    names: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in names:
+            raise ValueError(f"images {names[path.stem]} and {path} would both be written to {path.stem}.png")
+        names[path.stem] = path
+    out.mkdir(parents=True, exist_ok=True)
+    labels, preprocessing = run.labels, run.scene_preprocessing
+    first = 1 if ignores_zero(len(labels.classes), labels.ignore_zero) else 0
+    for path in paths:
+        answer: dict[str, Any] = {"image": str(path)}
+        try:
+            image = decode_image(path)
+        except DecodeError as error:
+            yield {**answer, "error": error.reason}
+            continue
+        found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
+        classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
+        mask, overlay = out / f"{path.stem}.png", out / f"{path.stem}-overlay.png"
+        _write_mask(classes, first, len(labels.classes), mask)
+        plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
+        shares = np.bincount(classes.ravel(), minlength=len(labels.classes)) / classes.size
+        order = [index for index in np.argsort(-shares) if shares[index] > 0]
+        answer["mask"], answer["overlay"] = str(mask), str(overlay)
+        answer["classes"] = {labels.classes[index]: float(shares[index]) for index in order}
+        yield answer
+
+
+def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -> None:
+    """Class indices (h, w) as labels that start at `first`, in the classes' colours."""
+    image = Image.fromarray(classes + np.uint8(first)).convert("P")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[first : first + num_classes] = class_colors(num_classes)
+    image.putpalette(palette.ravel().tolist())
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -1,0 +1,267 @@
+"""PromptedSegmenter: semantic segmentation by a head on the patch tokens of a tuned vision transformer.
+
+The head is SETR's progressive upsampling (Zheng et al., CVPR 2021), as in the VPT paper's ADE20k experiments.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_arguments
+from vpt_fast.engine import cost
+from vpt_fast.model import PromptedViT
+from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
+from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.probes import LinearProbe
+
+# What gives the patch tokens, by the name of the method that trains it.
+ENCODERS: dict[str, type[TunedClassifier]] = {
+    "vpt-deep": PromptedViT,
+    "vpt+bias": PromptAndBiasTuning,
+    "linear": LinearProbe,
+    "bias": BiasTuning,
+    "full": FullTuning,
+}
+
+# The blocks whose tokens auxiliary heads read, as shares of the depth: 10, 15 and 20 of ViT-L's 24.
+_AUX_SHARES = (10 / 24, 15 / 24, 20 / 24)
+_CLASSIFIER_STD = 0.01
+_MOST_GROUPS = 32  # of GroupNorm, its paper's default
+
+
+class UpsamplingHead(nn.Module):
+    """SETR-PUP: patch tokens to logits at the image's size, in stages of a 3×3 convolution, a norm, a ReLU
+    and a bilinear upsampling each, and a 1×1 convolution.
+
+    The stages enlarge by the same factor each: 2 for four stages from patches of 16 pixels. Both ends are
+    reached exactly whatever the patch size is.
+
+    Args:
+        embed_dim: d of the tokens.
+        num_classes: C.
+        channels: of the stages.
+        num_stages: how many there are.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_classes: int, channels: int, num_stages: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, device=device)
+        stages = []
+        for index in range(num_stages):
+            conv = nn.Conv2d(
+                channels if index else embed_dim, channels, 3, padding=1, bias=False, device=device
+            )
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            # Not BatchNorm, SETR's: parts of a batch, and processes, would no longer add up to the batch.
+            norm = nn.GroupNorm(math.gcd(_MOST_GROUPS, channels), channels, device=device)
+            stages.append(nn.Sequential(conv, norm, nn.ReLU(inplace=True)))
+        self.stages = nn.ModuleList(stages)
+        self.classifier = nn.Conv2d(channels, num_classes, 1, device=device)
+        nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, tokens: torch.Tensor, grid: tuple[int, int], image_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Tokens (B, N, d) of a grid of (rows, columns) = N patches to logits (B, C, H, W)."""
+        x = self.norm(tokens.to(self.norm.weight.dtype))
+        x = x.transpose(1, 2).unflatten(2, grid)  # (B, d, rows, columns)
+        for index, stage in enumerate(self.stages):
+            if index:
+                share = index / len(self.stages)
+                size = [round(p * (n / p) ** share) for p, n in zip(grid, image_size, strict=True)]
+                x = F.interpolate(x, size, mode="bilinear")
+            x = stage(x)
+        # The 1×1 convolution before the last upsampling and not after it: the two commute, since
+        # interpolation's weights sum to 1, and here it has fewer pixels to go over.
+        logits = self.classifier(x)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.interpolate(logits.to(wide), image_size, mode="bilinear")
+
+
+class PromptedSegmenter(TunedModel):
+    """A vision transformer tuned by visual prompts or in another way, and a trained SETR-PUP head on its
+    patch tokens.
+
+    The head reads the last block's tokens; while training, auxiliary heads of two stages (from patches of 16
+    pixels) read those of earlier blocks. None reads the CLS token or a prompt, nor the final norm: each
+    head has a LayerNorm of its own, which is trained. What runs before the heads is the same engine as
+    PromptedViT's, without the same dead work.
+
+    Args:
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is not
+            changed. With a name, ``img_size=512`` among the settings resamples its position embedding as
+            timm does.
+        num_classes: C.
+        method: what is trained beside the heads: ``"vpt-deep"``: deep prompts; ``"vpt+bias"``: these and
+            every bias of the backbone; ``"linear"``: nothing; ``"bias"``; ``"full"``: the whole backbone.
+        head_channels: of the heads' stages.
+        aux_blocks: indices from 0 of the blocks that auxiliary heads read; None for those at 10/24, 15/24
+            and 20/24 of the depth (SETR's of ViT-L), () for none.
+        pretrained, checkpoint: see `PromptedViT`.
+        settings: of the class that the method names in `ENCODERS`, such as num_prompts, prompt_dropout,
+            dtype, memory; the others go to timm.create_model (only with a name).
+
+    Attributes:
+        encoder: the model of that class; its own linear head is gone.
+        head: UpsamplingHead.
+        aux_heads: an UpsamplingHead for each of aux_blocks.
+
+    Raises:
+        ValueError: an argument out of range, a method that there is not for segmentation, or a part of the
+            backbone that is not supported; the message names it.
+    """
+
+    def __init__(
+        self,
+        backbone: str | TimmViT,
+        num_classes: int,
+        method: str = "vpt-deep",
+        *,
+        head_channels: int = 256,
+        aux_blocks: Sequence[int] | None = None,
+        pretrained: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        check_arguments(num_classes, None)
+        if method not in ENCODERS:
+            raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
+        if isinstance(head_channels, bool) or not isinstance(head_channels, int) or head_channels < 1:
+            raise ValueError(f"head_channels: got {head_channels!r}, want a whole number from 1")
+        for name, wanted in (("pool", None), ("prompt_type", "deep"), ("prompt_location", "prepend")):
+            if settings.get(name, wanted) != wanted:
+                raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
+        constructor: Any = ENCODERS[method]
+        encoder: TunedClassifier = constructor(
+            # A linear head reads one vector an image; it goes when the model is built.
+            backbone, 1, pool="image", pretrained=pretrained, checkpoint=checkpoint, **settings,
+        )  # fmt: skip
+        vit = encoder.backbone
+        _check_patches(vit)
+        if aux_blocks is None:
+            blocks = {max(round(share * encoder.num_blocks), 1) - 1 for share in _AUX_SHARES}
+            aux_blocks = sorted(blocks - {encoder.num_blocks - 1})
+        encoder._check_blocks([*aux_blocks, encoder.num_blocks - 1])
+        super().__init__(encoder._backbone_config)
+        encoder.head = nn.Identity()  # type: ignore[assignment]
+        for module in (vit.stem.norm, vit.stem.fc_norm, vit.stem.attn_pool):
+            if module is not None:
+                module.requires_grad_(False)  # nobody reads it
+        self.encoder = encoder
+        self.method, self.num_classes = method, num_classes
+        self.head_channels, self.aux_blocks = head_channels, tuple(aux_blocks)
+        self.stores_backbone = encoder.stores_backbone
+
+        enlarged = math.log2(max(vit.patch_size))
+
+        def head(most: int) -> UpsamplingHead:
+            """One whose stages enlarge by at most `most`."""
+            stages = max(math.ceil(enlarged / math.log2(most)), 1)
+            return UpsamplingHead(vit.embed_dim, num_classes, head_channels, stages, vit.device)
+
+        self.head = head(2)
+        self.aux_heads = nn.ModuleList(head(4) for _ in self.aux_blocks)
+        if isinstance(encoder, PromptedClassifier):
+            encoder.bytes_beside = sum(self._head_bytes())
+
+    @property
+    def backbone(self) -> FrozenViT:  # type: ignore[override]
+        return self.encoder.backbone
+
+    @property
+    def undecayed(self) -> tuple[str, ...]:  # type: ignore[override]
+        aux = [f"aux_heads.{index}" for index in range(len(self.aux_blocks))]
+        return tuple(f"{head}.classifier.bias" for head in ("head", *aux))
+
+    def _options(self) -> dict[str, Any]:
+        own = {
+            "method": self.method,
+            "head_channels": self.head_channels,
+            "aux_blocks": list(self.aux_blocks),
+        }
+        return {**self.encoder._options(), **own}
+
+    @classmethod
+    def _stores_backbone(cls, options: dict[str, Any]) -> bool:
+        return ENCODERS[options["method"]].stores_backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Normalised images (B, C, H, W) to logits (B, num_classes, H, W); in training to a tuple of these
+        and of those of each auxiliary head, in the order of `aux_blocks`.
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        size, patch = images.shape[-2:], self.patch_size
+        grid = size[0] // patch[0], size[1] // patch[1]
+        aux_blocks = self.aux_blocks if self.training else ()
+        *aux, last = self.encoder.patch_tokens(images, (*aux_blocks, self.num_blocks - 1))
+        logits = self.head(last, grid, size)
+        if not self.training:
+            return logits
+        return (
+            logits,
+            *(head(tokens, grid, size) for head, tokens in zip(self.aux_heads, aux, strict=True)),
+        )
+
+    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The memory that a training step takes at the model's own image size: the encoder's, by its own
+        estimate; and what heads and cross entropy keep, counted on tensors without values, in the head's
+        dtype (under autocast it is less).
+
+        Args:
+            batch_size: images a step.
+        """
+        kept, workspace = 0, self.backbone.folded_workspace(batch_size)
+        if self.method != "linear":
+            encoder = self.encoder.estimate_training_bytes(batch_size)
+            kept, workspace = encoder["kept"], encoder["workspace"]
+        sizes = self._head_bytes()
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(),
+            kept=kept + batch_size * sum(sizes),
+            workspace=max(workspace, 2 * batch_size * max(sizes)),
+        )
+
+    def _head_bytes(self) -> list[int]:
+        """Bytes of the tensors that heads and loss keep for backward for an image of the model's own size."""
+        vit, size = self.backbone, self.image_size
+        grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+        heads = copy.deepcopy(nn.ModuleList([self.head, *self.aux_heads])).to("meta")
+        own = {p.untyped_storage()._cdata for p in heads.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        dtype = torch.promote_types(self.head.norm.weight.dtype, torch.float32)
+        labels = torch.empty(1, *size, dtype=torch.int64, device="meta")
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            for head in heads:
+                tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
+                F.cross_entropy(head(tokens, grid, size), labels)
+        return [storage.nbytes() for storage in kept.values()]
+
+
+def _check_patches(vit: FrozenViT) -> None:
+    """Raises ValueError for a backbone whose tokens are not a grid of patches."""
+    if vit.pads_images:
+        raise ValueError("backbone: dynamic_img_pad pads images, and a segmenter needs whole patches")
+    if not isinstance(vit.stem.patch_drop, nn.Identity | None):
+        raise ValueError("backbone: patch_drop_rate leaves patches out, and a segmenter needs all of them")
