@@ -7,6 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import timm
+import torch
 from test_cli import train_arguments
 
 from vpt_fast import load_pretrained
@@ -22,6 +23,7 @@ SMALL = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 def weights(tmp_path_factory):
     """A file in timm's own names."""
     file = tmp_path_factory.mktemp("weights") / "eva.safetensors"
+    torch.manual_seed(0)
     safetensors.torch.save_file(timm.create_model(EVA, num_classes=0, **SMALL).state_dict(), file)
     return file
 
@@ -45,7 +47,7 @@ def test_commands_train_evaluate_and_predict(command, color_images, weights, tmp
 def test_method_trains_and_is_stored(method, color_images, weights, tmp_path):
     recipe = Recipe(
         data=str(color_images), backbone=EVA, method=method, pretrained=False, checkpoint=str(weights),
-        backbone_arg=SMALL, epochs=3, warmup_epochs=0, batch_size=9, optimizer="adamw", base_lr=0.1,
+        backbone_arg=SMALL, epochs=3, warmup_epochs=0, batch_size=9, optimizer="adamw", base_lr=0.3,
         device="cpu", workers=0, tensorboard=False,
     )  # fmt: skip
     metrics = train(recipe, tmp_path / "run").metrics
