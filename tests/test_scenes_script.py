@@ -1,0 +1,66 @@
+"""scripts/scenes.py: what it draws is what the labels say, and the picture of it can be told apart."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpt_fast.plots import class_colors, plot_segmentation
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import scenes  # noqa: E402
+
+
+def test_labels_are_of_the_classes_and_edges_have_none():
+    for seed in range(5):
+        image, labels = scenes.draw_scene(np.random.default_rng(seed))
+        assert image.size == labels.shape[::-1] == (scenes.WIDTH, scenes.HEIGHT)
+        found = set(np.unique(labels)) - {scenes.NO_CLASS}
+        assert {scenes.SKY, scenes.GROUND} < found <= set(range(len(scenes.CLASSES)))
+        is_known = labels != scenes.NO_CLASS
+        across = (labels[:, 1:] != labels[:, :-1]) & is_known[:, 1:] & is_known[:, :-1]
+        assert not across.any()  # wherever two classes meet there is a pixel with none between them
+
+
+def test_ground_is_below_the_sky_and_of_another_colour():
+    image, labels = scenes.draw_scene(np.random.default_rng(0))
+    rows = np.arange(scenes.HEIGHT)[:, None].repeat(scenes.WIDTH, axis=1)
+    assert rows[labels == scenes.SKY].mean() + 10 < rows[labels == scenes.GROUND].mean()
+    pixels = np.asarray(image, np.float64)
+    means = [pixels[labels == kind].mean(0) for kind in (scenes.SKY, scenes.GROUND)]
+    assert np.abs(means[0] - means[1]).max() > 20
+
+
+def test_folder_depends_on_the_seed_and_one_that_is_there_stays(tmp_path):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        scenes.write_scenes(tmp_path / name, {"training": 2, "validation": 1}, seed)
+    files = [
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.png")}
+        for name in ("one", "again", "other")
+    ]
+    assert len(files[0]) == 3 and files[0] == files[1] != files[2]
+    scenes.write_scenes(tmp_path / "one", {"training": 1}, seed=9)
+    assert len(list((tmp_path / "one").rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("count", [2, 19, 150])
+def test_colours_of_classes_differ(count):
+    assert len(np.unique(class_colors(count), axis=0)) == count
+
+
+def test_pixels_without_a_class_are_left_as_they_are(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, pixels: shown.append(pixels))
+    image = np.full((4, 6, 3), 200, np.uint8)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[:2] = scenes.NO_CLASS
+    plot_segmentation([(image, {"found": mask})], ("a", "b"), tmp_path / "picture.png")
+    assert (shown[1][:2] == 200).all() and (shown[1][2:] != 200).any()
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.format == "PNG"
