@@ -154,7 +154,9 @@ def main(
         report = read_report(results)
     except ValueError as error:
         raise typer.BadParameter(f"results: {error}") from None
-    found = list(sweeps(report["rows"]))
+    # Other benchmarks' rows say less of what was measured.
+    rows = [row for row in report["rows"] if row.keys() >= {*FIXED, *AXES}]
+    found = list(sweeps(rows))
     if not found:
         raise typer.BadParameter(
             f"results: {results} has no right rows with two numbers of prompts or two batch sizes; "

@@ -207,6 +207,9 @@ def test_gradient_error_is_the_worst_tensors_and_never_nan() -> None:
     wrong = {"a": torch.tensor([3.0, float("nan")]), "b": torch.tensor([1.0])}
     assert measure.gradient_error(wrong, expected) == float("inf")
     assert measure.gradient_error({"a": expected["a"]}, expected) == float("inf")
+    zero = {"a": torch.zeros(2), "b": torch.tensor([1.0])}
+    assert measure.gradient_error(zero, zero) == 0
+    assert measure.gradient_error(expected, zero) == float("inf")
 
 
 class WrongGradient(peers.ConcatTimm):

@@ -239,9 +239,10 @@ def test_rows_of_a_swin_are_exact_under_every_policy(small_swin: implementations
     assert exact.share_of_shapes == pytest.approx(exact.essential_tflops / exact.shapes_tflops)
 
 
-def test_rows_of_a_convnet_are_exact() -> None:
-    setting = implementations.Setting("test_convnext", 3, 2, "shallow", "float32", image_size=32)
-    names = ["vpt_fast", "concat_timm", "concat_timm_checkpointed", "no_prompts", "linear_probe"]
+@pytest.mark.parametrize("model", ["test_convnext", "test_resnet"])
+def test_rows_of_a_convnet_are_exact(model: str) -> None:
+    setting = implementations.Setting(model, 3, 2, "shallow", "float32", image_size=32)
+    names = ["vpt_fast", "concat_timm", "concat_timm_checkpointed", "no_prompts", "full_finetuning"]
     rows = rows_of(setting, names, ["exact"])
     assert [row.error for row in rows] == [None] * 5 and all(row.exact for row in rows)
     assert rows[0].kept_mib_per_image < rows[1].kept_mib_per_image

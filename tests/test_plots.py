@@ -90,7 +90,12 @@ def test_memory_is_the_peak_where_there_is_one(
     assert drawn in titles[1]
 
 
-def test_results_without_a_sweep_are_refused(tmp_path: Path) -> None:
-    result = run(tmp_path, [row("vpt_fast", 10), row("concat_timm", 10)])
+@pytest.mark.parametrize(
+    "those",
+    [[row("vpt_fast", 10), row("concat_timm", 10)], [{"impl": "vpt_fast", "exact": True, "measured": None}]],
+    ids=["one_setting", "of_recipe"],
+)
+def test_results_without_a_sweep_are_refused(those: list[dict[str, Any]], tmp_path: Path) -> None:
+    result = run(tmp_path, those)
     assert result.exit_code == 2
     assert "--num-prompts" in result.output
