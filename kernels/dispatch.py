@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
-from vpt_fast.kernels.prompted_attention import HEAD_DIMS
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, window_reference
 from vpt_fast.kernels.prompted_attention import reference as prompted_attention
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.rotation import reference as rotation
@@ -21,7 +21,8 @@ class Ops(NamedTuple):
     """One complete implementation of the block's operations.
 
     The signatures and their meaning are those of the functions in the `reference` modules. `needs_out`:
-    attention's backward cannot do without attention's output.
+    attention's backward cannot do without attention's output. `forms_window_scores`: attention in windows
+    forms the scores of all of them.
     """
 
     name: str
@@ -30,10 +31,13 @@ class Ops(NamedTuple):
     normalize_backward: Callable[..., torch.Tensor]
     attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     attention_backward: Callable[..., Any]
+    window_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    window_attention_backward: Callable[..., Any]
     activate: Callable[..., tuple[torch.Tensor, ...]]
     activate_backward: Callable[..., torch.Tensor]
     rotate_: Callable[..., None]
     needs_out: bool
+    forms_window_scores: bool
 
 
 TORCH_OPS = Ops(
@@ -43,10 +47,13 @@ TORCH_OPS = Ops(
     normalize_backward=normalization.normalize_backward,
     attention=prompted_attention.attention,
     attention_backward=prompted_attention.attention_backward,
+    window_attention=window_reference.window_attention,
+    window_attention_backward=window_reference.window_attention_backward,
     activate=mlp.activate,
     activate_backward=mlp.activate_backward,
     rotate_=rotation.rotate_,
     needs_out=False,
+    forms_window_scores=True,
 )
 
 
@@ -59,15 +66,17 @@ class Backend(NamedTuple):
     cuda: Ops
     other: Ops
 
-    def ops(self, device_type: str, dtype: torch.dtype, head_dim: int) -> Ops:
+    def ops(self, device_type: str, dtype: torch.dtype, head_dim: int, in_windows: bool = False) -> Ops:
         """The operations for tensors on this kind of device.
 
         Args:
             device_type: ``"cuda"``, ``"cpu"``, …
             dtype: of the matrix products.
             head_dim: D.
+            in_windows: whether tokens attend in windows.
         """
-        if device_type == "cuda" and dtype != torch.float64 and head_dim in HEAD_DIMS:
+        head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
+        if device_type == "cuda" and dtype != torch.float64 and head_dim in head_dims:
             return self.cuda
         return self.other
 
@@ -83,9 +92,11 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
     Args:
         backend: ``"torch"``: plain PyTorch, any device. ``"triton"``: Triton's kernels, always; what they do
             not support raises. ``"auto"``: Triton's kernels on a CUDA device, for the dtypes and head dims
-            that they support (not float64; 16, 32, 64, 80, 96, 128), and PyTorch for all else.
+            that they support (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for
+            all else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
-            implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated.
+            implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
+            windows.
 
     Raises:
         ValueError: an unknown name; ``"triton"`` where Triton or a CUDA device is missing; a FlashAttention
@@ -127,6 +138,7 @@ def _triton_ops() -> Ops:
     from vpt_fast.kernels.mlp import ops as mlp_ops
     from vpt_fast.kernels.normalization import ops as normalization_ops
     from vpt_fast.kernels.prompted_attention import ops as attention_ops
+    from vpt_fast.kernels.prompted_attention import window_ops
     from vpt_fast.kernels.rotation import ops as rotation_ops
 
     return Ops(
@@ -136,8 +148,11 @@ def _triton_ops() -> Ops:
         normalize_backward=normalization_ops.normalize_backward,
         attention=attention_ops.attention,
         attention_backward=attention_ops.attention_backward,
+        window_attention=window_ops.window_attention,
+        window_attention_backward=window_ops.window_attention_backward,
         activate=mlp_ops.activate,
         activate_backward=mlp_ops.activate_backward,
         rotate_=rotation_ops.rotate_,
         needs_out=False,
+        forms_window_scores=False,
     )

@@ -33,6 +33,7 @@ MODULES = (
     "vpt_fast.kernels.mlp.ops",
     "vpt_fast.kernels.mlp.gemm",
     "vpt_fast.kernels.prompted_attention.ops",
+    "vpt_fast.kernels.prompted_attention.window_ops",
     "vpt_fast.kernels.rotation.ops",
 )
 

@@ -310,7 +310,13 @@ class TestBackends:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         backend = get_backend("auto")
         assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
-        others = (("cpu", torch.bfloat16, 64), ("cuda", torch.float64, 64), ("cuda", torch.float32, 72))
+        assert backend.ops("cuda", torch.bfloat16, 32, in_windows=True).name == "triton"
+        others = (
+            ("cpu", torch.bfloat16, 64),
+            ("cuda", torch.float64, 64),
+            ("cuda", torch.float32, 72),
+            ("cuda", torch.float32, 16, True),
+        )
         for request in others:
             assert backend.ops(*request).name == "torch"
 

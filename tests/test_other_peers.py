@@ -15,8 +15,9 @@ from concatenation import Step, relative_error, step
 from rich.console import Console
 from test_convnet import convnet
 from test_flops import BATCH, CLASSES, ON_A_CPU
-from test_swin import SIZES, tiny_swin
+from test_swin import SIZES
 from timm.models.swin_transformer import SwinTransformer
+from tiny import tiny_swin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import flop_counter

@@ -17,13 +17,11 @@ from safetensors import safe_open
 from test_dead_work import KeptBytes, linear
 from timm.layers import RmsNorm
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
-from tiny import random_batch, randomise
+from tiny import random_batch, randomise, tiny_swin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from vpt_fast.kernels import get_backend
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained, official
-from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock
 
 GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
 NUM_CLASSES = 5
@@ -31,16 +29,6 @@ TOLERANCE = 1e-9  # relative, in float64
 # With no file in the folder one test remains, and it fails on the missing file instead of being skipped.
 GOLDEN_FILES = sorted(GOLDEN_DIR.glob("swin*.safetensors")) or [GOLDEN_DIR / "no_swin_file.safetensors"]
 TYPES = ("deep", "shallow")
-
-
-def tiny_swin(dtype: torch.dtype = torch.float64, **arguments: Any) -> SwinTransformer:
-    """Two stages, 8x8 tokens of width 16 and then 4x4 of 32, in windows of 4x4, every weight random."""
-    defaults: dict[str, Any] = dict(
-        img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, mlp_ratio=2, num_classes=0
-    )
-    swin = SwinTransformer(**(defaults | arguments))
-    randomise(swin)
-    return swin.to(dtype).eval()
 
 
 def prompted_and_defined(swin: SwinTransformer, **settings: Any) -> tuple[PromptedSwin, ConcatenatedSwin]:
@@ -344,7 +332,7 @@ def test_saved_model_is_the_same_when_loaded(model: str, tmp_path: Path) -> None
     images, _ = random_batch(saved, dtype=torch.float32)
     assert torch.equal(loaded.eval()(images), saved.eval()(images))
     with pytest.raises(ValueError, match="backbone: its weights are not those"):
-        load_pretrained(tmp_path, randomise(tiny_swin(torch.float32), seed=1))
+        load_pretrained(tmp_path, tiny_swin(torch.float32, seed=1))
 
 
 def test_backbone_by_name_is_the_same_as_built() -> None:
@@ -363,7 +351,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": (dict(prompt_layers=2), "prompt_layers=2: not with a SwinTransformer"),
     "shared": (dict(prompt_shared=True), "prompt_shared=True: not with a SwinTransformer"),
     "cls_pool": (dict(pool="cls"), "pool: got 'cls' with a SwinTransformer"),
-    "triton": (dict(backend="triton"), "backend: got 'triton' with a SwinTransformer"),
     "flash": (dict(attention="sdpa_cpu"), "attention: got 'sdpa_cpu' with a SwinTransformer"),
     "no_prompts": (dict(num_prompts=0), "num_prompts: got 0"),
     "memory": (dict(memory="none"), "memory: got 'none'"),
@@ -371,10 +358,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("setting", REFUSED)
-def test_setting_that_a_swin_does_not_have_is_refused(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_that_a_swin_does_not_have_is_refused(setting: str) -> None:
     arguments, message = REFUSED[setting]
-    if setting == "triton":  # as where there is a GPU
-        monkeypatch.setattr("vpt_fast.classifier.get_backend", lambda *names: None)
     with pytest.raises(ValueError, match=message):
         PromptedSwin(tiny_swin(), NUM_CLASSES, **({"num_prompts": 3} | arguments))
 
@@ -398,16 +383,3 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
 def test_prompted_vit_refuses_a_swin() -> None:
     with pytest.raises(ValueError, match="SwinTransformer"):
         PromptedViT(tiny_swin(), NUM_CLASSES, 3)
-
-
-def test_norms_and_mlp_on_the_triton_kernels() -> None:
-    """The operations that blocks and merging take from the backend, in Triton's interpreter."""
-    swin = tiny_swin(torch.float32, embed_dim=32, depths=(1, 1), window_size=3, img_size=16)
-    model = PromptedSwin(swin, NUM_CLASSES, 3, "shallow")
-    images, labels = random_batch(model, 2, NUM_CLASSES, dtype=torch.float32)
-    expected = step(model, images, labels)
-    triton = get_backend("triton")
-    for module in model.modules():
-        if isinstance(module, (FrozenWindowBlock, FrozenMerge)):
-            module.backend = triton
-    assert_same(step(model, images, labels), expected, 1e-4)

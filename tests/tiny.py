@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -62,6 +65,16 @@ def tiny_eva(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> 
     eva = Eva(**(defaults | arguments), dtype=dtype)
     randomise(eva, seed)
     return eva.eval()
+
+
+def tiny_swin(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments: Any) -> SwinTransformer:
+    """Two stages, 8x8 tokens of width 16 and then 4x4 of 32, in windows of 4x4, every weight random."""
+    defaults: dict[str, Any] = dict(
+        img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, mlp_ratio=2, num_classes=0
+    )
+    swin = SwinTransformer(**(defaults | arguments))
+    randomise(swin, seed)
+    return swin.to(dtype).eval()
 
 
 def random_batch(

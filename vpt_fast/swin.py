@@ -38,7 +38,8 @@ class PromptedSwin(PromptedClassifier):
         pool: the tokens whose mean the head reads, after the final norm: None for ``"image_and_prompts"``,
             the official choice; ``"image"``; ``"prompts"``.
         dtype, memory: as for `PromptedViT`; what patch merging keeps is packed or not, and never recomputed.
-        backend, attention: ``"auto"`` or ``"torch"``, and ``"auto"``; attention in windows is plain PyTorch.
+        backend: see `kernels.get_backend`.
+        attention: ``"auto"``: no FlashAttention takes the bias of windows.
         pretrained: load the published weights (only with a name).
         checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name), but the other settings of
@@ -184,6 +185,5 @@ class PromptedSwin(PromptedClassifier):
                 policy=policy,
             )
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
-            num_rows = rows[1] - rows[0]
-            workspace = max(workspace, self.backbone.workspace_bytes(block, batch_size, m, num_rows, policy))
+            workspace = max(workspace, self.backbone.workspace_bytes(block, batch_size, m, rows, policy))
         return kept, workspace

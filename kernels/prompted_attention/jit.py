@@ -5,34 +5,49 @@ image's after that. A tile of keys takes each row's pointer from the home that i
 concatenated, no tile ends at the seam, and one loop goes over all keys. Prompts that are the same for every
 image have batch stride 0 and stay in L2.
 
+With WINDOWS a sequence is one window of T tokens of an image, see `window_reference`: its rows are its own
+tokens and then the prompts whose output is read, if any, and its keys are its own tokens and then the
+prompts, so that tiles of the bias start where its rows do, at multiples of 16 bytes. Without, an image is one
+sequence.
+
 The index of an image is int64, since its offset may pass 2³¹ elements; offsets within one are int32, which
 launchers check.
 """
 
 import triton
 import triton.language as tl
+from vpt_fast.kernels.prompted_attention.window_reference import MASKED
 from vpt_fast.kernels.tile import accumulate, dot_rows, load_rows, store_rows, sum_rows
 
 # exp(x) = 2^(x · log2 e), and exp2 is the instruction.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # One build serves all sizes: whether 197 is a multiple of 16 makes no better code.
-SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys"]
+SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys", "num_windows", "num_fresh"]
+
+APART: tl.constexpr = tl.constexpr(MASKED)
 
 
 @triton.jit
 def key_rows(
-    prompt, image, stride_prompt, stride_image, keys, num_prompts, PROMPTS: tl.constexpr, IMAGE: tl.constexpr
-):
+    prompt, image, stride_prompt, stride_image, keys, num_prompts, num_keys,
+    PROMPTS: tl.constexpr, IMAGE: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
     """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which homes there are.
 
     Choosing among pointers hides from the compiler that they are multiples of 16 bytes; unless told, it would
     load element by element, and not through the pipeline.
     """
     if PROMPTS and IMAGE:
-        rows = tl.where(
-            keys < num_prompts, prompt + keys * stride_prompt, image + (keys - num_prompts) * stride_image
-        )
+        if WINDOWS:
+            window_size = num_keys - num_prompts
+            rows = tl.where(
+                keys < window_size, image + keys * stride_image, prompt + (keys - window_size) * stride_prompt
+            )
+        else:
+            rows = tl.where(
+                keys < num_prompts, prompt + keys * stride_prompt, image + (keys - num_prompts) * stride_image
+            )
         return tl.multiple_of(rows, 16)
     elif PROMPTS:
         return prompt + keys * stride_prompt
@@ -40,30 +55,115 @@ def key_rows(
         return image + keys * stride_image
 
 
+@triton.jit
+def find_sequence(sequence, num_windows, WINDOWS: tl.constexpr):
+    """The image, int64, and the window of it."""
+    if WINDOWS:
+        return (sequence // num_windows).to(tl.int64), sequence % num_windows
+    else:
+        return sequence.to(tl.int64), 0
+
+
+@triton.jit
+def count_rows(num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
+    """Rows that an image has in Q and O, and in lse and δ, where a sequence has `num_rows`."""
+    if WINDOWS:
+        return num_windows * (num_rows - num_fresh) + num_fresh, num_windows * num_rows
+    else:
+        return num_rows, num_rows
+
+
+@triton.jit
+def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
+    """Where the rows of a sequence stand in Q and O, and where in lse and δ.
+
+    All have the tokens first, window by window; then Q and O the prompts, lse and δ each window's prompts.
+    """
+    if WINDOWS:
+        num_tokens = num_rows - num_fresh
+        first = (num_windows - 1) * num_tokens
+        place = rows + tl.where(rows < num_tokens, window * num_tokens, first)
+        statistic = rows + tl.where(rows < num_tokens, window * num_tokens, first + window * num_fresh)
+        return place, statistic
+    else:
+        return rows, rows
+
+
+@triton.jit
+def share_of_rows(lse, rows, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
+    """What takes the place of lse in backward. A prompt's output is the mean over the windows, so that each
+    gets a W-th of its gradient: exp(S - lse - log W) is P / W."""
+    if WINDOWS:
+        lse += tl.where(rows < num_rows - num_fresh, 0.0, tl.log(num_windows.to(tl.float32)))
+    return lse
+
+
+@triton.jit
+def enter_window(k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size):
+    """Pointers to the window's first key and value, the head's bias, and the regions of the window."""
+    first = window * window_size
+    bias += head * window_size * stride_bias
+    return k + first * stride_kn, v + first * stride_vn, bias, regions + first
+
+
+@triton.jit
+def add_bias(
+    scores, bias, regions, stride_bias, queries, keys, num_queries, window_size, SHIFTED: tl.constexpr
+):
+    """S with what a window adds between its tokens number `queries` and `keys`, two index tensors that
+    broadcast to S; those past the last are prompts' or nobody's. Columns of the bias past the last are zero,
+    and the mask lets whole vectors of them through."""
+    between = tl.load(
+        bias + queries * stride_bias + keys, mask=(queries < num_queries) & (keys < stride_bias), other=0.0
+    )
+    if SHIFTED:
+        query_regions = tl.load(regions + queries, mask=queries < num_queries, other=0)
+        key_regions = tl.load(regions + keys, mask=keys < window_size, other=0)
+        are_tokens = (queries < num_queries) & (keys < window_size)
+        between += tl.where(are_tokens & (query_regions != key_regions), APART, 0.0)
+    return scores + between
+
+
+@triton.jit
+def store_fresh_rows(
+    fresh, first, second, rows, rows_exist, num_tokens, num_heads, head, D1: tl.constexpr, D2: tl.constexpr
+):
+    """What prompts' rows got in one window, (f, H, D): the sum or mean over the windows is the launcher's."""
+    place = (rows - num_tokens) * num_heads + head
+    store_rows(fresh + place * (D1 + D2), first, second, rows_exist & (rows >= num_tokens), D1, D2)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward_kernel(
-    q, k, v, prompt_k, prompt_v, out, lse,
+    q, k, v, prompt_k, prompt_v, bias, regions, out, lse, fresh_out,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkm, stride_pkh,
-    stride_pvb, stride_pvm, stride_pvh,
-    num_heads, num_rows, num_prompts, num_keys,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_pvb, stride_pvm, stride_pvh, stride_bias,
+    num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
+    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """O and lse of BLOCK_M query rows of one image and head."""
+    """O and lse of BLOCK_M query rows of one sequence and head."""
     tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
-    image = (tl.program_id(0) // tiles // num_heads).to(tl.int64)
+    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
+    places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + rows * stride_qr, rows_exist, D1, D2)
+    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
     prompt_k += image * stride_pkb + head * stride_pkh
     prompt_v += image * stride_pvb + head * stride_pvh
+    if WINDOWS:
+        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
+        k, v, bias, regions = enter_window(
+            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
+        )
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -72,10 +172,26 @@ def attention_forward_kernel(
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
-        k_rows = key_rows(prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, PROMPTS, True)
-        v_rows = key_rows(prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, PROMPTS, True)
+        k_rows = key_rows(
+            prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+        )
+        v_rows = key_rows(
+            prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+        )
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
         scores = dot_rows(q1, q2, k1, k2, D2)  # (BLOCK_M, BLOCK_N)
+        if WINDOWS:
+            scores = add_bias(
+                scores,
+                bias,
+                regions,
+                stride_bias,
+                rows[:, None],
+                keys[None, :],
+                num_tokens,
+                window_size,
+                SHIFTED,
+            )
         scores = tl.where(keys_exist[None, :], scores, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: the first tile has a key
@@ -91,136 +207,192 @@ def attention_forward_kernel(
         out1, out2 = accumulate(out1, out2, weights, v1, v2, D2)
 
     D: tl.constexpr = D1 + D2
-    out_rows = out + ((image * num_rows + rows) * num_heads + head) * D
-    store_rows(out_rows, out1 / row_sum[:, None], out2 / row_sum[:, None], rows_exist, D1, D2)
-    lse_rows = lse + (image * num_heads + head) * num_rows + rows
+    rows_of_out, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
+    out1, out2 = out1 / row_sum[:, None], out2 / row_sum[:, None]
+    in_out = rows_exist
+    if WINDOWS:
+        fresh_out += (image * num_windows + window) * num_fresh * num_heads * D
+        store_fresh_rows(fresh_out, out1, out2, rows, rows_exist, num_tokens, num_heads, head, D1, D2)
+        in_out = rows < num_tokens
+    out_rows = out + ((image * rows_of_out + places) * num_heads + head) * D
+    store_rows(out_rows, out1, out2, in_out, D1, D2)
+    lse_rows = lse + (image * num_heads + head) * rows_of_lse + statistics
     tl.store(lse_rows, row_max + tl.log(row_sum), mask=rows_exist)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, out, lse, delta,
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, delta,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkm, stride_pkh,
-    stride_pvb, stride_pvm, stride_pvh,
+    stride_pvb, stride_pvm, stride_pvh, stride_bias,
     stride_ob, stride_or, stride_oh,
     stride_lb, stride_lh,
-    num_heads, num_rows, num_prompts, num_keys,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, HAS_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
+    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """δ of BLOCK_M query rows: rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
     tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
-    image = (tl.program_id(0) // tiles // num_heads).to(tl.int64)
+    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
+    places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    grad_rows = grad_out + image * stride_gb + head * stride_gh + rows * stride_gr
+    grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
     g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
     if HAS_OUT:
-        o1, o2 = load_rows(out + image * stride_ob + head * stride_oh + rows * stride_or, rows_exist, D1, D2)
+        out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
+        o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
         total = sum_rows(g1, g2, o1, o2, D2)
     else:
-        q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + rows * stride_qr, rows_exist, D1, D2)
-        row_lse = tl.load(lse + image * stride_lb + head * stride_lh + rows, mask=rows_exist, other=0.0)
+        q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
+        lse_rows = lse + image * stride_lb + head * stride_lh + statistics
+        row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
         k += image * stride_kb + head * stride_kh
         v += image * stride_vb + head * stride_vh
         prompt_k += image * stride_pkb + head * stride_pkh
         prompt_v += image * stride_pvb + head * stride_pvh
+        if WINDOWS:
+            num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
+            k, v, bias, regions = enter_window(
+                k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
+            )
         total = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, num_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             keys_exist = keys < num_keys
-            k_rows = key_rows(prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, PROMPTS, True)
-            v_rows = key_rows(prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, PROMPTS, True)
+            k_rows = key_rows(
+                prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+            )
+            v_rows = key_rows(
+                prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+            )
             k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
             v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
             scores = dot_rows(q1, q2, k1, k2, D2)
+            if WINDOWS:
+                scores = add_bias(
+                    scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size,
+                    SHIFTED,
+                )  # fmt: skip
             scores = tl.where(keys_exist[None, :], scores, float("-inf"))
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
             total += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
-    tl.store(delta + (image * num_heads + head) * num_rows + rows, total, mask=rows_exist)
+    _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
+    delta_rows = delta + (image * num_heads + head) * rows_of_lse + statistics
+    tl.store(delta_rows, total, mask=rows_exist)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, out, lse, delta, grad_q,
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, delta, grad_q, grad_fresh,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkm, stride_pkh,
-    stride_pvb, stride_pvm, stride_pvh,
+    stride_pvb, stride_pvm, stride_pvh, stride_bias,
     stride_ob, stride_or, stride_oh,
     stride_lb, stride_lh,
     stride_dqb, stride_dqr, stride_dqh,
-    num_heads, num_rows, num_prompts, num_keys,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, HAS_OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
+    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ = dS K of BLOCK_M query rows of one image and head; with O also δ, for the kernel below."""
+    """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also δ, for the kernel below."""
     tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
-    image = (tl.program_id(0) // tiles // num_heads).to(tl.int64)
+    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
+    places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + rows * stride_qr, rows_exist, D1, D2)
-    grad_rows = grad_out + image * stride_gb + head * stride_gh + rows * stride_gr
+    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
+    grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
     g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
-    row_lse = tl.load(lse + image * stride_lb + head * stride_lh + rows, mask=rows_exist, other=0.0)
-    delta += (image * num_heads + head) * num_rows
+    lse_rows = lse + image * stride_lb + head * stride_lh + statistics
+    row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
+    row_lse = share_of_rows(row_lse, rows, num_rows, num_windows, num_fresh, WINDOWS)
+    _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
+    delta += (image * num_heads + head) * rows_of_lse
     if HAS_OUT:
-        o1, o2 = load_rows(out + image * stride_ob + head * stride_oh + rows * stride_or, rows_exist, D1, D2)
+        out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
+        o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
         row_delta = sum_rows(g1, g2, o1, o2, D2)
-        tl.store(delta + rows, row_delta, mask=rows_exist)
+        tl.store(delta + statistics, row_delta, mask=rows_exist)
     else:
-        row_delta = tl.load(delta + rows, mask=rows_exist, other=0.0)
+        row_delta = tl.load(delta + statistics, mask=rows_exist, other=0.0)
 
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
     prompt_k += image * stride_pkb + head * stride_pkh
     prompt_v += image * stride_pvb + head * stride_pvh
+    if WINDOWS:
+        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
+        k, v, bias, regions = enter_window(
+            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
+        )
     dq1 = tl.zeros((BLOCK_M, D1), tl.float32)
     dq2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else D1), tl.float32)
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
-        k_rows = key_rows(prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, PROMPTS, True)
-        v_rows = key_rows(prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, PROMPTS, True)
+        k_rows = key_rows(
+            prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+        )
+        v_rows = key_rows(
+            prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
+        )
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
         v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
         scores = dot_rows(q1, q2, k1, k2, D2)  # (BLOCK_M, BLOCK_N)
+        if WINDOWS:
+            scores = add_bias(
+                scores,
+                bias,
+                regions,
+                stride_bias,
+                rows[:, None],
+                keys[None, :],
+                num_tokens,
+                window_size,
+                SHIFTED,
+            )
         scores = tl.where(keys_exist[None, :], scores, float("-inf"))
         weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
         grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - row_delta[:, None])
         dq1, dq2 = accumulate(dq1, dq2, grad_scores, k1, k2, D2)
-    grad_rows = grad_q + image * stride_dqb + head * stride_dqh + rows * stride_dqr
+    if WINDOWS:
+        grad_fresh += (image * num_windows + window) * num_fresh * num_heads * (D1 + D2)
+        store_fresh_rows(grad_fresh, dq1, dq2, rows, rows_exist, num_tokens, num_heads, head, D1, D2)
+        rows_exist = rows < num_tokens
+    grad_rows = grad_q + image * stride_dqb + head * stride_dqh + places * stride_dqr
     store_rows(grad_rows, dq1, dq2, rows_exist, D1, D2)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, lse, delta, grad_k, grad_v, grad_prompt_kv,
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, lse, delta, grad_k, grad_v, grad_prompt_kv,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkm, stride_pkh,
-    stride_pvb, stride_pvm, stride_pvh,
+    stride_pvb, stride_pvm, stride_pvh, stride_bias,
     stride_lb, stride_lh,
     stride_dkb, stride_dkn, stride_dkh,
-    num_heads, num_rows, num_prompts, num_keys,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, IMAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
+    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    IMAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK = dSᵀ Q and dV = Pᵀ dO of BLOCK_N keys of one image and head.
+    """dK = dSᵀ Q and dV = Pᵀ dO of BLOCK_N keys of one sequence and head.
 
     Everything is transposed, keys by rows, so that Pᵀ and dSᵀ go from registers straight into their products.
     The prompts' gradients are this image's own (B, m, 2, H, D): summing them, where images share the prompts,
@@ -229,7 +401,7 @@ def grad_kv_kernel(
     tiles = tl.cdiv(num_keys, BLOCK_N)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
-    image = (tl.program_id(0) // tiles // num_heads).to(tl.int64)
+    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     keys_exist = keys < num_keys
 
@@ -237,15 +409,25 @@ def grad_kv_kernel(
     v += image * stride_vb + head * stride_vh
     prompt_k += image * stride_pkb + head * stride_pkh
     prompt_v += image * stride_pvb + head * stride_pvh
-    k_rows = key_rows(prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, PROMPTS, IMAGE)
-    v_rows = key_rows(prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, PROMPTS, IMAGE)
+    if WINDOWS:
+        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
+        k, v, bias, regions = enter_window(
+            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
+        )
+    k_rows = key_rows(
+        prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, num_keys, PROMPTS, IMAGE, WINDOWS
+    )
+    v_rows = key_rows(
+        prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, IMAGE, WINDOWS
+    )
     k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
     v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
 
     grad_out += image * stride_gb + head * stride_gh
     q += image * stride_qb + head * stride_qh
     lse += image * stride_lb + head * stride_lh
-    delta += (image * num_heads + head) * num_rows
+    _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
+    delta += (image * num_heads + head) * rows_of_lse
     dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dk2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
@@ -253,12 +435,26 @@ def grad_kv_kernel(
     for row in range(0, num_rows, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         rows_exist = rows < num_rows
-        q1, q2 = load_rows(q + rows * stride_qr, rows_exist, D1, D2)
-        g1, g2 = load_rows(grad_out + rows * stride_gr, rows_exist, D1, D2)
-        row_lse = tl.load(lse + rows, mask=rows_exist, other=0.0)
-        row_delta = tl.load(delta + rows, mask=rows_exist, other=0.0)
+        places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
+        q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
+        g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
+        row_lse = tl.load(lse + statistics, mask=rows_exist, other=0.0)
+        row_lse = share_of_rows(row_lse, rows, num_rows, num_windows, num_fresh, WINDOWS)
+        row_delta = tl.load(delta + statistics, mask=rows_exist, other=0.0)
 
         scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (BLOCK_N, BLOCK_M)
+        if WINDOWS:
+            scores = add_bias(
+                scores,
+                bias,
+                regions,
+                stride_bias,
+                rows[None, :],
+                keys[:, None],
+                num_tokens,
+                window_size,
+                SHIFTED,
+            )
         scores = tl.where(keys_exist[:, None], scores, float("-inf"))
         weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[None, :])  # Pᵀ
         # Rows that do not exist have dO = 0 and δ = 0, so that they add nothing.
@@ -273,6 +469,9 @@ def grad_kv_kernel(
         store_rows(rows, dk1, dk2, from_prompts, D1, D2)
         store_rows(rows + num_heads * D, dv1, dv2, from_prompts, D1, D2)
     if IMAGE:
+        if WINDOWS:
+            grad_k += window * window_size * stride_dkn
+            grad_v += window * window_size * stride_dkn
         from_image = keys_exist & (keys >= num_prompts)
         offsets = image * stride_dkb + head * stride_dkh + (keys - num_prompts) * stride_dkn
         store_rows(grad_k + offsets, dk1, dk2, from_image, D1, D2)

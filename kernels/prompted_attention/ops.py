@@ -75,7 +75,9 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     return Tiles(64, 64, 8, 2) if head_dim > 64 else Tiles(64, 64, 4, 2)
 
 
-_DELTA_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
+DELTA_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
+
+_ONE_SEQUENCE = (1, 0)  # windows of an image, and prompts with a row in each
 
 
 def attention(
@@ -129,7 +131,7 @@ def attention_backward(
     )
 
 
-def _check(**tensors: torch.Tensor | None) -> None:
+def check_tensors(**tensors: torch.Tensor | None) -> None:
     """In the custom ops, where tensors have addresses even when what calls them is being compiled."""
     require_device(**tensors)
     q = tensors["q"]
@@ -158,15 +160,48 @@ def _check(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def _strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
+def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
     """Strides of images, rows and heads; those of images are 0 where one is shared by all."""
     if t is None:
         return 0, 0, 0
     return 0 if shared else t.stride(0), t.stride(1), t.stride(2)
 
 
-def _prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
-    return _strides(prompts, shared=prompts is not None and prompts.shape[0] == 1)
+def prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
+    return strides(prompts, shared=prompts is not None and prompts.shape[0] == 1)
+
+
+class Inputs(NamedTuple):
+    """What every kernel reads: Q, K, V, K_P, V_P, and of windows bias and regions; their strides; and which
+    there are. Where one is absent q stands for it, and no kernel looks at it."""
+
+    tensors: tuple[torch.Tensor, ...]
+    strides: tuple[int, ...]
+    flags: dict[str, Any]
+
+
+def kernel_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+) -> Inputs:
+    """q (B, R, H, D), k and v (B, N, H, D), prompt_k and prompt_v (1 or B, m, H, D), and of attention in
+    windows a `WindowBias`."""
+    d1, d2 = HEAD_DIMS[q.shape[3]]
+    return Inputs(
+        tensors=tuple(q if t is None else t for t in (q, k, v, prompt_k, prompt_v, bias, regions)),
+        strides=(
+            *strides(q), *strides(k), *strides(v), *prompt_strides(prompt_k), *prompt_strides(prompt_v),
+            0 if bias is None else bias.stride(1),
+        ),
+        flags=dict(
+            D1=d1, D2=d2, PROMPTS=prompt_k is not None, WINDOWS=bias is not None, SHIFTED=regions is not None
+        ),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("vpt_fast::prompted_attention", mutates_args=())
@@ -177,20 +212,18 @@ def _attention(
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
+    check_tensors(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
     batch, num_rows, num_heads, head_dim = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
-    arch = arch_of(q.device)
-    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch)
-    d1, d2 = HEAD_DIMS[head_dim]
+    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
+    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
     with on_device(q):
         attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-            q, k, v, k if prompt_k is None else prompt_k, v if prompt_v is None else prompt_v, out, lse,
-            *_strides(q), *_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v),
-            num_heads, num_rows, num_prompts, num_prompts + k.shape[1],
-            D1=d1, D2=d2, PROMPTS=prompt_k is not None, **tiles.launch,
+            *inputs.tensors, out, lse, out, *inputs.strides,
+            num_heads, num_rows, num_prompts, num_prompts + k.shape[1], *_ONE_SEQUENCE,
+            **inputs.flags, **tiles.launch,
         )  # fmt: skip
     return out, lse
 
@@ -201,7 +234,7 @@ def _(q, k, v, prompt_k, prompt_v):
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_rows), dtype=torch.float32)
 
 
-def _backward_outputs(
+def backward_outputs(
     q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, flags: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty tensors for dQ (or all three packed), dK and dV, and the prompts'; of size 0 where not wanted."""
@@ -238,21 +271,13 @@ def _attention_backward(
     need_kv: bool,
     packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
+    check_tensors(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
     batch, num_rows, num_heads, head_dim = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     num_image = 0 if k is None else k.shape[1]
-    d1, d2 = HEAD_DIMS[head_dim]
-    has_prompts = prompt_k is not None
     arch = arch_of(q.device)
-    # Where a tensor is absent, one of the right dtype stands for it, and the kernel never looks at it.
-    k_or_any, v_or_any = (q, q) if k is None else (k, v)
-    prompt_k_or_any, prompt_v_or_any = (prompt_k, prompt_v) if has_prompts else (q, q)
-    out_or_any = q if out is None else out
-    key_strides = (*_strides(k), *_strides(v), *_prompt_strides(prompt_k), *_prompt_strides(prompt_v))
-
-    grad_q, grad_kv, grad_prompt_kv = _backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
-    grad_q_rows, grad_k, grad_v = q, q, q
+    grad_q, grad_kv, grad_prompt_kv = backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    grad_q_rows, grad_k, grad_v = q, None, None
     if packed:
         grad_q_rows, grad_k, grad_v = grad_q.unbind(2)
     else:
@@ -262,48 +287,74 @@ def _attention_backward(
             grad_k, grad_v = grad_kv.unbind(2)
 
     delta = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
-    inputs = (grad_out, q, k_or_any, v_or_any, prompt_k_or_any, prompt_v_or_any)
-    input_strides = (*_strides(grad_out), *_strides(q), *key_strides)
-    lse_strides = (lse.stride(0), lse.stride(1))
-    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image)
-    common = dict(D1=d1, D2=d2, PROMPTS=has_prompts)
-
+    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
+    out_or_any = q if out is None else out
+    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
+    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image, *_ONE_SEQUENCE)
     with on_device(q):
         # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
         if out is None or not need_q:
-            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch) if out is None else _DELTA_TILES
+            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch) if out is None else DELTA_TILES
             delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-                *inputs, out_or_any, lse, delta, *input_strides, *_strides(out), *lse_strides, *sizes,
-                **common, HAS_OUT=out is not None, **tiles.launch,
+                grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
+                **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
             )  # fmt: skip
         if need_q:
             tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
             grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-                *inputs, out_or_any, lse, delta, grad_q_rows, *input_strides, *_strides(out), *lse_strides,
-                *_strides(grad_q_rows), *sizes, **common, HAS_OUT=out is not None, **tiles.launch,
+                grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, q, *all_strides,
+                *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
             )  # fmt: skip
-
-        # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
-        num_keys = num_prompts + (num_image if need_kv else 0)
-        if num_keys > 0:
-            is_shared = has_prompts and prompt_k.shape[0] == 1
-            parts = grad_prompt_kv
-            if is_shared:
-                shape = (batch, *grad_prompt_kv.shape[1:])
-                parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-            tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch)
-            grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
-                *inputs, lse, delta, grad_k, grad_v, parts, *input_strides, *lse_strides, *_strides(grad_k),
-                num_heads, num_rows, num_prompts, num_keys, **common, IMAGE=need_kv, **tiles.launch,
-            )  # fmt: skip
-            if is_shared:
-                grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
+    if need_kv or prompt_k is not None:
+        write_grad_kv(
+            grad_out, q, k, v, prompt_k, prompt_v, lse, delta, grad_k=grad_k, grad_v=grad_v,
+            grad_prompt_kv=grad_prompt_kv,
+        )  # fmt: skip
     return grad_q, grad_kv, grad_prompt_kv
+
+
+def write_grad_kv(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    *,
+    grad_k: torch.Tensor | None,
+    grad_v: torch.Tensor | None,
+    grad_prompt_kv: torch.Tensor,
+) -> None:
+    """dK and dV of an image's own tokens into `grad_k` and `grad_v`, where they are given, and of the prompts
+    into `grad_prompt_kv`, summed over the batch where its images share them. lse, delta: (B, H, R)."""
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
+    # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
+    num_keys = num_prompts + (0 if grad_k is None else k.shape[1])
+    is_shared = prompt_k is not None and prompt_k.shape[0] == 1
+    parts = grad_prompt_kv
+    if is_shared:
+        shape = (batch, *grad_prompt_kv.shape[1:])
+        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+    tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
+    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
+    with on_device(q):
+        grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
+            grad_out, *inputs.tensors, lse, delta, q if grad_k is None else grad_k,
+            q if grad_v is None else grad_v, parts, *strides(grad_out), *inputs.strides,
+            lse.stride(0), lse.stride(1), *strides(grad_k),
+            num_heads, num_rows, num_prompts, num_keys, *_ONE_SEQUENCE,
+            **inputs.flags, IMAGE=grad_k is not None, **tiles.launch,
+        )  # fmt: skip
+    if is_shared:
+        grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
 
 
 @_attention_backward.register_fake
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
-    return _backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
 
 
 def builds(arch: int) -> list[Build]:
@@ -321,48 +372,52 @@ def builds(arch: int) -> list[Build]:
 
 
 def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> list[Build]:
-    d1, d2 = HEAD_DIMS[head_dim]
-    common = {"D1": d1, "D2": d2, "PROMPTS": True}
-    found = []
-
-    def add(kernel: Any, tiles: Tiles, variant: str = "", has_products: bool = True, **flags: bool) -> None:
-        signature = {
-            name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()
-        }
-        is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
-        found.append(
-            Build(
-                kernel=kernel,
-                config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
-                signature=signature,
-                constexprs={**common, **flags, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
-                divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
-                wgmma=dtype != torch.float32 and has_products and _first_dimension(kernel, tiles) >= 64,
-            )
-        )
-
     forward = forward_tiles(dtype, head_dim, num_rows, arch)
-    add(attention_forward_kernel, forward)
-    add(delta_kernel, _DELTA_TILES, "from O", has_products=False, HAS_OUT=True)
-    add(delta_kernel, forward, "from scores", HAS_OUT=False)
     grad_q = grad_q_tiles(dtype, head_dim, num_rows, arch)
-    add(grad_q_kernel, grad_q, "with O", HAS_OUT=True)
-    add(grad_q_kernel, grad_q, "with delta", HAS_OUT=False)
     grad_kv = grad_kv_tiles(dtype, head_dim, num_rows, arch)
-    add(grad_kv_kernel, grad_kv, "all keys", IMAGE=True)
-    add(grad_kv_kernel, grad_kv, "prompts", IMAGE=False)
-    return found
+    return [
+        make_build(kernel, dtype, head_dim, tiles, variant, **flags)
+        for kernel, tiles, variant, flags in (
+            (attention_forward_kernel, forward, "", {}),
+            (delta_kernel, DELTA_TILES, "from O", {"HAS_OUT": True}),
+            (delta_kernel, forward, "from scores", {"HAS_OUT": False}),
+            (grad_q_kernel, grad_q, "with O", {"HAS_OUT": True}),
+            (grad_q_kernel, grad_q, "with delta", {"HAS_OUT": False}),
+            (grad_kv_kernel, grad_kv, "all keys", {"IMAGE": True}),
+            (grad_kv_kernel, grad_kv, "prompts", {"IMAGE": False}),
+        )
+    ]
+
+
+def make_build(
+    kernel: Any, dtype: torch.dtype, head_dim: int, tiles: Tiles, variant: str, **flags: bool
+) -> Build:
+    """A kernel as it is launched, with prompts and without windows where `flags` does not say otherwise."""
+    d1, d2 = HEAD_DIMS[head_dim]
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+    signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
+    is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
+    has_products = kernel is not delta_kernel or not flags["HAS_OUT"]
+    first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its products
+    return Build(
+        kernel=kernel,
+        config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
+        signature=signature,
+        constexprs={
+            **{"D1": d1, "D2": d2, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
+        },
+        divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        wgmma=dtype != torch.float32 and has_products and first_dimension >= 64,
+    )  # fmt: skip
 
 
 def _type_of(name: str, element: str) -> str:
     """Triton's type of a kernel's argument."""
     if name.startswith(("stride_", "num_")):
         return "i32"
-    return "*fp32" if name in ("lse", "delta", "grad_prompt_kv") else f"*{element}"
-
-
-def _first_dimension(kernel: Any, tiles: Tiles) -> int:
-    """Rows of its products."""
-    return tiles.block_n if kernel is grad_kv_kernel else tiles.block_m
+    if name == "regions":
+        return "*i32"
+    is_wide = name in ("bias", "lse", "delta", "fresh_out", "grad_fresh", "grad_prompt_kv")
+    return "*fp32" if is_wide else f"*{element}"

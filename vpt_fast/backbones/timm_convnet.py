@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from vpt_fast.backbones.timm_vit import fingerprint, require_plain_pytorch
+from vpt_fast.backbones.timm_vit import fingerprint
 from vpt_fast.engine.plan import Read
 
 
@@ -108,7 +108,14 @@ class FrozenConvNet(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        require_plain_pytorch("a ConvNet", backend, attention)
+        for name, value, wanted in (
+            ("backend", backend, ("auto", "torch")),
+            ("attention", attention, ("auto",)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"{name}: got {value!r} with a ConvNet; want {' or '.join(map(repr, wanted))}"
+                )
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         stem: Any = copy.deepcopy(model)
         stem.reset_classifier(0)

@@ -26,7 +26,6 @@ from vpt_fast.backbones.timm_vit import (
     linear_parts,
     mlp_parts,
     norm_parts,
-    require_plain_pytorch,
 )
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
@@ -46,16 +45,15 @@ class FrozenSwin(nn.Module):
     Args:
         swin: the model to read.
         dtype: of the frozen weights; None keeps the model's own.
-        backend: ``"auto"`` or ``"torch"``, see `kernels.get_backend`; attention in windows is plain PyTorch
-            in either.
+        backend: see `kernels.get_backend`.
         attention: ``"auto"``.
 
     Attributes:
         blocks: all stages' blocks, in order.
 
     Raises:
-        ValueError: an implementation of attention that there is not for windows, or a part of the model that
-            is not supported; the message names it.
+        ValueError: an implementation of attention by name, none of which takes a bias, or a part of the
+            model that is not supported; the message names it.
     """
 
     num_prefix_tokens = 0
@@ -70,9 +68,11 @@ class FrozenSwin(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        require_plain_pytorch(
-            "a SwinTransformer, whose attention in windows there is in plain PyTorch only", backend, attention
-        )
+        if attention != "auto":
+            raise ValueError(
+                f"attention: got {attention!r} with a SwinTransformer, whose windows add a bias to the "
+                "scores, which it does not take; want 'auto'"
+            )
         operations = get_backend(backend, attention)
         _check(swin)
         # Everything but stages and classifier, in one deep copy.
@@ -224,7 +224,7 @@ class FrozenSwin(nn.Module):
     def folded_workspace(self, batch_size: int) -> int:
         """Bytes of temporaries while a block runs."""
         return max(
-            self.workspace_bytes(block, batch_size, 0, block.num_tokens, POLICIES["exact"])
+            self.workspace_bytes(block, batch_size, 0, (0, block.num_tokens), POLICIES["exact"])
             for block in self.blocks
         )
 
@@ -233,17 +233,25 @@ class FrozenSwin(nn.Module):
         block: FrozenWindowBlock,
         batch_size: int,
         num_prompts: int,
-        num_rows: int,
+        rows: tuple[int, int],
         policy: MemoryPolicy,
     ) -> int:
         """An estimate of the temporaries while one of the blocks runs backward: `cost.workspace_bytes`, and
-        three times the scores of all windows, in float32 or more."""
+        what attention in windows forms in float32 or more: three times the scores of all windows, or by
+        kernels what prompts get in each image and, where `rows` reaches to them, in each window."""
         dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
-        per_window = block.num_tokens // block.num_windows + num_prompts
-        scores = batch_size * block.num_windows * block.spec.num_heads * per_window**2
+        heads, head_dim = block.spec.num_heads, block.spec.head_dim
+        ops = block.backend.ops(self.device.type, dtype, head_dim, in_windows=True)
+        if ops.forms_window_scores:
+            per_window = block.num_tokens // block.num_windows + num_prompts
+            numbers = 3 * block.num_windows * heads * per_window**2
+        else:
+            num_fresh = max(rows[1] - block.num_tokens, 0)
+            numbers = (2 * num_prompts + block.num_windows * num_fresh) * heads * head_dim
+        num_rows = rows[1] - rows[0]
         return (
             cost.workspace_bytes(block, dtype=dtype, batch_size=batch_size, num_rows=num_rows, policy=policy)
-            + 3 * scores * torch.promote_types(dtype, torch.float32).itemsize
+            + batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
         )
 
 

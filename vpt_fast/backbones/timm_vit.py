@@ -37,16 +37,6 @@ POOLS = {
 }
 
 
-def require_plain_pytorch(what: str, backend: str, attention: str) -> None:
-    """Raises ValueError for an implementation that there is only for VisionTransformers."""
-    for name, value, wanted in (
-        ("backend", backend, ("auto", "torch")),
-        ("attention", attention, ("auto",)),
-    ):
-        if value not in wanted:
-            raise ValueError(f"{name}: got {value!r} with {what}; want {' or '.join(map(repr, wanted))}")
-
-
 def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
     """SHA-256 over the names, shapes and float32 values of every weight but those of the module `classifier`;
     on the meta device, where there are no values, over names and shapes."""

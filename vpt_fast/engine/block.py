@@ -19,7 +19,6 @@ H heads of D, h MLP width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,9 +29,9 @@ from torch.nn import functional as F
 
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
-from vpt_fast.engine.window_attention import WindowBias, window_attention, window_attention_backward
 from vpt_fast.kernels import Backend, Ops
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.window_reference import WindowBias
 
 
 class Windows(NamedTuple):
@@ -195,16 +194,19 @@ class FrozenBlock(nn.Module):
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
         dtype = compute_dtype(tokens.device.type, self.qkv_weight.dtype)
+        windows = self.windows
         call = _Call(
             spec=self.spec,
-            ops=self.backend.ops(tokens.device.type, dtype, self.spec.head_dim),
+            ops=self.backend.ops(
+                tokens.device.type, dtype, self.spec.head_dim, in_windows=windows is not None
+            ),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
             dtype=dtype,
             grad_tokens=grad_tokens,
             policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
-            windows=self.windows,
+            windows=windows,
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
@@ -484,8 +486,7 @@ def _backward(
 def _attend(call: _Call, *qkv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if call.windows is None:
         return call.ops.attention(*qkv)
-    in_windows: Callable[..., tuple[torch.Tensor, torch.Tensor]] = window_attention
-    return in_windows(*qkv, call.windows.bias, num_fresh=call.num_fresh_rows)
+    return call.ops.window_attention(*qkv, call.windows.bias, num_fresh=call.num_fresh_rows)
 
 
 def _attend_backward(
@@ -493,8 +494,7 @@ def _attend_backward(
 ) -> AttentionGrads:
     if call.windows is None:
         return call.ops.attention_backward(*tensors, **wanted)
-    in_windows: Callable[..., AttentionGrads] = window_attention_backward
-    return in_windows(*tensors, call.windows.bias, num_fresh=num_fresh, **wanted)
+    return call.ops.window_attention_backward(*tensors, call.windows.bias, num_fresh=num_fresh, **wanted)
 
 
 def _rotate(

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
-from vpt_fast.engine.window_attention import WindowBias
 from vpt_fast.kernels import Backend, Ops
+from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
 
 Size = tuple[int, int]
 
@@ -46,7 +46,7 @@ def window_regions(size: Size, window: Size, shift: Size) -> torch.Tensor | None
     for length, side, step in zip(size, window, shift, strict=True):
         length += -length % side
         sides.append(torch.arange(length) >= length - step)  # what came around the edge
-    regions = 2 * sides[0].unsqueeze(1) + sides[1].unsqueeze(0)
+    regions = 2 * sides[0].int().unsqueeze(1) + sides[1].int().unsqueeze(0)
     return _partition(regions, window)
 
 
@@ -72,9 +72,9 @@ def _partition(x: torch.Tensor, window: Size) -> torch.Tensor:
 
 
 def relative_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """((2h - 1)·(2w - 1), H) and the pairs' rows in it (T, T) -> (H, T, T), in at least float32."""
-    bias = table.detach()[index].permute(2, 0, 1)
-    return bias.to(torch.promote_types(table.dtype, torch.float32)).contiguous()
+    """`WindowBias.bias` of a table ((2h - 1)·(2w - 1), H), and the rows in it of pairs of tokens (T, T)."""
+    bias = table.detach()[index].permute(2, 0, 1).to(torch.promote_types(table.dtype, torch.float32))
+    return F.pad(bias, (0, -bias.shape[-1] % BIAS_COLUMNS)).contiguous()
 
 
 class FrozenWindowBlock(FrozenBlock):
@@ -82,7 +82,7 @@ class FrozenWindowBlock(FrozenBlock):
 
     Args:
         spec, weights, backend: as for `FrozenBlock`.
-        relative_bias: (H, T, T).
+        relative_bias: `WindowBias.bias`.
         pad_kv: (2, H, D), the key and value where windows reach past the image: timm pads what attention's
             projection is given with zeros, so they are its bias.
         size, window, shift: (height, width) in tokens, of the image, a window, and the shift.
@@ -233,7 +233,7 @@ class FrozenMerge(nn.Module):
 
     def _reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
         dtype = compute_dtype(x.device.type, self.weight.dtype)
-        ops = self.backend.ops(x.device.type, dtype, self.head_dim)
+        ops = self.backend.ops(x.device.type, dtype, self.head_dim, in_windows=True)
         return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
 
 

@@ -29,7 +29,7 @@ class LinearProbe(FrozenClassifier):
         dtype: of the frozen weights; None keeps the backbone's own.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`. A Swin
-            takes ``"auto"``, and no ``"triton"`` as backend.
+            takes ``"auto"``.
         pretrained: load the published weights (only with a name).
         checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
         timm_kwargs: go to timm.create_model (only with a name).

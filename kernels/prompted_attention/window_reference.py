@@ -11,8 +11,7 @@ The bias is the relative position bias, and -100 where two tokens of a shifted w
 sides of the image (Liu et al., Swin Transformer, ICCV 2021, sec. 3.2). To and from prompts it is zero. A
 prompt whose output is read has a row in every window; its output is the mean over the windows.
 
-All sums are formed in at least float32, whatever the tensors' dtype. A twin in Triton would take the same
-arguments and stand in `kernels`; until there is one, a backend runs this on every device.
+All sums are formed in at least float32, whatever the tensors' dtype.
 """
 
 from __future__ import annotations
@@ -20,18 +19,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 
 # What timm and the original authors add to the scores of tokens that must not see each other.
 MASKED = -100.0
 
+# Rows of the bias are filled up to a multiple of so many columns, so that kernels read them in whole vectors.
+BIAS_COLUMNS = 16
+
 
 class WindowBias(NamedTuple):
     """What attention in windows adds to the scores.
 
-    bias: (H, T, T), relative position bias of query and key, in at least float32.
-    regions: (W, T), the side of the image that each token of each window comes from, or None where the
+    bias: (H, T, T'), relative position bias of query and key, in at least float32; T' is T up to the next
+        multiple of `BIAS_COLUMNS`, and columns past T are zero.
+    regions: (W, T) int32, the side of the image that each token of each window comes from, or None where the
         windows are not shifted: tokens of different regions do not see each other.
     """
 
@@ -92,14 +94,14 @@ def window_attention_backward(
     packed: bool = False,
 ) -> AttentionGrads:
     """Gradients of `window_attention`, only those that are wanted; formulas and arguments are those of
-    `kernels.prompted_attention.reference.attention_backward`.
+    `reference.attention_backward`.
 
     Gradients of prompts are summed over the windows, and over the batch where all images share them. With
     neither `need_q` nor `need_kv` (the first prompted block) only the prompts' columns of S are computed, and
     `k` and `v` may be None; there may be no prompts among the rows then.
     """
     m = 0 if prompt_k is None else prompt_k.shape[1]
-    window_size = bias.bias.shape[-1]
+    window_size = bias.bias.shape[1]
     num_rows = q.shape[1] - num_fresh
     num_windows = (num_rows if k is None else k.shape[1]) // window_size
     queries = _queries(q, num_windows, num_fresh)
@@ -162,13 +164,13 @@ def _scores(
 ) -> torch.Tensor:
     """S (B, W, H, T + f, m + T), without the T rows where no token's output is wanted."""
     assert k is not None
-    window_size = bias.bias.shape[-1]
+    window_size = bias.bias.shape[1]
     num_windows = k.shape[1] // window_size
     queries, keys = _queries(q, num_windows, num_fresh), _extend(prompt_k, k, num_windows)
     scores = torch.matmul(queries, keys.transpose(-1, -2))
     if q.shape[1] > num_fresh:
         between_tokens = scores[..., :window_size, -window_size:]  # (B, W, H, T, T)
-        between_tokens.add_(bias.bias)
+        between_tokens.add_(bias.bias[..., :window_size])
         if bias.regions is not None:
             apart = bias.regions.unsqueeze(1) != bias.regions.unsqueeze(2)  # (W, T, T)
             between_tokens.add_(apart.unsqueeze(1) * MASKED)

@@ -1,0 +1,315 @@
+"""Prompted attention in windows by Triton kernels; the functions and their meaning are those of
+`window_reference`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import arch_of
+from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
+from vpt_fast.kernels.prompted_attention.jit import (
+    attention_forward_kernel,
+    delta_kernel,
+    grad_kv_kernel,
+    grad_q_kernel,
+)
+from vpt_fast.kernels.prompted_attention.ops import (
+    Tiles,
+    attention_backward,
+    backward_outputs,
+    check_tensors,
+    kernel_inputs,
+    make_build,
+    strides,
+    write_grad_kv,
+)
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
+
+# As in `ops`: what builds without spills and, on sm_90, with wgmma. A tile of 64 rows holds a window of 7x7
+# tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys.
+
+
+def forward_tiles(dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward pass, and of δ from the scores."""
+    return Tiles(16, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 2)
+
+
+def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
+    """Tiles of dQ on sm_`arch` (80, 90, 100)."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1)
+    return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 2)
+
+
+def grad_kv_tiles(dtype: torch.dtype, arch: int) -> Tiles:
+    """Tiles of dK and dV, whose products' first dimension is that of the keys."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 8, 1)
+    return Tiles(32, 32 if arch == 80 else 64, 4, 2)
+
+
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    bias: WindowBias,
+    *,
+    num_fresh: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `window_reference.window_attention`. float32, bfloat16 or float16; head dims in
+    `WINDOW_HEAD_DIMS`; lse is float32.
+
+    Raises:
+        ValueError: a tensor's dtype, device, head dim, layout or number of rows is not supported.
+    """
+    return _window_attention(q, k, v, prompt_k, prompt_v, *bias, num_fresh)
+
+
+def window_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    bias: WindowBias,
+    *,
+    num_fresh: int,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool = False,
+) -> AttentionGrads:
+    """See `window_reference.window_attention_backward`. The same bits every time.
+
+    Raises:
+        ValueError: as `window_attention`; or keys of tokens that are needed are not given.
+    """
+    if k is None and (need_q or need_kv or out is None or num_fresh):
+        raise ValueError("k: got None, and the gradients that are wanted need the tokens' keys")
+    if packed and not (need_q and need_kv and num_fresh == 0 and q.shape[1] == k.shape[1]):
+        raise ValueError("packed: wanted without all of dQ, dK and dV, or with other queries than tokens'")
+    if not (need_q or need_kv or num_fresh) and out is not None:
+        # Prompts have no bias: to them the windows' rows are those of one sequence.
+        return attention_backward(
+            grad_out, q, None, None, prompt_k, prompt_v, out, lse, need_q=False, need_kv=False
+        )
+    grad_q, grad_kv, grad_prompt_kv = _window_attention_backward(
+        grad_out, q, k, v, prompt_k, prompt_v, out, lse, *bias, num_fresh, need_q, need_kv, packed
+    )
+    return AttentionGrads(
+        qkv=grad_q if packed else None,
+        q=grad_q if need_q and not packed else None,
+        kv=grad_kv if need_kv and not packed else None,
+        prompt_kv=None if prompt_k is None else grad_prompt_kv,
+    )
+
+
+def _check(
+    bias: torch.Tensor, regions: torch.Tensor | None, num_fresh: int, **tensors: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """Tokens of a window T, windows of an image W, and rows of a window that are wanted: T or 0, and f."""
+    q, k = tensors["q"], tensors["k"]
+    require_device(**tensors, bias=bias, regions=regions)
+    if q.shape[3] not in WINDOW_HEAD_DIMS:
+        wanted = ", ".join(map(str, WINDOW_HEAD_DIMS))
+        raise ValueError(f"head dim: got {q.shape[3]} in windows, want one of {wanted}")
+    check_tensors(**tensors)
+    window_size = bias.shape[1]
+    columns = triton.cdiv(window_size, BIAS_COLUMNS) * BIAS_COLUMNS
+    require_shape((q.shape[2], window_size, columns), bias=bias)
+    num_windows = k.shape[1] // window_size
+    if k.shape[1] != num_windows * window_size or num_windows == 0:
+        raise ValueError(f"k: got {k.shape[1]} rows, want one or more windows of {window_size}")
+    num_tokens = q.shape[1] - num_fresh
+    if num_tokens not in (0, k.shape[1]):
+        raise ValueError(
+            f"q: got {q.shape[1]} rows, {num_fresh} of them prompts', want those of all {k.shape[1]} tokens "
+            "beside, or none"
+        )
+    if regions is not None:
+        require_dtype((torch.int32,), regions=regions.dtype)
+        require_shape((num_windows, window_size), regions=regions)
+    return window_size, num_windows, num_tokens // num_windows + num_fresh
+
+
+@torch.library.custom_op("vpt_fast::window_attention", mutates_args=())
+def _window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    bias: torch.Tensor,
+    regions: torch.Tensor | None,
+    num_fresh: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
+    window_size, num_windows, num_rows = _check(bias, regions, num_fresh, **tensors)
+    batch, _, num_heads, _ = q.shape
+    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
+    sequences = batch * num_windows * num_heads
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, num_windows * num_rows), dtype=torch.float32, device=q.device)
+    fresh_out = _fresh(q, num_windows, num_fresh)
+    tiles = forward_tiles(q.dtype)
+    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v, *_contiguous(bias, regions))
+    with on_device(q):
+        attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+            *inputs.tensors, out, lse, fresh_out, *inputs.strides,
+            num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh,
+            **inputs.flags, **tiles.launch,
+        )  # fmt: skip
+    if num_fresh:
+        out[:, -num_fresh:] = fresh_out.mean(1)
+    return out, lse
+
+
+@_window_attention.register_fake
+def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
+    num_windows = k.shape[1] // bias.shape[1]
+    num_statistics = q.shape[1] + (num_windows - 1) * num_fresh
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], num_statistics), dtype=torch.float32)
+
+
+@torch.library.custom_op("vpt_fast::window_attention_backward", mutates_args=())
+def _window_attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompt_k: torch.Tensor | None,
+    prompt_v: torch.Tensor | None,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    bias: torch.Tensor,
+    regions: torch.Tensor | None,
+    num_fresh: int,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = dict(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
+    window_size, num_windows, num_rows = _check(bias, regions, num_fresh, **tensors)
+    batch, _, num_heads, head_dim = q.shape
+    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
+    sequences = batch * num_windows * num_heads
+    require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
+    bias, regions = _contiguous(bias, regions)
+    arch = arch_of(q.device)
+
+    grad_q, grad_kv, grad_prompt_kv = backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    grad_q_rows, grad_k, grad_v = grad_q, q, q
+    if packed:
+        grad_q_rows, grad_k, grad_v = grad_q.unbind(2)
+    elif need_kv:
+        grad_k, grad_v = grad_kv.unbind(2)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    # Of a prompt only the mean of its outputs is known, and each window's δ takes that window's own.
+    has_out = out is not None and num_fresh == 0
+
+    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v, bias, regions)
+    out_or_any, lse_strides = out if has_out else q, (lse.stride(0), lse.stride(1))
+    all_strides = (*strides(grad_out), *inputs.strides, *strides(out_or_any), *lse_strides)
+    sizes = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)
+    with on_device(q):
+        if not has_out:
+            tiles = forward_tiles(q.dtype)
+            delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+                grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
+                **inputs.flags, HAS_OUT=False, **tiles.launch,
+            )  # fmt: skip
+        if need_q:
+            grad_fresh = _fresh(q, num_windows, num_fresh)
+            tiles = grad_q_tiles(q.dtype, head_dim, arch)
+            grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+                grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, grad_fresh, *all_strides,
+                *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=has_out, **tiles.launch,
+            )  # fmt: skip
+            if num_fresh:
+                grad_q[:, -num_fresh:] = grad_fresh.sum(1)
+        if need_kv:
+            alone = kernel_inputs(q, k, v, None, None, bias, regions)  # a window's tokens, without prompts
+            tiles = grad_kv_tiles(q.dtype, arch)
+            grad_kv_kernel[(triton.cdiv(window_size, tiles.block_n) * sequences,)](
+                grad_out, *alone.tensors, lse, delta, grad_k, grad_v, q, *strides(grad_out), *alone.strides,
+                *lse_strides, *strides(grad_k), num_heads, num_rows, 0, window_size, num_windows, num_fresh,
+                **alone.flags, IMAGE=True, **tiles.launch,
+            )  # fmt: skip
+    if prompt_k is not None:
+        if num_fresh:
+            lse, delta = _over_windows(lse, delta, num_windows, num_fresh)
+        write_grad_kv(
+            grad_out, q, None, None, prompt_k, prompt_v, lse, delta, grad_k=None, grad_v=None,
+            grad_prompt_kv=grad_prompt_kv,
+        )  # fmt: skip
+    return grad_q, grad_kv, grad_prompt_kv
+
+
+@_window_attention_backward.register_fake
+def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh, need_q, need_kv, packed):
+    return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+
+
+def _contiguous(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As kernels read them; no copies of what a block holds in float32."""
+    return bias.float().contiguous(), None if regions is None else regions.contiguous()
+
+
+def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
+    """(B, W, f, H, D) float32, for what prompts' rows get in each window."""
+    shape = (q.shape[0], num_windows, num_fresh, *q.shape[2:])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _over_windows(
+    lse: torch.Tensor, delta: torch.Tensor, num_windows: int, num_fresh: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse and δ as if prompts had one row for all windows, (B, H, N + f).
+
+    Between prompts S is the same in every window w, so that of the mean output the weights are
+
+        1/W Σ exp(S - lse_w) = exp(S - l),  l = log W - log Σ exp(-lse_w),
+
+    and the sum of the dS_w is exp(S - l) ∘ (dO Vᵀ - Σ δ_w softmax(-lse)_w).
+    """
+    num_tokens = lse.shape[-1] - num_windows * num_fresh
+    windows = lse[..., num_tokens:].unflatten(-1, (num_windows, num_fresh))  # (B, H, W, f)
+    one_lse = math.log(num_windows) - torch.logsumexp(-windows, dim=2)
+    deltas = delta[..., num_tokens:].unflatten(-1, (num_windows, num_fresh))
+    one_delta = (deltas * torch.softmax(-windows, dim=2)).sum(2)
+    return (
+        torch.cat((lse[..., :num_tokens], one_lse), dim=-1),
+        torch.cat((delta[..., :num_tokens], one_delta), dim=-1),
+    )
+
+
+def builds(arch: int) -> list[Build]:
+    """The kernels of windows, shifted and with prompts, in the configurations that these launchers choose on
+    sm_`arch` (80, 90, 100). float16 differs from bfloat16 in no more than the type of its products, float32's
+    smaller head dim from the larger in less work."""
+    requests = [(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 64)]
+    return [build for request in requests for build in _builds_of(*request, arch)]
+
+
+def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
+    forward, grad_q = forward_tiles(dtype), grad_q_tiles(dtype, head_dim, arch)
+    grad_kv = grad_kv_tiles(dtype, arch)
+    return [
+        make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
+        for kernel, tiles, variant, flags in (
+            (attention_forward_kernel, forward, "windows", {}),
+            (delta_kernel, forward, "windows from scores", {"HAS_OUT": False}),
+            (grad_q_kernel, grad_q, "windows with O", {"HAS_OUT": True}),
+            (grad_q_kernel, grad_q, "windows with delta", {"HAS_OUT": False}),
+            (grad_kv_kernel, grad_kv, "windows", {"PROMPTS": False, "IMAGE": True}),
+        )
+    ]
