@@ -81,7 +81,9 @@ def _no_vit(reason: str) -> dict[str, str]:
 
 
 # Plain implementations read a VisionTransformer; of timm's Eva there are none.
-PLAIN_VIT = Kind(VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"))
+PLAIN_VIT = Kind(
+    VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"), "VisionTransformer"
+)
 FAMILIES = {
     VIT: Family(PromptedViT, peers, flops),
     SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_no_vit("it has no relative position bias")),

@@ -165,7 +165,7 @@ that each other raises a message that names both sides of it.
 
 ViT is timm's `VisionTransformer`; DINOv3 and EVA are timm's `Eva`, with rotary positions
 ([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNet](convnets.md) stands for the
-six families there.
+families there.
 
 ## Methods
 

@@ -24,6 +24,19 @@ FAMILIES = (
     "mobilenetv3_small_050",
     "densenet121",
 )
+# Small ones of what else is supported: normalised weights, re-parametrised branches, splits, several inputs.
+MORE_FAMILIES = (
+    "cs3darknet_focus_s",
+    "ese_vovnet19b_slim_dw",
+    "fasternet_t0",
+    "ghostnet_050",
+    "inception_next_atto",
+    "repghostnet_050",
+    "rexnet_100",
+    "starnet_s050",
+    "test_byobnet",
+    "test_nfnet",
+)
 
 
 def convnet(name: str, size: int = 32) -> nn.Module:
@@ -52,7 +65,7 @@ def kept_bytes(run) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_border_gives_the_logits_and_gradients_of_the_plain_definition(name):
     plain = convnet(name)
     model = PromptedConvNet(plain, 5, 3).double()
@@ -125,7 +138,8 @@ def test_linear_probe_reads_the_pooled_features():
             "dtype: got torch.bfloat16 with prompt_location='concat-channel'",
         ),
         ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet"),
-        ("test_vit", {}, "backbone: 'test_vit' is not a timm ResNet or ConvNeXt"),
+        ("dla46x_c", {"img_size": 32}, "num_prompts: got 2 with images of 32x32, and .* none of 36x36"),
+        ("test_vit", {}, "backbone: 'test_vit' is not a timm ConvNet"),
     ],
 )
 def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):

@@ -94,6 +94,8 @@ class PromptedConvNet(FrozenClassifier):
         self.memory = memory
         self.prompt_settings = settings
         self._make_prompts()
+        if prompt_location == "pad":
+            self._check_bordered_size()
 
     def _make_prompts(self) -> None:
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
@@ -109,6 +111,22 @@ class PromptedConvNet(FrozenClassifier):
             return
         bound = self._widen_first_convolution(m)
         self.prompts = nn.Parameter(torch.empty(1, m, height, width, device=device).uniform_(-bound, bound))
+
+    def _check_bordered_size(self) -> None:
+        """Raises ValueError where the network does not take images with their border: some take multiples of
+        32 pixels alone."""
+        height, width = (side + 2 * self.prompt_settings.border for side in self.image_size)
+        hollow = copy.deepcopy(self.backbone).to("meta")
+        image = torch.empty(1, self.backbone.in_chans, height, width, device="meta")
+        try:
+            with torch.no_grad():
+                hollow.run_folded(image, Read.PATCHES)
+        except RuntimeError as error:
+            raise ValueError(
+                f"num_prompts: got {self.prompt_settings.num_prompts} with images of {self.image_size[0]}x"
+                f"{self.image_size[1]}, and the backbone takes none of {height}x{width}, their size with the "
+                f"border: {error}"
+            ) from None
 
     def _widen_first_convolution(self, extra: int) -> float:
         """Let the first convolution take `extra` more channels, and train all of it, in float32 or more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import os
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
@@ -14,13 +15,7 @@ import huggingface_hub
 import timm
 import torch
 from timm.layers import to_2tuple
-from timm.models.convnext import ConvNeXt
-from timm.models.densenet import DenseNet
-from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
-from timm.models.mobilenetv3 import MobileNetV3
-from timm.models.regnet import RegNet
-from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -31,30 +26,40 @@ from vpt_fast.backbones.known import KNOWN, KnownBackbone
 
 @dataclass(frozen=True)
 class Kind:
-    """Classes of timm models, and the modules in which timm defines models of them."""
+    """Classes of timm models, the modules in which timm defines models of them, and what they are called."""
 
     model: type[nn.Module] | tuple[type[nn.Module], ...]
     modules: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """The classes' names."""
-        models = self.model if isinstance(self.model, tuple) else (self.model,)
-        return " or ".join(model.__name__ for model in models)
+    label: str
 
 
 VIT = Kind(
     (VisionTransformer, Eva),
     ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"),
+    "VisionTransformer or Eva",
 )
-SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",))
-CONVNET = Kind(
-    (ResNet, ConvNeXt, EfficientNet, RegNet, MobileNetV3, DenseNet),
-    tuple(
-        f"timm.models.{name}"
-        for name in ("resnet", "convnext", "efficientnet", "regnet", "mobilenetv3", "densenet")
-    ),
-)
+SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",), "SwinTransformer")
+
+
+def _convnets(**classes: str) -> Kind:
+    """timm's modules and the class in each."""
+    modules = {f"timm.models.{module}": name for module, name in classes.items()}
+    found = [getattr(importlib.import_module(module), name) for module, name in modules.items()]
+    return Kind(tuple(dict.fromkeys(found)), tuple(modules), "ConvNet")
+
+
+# Whose last feature map is (B, C, H, W), and which run their own convolutions as modules.
+CONVNET = _convnets(
+    byobnet="ByobNet", convmixer="ConvMixer", convnext="ConvNeXt", cspnet="CspNet", densenet="DenseNet",
+    dla="DLA", dpn="DPN", efficientnet="EfficientNet", fasternet="FasterNet", ghostnet="GhostNet",
+    hardcorenas="MobileNetV3", hgnet="HighPerfGpuNet", hrnet="HighResolutionNet",
+    inception_next="MetaNeXt", inception_resnet_v2="InceptionResnetV2", inception_v3="InceptionV3",
+    inception_v4="InceptionV4", mobilenetv3="MobileNetV3", nasnet="NASNetALarge", nfnet="NormFreeNet",
+    pnasnet="PNASNet5Large", rdnet="RDNet", regnet="RegNet", repghost="RepGhostNet", repvit="RepVit",
+    res2net="ResNet", resnest="ResNet", resnet="ResNet", resnetv2="ResNetV2", rexnet="RexNet",
+    selecsls="SelecSls", senet="SENet", sknet="ResNet", starnet="StarNet", vgg="VGG",
+    vovnet="VovNet", xception="Xception", xception_aligned="XceptionAligned",
+)  # fmt: skip
 
 
 def kind_of(backbone: Any) -> Kind:

@@ -86,7 +86,8 @@ class FrozenConvNet(nn.Module):
 
     The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
     eval mode whatever `train` is called with: BatchNorm has the statistics that it came with. Convolutions
-    with padding that depends on the image (of timm's tf_ models) are timm's own, and keep their inputs.
+    whose weight is computed anew in every call, and those with padding by name or by the image's size (of
+    timm's tf_ models), are timm's own and keep their inputs.
 
     Args:
         model: the model to read: one of `resolve.CONVNET`.
@@ -131,7 +132,11 @@ class FrozenConvNet(nn.Module):
         for name, module in list(stem.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
                 stem.set_submodule(name, FrozenBatchNorm2d(module))
-            elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            elif (
+                type(module) is nn.Conv2d
+                and module.padding_mode == "zeros"
+                and not isinstance(module.padding, str)
+            ):
                 stem.set_submodule(name, FrozenConv2d(module))
         self.stem = stem
         self.eval()
