@@ -1,18 +1,22 @@
-"""scripts/small_tasks.py: what it draws is what the labels say, and no image is in two splits."""
+"""The small tasks: what is drawn is what the labels say, and the study's page is that of its results."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
 import small_tasks  # noqa: E402
+import small_tasks_study as study  # noqa: E402
 
 
 def drawn(name: str, split: str = "train", count: int = 40) -> list[tuple[np.ndarray, int]]:
@@ -66,3 +70,23 @@ def test_every_photograph_is_in_one_split_under_one_turn() -> None:
             assert pixel[2] == 255
             seen.append(int(pixel[0]) * 100 + int(pixel[1]))
     assert sorted(seen) == list(range(total))
+
+
+@pytest.mark.parametrize("method", study.METHODS)
+def test_every_method_of_the_study_is_a_sweep_with_its_own_rates(method: str, tmp_path: Path) -> None:
+    sweep = study.plan(tmp_path, "digits", method)
+    rates = [sweep.recipe(**point).base_lr for point in sweep.points()]
+    assert rates == list(study.METHODS[method][1]) and sweep.seeds == (42, 44, 82, 100, 800)
+
+
+def test_the_committed_page_shows_the_committed_results() -> None:
+    results = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
+    assert study.table(results) in (ROOT / "docs/small-tasks.md").read_text()
+    for task in results["tasks"].values():
+        for found in task.values():
+            assert found["mean"] == pytest.approx(np.mean(list(found["test_accuracies"].values())))
+
+
+def test_a_study_that_is_not_finished_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="digits/linear is not finished"):
+        study.collect(tmp_path, ["digits"])

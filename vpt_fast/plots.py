@@ -121,8 +121,10 @@ def plot_ablation(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    if len(lines) > 1:
+    if len(lines) > 1 and is_numeric:
         axes.legend(frameon=False)
+    elif len(lines) > 1:  # bars leave no place of their own
+        figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
 
