@@ -4,8 +4,8 @@
     python scripts/small_tasks_study.py tasks runs/small-tasks            # hours; again, to go on
 
 Every task is tuned by six methods. Several processes may do it together, each with tasks of its own
-(`--tasks digits,shape_position`). When they are done, `--docs docs` writes docs/small-tasks/results.json,
-draws comparison.png beside it, and puts the table into docs/small-tasks.md.
+(`--tasks digits,shape_position`). When they are done, `--docs docs` adds them to
+docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into docs/small-tasks.md.
 """
 
 from __future__ import annotations
@@ -108,8 +108,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_docs(results: dict[str, Any], docs: Path) -> None:
-    """The results, their picture, and the table in docs/small-tasks.md."""
+    """The results beside those of other tasks that are there, their picture, and the table in
+    docs/small-tasks.md."""
     folder, page = docs / "small-tasks", docs / "small-tasks.md"
+    if (folder / "results.json").exists():
+        there = json.loads((folder / "results.json").read_text())
+        results = {**results, "tasks": {**there["tasks"], **results["tasks"]}}
     text = replace_block(page, page.read_text(), MARKER, table(results))
     folder.mkdir(exist_ok=True)
     with replacing(folder / "results.json") as temporary:

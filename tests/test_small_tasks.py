@@ -90,3 +90,13 @@ def test_the_committed_page_shows_the_committed_results() -> None:
 def test_a_study_that_is_not_finished_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="digits/linear is not finished"):
         study.collect(tmp_path, ["digits"])
+
+
+def test_results_of_another_task_join_those_that_are_there(tmp_path: Path) -> None:
+    committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
+    (tmp_path / "small-tasks.md").write_text(f"<!-- {study.MARKER} -->\n<!-- {study.MARKER} -->\n")
+    for task in ("digits", "photo_turn"):
+        study.write_docs({**committed, "tasks": {task: committed["tasks"][task]}}, tmp_path)
+    written = json.loads((tmp_path / "small-tasks/results.json").read_text())
+    assert list(written["tasks"]) == ["digits", "photo_turn"]
+    assert study.table(written) in (tmp_path / "small-tasks.md").read_text()
