@@ -96,7 +96,10 @@ FAMILIES = {
         memory=("exact",),
         lacks={
             **_no_vit("a ConvNet has no attention"),
-            "vpt_fast_torch": "vpt_fast is plain PyTorch",
+            **dict.fromkeys(
+                ("vpt_fast_torch", "vpt_fast_fused_mlp", "vpt_fast_fused_mlp_graphed"),
+                "vpt_fast is plain PyTorch",
+            ),
             "concat_reference": "concat_timm is what the official code does",
         },
     ),
@@ -280,6 +283,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast_graphed": prompted(graphed=True),
     "vpt_fast_bfloat16_residual": prompted(residual_dtype=torch.bfloat16),
     "vpt_fast_bfloat16_residual_graphed": prompted(residual_dtype=torch.bfloat16, graphed=True),
+    "vpt_fast_fused_mlp": prompted(backend="triton_fused_mlp"),
+    "vpt_fast_fused_mlp_graphed": prompted(backend="triton_fused_mlp", graphed=True),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
     "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs
@@ -301,6 +306,7 @@ ON_A_GPU = [
     "vpt_fast_graphed",
     "vpt_fast_bfloat16_residual",
     "vpt_fast_bfloat16_residual_graphed",
+    "vpt_fast_fused_mlp_graphed",
     "vpt_fast_torch",
     "vpt_fast_sdpa_flash",
     "concat_reference",

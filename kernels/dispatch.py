@@ -13,16 +13,19 @@ from vpt_fast.kernels.prompted_attention import reference as prompted_attention
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.rotation import reference as rotation
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "triton_fused_mlp")
 ATTENTION = ("auto", *FLASH_BACKENDS)
 
 
 class Ops(NamedTuple):
     """One complete implementation of the block's operations.
 
-    The signatures and their meaning are those of the functions in the `reference` modules. `needs_out`:
-    attention's backward cannot do without attention's output. `forms_window_scores`: attention in windows
-    forms the scores of all of them.
+    The signatures and their meaning are those of the functions in the `reference` modules.
+
+    linear_activate, linear_activate_backward: of `mlp.gemm`, where the MLP's products hold the activation and
+        its derivative; None: a product of PyTorch's and then `activate`, or before `activate_backward`.
+    needs_out: attention's backward cannot do without attention's output.
+    forms_window_scores: attention in windows forms the scores of all of them.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Ops(NamedTuple):
     rotate_: Callable[..., None]
     needs_out: bool
     forms_window_scores: bool
+    linear_activate: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    linear_activate_backward: Callable[..., torch.Tensor] | None = None
 
 
 TORCH_OPS = Ops(
@@ -85,22 +90,30 @@ class Backend(NamedTuple):
         """Whether attention's output is kept under every memory policy."""
         return self.other.needs_out
 
+    @property
+    def fuses_mlp(self) -> bool:
+        """Whether the MLP's products hold the activation and its derivative."""
+        return self.other.linear_activate is not None
+
 
 def get_backend(backend: str, attention: str = "auto") -> Backend:
     """The operations that `backend` stands for.
 
     Args:
         backend: ``"torch"``: plain PyTorch, any device. ``"triton"``: Triton's kernels, always; what they do
-            not support raises. ``"auto"``: Triton's kernels on a CUDA device, for the dtypes and head dims
-            that they support (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for
-            all else.
+            not support raises. ``"triton_fused_mlp"``: so are the products on both sides of the MLP's
+            activation, which hold it and its derivative: the pre-activation's gradient is the only tensor of
+            the hidden width that backward writes. Whether that is faster than cuBLAS with a kernel beside it
+            is a matter of the device and the width (`benchmarks/throughput.py` has both). Not for gated
+            activations. ``"auto"``: ``"triton"`` on a CUDA device, for the dtypes and head dims that it
+            supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for all else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.
 
     Raises:
-        ValueError: an unknown name; ``"triton"`` where Triton or a CUDA device is missing; a FlashAttention
-            package that is not installed.
+        ValueError: an unknown name; Triton's kernels where Triton or a CUDA device is missing; a
+            FlashAttention package that is not installed.
     """
     for name, value, choices in (("backend", backend, BACKENDS), ("attention", attention, ATTENTION)):
         if value not in choices:
@@ -108,8 +121,8 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
     if backend == "torch" or (backend == "auto" and not _has_triton_and_cuda()):
         chosen = Backend(TORCH_OPS, TORCH_OPS)
     else:
-        triton_ops = _triton_ops()
-        chosen = Backend(triton_ops, triton_ops if backend == "triton" else TORCH_OPS)
+        triton_ops = _triton_ops(backend)
+        chosen = Backend(triton_ops, TORCH_OPS if backend == "auto" else triton_ops)
     if attention == "auto":
         return chosen
     forward, backward = get_flash(attention)
@@ -127,21 +140,22 @@ def _has_triton_and_cuda() -> bool:
     return True
 
 
-def _triton_ops() -> Ops:
+def _triton_ops(backend: str) -> Ops:
     """Imported when it is asked for: not every platform has Triton, and importing it takes a second."""
     try:
         import triton
     except ImportError:
-        raise ValueError("backend='triton': Triton is not installed, want `pip install triton`") from None
+        raise ValueError(f"backend={backend!r}: Triton is not installed, want `pip install triton`") from None
     if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-        raise ValueError("backend='triton': there is no CUDA device here, want 'auto' or 'torch'")
+        raise ValueError(f"backend={backend!r}: there is no CUDA device here, want 'auto' or 'torch'")
+    from vpt_fast.kernels.mlp import gemm
     from vpt_fast.kernels.mlp import ops as mlp_ops
     from vpt_fast.kernels.normalization import ops as normalization_ops
     from vpt_fast.kernels.prompted_attention import ops as attention_ops
     from vpt_fast.kernels.prompted_attention import window_ops
     from vpt_fast.kernels.rotation import ops as rotation_ops
 
-    return Ops(
+    triton_ops = Ops(
         name="triton",
         normalize=normalization_ops.normalize,
         add_normalize=normalization_ops.add_normalize,
@@ -155,4 +169,11 @@ def _triton_ops() -> Ops:
         rotate_=rotation_ops.rotate_,
         needs_out=False,
         forms_window_scores=False,
+    )
+    if backend != "triton_fused_mlp":
+        return triton_ops
+    return triton_ops._replace(
+        name=backend,
+        linear_activate=gemm.linear_activate,
+        linear_activate_backward=gemm.linear_activate_backward,
     )

@@ -332,8 +332,8 @@ class TestFrozenBlock:
         versions = []
         forward = block._forward
 
-        def spy(*arguments):
-            output, kept = forward(*arguments)
+        def spy(*arguments, **options):
+            output, kept = forward(*arguments, **options)
             versions.append(output._version)
             return output, kept
 

@@ -221,7 +221,7 @@ class Recipe:
         MODEL,
         shown="float32",
     )
-    backend: Literal["auto", "torch", "triton"] = _knob(
+    backend: Literal["auto", "torch", "triton", "triton_fused_mlp"] = _knob(
         "auto", "Implementation of the frozen blocks; auto is Triton's kernels on CUDA.", MODEL
     )
     attention: Literal[

@@ -50,7 +50,7 @@ def test_float64_on_cuda_equals_concatenation(settings: dict) -> None:
         assert relative_error(actual[name], gradient) < 1e-9, name
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "triton_fused_mlp", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_low_precision_error_is_at_most_that_of_concatenation(
@@ -104,27 +104,24 @@ def large(name: str) -> torch.nn.Module:
     return timm.create_model(name, num_classes=0, **LARGE[name]).cuda()
 
 
-@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16], ids=["", "bfloat16-residual"])
+VARIANTS = {
+    "triton": dict(backend="triton"),
+    "bfloat16_residual": dict(backend="triton", residual_dtype=torch.bfloat16),
+    "fused_mlp": dict(backend="triton_fused_mlp"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("memory", POLICIES)
 @pytest.mark.parametrize("name", LARGE)
-def test_gradients_of_large_models_in_bfloat16(
-    name: str, memory: str, residual_dtype: torch.dtype | None
-) -> None:
+def test_gradients_of_large_models_in_bfloat16(name: str, memory: str, variant: dict) -> None:
     """Error from float64 at most 1.25 times that of concatenation in bfloat16."""
     vit = large(name)
     exact = PromptedViT(vit, CLASSES, 100, backend="torch").double()
     state = {key: t.clone() for key, t in exact.trainable_state_dict().items()}
     images = random_batch(exact, 4, CLASSES, torch.float32)[0].cuda()
     expected = gradients(exact, images.double())
-    fast = PromptedViT(
-        vit,
-        CLASSES,
-        100,
-        dtype=torch.bfloat16,
-        residual_dtype=residual_dtype,
-        backend="triton",
-        memory=memory,
-    )
+    fast = PromptedViT(vit, CLASSES, 100, dtype=torch.bfloat16, memory=memory, **variant)
     fast.load_trainable_state_dict(state)
     plain = ConcatenatedViT(vit.to(torch.bfloat16), CLASSES, num_prompts=100).load_trainables(state)
     actual, eager = gradients(fast, images), gradients(plain, images)
@@ -141,9 +138,11 @@ def test_same_bits_when_run_again(memory: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("memory", POLICIES)
-def test_estimate_is_within_a_tenth_of_the_peak(memory: str) -> None:
-    model = PromptedViT(large("vit_base_patch16_224"), CLASSES, 100, dtype=torch.bfloat16, memory=memory)
+def test_estimate_is_within_a_tenth_of_the_peak(memory: str, variant: dict) -> None:
+    vit = large("vit_base_patch16_224")
+    model = PromptedViT(vit, CLASSES, 100, dtype=torch.bfloat16, memory=memory, **variant)
     images = random_batch(model, 64, CLASSES, torch.float32)[0].cuda()
     gradients(model, images)  # kernels compiled, cuBLAS's workspace there
     model.zero_grad()

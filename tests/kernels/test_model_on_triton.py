@@ -57,9 +57,9 @@ def gradients(model, images) -> dict[str, torch.Tensor]:
     }
 
 
-def errors(vit, settings: dict, memory: str = "exact") -> dict[str, float]:
+def errors(vit, settings: dict, memory: str = "exact", backend: str = "triton") -> dict[str, float]:
     """Relative errors of logits and gradients, by name."""
-    model = PromptedViT(vit.float(), CLASSES, backend="triton", memory=memory, **settings).train()
+    model = PromptedViT(vit.float(), CLASSES, backend=backend, memory=memory, **settings).train()
     plain = ConcatenatedViT(vit.double(), CLASSES, **settings).double()
     plain.load_trainables(model.trainable_state_dict())
     images = random_batch(model, 2, CLASSES, torch.float32)[0]
@@ -82,15 +82,46 @@ def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -
     assert max(errors(tiny_eva(depth=2, **arguments), settings).values()) < 2e-5
 
 
-@pytest.mark.parametrize("memory", [name for name, policy in POLICIES.items() if not policy.pack][1:])
+EXACT = [name for name, policy in POLICIES.items() if not policy.pack]
+
+
+@pytest.mark.parametrize("memory", EXACT[1:])
 def test_recomputing_is_exact(memory: str) -> None:
     assert max(errors(backbone(), DEEP, memory).values()) < 2e-5
 
 
-def test_compact_gradients_carry_the_codes_rounding_alone() -> None:
-    found = errors(backbone(), DEEP, "compact")
+@pytest.mark.parametrize("backend", ["triton", "triton_fused_mlp"])
+def test_compact_gradients_carry_the_codes_rounding_alone(backend: str) -> None:
+    found = errors(backbone(), DEEP, "compact", backend)
     assert found.pop("logits") < 2e-5  # forward is exact
     assert max(found.values()) < 2e-2
+
+
+@pytest.mark.parametrize("memory", EXACT)
+def test_fused_mlp_equals_concatenation(memory: str) -> None:
+    assert max(errors(backbone(), DEEP, memory, "triton_fused_mlp").values()) < 2e-5
+
+
+def test_fused_mlp_with_a_norm_inside_equals_concatenation() -> None:
+    vit = tiny_eva(depth=2, scale_mlp=True, **DINOV3)
+    assert max(errors(vit, DEEP, backend="triton_fused_mlp").values()) < 2e-5
+
+
+def test_fused_mlp_refuses_a_gated_activation() -> None:
+    with pytest.raises(ValueError, match="backend='triton_fused_mlp': .*gated activation 'swiglu'"):
+        PromptedViT(backbone(mlp_layer="swiglu").float(), CLASSES, 7, backend="triton_fused_mlp")
+
+
+def test_fused_mlp_never_forms_the_gradient_of_the_activation(monkeypatch) -> None:
+    from vpt_fast.kernels.mlp import ops
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a pass of its own over the activation")
+
+    monkeypatch.setattr(ops, "_activate", refuse)
+    monkeypatch.setattr(ops, "_activate_backward", refuse)
+    model = PromptedViT(backbone().float(), CLASSES, 7, backend="triton_fused_mlp").train()
+    gradients(model, random_batch(model, 2, CLASSES, torch.float32)[0])
 
 
 def test_dropout_per_image_equals_the_plain_operations() -> None:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
 from vpt_fast.kernels import Backend, Ops
+from vpt_fast.kernels.mlp.reference import PACKED
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 from vpt_fast.kernels.prompted_attention.window_reference import WindowBias
 
@@ -134,6 +135,9 @@ class FrozenBlock(nn.Module):
     Args:
         spec, weights: from `engine.weights.fold`.
         backend: the implementations of its operations, from `kernels.get_backend`.
+
+    Raises:
+        ValueError: a gated activation with a backend that fuses the MLP.
     """
 
     qkv_weight: torch.Tensor
@@ -143,6 +147,11 @@ class FrozenBlock(nn.Module):
 
     def __init__(self, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> None:
         super().__init__()
+        if backend.fuses_mlp and spec.activation in PACKED:
+            raise ValueError(
+                f"backend='triton_fused_mlp': got a backbone with the gated activation {spec.activation!r}, "
+                "want 'triton'"
+            )
         self.spec = spec
         self.backend = backend
         # Parameters and not buffers: DistributedDataParallel broadcasts buffers before every forward pass,
@@ -214,7 +223,7 @@ class FrozenBlock(nn.Module):
         if is_kept:
             return _FrozenBlockFunction.apply(tokens, prompts, call, *(rotation or _NO_ROTATION), *weights)
         with torch.autocast(tokens.device.type, enabled=False):
-            output, _ = _forward(tokens, prompts, rotation, weights.to(call.dtype), call)
+            output, _ = _forward(tokens, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 
 
@@ -234,8 +243,9 @@ class _FrozenBlockFunction(torch.autograd.Function):
         *weights: torch.Tensor | None,
     ) -> torch.Tensor:
         rotation = _rotation(sin, cos, start)
+        w = BlockWeights(*weights).to(call.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
-            output, kept = _forward(tokens, prompts, rotation, BlockWeights(*weights).to(call.dtype), call)
+            output, kept = _forward(tokens, prompts, rotation, w, call, keep=not call.policy.recompute_block)
         ctx.call, ctx.start = call, start
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
         # go in as they came: a copy cast for autocast would be a second backbone.
@@ -254,7 +264,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if call.policy.recompute_block:
                 tokens, prompts = saved[num_weights:]
-                _, kept = _forward(tokens, prompts, rotation, weights, call)
+                _, kept = _forward(tokens, prompts, rotation, weights, call, keep=True)
             else:
                 kept = _Kept(*saved[num_weights:])
             grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[1])
@@ -266,8 +276,15 @@ def _rotation(sin: torch.Tensor | None, cos: torch.Tensor | None, start: int) ->
 
 
 def _forward(
-    x: torch.Tensor, prompts: torch.Tensor | None, rotation: Rotation | None, w: BlockWeights, call: _Call
+    x: torch.Tensor,
+    prompts: torch.Tensor | None,
+    rotation: Rotation | None,
+    w: BlockWeights,
+    call: _Call,
+    *,
+    keep: bool,
 ) -> tuple[torch.Tensor, _Kept]:
+    """The block's output, and what backward needs; without `keep` that is not complete."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
     (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
@@ -328,8 +345,7 @@ def _forward(
     hidden, x_hat2, rstd2, codes2, scale2 = ops.add_normalize(
         residual, update, eps2, norm2, dtype, pack=policy.pack
     )
-    u = F.linear(x_hat2, w.fc1_weight, w.fc1_bias)  # (B, R, h)
-    activated, mlp_codes, mlp_scale = ops.activate(u, spec.activation, pack=policy.pack)
+    activated, mlp, mlp_scale = _enter_mlp(call, x_hat2, w, keep and not policy.recompute_mlp)
     x_hat3 = rstd3 = codes3 = scale3 = None
     if spec.mlp_norm is not None:
         norm3, eps3 = spec.mlp_norm
@@ -339,9 +355,7 @@ def _forward(
     output = (hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)).to(x.dtype)
 
     if policy.recompute_mlp:
-        mlp = x_hat3 = rstd3 = None
-    else:
-        mlp = u if mlp_codes is None else mlp_codes
+        x_hat3 = rstd3 = None
     return output, _Kept(
         x_hat1=None if not call.grad_tokens else x_hat1 if codes1 is None else codes1,
         scale1=scale1,
@@ -383,16 +397,19 @@ def _backward(
 
     # MLP: (B, R, d) -> (B, R, h) -> (B, R, d)
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
-    grad_activated = grad.to(dtype) @ w.fc2_weight
-    if spec.mlp_norm is not None:
-        norm3, eps3 = spec.mlp_norm
-        x_hat3, rstd3 = kept.x_hat3, kept.rstd3
-        if x_hat3 is None:
-            x_hat3, rstd3, _, _ = ops.normalize(ops.activate(mlp, spec.activation)[0], eps3, norm3, dtype)
-        grad_activated = ops.normalize_backward(
-            grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
-        )
-    grad_u = ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
+    if ops.linear_activate_backward is not None and spec.mlp_norm is None:
+        grad_u = ops.linear_activate_backward(grad.to(dtype), w.fc2_weight, mlp, spec.activation)
+    else:
+        grad_activated = grad.to(dtype) @ w.fc2_weight
+        if spec.mlp_norm is not None:
+            norm3, eps3 = spec.mlp_norm
+            x_hat3, rstd3 = kept.x_hat3, kept.rstd3
+            if x_hat3 is None:
+                x_hat3, rstd3, _, _ = ops.normalize(ops.activate(mlp, spec.activation)[0], eps3, norm3, dtype)
+            grad_activated = ops.normalize_backward(
+                grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
+            )
+        grad_u = ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     grad_hidden = ops.normalize_backward(
         grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad, grad.dtype
     )
@@ -481,6 +498,19 @@ def _backward(
         if call.num_fresh_rows:
             grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
     return grad_tokens, grad_prompts
+
+
+def _enter_mlp(
+    call: _Call, x_hat: torch.Tensor, w: BlockWeights, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The activation's output (B, R, h), what is kept of the MLP, and its scale: see `_Kept`."""
+    ops, kind, pack = call.ops, call.spec.activation, call.policy.pack
+    if ops.linear_activate is None:
+        u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)
+        activated, codes, scale = ops.activate(u, kind, pack=pack)
+        return activated, (u if codes is None else codes) if keep else None, scale
+    activated, u, codes = ops.linear_activate(x_hat, w.fc1_weight, w.fc1_bias, kind, pack=pack, keep=keep)
+    return activated, u if codes is None else codes, None
 
 
 def _attend(call: _Call, *qkv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,11 +106,13 @@ def workspace_bytes(
     block: FrozenBlock, *, dtype: torch.dtype, batch_size: int, num_rows: int, policy: MemoryPolicy
 ) -> int:
     """An estimate of the temporaries while one block runs backward: the gradients of the MLP's hidden layer
-    (two of them), and of attention's packed input and output, beside a few copies of the residual stream;
-    and whatever of the block is formed again."""
+    (before and behind the activation, unless that is part of a product), and of attention's packed input and
+    output, beside a few copies of the residual stream; and whatever of the block is formed again."""
     hidden_dim, embed_dim = block.fc1_weight.shape
     attn_dim = block.spec.num_heads * block.spec.head_dim
-    per_row = dtype.itemsize * (2 * hidden_dim + 4 * attn_dim) + 4 * torch.float32.itemsize * embed_dim
+    num_hidden = 1 if block.backend.fuses_mlp else 2
+    per_row = dtype.itemsize * (num_hidden * hidden_dim + 4 * attn_dim)
+    per_row += 4 * torch.float32.itemsize * embed_dim
     if policy.recompute_mlp or policy.recompute_block:
         per_row += dtype.itemsize * hidden_dim  # u
     if policy.recompute_block:
