@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import TypeVar
 
 import torch
 import triton
 
+Found = TypeVar("Found")
+
+MOST_LAYOUTS = 1024  # that one function remembers
+
+
+def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Remembers what `function` found for tensors of a layout: a step checks the same ones over and over, and
+    checking takes longer than launching a kernel.
+
+    It may depend on the positional arguments, which are hashable; of tensors, which are given by name, on
+    dtype, device, shape, strides, address modulo 16 bytes and whether they require a gradient; on whether
+    gradients are formed; and, with tensors that are not on a CUDA device, on whether Triton interprets.
+    """
+    known: dict[Hashable, Found] = {}
+
+    @wraps(function)
+    def remembered(*arguments: Hashable, **tensors: torch.Tensor | None) -> Found:
+        layouts = [None if t is None else _layout(t) for t in tensors.values()]
+        key = (arguments, torch.is_grad_enabled(), *tensors, *layouts)
+        try:
+            return known[key]
+        except KeyError:
+            found = function(*arguments, **tensors)
+        if len(known) >= MOST_LAYOUTS:
+            known.clear()
+        known[key] = found
+        return found
+
+    return remembered
+
+
+def _layout(t: torch.Tensor) -> Hashable:
+    can_launch = t.is_cuda or triton.knobs.runtime.interpret
+    return t.dtype, t.device, can_launch, t.shape, t.stride(), t.data_ptr() % 16, t.requires_grad
+
 
 def require_device(**tensors: torch.Tensor | None) -> None:
-    """Every tensor on one CUDA device, or on the CPU in Triton's interpreter; ValueError otherwise."""
+    """Every tensor on one CUDA device, or on the CPU in Triton's interpreter, and none to be differentiated
+    by; ValueError otherwise."""
     wanted = None
+    is_grad_enabled = torch.is_grad_enabled()
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if is_grad_enabled and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, and kernels are not differentiated: their callers form it, "
+                "want torch.no_grad()"
+            )
         if not tensor.is_cuda and not triton.knobs.runtime.interpret:
             raise ValueError(f"backend='triton': {name} is on {tensor.device.type}, want a CUDA device")
         wanted = wanted or tensor.device

@@ -16,6 +16,7 @@ from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
 from vpt_fast.kernels.rows import Rows, leading_rows
+from vpt_fast.kernels.torch_op import torch_op
 
 _MAX_SIDE = (
     2**31 - 2**10
@@ -68,7 +69,7 @@ def _empty_forward(
     )
 
 
-@torch.library.custom_op("vpt_fast::linear_activate", mutates_args=())
+@torch_op("linear_activate")
 def _linear_activate(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,14 +110,14 @@ def _linear_activate(
     return a, u, codes
 
 
-@_linear_activate.register_fake
+@torch.library.register_fake("vpt_fast::linear_activate")
 def _(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty_forward(x, weight, pack, keep)
 
 
-@torch.library.custom_op("vpt_fast::linear_activate_backward", mutates_args=())
+@torch_op("linear_activate_backward")
 def _linear_activate_backward(
     grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
 ) -> torch.Tensor:
@@ -154,7 +155,7 @@ def _linear_activate_backward(
     return grad_u
 
 
-@_linear_activate_backward.register_fake
+@torch.library.register_fake("vpt_fast::linear_activate_backward")
 def _(grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
 

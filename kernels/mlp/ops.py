@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.checks import (
+    on_device,
+    once_per_layout,
+    require_device,
+    require_dtype,
+    require_shape,
+)
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.mlp.jit import (
     activate_backward_kernel,
@@ -21,6 +27,7 @@ from vpt_fast.kernels.mlp.jit import (
 )
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 from vpt_fast.kernels.rows import Rows, leading_rows
+from vpt_fast.kernels.torch_op import torch_op
 
 ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
@@ -40,6 +47,44 @@ def _packed_launch(width: int) -> tuple[int, int]:
     """Block and warps of a program that holds a whole gated row, eight elements of each half to a thread."""
     block = max(_GATED_BLOCK, triton.next_power_of_2(width))
     return block, block // 256
+
+
+@once_per_layout
+def _forward_rows(kind: str, pack: bool, *, u: torch.Tensor) -> tuple[Rows, int]:
+    """Rows of u and their width in the output; raises ValueError for what the kernel does not take."""
+    check_kind(kind, ACTIVATIONS)
+    require_device(u=u)
+    require_dtype(DTYPES, u=u.dtype)
+    if kind != "swiglu":
+        return _rows_and_width(u=u)
+    if u.shape[-1] % 2:
+        raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
+    width = u.shape[-1] // 2
+    if pack and width > MAX_PACKED_WIDTH:
+        raise ValueError(f"u: got width 2 x {width}, want at most 2 x {MAX_PACKED_WIDTH} to pack")
+    return leading_rows(u=u), width
+
+
+@once_per_layout
+def _backward_rows(
+    kind: str, *, grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[Rows, int]:
+    """Rows of grad and kept, and grad's width; raises ValueError for what the kernel does not take."""
+    check_kind(kind, ACTIVATIONS)
+    gated = kind == "swiglu"
+    require_device(grad=grad, kept=kept, scale=scale)
+    require_dtype(DTYPES, grad=grad.dtype)
+    require_shape((*grad.shape[:-1], grad.shape[-1] * (2 if gated else 1)), kept=kept)
+    if scale is not None and not gated:
+        raise ValueError(f"scale: got one of shape {tuple(scale.shape)} for {kind!r}, want None")
+    if scale is not None:
+        require_dtype((torch.float32,), scale=scale.dtype)
+        require_shape((*grad.shape[:-1], 2), scale=scale)
+    if not gated:
+        require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+        return _rows_and_width(grad=grad, kept=kept)
+    require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
+    return leading_rows(grad=grad, kept=kept), grad.shape[-1]
 
 
 def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
@@ -70,23 +115,13 @@ def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor
     )
 
 
-@torch.library.custom_op("vpt_fast::activate", mutates_args=())
+@torch_op("activate")
 def _activate(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_kind(kind, ACTIVATIONS)
-    require_device(u=u)
-    require_dtype(DTYPES, u=u.dtype)
+    rows, width = _forward_rows(kind, pack, u=u)
     a, codes, scale = _empty_forward(u, kind, pack)
+    block, num_warps = _BLOCK, 4
     if kind == "swiglu":
-        if u.shape[-1] % 2:
-            raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
-        width = a.shape[-1]
-        if pack and width > MAX_PACKED_WIDTH:
-            raise ValueError(f"u: got width 2 x {width}, want at most 2 x {MAX_PACKED_WIDTH} to pack")
-        rows = leading_rows(u=u)
         block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, 4)
-    else:
-        rows, width = _rows_and_width(u=u)
-        block, num_warps = _BLOCK, 4
     if a.numel() == 0:
         return a, codes, scale
     grid = _grid(rows, width, block)
@@ -102,36 +137,21 @@ def _activate(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, tor
     return a, codes, scale
 
 
-@_activate.register_fake
+@torch.library.register_fake("vpt_fast::activate")
 def _(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty_forward(u, kind, pack)
 
 
-@torch.library.custom_op("vpt_fast::activate_backward", mutates_args=())
+@torch_op("activate_backward")
 def _activate_backward(
     grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
-    check_kind(kind, ACTIVATIONS)
+    rows, width = _backward_rows(kind, grad=grad, kept=kept, scale=scale)
     gated = kind == "swiglu"
-    require_device(grad=grad, kept=kept, scale=scale)
-    require_dtype(DTYPES, grad=grad.dtype)
-    require_shape((*grad.shape[:-1], grad.shape[-1] * (2 if gated else 1)), kept=kept)
-    if scale is not None and not gated:
-        raise ValueError(f"scale: got one of shape {tuple(scale.shape)} for {kind!r}, want None")
-    if scale is not None:
-        require_dtype((torch.float32,), scale=scale.dtype)
-        require_shape((*grad.shape[:-1], 2), scale=scale)
-    if not gated:
-        require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
-    else:
-        require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
     grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
     if grad_u.numel() == 0:
         return grad_u
-    if gated:
-        rows, width, block = leading_rows(grad=grad, kept=kept), grad.shape[-1], _GATED_BLOCK
-    else:
-        (rows, width), block = _rows_and_width(grad=grad, kept=kept), _BLOCK
+    block = _GATED_BLOCK if gated else _BLOCK
     grid = _grid(rows, width, block)
     address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
     with on_device(grad):
@@ -150,7 +170,7 @@ def _activate_backward(
     return grad_u
 
 
-@_activate_backward.register_fake
+@torch.library.register_fake("vpt_fast::activate_backward")
 def _(grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
     return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
 

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.checks import (
+    on_device,
+    once_per_layout,
+    require_device,
+    require_dtype,
+    require_shape,
+)
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.normalization.jit import normalize_backward_kernel, normalize_kernel
 from vpt_fast.kernels.normalization.reference import KINDS
-from vpt_fast.kernels.rows import leading_rows
+from vpt_fast.kernels.rows import Rows, leading_rows
+from vpt_fast.kernels.torch_op import torch_op
 
 MAX_WIDTH = 8192
 _MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
@@ -29,6 +36,45 @@ def _config(d: int) -> dict[str, int]:
         "BLOCK_D": block_d,
         "num_warps": max(4, block_d // 512),
     }
+
+
+@once_per_layout
+def _forward_rows(dtype: torch.dtype, kind: str, **inputs: torch.Tensor) -> Rows:
+    """Of x, or of residual and update; raises ValueError for what the kernel does not take."""
+    first = next(iter(inputs.values()))
+    require_device(**inputs)
+    require_dtype(DTYPES, **{name: tensor.dtype for name, tensor in inputs.items()}, dtype=dtype)
+    require_shape(first.shape, **inputs)
+    rows = leading_rows(**inputs)
+    _check(kind, rows.num_rows, first.shape[-1])
+    return rows
+
+
+@once_per_layout
+def _backward_rows(
+    dtype: torch.dtype,
+    kind: str,
+    *,
+    grad: torch.Tensor,
+    x_hat: torch.Tensor,
+    rstd: torch.Tensor,
+    scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> Rows:
+    """Of grad, x_hat and residual, or grad again; raises ValueError for what the kernel does not take."""
+    require_device(grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
+    require_dtype(DTYPES, grad=grad.dtype, dtype=dtype)
+    require_dtype(DTYPES if scale is None else (torch.int8,), x_hat=x_hat.dtype)
+    require_dtype((torch.float32,), rstd=rstd.dtype)
+    require_shape(grad.shape, x_hat=x_hat, residual=residual)
+    require_shape((*grad.shape[:-1], 1), rstd=rstd, scale=scale)
+    if scale is not None:
+        require_dtype((torch.float32,), scale=scale.dtype)
+    if residual is not None:
+        require_dtype(DTYPES, residual=residual.dtype)
+    rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
+    _check(kind, rows.num_rows, grad.shape[-1])
+    return rows
 
 
 def _check(kind: str, num_rows: int, d: int) -> None:
@@ -56,6 +102,7 @@ def _outputs(
 
 
 def _launch_forward(
+    rows: Rows,
     x: torch.Tensor,
     update: torch.Tensor | None,
     hidden: torch.Tensor | None,
@@ -64,9 +111,7 @@ def _launch_forward(
     kind: str,
 ) -> None:
     x_hat, rstd, codes, scale = outputs
-    rows = leading_rows(x=x, update=x if update is None else update)
     d = x.shape[-1]
-    _check(kind, rows.num_rows, d)
     if rows.num_rows == 0:
         return
     config = _config(d)
@@ -83,45 +128,42 @@ def _launch_forward(
             d,
             *rows.sizes[1:],
             *rows.strides[0],
-            *rows.strides[1],
+            *rows.strides[-1],
             eps,
             LAYER=kind == "layer",
             **config,
         )
 
 
-@torch.library.custom_op("vpt_fast::normalize", mutates_args=())
+@torch_op("normalize")
 def _normalize(
     x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    require_device(x=x)
-    require_dtype(DTYPES, x=x.dtype, dtype=dtype)
+    rows = _forward_rows(dtype, kind, x=x)
     outputs = _outputs(x, dtype, pack)
-    _launch_forward(x, None, None, outputs, eps, kind)
+    _launch_forward(rows, x, None, None, outputs, eps, kind)
     return outputs
 
 
-@_normalize.register_fake
+@torch.library.register_fake("vpt_fast::normalize")
 def _(
     x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _outputs(x, dtype, pack)
 
 
-@torch.library.custom_op("vpt_fast::add_normalize", mutates_args=())
+@torch_op("add_normalize")
 def _add_normalize(
     residual: torch.Tensor, update: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    require_device(residual=residual, update=update)
-    require_dtype(DTYPES, residual=residual.dtype, update=update.dtype, dtype=dtype)
-    require_shape(residual.shape, update=update)
+    rows = _forward_rows(dtype, kind, residual=residual, update=update)
     hidden = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     outputs = _outputs(residual, dtype, pack)
-    _launch_forward(residual, update, hidden, outputs, eps, kind)
+    _launch_forward(rows, residual, update, hidden, outputs, eps, kind)
     return hidden, *outputs
 
 
-@_add_normalize.register_fake
+@torch.library.register_fake("vpt_fast::add_normalize")
 def _(
     residual: torch.Tensor, update: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,7 +171,7 @@ def _(
     return hidden, *_outputs(residual, dtype, pack)
 
 
-@torch.library.custom_op("vpt_fast::normalize_backward", mutates_args=())
+@torch_op("normalize_backward")
 def _normalize_backward(
     grad: torch.Tensor,
     x_hat: torch.Tensor,
@@ -139,20 +181,9 @@ def _normalize_backward(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    require_device(grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
-    require_dtype(DTYPES, grad=grad.dtype, dtype=dtype)
-    require_dtype(DTYPES if scale is None else (torch.int8,), x_hat=x_hat.dtype)
-    require_dtype((torch.float32,), rstd=rstd.dtype)
-    require_shape(grad.shape, x_hat=x_hat, residual=residual)
-    require_shape((*grad.shape[:-1], 1), rstd=rstd, scale=scale)
-    if scale is not None:
-        require_dtype((torch.float32,), scale=scale.dtype)
-    if residual is not None:
-        require_dtype(DTYPES, residual=residual.dtype)
+    rows = _backward_rows(dtype, kind, grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
     dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
     d = grad.shape[-1]
-    _check(kind, rows.num_rows, d)
     if rows.num_rows == 0:
         return dx
     config = _config(d)
@@ -176,7 +207,7 @@ def _normalize_backward(
     return dx
 
 
-@_normalize_backward.register_fake
+@torch.library.register_fake("vpt_fast::normalize_backward")
 def _(
     grad: torch.Tensor,
     x_hat: torch.Tensor,

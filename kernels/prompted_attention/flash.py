@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.torch_op import torch_op
 
 aten = torch.ops.aten
 
@@ -123,12 +124,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# One custom op for all libraries, so that torch.compile traces through whatever Python they are made of.
+# One operation for all libraries, so that torch.compile traces through whatever Python they are made of.
 
 
-@torch.library.custom_op(
-    "vpt_fast::flash_attention",
-    mutates_args=(),
+@torch_op(
+    "flash_attention",
     schema="(str name, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v) -> (Tensor, Tensor)",
 )
 def _flash_attention(
@@ -143,16 +143,15 @@ def _flash_attention(
     return out.contiguous(), lse.contiguous()
 
 
-@_flash_attention.register_fake
+@torch.library.register_fake("vpt_fast::flash_attention")
 def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, rows, heads, _ = q.shape
     stat = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=stat)
 
 
-@torch.library.custom_op(
-    "vpt_fast::flash_attention_backward",
-    mutates_args=(),
+@torch_op(
+    "flash_attention_backward",
     schema="(str name, Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? prompt_k, Tensor? prompt_v, "
     "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -195,7 +194,7 @@ def _flash_attention_backward(
     return qkv, grad_q.contiguous() if need_q and not packed else q.new_empty(0), kv, prompt_kv
 
 
-@_flash_attention_backward.register_fake
+@torch.library.register_fake("vpt_fast::flash_attention_backward")
 def _(
     name: str,
     grad_out: torch.Tensor,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype
+from vpt_fast.kernels.checks import on_device, once_per_layout, require_device, require_dtype
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, arch_of
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
@@ -17,6 +17,7 @@ from vpt_fast.kernels.prompted_attention.jit import (
     grad_q_kernel,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.torch_op import torch_op
 
 
 class Tiles(NamedTuple):
@@ -131,6 +132,7 @@ def attention_backward(
     )
 
 
+@once_per_layout
 def check_tensors(**tensors: torch.Tensor | None) -> None:
     """In the custom ops, where tensors have addresses even when what calls them is being compiled."""
     require_device(**tensors)
@@ -204,7 +206,7 @@ def kernel_inputs(
     )  # fmt: skip
 
 
-@torch.library.custom_op("vpt_fast::prompted_attention", mutates_args=())
+@torch_op("prompted_attention")
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -228,7 +230,7 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
+@torch.library.register_fake("vpt_fast::prompted_attention")
 def _(q, k, v, prompt_k, prompt_v):
     batch, num_rows, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_rows), dtype=torch.float32)
@@ -257,7 +259,7 @@ def backward_outputs(
     return grad_q, grad_kv, grad_prompt_kv
 
 
-@torch.library.custom_op("vpt_fast::prompted_attention_backward", mutates_args=())
+@torch_op("prompted_attention_backward")
 def _attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -352,7 +354,7 @@ def write_grad_kv(
         grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("vpt_fast::prompted_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
     return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
 

@@ -8,7 +8,13 @@ import math
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.checks import (
+    on_device,
+    once_per_layout,
+    require_device,
+    require_dtype,
+    require_shape,
+)
 from vpt_fast.kernels.launch import arch_of
 from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
@@ -29,6 +35,7 @@ from vpt_fast.kernels.prompted_attention.ops import (
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
+from vpt_fast.kernels.torch_op import torch_op
 
 # As in `ops`: what builds without spills and, on sm_90, with wgmma. A tile of 64 rows holds a window of 7x7
 # tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys.
@@ -113,8 +120,9 @@ def window_attention_backward(
     )
 
 
+@once_per_layout
 def _check(
-    bias: torch.Tensor, regions: torch.Tensor | None, num_fresh: int, **tensors: torch.Tensor | None
+    num_fresh: int, *, bias: torch.Tensor, regions: torch.Tensor | None, **tensors: torch.Tensor | None
 ) -> tuple[int, int, int]:
     """Tokens of a window T, windows of an image W, and rows of a window that are wanted: T or 0, and f."""
     q, k = tensors["q"], tensors["k"]
@@ -141,7 +149,7 @@ def _check(
     return window_size, num_windows, num_tokens // num_windows + num_fresh
 
 
-@torch.library.custom_op("vpt_fast::window_attention", mutates_args=())
+@torch_op("window_attention")
 def _window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,7 +161,7 @@ def _window_attention(
     num_fresh: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
-    window_size, num_windows, num_rows = _check(bias, regions, num_fresh, **tensors)
+    window_size, num_windows, num_rows = _check(num_fresh, bias=bias, regions=regions, **tensors)
     batch, _, num_heads, _ = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     sequences = batch * num_windows * num_heads
@@ -173,14 +181,14 @@ def _window_attention(
     return out, lse
 
 
-@_window_attention.register_fake
+@torch.library.register_fake("vpt_fast::window_attention")
 def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
     num_windows = k.shape[1] // bias.shape[1]
     num_statistics = q.shape[1] + (num_windows - 1) * num_fresh
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], num_statistics), dtype=torch.float32)
 
 
-@torch.library.custom_op("vpt_fast::window_attention_backward", mutates_args=())
+@torch_op("window_attention_backward")
 def _window_attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -198,7 +206,7 @@ def _window_attention_backward(
     packed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tensors = dict(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
-    window_size, num_windows, num_rows = _check(bias, regions, num_fresh, **tensors)
+    window_size, num_windows, num_rows = _check(num_fresh, bias=bias, regions=regions, **tensors)
     batch, _, num_heads, head_dim = q.shape
     num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
     sequences = batch * num_windows * num_heads
@@ -254,7 +262,7 @@ def _window_attention_backward(
     return grad_q, grad_kv, grad_prompt_kv
 
 
-@_window_attention_backward.register_fake
+@torch.library.register_fake("vpt_fast::window_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh, need_q, need_kv, packed):
     return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
 

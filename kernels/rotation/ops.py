@@ -14,6 +14,7 @@ from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
+from vpt_fast.kernels.torch_op import torch_op
 
 _MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
 _NUM_WARPS = 4
@@ -25,7 +26,7 @@ def _config(half: int) -> dict[str, int]:
     return {"HALF": half, "BLOCK_ROWS": 1024 // block_half, "BLOCK_HALF": block_half}
 
 
-@torch.library.custom_op("vpt_fast::rotate_", mutates_args=("x",))
+@torch_op("rotate_", mutates_args=("x",))
 def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
     require_device(x=x, sin=sin, cos=cos)
     require_dtype(DTYPES, x=x.dtype, sin=sin.dtype, cos=cos.dtype)
@@ -58,9 +59,11 @@ def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: boo
             **config,
             num_warps=_NUM_WARPS,
         )
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # whoever saved it for backward is told
 
 
-@_rotate_.register_fake
+@torch.library.register_fake("vpt_fast::rotate_")
 def _(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
     return None
 
