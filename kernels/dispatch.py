@@ -38,6 +38,7 @@ class Ops(NamedTuple):
     window_attention_backward: Callable[..., Any]
     activate: Callable[..., tuple[torch.Tensor, ...]]
     activate_backward: Callable[..., torch.Tensor]
+    activate_backward_: Callable[..., None]
     rotate_: Callable[..., None]
     needs_out: bool
     forms_window_scores: bool
@@ -56,6 +57,7 @@ TORCH_OPS = Ops(
     window_attention_backward=window_reference.window_attention_backward,
     activate=mlp.activate,
     activate_backward=mlp.activate_backward,
+    activate_backward_=mlp.activate_backward_,
     rotate_=rotation.rotate_,
     needs_out=False,
     forms_window_scores=True,
@@ -166,6 +168,7 @@ def _triton_ops(backend: str) -> Ops:
         window_attention_backward=window_ops.window_attention_backward,
         activate=mlp_ops.activate,
         activate_backward=mlp_ops.activate_backward,
+        activate_backward_=mlp_ops.activate_backward_,
         rotate_=rotation_ops.rotate_,
         needs_out=False,
         forms_window_scores=False,

@@ -24,7 +24,8 @@ def torch_op(
     Args:
         name: without the namespace.
         schema: "(Tensor x, ...) -> ..."; None: from the function's annotations.
-        mutates_args: names of the arguments that it writes into; others it must not change or return.
+        mutates_args: names of the arguments that it writes into, and then calls `mark_changed` on; others it
+            must not change or return.
     """
 
     def register(function: Callable) -> OpOverload:
@@ -34,3 +35,10 @@ def torch_op(
         return getattr(torch.ops.vpt_fast, name).default
 
     return register
+
+
+def mark_changed(tensor: torch.Tensor) -> None:
+    """Tells autograd that an operation has written into the tensor, so that what was saved of it before is
+    not taken for what it was."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

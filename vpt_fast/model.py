@@ -295,21 +295,20 @@ class PromptedViT(PromptedClassifier):
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks, and those of one block's temporaries."""
+        """Bytes kept for backward by all blocks, and what temporaries add to them at most."""
         settings = self.prompt_settings
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         copies = batch_size if per_image else 1
         in_tokens = settings.prompt_location in IN_SEQUENCE
         below = not in_tokens and settings.prompt_location not in ("add", "add-1")
-        kept = workspace = 0
+        peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             below = below or (not in_tokens and index in self._prompted)
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:
-                kept += cost.kept_bytes(
-                    block,
+                call: dict[str, Any] = dict(
                     dtype=dtype,
                     batch_size=batch_size,
                     num_tokens=num_tokens + (m if plan.prompts_in else 0),
@@ -319,9 +318,6 @@ class PromptedViT(PromptedClassifier):
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
                 )
-                block_workspace = cost.workspace_bytes(
-                    block, dtype=dtype, batch_size=batch_size, num_rows=rows[1] - rows[0], policy=policy
-                )
-                workspace = max(workspace, block_workspace)
+                peak.add(cost.kept_bytes(block, **call), cost.workspace_bytes(block, **call))
             below = below or own
-        return kept, workspace
+        return peak.kept, peak.workspace

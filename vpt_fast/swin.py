@@ -166,16 +166,15 @@ class PromptedSwin(PromptedClassifier):
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks and merges, and those of one block's temporaries."""
+        """Bytes kept for backward by all blocks and merges, and what temporaries add to them at most."""
         del num_tokens  # of the one image size that there is
         settings = self.prompt_settings
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
-        kept = workspace = 0
+        peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
             rows, flowed = self._rows(index), not self._is_deep and index > 0
-            kept += cost.kept_bytes(
-                block,
+            call: dict[str, Any] = dict(
                 dtype=dtype,
                 batch_size=batch_size,
                 num_tokens=block.num_tokens,
@@ -184,6 +183,7 @@ class PromptedSwin(PromptedClassifier):
                 grad_tokens=index > 0,
                 policy=policy,
             )
+            kept = cost.kept_bytes(block, **call)
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
-            workspace = max(workspace, self.backbone.workspace_bytes(block, batch_size, m, rows, policy))
-        return kept, workspace
+            peak.add(kept, self.backbone.workspace_bytes(block, **call))
+        return peak.kept, peak.workspace

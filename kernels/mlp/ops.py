@@ -27,7 +27,7 @@ from vpt_fast.kernels.mlp.jit import (
 )
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 from vpt_fast.kernels.rows import Rows, leading_rows
-from vpt_fast.kernels.torch_op import torch_op
+from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
 ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
@@ -147,32 +147,52 @@ def _activate_backward(
     grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
     rows, width = _backward_rows(kind, grad=grad, kept=kept, scale=scale)
-    gated = kind == "swiglu"
     grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
-    if grad_u.numel() == 0:
-        return grad_u
-    block = _GATED_BLOCK if gated else _BLOCK
-    grid = _grid(rows, width, block)
-    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
-    with on_device(grad):
-        if gated:
-            swiglu_backward_kernel[grid](
-                grad,
-                kept,
-                None if scale is None else scale.contiguous(),
-                grad_u,
-                *address,
-                BLOCK=block,
-                num_warps=4,
-            )
-        else:
-            activate_backward_kernel[grid](grad, kept, grad_u, *address, KIND=kind, BLOCK=block, num_warps=4)
+    _launch_backward(grad, kept, scale, grad_u, kind, rows, width)
     return grad_u
 
 
 @torch.library.register_fake("vpt_fast::activate_backward")
 def _(grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
     return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+
+
+@torch_op("activate_backward_", mutates_args=("grad",))
+def _activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
+    check_kind(kind, ELEMENTWISE)
+    if not grad.is_contiguous():
+        raise ValueError(f"grad: got strides {grad.stride()} of {tuple(grad.shape)}, want a contiguous one")
+    rows, width = _backward_rows(kind, grad=grad, kept=kept, scale=None)
+    _launch_backward(grad, kept, None, grad, kind, rows, width)
+    mark_changed(grad)
+
+
+@torch.library.register_fake("vpt_fast::activate_backward_")
+def _(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
+    return None
+
+
+def _launch_backward(
+    grad: torch.Tensor,
+    kept: torch.Tensor,
+    scale: torch.Tensor | None,
+    grad_u: torch.Tensor,
+    kind: str,
+    rows: Rows,
+    width: int,
+) -> None:
+    """Into grad_u, which is contiguous and, of a kind that is not gated, may be grad."""
+    if grad_u.numel() == 0:
+        return
+    block = _GATED_BLOCK if kind == "swiglu" else _BLOCK
+    grid = _grid(rows, width, block)
+    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
+    with on_device(grad):
+        if kind == "swiglu":
+            scale = None if scale is None else scale.contiguous()
+            swiglu_backward_kernel[grid](grad, kept, scale, grad_u, *address, BLOCK=block, num_warps=4)
+        else:
+            activate_backward_kernel[grid](grad, kept, grad_u, *address, KIND=kind, BLOCK=block, num_warps=4)
 
 
 def activate(
@@ -188,6 +208,11 @@ def activate_backward(
 ) -> torch.Tensor:
     """`reference.activate_backward` in one pass over all that it reads."""
     return _activate_backward(grad, kept, scale, kind)
+
+
+def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
+    """`reference.activate_backward_` in one pass over all that it reads."""
+    _activate_backward_(grad, kept, kind)
 
 
 def builds(arch: int) -> list[Build]:

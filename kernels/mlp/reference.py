@@ -112,5 +112,24 @@ def activate_backward(
     raise ValueError(f"activation: got {kind!r}, want one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
+def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
+    """`activate_backward` in place: the gradient of the activation's output becomes that of its input.
+
+    Args:
+        grad: contiguous (..., h).
+        kept, kind: as of `activate_backward`; not of a gated kind, whose input is wider than its output.
+
+    Raises:
+        ValueError: an unknown or a gated kind.
+    """
+    if kind in PACKED:
+        raise ValueError(f"activation: got {kind!r} in place, want one that is not gated")
+    if kept.dtype != torch.uint8 and kind in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        torch.ops.aten.gelu_backward.grad_input(grad, kept, approximate=approximate, grad_input=grad)
+    else:
+        grad.copy_(activate_backward(grad, kept, None, kind))
+
+
 def _wide(t: torch.Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)

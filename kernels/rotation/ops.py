@@ -14,7 +14,7 @@ from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
-from vpt_fast.kernels.torch_op import torch_op
+from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
 _MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
 _NUM_WARPS = 4
@@ -59,8 +59,7 @@ def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: boo
             **config,
             num_warps=_NUM_WARPS,
         )
-    if not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # whoever saved it for backward is told
+    mark_changed(x)
 
 
 @torch.library.register_fake("vpt_fast::rotate_")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from definitions import activated, assert_as_good_as, gradient, random, slope
-from vpt_fast.kernels.mlp import ops
+from vpt_fast.kernels.mlp import ops, reference
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -177,6 +177,30 @@ def backward(grad=None, kept=None, scale=None, kind="gelu"):
     return ops.activate_backward(ones if grad is None else grad, ones if kept is None else kept, scale, kind)
 
 
+@pytest.mark.parametrize("implementation", [reference, ops], ids=["torch", "triton"])
+@pytest.mark.parametrize("pack", [False, True], ids=["u", "codes"])
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+def test_backward_in_place_gives_the_same_bits(kind, pack, implementation):
+    grad, u = random(3, 1027, seed=1), random(3, 1027, seed=0)
+    kept = reference.activate(u, kind, pack=True)[1] if pack else u
+    expected = implementation.activate_backward(grad, kept, None, kind)
+    version = grad._version
+    implementation.activate_backward_(grad, kept, kind)
+    assert torch.equal(grad, expected)
+    assert grad._version > version  # autograd is told
+
+
+@pytest.mark.parametrize("implementation", [reference, ops], ids=["torch", "triton"])
+def test_gated_activation_is_refused_in_place(implementation):
+    with pytest.raises(ValueError, match="activation: got 'swiglu'"):
+        implementation.activate_backward_(torch.ones(2, 8), torch.ones(2, 16), "swiglu")
+
+
+def test_strides_are_refused_in_place():
+    with pytest.raises(ValueError, match=r"grad: got strides \(1, 2\) of \(2, 2\), want a contiguous one"):
+        ops.activate_backward_(torch.ones(2, 2).T, torch.ones(2, 2), "gelu")
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
@@ -214,8 +238,9 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
         (ops._activate, (torch.ones(2, 3, 8), "swiglu", True)),
         (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 8), None, "gelu")),
         (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 16).char(), torch.ones(3, 2), "swiglu")),
+        (ops._activate_backward_, (torch.ones(3, 8), torch.ones(3, 8), "gelu")),
     ],
-    ids=["plain", "packed", "gated", "backward", "gated_backward"],
+    ids=["plain", "packed", "gated", "backward", "gated_backward", "backward_in_place"],
 )
 def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -222,23 +222,42 @@ class FrozenSwin(nn.Module):
         return self.leave(tokens)
 
     def folded_workspace(self, batch_size: int) -> int:
-        """Bytes of temporaries while a block runs."""
+        """Bytes of temporaries while a block runs, nothing being trained."""
         return max(
-            self.workspace_bytes(block, batch_size, 0, (0, block.num_tokens), POLICIES["exact"])
+            self._scores_bytes(block, batch_size, 0, 0)
+            + cost.forward_bytes(
+                block,
+                dtype=compute_dtype(self.device.type, block.qkv_weight.dtype),
+                batch_size=batch_size,
+                num_tokens=block.num_tokens,
+                rows=(0, block.num_tokens),
+                policy=None,
+            )
             for block in self.blocks
         )
 
     def workspace_bytes(
         self,
         block: FrozenWindowBlock,
+        *,
+        dtype: torch.dtype,
         batch_size: int,
-        num_prompts: int,
         rows: tuple[int, int],
-        policy: MemoryPolicy,
+        prompt_shape: tuple[int, int] | None,
+        **call: Any,
     ) -> int:
-        """An estimate of the temporaries while one of the blocks runs backward: `cost.workspace_bytes`, and
-        what attention in windows forms in float32 or more: three times the scores of all windows, or by
-        kernels what prompts get in each image and, where `rows` reaches to them, in each window."""
+        """`cost.workspace_bytes` of one of the blocks, and what attention in windows forms beside."""
+        num_prompts = 0 if prompt_shape is None else prompt_shape[1]
+        num_fresh = max(rows[1] - block.num_tokens, 0)
+        return self._scores_bytes(block, batch_size, num_prompts, num_fresh) + cost.workspace_bytes(
+            block, dtype=dtype, batch_size=batch_size, rows=rows, prompt_shape=prompt_shape, **call
+        )
+
+    def _scores_bytes(
+        self, block: FrozenWindowBlock, batch_size: int, num_prompts: int, num_fresh: int
+    ) -> int:
+        """What attention in windows forms in float32 or more: three times the scores of all windows, or by
+        kernels what each of the `num_fresh` prompts whose output is read gets in each window."""
         dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
         heads, head_dim = block.spec.num_heads, block.spec.head_dim
         ops = block.backend.ops(self.device.type, dtype, head_dim, in_windows=True)
@@ -246,13 +265,8 @@ class FrozenSwin(nn.Module):
             per_window = block.num_tokens // block.num_windows + num_prompts
             numbers = 3 * block.num_windows * heads * per_window**2
         else:
-            num_fresh = max(rows[1] - block.num_tokens, 0)
-            numbers = (2 * num_prompts + block.num_windows * num_fresh) * heads * head_dim
-        num_rows = rows[1] - rows[0]
-        return (
-            cost.workspace_bytes(block, dtype=dtype, batch_size=batch_size, num_rows=num_rows, policy=policy)
-            + batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
-        )
+            numbers = block.num_windows * num_fresh * heads * head_dim
+        return batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def _raster(size: tuple[int, int]) -> torch.Tensor:

@@ -227,15 +227,17 @@ class FrozenViT(nn.Module):
         return outputs
 
     def folded_workspace(self, batch_size: int) -> int:
-        """Bytes of temporaries while a folded block runs; 0 without any."""
+        """Bytes of temporaries while a folded block runs, nothing being trained; 0 without any."""
         return max(
             (
-                cost.workspace_bytes(
+                cost.forward_bytes(
                     block,
                     dtype=compute_dtype(self.device.type, block.qkv_weight.dtype),
                     batch_size=batch_size,
-                    num_rows=self.num_tokens,
-                    policy=POLICIES["exact"],
+                    num_tokens=self.num_tokens,
+                    rows=(0, self.num_tokens),
+                    policy=None,
+                    residual_dtype=self.residual_dtype,
                 )
                 for block in self.folded_blocks
             ),

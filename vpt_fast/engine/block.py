@@ -100,33 +100,43 @@ class _Call:
         return not self.policy.pack or not self.grad_tokens or self.ops.needs_out
 
 
-class _Kept(NamedTuple):
+@dataclass(slots=True)
+class _Kept:
     """What backward needs, and nothing else."""
 
     # x̂ stands for itself with scale None, or for its int8 codes.
-    x_hat1: torch.Tensor | None  # (B, N, d); None where the tokens' gradient is not wanted
-    scale1: torch.Tensor | None  # (B, N, 1)
-    rstd1: torch.Tensor | None  # (B, N, 1)
-    qkv: torch.Tensor | None  # (B, N, 3, H, D) where every image-side row and no other is read, else
-    q: torch.Tensor | None  # (B, R, H, D) and
-    kv: torch.Tensor | None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
-    q_rstd: torch.Tensor | None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
-    k_rstd: torch.Tensor | None  # (B, N, H, 1)
-    prompt_x_hat: torch.Tensor | None  # (1 or B, m, d)
-    prompt_scale: torch.Tensor | None  # (1 or B, m, 1)
-    prompt_rstd: torch.Tensor | None  # (1 or B, m, 1)
-    prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
-    prompt_k_rstd: torch.Tensor | None  # (1 or B, m, H, 1)
-    out: torch.Tensor | None  # (B, R, H, D)
-    lse: torch.Tensor  # (B, H, R); of attention in windows a prompt has W
-    x_hat2: torch.Tensor  # (B, R, d)
-    scale2: torch.Tensor | None  # (B, R, 1)
-    rstd2: torch.Tensor  # (B, R, 1)
-    mlp: torch.Tensor | None  # (B, R, h): the MLP's pre-activation, or codes of the derivative there
-    mlp_scale: torch.Tensor | None  # (B, R, 2), of a gated activation's codes
-    x_hat3: torch.Tensor | None  # (B, R, h), h/2 of a gated activation: only with a norm behind it
-    scale3: torch.Tensor | None  # (B, R, 1)
-    rstd3: torch.Tensor | None  # (B, R, 1)
+    x_hat1: torch.Tensor | None = None  # (B, N, d); None where the tokens' gradient is not wanted
+    scale1: torch.Tensor | None = None  # (B, N, 1)
+    rstd1: torch.Tensor | None = None  # (B, N, 1)
+    qkv: torch.Tensor | None = None  # (B, N, 3, H, D) where every image-side row and no other is read, else
+    q: torch.Tensor | None = None  # (B, R, H, D) and
+    kv: torch.Tensor | None = None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
+    q_rstd: torch.Tensor | None = None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
+    k_rstd: torch.Tensor | None = None  # (B, N, H, 1)
+    prompt_x_hat: torch.Tensor | None = None  # (1 or B, m, d)
+    prompt_scale: torch.Tensor | None = None  # (1 or B, m, 1)
+    prompt_rstd: torch.Tensor | None = None  # (1 or B, m, 1)
+    prompt_kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
+    prompt_k_rstd: torch.Tensor | None = None  # (1 or B, m, H, 1)
+    out: torch.Tensor | None = None  # (B, R, H, D)
+    lse: torch.Tensor | None = None  # (B, H, R); of attention in windows a prompt has W
+    x_hat2: torch.Tensor | None = None  # (B, R, d)
+    scale2: torch.Tensor | None = None  # (B, R, 1)
+    rstd2: torch.Tensor | None = None  # (B, R, 1)
+    mlp: torch.Tensor | None = None  # (B, R, h): the MLP's pre-activation, or codes of the derivative there
+    mlp_scale: torch.Tensor | None = None  # (B, R, 2), of a gated activation's codes
+    x_hat3: torch.Tensor | None = None  # (B, R, h), h/2 of a gated activation: only with a norm behind it
+    scale3: torch.Tensor | None = None  # (B, R, 1)
+    rstd3: torch.Tensor | None = None  # (B, R, 1)
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """In the order of the fields."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+    def release_mlp(self) -> None:
+        """Lets go of what the MLP's half alone needs: of a recomputed block, since nobody else holds it."""
+        self.x_hat2 = self.scale2 = self.rstd2 = self.mlp = self.mlp_scale = None
+        self.x_hat3 = self.scale3 = self.rstd3 = None
 
 
 class FrozenBlock(nn.Module):
@@ -249,7 +259,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         ctx.call, ctx.start = call, start
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
         # go in as they came: a copy cast for autocast would be a second backbone.
-        inputs_or_kept = (tokens, prompts) if call.policy.recompute_block else kept
+        inputs_or_kept = (tokens, prompts) if call.policy.recompute_block else kept.tensors()
         ctx.save_for_backward(sin, cos, *weights, *inputs_or_kept)
         return output
 
@@ -264,7 +274,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if call.policy.recompute_block:
                 tokens, prompts = saved[num_weights:]
-                _, kept = _forward(tokens, prompts, rotation, weights, call, keep=True)
+                kept = _enter(tokens, prompts, rotation, weights, call, keep=True, activate=False)[-1]
             else:
                 kept = _Kept(*saved[num_weights:])
             grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[1])
@@ -285,44 +295,75 @@ def _forward(
     keep: bool,
 ) -> tuple[torch.Tensor, _Kept]:
     """The block's output, and what backward needs; without `keep` that is not complete."""
+    hidden, activated, kept = _enter(x, prompts, rotation, w, call, keep=keep, activate=True)
+    update = F.linear(activated, w.fc2_weight, w.fc2_bias)
+    del activated  # the widest tensor there is
+    # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
+    return (hidden + update).to(x.dtype), kept
+
+
+def _enter(
+    x: torch.Tensor,
+    prompts: torch.Tensor | None,
+    rotation: Rotation | None,
+    w: BlockWeights,
+    call: _Call,
+    *,
+    keep: bool,
+    activate: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, _Kept]:
+    """All of the forward pass but fc2: the residual stream behind attention (B, R, d), fc2's input (B, R, h),
+    which need not be formed where `activate` is False, and what backward needs."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
     (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
     batch = x.shape[0]
+    kept = _Kept()
+
+    def hold(**tensors: torch.Tensor | None) -> None:
+        if keep:
+            for name, tensor in tensors.items():
+                setattr(kept, name, tensor)
 
     # Attention's inputs. One packed projection where its q, k and v are all needed again in backward; else
     # apart, so that what is not needed is not kept alive by what is.
-    x_hat1, rstd1, codes1, scale1 = ops.normalize(
-        x, eps1, norm1, dtype, pack=policy.pack and call.grad_tokens
-    )
+    x_hat, rstd, codes, scale = ops.normalize(x, eps1, norm1, dtype, pack=policy.pack and call.grad_tokens)
+    if call.grad_tokens:
+        hold(x_hat1=x_hat if codes is None else codes, scale1=scale, rstd1=rstd)
     qkv = kv = None
     if call.packed:
-        qkv = F.linear(x_hat1, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
+        qkv = F.linear(x_hat, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
         q, k, v = qkv.unbind(2)
     else:
-        q = _project(x_hat1[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
-        kv = _project(x_hat1, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
+        q = _project(x_hat[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
+        kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         k, v = kv.unbind(2)
+    del x_hat, codes
     if call.windows is not None and call.windows.pads is not None:
         k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(dtype)
 
-    prompt_x_hat = prompt_rstd = prompt_codes = prompt_scale = None
-    prompt_kv = prompt_k = prompt_v = prompt_k_rstd = None
+    prompt_k = prompt_v = None
     residual = x[:, call.image]
     if prompts is not None:
         # Shared prompts are too few to be worth packing.
-        prompt_x_hat, prompt_rstd, prompt_codes, prompt_scale = ops.normalize(
+        x_hat, rstd, codes, scale = ops.normalize(
             prompts, eps1, norm1, dtype, pack=policy.pack and prompts.shape[0] > 1
         )
-        prompt_kv = _project(prompt_x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
+        prompt_kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         prompt_k, prompt_v = prompt_kv.unbind(2)  # (1 or B, m, H, D)
         if call.num_fresh_rows:
-            prompt_q = _project(prompt_x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
+            prompt_q = _project(x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
             q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
             fresh = prompts[:, call.fresh].to(x.dtype)
             residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
+        hold(
+            prompt_x_hat=x_hat if codes is None else codes,
+            prompt_scale=scale,
+            prompt_rstd=rstd,
+            prompt_kv=prompt_kv,
+        )
+        del x_hat, codes
 
-    q_rstd = k_rstd = None
     q_in, k_in, prompt_k_in = q, k, prompt_k
     if spec.qk_norm is not None:
         # q̂ and k̂ take the place of q and k in memory: backward needs nothing else of them.
@@ -331,9 +372,15 @@ def _forward(
         q = q.copy_(q_hat)
         k_hat, k_rstd, _, _ = ops.normalize(k, k_eps, kind, dtype)
         k.copy_(k_hat)
+        if call.keeps_image_keys:
+            hold(q_rstd=q_rstd)
+        if call.grad_tokens:
+            hold(k_rstd=k_rstd)
         if prompt_k is not None:
             prompt_k_hat, prompt_k_rstd, _, _ = ops.normalize(prompt_k, k_eps, kind, dtype)
             prompt_k.copy_(prompt_k_hat)
+            hold(prompt_k_rstd=prompt_k_rstd)
+        del q_hat, k_hat
         q_in = _affine(q, w.q_norm_weight, w.q_norm_bias)
         k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
         prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
@@ -341,46 +388,45 @@ def _forward(
         _rotate(call, rotation, q_in, k_in)
 
     out, lse = _attend(call, q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
-    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
-    hidden, x_hat2, rstd2, codes2, scale2 = ops.add_normalize(
-        residual, update, eps2, norm2, dtype, pack=policy.pack
-    )
-    activated, mlp, mlp_scale = _enter_mlp(call, x_hat2, w, keep and not policy.recompute_mlp)
-    x_hat3 = rstd3 = codes3 = scale3 = None
-    if spec.mlp_norm is not None:
-        norm3, eps3 = spec.mlp_norm
-        x_hat3, rstd3, codes3, scale3 = ops.normalize(activated, eps3, norm3, dtype, pack=policy.pack)
-        activated = x_hat3
-    # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
-    output = (hidden + F.linear(activated, w.fc2_weight, w.fc2_bias)).to(x.dtype)
-
-    if policy.recompute_mlp:
-        x_hat3 = rstd3 = None
-    return output, _Kept(
-        x_hat1=None if not call.grad_tokens else x_hat1 if codes1 is None else codes1,
-        scale1=scale1,
-        rstd1=rstd1 if call.grad_tokens else None,
+    hold(
         qkv=qkv,
         q=None if call.packed else q,
         kv=kv if call.keeps_image_keys else None,
-        q_rstd=q_rstd if call.keeps_image_keys else None,
-        k_rstd=k_rstd if call.grad_tokens else None,
-        prompt_x_hat=prompt_x_hat if prompt_codes is None else prompt_codes,
-        prompt_scale=prompt_scale,
-        prompt_rstd=prompt_rstd,
-        prompt_kv=prompt_kv,
-        prompt_k_rstd=prompt_k_rstd,
         out=out if call.keeps_out else None,
         lse=lse,
-        x_hat2=x_hat2 if codes2 is None else codes2,
-        scale2=scale2,
-        rstd2=rstd2,
-        mlp=mlp,
-        mlp_scale=mlp_scale,
-        x_hat3=x_hat3 if codes3 is None else codes3,
-        scale3=scale3,
-        rstd3=rstd3,
     )
+    del q, k, v, qkv, kv, q_in, k_in
+    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
+    del out
+    hidden, x_hat, rstd, codes, scale = ops.add_normalize(
+        residual, update, eps2, norm2, dtype, pack=policy.pack
+    )
+    del update, residual
+    hold(x_hat2=x_hat if codes is None else codes, scale2=scale, rstd2=rstd)
+
+    # The MLP's hidden layer. With a norm in it, and to pack the derivative, the activation is formed anyway.
+    activate = activate or policy.pack or spec.mlp_norm is not None
+    keeps_mlp = keep and not policy.recompute_mlp
+    activated = codes = scale = None
+    if ops.linear_activate is not None and activate:
+        activated, u, codes = ops.linear_activate(
+            x_hat, w.fc1_weight, w.fc1_bias, spec.activation, pack=policy.pack, keep=keeps_mlp
+        )
+        del x_hat
+    else:
+        u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
+        del x_hat
+        if activate:
+            activated, codes, scale = ops.activate(u, spec.activation, pack=policy.pack)
+    if keeps_mlp:
+        hold(mlp=u if codes is None else codes, mlp_scale=scale)
+    del u, codes
+    if spec.mlp_norm is not None:
+        norm3, eps3 = spec.mlp_norm
+        activated, rstd, codes, scale = ops.normalize(activated, eps3, norm3, dtype, pack=policy.pack)
+        if keeps_mlp:
+            hold(x_hat3=activated if codes is None else codes, scale3=scale, rstd3=rstd)
+    return hidden, activated, kept
 
 
 def _backward(
@@ -391,30 +437,91 @@ def _backward(
     call: _Call,
     grad_prompts_wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    spec, ops, dtype = call.spec, call.ops, call.dtype
-    heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
+    """Gradients of the block's tokens and prompts. What is large lives no longer than it is needed: the most
+    that is there at once, beside what was kept, is what limits the batch (`engine.cost`)."""
+    spec, ops = call.spec, call.ops
+    attn_dim = spec.num_heads * spec.head_dim
     num_image = call.num_image_rows
 
-    # MLP: (B, R, d) -> (B, R, h) -> (B, R, d)
+    grad_hidden = _through_mlp(grad, kept, w, call)
+    kept.release_mlp()
+    grads = _through_attention(grad_hidden, kept, rotation, w, call)
+
+    grad_tokens = None
+    if call.grad_tokens:
+        # (B, N, 3·H·D) or (B, N, 2·H·D) -> (B, N, d)
+        if call.packed:
+            grad_x_hat = grads.qkv.flatten(2) @ w.qkv_weight
+            grads = grads._replace(qkv=None)
+        else:
+            grad_x_hat = grads.kv.flatten(2) @ w.qkv_weight[attn_dim:]
+            grad_x_hat[:, call.image] += grads.q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
+        grad_tokens = ops.normalize_backward(
+            grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
+            grad_hidden if call.packed else None, grad.dtype,
+        )  # fmt: skip
+        if not call.packed:
+            grad_tokens[:, call.image] += grad_hidden[:, :num_image]
+
+    grad_prompts = None
+    if grad_prompts_wanted:
+        shared = kept.prompt_kv.shape[0] == 1
+
+        def per_prompt(x: torch.Tensor) -> torch.Tensor:
+            return x.sum(0, keepdim=True) if shared else x
+
+        # (1 or B, m, 2·H·D) -> (1 or B, m, d)
+        grad_p_hat = grads.prompt_kv.flatten(2) @ w.qkv_weight[attn_dim:]
+        if call.num_fresh_rows:
+            grad_fresh_q = grads.q[:, -call.num_fresh_rows :].flatten(2)
+            grad_p_hat[:, call.fresh] += per_prompt(grad_fresh_q) @ w.qkv_weight[:attn_dim]
+        grad_prompts = ops.normalize_backward(
+            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, kept.prompt_scale, spec.norm1[0]
+        )
+        if call.num_fresh_rows:
+            grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
+    return grad_tokens, grad_prompts
+
+
+def _through_mlp(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Call) -> torch.Tensor:
+    """From the gradient of the block's output to that of the residual stream before the MLP, (B, R, d)."""
+    grad_x_hat = _grad_of_hidden(grad, kept, w, call) @ w.fc1_weight
+    return call.ops.normalize_backward(
+        grad_x_hat, kept.x_hat2, kept.rstd2, kept.scale2, call.spec.norm2[0], grad, grad.dtype
+    )
+
+
+def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Call) -> torch.Tensor:
+    """From the gradient of the block's output to that of the MLP's pre-activation, (B, R, h)."""
+    spec, ops, dtype = call.spec, call.ops, call.dtype
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
     if ops.linear_activate_backward is not None and spec.mlp_norm is None:
-        grad_u = ops.linear_activate_backward(grad.to(dtype), w.fc2_weight, mlp, spec.activation)
-    else:
-        grad_activated = grad.to(dtype) @ w.fc2_weight
-        if spec.mlp_norm is not None:
-            norm3, eps3 = spec.mlp_norm
-            x_hat3, rstd3 = kept.x_hat3, kept.rstd3
-            if x_hat3 is None:
-                x_hat3, rstd3, _, _ = ops.normalize(ops.activate(mlp, spec.activation)[0], eps3, norm3, dtype)
-            grad_activated = ops.normalize_backward(
-                grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
-            )
-        grad_u = ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
-    grad_hidden = ops.normalize_backward(
-        grad_u @ w.fc1_weight, kept.x_hat2, kept.rstd2, kept.scale2, spec.norm2[0], grad, grad.dtype
-    )
+        return ops.linear_activate_backward(grad.to(dtype), w.fc2_weight, mlp, spec.activation)
+    grad_activated = grad.to(dtype) @ w.fc2_weight
+    if spec.mlp_norm is not None:
+        norm3, eps3 = spec.mlp_norm
+        x_hat3, rstd3 = kept.x_hat3, kept.rstd3
+        if x_hat3 is None:
+            x_hat3, rstd3, _, _ = ops.normalize(ops.activate(mlp, spec.activation)[0], eps3, norm3, dtype)
+        grad_activated = ops.normalize_backward(
+            grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
+        )
+    if spec.activation in PACKED:
+        return ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
+    ops.activate_backward_(grad_activated, mlp, spec.activation)
+    return grad_activated
+
+
+def _through_attention(
+    grad_hidden: torch.Tensor, kept: _Kept, rotation: Rotation | None, w: BlockWeights, call: _Call
+) -> AttentionGrads:
+    """From the gradient of the residual stream behind attention to those of the projections' outputs: packed,
+    or of the queries and of the image's keys and values; and of the prompts' keys and values. Where nothing
+    below is trained the only queries are those of prompts whose outputs are read."""
+    spec, ops, dtype = call.spec, call.ops, call.dtype
+    num_image = call.num_image_rows
     # Attention's output: (B, R, d) -> (B, R, H, D)
-    grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, heads)
+    grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, (spec.num_heads, spec.head_dim))
 
     q, k, v = _unbind_kept(kept)
     prompt_k, prompt_v = (None, None) if kept.prompt_kv is None else kept.prompt_kv.unbind(2)
@@ -426,7 +533,7 @@ def _backward(
         if rotation is not None:
             _rotate(call, rotation, q, k)
 
-    grads, grad_q, grad_prompt_kv = None, None, None
+    grad_q, grad_k, grad_prompt_kv = None, None, None
     if call.grad_tokens:
         grads = _attend_backward(
             call, grad_out, q, k, v, prompt_k, prompt_v, kept.out, kept.lse, num_fresh=call.num_fresh_rows,
@@ -435,8 +542,8 @@ def _backward(
         grad_prompt_kv = grads.prompt_kv
         grad_q, grad_k = grads.qkv.unbind(2)[:2] if call.packed else (grads.q, grads.kv[:, :, 0])
     else:
-        # Nothing below is trained. The image's rows send a gradient to the prompts' keys and values alone;
-        # prompts whose outputs are read send one to their own queries too, through all of the keys.
+        # The image's rows send a gradient to the prompts' keys and values alone; prompts whose outputs are
+        # read send one to their own queries too, through all of the keys.
         for part, need_q in ((slice(0, num_image), False), (slice(num_image, None), True)):
             if grad_out[:, part].shape[1] == 0:
                 continue
@@ -447,6 +554,7 @@ def _backward(
             )  # fmt: skip
             grad_q, more = part_grads.q, part_grads.prompt_kv
             grad_prompt_kv = more if grad_prompt_kv is None else grad_prompt_kv + more
+        grads = AttentionGrads(qkv=None, q=grad_q, kv=None, prompt_kv=grad_prompt_kv)
 
     if rotation is not None and call.grad_tokens:
         _rotate(call, rotation, grad_q, grad_k, inverse=True)
@@ -464,53 +572,7 @@ def _backward(
             through_norm(grad_k, w.k_norm_weight, k_hat, kept.k_rstd)
         if grad_prompt_kv is not None:
             through_norm(grad_prompt_kv[:, :, 0], w.k_norm_weight, prompt_k_hat, kept.prompt_k_rstd)
-
-    grad_tokens = None
-    if call.grad_tokens:
-        # (B, N, 3·H·D) or (B, N, 2·H·D) -> (B, N, d)
-        if call.packed:
-            grad_x_hat = grads.qkv.flatten(2) @ w.qkv_weight
-        else:
-            grad_x_hat = grads.kv.flatten(2) @ w.qkv_weight[attn_dim:]
-            grad_x_hat[:, call.image] += grad_q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
-        grad_tokens = ops.normalize_backward(
-            grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
-            grad_hidden if call.packed else None, grad.dtype,
-        )  # fmt: skip
-        if not call.packed:
-            grad_tokens[:, call.image] += grad_hidden[:, :num_image]
-
-    grad_prompts = None
-    if grad_prompts_wanted:
-        shared = kept.prompt_kv.shape[0] == 1
-
-        def per_prompt(x: torch.Tensor) -> torch.Tensor:
-            return x.sum(0, keepdim=True) if shared else x
-
-        # (1 or B, m, 2·H·D) -> (1 or B, m, d)
-        grad_p_hat = grad_prompt_kv.flatten(2) @ w.qkv_weight[attn_dim:]
-        if call.num_fresh_rows:
-            grad_fresh_q = grad_q[:, -call.num_fresh_rows :].flatten(2)
-            grad_p_hat[:, call.fresh] += per_prompt(grad_fresh_q) @ w.qkv_weight[:attn_dim]
-        grad_prompts = ops.normalize_backward(
-            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, kept.prompt_scale, spec.norm1[0]
-        )
-        if call.num_fresh_rows:
-            grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
-    return grad_tokens, grad_prompts
-
-
-def _enter_mlp(
-    call: _Call, x_hat: torch.Tensor, w: BlockWeights, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The activation's output (B, R, h), what is kept of the MLP, and its scale: see `_Kept`."""
-    ops, kind, pack = call.ops, call.spec.activation, call.policy.pack
-    if ops.linear_activate is None:
-        u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)
-        activated, codes, scale = ops.activate(u, kind, pack=pack)
-        return activated, (u if codes is None else codes) if keep else None, scale
-    activated, u, codes = ops.linear_activate(x_hat, w.fc1_weight, w.fc1_bias, kind, pack=pack, keep=keep)
-    return activated, u if codes is None else codes, None
+    return grads
 
 
 def _attend(call: _Call, *qkv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

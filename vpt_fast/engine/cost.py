@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,11 +16,34 @@ from vpt_fast.kernels.mlp.reference import PACKED
 
 class TrainingBytes(TypedDict):
     """Bytes of a training step. weights: all parameters, and gradient and momentum of the trained ones.
-    kept: for backward, exact for the blocks. workspace: temporaries of the largest block, an estimate."""
+    kept: for backward, exact for the blocks. workspace: what temporaries add to it at most, an estimate."""
 
     weights: int
     kept: int
     workspace: int
+
+
+class Peak:
+    """Adds up what the calls of a step's blocks keep, one after the other, and finds the most that there is.
+
+    Attributes:
+        kept: bytes for backward, of all calls so far.
+    """
+
+    def __init__(self) -> None:
+        self.kept = 0
+        self._most = 0
+
+    def add(self, kept: int, workspace: int) -> None:
+        """The next call's `kept_bytes` and `workspace_bytes`; what it keeps is let go of once it has run
+        backward, before those below it do."""
+        self.kept += kept
+        self._most = max(self._most, self.kept + workspace)
+
+    @property
+    def workspace(self) -> int:
+        """What temporaries add to all that is kept."""
+        return max(0, self._most - self.kept)
 
 
 def kept_bytes(
@@ -63,7 +86,7 @@ def kept_bytes(
     copies, m = prompt_shape or (0, 0)
 
     if policy.recompute_block:  # the inputs; prompts that all images share are the parameter itself
-        residual = stat if residual_dtype is None else residual_dtype.itemsize
+        residual = _residual_size(dtype, residual_dtype)
         return (batch_size * num_tokens * residual + (copies * m if copies > 1 else 0) * stat) * embed_dim
 
     def x_hat(num: int, packed: bool, width: int = embed_dim) -> int:
@@ -102,19 +125,108 @@ def kept_bytes(
     return total
 
 
-def workspace_bytes(
-    block: FrozenBlock, *, dtype: torch.dtype, batch_size: int, num_rows: int, policy: MemoryPolicy
+def forward_bytes(
+    block: FrozenBlock,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_tokens: int,
+    rows: tuple[int, int],
+    policy: MemoryPolicy | None,
+    residual_dtype: torch.dtype | None = None,
 ) -> int:
-    """An estimate of the temporaries while one block runs backward: the gradients of the MLP's hidden layer
-    (before and behind the activation, unless that is part of a product), and of attention's packed input and
-    output, beside a few copies of the residual stream; and whatever of the block is formed again."""
+    """The most bytes that temporaries take while one call of a block runs forward, its input and output among
+    them; an estimate, as `workspace_bytes` is.
+
+    Args: as of `kept_bytes`; `policy` None where nothing is kept, since nothing is trained.
+    """
+    size = dtype.itemsize
+    wide = _residual_size(dtype, residual_dtype)
     hidden_dim, embed_dim = block.fc1_weight.shape
+    num_rows = batch_size * (rows[1] - rows[0])
+    hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
+    residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
+    is_u_kept = policy == MemoryPolicy()
+    u = 0 if is_u_kept or block.backend.fuses_mlp else hidden
+    return (
+        batch_size * num_tokens * embed_dim * wide
+        + residual  # behind attention
+        + max(u + activated, activated + update, update + residual)
+    )
+
+
+def workspace_bytes(
+    block: FrozenBlock,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_tokens: int,
+    rows: tuple[int, int],
+    prompt_shape: tuple[int, int] | None,
+    grad_tokens: bool,
+    policy: MemoryPolicy,
+    residual_dtype: torch.dtype | None = None,
+) -> int:
+    """The most bytes that temporaries take while one call of a block runs forward or backward, the gradient
+    that backward is given and what recomputing forms anew among them.
+
+    An estimate: up to statistics of rows it is what the operations in Triton take; those in plain PyTorch
+    have temporaries of their own, attention's scores for one.
+
+    Args: as of `kept_bytes`.
+    """
+    call: dict[str, Any] = dict(
+        dtype=dtype, batch_size=batch_size, num_tokens=num_tokens, rows=rows, residual_dtype=residual_dtype
+    )
+    size = dtype.itemsize
+    wide = _residual_size(dtype, residual_dtype)
     attn_dim = block.spec.num_heads * block.spec.head_dim
-    num_hidden = 1 if block.backend.fuses_mlp else 2
-    per_row = dtype.itemsize * (num_hidden * hidden_dim + 4 * attn_dim)
-    per_row += 4 * torch.float32.itemsize * embed_dim
-    if policy.recompute_mlp or policy.recompute_block:
-        per_row += dtype.itemsize * hidden_dim  # u
+    hidden_dim, embed_dim = block.fc1_weight.shape
+    num_rows = batch_size * (rows[1] - rows[0])
+    packed = grad_tokens and rows == (0, num_tokens)
+    copies, m = prompt_shape or (0, 0)
+
+    # Gradients of the block's input and output, in the residual stream's dtype, and narrow ones in that of
+    # the products; of the MLP's hidden layer; of attention's output, queries, keys and values.
+    tokens, tokens_narrow = (batch_size * num_tokens * embed_dim * n for n in (wide, size))
+    grad, grad_narrow = (num_rows * embed_dim * n for n in (wide, size))
+    cast = grad_narrow if wide != size else 0
+    hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
+    out = num_rows * attn_dim * size
+    qkv = out + batch_size * num_tokens * 2 * attn_dim * size if grad_tokens else 0
+    # Prompts that all images share get one from each of them first, in float32 at least.
+    prompt_kv = batch_size * m * 2 * attn_dim
+    parts = prompt_kv * max(size, torch.float32.itemsize) if copies == 1 else prompt_kv * size
+    prompt_kv = 0 if copies == 1 else parts
+
+    # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
+    # of its output; others, and the product that holds one, take its place.
+    is_gated = block.spec.activation in PACKED
+    through_activation = max(cast, hidden) + activated if is_gated else cast + activated
+    if block.spec.mlp_norm is not None:
+        through_activation = max(through_activation, 2 * activated)
+    mlp = max(
+        (hidden if policy.recompute_mlp else 0) + through_activation,  # with u formed anew
+        hidden + grad_narrow,  # fc1
+        grad_narrow + grad,  # the norm before it
+    )
+    attention = grad + max(cast + out, out + qkv + parts)
+    if grad_tokens:
+        left = 0 if packed else qkv
+        attention = max(
+            attention,
+            grad + qkv + prompt_kv + tokens_narrow,  # the projections
+            grad + left + prompt_kv + tokens_narrow + tokens,  # the norm before them
+        )
     if policy.recompute_block:
-        per_row += dtype.itemsize * (2 * embed_dim + 4 * attn_dim)  # x̂1, x̂2, q, k, v, out
-    return batch_size * num_rows * per_row
+        formed = kept_bytes(
+            block, prompt_shape=prompt_shape, grad_tokens=grad_tokens, policy=MemoryPolicy(), **call
+        )
+        mlp += formed
+        attention += formed - (hidden + grad_narrow)  # u and x̂ of the MLP are no longer there
+    return max(forward_bytes(block, policy=policy, **call), grad + mlp, grad + attention)
+
+
+def _residual_size(dtype: torch.dtype, residual_dtype: torch.dtype | None) -> int:
+    """Bytes of an element of the residual stream."""
+    return (residual_dtype or torch.promote_types(dtype, torch.float32)).itemsize

@@ -57,11 +57,10 @@ class ClsTokenTuning(FrozenClassifier):
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step takes at the model's own image size, in the dtype in force."""
         num_tokens = self.backbone.num_tokens
-        kept = 0
+        peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
             read = self._reads if index == self.num_blocks - 1 else Read.TOKENS
-            kept += cost.kept_bytes(
-                block,
+            call: dict[str, Any] = dict(
                 dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
                 batch_size=batch_size,
                 num_tokens=num_tokens,
@@ -70,6 +69,5 @@ class ClsTokenTuning(FrozenClassifier):
                 grad_tokens=True,
                 policy=POLICIES["exact"],
             )
-        return cost.TrainingBytes(
-            weights=self._weight_bytes(), kept=kept, workspace=self.backbone.folded_workspace(batch_size)
-        )
+            peak.add(cost.kept_bytes(block, **call), cost.workspace_bytes(block, **call))
+        return cost.TrainingBytes(weights=self._weight_bytes(), kept=peak.kept, workspace=peak.workspace)

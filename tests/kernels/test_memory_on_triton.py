@@ -1,0 +1,84 @@
+"""What a training step on the Triton kernels takes of the allocator at its peak, against the estimate.
+
+The kernels themselves, which allocate nothing, are left out: nobody looks at numbers here.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from torch.profiler import ProfilerActivity, profile
+
+from vpt_fast import PromptedSwin, PromptedViT
+from vpt_fast.engine.policy import POLICIES
+
+CLASSES, BATCH = 5, 4
+VIT = dict(embed_dim=256, num_heads=4, depth=4, img_size=112, patch_size=8)
+EVA = dict(**VIT, rope_type="dinov3", rope_rotate_half=True, dynamic_img_size=True)
+VARIANTS = {
+    "deep": {},
+    "residual_in_16_bits": dict(residual_dtype=torch.bfloat16),
+    "fused_mlp": dict(backend="triton_fused_mlp"),
+}
+
+
+@pytest.fixture(autouse=True)
+def launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **kwargs: None)
+
+
+def peak_bytes(model: PromptedViT | PromptedSwin) -> int:
+    """The most bytes that PyTorch's allocator has given out at once in forward and backward."""
+    images = random_batch(model, BATCH, CLASSES, torch.float32)[0]
+
+    def step() -> None:
+        logits = model(images)
+        logits.backward(torch.ones_like(logits))
+
+    step()  # whatever is made once
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    records = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (record.nbytes() for record in sorted(records, key=lambda record: record.start_ns()))
+    return max(itertools.accumulate(changes))
+
+
+def assert_estimated(model: PromptedViT | PromptedSwin) -> None:
+    estimate = model.train().estimate_training_bytes(BATCH)
+    assert estimate["kept"] + estimate["workspace"] == pytest.approx(peak_bytes(model), rel=0.1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("memory", POLICIES)
+def test_estimate_is_within_a_tenth_of_the_peak(memory: str, variant: dict) -> None:
+    options = {"backend": "triton", "dtype": torch.bfloat16, **variant}
+    vit = tiny_vit(dtype=torch.float32, **VIT)
+    assert_estimated(PromptedViT(vit, CLASSES, 20, memory=memory, **options))
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_estimate_with_prompts_of_each_image(memory: str) -> None:
+    vit = tiny_vit(dtype=torch.float32, **VIT)
+    options = dict(backend="triton", dtype=torch.bfloat16, prompt_dropout=0.1)
+    assert_estimated(PromptedViT(vit, CLASSES, 20, memory=memory, **options))
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("eva", [{}, dict(swiglu_mlp=True, scale_mlp=True)], ids=["gelu", "swiglu_and_norm"])
+def test_estimate_of_a_rotary_backbone(eva: dict, memory: str) -> None:
+    vit = tiny_eva(**EVA, **eva).float()
+    assert_estimated(PromptedViT(vit, CLASSES, 20, backend="triton", dtype=torch.bfloat16, memory=memory))
+
+
+@pytest.mark.parametrize("prompt_type", ["deep", "shallow"])
+@pytest.mark.parametrize("memory", POLICIES)
+def test_estimate_of_a_swin(memory: str, prompt_type: str) -> None:
+    swin = tiny_swin(torch.float32, img_size=112, patch_size=2, embed_dim=64, window_size=7)
+    options = dict(backend="triton", dtype=torch.bfloat16, prompt_type=prompt_type)
+    assert_estimated(PromptedSwin(swin, CLASSES, 20, memory=memory, **options))
