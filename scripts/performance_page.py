@@ -54,6 +54,7 @@ MODELS = {
 }
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
+USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
 MOST_KERNELS = 10  # of a profile
 
 Row = dict[str, Any]
@@ -538,6 +539,7 @@ def readme_block(reports: list[Report]) -> str:
             group["model"] == "vit_base_patch16_224",
             group["prompt_type"] == "deep",
             group["num_prompts"] == 100,
+            group["batch_size"] == USUAL_BATCH["gpu" if group.report.on_gpu else "cpu"],
         )
         return group.report.on_gpu, *usual, group.report.content["date"], len(group.rows)
 

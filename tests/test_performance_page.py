@@ -108,6 +108,14 @@ def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_n
     assert "GPU results are committed yet" not in project.text(page.README) + project.text()
 
 
+def test_the_readme_shows_the_batch_that_is_measured_where_nothing_else_is_asked_for(
+    project: Project,
+) -> None:
+    for name, batch, speed in (("a", 128, 500.0), ("b", 64, 300.0), ("c", 32, 400.0)):
+        project.add(name, [row(impl, speed, batch_size=batch) for impl in ("vpt_fast", "concat_timm")])
+    assert "| vpt_fast | 300 |" in project.text(page.README)
+
+
 def test_columns_in_which_nothing_stands_are_left_out(project: Project) -> None:
     project.add("h100", [row("vpt_fast", 300.0)])
     assert "of the ceiling" not in project.text()

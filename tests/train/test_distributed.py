@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vpt_fast.run import RunFolder
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import scenes as generated  # noqa: E402
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ARGUMENTS = (
@@ -40,6 +44,19 @@ def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path):
             assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
 
 
+def test_two_processes_segment_as_one_with_the_joined_batch(tmp_path):
+    data = tmp_path / "scenes"
+    generated.write_scenes(data, {"training": 12, "validation": 4}, seed=0)
+    scenes = ("--task=segmentation", "--head-channels=8")
+    launch(["-m", "vpt_fast.cli"], data, tmp_path / "one", *scenes)
+    launch([*TORCHRUN, "-m", "vpt_fast.cli"], data, tmp_path / "two", *scenes)
+    one, two = (RunFolder(tmp_path / name).read() for name in ("one", "two"))
+    assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
+    for row, other in zip(one.metrics, two.metrics, strict=True):
+        for name in ("lr", "train_loss", "train_accuracy", "val_loss", "val_miou", "val_accuracy"):
+            assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
+
+
 JOINS_OFTEN = """
 import torch
 from vpt_fast.world import join_world
@@ -61,8 +78,8 @@ def test_the_same_processes_join_again_and_again(tmp_path):
     assert run([*TORCHRUN, str(script)], timeout=120).count("joined") == 40
 
 
-def launch(module: list[str], images, out) -> None:
-    run([*module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS], timeout=300)
+def launch(module: list[str], images, out, *more: str) -> None:
+    run([*module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS, *more], timeout=300)
 
 
 def run(arguments: list[str], timeout: float) -> str:
