@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_vit
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
@@ -341,6 +342,30 @@ class TestFrozenBlock:
         tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
         FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
         assert versions == [0]
+
+    @pytest.mark.parametrize("rows", [(0, 17), (0, 20), (0, 1)], ids=["all", "with_prompts", "cls"])
+    def test_output_is_not_what_the_last_operation_was_given(
+        self, rows: tuple[int, int], monkeypatch
+    ) -> None:
+        """Compiled by torch 2.11 the gradients would be zero."""
+        forward, given_back = block._forward, []
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                given_back.extend(t for t in args if t is result)
+                return result
+
+        def spy(*arguments, **options):
+            with Watch():
+                output, kept = forward(*arguments, **options)
+            assert not any(tensor is output for tensor in given_back)
+            return output, kept
+
+        monkeypatch.setattr(block, "_forward", spy)
+        tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
+        output = FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
+        assert output.shape[1] == rows[1] - rows[0]
 
 
 class TestFrozenViT:

@@ -298,8 +298,10 @@ def _forward(
     hidden, activated, kept = _enter(x, prompts, rotation, w, call, keep=keep, activate=True)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
     del activated  # the widest tensor there is
-    # Not in place: compiled by torch 2.11, a Function that returns what it changed has gradients of zero.
-    return (hidden + update).to(x.dtype), kept
+    # Neither in place nor through a cast to the dtype that it has: compiled by torch 2.11, a Function that
+    # returns what an operation was given has gradients of zero, in silence.
+    output = hidden + update
+    return output if output.dtype == x.dtype else output.to(x.dtype), kept
 
 
 def _enter(
