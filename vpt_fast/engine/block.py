@@ -298,10 +298,7 @@ def _forward(
     hidden, activated, kept = _enter(x, prompts, rotation, w, call, keep=keep, activate=True)
     update = F.linear(activated, w.fc2_weight, w.fc2_bias)
     del activated  # the widest tensor there is
-    # Neither in place nor through a cast to the dtype that it has: compiled by torch 2.11, a Function that
-    # returns what an operation was given has gradients of zero, in silence.
-    output = hidden + update
-    return output if output.dtype == x.dtype else output.to(x.dtype), kept
+    return returned(hidden + update, x.dtype), kept
 
 
 def _enter(
@@ -633,6 +630,15 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
     if x_hat is None:
         return None
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+
+def returned(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The output of a Function's forward pass, in this dtype.
+
+    Compiled by torch 2.11, a Function has gradients of zero, in silence, where it returns what its last
+    operation was given: what that changed in place, or what it cast to the dtype that it had.
+    """
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype
+from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype, returned
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
 from vpt_fast.kernels import Backend, Ops
@@ -179,7 +179,7 @@ class _MoveFunction(torch.autograd.Function):
 
 def _gather(x: torch.Tensor, index: torch.Tensor, holes: torch.Tensor | None) -> torch.Tensor:
     moved = x.index_select(1, index)
-    return moved if holes is None else moved.index_fill_(1, holes, 0)
+    return moved if holes is None else moved.index_fill(1, holes, 0)  # not in place: see `returned`
 
 
 def _places(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ class _ReduceFunction(torch.autograd.Function):
             output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
         ctx.save_for_backward(weight, x_hat if codes is None else codes, rstd, scale)
         ctx.kind, ctx.ops, ctx.dtype = kind, ops, dtype
-        return output.to(x.dtype)
+        return returned(output, x.dtype)
 
     @staticmethod
     @once_differentiable
