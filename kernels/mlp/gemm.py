@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import triton
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
+from vpt_fast.kernels.checks import (
+    on_device,
+    once_per_layout,
+    require_device,
+    require_dtype,
+    require_shape,
+)
 from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
 from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
@@ -57,6 +63,45 @@ def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
 
 
+@once_per_layout
+def _forward_rows(
+    kind: str, *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[Rows, bool]:
+    """Rows of x, and whether all is aligned; raises ValueError for what the kernel does not take."""
+    check_kind(kind, ELEMENTWISE)
+    require_device(x=x, weight=weight, bias=bias)
+    require_dtype(DTYPES, x=x.dtype)
+    require_dtype((x.dtype,), weight=weight.dtype)
+    num_columns, depth = weight.shape
+    require_shape((*x.shape[:-1], depth), x=x)
+    require_shape((num_columns,), bias=bias)
+    _require_contiguous_rows(weight=weight)
+    if bias is not None:
+        require_dtype(DTYPES, bias=bias.dtype)
+        _require_contiguous_rows(bias=bias)
+    rows = leading_rows(x=x)
+    return rows, _aligned(rows, weight, x)
+
+
+@once_per_layout
+def _backward_rows(
+    kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor
+) -> tuple[Rows, bool]:
+    """Rows of grad and kept, and whether all is aligned; raises ValueError for what the kernel does not
+    take."""
+    check_kind(kind, ELEMENTWISE)
+    require_device(grad=grad, weight=weight, kept=kept)
+    require_dtype(DTYPES, grad=grad.dtype)
+    require_dtype((grad.dtype,), weight=weight.dtype)
+    require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+    depth, num_columns = weight.shape
+    require_shape((*grad.shape[:-1], depth), grad=grad)
+    require_shape((*grad.shape[:-1], num_columns), kept=kept)
+    _require_contiguous_rows(weight=weight)
+    rows = leading_rows(grad=grad, kept=kept)
+    return rows, _aligned(rows, weight, grad, kept)
+
+
 def _empty_forward(
     x: torch.Tensor, weight: torch.Tensor, pack: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,22 +118,12 @@ def _empty_forward(
 def _linear_activate(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_kind(kind, ELEMENTWISE)
-    require_device(x=x, weight=weight, bias=bias)
-    require_dtype(DTYPES, x=x.dtype)
-    require_dtype((x.dtype,), weight=weight.dtype)
+    rows, is_aligned = _forward_rows(kind, x=x, weight=weight, bias=bias)
     num_columns, depth = weight.shape
-    require_shape((*x.shape[:-1], depth), x=x)
-    require_shape((num_columns,), bias=bias)
-    _require_contiguous_rows(weight=weight)
-    if bias is not None:
-        require_dtype(DTYPES, bias=bias.dtype)
-        _require_contiguous_rows(bias=bias)
     a, u, codes = _empty_forward(x, weight, pack, keep)
     if a.numel() == 0:
         return a, u, codes
-    rows = leading_rows(x=x)
-    config = _config(x.dtype, _aligned(rows, weight, x))
+    config = _config(x.dtype, is_aligned)
     with on_device(x):
         linear_activate_kernel[_grid(rows.num_rows, num_columns, config)](
             x,
@@ -121,20 +156,12 @@ def _(
 def _linear_activate_backward(
     grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
 ) -> torch.Tensor:
-    check_kind(kind, ELEMENTWISE)
-    require_device(grad=grad, weight=weight, kept=kept)
-    require_dtype(DTYPES, grad=grad.dtype)
-    require_dtype((grad.dtype,), weight=weight.dtype)
-    require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+    rows, is_aligned = _backward_rows(kind, grad=grad, weight=weight, kept=kept)
     depth, num_columns = weight.shape
-    require_shape((*grad.shape[:-1], depth), grad=grad)
-    require_shape((*grad.shape[:-1], num_columns), kept=kept)
-    _require_contiguous_rows(weight=weight)
     grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
     if grad_u.numel() == 0:
         return grad_u
-    rows = leading_rows(grad=grad, kept=kept)
-    config = _config(grad.dtype, _aligned(rows, weight, grad, kept))
+    config = _config(grad.dtype, is_aligned)
     with on_device(grad):
         linear_activate_backward_kernel[_grid(rows.num_rows, num_columns, config)](
             grad,
