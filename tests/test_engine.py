@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from given_back import GivenBack
 from tiny import tiny_vit
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
@@ -347,25 +347,18 @@ class TestFrozenBlock:
     def test_output_is_not_what_the_last_operation_was_given(
         self, rows: tuple[int, int], monkeypatch
     ) -> None:
-        """Compiled by torch 2.11 the gradients would be zero."""
-        forward, given_back = block._forward, []
-
-        class Watch(TorchFunctionMode):
-            def __torch_function__(self, function, types, args=(), kwargs=None):
-                result = function(*args, **(kwargs or {}))
-                given_back.extend(t for t in args if t is result)
-                return result
+        forward, outputs = block._forward, []
 
         def spy(*arguments, **options):
-            with Watch():
+            with GivenBack() as given_back:
                 output, kept = forward(*arguments, **options)
-            assert not any(tensor is output for tensor in given_back)
+            outputs.append(output in given_back)
             return output, kept
 
         monkeypatch.setattr(block, "_forward", spy)
         tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
-        output = FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
-        assert output.shape[1] == rows[1] - rows[0]
+        FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
+        assert outputs == [False]
 
 
 class TestFrozenViT:

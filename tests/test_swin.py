@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step
+from given_back import GivenBack
 from safetensors import safe_open
 from test_dead_work import KeptBytes, linear
 from timm.layers import RmsNorm
@@ -20,8 +21,11 @@ from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from tiny import random_batch, randomise, tiny_swin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from vpt_fast.kernels import get_backend
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained, official
+from vpt_fast.engine import windows as engine_windows
+from vpt_fast.engine.policy import POLICIES
 
 GOLDEN_DIR = Path(os.environ.get("VPT_GOLDEN_DIR", Path(__file__).parent / "golden"))
 NUM_CLASSES = 5
@@ -383,3 +387,28 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
 def test_prompted_vit_refuses_a_swin() -> None:
     with pytest.raises(ValueError, match="SwinTransformer"):
         PromptedViT(tiny_swin(), NUM_CLASSES, 3)
+
+
+class Context:
+    """Of a Function, where it is only called."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def test_moved_tokens_are_not_what_the_last_operation_was_given() -> None:
+    order = torch.arange(6)
+    wanted = torch.cat((order.flip(0), torch.tensor([-1, -1])))  # two places hold no token
+    move = engine_windows.Move(order, wanted)
+    arguments = move.index, move.index_holes, move.back, move.back_holes
+    with GivenBack() as given_back:
+        moved = engine_windows._MoveFunction.forward(Context(), torch.randn(2, 6, 4), *arguments)
+    assert move.index_holes is not None and moved not in given_back
+
+
+def test_merged_tokens_are_not_what_the_last_operation_was_given() -> None:
+    x, weight, ops = torch.randn(2, 3, 16), torch.randn(8, 16), get_backend("torch").other
+    arguments = None, ("layer", 1e-5), ops, torch.float32, POLICIES["exact"]
+    with GivenBack() as given_back:
+        merged = engine_windows._ReduceFunction.forward(Context(), x, weight, *arguments)
+    assert merged.shape == (2, 3, 8) and merged not in given_back

@@ -44,7 +44,7 @@ class PromptedViT(PromptedClassifier):
         residual_dtype: of the residual stream, the tokens between blocks: None for float32 or more.
             ``torch.bfloat16`` rounds it after every block, as a model that is all in bfloat16 does, and
             halves what it moves, and what ``memory="recompute"`` keeps.
-        backend: ``"auto"``, ``"torch"``, ``"triton"`` or another, see `kernels.get_backend`.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"triton_fused_mlp"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
         memory: what is kept for backward: ``"exact"``, ``"compact"`` (gradients carry the rounding of 8-bit
             codes), ``"recompute_mlp"``, ``"recompute"``, see `engine.policy.MemoryPolicy`; ``"auto"``: the

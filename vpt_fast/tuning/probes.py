@@ -27,7 +27,7 @@ class LinearProbe(FrozenClassifier):
         num_classes: of the head.
         pool: None for the backbone's own pooling; ``"cls"`` (not of a Swin) or ``"image"``.
         dtype: of the frozen weights; None keeps the backbone's own.
-        backend: ``"auto"``, ``"torch"``, ``"triton"`` or another, see `kernels.get_backend`.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"triton_fused_mlp"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`. A Swin
             takes ``"auto"``.
         pretrained: load the published weights (only with a name).
