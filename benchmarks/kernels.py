@@ -93,7 +93,7 @@ class Operation(NamedTuple):
     fused: Callable[..., Any] | None = None
 
 
-# Inputs. The residual stream and its gradient are float32, whatever the dtype of the products.
+# Inputs. The residual stream is float32, whatever the dtype of the products; its gradient is in that.
 
 
 def normalize_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
@@ -109,7 +109,7 @@ def normalize_backward_inputs(case: Case, dtype: torch.dtype, random: Callable[.
     shape = (case.batch_size, case.num_tokens, case.width)
     x_hat, rstd, codes, scale = TORCH_OPS.normalize(random(*shape), EPS, case.kind, dtype, pack=case.codes)
     kept = [codes, rstd, scale] if case.codes else [x_hat, rstd]
-    return [random(*shape).to(dtype), random(*shape), *kept], []
+    return [random(*shape).to(dtype), random(*shape).to(dtype), *kept], []
 
 
 def activate_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
@@ -163,7 +163,7 @@ def normalize_backward(
     rstd: Tensor,
     scale: Tensor | None = None,
 ) -> Any:
-    return ops.normalize_backward(grad, x_hat, rstd, scale, case.kind, residual)
+    return ops.normalize_backward(grad, x_hat, rstd, scale, case.kind, residual, dtype)
 
 
 def activate(ops: Ops, case: Case, dtype: torch.dtype, u: Tensor) -> Any:
@@ -219,7 +219,7 @@ def add_normalize_work(case: Case, size: int) -> Work:
 def normalize_backward_work(case: Case, size: int) -> Work:
     """dx̂, the residual stream's gradient, rstd and x̂ or its codes with their scale -> dx."""
     x_hat = case.width + 4 if case.codes else case.width * size
-    return Work(case.rows * (case.width * (size + 4 + 4) + 4 + x_hat))
+    return Work(case.rows * (case.width * 3 * size + 4 + x_hat))
 
 
 def activate_work(case: Case, size: int) -> Work:

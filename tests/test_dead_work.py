@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpt_fast import LinearProbe, PromptedViT
+from vpt_fast.engine.stream import Stream
 
 WIDTH, HEADS, HIDDEN, CLASSES, PATCH = 32, 2, 64, 5, 8
 BATCH = 3
@@ -317,5 +318,5 @@ class record_last_rows:
         self.count = 0
         model.backbone.blocks[-1].register_forward_hook(self._record)
 
-    def _record(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self.count = output.shape[1]
+    def _record(self, module: torch.nn.Module, inputs: tuple, output: Stream) -> None:
+        self.count = output.num_tokens

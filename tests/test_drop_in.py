@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from vpt_fast import PromptedViT
+from vpt_fast.engine.stream import Stream
 
 NUM_CLASSES = 5
 TRAINED = {"prompts", "head.weight", "head.bias"}
@@ -181,8 +182,8 @@ def test_a_bfloat16_residual_stream_is_one_between_all_blocks(prompts: str) -> N
     )
     dtypes: list[torch.dtype] = []
 
-    def record(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        dtypes.extend((inputs[0].dtype, output.dtype))
+    def record(block: nn.Module, inputs: tuple[Stream, ...], output: Stream) -> None:
+        dtypes.extend((inputs[0].base.dtype, output.base.dtype))
 
     for block in model.backbone.blocks:
         block.register_forward_hook(record)
@@ -190,6 +191,24 @@ def test_a_bfloat16_residual_stream_is_one_between_all_blocks(prompts: str) -> N
     found = step(model, images, labels)
     assert set(dtypes) == {torch.bfloat16}
     assert {gradient.dtype for gradient in found.gradients.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_residual_stream_s_gradient_is_in_the_dtype_of_the_products(dtype: torch.dtype) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, dtype=dtype)
+    streams: list[torch.dtype] = []
+    gradients: list[torch.dtype] = []
+
+    def record(block: nn.Module, inputs: tuple[Any, ...], output: Stream) -> None:
+        streams.append(output.base.dtype)
+        assert output.update is not None
+        output.update.register_hook(lambda gradient: gradients.append(gradient.dtype))
+
+    for block in model.backbone.blocks:
+        block.register_forward_hook(record)
+    step(model, *random_batch(model, dtype=torch.float32))
+    assert streams == [torch.float32] * model.num_blocks
+    assert gradients == [dtype] * model.num_blocks
 
 
 def test_a_residual_stream_in_float16_is_refused() -> None:

@@ -14,6 +14,7 @@ from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.engine import block
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES
+from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 
 OPS = get_backend("torch").other
@@ -335,12 +336,13 @@ class TestFrozenBlock:
 
         def spy(*arguments, **options):
             output, kept = forward(*arguments, **options)
-            versions.append(output._version)
+            versions.append(output.update._version)
             return output, kept
 
         monkeypatch.setattr(block, "_forward", spy)
-        tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
-        FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
+        tokens, update = random(2, 17, 32), random(2, 17, 32, seed=2).requires_grad_()
+        prompts = random(1, 3, 32, seed=1).requires_grad_()
+        FrozenViT(tiny_vit()).blocks[0](Stream(tokens, update), prompts, rows, POLICIES["exact"])
         assert versions == [0]
 
     @pytest.mark.parametrize("rows", [(0, 17), (0, 20), (0, 1)], ids=["all", "with_prompts", "cls"])
@@ -352,12 +354,13 @@ class TestFrozenBlock:
         def spy(*arguments, **options):
             with GivenBack() as given_back:
                 output, kept = forward(*arguments, **options)
-            outputs.append(output in given_back)
+            outputs.append(output.update in given_back)
             return output, kept
 
         monkeypatch.setattr(block, "_forward", spy)
-        tokens, prompts = random(2, 17, 32).requires_grad_(), random(1, 3, 32, seed=1).requires_grad_()
-        FrozenViT(tiny_vit()).blocks[0](tokens, prompts, rows, POLICIES["exact"])
+        tokens, update = random(2, 17, 32), random(2, 17, 32, seed=2).requires_grad_()
+        prompts = random(1, 3, 32, seed=1).requires_grad_()
+        FrozenViT(tiny_vit()).blocks[0](Stream(tokens, update), prompts, rows, POLICIES["exact"])
         assert outputs == [False]
 
 

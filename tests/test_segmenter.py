@@ -100,7 +100,7 @@ def test_blocks_after_the_last_one_that_is_read_do_not_run() -> None:
     model = PromptedViT(tiny_vit(), CLASSES, 3).double()
     calls = []
     for index, block in enumerate(model.backbone.blocks):
-        block.register_forward_hook(lambda _, __, out, i=index: calls.append((i, out.shape[1])))
+        block.register_forward_hook(lambda _, __, out, i=index: calls.append((i, out.num_tokens)))
     model.patch_tokens(random_batch(model)[0], [0, 1])
     assert calls == [(0, 17), (1, 16)]  # the last one computes no row of the CLS token
 

@@ -17,6 +17,7 @@ from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
 
 # Not float16: large ViTs have activations in the residual stream that it cannot hold.
@@ -240,13 +241,13 @@ class PromptedViT(PromptedClassifier):
         """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that
         are read; and N, the tokens of an image."""
         settings = self.prompt_settings
-        x = self._tokens(images)
-        num_tokens, num_prefix = x.shape[1], self.backbone.num_prefix_tokens
+        stream = Stream(self._tokens(images))
+        batch_size, num_tokens, num_prefix = len(images), stream.num_tokens, self.backbone.num_prefix_tokens
         num_prompts = settings.num_prompts or 0
-        sets = self._prompt_sets(x.shape[0])
+        sets = self._prompt_sets(batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        policy = POLICIES[self.memory_policy(x.shape[0], num_tokens)]
+        policy = POLICIES[self.memory_policy(batch_size, num_tokens)]
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
@@ -254,12 +255,12 @@ class PromptedViT(PromptedClassifier):
         blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
         for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
-                x = (x + added[index]).to(x.dtype)
+                stream = Stream((stream.sum() + added[index]).to(stream.base.dtype))
             prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
-            x = block(x, prompts, rows, policy, rotation)
+            stream = block(stream, prompts, rows, policy, rotation)
             if index in wanted:
-                outputs.append(x)
+                outputs.append(stream.sum())
         return outputs, num_tokens
 
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import PromptConfig, drop, init_bound, refuse_settings
 
 POOLS = ("image", "prompts", "image_and_prompts")
@@ -122,23 +123,20 @@ class PromptedSwin(PromptedClassifier):
         """
         self._check_images(images)
         with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
-            x = self.backbone.embed(images)
-        batch = x.shape[0]
+            stream = Stream(self.backbone.embed(images))
+        batch = images.shape[0]
         policy = POLICIES[self.memory_policy(batch)]
         sets = self._prompt_sets(batch)
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
-            x, prompts = self.backbone.enter(index, x, prompts, policy)
+            stream, prompts = self.backbone.enter(index, stream, prompts, policy)
             if index < len(sets):
                 prompts = sets[index]
             rows = self._rows(index)
-            out = block(x, prompts, rows, policy)
-            # split, not two slices: its backward is one cat
             num_fresh = rows[1] - block.num_tokens
-            x, flowed = out.split((out.shape[1] - num_fresh, num_fresh), dim=1)
-            # A copy: what is kept of the prompts would keep all rows alive.
-            prompts = flowed.clone() if num_fresh else None
-        tokens = self.backbone.leave(x) if x.shape[1] else x
+            stream, flowed = block(stream, prompts, rows, policy).split(num_fresh)
+            prompts = flowed.sum() if num_fresh else None
+        tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
         features = self.backbone.features(read, self.pool)
         return self.head(features.to(self.head.weight.dtype))

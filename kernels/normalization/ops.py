@@ -296,7 +296,7 @@ def _backward_build(config: str, d: int, dtype: torch.dtype, *, packed: bool) ->
     pointers = {"grad": in_dtype, "x_hat": "*i8" if packed else in_dtype, "rstd": "*fp32"}
     if packed:
         pointers["scale"] = "*fp32"
-    pointers |= {"residual": "*fp32", "dx": "*fp32"}
+    pointers |= {"residual": in_dtype, "dx": in_dtype}
     absent = {} if packed else {"scale": None}
     return _build(normalize_backward_kernel, config, pointers, strides, {}, absent, _config(d))
 

@@ -86,17 +86,17 @@ def test_normalize(shape, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("shape", "dtype"), CASES[1:6] + CASES[7:])
 def test_normalize_backward(shape, kind, dtype, packed):
-    x, residual = make(*shape, seed=0), make(*shape, seed=2)
-    grad = make(*shape, seed=1, dtype=dtype)
+    x = make(*shape, seed=0)
+    grad, residual = make(*shape, seed=1, dtype=dtype), make(*shape, seed=2, dtype=dtype)
     x_hat, rstd, codes, scale = ops.normalize(x, EPS, kind, dtype, pack=packed)
     kept = codes if packed else x_hat
-    dx = assert_equal_twice(ops.normalize_backward, grad, kept, rstd, scale, kind, residual)
+    dx = assert_equal_twice(ops.normalize_backward, grad, kept, rstd, scale, kind, residual, dtype)
     read = codes * scale if packed else normalized(x, kind).to(dtype).float()
     eager = grad - read * (grad * read).mean(-1, keepdim=True)
     if kind == "layer":
         eager = eager - grad.float().mean(-1, keepdim=True)
     exact = gradient(lambda t: normalized(t, kind), x.double(), grad) + residual
-    assert_as_good_as(dx, eager * rstd_of(x, kind) + residual, exact)
+    assert_as_good_as(dx, (eager * rstd_of(x, kind) + residual).to(dtype), exact)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,8 +131,9 @@ def test_compiles_without_a_graph_break():
         hidden, x_hat, rstd, codes, scale = ops.add_normalize(
             residual, update, EPS, "layer", torch.bfloat16, pack=True
         )
-        return hidden, x_hat, ops.normalize_backward(grad, codes, rstd, scale, "layer", residual)
+        dx = ops.normalize_backward(grad, codes, rstd, scale, "layer", grad, torch.bfloat16)
+        return hidden, x_hat, dx
 
-    arguments = make(64, 768, seed=0), make(64, 768, seed=1), make(64, 768, seed=2)
+    arguments = make(64, 768, seed=0), *(make(64, 768, seed=i, dtype=torch.bfloat16) for i in (1, 2))
     for a, b in zip(torch.compile(block, fullgraph=True)(*arguments), block(*arguments), strict=True):
         assert torch.equal(a, b)

@@ -31,6 +31,7 @@ from vpt_fast.engine import cost
 from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
+from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, fold
 from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock, Move, merge_order, relative_bias
 from vpt_fast.kernels import Backend, get_backend
@@ -165,14 +166,14 @@ class FrozenSwin(nn.Module):
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def enter(
-        self, index: int, tokens: torch.Tensor, prompts: torch.Tensor | None, policy: MemoryPolicy
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens (B, N, d), and prompts (B, m, d) where some come along, as they left what was before to what
-        the block `index` takes: in its order, merged where it is a stage's first."""
+        self, index: int, stream: Stream, prompts: torch.Tensor | None, policy: MemoryPolicy
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The stream (B, N, d), and prompts (B, m, d) where some come along, as they left what was before, to
+        what the block `index` takes: in its order, merged where it is a stage's first."""
         entry = self._enter[index]
         if not isinstance(entry, FrozenMerge):
-            return entry(tokens), prompts
-        return entry(tokens, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
+            return entry(stream), prompts
+        return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
 
     def kept_on_entering(
         self, index: int, batch_size: int, num_prompts: int, dtype: torch.dtype, policy: MemoryPolicy
@@ -187,9 +188,9 @@ class FrozenSwin(nn.Module):
             num_tokens * (4 * width * size + per_row) + num_prompts * (width * size + per_row)
         )
 
-    def leave(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens as they left the last block to those of the image, row by row (B, N, d)."""
-        return self._leave(tokens)
+    def leave(self, stream: Stream) -> torch.Tensor:
+        """The stream as it left the last block to the image's tokens, row by row (B, N, d)."""
+        return self._leave(stream).sum()
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows that `pool` reads, after the last block (B, R, d), to features (B, d): the mean of the
@@ -215,11 +216,11 @@ class FrozenSwin(nn.Module):
         """Images (B, C, height, width) through all blocks, without prompts, to the last one's output
         (B, N', d')."""
         del last  # as head_reads_of_image says: all of them
-        policy, tokens = POLICIES["exact"], self.embed(images)
+        policy, stream = POLICIES["exact"], Stream(self.embed(images))
         for index, block in enumerate(self.blocks):
-            tokens, _ = self.enter(index, tokens, None, policy)
-            tokens = block(tokens, None, (0, block.num_tokens), policy)
-        return self.leave(tokens)
+            stream, _ = self.enter(index, stream, None, policy)
+            stream = block(stream, None, (0, block.num_tokens), policy)
+        return self.leave(stream)
 
     def folded_workspace(self, batch_size: int) -> int:
         """Bytes of temporaries while a block runs, nothing being trained."""

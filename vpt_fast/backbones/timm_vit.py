@@ -21,6 +21,7 @@ from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
+from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 from vpt_fast.kernels import get_backend
 
@@ -215,15 +216,15 @@ class FrozenViT(nn.Module):
         """Images (B, C, height, width) through the folded blocks up to the last one that is wanted, without
         prompts: what each of those gives, all tokens (B, N, d), and the last one the rows that `last` names
         (B, R, d)."""
-        x = self.embed(images)
-        num_tokens, rotations = x.shape[1], self.rotations(size_of(images))
+        stream = Stream(self.embed(images))
+        num_tokens, rotations = stream.num_tokens, self.rotations(size_of(images))
         outputs = []
         for index in range(wanted[-1] + 1):
             read = last if index == wanted[-1] else Read.TOKENS
             rows = row_range(read, num_tokens, self.num_prefix_tokens, 0)
-            x = self.folded_blocks[index](x, None, rows, POLICIES["exact"], rotations[index])
+            stream = self.folded_blocks[index](stream, None, rows, POLICIES["exact"], rotations[index])
             if index in wanted:
-                outputs.append(x)
+                outputs.append(stream.sum())
         return outputs
 
     def folded_workspace(self, batch_size: int) -> int:

@@ -20,6 +20,7 @@ H heads of D, h MLP width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vpt_fast.engine.policy import MemoryPolicy
+from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights
 from vpt_fast.kernels import Backend, Ops
 from vpt_fast.kernels.mlp.reference import PACKED
@@ -66,7 +68,8 @@ class _Call:
     """What one call of a block is asked for.
 
     image, fresh: the ranges of the N image-side tokens and of the m prompts whose output is read.
-    dtype: of the matrix products and of what is kept. grad_tokens: whether anything below is trained.
+    dtype: of the matrix products, of what is kept and of the gradient of the block's output.
+    grad_tokens: whether anything below is trained. grad_dtype: of the tokens' gradient.
     """
 
     spec: BlockSpec
@@ -76,6 +79,7 @@ class _Call:
     packed: bool  # every image-side token and no prompt is read, and the tokens' gradient is wanted
     dtype: torch.dtype
     grad_tokens: bool
+    grad_dtype: torch.dtype
     policy: MemoryPolicy
     windows: Windows | None  # None: every token attends to every other
 
@@ -104,6 +108,9 @@ class _Call:
 class _Kept:
     """What backward needs, and nothing else."""
 
+    # Of a block that runs again in backward, and then all else is None until it has.
+    tokens: torch.Tensor | None = None  # (B, N, d), the residual stream's sum
+    prompts: torch.Tensor | None = None  # (1 or B, m, d)
     # x̂ stands for itself with scale None, or for its int8 codes.
     x_hat1: torch.Tensor | None = None  # (B, N, d); None where the tokens' gradient is not wanted
     scale1: torch.Tensor | None = None  # (B, N, 1)
@@ -137,6 +144,14 @@ class _Kept:
         """Lets go of what the MLP's half alone needs: of a recomputed block, since nobody else holds it."""
         self.x_hat2 = self.scale2 = self.rstd2 = self.mlp = self.mlp_scale = None
         self.x_hat3 = self.scale3 = self.rstd3 = None
+
+
+class _Keep(Enum):
+    """How much of a forward pass goes into `_Kept`."""
+
+    NOTHING = "nobody asks for a gradient"
+    INPUT = "tokens and prompts: the block will run again in backward"
+    ALL = "all that backward needs, as the policy says"
 
 
 class FrozenBlock(nn.Module):
@@ -190,50 +205,55 @@ class FrozenBlock(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        stream: Stream,
         prompts: torch.Tensor | None,
         rows: tuple[int, int],
         policy: MemoryPolicy,
         rotation: Rotation | None = None,
-    ) -> torch.Tensor:
+    ) -> Stream:
         """The block's output for the rows that are read.
 
         Args:
-            tokens: (B, N, d), the residual stream.
+            stream: (B, N, d), the residual stream.
             prompts: (1, m, d) where they are the same for every image, (B, m, d) where they differ, or None.
             rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
             policy: what is kept for backward.
             rotation: rotary positions, where the block has them.
 
         Returns:
-            (B, R, d), dtype of `tokens`.
+            (B, R, d), with an update.
         """
-        num_tokens = tokens.shape[1]
-        grad_tokens = tokens.requires_grad and torch.is_grad_enabled()
+        base, update = stream
+        num_tokens, device_type = stream.num_tokens, base.device.type
+        differentiable = base if update is None else update
+        grad_tokens = differentiable.requires_grad and torch.is_grad_enabled()
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
-        dtype = compute_dtype(tokens.device.type, self.qkv_weight.dtype)
+        dtype = compute_dtype(device_type, self.qkv_weight.dtype)
         windows = self.windows
         call = _Call(
             spec=self.spec,
-            ops=self.backend.ops(
-                tokens.device.type, dtype, self.spec.head_dim, in_windows=windows is not None
-            ),
+            ops=self.backend.ops(device_type, dtype, self.spec.head_dim, in_windows=windows is not None),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
             dtype=dtype,
             grad_tokens=grad_tokens,
+            grad_dtype=differentiable.dtype,
             policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
             windows=windows,
         )
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
-            prompts = prompts.to(torch.promote_types(tokens.dtype, torch.float32))
+            prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
-            return _FrozenBlockFunction.apply(tokens, prompts, call, *(rotation or _NO_ROTATION), *weights)
-        with torch.autocast(tokens.device.type, enabled=False):
-            output, _ = _forward(tokens, prompts, rotation, weights.to(call.dtype), call, keep=False)
+            return Stream(
+                *_FrozenBlockFunction.apply(
+                    base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
+                )
+            )
+        with torch.autocast(device_type, enabled=False):
+            output, _ = _forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 
 
@@ -244,41 +264,45 @@ class _FrozenBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        tokens: torch.Tensor,
+        base: torch.Tensor,
+        update: torch.Tensor | None,
         prompts: torch.Tensor | None,
         call: _Call,
         sin: torch.Tensor | None,
         cos: torch.Tensor | None,
         start: int,
         *weights: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = _rotation(sin, cos, start)
         w = BlockWeights(*weights).to(call.dtype)
-        with torch.autocast(tokens.device.type, enabled=False):
-            output, kept = _forward(tokens, prompts, rotation, w, call, keep=not call.policy.recompute_block)
-        ctx.call, ctx.start = call, start
+        with torch.autocast(base.device.type, enabled=False):
+            output, kept = _forward(Stream(base, update), prompts, rotation, w, call, keep=True)
+        ctx.call, ctx.start, ctx.has_update = call, start, update is not None
+        ctx.mark_non_differentiable(output.base)
+        if not torch.compiler.is_compiling():  # it does not know the method, and drops what nobody reads
+            ctx.set_materialize_grads(False)  # for base zeros would be written, as many as it has numbers
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
         # go in as they came: a copy cast for autocast would be a second backbone.
-        inputs_or_kept = (tokens, prompts) if call.policy.recompute_block else kept.tensors()
-        ctx.save_for_backward(sin, cos, *weights, *inputs_or_kept)
-        return output
+        ctx.save_for_backward(sin, cos, *weights, *kept.tensors())
+        return output.base, output.update
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, _: None, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call = ctx.call
         sin, cos, *saved = ctx.saved_tensors  # once: every look unpacks them all anew
         rotation = _rotation(sin, cos, ctx.start)
         num_weights = len(BlockWeights._fields)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
+        kept = _Kept(*saved[num_weights:])
         with torch.autocast(grad.device.type, enabled=False):
             if call.policy.recompute_block:
-                tokens, prompts = saved[num_weights:]
-                kept = _enter(tokens, prompts, rotation, weights, call, keep=True, activate=False)[-1]
-            else:
-                kept = _Kept(*saved[num_weights:])
-            grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[1])
-        return *grads, *(None for _ in range(4 + num_weights))
+                stream = Stream(kept.tokens)
+                kept = _enter(stream, kept.prompts, rotation, weights, call, _Keep.ALL, activate=False)[-1]
+            grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
+        grad_tokens, grad_prompts = grads
+        grads = (None, grad_tokens) if ctx.has_update else (grad_tokens, None)
+        return *grads, grad_prompts, *(None for _ in range(4 + num_weights))
 
 
 def _rotation(sin: torch.Tensor | None, cos: torch.Tensor | None, start: int) -> Rotation | None:
@@ -286,47 +310,49 @@ def _rotation(sin: torch.Tensor | None, cos: torch.Tensor | None, start: int) ->
 
 
 def _forward(
-    x: torch.Tensor,
+    stream: Stream,
     prompts: torch.Tensor | None,
     rotation: Rotation | None,
     w: BlockWeights,
     call: _Call,
     *,
     keep: bool,
-) -> tuple[torch.Tensor, _Kept]:
+) -> tuple[Stream, _Kept]:
     """The block's output, and what backward needs; without `keep` that is not complete."""
-    hidden, activated, kept = _enter(x, prompts, rotation, w, call, keep=keep, activate=True)
-    update = F.linear(activated, w.fc2_weight, w.fc2_bias)
-    del activated  # the widest tensor there is
-    return returned(hidden + update, x.dtype), kept
+    what = (_Keep.INPUT if call.policy.recompute_block else _Keep.ALL) if keep else _Keep.NOTHING
+    hidden, activated, kept = _enter(stream, prompts, rotation, w, call, what, activate=True)
+    return Stream(hidden, F.linear(activated, w.fc2_weight, w.fc2_bias)), kept
 
 
 def _enter(
-    x: torch.Tensor,
+    stream: Stream,
     prompts: torch.Tensor | None,
     rotation: Rotation | None,
     w: BlockWeights,
     call: _Call,
+    keep: _Keep,
     *,
-    keep: bool,
     activate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, _Kept]:
     """All of the forward pass but fc2: the residual stream behind attention (B, R, d), fc2's input (B, R, h),
-    which need not be formed where `activate` is False, and what backward needs."""
+    which need not be formed where `activate` is False, and what is to be kept."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
     (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
-    batch = x.shape[0]
     kept = _Kept()
 
     def hold(**tensors: torch.Tensor | None) -> None:
-        if keep:
+        if keep is _Keep.ALL:
             for name, tensor in tensors.items():
                 setattr(kept, name, tensor)
 
+    x, x_hat, rstd, codes, scale = _normalize_stream(stream, call)
+    batch = x.shape[0]
+    if keep is _Keep.INPUT:
+        kept.tokens, kept.prompts = x, prompts
+
     # Attention's inputs. One packed projection where its q, k and v are all needed again in backward; else
     # apart, so that what is not needed is not kept alive by what is.
-    x_hat, rstd, codes, scale = ops.normalize(x, eps1, norm1, dtype, pack=policy.pack and call.grad_tokens)
     if call.grad_tokens:
         hold(x_hat1=x_hat if codes is None else codes, scale1=scale, rstd1=rstd)
     qkv = kv = None
@@ -343,6 +369,7 @@ def _enter(
 
     prompt_k = prompt_v = None
     residual = x[:, call.image]
+    del x
     if prompts is not None:
         # Shared prompts are too few to be worth packing.
         x_hat, rstd, codes, scale = ops.normalize(
@@ -353,7 +380,7 @@ def _enter(
         if call.num_fresh_rows:
             prompt_q = _project(x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
             q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
-            fresh = prompts[:, call.fresh].to(x.dtype)
+            fresh = prompts[:, call.fresh].to(residual.dtype)
             residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
         hold(
             prompt_x_hat=x_hat if codes is None else codes,
@@ -405,7 +432,7 @@ def _enter(
 
     # The MLP's hidden layer. With a norm in it, and to pack the derivative, the activation is formed anyway.
     activate = activate or policy.pack or spec.mlp_norm is not None
-    keeps_mlp = keep and not policy.recompute_mlp
+    keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
     activated = codes = scale = None
     if ops.linear_activate is not None and activate:
         activated, u, codes = ops.linear_activate(
@@ -426,6 +453,14 @@ def _enter(
         if keeps_mlp:
             hold(x_hat3=activated if codes is None else codes, scale3=scale, rstd3=rstd)
     return hidden, activated, kept
+
+
+def _normalize_stream(stream: Stream, call: _Call) -> tuple[torch.Tensor, ...]:
+    """The stream's sum, and what the first norm gives for it."""
+    (kind, eps), pack = call.spec.norm1, call.policy.pack and call.grad_tokens
+    if stream.update is None:
+        return stream.base, *call.ops.normalize(stream.base, eps, kind, call.dtype, pack=pack)
+    return call.ops.add_normalize(stream.base, stream.update, eps, kind, call.dtype, pack=pack)
 
 
 def _backward(
@@ -457,7 +492,7 @@ def _backward(
             grad_x_hat[:, call.image] += grads.q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
         grad_tokens = ops.normalize_backward(
             grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
-            grad_hidden if call.packed else None, grad.dtype,
+            grad_hidden if call.packed else None, call.grad_dtype,
         )  # fmt: skip
         if not call.packed:
             grad_tokens[:, call.image] += grad_hidden[:, :num_image]
@@ -495,8 +530,8 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
     spec, ops, dtype = call.spec, call.ops, call.dtype
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
     if ops.linear_activate_backward is not None and spec.mlp_norm is None:
-        return ops.linear_activate_backward(grad.to(dtype), w.fc2_weight, mlp, spec.activation)
-    grad_activated = grad.to(dtype) @ w.fc2_weight
+        return ops.linear_activate_backward(grad, w.fc2_weight, mlp, spec.activation)
+    grad_activated = grad @ w.fc2_weight
     if spec.mlp_norm is not None:
         norm3, eps3 = spec.mlp_norm
         x_hat3, rstd3 = kept.x_hat3, kept.rstd3
@@ -517,10 +552,10 @@ def _through_attention(
     """From the gradient of the residual stream behind attention to those of the projections' outputs: packed,
     or of the queries and of the image's keys and values; and of the prompts' keys and values. Where nothing
     below is trained the only queries are those of prompts whose outputs are read."""
-    spec, ops, dtype = call.spec, call.ops, call.dtype
+    spec, ops = call.spec, call.ops
     num_image = call.num_image_rows
     # Attention's output: (B, R, d) -> (B, R, H, D)
-    grad_out = (grad_hidden.to(dtype) @ w.proj_weight).unflatten(-1, (spec.num_heads, spec.head_dim))
+    grad_out = (grad_hidden @ w.proj_weight).unflatten(-1, (spec.num_heads, spec.head_dim))
 
     q, k, v = _unbind_kept(kept)
     prompt_k, prompt_v = (None, None) if kept.prompt_kv is None else kept.prompt_kv.unbind(2)
@@ -630,15 +665,6 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
     if x_hat is None:
         return None
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
-
-
-def returned(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The output of a Function's forward pass, in this dtype.
-
-    Compiled by torch 2.11, a Function has gradients of zero, in silence, where it returns what its last
-    operation was given: what that changed in place, or what it cast to the dtype that it had.
-    """
-    return output if output.dtype == dtype else output.to(dtype)
 
 
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:

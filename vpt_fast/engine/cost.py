@@ -85,7 +85,7 @@ def kept_bytes(
 
     copies, m = prompt_shape or (0, 0)
 
-    if policy.recompute_block:  # the inputs; prompts that all images share are the parameter itself
+    if policy.recompute_block:  # tokens and prompts; prompts that all images share are the parameter itself
         residual = _residual_size(dtype, residual_dtype)
         return (batch_size * num_tokens * residual + (copies * m if copies > 1 else 0) * stat) * embed_dim
 
@@ -148,10 +148,11 @@ def forward_bytes(
     residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
     is_u_kept = policy == MemoryPolicy()
     u = 0 if is_u_kept or block.backend.fuses_mlp else hidden
+    tokens = batch_size * num_tokens * embed_dim
     return (
-        batch_size * num_tokens * embed_dim * wide
+        tokens * (wide + size)  # the input, as it came
         + residual  # behind attention
-        + max(u + activated, activated + update, update + residual)
+        + max(tokens * wide + update, u + activated, activated + update)
     )
 
 
@@ -179,18 +180,15 @@ def workspace_bytes(
         dtype=dtype, batch_size=batch_size, num_tokens=num_tokens, rows=rows, residual_dtype=residual_dtype
     )
     size = dtype.itemsize
-    wide = _residual_size(dtype, residual_dtype)
     attn_dim = block.spec.num_heads * block.spec.head_dim
     hidden_dim, embed_dim = block.fc1_weight.shape
     num_rows = batch_size * (rows[1] - rows[0])
     packed = grad_tokens and rows == (0, num_tokens)
     copies, m = prompt_shape or (0, 0)
 
-    # Gradients of the block's input and output, in the residual stream's dtype, and narrow ones in that of
-    # the products; of the MLP's hidden layer; of attention's output, queries, keys and values.
-    tokens, tokens_narrow = (batch_size * num_tokens * embed_dim * n for n in (wide, size))
-    grad, grad_narrow = (num_rows * embed_dim * n for n in (wide, size))
-    cast = grad_narrow if wide != size else 0
+    # Gradients of the block's input and output; of the MLP's hidden layer; of attention's output, queries,
+    # keys and values.
+    tokens, grad = batch_size * num_tokens * embed_dim * size, num_rows * embed_dim * size
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     out = num_rows * attn_dim * size
     qkv = out + batch_size * num_tokens * 2 * attn_dim * size if grad_tokens else 0
@@ -202,28 +200,28 @@ def workspace_bytes(
     # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
     # of its output; others, and the product that holds one, take its place.
     is_gated = block.spec.activation in PACKED
-    through_activation = max(cast, hidden) + activated if is_gated else cast + activated
+    through_activation = hidden + activated if is_gated else activated
     if block.spec.mlp_norm is not None:
         through_activation = max(through_activation, 2 * activated)
     mlp = max(
         (hidden if policy.recompute_mlp else 0) + through_activation,  # with u formed anew
-        hidden + grad_narrow,  # fc1
-        grad_narrow + grad,  # the norm before it
+        hidden + grad,  # fc1
+        2 * grad,  # the norm before it
     )
-    attention = grad + max(cast + out, out + qkv + parts)
+    attention = grad + out + qkv + parts
     if grad_tokens:
         left = 0 if packed else qkv
         attention = max(
             attention,
-            grad + qkv + prompt_kv + tokens_narrow,  # the projections
-            grad + left + prompt_kv + tokens_narrow + tokens,  # the norm before them
+            grad + qkv + prompt_kv + tokens,  # the projections
+            grad + left + prompt_kv + 2 * tokens,  # the norm before them
         )
     if policy.recompute_block:
         formed = kept_bytes(
             block, prompt_shape=prompt_shape, grad_tokens=grad_tokens, policy=MemoryPolicy(), **call
         )
         mlp += formed
-        attention += formed - (hidden + grad_narrow)  # u and x̂ of the MLP are no longer there
+        attention += formed - (hidden + grad)  # u and x̂ of the MLP are no longer there
     return max(forward_bytes(block, policy=policy, **call), grad + mlp, grad + attention)
 
 

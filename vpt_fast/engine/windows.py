@@ -16,8 +16,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype, returned
+from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype
 from vpt_fast.engine.policy import MemoryPolicy
+from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
 from vpt_fast.kernels import Backend, Ops
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
@@ -135,7 +136,7 @@ class FrozenWindowBlock(FrozenBlock):
 
 
 class Move(nn.Module):
-    """Brings tokens (B, N, d) from one order into another; places that hold no token are zero.
+    """Brings the stream (B, N, d) from one order into another; places that hold no token are zero.
 
     Args:
         current, wanted: the two orders.
@@ -151,7 +152,10 @@ class Move(nn.Module):
             self.register_parameter(name, _frozen(index.clamp(min=0)))
             self.register_parameter(f"{name}_holes", _frozen(holes) if len(holes) else None)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, stream: Stream) -> Stream:
+        return Stream(*(None if part is None else self._move(part) for part in stream))
+
+    def _move(self, tokens: torch.Tensor) -> torch.Tensor:
         return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
 
 
@@ -179,7 +183,7 @@ class _MoveFunction(torch.autograd.Function):
 
 def _gather(x: torch.Tensor, index: torch.Tensor, holes: torch.Tensor | None) -> torch.Tensor:
     moved = x.index_select(1, index)
-    return moved if holes is None else moved.index_fill(1, holes, 0)  # not in place: see `returned`
+    return moved if holes is None else moved.index_fill(1, holes, 0)  # not in place: see `_returned`
 
 
 def _places(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -222,10 +226,10 @@ class FrozenMerge(nn.Module):
         self.weight = _frozen(folded.weight.to(dtype))  # (2d, 4d)
         self.register_parameter("bias", None if folded.bias is None else _frozen(folded.bias.to(dtype)))
 
-    def forward(self, tokens: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
-        """Tokens (B, N, d) to merged tokens (B, N', 2d), in the order of the next stage."""
-        fours = self.move(tokens).unflatten(1, (-1, 4)).flatten(2)  # (B, N', 4d)
-        return self._reduce(fours, policy)
+    def forward(self, stream: Stream, policy: MemoryPolicy) -> Stream:
+        """The stream (B, N, d) to merged tokens (B, N', 2d), in the order of the next stage."""
+        fours = self.move(Stream(stream.sum())).base.unflatten(1, (-1, 4)).flatten(2)  # (B, N', 4d)
+        return Stream(self._reduce(fours, policy))
 
     def merge_prompts(self, prompts: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
         """Prompts (B, m, d) to (B, m, 2d)."""
@@ -258,7 +262,7 @@ class _ReduceFunction(torch.autograd.Function):
             output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
         ctx.save_for_backward(weight, x_hat if codes is None else codes, rstd, scale)
         ctx.kind, ctx.ops, ctx.dtype = kind, ops, dtype
-        return returned(output, x.dtype)
+        return _returned(output, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -268,6 +272,15 @@ class _ReduceFunction(torch.autograd.Function):
             grad_x_hat = grad.to(ctx.dtype) @ _layer(weight, x_hat.shape[-1], ctx.dtype)
             grad_x = ctx.ops.normalize_backward(grad_x_hat, x_hat, rstd, scale, ctx.kind)
         return grad_x, *(None for _ in range(6))
+
+
+def _returned(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The output of a Function's forward pass, in this dtype.
+
+    Compiled by torch 2.11, a Function has gradients of zero, in silence, where it returns what its last
+    operation was given: what that changed in place, or what it cast to the dtype that it had.
+    """
+    return output if output.dtype == dtype else output.to(dtype)
 
 
 def _layer(weight: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

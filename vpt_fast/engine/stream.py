@@ -1,0 +1,40 @@
+"""The residual stream between two blocks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Stream(NamedTuple):
+    """The sum base + update, which is left to the block that reads it: its first norm forms it on the way.
+
+    Where there is an update, its gradient is the stream's, and base is a constant to autograd. So gradients go
+    from block to block in the dtype of the matrix products, which read them as they are, while the stream
+    itself may be wider.
+
+    base: (B, N, d), in the residual stream's dtype.
+    update: (B, N, d), in the dtype of the matrix products: what an MLP adds; None before the first block.
+    """
+
+    base: torch.Tensor
+    update: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.base.shape[1]
+
+    def sum(self) -> torch.Tensor:
+        """(B, N, d), in base's dtype."""
+        if self.update is None:
+            return self.base
+        return (self.base + self.update).to(self.base.dtype)
+
+    def split(self, num_fresh: int) -> tuple[Stream, Stream]:
+        """All rows but the last `num_fresh`, and those."""
+        # split, not two slices: its backward is one cat
+        sizes = (self.num_tokens - num_fresh, num_fresh)
+        updates = (None, None) if self.update is None else self.update.split(sizes, dim=1)
+        first, last = map(Stream, self.base.split(sizes, dim=1), updates)
+        return first, last
