@@ -10,8 +10,8 @@ import torch
 class Stream(NamedTuple):
     """The sum base + update, which is left to the block that reads it: its first norm forms it on the way.
 
-    Where there is an update, its gradient is the stream's, and base is a constant to autograd. So gradients go
-    from block to block in the dtype of the matrix products, which read them as they are, while the stream
+    Where there is an update, its gradient is the stream's, and base is a constant to autograd. So gradients
+    go from block to block in the dtype of the matrix products, which read them as they are, while the stream
     itself may be wider.
 
     base: (B, N, d), in the residual stream's dtype.
