@@ -37,6 +37,7 @@ class Ops(NamedTuple):
     window_attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     window_attention_backward: Callable[..., Any]
     activate: Callable[..., tuple[torch.Tensor, ...]]
+    activate_: Callable[..., torch.Tensor | None]
     activate_backward: Callable[..., torch.Tensor]
     activate_backward_: Callable[..., None]
     rotate_: Callable[..., None]
@@ -56,6 +57,7 @@ TORCH_OPS = Ops(
     window_attention=window_reference.window_attention,
     window_attention_backward=window_reference.window_attention_backward,
     activate=mlp.activate,
+    activate_=mlp.activate_,
     activate_backward=mlp.activate_backward,
     activate_backward_=mlp.activate_backward_,
     rotate_=rotation.rotate_,
@@ -167,6 +169,7 @@ def _triton_ops(backend: str) -> Ops:
         window_attention=window_ops.window_attention,
         window_attention_backward=window_ops.window_attention_backward,
         activate=mlp_ops.activate,
+        activate_=mlp_ops.activate_,
         activate_backward=mlp_ops.activate_backward,
         activate_backward_=mlp_ops.activate_backward_,
         rotate_=rotation_ops.rotate_,

@@ -91,11 +91,11 @@ def test_inference_forms_no_codes(auto: PromptedViT) -> None:
     for block in auto.backbone.blocks:
         plain = block.backend.other
 
-        def activate(u, kind, *, pack=False, plain=plain):
+        def activate_(u, kind, *, pack=False, plain=plain):
             packed.append(pack)
-            return plain.activate(u, kind, pack=pack)
+            return plain.activate_(u, kind, pack=pack)
 
-        block.backend = Backend(*[plain._replace(activate=activate)] * 2)
+        block.backend = Backend(*[plain._replace(activate_=activate_)] * 2)
     images = random_batch(auto, 1, dtype=torch.float32)[0]
     with torch.no_grad():
         auto(images)

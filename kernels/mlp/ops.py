@@ -119,27 +119,58 @@ def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor
 def _activate(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, width = _forward_rows(kind, pack, u=u)
     a, codes, scale = _empty_forward(u, kind, pack)
-    block, num_warps = _BLOCK, 4
-    if kind == "swiglu":
-        block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, 4)
-    if a.numel() == 0:
-        return a, codes, scale
-    grid = _grid(rows, width, block)
-    address = (width, *rows.sizes[1:], *rows.strides[0])
-    with on_device(u):
-        if kind == "swiglu":
-            packed = (codes, scale) if pack else (None, None)
-            swiglu_kernel[grid](u, a, *packed, *address, BLOCK=block, num_warps=num_warps)
-        else:
-            activate_kernel[grid](
-                u, a, codes if pack else None, *address, KIND=kind, BLOCK=block, num_warps=num_warps
-            )
+    _launch_forward(u, a, codes if pack else None, scale if pack else None, kind, rows, width)
     return a, codes, scale
 
 
 @torch.library.register_fake("vpt_fast::activate")
 def _(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _empty_forward(u, kind, pack)
+
+
+def _empty_codes(u: torch.Tensor, pack: bool) -> torch.Tensor:
+    return torch.empty(u.shape if pack else (0,), dtype=torch.uint8, device=u.device)
+
+
+@torch_op("activate_", mutates_args=("u",))
+def _activate_(u: torch.Tensor, kind: str, pack: bool) -> torch.Tensor:
+    check_kind(kind, ELEMENTWISE)
+    if not u.is_contiguous():
+        raise ValueError(f"u: got strides {u.stride()} of {tuple(u.shape)}, want a contiguous one")
+    rows, width = _forward_rows(kind, pack, u=u)
+    codes = _empty_codes(u, pack)
+    _launch_forward(u, u, codes if pack else None, None, kind, rows, width)
+    mark_changed(u)
+    return codes
+
+
+@torch.library.register_fake("vpt_fast::activate_")
+def _(u: torch.Tensor, kind: str, pack: bool) -> torch.Tensor:
+    return _empty_codes(u, pack)
+
+
+def _launch_forward(
+    u: torch.Tensor,
+    a: torch.Tensor,
+    codes: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    kind: str,
+    rows: Rows,
+    width: int,
+) -> None:
+    """Into a, which is contiguous and, of a kind that is not gated, may be u."""
+    if a.numel() == 0:
+        return
+    block, num_warps = _BLOCK, 4
+    if kind == "swiglu":
+        block, num_warps = (_GATED_BLOCK, 4) if codes is None else _packed_launch(width)
+    grid = _grid(rows, width, block)
+    address = (width, *rows.sizes[1:], *rows.strides[0])
+    with on_device(u):
+        if kind == "swiglu":
+            swiglu_kernel[grid](u, a, codes, scale, *address, BLOCK=block, num_warps=num_warps)
+        else:
+            activate_kernel[grid](u, a, codes, *address, KIND=kind, BLOCK=block, num_warps=num_warps)
 
 
 @torch_op("activate_backward")
@@ -201,6 +232,12 @@ def activate(
     """`reference.activate` in one pass over u."""
     a, codes, scale = _activate(u, kind, pack)
     return a, codes if pack else None, scale if pack and kind == "swiglu" else None
+
+
+def activate_(u: torch.Tensor, kind: str, *, pack: bool = False) -> torch.Tensor | None:
+    """`reference.activate_` in one pass over u."""
+    codes = _activate_(u, kind, pack)
+    return codes if pack else None
 
 
 def activate_backward(

@@ -71,6 +71,28 @@ def _activate(u: torch.Tensor, kind: str) -> torch.Tensor:
     raise ValueError(f"activation: got {kind!r}, want one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
+def activate_(u: torch.Tensor, kind: str, *, pack: bool = False) -> torch.Tensor | None:
+    """`activate` in place: the pre-activation becomes the activation's output.
+
+    Args:
+        u: contiguous (..., h).
+        kind, pack: as of `activate`; not of a gated kind, whose input is wider than its output.
+
+    Returns:
+        With `pack` the derivative's codes, else None.
+
+    Raises:
+        ValueError: an unknown or a gated kind.
+    """
+    _refuse_gated(kind)
+    if kind in ("gelu", "gelu_tanh") and not pack:
+        torch.ops.aten.gelu_(u, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return None
+    output, codes, _ = activate(u, kind, pack=pack)
+    u.copy_(output)
+    return codes
+
+
 def activate_backward(
     grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
@@ -122,13 +144,17 @@ def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> Non
     Raises:
         ValueError: an unknown or a gated kind.
     """
-    if kind in PACKED:
-        raise ValueError(f"activation: got {kind!r} in place, want one that is not gated")
+    _refuse_gated(kind)
     if kept.dtype != torch.uint8 and kind in ("gelu", "gelu_tanh"):
         approximate = "tanh" if kind == "gelu_tanh" else "none"
         torch.ops.aten.gelu_backward.grad_input(grad, kept, approximate=approximate, grad_input=grad)
     else:
         grad.copy_(activate_backward(grad, kept, None, kind))
+
+
+def _refuse_gated(kind: str) -> None:
+    if kind in PACKED:
+        raise ValueError(f"activation: got {kind!r} in place, want one that is not gated")
 
 
 def _wide(t: torch.Tensor) -> torch.dtype:

@@ -191,12 +191,29 @@ def test_backward_in_place_gives_the_same_bits(kind, pack, implementation):
 
 
 @pytest.mark.parametrize("implementation", [reference, ops], ids=["torch", "triton"])
+@pytest.mark.parametrize("pack", [False, True], ids=["u", "codes"])
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+def test_forward_in_place_gives_the_same_bits(kind, pack, implementation):
+    u = random(3, 1027, seed=0)
+    expected, expected_codes, _ = implementation.activate(u, kind, pack=pack)
+    version = u._version
+    codes = implementation.activate_(u, kind, pack=pack)
+    assert torch.equal(u, expected)
+    assert codes is None if expected_codes is None else torch.equal(codes, expected_codes)
+    assert u._version > version  # autograd is told
+
+
+@pytest.mark.parametrize("implementation", [reference, ops], ids=["torch", "triton"])
 def test_gated_activation_is_refused_in_place(implementation):
+    with pytest.raises(ValueError, match="activation: got 'swiglu'"):
+        implementation.activate_(torch.ones(2, 16), "swiglu")
     with pytest.raises(ValueError, match="activation: got 'swiglu'"):
         implementation.activate_backward_(torch.ones(2, 8), torch.ones(2, 16), "swiglu")
 
 
 def test_strides_are_refused_in_place():
+    with pytest.raises(ValueError, match=r"u: got strides \(1, 2\) of \(2, 2\), want a contiguous one"):
+        ops.activate_(torch.ones(2, 2).T, "gelu")
     with pytest.raises(ValueError, match=r"grad: got strides \(1, 2\) of \(2, 2\), want a contiguous one"):
         ops.activate_backward_(torch.ones(2, 2).T, torch.ones(2, 2), "gelu")
 
@@ -236,11 +253,12 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
         (ops._activate, (torch.ones(2, 3, 8), "gelu", False)),
         (ops._activate, (torch.ones(2, 3, 8), "gelu", True)),
         (ops._activate, (torch.ones(2, 3, 8), "swiglu", True)),
+        (ops._activate_, (torch.ones(2, 3, 8), "gelu", True)),
         (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 8), None, "gelu")),
         (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 16).char(), torch.ones(3, 2), "swiglu")),
         (ops._activate_backward_, (torch.ones(3, 8), torch.ones(3, 8), "gelu")),
     ],
-    ids=["plain", "packed", "gated", "backward", "gated_backward", "backward_in_place"],
+    ids=["plain", "packed", "gated", "in_place", "backward", "gated_backward", "backward_in_place"],
 )
 def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

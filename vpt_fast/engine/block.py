@@ -442,8 +442,10 @@ def _enter(
     else:
         u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
         del x_hat
-        if activate:
+        if activate and (spec.activation in PACKED or (keeps_mlp and not policy.pack)):
             activated, codes, scale = ops.activate(u, spec.activation, pack=policy.pack)
+        elif activate:  # nobody will ask for u
+            activated, codes = u, ops.activate_(u, spec.activation, pack=policy.pack)
     if keeps_mlp:
         hold(mlp=u if codes is None else codes, mlp_scale=scale)
     del u, codes
