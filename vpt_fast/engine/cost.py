@@ -146,7 +146,7 @@ def forward_bytes(
     num_rows = batch_size * (rows[1] - rows[0])
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
-    # A gated activation is narrower than its input, and does not take its place; one that is kept has its own.
+    # Of a gated activation, narrower than its input; others take its place, unless it is kept.
     is_gated = block.spec.activation in PACKED
     u = hidden if is_gated and policy != MemoryPolicy() else 0
     tokens = batch_size * num_tokens * embed_dim
