@@ -193,8 +193,13 @@ class TunedModel(nn.Module):
 
     def _counted_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory of a training step: what is kept is counted in a pass over tensors without values, in
-        the weights' own dtype; the temporaries are an estimate."""
+        the weights' own dtype; the temporaries are an estimate: three of the largest tensor that is kept or
+        that a layer gives."""
         meta = copy.deepcopy(self).to("meta")
+        sizes = [0]
+        for layer in meta.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda _, __, output: sizes.append(output.nbytes))
         own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
         kept: dict[int, torch.UntypedStorage] = {}
 
@@ -207,10 +212,11 @@ class TunedModel(nn.Module):
         images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             meta(images)
+        sizes += [storage.nbytes() for storage in kept.values()]
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
             kept=sum(storage.nbytes() for storage in kept.values()),
-            workspace=3 * max(storage.nbytes() for storage in kept.values()),
+            workspace=3 * max(sizes),
         )
 
     def _weight_bytes(self) -> int:

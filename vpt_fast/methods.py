@@ -9,7 +9,7 @@ import torch
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
 from vpt_fast.classifier import TunedModel
 from vpt_fast.pretrained import MODELS
-from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method
+from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.segmenter import ENCODERS
 
 # The class that a method trains, by name in pretrained.MODELS, and what its constructor calls the K of the
@@ -36,11 +36,18 @@ _ANY = {
     "sidetune": "SideTuning",
     "bias": "BiasTuning",
     "full": "FullTuning",
+    "partial-K": "PartialNetworkTuning",
 }
 _OTHER_CLASSES = {
     SWIN: (
         "SwinTransformer",
-        {"vpt-deep": "PromptedSwin", "vpt-shallow": "PromptedSwin", **_ANY, "lora": "LoRATuning"},
+        {
+            "vpt-deep": "PromptedSwin",
+            "vpt-shallow": "PromptedSwin",
+            **_ANY,
+            "adapter": "AdapterTuning",
+            "lora": "LoRATuning",
+        },
     ),
     CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_ANY}),
 }
@@ -103,11 +110,15 @@ def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
     for name in ("dtype", "residual_dtype"):
         if settings.get(name):
             settings[name] = getattr(torch, settings[name])
-    if kind in _OTHER_CLASSES and settings.pop("residual_dtype", None) is not None:
-        raise ValueError(
-            f"residual_dtype is {recipe.residual_dtype!r}, which there is not for backbone "
-            f"{recipe.backbone!r}, a {called}; leave it out"
-        )
+    missing = ["residual_dtype"] if kind in _OTHER_CLASSES else []
+    if class_name == "PartialNetworkTuning":
+        missing += ENGINE_KNOBS  # it runs timm's own network
+    for name in missing:
+        if settings.pop(name, None) not in (None, "auto"):
+            raise ValueError(
+                f"{name} is {getattr(recipe, name)!r}, which there is not for method {recipe.method!r} with "
+                f"backbone {recipe.backbone!r}, a {called}; leave it out"
+            )
     if count_keyword:
         settings[count_keyword] = method.count
     if class_name in ("PromptedViT", "PromptedSwin", "PromptedConvNet"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
@@ -93,6 +93,7 @@ def count_parameters(
     Raises:
         ValueError: a backbone that cannot be built, or is not supported.
     """
+    kind = kind_of(backbone)
     deep, shallow = ({name: lengths[i] for name, lengths in PROMPT_LENGTHS.items()} for i in (0, 1))
     ways: list[tuple[str, Mapping[str, int | None] | None, dict[str, Any]]] = [
         ("linear", None, {}),
@@ -103,7 +104,7 @@ def count_parameters(
         *((f"adapter, d/{r}", None, {"adapter_reduction": r}) for r in REDUCTIONS),
         ("lora, rank 8", None, {"lora_rank": 8}),
         ("cls-token", None, {}),
-        ("vpt-shallow", shallow, {}),
+        ("vpt-shallow", shallow, {"prompt_location": "pad"} if kind is CONVNET else {}),
         ("vpt-deep", deep, {}),
         ("vpt+bias", deep, {}),
         ("full", None, {}),
@@ -116,7 +117,7 @@ def count_parameters(
     with torch.device("meta"), warnings.catch_warnings():
         # The packaged backbone brings its weights with it, which have no place to go to here.
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-        vit, _ = resolve_backbone(backbone, False, recipe.backbone_arg)
+        vit, _ = resolve_backbone(backbone, False, recipe.backbone_arg, kind=kind)
         for name, lengths, settings in ways:
             method = name.partition(",")[0]
             try:
@@ -124,7 +125,7 @@ def count_parameters(
             except ValueError as error:
                 if not rows:  # the linear probe, which every backbone can have
                     raise
-                reasons[name] = str(error)
+                reasons[method] = str(error)
             else:
                 rows.append(replace(row, paper=PAPER_TOTALS.get(method)) if is_papers else row)
     return rows, reasons

@@ -16,7 +16,7 @@ from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.lora import LoRATuning
-from vpt_fast.tuning.partial import PartialTuning
+from vpt_fast.tuning.partial import PartialNetworkTuning, PartialTuning
 from vpt_fast.tuning.probes import LinearProbe, MLPProbe
 from vpt_fast.tuning.side import SideTuning
 
@@ -30,6 +30,7 @@ MODELS: dict[str, type[TunedModel]] = {
         LinearProbe,
         MLPProbe,
         PartialTuning,
+        PartialNetworkTuning,
         SideTuning,
         ClsTokenTuning,
         FullTuning,

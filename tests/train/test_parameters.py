@@ -49,6 +49,22 @@ def test_trained_parameters_are_the_closed_form(rows, method, trained):
     assert rows[method].trained == (trained, trained)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "method", "trained"),
+    [
+        # A block of the last stage with its table of 13 x 13 offsets for each head, and the final norm.
+        ("swin_base_patch4_window7_224", "partial-1", 12 * 1024**2 + 13 * 1024 + 169 * 32 + 2 * 1024),
+        # The last bottleneck: 1x1, 3x3 and 1x1 convolutions, each with a BatchNorm.
+        ("resnet50", "partial-1", 2 * 2048 * 512 + 9 * 512**2 + 2 * (512 + 512 + 2048)),
+    ],
+)
+def test_trained_parameters_of_a_swin_and_a_convnet_are_the_closed_form(backbone, method, trained):
+    rows, reasons = count_parameters(backbone)
+    found = {row.method: row for row in rows}
+    assert found[method].trained == (trained, trained)
+    assert "cls-token" in reasons and {"linear", "vpt-shallow", "full"} <= found.keys()
+
+
 def test_prompt_lengths_are_of_the_24_tasks():
     assert PROMPT_LENGTHS.keys() == TASKS.keys()
     assert sum(task.num_classes for task in TASKS.values()) == 940 + 1173

@@ -38,7 +38,26 @@ def test_training_lowers_the_loss_and_leaves_a_model(method, model, trained, col
     assert (type(loaded).__name__, loaded.trainable_state_dict().keys()) == (model, trained)
 
 
-@pytest.mark.parametrize("method", ["vpt+bias", "cls-token", "partial-1", "adapter"])
+@pytest.mark.parametrize(
+    ("method", "model"), [("partial-2", "PartialNetworkTuning"), ("adapter", "AdapterTuning")]
+)
+def test_training_in_timms_own_blocks_lowers_the_loss_and_leaves_a_model(
+    method, model, color_images, tmp_path
+):
+    recipe = Recipe(
+        data=str(color_images), backbone=SWIN, method=method, pretrained=False, backbone_arg=SMALL,
+        epochs=3, warmup_epochs=1, batch_size=8, base_lr=0.1, device="cpu", workers=0, tensorboard=False,
+    )  # fmt: skip
+    result = train(recipe, tmp_path / "run")
+    assert result.metrics[-1]["train_loss"] < 0.9 * result.metrics[0]["train_loss"]
+    folder = RunFolder(tmp_path / "run")
+    torch.manual_seed(recipe.seed)  # the backbone's weights are random, drawn first
+    loaded, stored = load_pretrained(folder.prompts), folder.read().checkpoint.trainable
+    assert type(loaded).__name__ == model and len(stored) > 2
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.trainable_state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["vpt+bias", "cls-token"])
 def test_method_that_there_is_not_for_a_swin_is_named_with_the_backbone(method):
     recipe = Recipe(data="", backbone=SWIN, method=method, pretrained=False, backbone_arg=SMALL)
     with pytest.raises(ValueError, match=f"method is '{method}'.*for backbone '{SWIN}'".replace("+", r"\+")):
@@ -59,5 +78,5 @@ def test_a_residual_stream_in_16_bits_is_refused_with_the_backbone():
         data="", backbone=SWIN, method="vpt-deep", residual_dtype="bfloat16", pretrained=False,
         backbone_arg=SMALL,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=f"residual_dtype is 'bfloat16'.*for backbone '{SWIN}'"):
+    with pytest.raises(ValueError, match=f"residual_dtype is 'bfloat16'.*with backbone '{SWIN}'"):
         build_model(recipe, 3)

@@ -14,13 +14,17 @@ from torch.func import functional_call
 from ways_to_tune import low_rank
 
 from vpt_fast import load_pretrained
+from vpt_fast.methods import model_settings
+from vpt_fast.recipe import Recipe
+from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.lora import LoRATuning
+from vpt_fast.tuning.partial import PartialNetworkTuning
 from vpt_fast.tuning.side import SideTuning
 
 CLASSES = 5
-WAYS = {"full": FullTuning, "bias": BiasTuning}
+WAYS = {"full": FullTuning, "bias": BiasTuning, "partial": PartialNetworkTuning}
 BACKBONES = {
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4
@@ -146,6 +150,49 @@ def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
         assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
 
 
+def test_adapters_on_a_swin_stand_behind_every_mlp() -> None:
+    name = "swin_tiny_patch4_window7_224"
+    backbone, _ = make("full", name)
+    model = AdapterTuning(backbone, CLASSES, reduction=4).double().eval()
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    images, labels = random_batch(model)
+    found = step(model, images, labels)
+
+    trained = {n: t.clone().requires_grad_() for n, t in model.trainable_state_dict().items()}
+    network = copy.deepcopy(backbone).requires_grad_(False)
+
+    def adapt(path: str):
+        down, up = (
+            [trained[f"backbone.stem.{path}.1.{layer}.{part}"] for part in ("weight", "bias")]
+            for layer in ("down", "up")
+        )
+
+        def hook(_, __, output: torch.Tensor) -> torch.Tensor:
+            inner = nn.functional.gelu(nn.functional.linear(output, *down))
+            return output + nn.functional.linear(inner, *up)
+
+        return hook
+
+    for path, module in network.named_modules():
+        if path.endswith(".mlp"):
+            module.register_forward_hook(adapt(path))
+    logits = nn.functional.linear(network(images), trained["head.weight"], trained["head.bias"])
+    nn.functional.cross_entropy(logits, labels).backward()
+    widths = {t.shape for n, t in trained.items() if n.endswith("down.weight")}
+    assert widths == {(4, 16), (8, 32)}  # of the two stages
+    assert relative_error(found.logits, logits) < 1e-12
+    for n, tensor in trained.items():
+        assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
+
+
+def test_reduction_beyond_a_swins_narrowest_stage_is_refused() -> None:
+    name = "swin_tiny_patch4_window7_224"
+    with pytest.raises(ValueError, match="reduction: got 17, want at most the backbone's width 16"):
+        AdapterTuning(name, CLASSES, 17, **BACKBONES[name])
+
+
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "resnet10t"])
 def test_side_network_is_mixed_with_the_backbones_own_features(name: str) -> None:
     arguments = BACKBONES[name] | {"img_size": 64}
@@ -163,3 +210,62 @@ def test_pooling_of_a_trained_swin_is_its_own() -> None:
     name = "swin_tiny_patch4_window7_224"
     with pytest.raises(ValueError, match="pool: got 'image' with a SwinTransformer"):
         FullTuning(name, CLASSES, pool="image", **BACKBONES[name])
+
+
+TRAINED = {  # by partial-1, beside the head
+    "swin_tiny_patch4_window7_224": ("layers.1.blocks.0", "layers.1.downsample", "norm"),
+    "resnet10t": ("layer4.0",),
+    "convnext_atto": ("stages.3.blocks.0", "stages.3.downsample", "head.norm"),
+    "densenet121": ("features.denseblock4.denselayer16", "features.norm5"),
+    "efficientnet_b0": ("blocks.6.0", "conv_head", "bn2"),
+    "regnetx_002": ("s4.b7",),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_partial_1_trains_the_last_block_and_what_stands_behind_it(name: str) -> None:
+    model = PartialNetworkTuning(name, CLASSES, 1, **BACKBONES.get(name, {}))
+    stem = model.backbone.stem
+    trained = {n for n, p in stem.named_parameters() if p.requires_grad}
+    expected = {
+        n for n, _ in stem.named_parameters() if n.startswith(tuple(f"{part}." for part in TRAINED[name]))
+    }
+    assert trained == expected
+
+
+def test_as_many_blocks_as_there_are_train_all_but_the_stem() -> None:
+    model = PartialNetworkTuning("resnet50", CLASSES, 16)
+    frozen = {n for n, p in model.backbone.stem.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1.weight", "bn1.weight", "bn1.bias"}
+
+
+def test_frozen_blocks_keep_nothing_and_drop_nothing_in_training() -> None:
+    arguments = BACKBONES["swin_tiny_patch4_window7_224"] | {"depths": [2, 2]}
+    model = PartialNetworkTuning("swin_tiny_patch4_window7_224", CLASSES, 1, **arguments).train()
+    first, second = model.backbone.stem.layers
+    assert not any(module.training for module in (*first.modules(), *second.blocks[0].modules()))
+    assert all(module.training for module in second.blocks[1].modules())
+    gradients = []
+    first.register_forward_hook(lambda _, __, output: gradients.append(output.requires_grad))
+    model(random_batch(model, dtype=torch.float32)[0])
+    assert gradients == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "message"),
+    [
+        ("resnet10t", 0, "num_tuned_blocks: got 0, want a whole number from 1"),
+        ("resnet10t", 6, "num_tuned_blocks: got 6, and the backbone has 5 blocks"),
+        ("vit_tiny_patch16_224", 1, "'vit_tiny_patch16_224' is not a timm SwinTransformer"),
+    ],
+)
+def test_partial_names_what_it_refuses(name: str, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PartialNetworkTuning(name, CLASSES, k, **BACKBONES.get(name, {}))
+
+
+@pytest.mark.parametrize(("knob", "value"), [("dtype", "bfloat16"), ("backend", "torch")])
+def test_settings_of_the_engine_are_refused_where_it_does_not_run(knob: str, value: str) -> None:
+    recipe = Recipe(data="", backbone="resnet10t", method="partial-1", pretrained=False, **{knob: value})
+    with pytest.raises(ValueError, match=f"{knob} is '{value}', which there is not for method 'partial-1'"):
+        model_settings(recipe.resolved(num_train_images=2, device_type="cpu"))

@@ -33,7 +33,14 @@ from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, fold
-from vpt_fast.engine.windows import FrozenMerge, FrozenWindowBlock, Move, merge_order, relative_bias
+from vpt_fast.engine.windows import (
+    FrozenMerge,
+    FrozenWindowBlock,
+    Move,
+    merge_order,
+    raster_order,
+    relative_bias,
+)
 from vpt_fast.kernels import Backend, get_backend
 
 
@@ -94,7 +101,7 @@ class FrozenSwin(nn.Module):
         self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
             self._make_entries(stages, dtype, operations)
         )
-        self._leave = _move(self.blocks[-1].order, _raster(self.blocks[-1].size))
+        self._leave = _move(self.blocks[-1].order, raster_order(self.blocks[-1].size))
         self.requires_grad_(False)
         self.eval()
         self.fingerprint = fingerprint(swin)
@@ -109,7 +116,7 @@ class FrozenSwin(nn.Module):
         """For each block, what brings tokens from the order before it into its own."""
         device = self.device
         entries: list[nn.Module] = []
-        index, order, size = 0, _raster(self.blocks[0].size), self.blocks[0].size
+        index, order, size = 0, raster_order(self.blocks[0].size), self.blocks[0].size
         for stage in stages:
             for place in range(len(stage.blocks)):
                 block = self.blocks[index]
@@ -268,10 +275,6 @@ class FrozenSwin(nn.Module):
         else:
             numbers = block.num_windows * num_fresh * heads * head_dim
         return batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
-
-
-def _raster(size: tuple[int, int]) -> torch.Tensor:
-    return torch.arange(size[0] * size[1])
 
 
 def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:

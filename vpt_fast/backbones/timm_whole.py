@@ -7,6 +7,7 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from vpt_fast.backbones.timm_vit import fingerprint
@@ -66,6 +67,28 @@ class WholeBackbone(nn.Module):
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of the first convolution's kernel."""
         return self._first_kernel  # type: ignore[return-value]
+
+    def last_blocks(self, k: int) -> list[nn.Parameter]:
+        """The parameters of the last k blocks and of all that stands behind the first of these.
+
+        Blocks are the groups that timm orders a network's parameters in (`group_matcher`: what layer-wise
+        learning rates go by): a residual block, with the downsampling before it; of other networks a cell or
+        a convolution. What has norms alone counts as the block before it.
+
+        Raises:
+            ValueError: there are not so many blocks.
+        """
+        groups = group_parameters(self.stem, self.stem.group_matcher(coarse=False))
+        blocks: list[list[nn.Parameter]] = []
+        for index in sorted(groups):
+            parameters = [self.stem.get_parameter(name) for name in groups[index]]
+            if blocks and all(p.ndim < 2 for p in parameters):
+                blocks[-1] += parameters
+            else:
+                blocks.append(parameters)
+        if k > len(blocks):
+            raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(blocks)} blocks")
+        return [parameter for block in blocks[-k:] for parameter in block]
 
     def check_pool(self, pool: str | None) -> None:
         """Raises ValueError for another pooling than the backbone's own."""

@@ -5,6 +5,7 @@ blocks the tokens are brought from the one's order into the other's, in one pass
 and padding, and the gathering of patch merging too.
 
 An order is a tensor (N,) of the tokens' indices in the image, row by row; -1 where a place holds no token.
+Orders are made on the CPU, whatever device a model is built on: "meta" has no indices to find places by.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, W
 Size = tuple[int, int]
 
 
+def raster_order(size: Size) -> torch.Tensor:
+    """The order of an image of (height, width) tokens, row by row."""
+    return torch.arange(size[0] * size[1], device="cpu")
+
+
 def window_order(size: Size, window: Size, shift: Size) -> torch.Tensor:
     """The order of a block's tokens: rolled by `shift`, padded to whole windows, window by window.
 
@@ -33,7 +39,7 @@ def window_order(size: Size, window: Size, shift: Size) -> torch.Tensor:
         size: (height, width) of the image in tokens.
         window, shift: (height, width) in tokens.
     """
-    tokens = torch.arange(size[0] * size[1]).view(size)
+    tokens = raster_order(size).view(size)
     tokens = tokens.roll((-shift[0], -shift[1]), dims=(0, 1))
     tokens = F.pad(tokens, (0, -size[1] % window[1], 0, -size[0] % window[0]), value=-1)
     return _partition(tokens, window).flatten()
@@ -46,7 +52,7 @@ def window_regions(size: Size, window: Size, shift: Size) -> torch.Tensor | None
     sides = []
     for length, side, step in zip(size, window, shift, strict=True):
         length += -length % side
-        sides.append(torch.arange(length) >= length - step)  # what came around the edge
+        sides.append(torch.arange(length, device="cpu") >= length - step)  # what came around the edge
     regions = 2 * sides[0].int().unsqueeze(1) + sides[1].int().unsqueeze(0)
     return _partition(regions, window)
 
@@ -58,7 +64,7 @@ def merge_order(size: Size, after: torch.Tensor) -> torch.Tensor:
         size: (height, width) of the image in tokens, before merging.
         after: (N',), the order of the merged tokens.
     """
-    tokens = torch.arange(size[0] * size[1]).view(size)
+    tokens = raster_order(size).view(size)
     tokens = F.pad(tokens, (0, size[1] % 2, 0, size[0] % 2), value=-1)
     height, width = (side // 2 for side in tokens.shape)
     # Column before row, as timm and the original authors lay the four side by side.
@@ -188,9 +194,9 @@ def _gather(x: torch.Tensor, index: torch.Tensor, holes: torch.Tensor | None) ->
 
 def _places(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Where in the order `current` each token of `wanted` stands; -1 where it does not, or there is none."""
-    place = torch.full((int(max(current.max(), wanted.max())) + 2,), -1)
+    place = torch.full((int(max(current.max(), wanted.max())) + 2,), -1, device="cpu")
     is_token = current >= 0
-    place[current[is_token]] = torch.arange(len(current))[is_token]
+    place[current[is_token]] = torch.arange(len(current), device="cpu")[is_token]
     return place[wanted]  # place[-1] is no token's
 
 

@@ -1,15 +1,18 @@
-"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer."""
+"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer or Swin."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.resolve import SWIN, VIT
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Position
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 _INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
@@ -35,34 +38,45 @@ class Adapter(nn.Module):
 
 
 class AdapterTuning(TimmClassifier):
-    """One adapter in every block of a frozen vision transformer, behind the MLP and before its residual sum
-    (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the adapter follows it.
+    """One adapter in every block of a frozen vision transformer or Swin, behind the MLP and before its
+    residual sum (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the adapter follows
+    it.
 
     Args:
-        reduction: r: the adapter's inner width is d // r. The VPT paper chose 8, 64 or 256 task by task.
+        reduction: r: the adapter's inner width is d // r, of a Swin for its stage's d. The VPT paper chose 8,
+            64 or 256 task by task.
         The others are those of `TimmClassifier`.
 
     Attributes:
-        adapters: an Adapter for each block.
+        adapters: an Adapter for each block; a Swin's stand in its blocks, ``mlp[1]``.
 
     Raises:
         ValueError: as `TimmClassifier`, and for a reduction out of range.
     """
 
+    kinds = (VIT, SWIN)
+
     def __init__(
-        self, backbone: str | TimmViT, num_classes: int, reduction: int = 8, **settings: Any
+        self,
+        backbone: str | TimmViT | SwinTransformer,
+        num_classes: int,
+        reduction: int = 8,
+        **settings: Any,
     ) -> None:
         if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
             raise ValueError(f"reduction: got {reduction!r}, want a whole number from 1")
         super().__init__(backbone, num_classes, **settings)
-        if reduction > self.embed_dim:
-            raise ValueError(
-                f"reduction: got {reduction}, want at most the backbone's width {self.embed_dim}"
-            )
+        swin = self.backbone.stem if isinstance(self.backbone, WholeBackbone) else None
+        blocks: list[Any] = [] if swin is None else [block for stage in swin.layers for block in stage.blocks]
+        widths = [int(block.dim) for block in blocks] or [self.embed_dim] * self.num_blocks
+        if reduction > min(widths):
+            raise ValueError(f"reduction: got {reduction}, want at most the backbone's width {min(widths)}")
         self.reduction = reduction
-        self.adapters = nn.ModuleList(
-            Adapter(self.embed_dim, reduction, self.backbone.device) for _ in range(self.num_blocks)
-        )
+        adapters = [Adapter(width, reduction, self.backbone.device) for width in widths]
+        if swin is None:
+            self.adapters = nn.ModuleList(adapters)
+        for block, adapter in zip(blocks, adapters, strict=False):
+            block.mlp = nn.Sequential(block.mlp, adapter)
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "reduction": self.reduction}

@@ -1,4 +1,5 @@
-"""PartialTuning: the last blocks of a vision transformer, on frozen ones."""
+"""The last blocks of a backbone on frozen ones. PartialTuning: of a vision transformer; PartialNetworkTuning:
+of a Swin or ConvNet."""
 
 from __future__ import annotations
 
@@ -6,14 +7,16 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
-from vpt_fast.backbones.resolve import resolve_backbone
+from vpt_fast.backbones.resolve import CONVNET, SWIN, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
-from vpt_fast.tuning.timm_blocks import timm_block_bytes
+from vpt_fast.tuning.timm_blocks import TimmClassifier, timm_block_bytes
 
 
 class PartialTuning(FrozenClassifier):
@@ -56,8 +59,7 @@ class PartialTuning(FrozenClassifier):
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
         k = num_tuned_blocks
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"num_tuned_blocks: got {k!r}, want a whole number from 1")
+        _check_count(k)
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         if k > len(vit.blocks):
             raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
@@ -111,3 +113,52 @@ class PartialTuning(FrozenClassifier):
             kept=batch_size * kept * len(self.backbone.timm_blocks),
             workspace=max(self.backbone.folded_workspace(batch_size), batch_size * workspace),
         )
+
+
+class PartialNetworkTuning(TimmClassifier):
+    """The last k blocks of a Swin or ConvNet, what stands behind them, and the head trained; partial-k of the
+    VPT paper's Tables 4 and 5.
+
+    What stands before runs without autograd, and without dropout. It runs anew in every epoch: its outputs
+    are not kept. BatchNorm keeps its statistics in the trained blocks too.
+
+    Args:
+        backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer or ConvNet, which is not
+            changed.
+        num_classes: of the head.
+        num_tuned_blocks: k, from 1; see `WholeBackbone.last_blocks` for what counts as a block.
+        settings: those of `TimmClassifier`.
+
+    Raises:
+        ValueError: as `TimmClassifier`, and for more blocks than there are.
+    """
+
+    trains_weights = True
+    kinds = (SWIN, CONVNET)
+
+    def __init__(
+        self, backbone: str | nn.Module, num_classes: int, num_tuned_blocks: int = 1, **settings: Any
+    ) -> None:
+        _check_count(num_tuned_blocks)
+        super().__init__(backbone, num_classes, **settings)
+        self.num_tuned_blocks = num_tuned_blocks
+        assert isinstance(self.backbone, WholeBackbone)
+        for parameter in self.backbone.last_blocks(num_tuned_blocks):
+            parameter.requires_grad_(True)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "num_tuned_blocks": self.num_tuned_blocks}
+
+    def train(self, mode: bool = True) -> PartialNetworkTuning:
+        """Puts what is trained in this mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.train(False)
+        return self
+
+
+def _check_count(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"num_tuned_blocks: got {k!r}, want a whole number from 1")

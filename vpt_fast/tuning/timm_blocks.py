@@ -55,7 +55,7 @@ class TimmClassifier(TunedClassifier):
         check_arguments(num_classes, pool)
         kind = kind_of(backbone)
         if kind not in self.kinds:
-            kind = VIT  # which `resolve_backbone` then misses
+            kind = self.kinds[0]  # which `resolve_backbone` then misses
         model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
         if kind is not VIT:
             whole = WholeBackbone(model)
