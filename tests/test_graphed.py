@@ -11,7 +11,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from vpt_fast import graphed
-from vpt_fast.graphed import WARM_UP, GraphedStep, LearningRates, require_capturable, train_step
+from vpt_fast.classification import CrossEntropy
+from vpt_fast.graphed import (
+    WARM_UP,
+    CaptureError,
+    GraphedStep,
+    LearningRates,
+    require_capturable,
+    train_step,
+)
+from vpt_fast.loop import TrainStep
+from vpt_fast.recipe import Recipe
 
 RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.3)  # as a scheduler would assign them, past the warm-up
 
@@ -90,6 +100,43 @@ def test_steps_are_those_of_an_eager_loop_at_changing_rates() -> None:
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert step._stream.captures == 1
+
+
+class BrokenStream(CPUStream):
+    """One whose capture CUDA breaks off."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def broken_step(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> GraphedStep:
+    monkeypatch.setattr(graphed, "_CaptureStream", BrokenStream)
+    step = GraphedStep(model, make_sgd(model, lr=0.1), cross_entropy)
+    for batch in batches(WARM_UP):
+        step(*batch)
+    return step
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_broken_capture_says_so_and_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = broken_step(model := make_model(), monkeypatch)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError, match="cannot be captured in a CUDA graph: CUDA error: operation"):
+        step(*batches(1)[0])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_training_whose_capture_breaks_names_the_flag_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = batches(1)[0]
+    recipe = Recipe(data="", backbone="", batch_size=len(labels), precision="fp32")
+    train = TrainStep(
+        model := make_model(), recipe, make_sgd(model), torch.amp.GradScaler(enabled=False),
+        CrossEntropy(0.0, None), is_graphed=False,
+    )  # fmt: skip
+    train.graph = broken_step(model, monkeypatch)
+    with pytest.raises(ValueError, match="cuda_graph: the step cannot be captured .*; want --no-cuda-graph"):
+        train(images, labels)
 
 
 @pytest.mark.usefixtures("on_cpu")

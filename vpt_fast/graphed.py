@@ -18,6 +18,12 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WARM_UP = 3  # steps before the capture: they compile kernels, and create workspaces and the optimizer's state
 
 
+class CaptureError(RuntimeError):
+    """CUDA or a library did something in a step that cannot be captured. The model is as it was before that
+    step; the process should not go on, since what a broken capture leaves behind (the state of random
+    numbers, for one) is undefined."""
+
+
 class GraphedStep:
     """``loss_value = step(images, labels)``: one training step, replayed from a CUDA graph.
 
@@ -49,6 +55,7 @@ class GraphedStep:
         ValueError: an optimizer, model, device or dtype that cannot be captured. In a call: a batch of
             another shape or dtype than the first, a loss that is not a scalar, a model in another mode, or an
             optimizer whose tensors are not those that were captured.
+        CaptureError: in the fourth call, where the step cannot be captured.
     """
 
     _loss_value: torch.Tensor
@@ -101,7 +108,10 @@ class GraphedStep:
             if self._replay is None:
                 self.optimizer.zero_grad(set_to_none=True)  # for the graph to make them in its own memory
                 self._state = _state_tensors(self.optimizer)
-                self._replay = self._stream.capture(self._step)
+                try:
+                    self._replay = self._stream.capture(self._step)
+                except RuntimeError as error:
+                    raise CaptureError(f"the step cannot be captured in a CUDA graph: {error}") from error
             self._replay()
         return self._loss_value.clone()
 

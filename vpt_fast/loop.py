@@ -29,7 +29,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH, Classification
 from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
 from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
-from vpt_fast.graphed import GraphedStep
+from vpt_fast.graphed import CaptureError, GraphedStep
 from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
 from vpt_fast.precision import AUTOCAST, autocast
@@ -606,7 +606,10 @@ class TrainStep:
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.graph is not None and len(targets) == self.recipe.batch_size:
-            loss = self.graph(inputs, targets)
+            try:
+                loss = self.graph(inputs, targets)
+            except CaptureError as error:
+                raise ValueError(f"cuda_graph: {error}; want --no-cuda-graph") from error
             return loss * len(targets), self.objective.hits(self.graph.logits, targets)
         return self._eager(inputs, targets)
 

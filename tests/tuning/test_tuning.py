@@ -114,13 +114,27 @@ def test_inputs_of_frozen_linear_layers_are_not_kept(method: str) -> None:
     _, model = make(method)
     inputs, kept = [], []  # the tensors too: memory that was given back could be handed out again
     for name, module in model.backbone.blocks.named_modules():
-        if name.endswith(("qkv", "fc1", "fc2")):
+        if name.endswith("norm1"):  # attention's projection takes what it gives
+            module.register_forward_hook(lambda module, args, output: inputs.append(output))
+        if name.endswith(("fc1", "fc2")):
             module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     images, _ = random_batch(model)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         model(images)
-    assert len(inputs) == 9
+    assert len(inputs) == (12 if method == "vpt+bias" else 9)  # of the prompts too
     assert not {storage(t) for t in inputs} & {storage(t) for t in kept}
+
+
+def test_prompts_beside_biases_are_keys_and_values_alone() -> None:
+    _, model = make("vpt+bias")
+    rows = {"norm1": [], "proj": [], "fc1": []}
+    for name, module in model.backbone.blocks.named_modules():
+        seen = rows.get(name.rpartition(".")[2])
+        if seen is not None:
+            module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[:2]))
+    model.eval()(random_batch(model)[0])
+    tokens, prompts = (2, model.backbone.num_tokens), (1, model.prompts.shape[1])
+    assert rows == {"norm1": [tokens, prompts] * 3, "proj": [tokens] * 3, "fc1": [tokens] * 3}
 
 
 def storage(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingCat,
     RotaryEmbeddingDinoV3,
@@ -21,7 +21,6 @@ from timm.layers.pos_embed_sincos import (
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.nn import functional as F
 
 from vpt_fast.backbones.timm_vit import (
     FrozenViT,
@@ -147,20 +146,34 @@ class FrozenEva(FrozenViT):
             for index in range(self.num_folded)
         ]
 
-    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
+    def timm_positions(self, image_size: tuple[int, int]) -> Positions:
         if self.rope is None:
-            return super().timm_positions(image_size, num_added)
+            return super().timm_positions(image_size)
         angles = self._timm_angles(self._grid(image_size))
-        if num_added:
-            sin, cos = angles.chunk(2, dim=-1)
-            pad = (0, 0, 0, num_added)
-            angles = torch.cat((F.pad(sin, pad), F.pad(cos, pad, value=1.0)), dim=-1)  # turned by 0
         by_block = angles[self.num_folded :] if angles.ndim == 4 else [angles] * len(self.timm_blocks)
         return [{"rope": angles} for angles in by_block]
 
-    def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
-        update = block.attn(block.norm1(x), **position)
+    @staticmethod
+    def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
         return update if block.gamma_1 is None else block.gamma_1 * update
+
+    @staticmethod
+    def _qkv_parts(attn: Any) -> LinearParts:
+        return _qkv_parts(attn)
+
+    @staticmethod
+    def _turn(
+        attn: Any, q: torch.Tensor, k: torch.Tensor, position: Position
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not position:
+            return q, k
+        start, half = attn.num_prefix_tokens, attn.rotate_half
+
+        def turned(rows: torch.Tensor) -> torch.Tensor:
+            patches = apply_rot_embed_cat(rows[:, :, start:], position["rope"], half=half)
+            return torch.cat((rows[:, :, :start], patches), dim=2).type_as(rows)
+
+        return turned(q), turned(k)
 
     def num_layer_scales(self, block: Any) -> int:
         return (block.gamma_1 is not None) + (block.gamma_2 is not None)

@@ -16,6 +16,7 @@ from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU, RmsN
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.nn import functional as F
 
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
@@ -199,10 +200,9 @@ class FrozenViT(nn.Module):
         del image_size
         return (None,) * self.num_folded
 
-    def timm_positions(self, image_size: tuple[int, int], num_added: int = 0) -> Positions:
-        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size, and
-        `num_added` more behind them, which have no position."""
-        del image_size, num_added
+    def timm_positions(self, image_size: tuple[int, int]) -> Positions:
+        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size."""
+        del image_size
         return ({},) * len(self.timm_blocks)
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
@@ -266,7 +266,54 @@ class FrozenViT(nn.Module):
 
     def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
         """What one of timm's blocks adds to its input x after attention, before stochastic depth."""
-        return block.ls1(block.attn(block.norm1(x), **position))
+        return self._scale_attention(block, block.attn(block.norm1(x), **position))
+
+    def prompted_attention_branch(
+        self, block: Any, x: torch.Tensor, prompts: torch.Tensor, position: Position
+    ) -> torch.Tensor:
+        """The same where x (B, N, d) attends to prompts (1 or B, m, d) too, which are keys and values and
+        nothing else: what timm's attention gives for the rows of x in the joined sequence."""
+        attn = block.attn
+        layer, batch_size = self._qkv_parts(attn), x.shape[0]
+        attn_dim = layer.weight.shape[0] // 3
+        heads = (attn.num_heads, attn_dim // attn.num_heads)
+
+        def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
+            """Queries, keys or values, as many as the part of the projection gives: (.., H, rows, D) each."""
+            bias = None if layer.bias is None else layer.bias[part]
+            y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads))
+            return y.transpose(1, 3).unbind(2)
+
+        x_hat = block.norm1(x)
+        # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
+        (q,) = project(x_hat, slice(attn_dim))
+        k, v = project(x_hat, slice(attn_dim, None))
+        prompt_k, prompt_v = project(block.norm1(prompts), slice(attn_dim, None))
+        q, k = self._turn(attn, attn.q_norm(q), attn.k_norm(k), position)
+        k, v = (
+            torch.cat((own.expand(batch_size, -1, -1, -1), images), dim=2)
+            for own, images in ((attn.k_norm(prompt_k), k), (prompt_v, v))
+        )
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, N, D)
+        return self._scale_attention(block, attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2))))
+
+    @staticmethod
+    def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
+        """Through the LayerScale, where the block has one."""
+        return block.ls1(update)
+
+    @staticmethod
+    def _qkv_parts(attn: Any) -> LinearParts:
+        return linear_parts(attn.qkv)
+
+    @staticmethod
+    def _turn(
+        attn: Any, q: torch.Tensor, k: torch.Tensor, position: Position
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k (B, H, N, D) with the positions that they get in attention."""
+        del attn, position
+        return q, k
 
     def num_layer_scales(self, block: Any) -> int:
         """How many LayerScales one of timm's blocks has."""

@@ -39,6 +39,9 @@ class PromptAndBiasTuning(BiasTuning):
     """Deep prompts in every block and every bias of the vision transformer trained: VPT + bias of the VPT
     paper.
 
+    Prompts are keys and values, for all images at once where they are the same, and nothing else of them is
+    computed: what concatenation computes beside has no part in the loss, nor in any bias's gradient.
+
     Args:
         num_prompts: m, prompts of each block; the standard start, see `prompts.init_bound`.
         prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
@@ -77,17 +80,20 @@ class PromptAndBiasTuning(BiasTuning):
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
-        batch_size, num_tokens = x.shape[:2]
         p = self.prompt_settings.prompt_dropout if self.training else 0.0
         sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
         outputs = []
         for index, prompts in enumerate(sets[: wanted[-1] + 1]):
-            prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
-            x = torch.cat((x, prompts.expand(batch_size, -1, -1)), dim=1)
-            x = self._run_block(index, x, positions[index])[:, :num_tokens]
+            prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, x.shape[0])
+            vit, block = self.backbone, self.backbone.timm_blocks[index]
+            update = vit.prompted_attention_branch(block, x, prompts, positions[index])
+            x = x + block.drop_path1(update)
+            x = x + block.drop_path2(vit.mlp_branch(block, x))
             if index in wanted:
                 outputs.append(x)
         return outputs
 
-    def _num_added_tokens(self) -> int:
-        return self.prompts.shape[1]
+    def _num_kept_beside(self) -> int:
+        # Every image's copy of the prompts' keys and values.
+        block: Any = self.backbone.timm_blocks[0]
+        return self.num_blocks * 2 * self.prompts.shape[1] * block.attn.proj.in_features

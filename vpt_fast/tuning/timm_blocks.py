@@ -89,7 +89,7 @@ class TimmClassifier(TunedClassifier):
         return [self._patches(x, x.shape[1]) for x in outputs]
 
     def _block_outputs(self, images: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
-        positions = self.backbone.timm_positions(size_of(images), self._num_added_tokens())
+        positions = self.backbone.timm_positions(size_of(images))
         return self._outputs(self.backbone.embed(images), positions, wanted)
 
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
@@ -120,32 +120,25 @@ class TimmClassifier(TunedClassifier):
         """An estimate of the memory that a training step takes at the model's own image size."""
         if isinstance(self.backbone, WholeBackbone):
             return self._counted_training_bytes(batch_size)
-        kept, workspace = timm_block_bytes(
-            self.backbone, trains_weights=self.trains_weights, num_added=self._num_added_tokens()
-        )
+        kept, workspace = timm_block_bytes(self.backbone, trains_weights=self.trains_weights)
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
             kept=batch_size * (kept * self.num_blocks + self._num_kept_beside() * torch.float32.itemsize),
             workspace=batch_size * workspace,
         )
 
-    def _num_added_tokens(self) -> int:
-        """Tokens that every block works on beside the image's."""
-        return 0
-
     def _num_kept_beside(self) -> int:
         """Numbers that the method keeps for each image beside what the blocks keep, over all blocks."""
         return 0
 
 
-def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool, num_added: int = 0) -> tuple[int, int]:
+def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool) -> tuple[int, int]:
     """Bytes for one image that a block of timm's keeps for backward, and those of its temporaries: estimates
     for the dtype in force, of a block with something trained in or below it.
 
     Args:
         vit: its last block is looked at.
         trains_weights: whether its matrices are trained.
-        num_added: tokens beside the image's.
     """
     block: Any = vit.timm_blocks[-1]
     dtype = compute_dtype(vit.device.type, block.attn.proj.weight.dtype)
@@ -167,5 +160,4 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool, num_added: int = 0
     per_token = narrow * dtype.itemsize + (2 * embed_dim + 4 + block.attn.num_heads) * wide
     # Gradients of the hidden layer and of attention's tensors, a few copies of the residual stream.
     workspace = (2 * activated + 4 * attn_dim) * dtype.itemsize + 4 * embed_dim * wide
-    num_tokens = vit.num_tokens + num_added
-    return num_tokens * per_token, num_tokens * workspace
+    return vit.num_tokens * per_token, vit.num_tokens * workspace
