@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from vpt_fast import PromptedViT
+from vpt_fast import PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
 
 NUM_CLASSES = 5
@@ -478,3 +478,23 @@ def test_accelerate_loop() -> None:
             optimizer.step()
             losses.append(float(loss.detach()))
     assert_trained(accelerator.unwrap_model(prepared), losses, frozen)
+
+
+EXPORTED = {
+    "vit": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3),
+    "shallow": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, prompt_type="shallow"),
+    "normalised queries": lambda: PromptedViT(tiny_vit(torch.float32, qk_norm=True), NUM_CLASSES, 3),
+    "rotary": lambda: PromptedViT(tiny_eva(torch.float32), NUM_CLASSES, 3),
+    "swin": lambda: PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_for_batches_of_any_size(name: str) -> None:
+    model = EXPORTED[name]().eval()
+    images, _ = random_batch(model, 3, dtype=torch.float32)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=(batch,))
+    for size in (1, 3):
+        expected, actual = model(images[:size]), program.module()(images[:size])
+        assert relative_error(actual, expected) < 1e-5

@@ -242,8 +242,8 @@ class PromptedViT(PromptedClassifier):
         are read; and N, the tokens of an image."""
         settings = self.prompt_settings
         stream = Stream(self._tokens(images))
-        batch_size, num_tokens, num_prefix = len(images), stream.num_tokens, self.backbone.num_prefix_tokens
-        num_prompts = settings.num_prompts or 0
+        batch_size, num_tokens = images.shape[0], stream.num_tokens
+        num_prefix, num_prompts = self.backbone.num_prefix_tokens, settings.num_prompts or 0
         sets = self._prompt_sets(batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}

@@ -22,7 +22,8 @@ def rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, *, inverse: b
         sin, cos: (P, 1 or H, D/2), of the angles; the same for all heads, or each head's own.
         inverse: turn by the opposite angles.
     """
-    first, second = x.chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]  # chunk's views must not be written to where autograd looks
     if inverse:
         sin = -sin
     turned = first * cos - second * sin

@@ -358,11 +358,11 @@ def _enter(
     qkv = kv = None
     if call.packed:
         qkv = F.linear(x_hat, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
-        q, k, v = qkv.unbind(2)
+        q, k, v = _parts(qkv)
     else:
         q = _project(x_hat[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
         kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
-        k, v = kv.unbind(2)
+        k, v = _parts(kv)
     del x_hat, codes
     if call.windows is not None and call.windows.pads is not None:
         k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(dtype)
@@ -376,7 +376,7 @@ def _enter(
             prompts, eps1, norm1, dtype, pack=policy.pack and prompts.shape[0] > 1
         )
         prompt_kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
-        prompt_k, prompt_v = prompt_kv.unbind(2)  # (1 or B, m, H, D)
+        prompt_k, prompt_v = _parts(prompt_kv)  # (1 or B, m, H, D)
         if call.num_fresh_rows:
             prompt_q = _project(x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
             q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
@@ -661,6 +661,14 @@ def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> tor
     """The output features [start, stop) of the packed projection."""
     bias = None if w.qkv_bias is None else w.qkv_bias[start:stop]
     return F.linear(x_hat, w.qkv_weight[start:stop], bias)
+
+
+def _parts(packed: torch.Tensor) -> list[torch.Tensor]:
+    """(B, N, n, H, D) -> n views (B, N, H, D) that may be written to.
+
+    Not unbind: where autograd looks, as it does while torch.export traces, its views must not be.
+    """
+    return [packed.select(2, i) for i in range(packed.shape[2])]
 
 
 def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
