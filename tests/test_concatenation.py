@@ -367,3 +367,12 @@ def test_low_precision_error_is_at_most_that_of_concatenation(layers: str, dtype
     for name, (ours, theirs) in squares.items():
         ours, theirs = ours**0.5, theirs**0.5
         assert ours <= 1.25 * theirs + 1e-5, f"{name}: {ours:.2e}, concatenation {theirs:.2e}"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_image_features_are_what_the_head_of_concatenation_reads(pool: str | None) -> None:
+    prompted, concatenated = prompted_and_concatenated(tiny_vit(), num_prompts=4, pool=pool)
+    images, _ = random_batch(prompted, 2, NUM_CLASSES)
+    concatenated.head = nn.Linear(prompted.embed_dim, prompted.embed_dim, bias=False).double()
+    nn.init.eye_(concatenated.head.weight)
+    assert relative_error(prompted.image_features(images), concatenated(images)) < TOLERANCE

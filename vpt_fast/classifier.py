@@ -412,12 +412,32 @@ class TunedClassifier(TunedModel):
         nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
         nn.init.constant_(self.head.bias, _HEAD_BIAS)
 
-    def _logits(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
-        """Tokens after the last block (B, N, d) to logits (B, num_classes)."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        return self.head(self.image_features(images))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to what the head reads (B, d), in its dtype: one vector an image, to
+        search images by, or for another classifier.
+
+        Raises:
+            ValueError: images of another shape than the model takes.
+        """
+        raise NotImplementedError
+
+    def _features(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows that pooling reads, after the last block (B, R, d), to what the head reads (B, d)."""
+        return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
+
+    def _features_of_tokens(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
+        """All tokens after the last block (B, N, d) to what the head reads (B, d)."""
         rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
         # A copy, so that rows that nobody reads are not kept alive by those that the final norm keeps.
-        features = self.backbone.features(tokens[:, slice(*rows)].contiguous(), self.pool)
-        return self.head(features.to(self.head.weight.dtype))
+        return self._features(tokens[:, slice(*rows)].contiguous())
 
     @property
     def feature_shape(self) -> tuple[int, ...] | None:

@@ -153,12 +153,7 @@ class PromptedConvNet(FrozenClassifier):
         settings = asdict(self.prompt_settings)
         return {**super()._options(), **{name: settings[name] for name in names}}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes).
-
-        Raises:
-            ValueError: images of another shape than the model takes.
-        """
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         x = self.backbone.embed(images)
         if self.prompt_settings.prompt_location == "pad":
@@ -166,8 +161,7 @@ class PromptedConvNet(FrozenClassifier):
             x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
         else:
             x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
-        features = self.backbone.features(self.backbone.run_folded(x, Read.PATCHES), None)
-        return self.head(features.to(self.head.weight.dtype))
+        return self._features(self.backbone.run_folded(x, Read.PATCHES))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step takes: what is kept is counted on tensors without values, in the

@@ -199,15 +199,9 @@ class PromptedViT(PromptedClassifier):
         border = self.prompt_settings.border
         return height - 2 * border, width - 2 * border
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes).
-
-        Raises:
-            ValueError: images of another shape than the model takes.
-        """
-        (x,), _ = self._outputs(images, self._plans, (self.num_blocks - 1,))
-        features = self.backbone.features(x, self.pool)
-        return self.head(features.to(self.head.weight.dtype))
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        (rows,), _ = self._outputs(images, self._plans, (self.num_blocks - 1,))
+        return self._features(rows)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens after the final norm, prompts left out.

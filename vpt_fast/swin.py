@@ -115,12 +115,7 @@ class PromptedSwin(PromptedClassifier):
         names = ("num_prompts", "prompt_type", "prompt_dropout", "prompt_dropout_per")
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes).
-
-        Raises:
-            ValueError: images of another shape than the model takes.
-        """
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
             stream = Stream(self.backbone.embed(images))
@@ -138,8 +133,7 @@ class PromptedSwin(PromptedClassifier):
             prompts = flowed.sum() if num_fresh else None
         tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
-        features = self.backbone.features(read, self.pool)
-        return self.head(features.to(self.head.weight.dtype))
+        return self._features(read)
 
     def _prompt_sets(self, batch_size: int) -> list[torch.Tensor]:
         """New prompts (1 or B, m, d) for each of the first blocks: deep, for all of them."""

@@ -64,15 +64,10 @@ def read_features(
     classifier: Classifier, batches: Batches, split: str, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the head is given for every image (n, d), in float32, and the labels (n,)."""
-    read: list[torch.Tensor] = []
-    hook = classifier.model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
-    labels = []
-    try:
-        with evaluating(console, split, batches.num_images) as advance:
-            for images, targets in batches.epoch(0):  # (b, 3, H, W), (b,)
-                classifier.model(images)
-                labels.append(targets)
-                advance(len(targets))
-    finally:
-        hook.remove()
+    read, labels = [], []
+    with evaluating(console, split, batches.num_images) as advance:
+        for images, targets in batches.epoch(0):  # (b, 3, H, W), (b,)
+            read.append(classifier.model.image_features(images).float())
+            labels.append(targets)
+            advance(len(targets))
     return torch.cat(read).cpu().numpy(), torch.cat(labels).cpu().numpy()

@@ -137,6 +137,20 @@ def test_prompts_beside_biases_are_keys_and_values_alone() -> None:
     assert rows == {"norm1": [tokens, prompts] * 3, "proj": [tokens] * 3, "fc1": [tokens] * 3}
 
 
+@pytest.mark.parametrize("method", WAYS)
+def test_image_features_are_what_the_head_is_given(method: str) -> None:
+    _, model = make(method)
+    images, _ = random_batch(model)
+    given = []
+    model.head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    if model.feature_shape is None:
+        model.eval()(images)
+    else:  # by the way that training takes over cached features
+        model.eval().classify(model.frozen_features(images))
+    assert torch.equal(model.image_features(images), given[0])
+    assert given[0].shape == (2, model.embed_dim)
+
+
 def storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 

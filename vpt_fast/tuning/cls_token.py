@@ -48,11 +48,9 @@ class ClsTokenTuning(FrozenClassifier):
         wide = torch.promote_types(vit.cls_token.dtype, torch.float32)
         self.backbone.stem.cls_token = nn.Parameter(vit.cls_token.detach().to(token.device, wide, copy=True))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        rows = self.backbone.run_folded(images, self._reads)
-        return self.head(self.backbone.features(rows, self.pool).to(self.head.weight.dtype))
+        return self._features(self.backbone.run_folded(images, self._reads))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step takes at the model's own image size, in the dtype in force."""

@@ -93,17 +93,17 @@ class PartialTuning(FrozenClassifier):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits
         (B, num_classes)."""
-        return self._classify(features, self.image_size)
+        return self.head(self._run_trained(features, self.image_size))
 
-    def _classify(self, features: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        x, positions = features, self.backbone.timm_positions(image_size)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self._run_trained(self.frozen_features(images), size_of(images))
+
+    def _run_trained(self, x: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """Tokens before the first trained block (B, N, d) to what the head reads (B, d)."""
+        positions = self.backbone.timm_positions(image_size)
         for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
             x = block(x, **position)
-        return self._logits(x, self._reads)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
-        return self._classify(self.frozen_features(images), size_of(images))
+        return self._features_of_tokens(x, self._reads)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate of the memory that a training step takes at the model's own image size."""

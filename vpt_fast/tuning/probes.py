@@ -68,8 +68,7 @@ class LinearProbe(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        rows = self.backbone.run_folded(images, self._reads)
-        return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
+        return self._features(self.backbone.run_folded(images, self._reads))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
@@ -84,9 +83,8 @@ class LinearProbe(FrozenClassifier):
         outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
         return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
-        return self.classify(self.frozen_features(images))
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.frozen_features(images)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step takes at the model's own image size, in its own dtype."""
@@ -145,6 +143,9 @@ class MLPProbe(LinearProbe):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
         return self.head(self.hidden(features))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.hidden(self.frozen_features(images))
 
     def _num_kept(self) -> int:
         return self.num_layers * self.embed_dim  # a ReLU keeps its output, which the next layer keeps too

@@ -75,15 +75,12 @@ class SideTuning(FrozenClassifier):
         self.side = side.to(self.backbone.device)
         self.alpha = nn.Parameter(torch.zeros((), device=self.backbone.device))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, num_classes)."""
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        dtype = self.head.weight.dtype
         with torch.no_grad():
-            rows = self.backbone.run_folded(images, self._reads)
-            base = self.backbone.features(rows, self.pool).to(dtype)
+            base = self._features(self.backbone.run_folded(images, self._reads))
         alpha = self.alpha.sigmoid()
-        return self.head(alpha * base + (1 - alpha) * self.side(images.to(dtype)))
+        return alpha * base + (1 - alpha) * self.side(images.to(self.head.weight.dtype))
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate of the memory that a training step takes at the model's own image size."""

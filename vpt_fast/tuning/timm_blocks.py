@@ -74,13 +74,12 @@ class TimmClassifier(TunedClassifier):
             self.backbone.stem.train(mode)
         return self
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to logits (B, num_classes)."""
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         if isinstance(self.backbone, WholeBackbone):
-            return self.head(self.backbone(images.to(self.head.weight.dtype)))
+            return self.backbone(images.to(self.head.weight.dtype))
         (x,) = self._block_outputs(images, (self.num_blocks - 1,))
-        return self._logits(x, self._reads)
+        return self._features_of_tokens(x, self._reads)
 
     def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
         self._check_blocks(blocks)
