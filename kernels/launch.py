@@ -16,6 +16,19 @@ TYPE_NAMES = {
 """Triton's names of dtypes."""
 
 
+# Triton's own two are for kernels as well, and take microseconds to find out that they are not in one.
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of this size n elements take."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is not below n, from 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def arch_of(device: torch.device) -> int:
     """80, 90 or 100: which of the tables of tiles is for this device. Consumer GPUs of any generation have
     neither wgmma nor tensor memory, so that theirs is 80's."""

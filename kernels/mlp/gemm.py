@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import (
     on_device,
@@ -18,7 +17,7 @@ from vpt_fast.kernels.checks import (
     require_dtype,
     require_shape,
 )
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv
 from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
 from vpt_fast.kernels.rows import Rows, leading_rows
@@ -51,7 +50,7 @@ def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
 
 
 def _grid(num_rows: int, num_columns: int, config: dict[str, int]) -> tuple[int]:
-    programs = triton.cdiv(num_rows, config["BLOCK_M"]) * triton.cdiv(num_columns, config["BLOCK_N"])
+    programs = cdiv(num_rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
     if max(num_rows, num_columns) > _MAX_SIDE or programs > MAX_PROGRAMS:
         raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
     return (programs,)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import (
     on_device,
@@ -18,7 +17,7 @@ from vpt_fast.kernels.checks import (
     require_dtype,
     require_shape,
 )
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
 from vpt_fast.kernels.mlp.jit import (
     activate_backward_kernel,
     activate_kernel,
@@ -45,7 +44,7 @@ def check_kind(kind: str, wanted: tuple[str, ...]) -> None:
 
 def _packed_launch(width: int) -> tuple[int, int]:
     """Block and warps of a program that holds a whole gated row, eight elements of each half to a thread."""
-    block = max(_GATED_BLOCK, triton.next_power_of_2(width))
+    block = max(_GATED_BLOCK, next_power_of_2(width))
     return block, block // 256
 
 
@@ -96,7 +95,7 @@ def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
 
 
 def _grid(rows: Rows, width: int, block: int) -> tuple[int]:
-    programs = rows.num_rows * triton.cdiv(width, block)
+    programs = rows.num_rows * cdiv(width, block)
     if programs > MAX_PROGRAMS:
         raise ValueError(
             f"u: got {rows.num_rows} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import (
     on_device,
@@ -18,7 +17,7 @@ from vpt_fast.kernels.checks import (
     require_dtype,
     require_shape,
 )
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
 from vpt_fast.kernels.normalization.jit import normalize_backward_kernel, normalize_kernel
 from vpt_fast.kernels.normalization.reference import KINDS
 from vpt_fast.kernels.rows import Rows, leading_rows
@@ -30,7 +29,7 @@ _MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's ro
 
 def _config(d: int) -> dict[str, int]:
     """Sixteen elements to a thread: two loads of 16 bytes each where an element has two."""
-    block_d = max(16, triton.next_power_of_2(d))
+    block_d = max(16, next_power_of_2(d))
     return {
         "BLOCK_ROWS": max(1, 2048 // block_d),
         "BLOCK_D": block_d,
@@ -116,7 +115,7 @@ def _launch_forward(
         return
     config = _config(d)
     with on_device(x):
-        normalize_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
+        normalize_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
             x,
             update,
             hidden,
@@ -188,7 +187,7 @@ def _normalize_backward(
         return dx
     config = _config(d)
     with on_device(grad):
-        normalize_backward_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
+        normalize_backward_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
             grad,
             x_hat,
             rstd.contiguous(),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import on_device, once_per_layout, require_device, require_dtype
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, arch_of
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -222,7 +221,7 @@ def _attention(
     tiles = forward_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
     inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
     with on_device(q):
-        attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+        attention_forward_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
             *inputs.tensors, out, lse, out, *inputs.strides,
             num_heads, num_rows, num_prompts, num_prompts + k.shape[1], *_ONE_SEQUENCE,
             **inputs.flags, **tiles.launch,
@@ -297,13 +296,13 @@ def _attention_backward(
         # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
         if out is None or not need_q:
             tiles = forward_tiles(q.dtype, head_dim, num_rows, arch) if out is None else DELTA_TILES
-            delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+            delta_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
                 grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
                 **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
             )  # fmt: skip
         if need_q:
             tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
-            grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
+            grad_q_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
                 grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, q, *all_strides,
                 *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
             )  # fmt: skip
@@ -343,7 +342,7 @@ def write_grad_kv(
     tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
     inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
     with on_device(q):
-        grad_kv_kernel[(triton.cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
+        grad_kv_kernel[(cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
             grad_out, *inputs.tensors, lse, delta, q if grad_k is None else grad_k,
             q if grad_v is None else grad_v, parts, *strides(grad_out), *inputs.strides,
             lse.stride(0), lse.stride(1), *strides(grad_k),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import (
     on_device,
@@ -15,7 +14,7 @@ from vpt_fast.kernels.checks import (
     require_dtype,
     require_shape,
 )
-from vpt_fast.kernels.launch import arch_of
+from vpt_fast.kernels.launch import arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -132,7 +131,7 @@ def _check(
         raise ValueError(f"head dim: got {q.shape[3]} in windows, want one of {wanted}")
     check_tensors(**tensors)
     window_size = bias.shape[1]
-    columns = triton.cdiv(window_size, BIAS_COLUMNS) * BIAS_COLUMNS
+    columns = cdiv(window_size, BIAS_COLUMNS) * BIAS_COLUMNS
     require_shape((q.shape[2], window_size, columns), bias=bias)
     num_windows = k.shape[1] // window_size
     if k.shape[1] != num_windows * window_size or num_windows == 0:
@@ -171,7 +170,7 @@ def _window_attention(
     tiles = forward_tiles(q.dtype)
     inputs = kernel_inputs(q, k, v, prompt_k, prompt_v, *_contiguous(bias, regions))
     with on_device(q):
-        attention_forward_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+        attention_forward_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
             *inputs.tensors, out, lse, fresh_out, *inputs.strides,
             num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh,
             **inputs.flags, **tiles.launch,
@@ -231,14 +230,14 @@ def _window_attention_backward(
     with on_device(q):
         if not has_out:
             tiles = forward_tiles(q.dtype)
-            delta_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+            delta_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
                 grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
                 **inputs.flags, HAS_OUT=False, **tiles.launch,
             )  # fmt: skip
         if need_q:
             grad_fresh = _fresh(q, num_windows, num_fresh)
             tiles = grad_q_tiles(q.dtype, head_dim, arch)
-            grad_q_kernel[(triton.cdiv(num_rows, tiles.block_m) * sequences,)](
+            grad_q_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
                 grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, grad_fresh, *all_strides,
                 *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=has_out, **tiles.launch,
             )  # fmt: skip
@@ -247,7 +246,7 @@ def _window_attention_backward(
         if need_kv:
             alone = kernel_inputs(q, k, v, None, None, bias, regions)  # a window's tokens, without prompts
             tiles = grad_kv_tiles(q.dtype, arch)
-            grad_kv_kernel[(triton.cdiv(window_size, tiles.block_n) * sequences,)](
+            grad_kv_kernel[(cdiv(window_size, tiles.block_n) * sequences,)](
                 grad_out, *alone.tensors, lse, delta, grad_k, grad_v, q, *strides(grad_out), *alone.strides,
                 *lse_strides, *strides(grad_k), num_heads, num_rows, 0, window_size, num_windows, num_fresh,
                 **alone.flags, IMAGE=True, **tiles.launch,

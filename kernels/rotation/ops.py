@@ -7,10 +7,9 @@ any strides; the last one is contiguous. Arithmetic is in float32.
 from __future__ import annotations
 
 import torch
-import triton
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
@@ -22,7 +21,7 @@ _NUM_WARPS = 4
 
 def _config(half: int) -> dict[str, int]:
     """Eight elements of each half to a thread: one access of 16 bytes where an element has two."""
-    block_half = triton.next_power_of_2(half)
+    block_half = next_power_of_2(half)
     return {"HALF": half, "BLOCK_ROWS": 1024 // block_half, "BLOCK_HALF": block_half}
 
 
@@ -45,7 +44,7 @@ def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: boo
         return
     config = _config(half)
     with on_device(x):
-        rotate_kernel[(triton.cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
+        rotate_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
             x,
             sin.contiguous(),
             cos.contiguous(),
