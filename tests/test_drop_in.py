@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -498,3 +499,33 @@ def test_exports_for_batches_of_any_size(name: str) -> None:
     for size in (1, 3):
         expected, actual = model(images[:size]), program.module()(images[:size])
         assert relative_error(actual, expected) < 1e-5
+
+
+def test_optimizers_of_timm_take_what_is_trained() -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.1)
+    taken = {p for group in optimizer.param_groups for p in group["params"]}
+    assert taken == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_new_head_has_another_number_of_classes_and_the_prompts_stay(tmp_path: Path) -> None:
+    vit = tiny_vit(torch.float32)
+    model = PromptedViT(vit, NUM_CLASSES, 3).double()
+    prompts = model.prompts.detach().clone()
+    model.reset_classifier(NUM_CLASSES + 2)
+    images, _ = random_batch(model, dtype=torch.float64)
+    assert model.get_classifier()(model.image_features(images)).shape[1] == model.num_classes == 7
+    assert torch.equal(model(images), model.get_classifier()(model.image_features(images)))
+    assert torch.equal(model.prompts, prompts) and model.head.in_features == model.num_features
+    model.float().save_pretrained(tmp_path)
+    assert PromptedViT.from_pretrained(tmp_path, vit).head.out_features == 7
+    with pytest.raises(ValueError, match="num_classes: got 0"):
+        model.reset_classifier(0)
+
+
+def test_checkpointing_by_timm_s_name_is_the_policy_that_recomputes() -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
+    model.set_grad_checkpointing()
+    assert model.memory_policy(2) == "recompute"
+    model.set_grad_checkpointing(False)
+    assert model.memory_policy(2) == "exact"

@@ -409,8 +409,29 @@ class TunedClassifier(TunedModel):
         self.pool = pool
         self.num_classes = num_classes
         self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
-        nn.init.kaiming_normal_(self.head.weight, a=0, mode="fan_out")
-        nn.init.constant_(self.head.bias, _HEAD_BIAS)
+        _start_head(self.head)
+
+    @property
+    def num_features(self) -> int:
+        """d, as timm calls it."""
+        return self.embed_dim
+
+    def get_classifier(self) -> nn.Linear:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Puts a new head in place, at its start, for another number of classes; prompts and all else that is
+        trained stay. Without a head: `image_features`.
+
+        Raises:
+            ValueError: num_classes is not a whole number from 1.
+        """
+        check_arguments(num_classes, None)
+        weight = self.head.weight
+        self.head = nn.Linear(weight.shape[1], num_classes, device=weight.device, dtype=weight.dtype)
+        _start_head(self.head)
+        self.num_classes = num_classes
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes).
@@ -488,6 +509,11 @@ class TunedClassifier(TunedModel):
         return tokens[:, self.backbone.num_prefix_tokens : num_tokens].contiguous()
 
 
+def _start_head(head: nn.Linear) -> None:
+    nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
+    nn.init.constant_(head.bias, _HEAD_BIAS)
+
+
 class FrozenClassifier(TunedClassifier):
     """A model whose frozen blocks run on the engine, folded.
 
@@ -546,6 +572,10 @@ class PromptedClassifier(FrozenClassifier):
         self.memory = memory
         self.bytes_beside = 0  # kept for each image outside of the blocks, which "auto" leaves room for
         self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's name for ``memory = "recompute"``, or ``"exact"``."""
+        self.memory = "recompute" if enable else "exact"
 
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
         """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
