@@ -197,9 +197,13 @@ class TunedModel(nn.Module):
         that a layer gives."""
         meta = copy.deepcopy(self).to("meta")
         sizes = [0]
+
+        def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                sizes.append(output.nbytes)
+
         for layer in meta.modules():
-            if not list(layer.children()):
-                layer.register_forward_hook(lambda _, __, output: sizes.append(output.nbytes))
+            layer.register_forward_hook(look)
         own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
         kept: dict[int, torch.UntypedStorage] = {}
 
