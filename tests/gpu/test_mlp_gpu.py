@@ -85,6 +85,22 @@ def test_activate_backward_from_codes(shape, kind, dtype):
     assert_as_good_as(grad_u, definition(torch.float32).to(dtype), definition(torch.float64))
 
 
+@pytest.mark.parametrize("pack", [False, True], ids=["u", "codes"])
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+def test_in_place_gives_the_same_bits(kind, pack):
+    u, grad = (
+        make(8, 197, 3072, seed=0, dtype=torch.bfloat16),
+        make(8, 197, 3072, seed=1, dtype=torch.bfloat16),
+    )
+    a, codes, _ = ops.activate(u, kind, pack=pack)
+    kept = codes if pack else u.clone()
+    expected = ops.activate_backward(grad, kept, None, kind)
+    codes_in_place = ops.activate_(u, kind, pack=pack)
+    ops.activate_backward_(grad, kept, kind)
+    assert torch.equal(u, a) and torch.equal(grad, expected)
+    assert codes_in_place is None if codes is None else torch.equal(codes_in_place, codes)
+
+
 @pytest.mark.parametrize("kind", ops.ACTIVATIONS)
 def test_extreme_values_are_finite(kind):
     u = torch.tensor([-200.0, -88, -30, -12, -1e-3, 0, 1e-3, 12, 30, 88, 100, 200], device="cuda")
