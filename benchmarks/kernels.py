@@ -37,8 +37,11 @@ IMPLEMENTATIONS = ("triton", "torch", "compiled", "library_triton")
 OURS = "triton"
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("gelu", "quick_gelu", "swiglu")
+ROTATIONS = ("rotary",)
+KINDS = (*NORMS, *ACTIVATIONS, *ROTATIONS)
 AT_EVERY_SHAPE = ("layer", "gelu")
 MLP_RATIO = 4
+MOST_HEAD_DIM = 64  # that of rotary ViTs, DINOv3's H too
 EPS = 1e-6
 CODES_ERROR_BELOW = 1e-3  # where float32 rounds otherwise than float64, a code is the next one
 
@@ -50,9 +53,9 @@ MODELS = ["197x768", "197x1024", "257x1280"]
 class Case:
     """One operation at one shape.
 
-    op: a key of `OPERATIONS`. kind: of the norm or the activation. codes: whether what backward needs is
-    kept in 8 bits (forward), or read from them (backward). Tensors are (B, N, width); the MLP's between its
-    layers 4 times as wide, and for SwiGLU that is gate and value together.
+    op: a key of `OPERATIONS`. kind: of the norm, the activation or the positions. codes: whether what
+    backward needs is kept in 8 bits (forward), or read from them (backward). Tensors are (B, N, width); the
+    MLP's between its layers 4 times as wide, and for SwiGLU that is gate and value together.
     """
 
     op: str
@@ -72,6 +75,12 @@ class Case:
         return MLP_RATIO * self.width
 
     @property
+    def heads(self) -> tuple[int, int]:
+        """Heads and their dimension."""
+        head_dim = min(self.width, MOST_HEAD_DIM)
+        return self.width // head_dim, head_dim
+
+    @property
     def activated(self) -> int:
         """Width of the activation's output."""
         return self.hidden // 2 if self.kind in PACKED else self.hidden
@@ -84,6 +93,7 @@ class Operation(NamedTuple):
     run(ops, case, dtype, *inputs): by one implementation's list of operations.
     work(case, itemsize): what cannot be done without.
     fused(case, dtype, *inputs): as one product with its epilogue, or None where there is no product.
+    codes: whether it is measured without and with codes.
     """
 
     kinds: tuple[str, ...]
@@ -91,6 +101,7 @@ class Operation(NamedTuple):
     run: Callable[..., Any]
     work: Callable[[Case, int], Work]
     fused: Callable[..., Any] | None = None
+    codes: tuple[bool, ...] = (False, True)
 
 
 # Inputs. The residual stream is float32, whatever the dtype of the products; its gradient is in that.
@@ -110,6 +121,14 @@ def normalize_backward_inputs(case: Case, dtype: torch.dtype, random: Callable[.
     x_hat, rstd, codes, scale = TORCH_OPS.normalize(random(*shape), EPS, case.kind, dtype, pack=case.codes)
     kept = [codes, rstd, scale] if case.codes else [x_hat, rstd]
     return [random(*shape).to(dtype), random(*shape).to(dtype), *kept], []
+
+
+def rotate_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
+    """Queries, where they stand in the packed projection, and one table for all heads."""
+    heads, head_dim = case.heads
+    qkv = random(case.batch_size, case.num_tokens, 3, heads, head_dim).to(dtype)
+    angles = random(case.num_tokens, 1, head_dim // 2)
+    return [qkv[:, :, 0]], [angles.sin(), angles.cos()]
 
 
 def activate_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
@@ -164,6 +183,12 @@ def normalize_backward(
     scale: Tensor | None = None,
 ) -> Any:
     return ops.normalize_backward(grad, x_hat, rstd, scale, case.kind, residual, dtype)
+
+
+def rotate(ops: Ops, case: Case, dtype: torch.dtype, x: Tensor, sin: Tensor, cos: Tensor) -> Any:
+    """In place: every call turns x on."""
+    ops.rotate_(x, sin, cos)
+    return x
 
 
 def activate(ops: Ops, case: Case, dtype: torch.dtype, u: Tensor) -> Any:
@@ -222,6 +247,11 @@ def normalize_backward_work(case: Case, size: int) -> Work:
     return Work(case.rows * (case.width * 3 * size + 4 + x_hat))
 
 
+def rotate_work(case: Case, size: int) -> Work:
+    """x -> x, and sine and cosine of half a head's dimensions for every token."""
+    return Work(2 * case.rows * case.width * size + case.num_tokens * case.heads[1] * 4)
+
+
 def activate_work(case: Case, size: int) -> Work:
     """u -> a and the derivative's codes."""
     kept = _code_bytes(case) if case.codes else 0
@@ -264,6 +294,7 @@ OPERATIONS = {
     "normalize_backward": Operation(
         NORMS, normalize_backward_inputs, normalize_backward, normalize_backward_work
     ),
+    "rotate": Operation(ROTATIONS, rotate_inputs, rotate, rotate_work, codes=(False,)),
     "activate": Operation(ACTIVATIONS, activate_inputs, activate, activate_work),
     "activate_backward": Operation(
         ACTIVATIONS, activate_backward_inputs, activate_backward, activate_backward_work
@@ -433,9 +464,9 @@ def choose_cases(shapes: list[tuple[int, int]], batch: int, ops: list[str], kind
         for i, (tokens, width) in enumerate(shapes)
         for op in ops
         for kind in OPERATIONS[op].kinds
-        if kind in (kinds or (AT_EVERY_SHAPE if i else (*NORMS, *ACTIVATIONS)))
+        if kind in (kinds or (AT_EVERY_SHAPE if i else KINDS))
         and (kinds or kind == "gelu" or OPERATIONS[op].fused is None)
-        for codes in (False, True)
+        for codes in OPERATIONS[op].codes
     ]
 
 
@@ -457,7 +488,7 @@ def main(
     kinds: Annotated[
         str,
         typer.Option(
-            help=f"comma-separated, of {', '.join((*NORMS, *ACTIVATIONS))}; default: all at the first shape, "
+            help=f"comma-separated, of {', '.join(KINDS)}; default: all at the first shape, "
             f"{' and '.join(AT_EVERY_SHAPE)} at the others"
         ),
     ] = "",
@@ -478,7 +509,7 @@ def main(
         parse_shapes(shapes or ",".join(MODELS if on_gpu else MODELS[:1])),
         batch_size or (64 if on_gpu else 2),
         listed(ops or ",".join(OPERATIONS), list(OPERATIONS)),
-        listed(kinds, [*NORMS, *ACTIVATIONS]) if kinds else [],
+        listed(kinds, list(KINDS)) if kinds else [],
     )
     if not cases:
         raise typer.BadParameter(f"kinds: got {kinds!r}, want one of {ops!r}'s")

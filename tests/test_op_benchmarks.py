@@ -32,12 +32,12 @@ import kernels  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPE = attention.Shape(batch_size=3, num_tokens=7, num_prompts=4, num_heads=2, head_dim=16)
-ALL_KINDS = [*kernels.NORMS, *kernels.ACTIVATIONS]
+ALL_KINDS = list(kernels.KINDS)
 CASES = [
     kernels.Case(op, kind, codes, batch_size=3, num_tokens=5, width=16)
     for op, operation in kernels.OPERATIONS.items()
     for kind in operation.kinds
-    for codes in (False, True)
+    for codes in operation.codes
 ]
 IDS = [f"{case.op}-{case.kind}{'-codes' if case.codes else ''}" for case in CASES]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=IDS)
