@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -11,9 +12,10 @@ from concatenation import relative_error, step
 from tiny import random_batch, randomise
 from torch import nn
 from torch.func import functional_call
-from ways_to_tune import low_rank
+from ways_to_tune import adapter, low_rank
 
 from vpt_fast import load_pretrained
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.methods import model_settings
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuning.adapter import AdapterTuning
@@ -53,22 +55,42 @@ def make(method: str, name: str, dtype: torch.dtype = torch.float64, seed: int =
     return backbone, model
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", WAYS)
-def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: str) -> None:
-    backbone, model = make(method, name)
+def assert_step_is_defined_by(
+    features: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor], model: TunedClassifier
+) -> dict[str, torch.Tensor]:
+    """Logits and gradients are those of a linear head on `features` of the trained tensors and the images;
+    returns the trained tensors."""
     images, labels = random_batch(model)
     found = step(model.eval(), images, labels)  # a Swin of timm's drops whole branches in training
-
     trained = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
-    own = {n.removeprefix("backbone.stem."): t for n, t in trained.items() if n.startswith("backbone.")}
-    network = copy.deepcopy(backbone).requires_grad_(False)
-    features = functional_call(network, own, images)
-    logits = nn.functional.linear(features, trained["head.weight"], trained["head.bias"])
+    logits = nn.functional.linear(features(trained, images), trained["head.weight"], trained["head.bias"])
     nn.functional.cross_entropy(logits, labels).backward()
     assert relative_error(found.logits, logits) < 1e-12
     for n, tensor in trained.items():
         assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
+    return trained
+
+
+def moved(model: TunedClassifier) -> TunedClassifier:
+    """In float64, away from where what is trained starts."""
+    model.double()
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    return model
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", WAYS)
+def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: str) -> None:
+    backbone, model = make(method, name)
+    network = copy.deepcopy(backbone).requires_grad_(False)
+
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        own = {n.removeprefix("backbone.stem."): t for n, t in trained.items() if n.startswith("backbone.")}
+        return functional_call(network, own, images)
+
+    assert_step_is_defined_by(features, model)
 
 
 def test_batch_norm_keeps_its_statistics_in_training() -> None:
@@ -128,63 +150,32 @@ def test_estimate_covers_what_is_kept(method: str, name: str) -> None:
 
 
 def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
-    name = "swin_tiny_patch4_window7_224"
-    backbone, _ = make("full", name)
-    model = LoRATuning(backbone, CLASSES, rank=2).double().eval()
-    with torch.no_grad():
-        for tensor in model.trainable_state_dict().values():
-            tensor += 0.1 * torch.randn_like(tensor)
-    images, labels = random_batch(model)
-    found = step(model, images, labels)
-
-    trained = {n: t.clone().requires_grad_() for n, t in model.trainable_state_dict().items()}
+    backbone, _ = make("full", "swin_tiny_patch4_window7_224")
     network = copy.deepcopy(backbone).requires_grad_(False)
-    for path, linear in network.named_modules():
-        if path.endswith((".attn.qkv", ".attn.proj")):
-            linear.register_forward_hook(low_rank(trained, f"backbone.stem.{path}"))
-    logits = nn.functional.linear(network(images), trained["head.weight"], trained["head.bias"])
-    nn.functional.cross_entropy(logits, labels).backward()
+
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        for path, linear in network.named_modules():
+            if path.endswith((".attn.qkv", ".attn.proj")):
+                linear.register_forward_hook(low_rank(trained, f"backbone.stem.{path}"))
+        return network(images)
+
+    trained = assert_step_is_defined_by(features, moved(LoRATuning(backbone, CLASSES, rank=2)))
     assert len(trained) == 2 + 3 * 2 * 2  # the head; A and B of two layers in three blocks
-    assert relative_error(found.logits, logits) < 1e-12
-    for n, tensor in trained.items():
-        assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
 
 
 def test_adapters_on_a_swin_stand_behind_every_mlp() -> None:
-    name = "swin_tiny_patch4_window7_224"
-    backbone, _ = make("full", name)
-    model = AdapterTuning(backbone, CLASSES, reduction=4).double().eval()
-    with torch.no_grad():
-        for tensor in model.trainable_state_dict().values():
-            tensor += 0.1 * torch.randn_like(tensor)
-    images, labels = random_batch(model)
-    found = step(model, images, labels)
-
-    trained = {n: t.clone().requires_grad_() for n, t in model.trainable_state_dict().items()}
+    backbone, _ = make("full", "swin_tiny_patch4_window7_224")
     network = copy.deepcopy(backbone).requires_grad_(False)
 
-    def adapt(path: str):
-        down, up = (
-            [trained[f"backbone.stem.{path}.1.{layer}.{part}"] for part in ("weight", "bias")]
-            for layer in ("down", "up")
-        )
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        for path, module in network.named_modules():
+            if path.endswith(".mlp"):
+                module.register_forward_hook(adapter(trained, f"backbone.stem.{path}.1"))
+        return network(images)
 
-        def hook(_, __, output: torch.Tensor) -> torch.Tensor:
-            inner = nn.functional.gelu(nn.functional.linear(output, *down))
-            return output + nn.functional.linear(inner, *up)
-
-        return hook
-
-    for path, module in network.named_modules():
-        if path.endswith(".mlp"):
-            module.register_forward_hook(adapt(path))
-    logits = nn.functional.linear(network(images), trained["head.weight"], trained["head.bias"])
-    nn.functional.cross_entropy(logits, labels).backward()
+    trained = assert_step_is_defined_by(features, moved(AdapterTuning(backbone, CLASSES, reduction=4)))
     widths = {t.shape for n, t in trained.items() if n.endswith("down.weight")}
     assert widths == {(4, 16), (8, 32)}  # of the two stages
-    assert relative_error(found.logits, logits) < 1e-12
-    for n, tensor in trained.items():
-        assert (found.gradients[n] - tensor.grad).norm() < 1e-10 * (1 + tensor.grad.norm()), n
 
 
 def test_reduction_beyond_a_swins_narrowest_stage_is_refused() -> None:
