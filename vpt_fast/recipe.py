@@ -51,7 +51,8 @@ _ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
 METHODS: dict[str, MethodRule] = {
     "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
     "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
-    "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per")),
+    # SGD at the rate that prompts take drives biases away.
+    "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per"), **_ADAMW),
     "cls-token": MethodRule(ENGINE_KNOBS),
     "linear": MethodRule(ENGINE_KNOBS, batch_size=2048),
     "mlp-K": MethodRule(ENGINE_KNOBS),
@@ -304,7 +305,7 @@ class Recipe:
         None,
         "Optimizer.",
         OPTIMISATION,
-        shown="sgd; adamw for full, partial, bias, adapter and lora",
+        shown="sgd; adamw for full, partial, bias, vpt+bias, adapter and lora",
     )
     momentum: float = _knob(0.9, "Momentum of SGD.", OPTIMISATION)
     weight_decay: float = _knob(1e-4, "Weight decay; the head's bias has none.", OPTIMISATION)
