@@ -105,7 +105,7 @@ class ConcatenatedViT(nn.Module):
             if parameter.shape != state[name].shape:
                 raise ValueError(f"{name}: shape {tuple(state[name].shape)}, wanted {tuple(parameter.shape)}")
             parameter.copy_(state[name])
-        return self
+        return self.to(next(self.vit.parameters()).device)  # where the backbone is
 
     def forward(self, images: Tensor) -> Tensor:
         x, ropes = self.embed(images)  # (B, prefix + patches, d)

@@ -285,7 +285,7 @@ def _check(swin: SwinTransformer) -> None:
     for method in ("forward_features", "forward_head"):
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
-    if swin.dynamic_img_size:
+    if getattr(swin, "dynamic_img_size", False):  # older ones have no such setting
         raise ValueError(
             "backbone: a SwinTransformer with dynamic_img_size=True or strict_img_size=False is not "
             "supported; want one that is built for its img_size"
