@@ -152,12 +152,16 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
 @contextmanager
 def launched(target: Target, launch: Launch) -> Iterator[None]:
     """The kernel is launched so inside."""
+    from vpt_fast.kernels.checks import forget_layouts
+
     recorded = getattr(target.module, target.function)
     setattr(target.module, target.function, lambda *_, **__: target.of_launch(launch))
+    forget_layouts()
     try:
         yield
     finally:
         setattr(target.module, target.function, recorded)
+        forget_layouts()
 
 
 def measure_target(target: Target, settings: Settings) -> list[Row]:

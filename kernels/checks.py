@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -14,16 +13,19 @@ Found = TypeVar("Found")
 
 MOST_LAYOUTS = 1024  # that one function remembers
 
+_memories: list[dict[Hashable, Any]] = []
+
 
 def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Remembers what `function` found for tensors of a layout: a step checks the same ones over and over, and
-    checking takes longer than launching a kernel.
+    """Remembers what `function` found for tensors of a layout, such as how to launch a kernel on them: a step
+    asks for the same ones over and over, and finding it takes longer than the launch.
 
     It may depend on the positional arguments, which are hashable; of tensors, which are given by name, on
     dtype, device, shape, strides, address modulo 16 bytes and whether they require a gradient; on whether
     gradients are formed; and, with tensors that are not on a CUDA device, on whether Triton interprets.
     """
     known: dict[Hashable, Found] = {}
+    _memories.append(known)
 
     @wraps(function)
     def remembered(*arguments: Hashable, **tensors: torch.Tensor | None) -> Found:
@@ -39,6 +41,12 @@ def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
         return found
 
     return remembered
+
+
+def forget_layouts() -> None:
+    """Lets every function find anew what it remembers, for whoever changes what it depends on."""
+    for known in _memories:
+        known.clear()
 
 
 def _layout(t: torch.Tensor) -> Hashable:
@@ -78,8 +86,3 @@ def require_shape(wanted: tuple[int, ...], **tensors: torch.Tensor | None) -> No
     for name, tensor in tensors.items():
         if tensor is not None and tuple(tensor.shape) != tuple(wanted):
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want {tuple(wanted)}")
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

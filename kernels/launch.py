@@ -1,6 +1,9 @@
-"""What launchers of GPU kernels share: which dtypes they take, what builds call them, and which GPU it is."""
+"""What launchers of GPU kernels share: which dtypes they take, what builds call them, which GPU it is, and
+how a kernel is launched over and over."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -36,3 +39,61 @@ def arch_of(device: torch.device) -> int:
         return 90
     major = torch.cuda.get_device_capability(device)[0]
     return {9: 90, 10: 100}.get(major, 80)
+
+
+class Launch:
+    """A kernel with everything but its tensors: where it runs, its grid and all other arguments.
+
+    Triton looks at each argument of each call anew to find the build that is for them, which takes longer
+    than the launch. Whoever holds one of these has found the tensors to be alike already
+    (`checks.once_per_layout`), so that the build which the first call was given is the one for all.
+
+    Args:
+        kernel: a `triton.jit` function whose pointers come first and constexprs last.
+        device: of the tensors.
+        num_programs: the grid, of one axis; with 0 nothing is launched.
+        *scalars: the arguments between pointers and constexprs, in the kernel's order.
+        **options: constexprs, num_warps, num_stages.
+    """
+
+    __slots__ = (
+        "_constexprs",
+        "_device",
+        "_kernel",
+        "_kinds",
+        "_num_programs",
+        "_options",
+        "_run",
+        "_scalars",
+    )
+
+    def __init__(
+        self, kernel: Any, device: torch.device, num_programs: int, *scalars: float, **options: Any
+    ) -> None:
+        self._kernel, self._device, self._num_programs = kernel, device, num_programs
+        self._scalars, self._options = scalars, options
+        self._constexprs = tuple(options[name] for name in kernel.arg_names if name in options)
+        self._kinds: tuple[object, ...] | None = None
+        self._run: Any = None  # of the build; never in Triton's interpreter, which has none
+
+    def __call__(self, *pointers: torch.Tensor | None) -> None:
+        """Launches on tensors whose dtypes, strides and alignment are the first call's."""
+        if self._num_programs == 0:
+            return
+        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                self._launch(pointers)
+        else:
+            self._launch(pointers)
+
+    def _launch(self, pointers: tuple[torch.Tensor | None, ...]) -> None:
+        if self._run is not None:
+            self._run(*pointers, *self._scalars, *self._constexprs)
+            return
+        # The interpreter comes here every time, so that with it this is checked of every call.
+        kinds = tuple(None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers)
+        self._kinds = self._kinds or kinds
+        assert kinds == self._kinds, f"{self._kernel.__name__}: got {kinds}, want {self._kinds} as at first"
+        build = self._kernel[(self._num_programs,)](*pointers, *self._scalars, **self._options)
+        if build is not None:
+            self._run = build[(self._num_programs, 1, 1)]

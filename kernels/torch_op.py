@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 # Never let go of: with it PyTorch would forget the operations.
 _LIBRARY = torch.library.Library("vpt_fast", "FRAGMENT")
@@ -13,28 +14,48 @@ _LIBRARY = torch.library.Library("vpt_fast", "FRAGMENT")
 
 def torch_op(
     name: str, *, schema: str | None = None, mutates_args: Sequence[str] = ()
-) -> Callable[[Callable], OpOverload]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the function below as the operation ``vpt_fast::name``, on every device.
 
-    The same as torch.library.custom_op but for the layers of Python which that puts around each call: they
-    take longer than launching the kernel, and a training step of a ViT-B makes some 120 calls. One of them
-    refuses to differentiate; here `checks.require_device` does. What the operation returns without running,
-    in torch.compile, is registered beside it with torch.library.register_fake.
+    The same as torch.library.custom_op but for what that puts around each call, which takes longer than
+    launching the kernel: a training step of a ViT-B makes some 120 calls. Where nobody looks on, neither a
+    compiler nor a tracer nor a dispatch mode, not even PyTorch's dispatcher is asked, and the function is
+    called itself.
+    custom_op refuses to differentiate; here `checks.require_device` does. What the operation returns without
+    running, in torch.compile, is registered beside it with torch.library.register_fake.
 
     Args:
         name: without the namespace.
         schema: "(Tensor x, ...) -> ..."; None: from the function's annotations.
         mutates_args: names of the arguments that it writes into, and then calls `mark_changed` on; others it
             must not change or return.
+
+    Returns:
+        What is called in the function's place.
     """
 
-    def register(function: Callable) -> OpOverload:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         signature = schema or torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.vpt_fast, name).default
+        operation = getattr(torch.ops.vpt_fast, name).default
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return operation(*args) if _is_watched() else function(*args)
+
+        return call
 
     return register
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # nothing public says it
+    )
 
 
 def mark_changed(tensor: torch.Tensor) -> None:

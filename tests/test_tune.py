@@ -38,6 +38,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     kernel = ops.attention_forward_kernel
 
     class Recorded:
+        arg_names = kernel.arg_names
+        __name__ = kernel.__name__
+
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **keywords: found.append(keywords) or kernel[grid](*args, **keywords)
 

@@ -10,14 +10,8 @@ from typing import Any
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import (
-    on_device,
-    once_per_layout,
-    require_device,
-    require_dtype,
-    require_shape,
-)
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv
 from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
 from vpt_fast.kernels.rows import Rows, leading_rows
@@ -49,11 +43,11 @@ def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
     return not any(number % 16 for number in (*weight.shape, weight.stride(0), *strides, *addresses))
 
 
-def _grid(num_rows: int, num_columns: int, config: dict[str, int]) -> tuple[int]:
+def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
     programs = cdiv(num_rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
     if max(num_rows, num_columns) > _MAX_SIDE or programs > MAX_PROGRAMS:
         raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
-    return (programs,)
+    return programs
 
 
 def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
@@ -63,10 +57,10 @@ def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
 
 
 @once_per_layout
-def _forward_rows(
-    kind: str, *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[Rows, bool]:
-    """Rows of x, and whether all is aligned; raises ValueError for what the kernel does not take."""
+def _forward_launch(
+    kind: str, pack: bool, keep: bool, *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Launch:
+    """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(x=x, weight=weight, bias=bias)
     require_dtype(DTYPES, x=x.dtype)
@@ -79,15 +73,26 @@ def _forward_rows(
         require_dtype(DTYPES, bias=bias.dtype)
         _require_contiguous_rows(bias=bias)
     rows = leading_rows(x=x)
-    return rows, _aligned(rows, weight, x)
+    config = _config(x.dtype, _aligned(rows, weight, x))
+    return Launch(
+        linear_activate_kernel,
+        x.device,
+        _num_programs(rows.num_rows, num_columns, config),
+        rows.num_rows,
+        num_columns,
+        depth,
+        *rows.sizes[1:],
+        *rows.strides[0],
+        weight.stride(0),
+        KIND=kind,
+        EVEN_K=depth % config["BLOCK_K"] == 0,
+        **config,
+    )
 
 
 @once_per_layout
-def _backward_rows(
-    kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor
-) -> tuple[Rows, bool]:
-    """Rows of grad and kept, and whether all is aligned; raises ValueError for what the kernel does not
-    take."""
+def _backward_launch(kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> Launch:
+    """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(grad=grad, weight=weight, kept=kept)
     require_dtype(DTYPES, grad=grad.dtype)
@@ -98,56 +103,48 @@ def _backward_rows(
     require_shape((*grad.shape[:-1], num_columns), kept=kept)
     _require_contiguous_rows(weight=weight)
     rows = leading_rows(grad=grad, kept=kept)
-    return rows, _aligned(rows, weight, grad, kept)
-
-
-def _empty_forward(
-    x: torch.Tensor, weight: torch.Tensor, pack: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a, u, codes; what is not wanted has no elements."""
-    shape = (*x.shape[:-1], weight.shape[0])
-    return (
-        torch.empty(shape, dtype=x.dtype, device=x.device),
-        torch.empty(shape if keep and not pack else (0,), dtype=x.dtype, device=x.device),
-        torch.empty(shape if keep and pack else (0,), dtype=torch.uint8, device=x.device),
+    config = _config(grad.dtype, _aligned(rows, weight, grad, kept))
+    return Launch(
+        linear_activate_backward_kernel,
+        grad.device,
+        _num_programs(rows.num_rows, num_columns, config),
+        rows.num_rows,
+        num_columns,
+        depth,
+        *rows.sizes[1:],
+        *rows.strides[0],
+        *rows.strides[1],
+        weight.stride(0),
+        KIND=kind,
+        EVEN_K=depth % config["BLOCK_K"] == 0,
+        **config,
     )
+
+
+def _empty_forward(x: torch.Tensor, weight: torch.Tensor, pack: bool, keep: bool) -> list[torch.Tensor]:
+    """a, and with `keep` u or, to pack, codes."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    outputs = [x.new_empty(shape)]
+    if keep:
+        outputs.append(x.new_empty(shape, dtype=torch.uint8 if pack else x.dtype))
+    return outputs
 
 
 @torch_op("linear_activate")
 def _linear_activate(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, is_aligned = _forward_rows(kind, x=x, weight=weight, bias=bias)
-    num_columns, depth = weight.shape
-    a, u, codes = _empty_forward(x, weight, pack, keep)
-    if a.numel() == 0:
-        return a, u, codes
-    config = _config(x.dtype, is_aligned)
-    with on_device(x):
-        linear_activate_kernel[_grid(rows.num_rows, num_columns, config)](
-            x,
-            weight,
-            bias,
-            a,
-            u if u.numel() else None,
-            codes if codes.numel() else None,
-            rows.num_rows,
-            num_columns,
-            depth,
-            *rows.sizes[1:],
-            *rows.strides[0],
-            weight.stride(0),
-            KIND=kind,
-            EVEN_K=depth % config["BLOCK_K"] == 0,
-            **config,
-        )
-    return a, u, codes
+) -> list[torch.Tensor]:
+    launch = _forward_launch(kind, pack, keep, x=x, weight=weight, bias=bias)
+    outputs = _empty_forward(x, weight, pack, keep)
+    a, kept = outputs[0], outputs[-1] if keep else None
+    launch(x, weight, bias, a, *((None, kept) if pack else (kept, None)))
+    return outputs
 
 
 @torch.library.register_fake("vpt_fast::linear_activate")
 def _(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     return _empty_forward(x, weight, pack, keep)
 
 
@@ -155,35 +152,15 @@ def _(
 def _linear_activate_backward(
     grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
 ) -> torch.Tensor:
-    rows, is_aligned = _backward_rows(kind, grad=grad, weight=weight, kept=kept)
-    depth, num_columns = weight.shape
-    grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
-    if grad_u.numel() == 0:
-        return grad_u
-    config = _config(grad.dtype, is_aligned)
-    with on_device(grad):
-        linear_activate_backward_kernel[_grid(rows.num_rows, num_columns, config)](
-            grad,
-            weight,
-            kept,
-            grad_u,
-            rows.num_rows,
-            num_columns,
-            depth,
-            *rows.sizes[1:],
-            *rows.strides[0],
-            *rows.strides[1],
-            weight.stride(0),
-            KIND=kind,
-            EVEN_K=depth % config["BLOCK_K"] == 0,
-            **config,
-        )
+    launch = _backward_launch(kind, grad=grad, weight=weight, kept=kept)
+    grad_u = grad.new_empty(kept.shape)
+    launch(grad, weight, kept, grad_u)
     return grad_u
 
 
 @torch.library.register_fake("vpt_fast::linear_activate_backward")
 def _(grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str) -> torch.Tensor:
-    return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+    return grad.new_empty(kept.shape)
 
 
 def linear_activate(
@@ -212,8 +189,8 @@ def linear_activate(
     Raises:
         ValueError: an activation, dtype, shape, device or stride that it does not take.
     """
-    a, u, codes = _linear_activate(x, weight, bias, kind, pack, keep)
-    return a, u if keep and not pack else None, codes if keep and pack else None
+    a, kept = (*_linear_activate(x, weight, bias, kind, pack, keep), None)[:2]
+    return (a, None, kept) if pack else (a, kept, None)
 
 
 def linear_activate_backward(

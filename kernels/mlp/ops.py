@@ -10,14 +10,8 @@ from typing import Any
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import (
-    on_device,
-    once_per_layout,
-    require_device,
-    require_dtype,
-    require_shape,
-)
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv, next_power_of_2
 from vpt_fast.kernels.mlp.jit import (
     activate_backward_kernel,
     activate_kernel,
@@ -49,26 +43,33 @@ def _packed_launch(width: int) -> tuple[int, int]:
 
 
 @once_per_layout
-def _forward_rows(kind: str, pack: bool, *, u: torch.Tensor) -> tuple[Rows, int]:
-    """Rows of u and their width in the output; raises ValueError for what the kernel does not take."""
+def _forward_launch(kind: str, pack: bool, *, u: torch.Tensor) -> Launch:
+    """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ACTIVATIONS)
     require_device(u=u)
     require_dtype(DTYPES, u=u.dtype)
     if kind != "swiglu":
-        return _rows_and_width(u=u)
+        rows, width = _rows_and_width(u=u)
+        address = (width, *rows.sizes[1:], *rows.strides[0])
+        programs = _num_programs(rows, width, _BLOCK)
+        return Launch(activate_kernel, u.device, programs, *address, KIND=kind, BLOCK=_BLOCK, num_warps=4)
     if u.shape[-1] % 2:
         raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
     width = u.shape[-1] // 2
     if pack and width > MAX_PACKED_WIDTH:
         raise ValueError(f"u: got width 2 x {width}, want at most 2 x {MAX_PACKED_WIDTH} to pack")
-    return leading_rows(u=u), width
+    rows = leading_rows(u=u)
+    block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, 4)
+    address = (width, *rows.sizes[1:], *rows.strides[0])
+    programs = _num_programs(rows, width, block)
+    return Launch(swiglu_kernel, u.device, programs, *address, BLOCK=block, num_warps=num_warps)
 
 
 @once_per_layout
-def _backward_rows(
+def _backward_launch(
     kind: str, *, grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None
-) -> tuple[Rows, int]:
-    """Rows of grad and kept, and grad's width; raises ValueError for what the kernel does not take."""
+) -> Launch:
+    """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ACTIVATIONS)
     gated = kind == "swiglu"
     require_device(grad=grad, kept=kept, scale=scale)
@@ -79,11 +80,17 @@ def _backward_rows(
     if scale is not None:
         require_dtype((torch.float32,), scale=scale.dtype)
         require_shape((*grad.shape[:-1], 2), scale=scale)
-    if not gated:
+    if gated:
+        require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
+        kernel, block, options = swiglu_backward_kernel, _GATED_BLOCK, {}
+        rows, width = leading_rows(grad=grad, kept=kept), grad.shape[-1]
+    else:
         require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
-        return _rows_and_width(grad=grad, kept=kept)
-    require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
-    return leading_rows(grad=grad, kept=kept), grad.shape[-1]
+        kernel, block, options = activate_backward_kernel, _BLOCK, {"KIND": kind}
+        rows, width = _rows_and_width(grad=grad, kept=kept)
+    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
+    programs = _num_programs(rows, width, block)
+    return Launch(kernel, grad.device, programs, *address, **options, BLOCK=block, num_warps=4)
 
 
 def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
@@ -94,97 +101,77 @@ def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
     return leading_rows(**tensors), first.shape[-1]
 
 
-def _grid(rows: Rows, width: int, block: int) -> tuple[int]:
+def _num_programs(rows: Rows, width: int, block: int) -> int:
     programs = rows.num_rows * cdiv(width, block)
     if programs > MAX_PROGRAMS:
         raise ValueError(
             f"u: got {rows.num_rows} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
         )
-    return (programs,)
+    return programs
 
 
-def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a, codes, scale; what is not wanted has no elements."""
-    gated = kind == "swiglu"
-    width = u.shape[-1] // 2 if gated else u.shape[-1]
-    return (
-        torch.empty(*u.shape[:-1], width, dtype=u.dtype, device=u.device),
-        torch.empty(u.shape if pack else (0,), dtype=torch.int8 if gated else torch.uint8, device=u.device),
-        torch.empty((*u.shape[:-1], 2) if pack and gated else (0,), dtype=torch.float32, device=u.device),
-    )
+def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
+    """a, and with `pack` codes and, of a gated unit, scale."""
+    if kind != "swiglu":
+        return [u.new_empty(u.shape), *_empty_codes(u, pack)]
+    outputs = [u.new_empty((*u.shape[:-1], u.shape[-1] // 2))]
+    if pack:
+        scale = u.new_empty((*u.shape[:-1], 2), dtype=torch.float32)
+        outputs += [u.new_empty(u.shape, dtype=torch.int8), scale]
+    return outputs
+
+
+def _empty_codes(u: torch.Tensor, pack: bool) -> list[torch.Tensor]:
+    return [u.new_empty(u.shape, dtype=torch.uint8)] if pack else []
 
 
 @torch_op("activate")
-def _activate(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, width = _forward_rows(kind, pack, u=u)
-    a, codes, scale = _empty_forward(u, kind, pack)
-    _launch_forward(u, a, codes if pack else None, scale if pack else None, kind, rows, width)
-    return a, codes, scale
+def _activate(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
+    launch = _forward_launch(kind, pack, u=u)
+    outputs = _empty_forward(u, kind, pack)
+    if pack:
+        launch(u, *outputs)
+    else:
+        launch(u, *outputs, *((None, None) if kind == "swiglu" else (None,)))
+    return outputs
 
 
 @torch.library.register_fake("vpt_fast::activate")
-def _(u: torch.Tensor, kind: str, pack: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
     return _empty_forward(u, kind, pack)
 
 
-def _empty_codes(u: torch.Tensor, pack: bool) -> torch.Tensor:
-    return torch.empty(u.shape if pack else (0,), dtype=torch.uint8, device=u.device)
-
-
 @torch_op("activate_", mutates_args=("u",))
-def _activate_(u: torch.Tensor, kind: str, pack: bool) -> torch.Tensor:
+def _activate_(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
     check_kind(kind, ELEMENTWISE)
     if not u.is_contiguous():
         raise ValueError(f"u: got strides {u.stride()} of {tuple(u.shape)}, want a contiguous one")
-    rows, width = _forward_rows(kind, pack, u=u)
+    launch = _forward_launch(kind, pack, u=u)
     codes = _empty_codes(u, pack)
-    _launch_forward(u, u, codes if pack else None, None, kind, rows, width)
+    launch(u, u, *(codes or (None,)))
     mark_changed(u)
     return codes
 
 
 @torch.library.register_fake("vpt_fast::activate_")
-def _(u: torch.Tensor, kind: str, pack: bool) -> torch.Tensor:
+def _(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
     return _empty_codes(u, pack)
-
-
-def _launch_forward(
-    u: torch.Tensor,
-    a: torch.Tensor,
-    codes: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    kind: str,
-    rows: Rows,
-    width: int,
-) -> None:
-    """Into a, which is contiguous and, of a kind that is not gated, may be u."""
-    if a.numel() == 0:
-        return
-    block, num_warps = _BLOCK, 4
-    if kind == "swiglu":
-        block, num_warps = (_GATED_BLOCK, 4) if codes is None else _packed_launch(width)
-    grid = _grid(rows, width, block)
-    address = (width, *rows.sizes[1:], *rows.strides[0])
-    with on_device(u):
-        if kind == "swiglu":
-            swiglu_kernel[grid](u, a, codes, scale, *address, BLOCK=block, num_warps=num_warps)
-        else:
-            activate_kernel[grid](u, a, codes, *address, KIND=kind, BLOCK=block, num_warps=num_warps)
 
 
 @torch_op("activate_backward")
 def _activate_backward(
     grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
-    rows, width = _backward_rows(kind, grad=grad, kept=kept, scale=scale)
-    grad_u = torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
-    _launch_backward(grad, kept, scale, grad_u, kind, rows, width)
+    scale = None if scale is None else scale.contiguous()  # as the kernel reads it
+    launch = _backward_launch(kind, grad=grad, kept=kept, scale=scale)
+    grad_u = grad.new_empty(kept.shape)
+    launch(grad, kept, *((scale,) if kind == "swiglu" else ()), grad_u)
     return grad_u
 
 
 @torch.library.register_fake("vpt_fast::activate_backward")
 def _(grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
-    return torch.empty(kept.shape, dtype=grad.dtype, device=grad.device)
+    return grad.new_empty(kept.shape)
 
 
 @torch_op("activate_backward_", mutates_args=("grad",))
@@ -192,8 +179,7 @@ def _activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> No
     check_kind(kind, ELEMENTWISE)
     if not grad.is_contiguous():
         raise ValueError(f"grad: got strides {grad.stride()} of {tuple(grad.shape)}, want a contiguous one")
-    rows, width = _backward_rows(kind, grad=grad, kept=kept, scale=None)
-    _launch_backward(grad, kept, None, grad, kind, rows, width)
+    _backward_launch(kind, grad=grad, kept=kept, scale=None)(grad, kept, grad)
     mark_changed(grad)
 
 
@@ -202,41 +188,18 @@ def _(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
     return None
 
 
-def _launch_backward(
-    grad: torch.Tensor,
-    kept: torch.Tensor,
-    scale: torch.Tensor | None,
-    grad_u: torch.Tensor,
-    kind: str,
-    rows: Rows,
-    width: int,
-) -> None:
-    """Into grad_u, which is contiguous and, of a kind that is not gated, may be grad."""
-    if grad_u.numel() == 0:
-        return
-    block = _GATED_BLOCK if kind == "swiglu" else _BLOCK
-    grid = _grid(rows, width, block)
-    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
-    with on_device(grad):
-        if kind == "swiglu":
-            scale = None if scale is None else scale.contiguous()
-            swiglu_backward_kernel[grid](grad, kept, scale, grad_u, *address, BLOCK=block, num_warps=4)
-        else:
-            activate_backward_kernel[grid](grad, kept, grad_u, *address, KIND=kind, BLOCK=block, num_warps=4)
-
-
 def activate(
     u: torch.Tensor, kind: str, *, pack: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`reference.activate` in one pass over u."""
-    a, codes, scale = _activate(u, kind, pack)
-    return a, codes if pack else None, scale if pack and kind == "swiglu" else None
+    a, codes, scale = (*_activate(u, kind, pack), None, None)[:3]
+    return a, codes, scale
 
 
 def activate_(u: torch.Tensor, kind: str, *, pack: bool = False) -> torch.Tensor | None:
     """`reference.activate_` in one pass over u."""
     codes = _activate_(u, kind, pack)
-    return codes if pack else None
+    return codes[0] if pack else None
 
 
 def activate_backward(

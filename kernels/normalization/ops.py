@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import (
-    on_device,
-    once_per_layout,
-    require_device,
-    require_dtype,
-    require_shape,
-)
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv, next_power_of_2
 from vpt_fast.kernels.normalization.jit import normalize_backward_kernel, normalize_kernel
 from vpt_fast.kernels.normalization.reference import KINDS
-from vpt_fast.kernels.rows import Rows, leading_rows
+from vpt_fast.kernels.rows import leading_rows
 from vpt_fast.kernels.torch_op import torch_op
 
 MAX_WIDTH = 8192
@@ -38,28 +32,42 @@ def _config(d: int) -> dict[str, int]:
 
 
 @once_per_layout
-def _forward_rows(dtype: torch.dtype, kind: str, **inputs: torch.Tensor) -> Rows:
+def _forward_launch(eps: float, kind: str, dtype: torch.dtype, pack: bool, **inputs: torch.Tensor) -> Launch:
     """Of x, or of residual and update; raises ValueError for what the kernel does not take."""
     first = next(iter(inputs.values()))
     require_device(**inputs)
     require_dtype(DTYPES, **{name: tensor.dtype for name, tensor in inputs.items()}, dtype=dtype)
     require_shape(first.shape, **inputs)
     rows = leading_rows(**inputs)
-    _check(kind, rows.num_rows, first.shape[-1])
-    return rows
+    d = first.shape[-1]
+    _check(kind, rows.num_rows, d)
+    config = _config(d)
+    return Launch(
+        normalize_kernel,
+        first.device,
+        cdiv(rows.num_rows, config["BLOCK_ROWS"]),
+        rows.num_rows,
+        d,
+        *rows.sizes[1:],
+        *rows.strides[0],
+        *rows.strides[-1],
+        eps,
+        LAYER=kind == "layer",
+        **config,
+    )
 
 
 @once_per_layout
-def _backward_rows(
-    dtype: torch.dtype,
+def _backward_launch(
     kind: str,
+    dtype: torch.dtype,
     *,
     grad: torch.Tensor,
     x_hat: torch.Tensor,
     rstd: torch.Tensor,
     scale: torch.Tensor | None,
     residual: torch.Tensor | None,
-) -> Rows:
+) -> Launch:
     """Of grad, x_hat and residual, or grad again; raises ValueError for what the kernel does not take."""
     require_device(grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
     require_dtype(DTYPES, grad=grad.dtype, dtype=dtype)
@@ -72,8 +80,22 @@ def _backward_rows(
     if residual is not None:
         require_dtype(DTYPES, residual=residual.dtype)
     rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
-    _check(kind, rows.num_rows, grad.shape[-1])
-    return rows
+    d = grad.shape[-1]
+    _check(kind, rows.num_rows, d)
+    config = _config(d)
+    return Launch(
+        normalize_backward_kernel,
+        grad.device,
+        cdiv(rows.num_rows, config["BLOCK_ROWS"]),
+        rows.num_rows,
+        d,
+        *rows.sizes[1:],
+        *rows.strides[0],
+        *rows.strides[1],
+        *rows.strides[2],
+        LAYER=kind == "layer",
+        **config,
+    )
 
 
 def _check(kind: str, num_rows: int, d: int) -> None:
@@ -85,89 +107,47 @@ def _check(kind: str, num_rows: int, d: int) -> None:
         raise ValueError(f"rows: got {num_rows}, want at most {_MAX_ROWS}")
 
 
-def _stat(x: torch.Tensor) -> torch.Tensor:
-    """A number a row: (..., 1) of float32."""
-    return torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+def _outputs(x: torch.Tensor, dtype: torch.dtype, pack: bool) -> list[torch.Tensor]:
+    """x̂ and rstd, and with `pack` codes and scale."""
+    stat = (*x.shape[:-1], 1)
+    outputs = [x.new_empty(x.shape, dtype=dtype), x.new_empty(stat, dtype=torch.float32)]
+    if pack:
+        outputs += [x.new_empty(x.shape, dtype=torch.int8), x.new_empty(stat, dtype=torch.float32)]
+    return outputs
 
 
-def _outputs(
-    x: torch.Tensor, dtype: torch.dtype, pack: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x̂, rstd, codes, scale; what is not wanted has no elements."""
-    x_hat = torch.empty(x.shape, dtype=dtype, device=x.device)
-    codes = torch.empty(x.shape if pack else (0,), dtype=torch.int8, device=x.device)
-    scale = _stat(x) if pack else torch.empty(0, dtype=torch.float32, device=x.device)
-    return x_hat, _stat(x), codes, scale
-
-
-def _launch_forward(
-    rows: Rows,
-    x: torch.Tensor,
-    update: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    eps: float,
-    kind: str,
-) -> None:
-    x_hat, rstd, codes, scale = outputs
-    d = x.shape[-1]
-    if rows.num_rows == 0:
-        return
-    config = _config(d)
-    with on_device(x):
-        normalize_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
-            x,
-            update,
-            hidden,
-            x_hat,
-            rstd,
-            codes if codes.numel() else None,
-            scale if codes.numel() else None,
-            rows.num_rows,
-            d,
-            *rows.sizes[1:],
-            *rows.strides[0],
-            *rows.strides[-1],
-            eps,
-            LAYER=kind == "layer",
-            **config,
-        )
+_NOT_PACKED = (None, None)
 
 
 @torch_op("normalize")
-def _normalize(
-    x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _forward_rows(dtype, kind, x=x)
+def _normalize(x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool) -> list[torch.Tensor]:
+    launch = _forward_launch(eps, kind, dtype, pack, x=x)
     outputs = _outputs(x, dtype, pack)
-    _launch_forward(rows, x, None, None, outputs, eps, kind)
+    launch(x, None, None, *outputs, *(() if pack else _NOT_PACKED))
     return outputs
 
 
 @torch.library.register_fake("vpt_fast::normalize")
-def _(
-    x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool) -> list[torch.Tensor]:
     return _outputs(x, dtype, pack)
 
 
 @torch_op("add_normalize")
 def _add_normalize(
     residual: torch.Tensor, update: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _forward_rows(dtype, kind, residual=residual, update=update)
-    hidden = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+) -> list[torch.Tensor]:
+    launch = _forward_launch(eps, kind, dtype, pack, residual=residual, update=update)
+    hidden = residual.new_empty(residual.shape)
     outputs = _outputs(residual, dtype, pack)
-    _launch_forward(rows, residual, update, hidden, outputs, eps, kind)
-    return hidden, *outputs
+    launch(residual, update, hidden, *outputs, *(() if pack else _NOT_PACKED))
+    return [hidden, *outputs]
 
 
 @torch.library.register_fake("vpt_fast::add_normalize")
 def _(
     residual: torch.Tensor, update: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    return hidden, *_outputs(residual, dtype, pack)
+) -> list[torch.Tensor]:
+    return [residual.new_empty(residual.shape), *_outputs(residual, dtype, pack)]
 
 
 @torch_op("normalize_backward")
@@ -180,29 +160,11 @@ def _normalize_backward(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows = _backward_rows(dtype, kind, grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
-    dx = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    d = grad.shape[-1]
-    if rows.num_rows == 0:
-        return dx
-    config = _config(d)
-    with on_device(grad):
-        normalize_backward_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
-            grad,
-            x_hat,
-            rstd.contiguous(),
-            None if scale is None else scale.contiguous(),
-            residual,
-            dx,
-            rows.num_rows,
-            d,
-            *rows.sizes[1:],
-            *rows.strides[0],
-            *rows.strides[1],
-            *rows.strides[2],
-            LAYER=kind == "layer",
-            **config,
-        )
+    # As the kernel reads them; no copies of what a block holds.
+    rstd, scale = rstd.contiguous(), None if scale is None else scale.contiguous()
+    launch = _backward_launch(kind, dtype, grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
+    dx = grad.new_empty(grad.shape, dtype=dtype)
+    launch(grad, x_hat, rstd, scale, residual, dx)
     return dx
 
 
@@ -216,15 +178,15 @@ def _(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def normalize(
     x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, *, pack: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`reference.normalize` in one pass over x."""
-    x_hat, rstd, codes, scale = _normalize(x, eps, kind, dtype, pack)
-    return (x_hat, rstd, codes, scale) if pack else (x_hat, rstd, None, None)
+    outputs = _normalize(x, eps, kind, dtype, pack)
+    return (*outputs, *(() if pack else _NOT_PACKED))
 
 
 def add_normalize(
@@ -237,8 +199,8 @@ def add_normalize(
     pack: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """`reference.add_normalize` in one pass over both."""
-    hidden, x_hat, rstd, codes, scale = _add_normalize(residual, update, eps, kind, dtype, pack)
-    return (hidden, x_hat, rstd, codes, scale) if pack else (hidden, x_hat, rstd, None, None)
+    outputs = _add_normalize(residual, update, eps, kind, dtype, pack)
+    return (*outputs, *(() if pack else _NOT_PACKED))
 
 
 def normalize_backward(

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, once_per_layout, require_device, require_dtype
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, arch_of, cdiv
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -120,18 +120,10 @@ def attention_backward(
         raise ValueError("packed: wanted without all of dQ, dK and dV, or with fewer queries than keys")
     if prompt_k is None and not (need_q or need_kv):
         return AttentionGrads(None, None, None, None)
-    grad_q, grad_kv, grad_prompt_kv = _attention_backward(
-        grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed
-    )
-    return AttentionGrads(
-        qkv=grad_q if packed else None,
-        q=grad_q if need_q and not packed else None,
-        kv=grad_kv if need_kv and not packed else None,
-        prompt_kv=None if prompt_k is None else grad_prompt_kv,
-    )
+    grads = _attention_backward(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed)
+    return name_grads(grads, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
-@once_per_layout
 def check_tensors(**tensors: torch.Tensor | None) -> None:
     """In the custom ops, where tensors have addresses even when what calls them is being compiled."""
     require_device(**tensors)
@@ -173,36 +165,68 @@ def prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
 
 
 class Inputs(NamedTuple):
-    """What every kernel reads: Q, K, V, K_P, V_P, and of windows bias and regions; their strides; and which
-    there are. Where one is absent q stands for it, and no kernel looks at it."""
+    """What every kernel reads: q (B, R, H, D), k and v (B, N, H, D), prompt_k and prompt_v (1 or B, m, H, D),
+    and of attention in windows a `WindowBias`."""
 
-    tensors: tuple[torch.Tensor, ...]
-    strides: tuple[int, ...]
-    flags: dict[str, Any]
+    q: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    prompt_k: torch.Tensor | None
+    prompt_v: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    regions: torch.Tensor | None = None
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor, ...]:
+        """For a tensor that is absent q stands, and no kernel looks at it."""
+        return tuple(self.q if t is None else t for t in self)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (
+            *strides(self.q), *strides(self.k), *strides(self.v), *prompt_strides(self.prompt_k),
+            *prompt_strides(self.prompt_v), 0 if self.bias is None else self.bias.stride(1),
+        )  # fmt: skip
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Constexprs that say which tensors there are, and of what head dim."""
+        d1, d2 = HEAD_DIMS[self.q.shape[3]]
+        return dict(
+            D1=d1,
+            D2=d2,
+            PROMPTS=self.prompt_k is not None,
+            WINDOWS=self.bias is not None,
+            SHIFTED=self.regions is not None,
+        )
 
 
-def kernel_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    prompt_k: torch.Tensor | None,
-    prompt_v: torch.Tensor | None,
-    bias: torch.Tensor | None = None,
-    regions: torch.Tensor | None = None,
-) -> Inputs:
-    """q (B, R, H, D), k and v (B, N, H, D), prompt_k and prompt_v (1 or B, m, H, D), and of attention in
-    windows a `WindowBias`."""
-    d1, d2 = HEAD_DIMS[q.shape[3]]
-    return Inputs(
-        tensors=tuple(q if t is None else t for t in (q, k, v, prompt_k, prompt_v, bias, regions)),
-        strides=(
-            *strides(q), *strides(k), *strides(v), *prompt_strides(prompt_k), *prompt_strides(prompt_v),
-            0 if bias is None else bias.stride(1),
-        ),
-        flags=dict(
-            D1=d1, D2=d2, PROMPTS=prompt_k is not None, WINDOWS=bias is not None, SHIFTED=regions is not None
-        ),
-    )  # fmt: skip
+def num_rows_of(x: torch.Tensor | None) -> int:
+    """Of (.., rows, H, D)."""
+    return 0 if x is None else x.shape[1]
+
+
+@once_per_layout
+def _forward_launch(**tensors: torch.Tensor | None) -> Launch:
+    check_tensors(**tensors)
+    inputs = Inputs(**tensors)
+    q = inputs.q
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts = num_rows_of(inputs.prompt_k)
+    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
+    return Launch(
+        attention_forward_kernel,
+        q.device,
+        cdiv(num_rows, tiles.block_m) * num_heads * batch,
+        *inputs.strides,
+        num_heads,
+        num_rows,
+        num_prompts,
+        num_prompts + num_rows_of(inputs.k),
+        *_ONE_SEQUENCE,
+        **inputs.flags,
+        **tiles.launch,
+    )
 
 
 @torch_op("prompted_attention")
@@ -213,49 +237,144 @@ def _attention(
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_tensors(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
-    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
-    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
-    with on_device(q):
-        attention_forward_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-            *inputs.tensors, out, lse, out, *inputs.strides,
-            num_heads, num_rows, num_prompts, num_prompts + k.shape[1], *_ONE_SEQUENCE,
-            **inputs.flags, **tiles.launch,
-        )  # fmt: skip
+    launch = _forward_launch(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
+    out, lse = _empty_forward(q)
+    launch(*Inputs(q, k, v, prompt_k, prompt_v).pointers, out, lse, out)
     return out, lse
 
 
-@torch.library.register_fake("vpt_fast::prompted_attention")
-def _(q, k, v, prompt_k, prompt_v):
+def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, num_rows, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, num_rows), dtype=torch.float32)
 
 
-def backward_outputs(
-    q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, flags: tuple[bool, bool, bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty tensors for dQ (or all three packed), dK and dV, and the prompts'; of size 0 where not wanted."""
-    need_q, need_kv, packed = flags
-    batch, num_rows, num_heads, head_dim = q.shape
-    q_shape: tuple[int, ...] = (0,)
-    kv_shape: tuple[int, ...] = (0,)
-    prompt_shape: tuple[int, ...] = (0,)
+@torch.library.register_fake("vpt_fast::prompted_attention")
+def _(q, k, v, prompt_k, prompt_v):
+    return _empty_forward(q)
+
+
+def empty_grads(
+    q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, need: tuple[bool, bool, bool]
+) -> list[torch.Tensor]:
+    """Those that are wanted of: dQKV, dQ, dKV, dKV_P. `need`: dQ, dKV, and both packed."""
+    need_q, need_kv, packed = need
+    batch, num_rows, *heads = q.shape
+    shapes: list[tuple[int, ...]] = []
     if packed:
-        q_shape = (batch, num_rows, 3, num_heads, head_dim)
+        shapes.append((batch, num_rows, 3, *heads))
     elif need_q:
-        q_shape = q.shape
+        shapes.append(q.shape)
     if need_kv and not packed:
-        kv_shape = (batch, k.shape[1], 2, num_heads, head_dim)
+        shapes.append((batch, num_rows_of(k), 2, *heads))
     if prompt_k is not None:
-        prompt_shape = (prompt_k.shape[0], prompt_k.shape[1], 2, num_heads, head_dim)
-    grad_q, grad_kv, grad_prompt_kv = (
-        torch.empty(shape, dtype=q.dtype, device=q.device) for shape in (q_shape, kv_shape, prompt_shape)
+        shapes.append((prompt_k.shape[0], prompt_k.shape[1], 2, *heads))
+    return [q.new_empty(shape) for shape in shapes]
+
+
+def name_grads(grads: list[torch.Tensor], *, need_q: bool, need_kv: bool, packed: bool) -> AttentionGrads:
+    """Of `empty_grads`."""
+    left = iter(grads)
+    return AttentionGrads(
+        qkv=next(left) if packed else None,
+        q=next(left) if need_q and not packed else None,
+        kv=next(left) if need_kv and not packed else None,
+        prompt_kv=next(left, None),
     )
-    return grad_q, grad_kv, grad_prompt_kv
+
+
+def grad_pointers(q: torch.Tensor, grads: AttentionGrads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK and dV as the kernels write them; for one that is not wanted q stands."""
+    if grads.qkv is not None:
+        return grads.qkv.unbind(2)
+    grad_k, grad_v = (q, q) if grads.kv is None else grads.kv.unbind(2)
+    return q if grads.q is None else grads.q, grad_k, grad_v
+
+
+def packed_strides(num_rows: int, parts: int, num_heads: int, head_dim: int) -> tuple[int, int, int]:
+    """Strides of images, rows and heads of one of the parts of (B, rows, parts, H, D)."""
+    row = parts * num_heads * head_dim
+    return num_rows * row, row, head_dim
+
+
+class _BackwardLaunches(NamedTuple):
+    """Those that there are, in this order."""
+
+    delta: Launch | None
+    grad_q: Launch | None
+    grad_kv: Launch | None
+
+
+@once_per_layout
+def _backward_launches(
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+    *,
+    grad_out: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    **tensors: torch.Tensor | None,
+) -> _BackwardLaunches:
+    check_tensors(grad_out=grad_out, **tensors, out=out)
+    inputs = Inputs(**tensors)
+    q, flags = inputs.q, inputs.flags
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k)
+    arch, has_out = arch_of(q.device), out is not None
+    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
+    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image, *_ONE_SEQUENCE)
+
+    def num_programs(tiles: Tiles) -> int:
+        return cdiv(num_rows, tiles.block_m) * num_heads * batch
+
+    delta = grad_q = grad_kv = None
+    # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
+    if not (has_out and need_q):
+        tiles = DELTA_TILES if has_out else forward_tiles(q.dtype, head_dim, num_rows, arch)
+        delta = Launch(
+            delta_kernel, q.device, num_programs(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
+            **tiles.launch,
+        )  # fmt: skip
+    if need_q:
+        tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
+        grad_strides = packed_strides(num_rows, 3 if packed else 1, num_heads, head_dim)
+        grad_q = Launch(
+            grad_q_kernel, q.device, num_programs(tiles), *all_strides, *grad_strides, *sizes, **flags,
+            HAS_OUT=has_out, **tiles.launch,
+        )  # fmt: skip
+    if need_kv or num_prompts:
+        grad_kv = grad_kv_launch(grad_out, lse, 0 if not need_kv else 3 if packed else 2, inputs)
+    return _BackwardLaunches(delta, grad_q, grad_kv)
+
+
+def grad_kv_launch(grad_out: torch.Tensor, lse: torch.Tensor, parts: int, inputs: Inputs) -> Launch:
+    """Of dK and dV, and of the prompts' own for each image.
+
+    parts: of the packed tensor that dK and dV go into; with 0 the keys are the prompts alone: the rows' lse
+        already holds all keys.
+    """
+    q = inputs.q
+    batch, num_rows, num_heads, head_dim = q.shape
+    num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k) if parts else 0
+    tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
+    return Launch(
+        grad_kv_kernel,
+        q.device,
+        cdiv(num_prompts + num_image, tiles.block_n) * num_heads * batch,
+        *strides(grad_out),
+        *inputs.strides,
+        lse.stride(0),
+        lse.stride(1),
+        *packed_strides(num_image, parts, num_heads, head_dim),
+        num_heads,
+        num_rows,
+        num_prompts,
+        num_prompts + num_image,
+        *_ONE_SEQUENCE,
+        **inputs.flags,
+        IMAGE=parts > 0,
+        **tiles.launch,
+    )
 
 
 @torch_op("prompted_attention_backward")
@@ -271,91 +390,45 @@ def _attention_backward(
     need_q: bool,
     need_kv: bool,
     packed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_tensors(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
-    num_image = 0 if k is None else k.shape[1]
-    arch = arch_of(q.device)
-    grad_q, grad_kv, grad_prompt_kv = backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
-    grad_q_rows, grad_k, grad_v = q, None, None
-    if packed:
-        grad_q_rows, grad_k, grad_v = grad_q.unbind(2)
-    else:
-        if need_q:
-            grad_q_rows = grad_q
-        if need_kv:
-            grad_k, grad_v = grad_kv.unbind(2)
-
-    delta = torch.empty((batch, num_heads, num_rows), dtype=torch.float32, device=q.device)
-    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
-    out_or_any = q if out is None else out
-    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
-    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image, *_ONE_SEQUENCE)
-    with on_device(q):
-        # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
-        if out is None or not need_q:
-            tiles = forward_tiles(q.dtype, head_dim, num_rows, arch) if out is None else DELTA_TILES
-            delta_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-                grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
-                **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
-            )  # fmt: skip
-        if need_q:
-            tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
-            grad_q_kernel[(cdiv(num_rows, tiles.block_m) * num_heads * batch,)](
-                grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, q, *all_strides,
-                *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=out is not None, **tiles.launch,
-            )  # fmt: skip
-    if need_kv or prompt_k is not None:
-        write_grad_kv(
-            grad_out, q, k, v, prompt_k, prompt_v, lse, delta, grad_k=grad_k, grad_v=grad_v,
-            grad_prompt_kv=grad_prompt_kv,
-        )  # fmt: skip
-    return grad_q, grad_kv, grad_prompt_kv
+) -> list[torch.Tensor]:
+    launches = _backward_launches(
+        need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v, prompt_k=prompt_k,
+        prompt_v=prompt_v,
+    )  # fmt: skip
+    results = empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
+    grad_q, grad_k, grad_v = grad_pointers(q, grads)
+    delta = lse.new_empty(lse.shape)
+    pointers = Inputs(q, k, v, prompt_k, prompt_v).pointers
+    out = q if out is None else out
+    if launches.delta is not None:
+        launches.delta(grad_out, *pointers, out, lse, delta)
+    if launches.grad_q is not None:
+        launches.grad_q(grad_out, *pointers, out, lse, delta, grad_q, q)
+    if launches.grad_kv is not None:
+        parts = empty_parts(q, grads.prompt_kv)
+        launches.grad_kv(grad_out, *pointers, lse, delta, grad_k, grad_v, parts)
+        sum_parts(parts, grads.prompt_kv)
+    return results
 
 
-def write_grad_kv(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    prompt_k: torch.Tensor | None,
-    prompt_v: torch.Tensor | None,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    *,
-    grad_k: torch.Tensor | None,
-    grad_v: torch.Tensor | None,
-    grad_prompt_kv: torch.Tensor,
-) -> None:
-    """dK and dV of an image's own tokens into `grad_k` and `grad_v`, where they are given, and of the prompts
-    into `grad_prompt_kv`, summed over the batch where its images share them. lse, delta: (B, H, R)."""
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
-    # Without dK and dV of the image the keys are the prompts alone: the rows' lse already holds all keys.
-    num_keys = num_prompts + (0 if grad_k is None else k.shape[1])
-    is_shared = prompt_k is not None and prompt_k.shape[0] == 1
-    parts = grad_prompt_kv
-    if is_shared:
-        shape = (batch, *grad_prompt_kv.shape[1:])
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
-    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v)
-    with on_device(q):
-        grad_kv_kernel[(cdiv(num_keys, tiles.block_n) * num_heads * batch,)](
-            grad_out, *inputs.tensors, lse, delta, q if grad_k is None else grad_k,
-            q if grad_v is None else grad_v, parts, *strides(grad_out), *inputs.strides,
-            lse.stride(0), lse.stride(1), *strides(grad_k),
-            num_heads, num_rows, num_prompts, num_keys, *_ONE_SEQUENCE,
-            **inputs.flags, IMAGE=grad_k is not None, **tiles.launch,
-        )  # fmt: skip
-    if is_shared:
+def empty_parts(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
+    """Where each image's gradient of the prompts goes: (B, m, 2, H, D) in float32 where the images share
+    them, else the gradient itself; q where there are none."""
+    if grad_prompt_kv is None or grad_prompt_kv.shape[0] != 1:
+        return q if grad_prompt_kv is None else grad_prompt_kv
+    return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]), dtype=torch.float32)
+
+
+def sum_parts(parts: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
+    """In a fixed order, where images share prompts."""
+    if grad_prompt_kv is not None and grad_prompt_kv.shape[0] == 1:
         grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
 
 
 @torch.library.register_fake("vpt_fast::prompted_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
-    return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    return empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
 
 
 def builds(arch: int) -> list[Build]:

@@ -4,17 +4,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import (
-    on_device,
-    once_per_layout,
-    require_device,
-    require_dtype,
-    require_shape,
-)
-from vpt_fast.kernels.launch import arch_of, cdiv
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -23,14 +18,20 @@ from vpt_fast.kernels.prompted_attention.jit import (
     grad_q_kernel,
 )
 from vpt_fast.kernels.prompted_attention.ops import (
+    Inputs,
     Tiles,
     attention_backward,
-    backward_outputs,
     check_tensors,
-    kernel_inputs,
+    empty_grads,
+    empty_parts,
+    grad_kv_launch,
+    grad_pointers,
     make_build,
+    name_grads,
+    num_rows_of,
+    packed_strides,
     strides,
-    write_grad_kv,
+    sum_parts,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
@@ -108,22 +109,24 @@ def window_attention_backward(
         return attention_backward(
             grad_out, q, None, None, prompt_k, prompt_v, out, lse, need_q=False, need_kv=False
         )
-    grad_q, grad_kv, grad_prompt_kv = _window_attention_backward(
+    grads = _window_attention_backward(
         grad_out, q, k, v, prompt_k, prompt_v, out, lse, *bias, num_fresh, need_q, need_kv, packed
     )
-    return AttentionGrads(
-        qkv=grad_q if packed else None,
-        q=grad_q if need_q and not packed else None,
-        kv=grad_kv if need_kv and not packed else None,
-        prompt_kv=None if prompt_k is None else grad_prompt_kv,
-    )
+    return name_grads(grads, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
-@once_per_layout
+class _Sizes(NamedTuple):
+    """window_size: tokens of a window, T. num_windows: of an image, W. num_rows: of a window that are wanted,
+    T or 0, and f."""
+
+    window_size: int
+    num_windows: int
+    num_rows: int
+
+
 def _check(
     num_fresh: int, *, bias: torch.Tensor, regions: torch.Tensor | None, **tensors: torch.Tensor | None
-) -> tuple[int, int, int]:
-    """Tokens of a window T, windows of an image W, and rows of a window that are wanted: T or 0, and f."""
+) -> _Sizes:
     q, k = tensors["q"], tensors["k"]
     require_device(**tensors, bias=bias, regions=regions)
     if q.shape[3] not in WINDOW_HEAD_DIMS:
@@ -145,7 +148,32 @@ def _check(
     if regions is not None:
         require_dtype((torch.int32,), regions=regions.dtype)
         require_shape((num_windows, window_size), regions=regions)
-    return window_size, num_windows, num_tokens // num_windows + num_fresh
+    return _Sizes(window_size, num_windows, num_tokens // num_windows + num_fresh)
+
+
+@once_per_layout
+def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Launch, _Sizes]:
+    window_size, num_windows, num_rows = sizes = _check(num_fresh, **tensors)
+    inputs = Inputs(**tensors)
+    q = inputs.q
+    batch, _, num_heads, _ = q.shape
+    num_prompts = num_rows_of(inputs.prompt_k)
+    tiles = forward_tiles(q.dtype)
+    launch = Launch(
+        attention_forward_kernel,
+        q.device,
+        cdiv(num_rows, tiles.block_m) * batch * num_windows * num_heads,
+        *inputs.strides,
+        num_heads,
+        num_rows,
+        num_prompts,
+        num_prompts + window_size,
+        num_windows,
+        num_fresh,
+        **inputs.flags,
+        **tiles.launch,
+    )
+    return launch, sizes
 
 
 @torch_op("window_attention")
@@ -159,22 +187,15 @@ def _window_attention(
     regions: torch.Tensor | None,
     num_fresh: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = dict(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v)
-    window_size, num_windows, num_rows = _check(num_fresh, bias=bias, regions=regions, **tensors)
+    bias, regions = _as_read(bias, regions)
+    launch, sizes = _forward_launch(
+        num_fresh, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions
+    )
     batch, _, num_heads, _ = q.shape
-    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
-    sequences = batch * num_windows * num_heads
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, num_windows * num_rows), dtype=torch.float32, device=q.device)
-    fresh_out = _fresh(q, num_windows, num_fresh)
-    tiles = forward_tiles(q.dtype)
-    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v, *_contiguous(bias, regions))
-    with on_device(q):
-        attention_forward_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
-            *inputs.tensors, out, lse, fresh_out, *inputs.strides,
-            num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh,
-            **inputs.flags, **tiles.launch,
-        )  # fmt: skip
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, num_heads, sizes.num_windows * sizes.num_rows), dtype=torch.float32)
+    fresh_out = _fresh(q, sizes.num_windows, num_fresh)
+    launch(*Inputs(q, k, v, prompt_k, prompt_v, bias, regions).pointers, out, lse, fresh_out)
     if num_fresh:
         out[:, -num_fresh:] = fresh_out.mean(1)
     return out, lse
@@ -185,6 +206,72 @@ def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
     num_windows = k.shape[1] // bias.shape[1]
     num_statistics = q.shape[1] + (num_windows - 1) * num_fresh
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], num_statistics), dtype=torch.float32)
+
+
+class _BackwardLaunches(NamedTuple):
+    """Those that there are, in this order: of δ, of dQ, of dK and dV, and of the prompts' gradients."""
+
+    sizes: _Sizes
+    delta: Launch | None
+    grad_q: Launch | None
+    grad_kv: Launch | None
+
+
+@once_per_layout
+def _backward_launches(
+    num_fresh: int,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+    *,
+    grad_out: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    **tensors: torch.Tensor | None,
+) -> _BackwardLaunches:
+    sizes = _check(num_fresh, grad_out=grad_out, **tensors, out=out)
+    window_size, num_windows, num_rows = sizes
+    inputs = Inputs(**tensors)
+    q, flags = inputs.q, inputs.flags
+    batch, rows, num_heads, head_dim = q.shape
+    num_prompts = num_rows_of(inputs.prompt_k)
+    sequences = batch * num_windows * num_heads
+    require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
+    arch = arch_of(q.device)
+    lse_strides = (lse.stride(0), lse.stride(1))
+    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), *lse_strides)
+    numbers = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)
+
+    delta = grad_q = grad_kv = None
+    if not (out is not None and need_q):
+        tiles = forward_tiles(q.dtype)
+        delta = Launch(
+            delta_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *numbers,
+            **flags, HAS_OUT=out is not None, **tiles.launch,
+        )  # fmt: skip
+    if need_q:
+        tiles = grad_q_tiles(q.dtype, head_dim, arch)
+        grad_strides = packed_strides(rows, 3 if packed else 1, num_heads, head_dim)
+        grad_q = Launch(
+            grad_q_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *grad_strides,
+            *numbers, **flags, HAS_OUT=out is not None, **tiles.launch,
+        )  # fmt: skip
+    if need_kv:
+        alone = inputs._replace(prompt_k=None, prompt_v=None)  # a window's tokens, without prompts
+        tiles = grad_kv_tiles(q.dtype, arch)
+        grad_strides = packed_strides(num_rows_of(inputs.k), 3 if packed else 2, num_heads, head_dim)
+        grad_kv = Launch(
+            grad_kv_kernel, q.device, cdiv(window_size, tiles.block_n) * sequences, *strides(grad_out),
+            *alone.strides, *lse_strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
+            num_fresh, **alone.flags, IMAGE=True, **tiles.launch,
+        )  # fmt: skip
+    return _BackwardLaunches(sizes, delta, grad_q, grad_kv)
+
+
+@once_per_layout
+def _prompts_launch(*, grad_out: torch.Tensor, lse: torch.Tensor, **tensors: torch.Tensor) -> Launch:
+    """Prompts have no bias: to them the windows' rows are those of one sequence."""
+    return grad_kv_launch(grad_out, lse, 0, Inputs(k=None, v=None, **tensors))
 
 
 @torch_op("window_attention_backward")
@@ -203,71 +290,49 @@ def _window_attention_backward(
     need_q: bool,
     need_kv: bool,
     packed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = dict(grad_out=grad_out, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, out=out)
-    window_size, num_windows, num_rows = _check(num_fresh, bias=bias, regions=regions, **tensors)
-    batch, _, num_heads, head_dim = q.shape
-    num_prompts = 0 if prompt_k is None else prompt_k.shape[1]
-    sequences = batch * num_windows * num_heads
-    require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
-    bias, regions = _contiguous(bias, regions)
-    arch = arch_of(q.device)
-
-    grad_q, grad_kv, grad_prompt_kv = backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
-    grad_q_rows, grad_k, grad_v = grad_q, q, q
-    if packed:
-        grad_q_rows, grad_k, grad_v = grad_q.unbind(2)
-    elif need_kv:
-        grad_k, grad_v = grad_kv.unbind(2)
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+) -> list[torch.Tensor]:
+    bias, regions = _as_read(bias, regions)
     # Of a prompt only the mean of its outputs is known, and each window's δ takes that window's own.
-    has_out = out is not None and num_fresh == 0
-
-    inputs = kernel_inputs(q, k, v, prompt_k, prompt_v, bias, regions)
-    out_or_any, lse_strides = out if has_out else q, (lse.stride(0), lse.stride(1))
-    all_strides = (*strides(grad_out), *inputs.strides, *strides(out_or_any), *lse_strides)
-    sizes = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)
-    with on_device(q):
-        if not has_out:
-            tiles = forward_tiles(q.dtype)
-            delta_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
-                grad_out, *inputs.tensors, out_or_any, lse, delta, *all_strides, *sizes,
-                **inputs.flags, HAS_OUT=False, **tiles.launch,
-            )  # fmt: skip
-        if need_q:
-            grad_fresh = _fresh(q, num_windows, num_fresh)
-            tiles = grad_q_tiles(q.dtype, head_dim, arch)
-            grad_q_kernel[(cdiv(num_rows, tiles.block_m) * sequences,)](
-                grad_out, *inputs.tensors, out_or_any, lse, delta, grad_q_rows, grad_fresh, *all_strides,
-                *strides(grad_q_rows), *sizes, **inputs.flags, HAS_OUT=has_out, **tiles.launch,
-            )  # fmt: skip
-            if num_fresh:
-                grad_q[:, -num_fresh:] = grad_fresh.sum(1)
-        if need_kv:
-            alone = kernel_inputs(q, k, v, None, None, bias, regions)  # a window's tokens, without prompts
-            tiles = grad_kv_tiles(q.dtype, arch)
-            grad_kv_kernel[(cdiv(window_size, tiles.block_n) * sequences,)](
-                grad_out, *alone.tensors, lse, delta, grad_k, grad_v, q, *strides(grad_out), *alone.strides,
-                *lse_strides, *strides(grad_k), num_heads, num_rows, 0, window_size, num_windows, num_fresh,
-                **alone.flags, IMAGE=True, **tiles.launch,
-            )  # fmt: skip
+    out = None if num_fresh else out
+    (_, num_windows, _), *launches = _backward_launches(
+        num_fresh, need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v,
+        prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions,
+    )  # fmt: skip
+    launch_delta, launch_grad_q, launch_grad_kv = launches
+    results = empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
+    grad_q, grad_k, grad_v = grad_pointers(q, grads)
+    delta = lse.new_empty(lse.shape)
+    inputs = Inputs(q, k, v, prompt_k, prompt_v, bias, regions)
+    out = q if out is None else out
+    if launch_delta is not None:
+        launch_delta(grad_out, *inputs.pointers, out, lse, delta)
+    if launch_grad_q is not None:
+        grad_fresh = _fresh(q, num_windows, num_fresh)
+        launch_grad_q(grad_out, *inputs.pointers, out, lse, delta, grad_q, grad_fresh)
+        if num_fresh:
+            grad_q[:, -num_fresh:] = grad_fresh.sum(1)
+    if launch_grad_kv is not None:
+        alone = inputs._replace(prompt_k=None, prompt_v=None)
+        launch_grad_kv(grad_out, *alone.pointers, lse, delta, grad_k, grad_v, q)
     if prompt_k is not None:
         if num_fresh:
             lse, delta = _over_windows(lse, delta, num_windows, num_fresh)
-        write_grad_kv(
-            grad_out, q, None, None, prompt_k, prompt_v, lse, delta, grad_k=None, grad_v=None,
-            grad_prompt_kv=grad_prompt_kv,
-        )  # fmt: skip
-    return grad_q, grad_kv, grad_prompt_kv
+        launch = _prompts_launch(grad_out=grad_out, lse=lse, q=q, prompt_k=prompt_k, prompt_v=prompt_v)
+        parts = empty_parts(q, grads.prompt_kv)
+        prompts = Inputs(q, None, None, prompt_k, prompt_v)
+        launch(grad_out, *prompts.pointers, lse, delta, q, q, parts)
+        sum_parts(parts, grads.prompt_kv)
+    return results
 
 
 @torch.library.register_fake("vpt_fast::window_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh, need_q, need_kv, packed):
-    return backward_outputs(q, k, prompt_k, (need_q, need_kv, packed))
+    return empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
 
 
-def _contiguous(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As kernels read them; no copies of what a block holds in float32."""
+def _as_read(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By kernels; no copies of what a block holds in float32."""
     return bias.float().contiguous(), None if regions is None else regions.contiguous()
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import on_device, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, cdiv, next_power_of_2
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv, next_power_of_2
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
@@ -25,8 +25,9 @@ def _config(half: int) -> dict[str, int]:
     return {"HALF": half, "BLOCK_ROWS": 1024 // block_half, "BLOCK_HALF": block_half}
 
 
-@torch_op("rotate_", mutates_args=("x",))
-def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
+@once_per_layout
+def _launch(inverse: bool, *, x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> Launch:
+    """Raises ValueError for what the kernel does not take."""
     require_device(x=x, sin=sin, cos=cos)
     require_dtype(DTYPES, x=x.dtype, sin=sin.dtype, cos=cos.dtype)
     if x.ndim != 4:
@@ -40,24 +41,27 @@ def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: boo
     rows = leading_rows(x=x)
     if rows.num_rows > _MAX_ROWS:
         raise ValueError(f"rows: got {rows.num_rows}, want at most {_MAX_ROWS}")
-    if rows.num_rows == 0:
-        return
     config = _config(half)
-    with on_device(x):
-        rotate_kernel[(cdiv(rows.num_rows, config["BLOCK_ROWS"]),)](
-            x,
-            sin.contiguous(),
-            cos.contiguous(),
-            rows.num_rows,
-            num_patches,
-            num_heads,
-            table_heads,
-            *rows.sizes[1:],
-            *rows.strides[0],
-            INVERSE=inverse,
-            **config,
-            num_warps=_NUM_WARPS,
-        )
+    return Launch(
+        rotate_kernel,
+        x.device,
+        cdiv(rows.num_rows, config["BLOCK_ROWS"]),
+        rows.num_rows,
+        num_patches,
+        num_heads,
+        table_heads,
+        *rows.sizes[1:],
+        *rows.strides[0],
+        INVERSE=inverse,
+        **config,
+        num_warps=_NUM_WARPS,
+    )
+
+
+@torch_op("rotate_", mutates_args=("x",))
+def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
+    sin, cos = sin.contiguous(), cos.contiguous()  # as the kernel reads them
+    _launch(inverse, x=x, sin=sin, cos=cos)(x, sin, cos)
     mark_changed(x)
 
 

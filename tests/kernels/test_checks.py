@@ -85,3 +85,10 @@ def test_tensors_to_be_differentiated_are_refused() -> None:
         checks.require_device(x=x().requires_grad_())
     with torch.no_grad():
         checks.require_device(x=x().requires_grad_())
+
+
+def test_what_is_forgotten_is_looked_at_again(check, looked_at) -> None:
+    check(x=x())
+    checks.forget_layouts()
+    check(x=x())
+    assert len(looked_at) == 2

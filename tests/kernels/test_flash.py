@@ -166,11 +166,15 @@ def test_sdpa_cpu_in_float32_is_exact_to_rounding() -> None:
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(wanted: dict[str, bool]) -> None:
     case = make_case("shared")
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(flash._flash_attention, ("sdpa_cpu", *case.inputs), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.vpt_fast.flash_attention.default, ("sdpa_cpu", *case.inputs), test_utils=checks
+    )
     out, lse = get_flash("sdpa_cpu")[0](*case.inputs)
     args = ("sdpa_cpu", case.grad_out, *case.inputs, out, lse)
     flags = (wanted["need_q"], wanted["need_kv"], wanted.get("packed", False))
-    torch.library.opcheck(flash._flash_attention_backward, (*args, *flags), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.vpt_fast.flash_attention_backward.default, (*args, *flags), test_utils=checks
+    )
 
 
 # What stands in for the libraries: PyTorch on (B, rows, H, D), with the softmax scale they are told.

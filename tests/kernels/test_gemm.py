@@ -10,6 +10,7 @@ from vpt_fast.kernels.mlp import gemm
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
+OPS = torch.ops.vpt_fast
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
 # Leading shape of x, depth, columns: tails in every dimension, aligned or not, one row, one tile, groups
 SIZES = [
@@ -209,9 +210,9 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        (gemm._linear_activate, (torch.ones(2, 8), torch.ones(4, 8), None, "gelu", True, True)),
-        (gemm._linear_activate, (torch.ones(2, 8), torch.ones(4, 8), torch.ones(4), "gelu", False, True)),
-        (gemm._linear_activate_backward, (torch.ones(2, 8), torch.ones(8, 4), torch.ones(2, 4), "gelu")),
+        (OPS.linear_activate, (torch.ones(2, 8), torch.ones(4, 8), None, "gelu", True, True)),
+        (OPS.linear_activate, (torch.ones(2, 8), torch.ones(4, 8), torch.ones(4), "gelu", False, True)),
+        (OPS.linear_activate_backward, (torch.ones(2, 8), torch.ones(8, 4), torch.ones(2, 4), "gelu")),
     ],
     ids=["packed", "plain", "backward"],
 )

@@ -10,6 +10,7 @@ from vpt_fast.kernels.mlp import ops, reference
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
+OPS = torch.ops.vpt_fast
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
 # h; the tensor's tail, a tail of each row, one element, more than one block
 SHAPES = [(3, 5, 7), (1, 1), (2, 16), (3, 2049), (2, 1, 1, 1, 3000)]
@@ -250,13 +251,13 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(function, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        (ops._activate, (torch.ones(2, 3, 8), "gelu", False)),
-        (ops._activate, (torch.ones(2, 3, 8), "gelu", True)),
-        (ops._activate, (torch.ones(2, 3, 8), "swiglu", True)),
-        (ops._activate_, (torch.ones(2, 3, 8), "gelu", True)),
-        (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 8), None, "gelu")),
-        (ops._activate_backward, (torch.ones(3, 8), torch.ones(3, 16).char(), torch.ones(3, 2), "swiglu")),
-        (ops._activate_backward_, (torch.ones(3, 8), torch.ones(3, 8), "gelu")),
+        (OPS.activate, (torch.ones(2, 3, 8), "gelu", False)),
+        (OPS.activate, (torch.ones(2, 3, 8), "gelu", True)),
+        (OPS.activate, (torch.ones(2, 3, 8), "swiglu", True)),
+        (OPS.activate_, (torch.ones(2, 3, 8), "gelu", True)),
+        (OPS.activate_backward, (torch.ones(3, 8), torch.ones(3, 8), None, "gelu")),
+        (OPS.activate_backward, (torch.ones(3, 8), torch.ones(3, 16).char(), torch.ones(3, 2), "swiglu")),
+        (OPS.activate_backward_, (torch.ones(3, 8), torch.ones(3, 8), "gelu")),
     ],
     ids=["plain", "packed", "gated", "in_place", "backward", "gated_backward", "backward_in_place"],
 )

@@ -11,6 +11,7 @@ from vpt_fast.kernels.normalization import ops
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 KINDS = ["layer", "rms"]
+OPS = torch.ops.vpt_fast
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
 SHAPES = [(50, 3), (300, 16), (2, 7, 64), (2, 3, 5, 80), (5, 768), (3, 1, 1280), (2, 4097), (1, 8192)]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
@@ -232,11 +233,11 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(op, monkeypatch):
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        (ops._normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, True)),
-        (ops._normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, False)),
-        (ops._add_normalize, (torch.ones(3, 8), torch.ones(3, 8), EPS, "rms", torch.float16, True)),
+        (OPS.normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, True)),
+        (OPS.normalize, (torch.ones(2, 3, 8), EPS, "layer", torch.float16, False)),
+        (OPS.add_normalize, (torch.ones(3, 8), torch.ones(3, 8), EPS, "rms", torch.float16, True)),
         *(
-            (ops._normalize_backward, (*[torch.ones(3, 8)] * 2, torch.ones(3, 1), None, "rms", None, dtype))
+            (OPS.normalize_backward, (*[torch.ones(3, 8)] * 2, torch.ones(3, 1), None, "rms", None, dtype))
             for dtype in (torch.float32, torch.float16)
         ),
     ],

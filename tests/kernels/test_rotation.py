@@ -94,7 +94,9 @@ def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch):
 
 def test_custom_op_says_what_it_changes():
     arguments = (random(2, 4, 3, 16, seed=3), torch.ones(4, 1, 8), torch.ones(4, 1, 8), False)
-    torch.library.opcheck(ops._rotate_, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.vpt_fast.rotate_.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_builds_have_all_head_dims_and_dtypes():

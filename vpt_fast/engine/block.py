@@ -19,6 +19,7 @@ H heads of D, h MLP width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -252,7 +253,7 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
-        with torch.autocast(device_type, enabled=False):
+        with _without_autocast(device_type):
             output, _ = _forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 
@@ -275,7 +276,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = _rotation(sin, cos, start)
         w = BlockWeights(*weights).to(call.dtype)
-        with torch.autocast(base.device.type, enabled=False):
+        with _without_autocast(base.device.type):
             output, kept = _forward(Stream(base, update), prompts, rotation, w, call, keep=True)
         ctx.call, ctx.start, ctx.has_update = call, start, update is not None
         ctx.mark_non_differentiable(output.base)
@@ -295,7 +296,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         num_weights = len(BlockWeights._fields)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             if call.policy.recompute_block:
                 stream = Stream(kept.tokens)
                 kept = _enter(stream, kept.prompts, rotation, weights, call, _Keep.ALL, activate=False)[-1]
@@ -664,17 +665,24 @@ def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> tor
 
 
 def _parts(packed: torch.Tensor) -> list[torch.Tensor]:
-    """(B, N, n, H, D) -> n views (B, N, H, D) that may be written to.
-
-    Not unbind: where autograd looks, as it does while torch.export traces, its views must not be.
-    """
-    return [packed.select(2, i) for i in range(packed.shape[2])]
+    """(B, N, n, H, D) -> n views (B, N, H, D) that may be written to."""
+    if torch.compiler.is_compiling():
+        # Where autograd looks, as it does while torch.export traces, unbind's views must not be.
+        return [packed.select(2, i) for i in range(packed.shape[2])]
+    return list(packed.unbind(2))
 
 
 def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
     if x_hat is None:
         return None
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The block casts by itself what is to be cast."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # which takes no time
 
 
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:

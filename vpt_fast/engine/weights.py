@@ -95,6 +95,8 @@ class BlockWeights(NamedTuple):
     fc2_bias: torch.Tensor | None
 
     def to(self, dtype: torch.dtype) -> BlockWeights:
+        if all(w is None or w.dtype == dtype for w in self):
+            return self
         return BlockWeights(*(None if w is None else w.to(dtype) for w in self))
 
 

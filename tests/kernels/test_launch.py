@@ -1,0 +1,97 @@
+"""A launch over and over: Triton is asked once which build it is, and gets what it would have got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vpt_fast.kernels.launch import Launch, cdiv, next_power_of_2
+
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """What `triton.jit` makes of kernel(x, y, n, WIDE, BLOCK); `calls` are Triton's, `runs` the build's."""
+
+    __name__ = "kernel"
+    arg_names = ("x", "y", "n", "WIDE", "BLOCK")
+
+    def __init__(self, has_build: bool = True) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.runs: list[tuple[Any, ...]] = []
+        self.has_build = has_build
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append((grid, args, options))
+            return Build(self) if self.has_build else None
+
+        return call
+
+
+class Build:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.kernel.runs.append((grid, args))
+
+
+def launch_of(kernel: Kernel, num_programs: int = 6) -> Launch:
+    return Launch(kernel, CPU, num_programs, 3, BLOCK=16, WIDE=True, num_warps=4)
+
+
+def test_the_first_call_goes_through_triton() -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch_of(kernel)(x, None)
+    assert kernel.calls == [((6,), (x, None, 3), {"BLOCK": 16, "WIDE": True, "num_warps": 4})]
+    assert kernel.runs == []
+
+
+def test_later_calls_run_the_build_on_every_argument_in_the_kernels_order() -> None:
+    kernel, x, other = Kernel(), torch.zeros(4), torch.ones(4)
+    launch = launch_of(kernel)
+    launch(x, None)
+    launch(other, None)
+    assert len(kernel.calls) == 1
+    ((grid, args),) = kernel.runs
+    assert grid == (6, 1, 1)
+    assert args[0] is other and args[1:] == (None, 3, True, 16)
+
+
+def test_without_a_build_triton_is_asked_every_time() -> None:
+    kernel, x = Kernel(has_build=False), torch.zeros(4)
+    launch = launch_of(kernel)
+    launch(x, x)
+    launch(x, x)
+    assert len(kernel.calls) == 2 and kernel.runs == []
+
+
+def test_without_programs_nothing_is_launched() -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch_of(kernel, 0)(x, x)
+    assert kernel.calls == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.zeros(4, dtype=torch.float64), torch.zeros(5)[1:], None],
+    ids=["dtype", "alignment", "absent"],
+)
+def test_in_the_interpreter_tensors_of_another_kind_are_refused(other: torch.Tensor | None) -> None:
+    kernel, x = Kernel(has_build=False), torch.zeros(4)
+    launch = launch_of(kernel)
+    launch(x, x)
+    with pytest.raises(AssertionError, match="as at first"):
+        launch(x, other)
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(1, 1), (2, 2), (3, 4), (768, 1024), (1024, 1024)])
+def test_the_next_power_of_2(n: int, wanted: int) -> None:
+    assert next_power_of_2(n) == wanted
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(0, 0), (1, 1), (16, 1), (17, 2)])
+def test_blocks_that_elements_take(n: int, wanted: int) -> None:
+    assert cdiv(n, 16) == wanted
