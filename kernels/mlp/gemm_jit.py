@@ -22,6 +22,19 @@ def grouped_tile(num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def add_product(product, left, right):
+    """product + left · right.
+
+    In float32, without tensor cores, what is added to an accumulator is one chain as long as K, whose error
+    grows with its root: each tile's own sum comes first. The bound on it keeps Triton from merging the two.
+    """
+    if left.dtype == tl.float32:
+        BLOCK_K: tl.constexpr = left.shape[1]
+        return product + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+    return tl.dot(left, right, product)
+
+
+@triton.jit
 def split_columns(product, BLOCK_M: tl.constexpr, half: tl.constexpr):
     """Left and right half of a tile."""
     return tl.split(tl.permute(tl.reshape(product, (BLOCK_M, 2, half)), (0, 2, 1)))
@@ -97,7 +110,7 @@ def linear_activate_kernel(
             x_tile = tl.load(x_at, k[None, :] < K - start, other=0.0)
             weight_tile = tl.load(weight_at, k[None, :] < K - start, other=0.0)
         # (BLOCK_M, BLOCK_K) (BLOCK_N, BLOCK_K)ᵀ
-        product = tl.dot(x_tile, tl.trans(weight_tile), product, input_precision="ieee")
+        product = add_product(product, x_tile, tl.trans(weight_tile))
         x_at += BLOCK_K
         weight_at += BLOCK_K
 
@@ -155,7 +168,7 @@ def linear_activate_backward_kernel(
             grad_tile = tl.load(grad_at, k[None, :] < K - start, other=0.0)
             weight_tile = tl.load(weight_at, (k[:, None] < K - start) & n_mask, other=0.0)
         # (BLOCK_M, BLOCK_K) (BLOCK_K, BLOCK_N)
-        product = tl.dot(grad_tile, weight_tile, product, input_precision="ieee")
+        product = add_product(product, grad_tile, weight_tile)
         grad_at += BLOCK_K
         weight_at += step
 
