@@ -201,8 +201,10 @@ def test_the_header_is_read_in_another_process_whose_last_word_is_the_error(
 
 def test_the_suite_is_every_file_of_gpu_tests_and_every_benchmark() -> None:
     parts = gpu_suite.parts_of(ROOT, HEADER)
-    tests = [part.name for part in parts if not part.alone]
+    tests = [part.name for part in parts if not part.alone and part.name.startswith("test_")]
     assert tests == sorted(file.stem for file in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    compiled = {part.name for part in parts if not part.alone} - {*tests}
+    assert compiled == {f"compile-{model}" for model in gpu_suite.MODELS}
     names = {part.name for part in parts if part.alone}
     assert names >= {"attention", *(f"throughput-{model}" for model in gpu_suite.MODELS)}
     assert all((ROOT / part.command[1]).is_file() for part in parts if part.alone)

@@ -1,0 +1,93 @@
+"""A whole model on a CUDA device in other people's hands: autocast, torch.compile, DDP, compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from concatenation import relative_error
+from tiny import random_batch, tiny_vit
+
+from vpt_fast import PromptedViT
+
+pytestmark = pytest.mark.gpu
+
+CLASSES = 5
+
+
+def test_training_step_runs_under_autocast_and_grad_scaler() -> None:
+    model = PromptedViT(tiny_vit(dtype=torch.float32).cuda(), CLASSES, 7).train()
+    images, labels = (t.cuda() for t in random_batch(model, 4, CLASSES, torch.float32))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scaler = torch.amp.GradScaler("cuda")
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_compiled_model_gives_the_same_gradients() -> None:
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, depth=4).cuda()
+    model = PromptedViT(vit, CLASSES, 50, dtype=torch.bfloat16)
+    images = random_batch(model, 2, CLASSES, torch.float32)[0].cuda()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    eager, compiled = (
+        torch.autograd.grad(run(images).square().sum(), parameters)
+        for run in (model, torch.compile(model, fullgraph=True))
+    )
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert relative_error(actual, expected) < 2e-2
+
+
+DISTRIBUTED = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import vpt_fast
+dist.init_process_group("nccl")
+torch.cuda.set_device(0)
+model = vpt_fast.PromptedViT("vit_tiny_patch16_224", 5, 7, dtype=torch.bfloat16).cuda()
+images = torch.randn(2, 3, 224, 224, device="cuda")
+model(images).sum().backward()
+alone = model.prompts.grad.clone()
+model.zero_grad()
+DistributedDataParallel(model)(images).sum().backward()
+assert torch.equal(model.prompts.grad, alone)
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_on_one_gpu(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+SANITIZED = """
+import torch
+import vpt_fast
+model = vpt_fast.PromptedViT("vit_tiny_patch16_224", 5, 7, depth=2, dtype=torch.bfloat16).cuda()
+model(torch.randn(2, 3, 224, 224, device="cuda")).sum().backward()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_kernels_touch_no_memory_that_is_not_theirs() -> None:
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stdout[-4000:]
