@@ -84,10 +84,11 @@ def area(launch: Launch) -> int:
     return launch["BLOCK_M"] * launch["BLOCK_N"]
 
 
-# Larger tiles' accumulators leave no registers for the rest.
+# Larger tiles' accumulators leave no registers for the rest. The first dimension of a product on sm_90 has 64
+# rows or more: the queries', and of dK and dV the keys', for which fewer queries waste less of the last tile.
 ATTENTION_LAUNCHES = [
     launch
-    for launch in launches(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
+    for launch in launches(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
     if area(launch) <= 128 * 64
 ]
 LINEAR_LAUNCHES = [
@@ -120,7 +121,9 @@ def attention_targets(shape: attention.Shape, names: list[str], settings: Settin
             function=ATTENTION_KERNELS[name],
             of_launch=lambda launch: ops.Tiles(*launch.values()),
             recorded=getattr(ops, ATTENTION_KERNELS[name])(settings.dtype, *sizes).launch,
-            candidates=ATTENTION_LAUNCHES,
+            candidates=[
+                launch for launch in ATTENTION_LAUNCHES if name == "grad_kv" or launch["BLOCK_M"] >= 64
+            ],
             call=calls["forward_ms" if name == "forward" else "backward_ms"],
             error=lambda: max(attention.errors(functions, inputs)),
         )

@@ -69,9 +69,11 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     if dtype == torch.float32:
         return Tiles(16, 32, 8 if head_dim > 80 else 4, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 8 if head_dim > 96 else 4, 1)
+        return Tiles(16, 64, 8 if head_dim > 64 else 4, 1)
+    if arch == 80 and head_dim in (80, 96):
+        return Tiles(32, 64 if head_dim == 80 else 32, 8, 2)
     if arch == 80:
-        return Tiles(32, 64, 8, 2) if head_dim == 96 else Tiles(64, 64, 8, 2)
+        return Tiles(64, 64, 8, 2)
     return Tiles(64, 64, 8, 2) if head_dim > 64 else Tiles(64, 64, 4, 2)
 
 
@@ -413,17 +415,17 @@ def _attention_backward(
 
 
 def empty_parts(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
-    """Where each image's gradient of the prompts goes: (B, m, 2, H, D) in float32 where the images share
+    """Where each image's gradient of the prompts goes: (B, m, 2, H, D) of its own where the images share
     them, else the gradient itself; q where there are none."""
     if grad_prompt_kv is None or grad_prompt_kv.shape[0] != 1:
         return q if grad_prompt_kv is None else grad_prompt_kv
-    return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]), dtype=torch.float32)
+    return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]))
 
 
 def sum_parts(parts: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
-    """In a fixed order, where images share prompts."""
+    """Where images share prompts: in a fixed order, and in float32 at least."""
     if grad_prompt_kv is not None and grad_prompt_kv.shape[0] == 1:
-        grad_prompt_kv.copy_(parts.sum(0, keepdim=True))
+        torch.sum(parts, 0, keepdim=True, out=grad_prompt_kv)
 
 
 @torch.library.register_fake("vpt_fast::prompted_attention_backward")
@@ -493,5 +495,5 @@ def _type_of(name: str, element: str) -> str:
         return "i32"
     if name == "regions":
         return "*i32"
-    is_wide = name in ("bias", "lse", "delta", "fresh_out", "grad_fresh", "grad_prompt_kv")
+    is_wide = name in ("bias", "lse", "delta", "fresh_out", "grad_fresh")
     return "*fp32" if is_wide else f"*{element}"

@@ -56,7 +56,7 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
 def grad_kv_tiles(dtype: torch.dtype, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 8, 1)
+        return Tiles(16, 32, 4, 1)
     return Tiles(32, 32 if arch == 80 else 64, 4, 2)
 
 

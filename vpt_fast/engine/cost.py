@@ -193,9 +193,8 @@ def workspace_bytes(
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     out = num_rows * attn_dim * size
     qkv = out + batch_size * num_tokens * 2 * attn_dim * size if grad_tokens else 0
-    # Prompts that all images share get one from each of them first, in float32 at least.
-    prompt_kv = batch_size * m * 2 * attn_dim
-    parts = prompt_kv * max(size, torch.float32.itemsize) if copies == 1 else prompt_kv * size
+    # Prompts that all images share get one from each of them first.
+    parts = batch_size * m * 2 * attn_dim * size
     prompt_kv = 0 if copies == 1 else parts
 
     # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
