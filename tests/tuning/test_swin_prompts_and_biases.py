@@ -102,7 +102,7 @@ def test_prompts_are_keys_and_values_alone_where_their_outputs_are_not_read(pool
     model(random_batch(model, 2)[0])
     blocks = [64, 64, 16, 16]  # tokens of an image
     # Of two images, and of prompts once.
-    assert rows["norm1"] == [rows for tokens in blocks for rows in (2 * tokens, M)]
+    assert rows["norm1"] == [count for tokens in blocks for count in (2 * tokens, M)]
     attended = 16 + (0 if pool == "image" else M)
     assert rows["proj"] == [2 * tokens for tokens in (*blocks[:-1], attended)]
     read = M if pool == "prompts" else attended
