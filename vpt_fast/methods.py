@@ -44,6 +44,7 @@ _OTHER_CLASSES = {
         {
             "vpt-deep": "PromptedSwin",
             "vpt-shallow": "PromptedSwin",
+            "vpt+bias": "PromptAndBiasSwinTuning",
             **_ANY,
             "adapter": "AdapterTuning",
             "lora": "LoRATuning",

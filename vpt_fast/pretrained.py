@@ -12,7 +12,7 @@ from vpt_fast.model import PromptedViT
 from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.adapter import AdapterTuning
-from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
+from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasSwinTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.lora import LoRATuning
@@ -36,6 +36,7 @@ MODELS: dict[str, type[TunedModel]] = {
         FullTuning,
         BiasTuning,
         PromptAndBiasTuning,
+        PromptAndBiasSwinTuning,
         AdapterTuning,
         LoRATuning,
     )

@@ -12,6 +12,7 @@ from vpt_fast.parameters import PAPER_TOTALS, PROMPT_LENGTHS, count_parameters, 
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = 12 * 768**2 + 13 * 768  # of ViT-B: weights, and biases and norms
+SWIN_B = 2 * 128 + 2 * 256 + 18 * 512 + 2 * 1024  # widths of all blocks
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,16 @@ def test_trained_parameters_are_the_closed_form(rows, method, trained):
     [
         # A block of the last stage with its table of 13 x 13 offsets for each head, and the final norm.
         ("swin_base_patch4_window7_224", "partial-1", 12 * 1024**2 + 13 * 1024 + 169 * 32 + 2 * 1024),
+        # Eleven widths a block, the patch embedding, norms of four patches, the final norm; and prompts.
+        (
+            "swin_base_patch4_window7_224",
+            "vpt+bias",
+            11 * SWIN_B
+            + 2 * 128
+            + 4 * (128 + 256 + 512)
+            + 1024
+            + round(SWIN_B * sum(deep for deep, _ in PROMPT_LENGTHS.values()) / len(TASKS)),
+        ),
         # The last bottleneck: 1x1, 3x3 and 1x1 convolutions, each with a BatchNorm.
         ("resnet50", "partial-1", 2 * 2048 * 512 + 9 * 512**2 + 2 * (512 + 512 + 2048)),
     ],

@@ -6,17 +6,20 @@ What timm can build and this file does not know raises; nothing is approximated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm.data
 import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
     SwinTransformerStage,
     WindowAttention,
+    window_partition,
+    window_reverse,
 )
 from torch import nn
 
@@ -82,7 +85,7 @@ class FrozenSwin(nn.Module):
                 "scores, which it does not take; want 'auto'"
             )
         operations = get_backend(backend, attention)
-        _check(swin)
+        check_swin(swin)
         # Everything but stages and classifier, in one deep copy.
         self.stem: Any = copy.deepcopy(
             swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
@@ -281,7 +284,8 @@ def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:
     return nn.Identity() if torch.equal(current, wanted) else Move(current, wanted)
 
 
-def _check(swin: SwinTransformer) -> None:
+def check_swin(swin: SwinTransformer) -> None:
+    """Raises ValueError for a part that is not timm's usual one; the message names it."""
     for method in ("forward_features", "forward_head"):
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
@@ -292,22 +296,100 @@ def _check(swin: SwinTransformer) -> None:
         )
     if swin.global_pool != "avg":
         raise ValueError(f"backbone: global_pool={swin.global_pool!r} is not supported, want 'avg'")
-    for index, stage in enumerate(swin.layers):
+    stages: Any = swin.layers
+    for index, stage in enumerate(stages):
         wanted = nn.Identity if index == 0 else PatchMerging
         if type(stage.downsample) is not wanted:
             raise ValueError(
                 f"backbone: layers.{index}.downsample is a {type(stage.downsample).__name__}, which is not "
                 f"supported; want {wanted.__name__}"
             )
+        for place, block in enumerate(stage.blocks):
+            for part, known in (
+                (block, SwinTransformerBlock),
+                (getattr(block, "attn", None), WindowAttention),
+            ):
+                if type(part) is not known:
+                    raise ValueError(
+                        f"backbone: layers.{index}.blocks.{place} has a {type(part).__name__}, which is not "
+                        f"supported; want timm's {known.__name__}"
+                    )
+
+
+def prompted_attention_branch(
+    block: Any, x: torch.Tensor, prompts: torch.Tensor, *, reads_prompts: bool
+) -> torch.Tensor:
+    """What one of timm's blocks adds in attention, by its own modules, where each window attends to prompts
+    too, which have no relative position bias and no mask; a prompt's output is the mean over its image's
+    windows.
+
+    Args:
+        block: a SwinTransformerBlock whose table of relative position biases is frozen.
+        x: tokens (B, height, width, d).
+        prompts: (1 or B, m, d).
+        reads_prompts: whether prompts' outputs are read; else they are keys and values and nothing else.
+
+    Returns:
+        (B, N, d), of the tokens row by row; with those of the prompts behind them (B, N + m, d).
+    """
+    attn = block.attn
+    windows = _in_windows(block, block.norm1(x))  # (B, W, T, d)
+    prompt_rows = block.norm1(prompts).unsqueeze(1)  # (1 or B, 1, m, d)
+    batch_size, num_windows, num_tokens, _ = windows.shape
+    attn_dim = attn.qkv.out_features // 3
+    heads = (attn.num_heads, attn_dim // attn.num_heads)
+
+    def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
+        """Queries, keys or values, as many as the part of the projection gives: (B, W, H, rows, D) each."""
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
+        y = F.linear(rows, attn.qkv.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
+        return y.expand(batch_size, num_windows, -1, -1, -1, -1).unbind(3)
+
+    # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
+    reading = (windows, prompt_rows) if reads_prompts else (windows,)
+    queries = [q for rows in reading for q in project(rows, slice(attn_dim))]
+    keys, values = zip(
+        *(project(rows, slice(attn_dim, None)) for rows in (windows, prompt_rows)), strict=True
+    )
+    # Heads of all windows side by side, so that one bias is that of every image.
+    q, k, v = (torch.cat(parts, dim=3).flatten(1, 2) for parts in (queries, keys, values))
+    bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)  # (H, T, T)
+    bias = bias.expand(num_windows, -1, -1, -1)
+    if block.attn_mask is not None:
+        bias = bias + block.attn_mask.unsqueeze(1)
+    bias = F.pad(bias, (0, k.shape[2] - num_tokens, 0, q.shape[2] - num_tokens))
+    bias = bias.flatten(0, 1).unsqueeze(0).to(q.dtype)  # (1, W·H, T or T + m, T + m)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    out = out.unflatten(1, (num_windows, -1)).transpose(2, 3).flatten(3)  # (B, W, T or T + m, H·D)
+    update = _out_of_windows(block, out[:, :, :num_tokens], x.shape[1], x.shape[2])
+    if reads_prompts:  # averaged before the projection, which is linear
+        update = torch.cat((update, out[:, :, num_tokens:].mean(dim=1)), dim=1)
+    return attn.proj_drop(attn.proj(update))
+
+
+def _in_windows(block: Any, x: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, height, width, d) to those of each window (B, W, T, d), shifted and padded by zeros."""
+    shift, window = block.shift_size, block.window_size
+    if any(shift):
+        x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
+    return window_partition(x, window).flatten(1, 2).unflatten(0, (x.shape[0], -1))
+
+
+def _out_of_windows(block: Any, windows: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `_in_windows`: (B, W, T, d) to (B, height·width, d)."""
+    shift, window = block.shift_size, block.window_size
+    windows = windows.flatten(0, 1).unflatten(1, tuple(window))
+    x = window_reverse(windows, window, height + -height % window[0], width + -width % window[1])
+    x = x[:, :height, :width]
+    if any(shift):
+        x = torch.roll(x, tuple(shift), (1, 2))
+    return x.flatten(1, 2)
 
 
 def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Backend) -> FrozenWindowBlock:
     where = f"backbone: {name}"
-    for part, wanted in ((block, SwinTransformerBlock), (getattr(block, "attn", None), WindowAttention)):
-        if type(part) is not wanted:
-            raise ValueError(
-                f"{where} has a {type(part).__name__}, which is not supported; want timm's {wanted.__name__}"
-            )
     attn = block.attn
     parts = BlockParts(
         num_heads=attn.num_heads,

@@ -90,11 +90,12 @@ class WholeBackbone(nn.Module):
             raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(blocks)} blocks")
         return [parameter for block in blocks[-k:] for parameter in block]
 
-    def check_pool(self, pool: str | None) -> None:
-        """Raises ValueError for another pooling than the backbone's own."""
-        if pool is not None:
+    def check_pool(self, pool: str | None, pools: tuple[str, ...]) -> None:
+        """Raises ValueError for another pooling than the default and those named."""
+        if pool not in (None, *pools):
+            wanted = " or ".join(["None", *map(repr, pools)])
             raise ValueError(
-                f"pool: got {pool!r} with a {type(self.stem).__name__} that is trained; want None"
+                f"pool: got {pool!r} with a {type(self.stem).__name__} that is trained; want {wanted}"
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""BiasTuning: the biases of a backbone. PromptAndBiasTuning: deep prompts too, of a vision transformer."""
+"""BiasTuning: the biases of a backbone. PromptAndBiasTuning and PromptAndBiasSwinTuning: deep prompts too, of
+a vision transformer and of a Swin."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.timm_swin import check_swin, prompted_attention_branch
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
+from vpt_fast.swin import POOLS
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
@@ -97,3 +101,85 @@ class PromptAndBiasTuning(BiasTuning):
         # Every image's copy of the prompts' keys and values.
         block: Any = self.backbone.timm_blocks[0]
         return self.num_blocks * 2 * self.prompts.shape[1] * block.attn.proj.in_features
+
+
+class PromptAndBiasSwinTuning(BiasTuning):
+    """Deep prompts in every window of every block and every bias of a Swin trained: VPT + bias of the VPT
+    paper, with prompts as in `PromptedSwin`. Tables of relative position biases are no biases, and frozen.
+
+    Prompts are keys and values, projected for all windows and images at once where they are the same. What
+    else concatenation computes of them has no part in the loss, but in the last block where the head reads
+    their outputs.
+
+    Args:
+        num_prompts: m, prompts of each block; the standard start, see `prompts.init_bound`.
+        prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
+        pool: as for `PromptedSwin`.
+        The others are those of `TimmClassifier`.
+
+    Attributes:
+        prompts: a tensor (blocks, m, d) for every stage.
+
+    Raises:
+        ValueError: as `TimmClassifier`, and for prompt settings out of range.
+    """
+
+    kinds = (SWIN,)
+    pools_of_whole = POOLS
+
+    def __init__(
+        self,
+        backbone: str | SwinTransformer,
+        num_classes: int,
+        num_prompts: int,
+        *,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
+        **settings: Any,
+    ) -> None:
+        prompt_settings = PromptConfig(
+            num_prompts, prompt_dropout=prompt_dropout, prompt_dropout_per=prompt_dropout_per
+        )
+        super().__init__(backbone, num_classes, **settings)
+        swin: Any = self.backbone.stem
+        check_swin(swin)
+        self.prompt_settings = prompt_settings
+        stages = [(len(stage.blocks), int(stage.blocks[0].dim)) for stage in swin.layers]
+        bound = init_bound(self.patch_size, stages[0][1])  # of all stages, as in `PromptedSwin`
+        self.prompts = nn.ParameterList(
+            torch.empty(depth, num_prompts, width, device=self.backbone.device).uniform_(-bound, bound)
+            for depth, width in stages
+        )
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
+        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        self._check_images(images)
+        swin: Any = self.backbone.stem
+        x = swin.patch_embed(images.to(self.head.weight.dtype))  # (B, height, width, d)
+        for stage, prompts in zip(swin.layers, self.prompts, strict=True):
+            x = stage.downsample(x)
+            for block, own in zip(stage.blocks, prompts.unsqueeze(1).unbind(0), strict=True):
+                x = self._run_swin_block(block, x, own, is_last=block is swin.layers[-1].blocks[-1])
+        return swin.forward_head(swin.norm(x), pre_logits=True)
+
+    def _run_swin_block(
+        self, block: Any, x: torch.Tensor, prompts: torch.Tensor, *, is_last: bool
+    ) -> torch.Tensor:
+        """Tokens (B, height, width, d) and prompts (1, m, d) to tokens; of the last block to the R rows that
+        the head reads (B, 1, R, d)."""
+        settings, size = self.prompt_settings, x.shape[1:3]
+        p = settings.prompt_dropout if self.training else 0.0
+        prompts = drop(prompts.to(x.dtype), p, settings.prompt_dropout_per, x.shape[0])
+        reads_prompts = is_last and self.pool != "image"
+        update = prompted_attention_branch(block, x, prompts, reads_prompts=reads_prompts)
+        x = x.flatten(1, 2)
+        if reads_prompts:
+            x = torch.cat((x, prompts.expand(x.shape[0], -1, -1)), dim=1)
+        x = x + block.drop_path1(update)
+        if is_last and self.pool == "prompts":
+            x = x[:, -prompts.shape[1] :]
+        x = x + block.drop_path2(block.mlp(block.norm2(x)))
+        return x.unsqueeze(1) if is_last else x.unflatten(1, size)

@@ -41,6 +41,8 @@ class TimmClassifier(TunedClassifier):
     # Whether matrices of the blocks are trained, whose inputs are then kept.
     trains_weights = False
     kinds: tuple[Kind, ...] = (VIT,)  # of backbones that it takes
+    # What the head may read of a Swin or ConvNet, beside what None stands for.
+    pools_of_whole: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class TimmClassifier(TunedClassifier):
         model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
         if kind is not VIT:
             whole = WholeBackbone(model)
-            whole.check_pool(pool)
+            whole.check_pool(pool, self.pools_of_whole)
             super().__init__(whole, origin, num_classes, pool=pool)
             return
         dtype = torch.promote_types(model.patch_embed.proj.weight.dtype, torch.float32)
@@ -112,8 +114,9 @@ class TimmClassifier(TunedClassifier):
 
     def _freeze_what_is_not_read(self) -> None:
         """Freezes what gets no gradient: the attention-pool head, where another pooling takes its place."""
-        if self.pool is not None and self.backbone.stem.attn_pool is not None:
-            self.backbone.stem.attn_pool.requires_grad_(False)
+        attn_pool = getattr(self.backbone.stem, "attn_pool", None)  # a Swin or ConvNet has none
+        if self.pool is not None and attn_pool is not None:
+            attn_pool.requires_grad_(False)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate of the memory that a training step takes at the model's own image size."""
