@@ -29,8 +29,7 @@ def add_product(product, left, right):
     grows with its root: each tile's own sum comes first. The bound on it keeps Triton from merging the two.
     """
     if left.dtype == tl.float32:
-        BLOCK_K: tl.constexpr = left.shape[1]
-        return product + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+        return product + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
     return tl.dot(left, right, product)
 
 

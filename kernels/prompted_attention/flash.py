@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.torch_op import torch_op
 
 aten = torch.ops.aten
@@ -95,15 +95,10 @@ def _attention_backward(
             f"out: got None, want the output of attention: memory='compact' drops it, and attention={name!r} "
             "needs it in backward"
         )
-    qkv, grad_q, kv, prompt_kv = _flash_attention_backward(
+    grads = _flash_attention_backward(
         name, grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed
     )
-    return AttentionGrads(
-        qkv=qkv if packed else None,
-        q=grad_q if need_q and not packed else None,
-        kv=kv if need_kv and not packed else None,
-        prompt_kv=None if prompt_k is None else prompt_kv,
-    )
+    return name_grads(grads, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
 def _require_supported(name: str, q: torch.Tensor) -> None:
@@ -153,7 +148,7 @@ def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Ten
 @torch_op(
     "flash_attention_backward",
     schema="(str name, Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? prompt_k, Tensor? prompt_v, "
-    "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> Tensor[]",
 )
 def _flash_attention_backward(
     name: str,
@@ -168,11 +163,8 @@ def _flash_attention_backward(
     need_q: bool,
     need_kv: bool,
     packed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQKV (B, N, 3, H, D), dQ (B, R, H, D), dKV (B, N, 2, H, D), dKV_P (1 or B, m, 2, H, D).
-
-    A tensor that is not wanted has no elements.
-    """
+) -> list[torch.Tensor]:
+    """As `empty_grads`."""
     m = 0 if prompt_k is None else prompt_k.shape[1]
     if not (need_q or need_kv):
         k = v = q[:, :0]  # the prompts' own columns are enough
@@ -180,18 +172,20 @@ def _flash_attention_backward(
     grad_q, grad_k, grad_v = _LIBRARIES[name]().backward(
         grad_out.contiguous(), q, keys, values, out.contiguous(), lse.contiguous()
     )  # (B, R, H, D) and twice (B, m + N, H, D)
-    qkv, kv, prompt_kv = (q.new_empty(0) for _ in range(3))
+    grads = []
     if packed:
-        qkv = torch.stack((grad_q, grad_k[:, m:], grad_v[:, m:]), dim=2)
-    elif need_kv:
-        kv = torch.stack((grad_k[:, m:], grad_v[:, m:]), dim=2)
+        grads.append(torch.stack((grad_q, grad_k[:, m:], grad_v[:, m:]), dim=2))
+    elif need_q:
+        grads.append(grad_q.contiguous())
+    if need_kv and not packed:
+        grads.append(torch.stack((grad_k[:, m:], grad_v[:, m:]), dim=2))
     if prompt_k is not None:
         parts = [grad_k[:, :m], grad_v[:, :m]]
         if prompt_k.shape[0] == 1:
             stat = torch.promote_types(q.dtype, torch.float32)
             parts = [part.sum(0, keepdim=True, dtype=stat).to(q.dtype) for part in parts]
-        prompt_kv = torch.stack(parts, dim=2)
-    return qkv, grad_q.contiguous() if need_q and not packed else q.new_empty(0), kv, prompt_kv
+        grads.append(torch.stack(parts, dim=2))
+    return grads
 
 
 @torch.library.register_fake("vpt_fast::flash_attention_backward")
@@ -208,19 +202,8 @@ def _(
     need_q: bool,
     need_kv: bool,
     packed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads = q.shape[0], q.shape[2:]
-    rows = 0 if k is None else k.shape[1]
-
-    def made(is_wanted: bool, *shape: int) -> torch.Tensor:
-        return q.new_empty(shape if is_wanted else (0,))
-
-    return (
-        made(packed, batch, rows, 3, *heads),
-        made(need_q and not packed, *q.shape),
-        made(need_kv and not packed, batch, rows, 2, *heads),
-        q.new_empty(0) if prompt_k is None else made(True, *prompt_k.shape[:2], 2, *heads),
-    )
+) -> list[torch.Tensor]:
+    return empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
 def _extend(prompts: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from vpt_fast.kernels.prompted_attention.jit import (
     grad_kv_kernel,
     grad_q_kernel,
 )
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.torch_op import torch_op
 
 
@@ -255,35 +255,6 @@ def _(q, k, v, prompt_k, prompt_v):
     return _empty_forward(q)
 
 
-def empty_grads(
-    q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, need: tuple[bool, bool, bool]
-) -> list[torch.Tensor]:
-    """Those that are wanted of: dQKV, dQ, dKV, dKV_P. `need`: dQ, dKV, and both packed."""
-    need_q, need_kv, packed = need
-    batch, num_rows, *heads = q.shape
-    shapes: list[tuple[int, ...]] = []
-    if packed:
-        shapes.append((batch, num_rows, 3, *heads))
-    elif need_q:
-        shapes.append(q.shape)
-    if need_kv and not packed:
-        shapes.append((batch, num_rows_of(k), 2, *heads))
-    if prompt_k is not None:
-        shapes.append((prompt_k.shape[0], prompt_k.shape[1], 2, *heads))
-    return [q.new_empty(shape) for shape in shapes]
-
-
-def name_grads(grads: list[torch.Tensor], *, need_q: bool, need_kv: bool, packed: bool) -> AttentionGrads:
-    """Of `empty_grads`."""
-    left = iter(grads)
-    return AttentionGrads(
-        qkv=next(left) if packed else None,
-        q=next(left) if need_q and not packed else None,
-        kv=next(left) if need_kv and not packed else None,
-        prompt_kv=next(left, None),
-    )
-
-
 def grad_pointers(q: torch.Tensor, grads: AttentionGrads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV as the kernels write them; for one that is not wanted q stands."""
     if grads.qkv is not None:
@@ -397,7 +368,7 @@ def _attention_backward(
         need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v, prompt_k=prompt_k,
         prompt_v=prompt_v,
     )  # fmt: skip
-    results = empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    results = empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
     grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
     grad_q, grad_k, grad_v = grad_pointers(q, grads)
     delta = lse.new_empty(lse.shape)
@@ -408,13 +379,13 @@ def _attention_backward(
     if launches.grad_q is not None:
         launches.grad_q(grad_out, *pointers, out, lse, delta, grad_q, q)
     if launches.grad_kv is not None:
-        parts = empty_parts(q, grads.prompt_kv)
-        launches.grad_kv(grad_out, *pointers, lse, delta, grad_k, grad_v, parts)
-        sum_parts(parts, grads.prompt_kv)
+        per_image = empty_per_image(q, grads.prompt_kv)
+        launches.grad_kv(grad_out, *pointers, lse, delta, grad_k, grad_v, per_image)
+        sum_over_images(per_image, grads.prompt_kv)
     return results
 
 
-def empty_parts(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
+def empty_per_image(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
     """Where each image's gradient of the prompts goes: (B, m, 2, H, D) of its own where the images share
     them, else the gradient itself; q where there are none."""
     if grad_prompt_kv is None or grad_prompt_kv.shape[0] != 1:
@@ -422,15 +393,15 @@ def empty_parts(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.T
     return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]))
 
 
-def sum_parts(parts: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
+def sum_over_images(per_image: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
     """Where images share prompts: in a fixed order, and in float32 at least."""
     if grad_prompt_kv is not None and grad_prompt_kv.shape[0] == 1:
-        torch.sum(parts, 0, keepdim=True, out=grad_prompt_kv)
+        torch.sum(per_image, 0, keepdim=True, out=grad_prompt_kv)
 
 
 @torch.library.register_fake("vpt_fast::prompted_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
-    return empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    return empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
 def builds(arch: int) -> list[Build]:

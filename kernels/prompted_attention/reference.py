@@ -52,6 +52,41 @@ class AttentionGrads(NamedTuple):
     prompt_kv: torch.Tensor | None  # (1 or B, m, 2, H, D)
 
 
+def empty_grads(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    prompt_k: torch.Tensor | None,
+    *,
+    need_q: bool,
+    need_kv: bool,
+    packed: bool,
+) -> list[torch.Tensor]:
+    """Of `AttentionGrads` those that are wanted, in its order, to be written: what an operation returns."""
+    batch, num_rows, *heads = q.shape
+    shapes: list[tuple[int, ...]] = []
+    if packed:
+        shapes.append((batch, num_rows, 3, *heads))
+    elif need_q:
+        shapes.append(q.shape)
+    if need_kv and not packed:
+        assert k is not None
+        shapes.append((batch, k.shape[1], 2, *heads))
+    if prompt_k is not None:
+        shapes.append((prompt_k.shape[0], prompt_k.shape[1], 2, *heads))
+    return [q.new_empty(shape) for shape in shapes]
+
+
+def name_grads(grads: list[torch.Tensor], *, need_q: bool, need_kv: bool, packed: bool) -> AttentionGrads:
+    """The same by their names."""
+    left = iter(grads)
+    return AttentionGrads(
+        qkv=next(left) if packed else None,
+        q=next(left) if need_q and not packed else None,
+        kv=next(left) if need_kv and not packed else None,
+        prompt_kv=next(left, None),
+    )
+
+
 def attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,

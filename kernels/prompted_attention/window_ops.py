@@ -22,18 +22,16 @@ from vpt_fast.kernels.prompted_attention.ops import (
     Tiles,
     attention_backward,
     check_tensors,
-    empty_grads,
-    empty_parts,
+    empty_per_image,
     grad_kv_launch,
     grad_pointers,
     make_build,
-    name_grads,
     num_rows_of,
     packed_strides,
     strides,
-    sum_parts,
+    sum_over_images,
 )
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
 from vpt_fast.kernels.torch_op import torch_op
 
@@ -299,7 +297,7 @@ def _window_attention_backward(
         prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions,
     )  # fmt: skip
     launch_delta, launch_grad_q, launch_grad_kv = launches
-    results = empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    results = empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
     grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
     grad_q, grad_k, grad_v = grad_pointers(q, grads)
     delta = lse.new_empty(lse.shape)
@@ -319,16 +317,16 @@ def _window_attention_backward(
         if num_fresh:
             lse, delta = _over_windows(lse, delta, num_windows, num_fresh)
         launch = _prompts_launch(grad_out=grad_out, lse=lse, q=q, prompt_k=prompt_k, prompt_v=prompt_v)
-        parts = empty_parts(q, grads.prompt_kv)
+        per_image = empty_per_image(q, grads.prompt_kv)
         prompts = Inputs(q, None, None, prompt_k, prompt_v)
-        launch(grad_out, *prompts.pointers, lse, delta, q, q, parts)
-        sum_parts(parts, grads.prompt_kv)
+        launch(grad_out, *prompts.pointers, lse, delta, q, q, per_image)
+        sum_over_images(per_image, grads.prompt_kv)
     return results
 
 
 @torch.library.register_fake("vpt_fast::window_attention_backward")
 def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh, need_q, need_kv, packed):
-    return empty_grads(q, k, prompt_k, (need_q, need_kv, packed))
+    return empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
 def _as_read(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
