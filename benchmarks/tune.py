@@ -4,16 +4,20 @@
 
 launches attention's kernels, and the products with an activation, at the shapes of ViT-B/16, L/16 and H/14
 with each of the tiles, warps and stages below, prints a table for each and writes
-results/tune-<device>-<date>.json as it goes. The same command goes on where it was interrupted. What is
-recorded in `kernels` is changed by hand, where a candidate is right and faster beyond the spread of its
-rounds (green): using the kernels searches nothing.
+results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
+cores. The same command goes on where it was interrupted. What is recorded in `kernels` is changed by hand,
+where a candidate is right and faster beyond the spread of its rounds (green): using the kernels searches
+nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -167,6 +171,23 @@ def launched(target: Target, launch: Launch) -> Iterator[None]:
         forget_layouts()
 
 
+def build(group: Callable[[], list[Target]], part: int, parts: int) -> None:
+    """Launches one of `parts` shares of the group's candidates, so that Triton's cache holds their builds.
+    What fails says so where it is measured."""
+    for target in group():
+        for launch in [target.recorded, *target.candidates][part::parts]:
+            with launched(target, launch), suppress(Exception):
+                target.call()
+
+
+def build_all(groups: list[Callable[[], list[Target]]], processes: int, progress: Progress) -> None:
+    """Builds the candidates of all groups, side by side: a build takes a second or more, and one core."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(build, group, part, processes) for group in groups for part in range(processes)]
+        for job in progress.track(as_completed(jobs), total=len(jobs), description="builds"):
+            job.result()
+
+
 def measure_target(target: Target, settings: Settings) -> list[Row]:
     """A row for each launch, the recorded one first; all that run are timed in turns."""
     others = [launch for launch in target.candidates if launch != target.recorded]
@@ -244,6 +265,7 @@ def main(
             case = kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))
             groups.append(partial(linear_targets, case, settings))
     with Progress(console=console, transient=True) as progress:
+        build_all(groups, len(os.sched_getaffinity(0)), progress)
         for group in progress.track(groups, description="shapes"):
             for target in group():
                 there = [row for row in rows if (row.kernel, row.shape) == (target.kernel, target.shape)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from vpt_fast.kernels.mlp import gemm
 from vpt_fast.kernels.prompted_attention import ops
 
@@ -79,6 +83,35 @@ def test_a_candidate_is_what_the_kernel_is_launched_with(launched: list[dict[str
     target.call()
     (inside, after) = ({key: keywords[key] for key in SMALL[0]} for keywords in launched)
     assert (inside, after) == (SMALL[0], target.recorded)
+
+
+def test_each_candidate_is_built_by_one_of_the_processes(launched: list[dict[str, Any]]) -> None:
+    target = attention_target("forward")
+    two = [*SMALL, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)]
+    launched.clear()
+    for part in range(2):
+        tune.build(lambda: [target._replace(candidates=two)], part, 2)
+    assert sorted(keywords["BLOCK_M"] for keywords in launched) == sorted(
+        launch["BLOCK_M"] for launch in [target.recorded, *two]
+    )
+
+
+def test_a_candidate_that_cannot_be_built_stops_no_other(launched: list[dict[str, Any]]) -> None:
+    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1)  # no power of two
+    target = attention_target("forward")._replace(candidates=[refused, *SMALL])
+    launched.clear()
+    tune.build(lambda: [target], 0, 1)
+    assert [keywords["BLOCK_N"] for keywords in launched] == [
+        launch["BLOCK_N"] for launch in (target.recorded, refused, *SMALL)
+    ]
+
+
+def test_processes_build_what_a_group_stands_for() -> None:
+    case = kernels.Case("linear_activate", "gelu", False, batch_size=1, num_tokens=3, width=16)
+    groups = [partial(tune.linear_targets, case, SETTINGS)]
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        tune.build_all(groups, 2, progress)
+    assert [(task.completed, task.total) for task in progress.tasks] == [(2, 2)]
 
 
 def test_what_cannot_be_launched_costs_no_other_its_turn() -> None:
