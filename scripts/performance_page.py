@@ -418,7 +418,8 @@ def profile_section(report: Report) -> str:
             "### Where a step's time goes",
             paragraph(
                 f"`{content['implementation']}`{memory}, {setting}:",
-                f"{number(step)} ms a step under the profiler.",
+                f"{number(step)} ms a step under the profiler; without it the host is busy for",
+                f"{number(content['host_ms'])} ms.",
                 f"`python benchmarks/profile_step.py --model {content['model']} --implementation",
                 f"{content['implementation']}` ({report.link(PAGE, 'results')}).",
             ),

@@ -225,8 +225,9 @@ def profile(model: str, **fields: Any) -> dict[str, Any]:
         "dtype": "bfloat16",
     }
     kernel = {"name": "nvjet_tst", "kind": "products", "calls": 12.0, "ms": 6.0}
-    start = {"implementation": "vpt_fast", "memory": "exact", "step_ms": 8.0, "kinds_ms": {"products": 6.0}}
-    return setting | start | {"rows": [kernel]} | fields
+    start = {"implementation": "vpt_fast", "memory": "exact"}
+    times = {"step_ms": 8.0, "host_ms": 2.5, "kinds_ms": {"products": 6.0}}
+    return setting | start | times | {"rows": [kernel]} | fields
 
 
 def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(project: Project) -> None:
@@ -237,6 +238,7 @@ def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(pro
     assert text.count("### Where a step's time goes") == 2 and "77.0 ms" not in text
     assert line_of(text, "`nvjet_tst`") == "| `nvjet_tst` | products | 6.00 | 75 % | 12 |"
     assert line_of(text, "nothing runs") == "| nothing runs | 2.00 | 25 % |"
+    assert "the host is busy for 2.50 ms" in " ".join(text.split())
 
 
 def test_of_launches_the_recorded_one_stands_beside_the_fastest_right_one(project: Project) -> None:

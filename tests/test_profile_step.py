@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,14 @@ def profiled() -> tuple[list[profile_step.Entry], float]:
     return profile_step.profile_steps(contender, random_batch(start, 1, torch.device("cpu")), steps=2)
 
 
+def test_the_host_is_busy_until_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter((1.0, 1.002, 2.0, 2.009, 3.0, 3.004))
+    monkeypatch.setattr(profile_step.time, "perf_counter", lambda: next(seconds))
+    batch = (torch.zeros(1), torch.zeros(1))
+    contender: Any = SimpleNamespace(step=lambda *_: None)
+    assert profile_step.host_ms(contender, batch, steps=3) == pytest.approx(4.0)
+
+
 def test_calls_are_those_of_one_step(profiled: tuple[list[profile_step.Entry], float]) -> None:
     (backward,) = (entry for entry in profiled[0] if entry.name == "_FrozenBlockFunctionBackward")
     assert backward.calls == 12
@@ -73,6 +83,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     assert report["memory"] == "recompute" and report["implementation"] == "vpt_fast"
     assert all(row["name"][:20] in found.output for row in report["rows"][:3])
+    assert f"{report['host_ms']:.3f} ms, without the profiler" in found.output
 
 
 @pytest.mark.parametrize(
