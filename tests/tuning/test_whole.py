@@ -93,6 +93,10 @@ def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: 
     assert_step_is_defined_by(features, model)
 
 
+def test_image_size_of_a_convnet_with_a_patch_embedding_is_that_of_its_images() -> None:
+    assert FullTuning("fasternet_t0", CLASSES, img_size=32).image_size == (32, 32)
+
+
 def test_batch_norm_keeps_its_statistics_in_training() -> None:
     _, model = make("full", "resnet10t")
     images, _ = random_batch(model)

@@ -61,7 +61,8 @@ class WholeBackbone(nn.Module):
         """(height, width) in pixels: what a Swin's windows were made for; of a ConvNet img_size, or that of
         the weights' description."""
         embedding = getattr(self.stem, "patch_embed", None)
-        return tuple(self.data_config["input_size"][1:] if embedding is None else embedding.img_size)
+        # A FasterNet's patch embedding is for no size.
+        return tuple(getattr(embedding, "img_size", self.data_config["input_size"][1:]))
 
     @property
     def patch_size(self) -> tuple[int, int]:
