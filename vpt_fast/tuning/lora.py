@@ -20,8 +20,8 @@ _ATTENTION = r"(.+\.)?\d+\.attn\.(qkv|[qkv]_proj|proj)"
 
 def plain_layers(backbone: WholeBackbone) -> list[str]:
     """The names of a ConvNet's layers whose update in peft is W + B A: nn.Linear, and nn.Conv2d without
-    groups or dilation that pads with zeros. Those of the stem, timm's first group of parameters, are left
-    out.
+    groups or dilation that pads with zeros, but no subclass of them. Those of the stem, timm's first group of
+    parameters, are left out.
 
     peft builds A and B of the layer's own class: where that standardises its weights, as in NFNets, the
     update is not B A. It leaves out dilation, and has no merged weight for groups.
@@ -82,8 +82,8 @@ class LoRATuning(TimmClassifier):
             if not names:
                 got = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
                 raise ValueError(
-                    f"backbone: got {got}, which has no nn.Linear, and no nn.Conv2d without groups or "
-                    "dilation, behind its stem; want one that has, as lora updates these alone"
+                    f"backbone: got {got}, which has no plain nn.Linear or nn.Conv2d (no subclass, groups or "
+                    "dilation) behind its stem; want one that has, as lora updates these alone"
                 )
             # One pattern of all, since peft takes a list of names for the ends of names.
             targets = "|".join(re.escape(f"stem.{name}") for name in names)
