@@ -35,6 +35,7 @@ _ANY = {
     "mlp-K": "MLPProbe",
     "sidetune": "SideTuning",
     "bias": "BiasTuning",
+    "lora": "LoRATuning",
     "full": "FullTuning",
     "partial-K": "PartialNetworkTuning",
 }
@@ -47,7 +48,6 @@ _OTHER_CLASSES = {
             "vpt+bias": "PromptAndBiasSwinTuning",
             **_ANY,
             "adapter": "AdapterTuning",
-            "lora": "LoRATuning",
         },
     ),
     CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_ANY}),

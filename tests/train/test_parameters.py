@@ -13,6 +13,7 @@ from vpt_fast.parameters import PAPER_TOTALS, PROMPT_LENGTHS, count_parameters, 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = 12 * 768**2 + 13 * 768  # of ViT-B: weights, and biases and norms
 SWIN_B = 2 * 128 + 2 * 256 + 18 * 512 + 2 * 1024  # widths of all blocks
+RESNET50 = 3 * 64 + 4 * 128 + 6 * 256 + 3 * 512
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,9 @@ def test_trained_parameters_are_the_closed_form(rows, method, trained):
         ),
         # The last bottleneck: 1x1, 3x3 and 1x1 convolutions, each with a BatchNorm.
         ("resnet50", "partial-1", 2 * 2048 * 512 + 9 * 512**2 + 2 * (512 + 512 + 2048)),
+        # The rank times what each convolution's kernel reads and gives: 20 widths a bottleneck, and in the
+        # first of a stage, which has a shortcut, twice its input.
+        ("resnet50", "lora, rank 8", 8 * (20 * RESNET50 + 2 * (64 + 256 + 512 + 1024))),
     ],
 )
 def test_trained_parameters_of_a_swin_and_a_convnet_are_the_closed_form(backbone, method, trained):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error, step
+from test_convnet import convnet
 from tiny import random_batch, randomise
 from torch import nn
 from torch.func import functional_call
@@ -26,7 +27,8 @@ from vpt_fast.tuning.partial import PartialNetworkTuning
 from vpt_fast.tuning.side import SideTuning
 
 CLASSES = 5
-WAYS = {"full": FullTuning, "bias": BiasTuning, "partial": PartialNetworkTuning}
+WAYS = {"full": FullTuning, "bias": BiasTuning, "partial": PartialNetworkTuning, "lora": LoRATuning}
+OF_TIMMS_OWN_TENSORS = [method for method in WAYS if method != "lora"]
 BACKBONES = {
     "swin_tiny_patch4_window7_224": dict(
         img_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4
@@ -81,7 +83,7 @@ def moved(model: TunedClassifier) -> TunedClassifier:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", OF_TIMMS_OWN_TENSORS)
 def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: str) -> None:
     backbone, model = make(method, name)
     network = copy.deepcopy(backbone).requires_grad_(False)
@@ -93,8 +95,13 @@ def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: 
     assert_step_is_defined_by(features, model)
 
 
-def test_batch_norm_keeps_its_statistics_in_training() -> None:
-    _, model = make("full", "resnet10t")
+def test_image_size_of_a_convnet_with_a_patch_embedding_is_that_of_its_images() -> None:
+    assert FullTuning("fasternet_t0", CLASSES, img_size=32).image_size == (32, 32)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_batch_norm_keeps_its_statistics_in_training(method: str) -> None:
+    _, model = make(method, "resnet10t")
     images, _ = random_batch(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert torch.equal(model.train()(images), model.eval()(images))
@@ -161,6 +168,73 @@ def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
 
     trained = assert_step_is_defined_by(features, moved(LoRATuning(backbone, CLASSES, rank=2)))
     assert len(trained) == 2 + 3 * 2 * 2  # the head; A and B of two layers in three blocks
+
+
+# A convolution or linear layer that is updated, and one that is not.
+CONVNETS = {
+    "resnet10t": ("layer2.0.downsample.1", "conv1.0"),
+    "convnext_atto": ("stages.0.blocks.0.mlp.fc1", "stages.0.blocks.0.conv_dw"),
+    "efficientnet_b0": ("blocks.2.0.se.conv_reduce", "blocks.2.0.conv_dw"),
+    "regnety_002": ("s2.b1.conv1.conv", "s2.b1.conv2.conv"),  # grouped
+    "densenet121": ("features.denseblock1.denselayer2.conv2", "features.conv0"),
+    "skresnet18": ("layer1.0.conv2.conv", "layer1.0.conv1.paths.1.conv"),  # dilated
+    "test_nfnet": ("stages.0.0.attn_last.fc1", "stages.0.0.conv1"),  # standardised
+    "repvgg_a0": ("stages.0.0.conv_1x1.conv", "stem.conv_1x1.conv"),
+    "repghostnet_050": ("blocks.1.0.ghost1.primary_conv.0", "blocks.1.0.ghost1.cheap_operation.0"),
+    "hrnet_w18_small": ("stage2.0.fuse_layers.0.1.0", "conv2"),
+}
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+def test_lora_on_a_convnet_is_the_network_of_merged_weights(name: str) -> None:
+    network = convnet(name)
+    model = moved(LoRATuning(network, CLASSES, rank=2))
+    network.requires_grad_(False)
+
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        merged = {}
+        for path, weight in network.named_parameters():
+            layer = f"backbone.stem.{path.removesuffix('.weight')}"
+            if f"{layer}.lora_A.default.weight" in trained:
+                a, b = (trained[f"{layer}.lora_{side}.default.weight"].flatten(1) for side in "AB")
+                merged[path] = weight + (b @ a).view_as(weight)
+        return functional_call(network, merged, images)
+
+    assert_step_is_defined_by(features, model)
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+def test_lora_on_a_convnet_starts_as_the_frozen_network(name: str) -> None:
+    network = convnet(name)
+    model = LoRATuning(network, CLASSES).double().eval()
+    images, _ = random_batch(model)
+    assert relative_error(model.image_features(images), network(images)) < 1e-12
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+def test_lora_on_a_convnet_leaves_stem_and_what_is_no_plain_layer_frozen(name: str) -> None:
+    model = LoRATuning(convnet(name), CLASSES, rank=2)
+    updated, frozen = (f"backbone.stem.{layer}" for layer in CONVNETS[name])
+    trained = model.trainable_state_dict().keys()
+    assert {f"{updated}.lora_A.default.weight", f"{updated}.lora_B.default.weight"} <= trained
+    assert model.get_submodule(frozen) and not any(n.startswith(f"{frozen}.") for n in trained)
+
+
+def test_lora_on_a_resnet_trains_two_matrices_of_every_convolution_of_its_blocks_and_the_head() -> None:
+    network = convnet("resnet10t")
+    model = LoRATuning(network, CLASSES, rank=2)
+    blocks = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and n.startswith("layer")}
+    sides = {f"backbone.stem.{layer}.lora_{side}.default.weight" for layer in blocks for side in "AB"}
+    assert model.trainable_state_dict().keys() == sides | {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "resnetv2_50x1_bit"])
+def test_lora_refuses_a_convnet_of_standardised_convolutions(name: str) -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=f"backbone: got '{name}', which has no plain nn.Linear or nn.Conv2d"),
+    ):
+        LoRATuning(name, CLASSES)
 
 
 def test_adapters_on_a_swin_stand_behind_every_mlp() -> None:

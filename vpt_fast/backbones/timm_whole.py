@@ -61,27 +61,32 @@ class WholeBackbone(nn.Module):
         """(height, width) in pixels: what a Swin's windows were made for; of a ConvNet img_size, or that of
         the weights' description."""
         embedding = getattr(self.stem, "patch_embed", None)
-        return tuple(self.data_config["input_size"][1:] if embedding is None else embedding.img_size)
+        # A FasterNet's patch embedding is for no size.
+        return tuple(getattr(embedding, "img_size", self.data_config["input_size"][1:]))
 
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of the first convolution's kernel."""
         return self._first_kernel  # type: ignore[return-value]
 
+    def parameter_groups(self) -> list[list[str]]:
+        """The names of the network's parameters in timm's groups (`group_matcher`: what layer-wise learning
+        rates go by), in the network's order: its stem, its blocks, what stands behind them."""
+        groups = group_parameters(self.stem, self.stem.group_matcher(coarse=False))
+        return [groups[index] for index in sorted(groups)]
+
     def last_blocks(self, k: int) -> list[nn.Parameter]:
         """The parameters of the last k blocks and of all that stands behind the first of these.
 
-        Blocks are the groups that timm orders a network's parameters in (`group_matcher`: what layer-wise
-        learning rates go by): a residual block, with the downsampling before it; of other networks a cell or
-        a convolution. What has norms alone counts as the block before it.
+        Blocks are timm's `parameter_groups`: a residual block, with the downsampling before it; of other
+        networks a cell or a convolution. What has norms alone counts as the block before it.
 
         Raises:
             ValueError: there are not so many blocks.
         """
-        groups = group_parameters(self.stem, self.stem.group_matcher(coarse=False))
         blocks: list[list[nn.Parameter]] = []
-        for index in sorted(groups):
-            parameters = [self.stem.get_parameter(name) for name in groups[index]]
+        for group in self.parameter_groups():
+            parameters = [self.stem.get_parameter(name) for name in group]
             if blocks and all(p.ndim < 2 for p in parameters):
                 blocks[-1] += parameters
             else:

@@ -1,19 +1,44 @@
-"""LoRATuning: low-rank updates of attention's matrices, through peft."""
+"""LoRATuning: low-rank updates of attention's matrices, or of a ConvNet's convolutions, through peft."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from vpt_fast.backbones.resolve import SWIN, VIT
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 # In a block; the projections to queries, keys and values, packed or apart, and attention's output projection.
-_TARGETS = r"(.+\.)?\d+\.attn\.(qkv|[qkv]_proj|proj)"
+_ATTENTION = r"(.+\.)?\d+\.attn\.(qkv|[qkv]_proj|proj)"
+
+
+def plain_layers(backbone: WholeBackbone) -> list[str]:
+    """The names of a ConvNet's layers whose update in peft is W + B A: nn.Linear, and nn.Conv2d without
+    groups or dilation that pads with zeros, but no subclass of them. Those of the stem, timm's first group of
+    parameters, are left out.
+
+    peft builds A and B of the layer's own class: where that standardises its weights, as in NFNets, the
+    update is not B A. It leaves out dilation, and has no merged weight for groups.
+    """
+    _, *behind = backbone.parameter_groups()
+    weights = {name for group in behind for name in group}
+    return [
+        name
+        for name, module in backbone.stem.named_modules()
+        if f"{name}.weight" in weights and _is_plain(module)
+    ]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    return type(module) is nn.Linear
 
 
 def require_peft() -> None:
@@ -23,21 +48,25 @@ def require_peft() -> None:
 
 
 class LoRATuning(TimmClassifier):
-    """W + B A trained for attention's matrices of a frozen vision transformer or Swin (Hu et al., ICLR 2022),
-    and the head.
+    """W + B A trained for attention's matrices of a frozen vision transformer or Swin, or for a ConvNet's
+    linear layers and convolutions, and the head (Hu et al., ICLR 2022).
 
     peft puts the updates in and starts them: A random, B at zero. Their scale is 1 (peft's lora_alpha is the
     rank), and they have no dropout. Where qkv is one matrix in timm, queries, keys and values share an A.
+
+    Of a convolution A is one of the same kernel, stride and padding to `rank` channels, and B a 1x1
+    convolution. Which layers of a ConvNet have an update is said by `plain_layers`; the others stay frozen.
 
     Args:
         rank: r: rows of A, columns of B.
         The others are those of `TimmClassifier`.
 
     Raises:
-        ValueError: as `TimmClassifier`, for a rank out of range, and where peft is not installed.
+        ValueError: as `TimmClassifier`, for a rank out of range, for a ConvNet without `plain_layers`, and
+            where peft is not installed.
     """
 
-    kinds = (VIT, SWIN)
+    kinds = (VIT, SWIN, CONVNET)
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, rank: int = 8, **settings: Any) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -47,14 +76,23 @@ class LoRATuning(TimmClassifier):
 
         super().__init__(backbone, num_classes, **settings)
         self.rank = rank
-        is_whole = isinstance(self.backbone, WholeBackbone)
-        blocks: Any = self.backbone.stem.layers if is_whole else self.backbone.blocks
-        for module in blocks.modules():
+        network, targets = self.backbone, _ATTENTION
+        if isinstance(network, WholeBackbone) and not isinstance(network.stem, SwinTransformer):
+            names = plain_layers(network)
+            if not names:
+                got = repr(backbone) if isinstance(backbone, str) else f"a {type(backbone).__name__}"
+                raise ValueError(
+                    f"backbone: got {got}, which has no plain nn.Linear or nn.Conv2d (no subclass, groups or "
+                    "dilation) behind its stem; want one that has, as lora updates these alone"
+                )
+            # One pattern of all, since peft takes a list of names for the ends of names.
+            targets = "|".join(re.escape(f"stem.{name}") for name in names)
+        for module in network.modules():
             if isinstance(module, EvaAttention):
                 # Else it reads qkv's weight, past what peft puts around the layer.
                 module.qkv_bias_separate = True
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS)
-        peft.inject_adapter_in_model(config, blocks)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+        peft.inject_adapter_in_model(config, network)
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "rank": self.rank}
