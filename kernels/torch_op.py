@@ -11,6 +11,9 @@ import torch
 # Never let go of: with it PyTorch would forget the operations.
 _LIBRARY = torch.library.Library("vpt_fast", "FRAGMENT")
 
+# How many dispatch modes are on. Nothing public says it: a PyTorch without this is one that always looks on.
+_num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
 
 def torch_op(
     name: str, *, schema: str | None = None, mutates_args: Sequence[str] = ()
@@ -51,11 +54,7 @@ def torch_op(
 
 def _is_watched() -> bool:
     """Whether somebody wants to see operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0  # nothing public says it
-    )
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _num_dispatch_modes() > 0
 
 
 def mark_changed(tensor: torch.Tensor) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -95,3 +99,49 @@ def test_the_next_power_of_2(n: int, wanted: int) -> None:
 @pytest.mark.parametrize(("n", "wanted"), [(0, 0), (1, 1), (16, 1), (17, 2)])
 def test_blocks_that_elements_take(n: int, wanted: int) -> None:
     assert cdiv(n, 16) == wanted
+
+
+# Triton as installed, on a device that it takes for an sm_90 and that runs nothing.
+TWICE = """
+import json
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from vpt_fast.kernels.launch import Launch
+from vpt_fast.kernels.mlp.jit import activate_kernel
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device):
+        return None, None, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+class Driver:
+    utils = Utils()
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    def launcher_cls(self, src, metadata):
+        return lambda *args: calls.append(args)
+
+calls = []
+triton.runtime.driver.set_active(Driver())
+u, a = torch.zeros(4, 16), torch.empty(4, 16)
+options = dict(KIND="gelu", BLOCK=128, num_warps=4)
+launch = Launch(activate_kernel, torch.device("cpu"), 1, 64, 1, 1, 0, 0, 0, **options)
+launch(u, a, None)
+activate_kernel.run = None  # it is not asked again
+launch(u, a, None)
+first, second = ([*call[:6], *call[7:]] for call in calls)  # but for what profilers are told
+print(json.dumps([len(first), all(x is y or x == y for x, y in zip(first, second, strict=True))]))
+"""
+
+
+def test_later_calls_give_tritons_launcher_what_the_first_one_gave() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    count, are_equal = json.loads(found.stdout)
+    assert count > 11 and are_equal  # the kernel's own 11 among them
