@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+from vpt_fast.kernels.launch import LEAST_CAPABILITY, takes_kernels
 
 Found = TypeVar("Found")
 
@@ -69,6 +70,12 @@ def require_device(**tensors: torch.Tensor | None) -> None:
             )
         if not tensor.is_cuda and not triton.knobs.runtime.interpret:
             raise ValueError(f"backend='triton': {name} is on {tensor.device.type}, want a CUDA device")
+        if tensor.is_cuda and not takes_kernels(tensor.device):
+            least = ".".join(map(str, LEAST_CAPABILITY))
+            raise ValueError(
+                f"backend='triton': {name} is on {torch.cuda.get_device_name(tensor.device)}, want an NVIDIA "
+                f"GPU of compute capability {least} or more; 'auto' and 'torch' take any"
+            )
         wanted = wanted or tensor.device
         if tensor.device != wanted:
             raise ValueError(f"{name}: got a tensor on {tensor.device}, want {wanted} like the others")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from vpt_fast.kernels.launch import takes_kernels
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, window_reference
@@ -69,25 +70,25 @@ TORCH_OPS = Ops(
 class Backend(NamedTuple):
     """What a backend's name stands for on each kind of device.
 
-    cuda: for float32, bfloat16 and float16 on a CUDA device. other: for all else.
+    cuda: for float32, bfloat16 and float16 on a CUDA device that takes the kernels. other: for all else.
     """
 
     cuda: Ops
     other: Ops
 
-    def ops(self, device_type: str, dtype: torch.dtype, head_dim: int, in_windows: bool = False) -> Ops:
-        """The operations for tensors on this kind of device.
+    def ops(self, device: torch.device, dtype: torch.dtype, head_dim: int, in_windows: bool = False) -> Ops:
+        """The operations for tensors on this device.
 
         Args:
-            device_type: ``"cuda"``, ``"cpu"``, …
+            device: of the tensors.
             dtype: of the matrix products.
             head_dim: D.
             in_windows: whether tokens attend in windows.
         """
         head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
-        if device_type == "cuda" and dtype != torch.float64 and head_dim in head_dims:
-            return self.cuda
-        return self.other
+        if device.type != "cuda" or dtype == torch.float64 or head_dim not in head_dims:
+            return self.other
+        return self.cuda if self.cuda is self.other or takes_kernels(device) else self.other
 
     @property
     def needs_out(self) -> bool:
@@ -109,8 +110,9 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
             activation, which hold it and its derivative: the pre-activation's gradient is the only tensor of
             the hidden width that backward writes. Whether that is faster than cuBLAS with a kernel beside it
             is a matter of the device and the width (`benchmarks/throughput.py` has both). Not for gated
-            activations. ``"auto"``: ``"triton"`` on a CUDA device, for the dtypes and head dims that it
-            supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for all else.
+            activations. ``"auto"``: ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the
+            dtypes and head dims that it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and
+            64), and PyTorch for all else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.

@@ -3,6 +3,7 @@ how a kernel is launched over and over."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,13 +33,28 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability of the oldest NVIDIA GPUs that Triton takes: Ampere's."""
+
+
+@torch.compiler.assume_constant_result
+def takes_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on this CUDA device. AMD's GPUs, which PyTorch calls CUDA devices too, have
+    less shared memory, and nothing here has been built for them."""
+    return torch.version.hip is None and _capability(device) >= LEAST_CAPABILITY
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def arch_of(device: torch.device) -> int:
     """80, 90 or 100: which of the tables of tiles is for this device. Consumer GPUs of any generation have
     neither wgmma nor tensor memory, so that theirs is 80's."""
     if device.type != "cuda":
         return 90
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: 90, 10: 100}.get(major, 80)
+    return {9: 90, 10: 100}.get(_capability(device)[0], 80)
 
 
 class Launch:

@@ -7,7 +7,7 @@ import torch
 from given_back import GivenBack
 from tiny import tiny_vit
 from torch.nn import functional as F
-from vpt_fast.kernels import get_backend
+from vpt_fast.kernels import Backend, get_backend, launch
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
@@ -18,6 +18,7 @@ from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 
 OPS = get_backend("torch").other
+GPU = torch.device("cuda", 0)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -305,22 +306,39 @@ class TestBackends:
 
     def test_triton_stands_for_its_kernels_on_every_device(self) -> None:
         backend = get_backend("triton")
-        assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
-        assert backend.ops("cpu", torch.float32, 64).name == "triton"
+        assert backend.ops(GPU, torch.bfloat16, 64).name == "triton"
+        assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "triton"
 
-    def test_auto_on_cuda_is_triton_but_for_what_it_does_not_support(self, monkeypatch) -> None:
+    @pytest.fixture
+    def auto(self, monkeypatch) -> Backend:
+        """Where there is a GPU."""
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        backend = get_backend("auto")
-        assert backend.ops("cuda", torch.bfloat16, 64).name == "triton"
-        assert backend.ops("cuda", torch.bfloat16, 32, in_windows=True).name == "triton"
+        return get_backend("auto")
+
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+    def test_auto_on_a_gpu_is_triton_but_for_what_it_does_not_support(
+        self, auto, monkeypatch, capability
+    ) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: capability)
+        assert auto.ops(GPU, torch.bfloat16, 64).name == "triton"
+        assert auto.ops(GPU, torch.bfloat16, 32, in_windows=True).name == "triton"
         others = (
-            ("cpu", torch.bfloat16, 64),
-            ("cuda", torch.float64, 64),
-            ("cuda", torch.float32, 72),
-            ("cuda", torch.float32, 16, True),
+            (torch.device("cpu"), torch.bfloat16, 64),
+            (GPU, torch.float64, 64),
+            (GPU, torch.float32, 72),
+            (GPU, torch.float32, 16, True),
         )
         for request in others:
-            assert backend.ops(*request).name == "torch"
+            assert auto.ops(*request).name == "torch"
+
+    def test_auto_on_a_gpu_older_than_triton_takes_is_pytorch(self, auto, monkeypatch) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (7, 5))
+        assert auto.ops(GPU, torch.float16, 64).name == "torch"
+
+    def test_auto_on_a_gpu_of_amd_is_pytorch(self, auto, monkeypatch) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (9, 4))
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert auto.ops(GPU, torch.float16, 64).name == "torch"
 
     def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:
         ops = get_backend("torch", "sdpa_cpu").other

@@ -317,7 +317,10 @@ class Recipe:
     )
     clip_grad_norm: float | None = _knob(None, "Largest norm of the gradient.", OPTIMISATION, shown="off")
     precision: Literal["fp32", "bf16", "fp16"] | None = _knob(
-        None, "Autocast precision; fp16 scales the loss.", OPTIMISATION, shown="bf16 on CUDA, fp32 on a CPU"
+        None,
+        "Autocast precision; fp16 scales the loss.",
+        OPTIMISATION,
+        shown="bf16 on CUDA, fp16 before Ampere, fp32 on a CPU",
     )
     seed: int = _knob(
         42, "Seed of the split, the initialisation, the order of images and the dropout.", OPTIMISATION
@@ -445,7 +448,9 @@ class Recipe:
             raise ValueError(f"batch_size is {batch_size}; {world_size} processes cannot share it evenly")
         changes["batch_size"] = batch_size
         if self.precision is None:
-            changes["precision"] = "bf16" if device_type == "cuda" else "fp32"
+            from vpt_fast.precision import default_precision
+
+            changes["precision"] = default_precision(device_type)
         return dataclasses.replace(self, **changes)
 
     def _preprocessing_defaults(self) -> dict[str, Any]:

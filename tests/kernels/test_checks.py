@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from vpt_fast.kernels import checks
+from vpt_fast.kernels import checks, launch
 
 
 @pytest.fixture
@@ -85,6 +87,15 @@ def test_tensors_to_be_differentiated_are_refused() -> None:
         checks.require_device(x=x().requires_grad_())
     with torch.no_grad():
         checks.require_device(x=x().requires_grad_())
+
+
+def test_a_gpu_older_than_triton_takes_is_named(monkeypatch) -> None:
+    old = SimpleNamespace(is_cuda=True, requires_grad=False, device=torch.device("cuda", 0))
+    monkeypatch.setattr(launch, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    wanted = "backend='triton': x is on Tesla T4, want an NVIDIA GPU of compute capability 8.0 or more"
+    with pytest.raises(ValueError, match=wanted):
+        checks.require_device(x=old)
 
 
 def test_what_is_forgotten_is_looked_at_again(check, looked_at) -> None:

@@ -7,6 +7,7 @@ import inspect
 import math
 
 import pytest
+import torch
 import yaml
 
 from vpt_fast import cli
@@ -83,8 +84,13 @@ def test_warm_up_shortens_with_the_run(epochs, warmup):
     assert resolve(make(epochs=epochs)).warmup_epochs == warmup
 
 
-@pytest.mark.parametrize("device_type, precision", [("cpu", "fp32"), ("cuda", "bf16")])
-def test_precision_follows_the_device(device_type, precision):
+@pytest.mark.parametrize(
+    "device_type, has_bf16, precision",
+    [("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")],
+)
+def test_precision_follows_the_device(monkeypatch, device_type, has_bf16, precision):
+    # PyTorch emulates bf16 where a GPU does not compute in it, at a crawl.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert resolve(make(), device_type=device_type).precision == precision
 
 

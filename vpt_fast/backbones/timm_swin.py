@@ -271,7 +271,7 @@ class FrozenSwin(nn.Module):
         kernels what each of the `num_fresh` prompts whose output is read gets in each window."""
         dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
         heads, head_dim = block.spec.num_heads, block.spec.head_dim
-        ops = block.backend.ops(self.device.type, dtype, head_dim, in_windows=True)
+        ops = block.backend.ops(self.device, dtype, head_dim, in_windows=True)
         if ops.forms_window_scores:
             per_window = block.num_tokens // block.num_windows + num_prompts
             numbers = 3 * block.num_windows * heads * per_window**2

@@ -234,7 +234,7 @@ class FrozenBlock(nn.Module):
         windows = self.windows
         call = _Call(
             spec=self.spec,
-            ops=self.backend.ops(device_type, dtype, self.spec.head_dim, in_windows=windows is not None),
+            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, in_windows=windows is not None),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),

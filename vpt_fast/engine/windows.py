@@ -243,7 +243,7 @@ class FrozenMerge(nn.Module):
 
     def _reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
         dtype = compute_dtype(x.device.type, self.weight.dtype)
-        ops = self.backend.ops(x.device.type, dtype, self.head_dim, in_windows=True)
+        ops = self.backend.ops(x.device, dtype, self.head_dim, in_windows=True)
         return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
 
 
