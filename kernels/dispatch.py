@@ -9,8 +9,7 @@ import torch
 from vpt_fast.kernels.launch import takes_kernels
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
-from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, window_reference
-from vpt_fast.kernels.prompted_attention import reference as prompted_attention
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images, window_reference
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.rotation import reference as rotation
 
@@ -53,8 +52,8 @@ TORCH_OPS = Ops(
     normalize=normalization.normalize,
     add_normalize=normalization.add_normalize,
     normalize_backward=normalization.normalize_backward,
-    attention=prompted_attention.attention,
-    attention_backward=prompted_attention.attention_backward,
+    attention=by_images.attention,
+    attention_backward=by_images.attention_backward,
     window_attention=window_reference.window_attention,
     window_attention_backward=window_reference.window_attention_backward,
     activate=mlp.activate,
