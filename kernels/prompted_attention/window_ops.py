@@ -207,7 +207,7 @@ def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
 
 
 class _BackwardLaunches(NamedTuple):
-    """Those that there are, in this order: of δ, of dQ, of dK and dV, and of the prompts' gradients."""
+    """Those that there are, in this order; the prompts' gradients have one of their own."""
 
     sizes: _Sizes
     delta: Launch | None
