@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_swin import check_swin, prompted_attention_branch
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.prompts import PromptConfig, drop, init_bound
@@ -39,7 +37,40 @@ class BiasTuning(TimmClassifier):
         self._freeze_what_is_not_read()
 
 
-class PromptAndBiasTuning(BiasTuning):
+class _PromptAndBiasTuning(BiasTuning):
+    """What both kinds of backbone have in common."""
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int,
+        num_prompts: int,
+        *,
+        prompt_dropout: float = 0.0,
+        prompt_dropout_per: str = "image",
+        **settings: Any,
+    ) -> None:
+        prompt_settings = PromptConfig(
+            num_prompts, prompt_dropout=prompt_dropout, prompt_dropout_per=prompt_dropout_per
+        )
+        super().__init__(backbone, num_classes, **settings)
+        self.prompt_settings = prompt_settings
+        self._make_prompts(num_prompts)
+
+    def _make_prompts(self, num_prompts: int) -> None:
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
+        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
+
+    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """(1, m, d) in training with dropout, which may make them (B, m, d)."""
+        p = self.prompt_settings.prompt_dropout if self.training else 0.0
+        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
+
+
+class PromptAndBiasTuning(_PromptAndBiasTuning):
     """Deep prompts in every block and every bias of the vision transformer trained: VPT + bias of the VPT
     paper.
 
@@ -60,35 +91,16 @@ class PromptAndBiasTuning(BiasTuning):
 
     kinds = (VIT,)
 
-    def __init__(
-        self,
-        backbone: str | TimmViT,
-        num_classes: int,
-        num_prompts: int,
-        *,
-        prompt_dropout: float = 0.0,
-        prompt_dropout_per: str = "image",
-        **settings: Any,
-    ) -> None:
-        prompt_settings = PromptConfig(
-            num_prompts, prompt_dropout=prompt_dropout, prompt_dropout_per=prompt_dropout_per
-        )
-        super().__init__(backbone, num_classes, **settings)
-        self.prompt_settings = prompt_settings
+    def _make_prompts(self, num_prompts: int) -> None:
         bound = init_bound(self.patch_size, self.embed_dim)
         shape = (self.num_blocks, num_prompts, self.embed_dim)
         self.prompts = nn.Parameter(torch.empty(shape, device=self.backbone.device).uniform_(-bound, bound))
 
-    def _options(self) -> dict[str, Any]:
-        names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
-        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
-
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
-        p = self.prompt_settings.prompt_dropout if self.training else 0.0
         sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
         outputs = []
         for index, prompts in enumerate(sets[: wanted[-1] + 1]):
-            prompts = drop(prompts, p, self.prompt_settings.prompt_dropout_per, x.shape[0])
+            prompts = self._dropped(prompts, x.shape[0])
             vit, block = self.backbone, self.backbone.timm_blocks[index]
             update = vit.prompted_attention_branch(block, x, prompts, positions[index])
             x = x + block.drop_path1(update)
@@ -103,7 +115,7 @@ class PromptAndBiasTuning(BiasTuning):
         return self.num_blocks * 2 * self.prompts.shape[1] * block.attn.proj.in_features
 
 
-class PromptAndBiasSwinTuning(BiasTuning):
+class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
     """Deep prompts in every window of every block and every bias of a Swin trained: VPT + bias of the VPT
     paper, with prompts as in `PromptedSwin`. Tables of relative position biases are no biases, and frozen.
 
@@ -127,33 +139,15 @@ class PromptAndBiasSwinTuning(BiasTuning):
     kinds = (SWIN,)
     pools_of_whole = POOLS
 
-    def __init__(
-        self,
-        backbone: str | SwinTransformer,
-        num_classes: int,
-        num_prompts: int,
-        *,
-        prompt_dropout: float = 0.0,
-        prompt_dropout_per: str = "image",
-        **settings: Any,
-    ) -> None:
-        prompt_settings = PromptConfig(
-            num_prompts, prompt_dropout=prompt_dropout, prompt_dropout_per=prompt_dropout_per
-        )
-        super().__init__(backbone, num_classes, **settings)
+    def _make_prompts(self, num_prompts: int) -> None:
         swin: Any = self.backbone.stem
         check_swin(swin)
-        self.prompt_settings = prompt_settings
         stages = [(len(stage.blocks), int(stage.blocks[0].dim)) for stage in swin.layers]
         bound = init_bound(self.patch_size, stages[0][1])  # of all stages, as in `PromptedSwin`
         self.prompts = nn.ParameterList(
             torch.empty(depth, num_prompts, width, device=self.backbone.device).uniform_(-bound, bound)
             for depth, width in stages
         )
-
-    def _options(self) -> dict[str, Any]:
-        names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
-        return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
@@ -170,9 +164,8 @@ class PromptAndBiasSwinTuning(BiasTuning):
     ) -> torch.Tensor:
         """Tokens (B, height, width, d) and prompts (1, m, d) to tokens; of the last block to the R rows that
         the head reads (B, 1, R, d)."""
-        settings, size = self.prompt_settings, x.shape[1:3]
-        p = settings.prompt_dropout if self.training else 0.0
-        prompts = drop(prompts.to(x.dtype), p, settings.prompt_dropout_per, x.shape[0])
+        size = x.shape[1:3]
+        prompts = self._dropped(prompts.to(x.dtype), x.shape[0])
         reads_prompts = is_last and self.pool != "image"
         update = prompted_attention_branch(block, x, prompts, reads_prompts=reads_prompts)
         x = x.flatten(1, 2)
