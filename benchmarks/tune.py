@@ -182,6 +182,8 @@ def build(group: Callable[[], list[Target]], part: int, parts: int) -> None:
 
 def build_all(groups: list[Callable[[], list[Target]]], processes: int, progress: Progress) -> None:
     """Builds the candidates of all groups, side by side: a build takes a second or more, and one core."""
+    if not groups:
+        return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(build, group, part, processes) for group in groups for part in range(processes)]
         for job in progress.track(as_completed(jobs), total=len(jobs), description="builds"):
@@ -265,7 +267,9 @@ def main(
             case = kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))
             groups.append(partial(linear_targets, case, settings))
     with Progress(console=console, transient=True) as progress:
-        build_all(groups, len(os.sched_getaffinity(0)), progress)
+        done = {(row.kernel, row.shape) for row in rows}
+        left = [group for group in groups if any((t.kernel, t.shape) not in done for t in group())]
+        build_all(left, len(os.sched_getaffinity(0)), progress)
         for group in progress.track(groups, description="shapes"):
             for target in group():
                 there = [row for row in rows if (row.kernel, row.shape) == (target.kernel, target.shape)]

@@ -14,6 +14,9 @@ _LIBRARY = torch.library.Library("vpt_fast", "FRAGMENT")
 # How many dispatch modes are on. Nothing public says it: a PyTorch without this is one that always looks on.
 _num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
+# A tensor of another class may dispatch by itself, and need not have memory of its own (FakeTensor, DTensor).
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
+
 
 def torch_op(
     name: str, *, schema: str | None = None, mutates_args: Sequence[str] = ()
@@ -22,8 +25,8 @@ def torch_op(
 
     The same as torch.library.custom_op but for what that puts around each call, which takes longer than
     launching the kernel: a training step of a ViT-B makes some 120 calls. Where nobody looks on, neither a
-    compiler nor a tracer nor a dispatch mode, not even PyTorch's dispatcher is asked, and the function is
-    called itself.
+    compiler nor a tracer nor a dispatch mode nor a tensor's class, not even PyTorch's dispatcher is asked,
+    and the function is called itself.
     custom_op refuses to differentiate; here `checks.require_device` does. What the operation returns without
     running, in torch.compile, is registered beside it with torch.library.register_fake.
 
@@ -45,16 +48,21 @@ def torch_op(
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            return operation(*args) if _is_watched() else function(*args)
+            return operation(*args) if _is_watched(args) else function(*args)
 
         return call
 
     return register
 
 
-def _is_watched() -> bool:
-    """Whether somebody wants to see operations."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _num_dispatch_modes() > 0
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether somebody wants to see operations on these."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _num_dispatch_modes() > 0
+        or not _PLAIN.issuperset(map(type, args))
+    )
 
 
 def mark_changed(tensor: torch.Tensor) -> None:

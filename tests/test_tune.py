@@ -114,6 +114,13 @@ def test_processes_build_what_a_group_stands_for() -> None:
     assert [(task.completed, task.total) for task in progress.tasks] == [(2, 2)]
 
 
+def test_without_groups_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", None)
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        tune.build_all([], 2, progress)
+    assert progress.tasks == []
+
+
 def test_what_cannot_be_launched_costs_no_other_its_turn() -> None:
     refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1)  # no power of two
     target = attention_target("forward")._replace(candidates=[refused, *SMALL])

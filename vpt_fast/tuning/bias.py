@@ -58,6 +58,7 @@ class _PromptAndBiasTuning(BiasTuning):
         self._make_prompts(num_prompts)
 
     def _make_prompts(self, num_prompts: int) -> None:
+        """Sets `prompts`."""
         raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
