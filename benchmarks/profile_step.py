@@ -44,7 +44,7 @@ WARM_UP = 3
 
 # What a kernel (on a CPU an operation of PyTorch's) is for, by its name; the first that matches.
 KINDS = {
-    "attention": r"attention|delta_kernel|grad_q_kernel|grad_kv_kernel|flash|fmha|sdpa|softmax|window",
+    "attention": r"attention|terms_kernel|grad_q_kernel|grad_kv_kernel|flash|fmha|sdpa|softmax|window",
     "normalisation": r"normalize|layer_?norm|rms_?norm",
     "activation": r"(?<!linear_)activate|swiglu|gelu|silu",
     "products": r"gemm|nvjet|cutlass|cublas|xmma|splitk|linear_activate|aten::(_?addmm|b?mm|baddbmm|linear)",

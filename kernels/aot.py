@@ -20,8 +20,13 @@ from vpt_fast.kernels.build import Build
 # Bytes of shared memory that one program may have; neither a build nor its machine code enforces it. What is
 # launched on sm_80 is on sm_86, sm_89 and sm_120 too, which have the least: 99 KiB.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-# Columns of tensor memory that one program may have (sm_100 only).
+# Columns of tensor memory that one program may have (sm_100 only), and that all on a processor have.
 TMEM_LIMIT = 512
+# What programs on one processor share: registers, given to a thread by eights, and threads. Its shared memory
+# is what one program may have and 1 KiB, which each takes beside what it asks for.
+REGISTERS, REGISTER_UNIT = 65_536, 8
+THREADS = {80: 1536, 90: 2048, 100: 2048}
+SHARED_OVERHEAD = 1024
 
 # "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;": the name of the instruction is what is wanted.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -39,6 +44,7 @@ class Resources:
             counts too: no kernel here should have one. The stack's size would say less: one slot serves
             many spills.
         shared_bytes: shared memory of one program.
+        programs: how many of them one processor holds at once; while one waits, the others work.
         tmem_columns: tensor memory of one program; 0 but on sm_100.
         wgmma, tcgen05, mma_sync: matrix instructions of sm_90 (HGMMA), sm_100 (UTCHMMA) and of all (HMMA), as
             written in its code. Products in float32 ("ieee") have none of them.
@@ -49,6 +55,7 @@ class Resources:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    programs: int
     tmem_columns: int
     wgmma: int
     tcgen05: int
@@ -87,16 +94,32 @@ def measure(build: Build, arch: int) -> Resources:
             spill_bytes += times * width(instruction) // 8
         elif opcode in ("LDG", "LDGSTS"):
             global_loads[width(instruction)] += times
+    shared_bytes = compiled.metadata.shared
+    tmem_columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return Resources(
         registers=registers,
         spill_bytes=spill_bytes,
-        shared_bytes=compiled.metadata.shared,
-        tmem_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        shared_bytes=shared_bytes,
+        programs=count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns),
+        tmem_columns=tmem_columns,
         wgmma=count["HGMMA"],
         tcgen05=count["UTCHMMA"],
         mma_sync=count["HMMA"],
         global_loads=dict(sorted(global_loads.items())),
     )
+
+
+def count_programs(arch: int, threads: int, registers: int, shared_bytes: int, tmem_columns: int) -> int:
+    """How many programs of so many threads one processor of sm_`arch` holds at once."""
+    registers += -registers % REGISTER_UNIT
+    limits = [
+        THREADS[arch] // threads,
+        REGISTERS // (registers * threads),
+        (SHARED_LIMIT[arch] + SHARED_OVERHEAD) // (shared_bytes + SHARED_OVERHEAD),
+    ]
+    if tmem_columns:
+        limits.append(TMEM_LIMIT // tmem_columns)
+    return min(limits)
 
 
 def compile_build(build: Build, arch: int) -> Any:

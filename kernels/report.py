@@ -43,6 +43,7 @@ COLUMNS = (
     "registers",
     "spill_bytes",
     "shared_bytes",
+    "programs",
     "wgmma",
     "tcgen05",
     "mma_sync",

@@ -10,6 +10,13 @@ tokens and then the prompts whose output is read, if any, and its keys are its o
 prompts, so that tiles of the bias start where its rows do, at multiples of 16 bytes. Without, an image is one
 sequence.
 
+Backward reads two numbers of each row, its terms (.., rows, 2) in float32: lse · log2 e, which is what
+exp2 wants, and δ. They are one tensor because a tile of 64 rows of it has as many numbers as four warps have
+threads: a tile of fewer Triton 3.6 does not share, and each thread copies for itself all that it needs.
+
+Loops test whether keys exist in the last tile alone, by a branch that all threads take together: at head dim
+64 that test would be a sixth of a tile's instructions.
+
 The index of an image is int64, since its offset may pass 2³¹ elements; offsets within one are int32, which
 launchers check.
 """
@@ -21,6 +28,7 @@ from vpt_fast.kernels.tile import accumulate, dot_rows, load_rows, store_rows, s
 
 # exp(x) = 2^(x · log2 e), and exp2 is the instruction.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 # One build serves all sizes: whether 197 is a multiple of 16 makes no better code.
 SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys", "num_windows", "num_fresh"]
@@ -66,7 +74,7 @@ def find_sequence(sequence, num_windows, WINDOWS: tl.constexpr):
 
 @triton.jit
 def count_rows(num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
-    """Rows that an image has in Q and O, and in lse and δ, where a sequence has `num_rows`."""
+    """Rows that an image has in Q and O, and in lse and the terms, where a sequence has `num_rows`."""
     if WINDOWS:
         return num_windows * (num_rows - num_fresh) + num_fresh, num_windows * num_rows
     else:
@@ -75,9 +83,9 @@ def count_rows(num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
 
 @triton.jit
 def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
-    """Where the rows of a sequence stand in Q and O, and where in lse and δ.
+    """Where the rows of a sequence stand in Q and O, and where in lse and the terms.
 
-    All have the tokens first, window by window; then Q and O the prompts, lse and δ each window's prompts.
+    All have the tokens first, window by window; then Q and O the prompts, the others each window's prompts.
     """
     if WINDOWS:
         num_tokens = num_rows - num_fresh
@@ -90,12 +98,18 @@ def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.conste
 
 
 @triton.jit
-def share_of_rows(lse, rows, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
-    """What takes the place of lse in backward. A prompt's output is the mean over the windows, so that each
-    gets a W-th of its gradient: exp(S - lse - log W) is P / W."""
+def store_terms(
+    terms, lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr
+):
+    """Of rows that stand at `statistics`. Gives the first term of each."""
     if WINDOWS:
+        # A prompt's output is the mean over the windows, so that each gets a W-th of its gradient:
+        # exp(S - lse - log W) is P / W.
         lse += tl.where(rows < num_rows - num_fresh, 0.0, tl.log(num_windows.to(tl.float32)))
-    return lse
+    first = lse * LOG2_E
+    tl.store(terms + 2 * statistics, first, mask=rows_exist)
+    tl.store(terms + 2 * statistics + 1, delta, mask=rows_exist)
+    return first
 
 
 @triton.jit
@@ -192,11 +206,12 @@ def attention_forward_kernel(
                 window_size,
                 SHIFTED,
             )
-        scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+        if start + BLOCK_N > num_keys:
+            scores = tl.where(keys_exist[None, :], scores, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(scores, 1))  # finite: the first tile has a key
-        weights = tl.exp2(scores * LOG2_E - (new_max * LOG2_E)[:, None])
-        correction = tl.exp2((row_max - new_max) * LOG2_E)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)  # finite: the first tile has a key
+        weights = tl.exp2(scores * LOG2_E - new_max[:, None])
+        correction = tl.exp2(row_max - new_max)
         row_max = new_max
         row_sum = row_sum * correction + tl.sum(weights, 1)
 
@@ -217,12 +232,12 @@ def attention_forward_kernel(
     out_rows = out + ((image * rows_of_out + places) * num_heads + head) * D
     store_rows(out_rows, out1, out2, in_out, D1, D2)
     lse_rows = lse + (image * num_heads + head) * rows_of_lse + statistics
-    tl.store(lse_rows, row_max + tl.log(row_sum), mask=rows_exist)
+    tl.store(lse_rows, row_max * LN_2 + tl.log(row_sum), mask=rows_exist)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def delta_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, delta,
+def terms_kernel(
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, terms,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -235,7 +250,7 @@ def delta_kernel(
     D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """δ of BLOCK_M query rows: rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
+    """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
     tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
@@ -246,14 +261,14 @@ def delta_kernel(
 
     grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
     g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
+    lse_rows = lse + image * stride_lb + head * stride_lh + statistics
+    row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
     if HAS_OUT:
         out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
         o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
-        total = sum_rows(g1, g2, o1, o2, D2)
+        delta = sum_rows(g1, g2, o1, o2, D2)
     else:
         q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
-        lse_rows = lse + image * stride_lb + head * stride_lh + statistics
-        row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
         k += image * stride_kb + head * stride_kh
         v += image * stride_vb + head * stride_vh
         prompt_k += image * stride_pkb + head * stride_pkh
@@ -263,7 +278,7 @@ def delta_kernel(
             k, v, bias, regions = enter_window(
                 k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
             )
-        total = tl.zeros((BLOCK_M,), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, num_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             keys_exist = keys < num_keys
@@ -281,17 +296,20 @@ def delta_kernel(
                     scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size,
                     SHIFTED,
                 )  # fmt: skip
-            scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+            if start + BLOCK_N > num_keys:
+                scores = tl.where(keys_exist[None, :], scores, float("-inf"))
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
-            total += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
+            delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
-    delta_rows = delta + (image * num_heads + head) * rows_of_lse + statistics
-    tl.store(delta_rows, total, mask=rows_exist)
+    terms += (image * num_heads + head) * rows_of_lse * 2
+    store_terms(
+        terms, row_lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_q_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, delta, grad_q, grad_fresh,
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, out, lse, terms, grad_q, grad_fresh,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
@@ -305,7 +323,7 @@ def grad_q_kernel(
     D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also δ, for the kernel below."""
+    """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also their terms."""
     tiles = tl.cdiv(num_rows, BLOCK_M)
     tile = tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles) % num_heads
@@ -317,18 +335,20 @@ def grad_q_kernel(
     q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
     grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
     g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
-    lse_rows = lse + image * stride_lb + head * stride_lh + statistics
-    row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
-    row_lse = share_of_rows(row_lse, rows, num_rows, num_windows, num_fresh, WINDOWS)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
-    delta += (image * num_heads + head) * rows_of_lse
+    terms += (image * num_heads + head) * rows_of_lse * 2
     if HAS_OUT:
+        lse_rows = lse + image * stride_lb + head * stride_lh + statistics
+        row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
         out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
         o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
-        row_delta = sum_rows(g1, g2, o1, o2, D2)
-        tl.store(delta + statistics, row_delta, mask=rows_exist)
+        delta = sum_rows(g1, g2, o1, o2, D2)
+        lse2 = store_terms(
+            terms, row_lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS
+        )
     else:
-        row_delta = tl.load(delta + statistics, mask=rows_exist, other=0.0)
+        lse2 = tl.load(terms + 2 * statistics, mask=rows_exist, other=0.0)
+        delta = tl.load(terms + 2 * statistics + 1, mask=rows_exist, other=0.0)
 
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
@@ -365,9 +385,10 @@ def grad_q_kernel(
                 window_size,
                 SHIFTED,
             )
-        scores = tl.where(keys_exist[None, :], scores, float("-inf"))
-        weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
-        grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - row_delta[:, None])
+        if start + BLOCK_N > num_keys:
+            scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores * LOG2_E - lse2[:, None])
+        grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - delta[:, None])
         dq1, dq2 = accumulate(dq1, dq2, grad_scores, k1, k2, D2)
     if WINDOWS:
         grad_fresh += (image * num_windows + window) * num_fresh * num_heads * (D1 + D2)
@@ -379,14 +400,13 @@ def grad_q_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
-    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, lse, delta, grad_k, grad_v, grad_prompt_kv,
+    grad_out, q, k, v, prompt_k, prompt_v, bias, regions, terms, grad_k, grad_v, grad_prompt_kv,
     stride_gb, stride_gr, stride_gh,
     stride_qb, stride_qr, stride_qh,
     stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh,
     stride_pkb, stride_pkm, stride_pkh,
     stride_pvb, stride_pvm, stride_pvh, stride_bias,
-    stride_lb, stride_lh,
     stride_dkb, stride_dkn, stride_dkh,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
     D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
@@ -425,9 +445,8 @@ def grad_kv_kernel(
 
     grad_out += image * stride_gb + head * stride_gh
     q += image * stride_qb + head * stride_qh
-    lse += image * stride_lb + head * stride_lh
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
-    delta += (image * num_heads + head) * rows_of_lse
+    terms += (image * num_heads + head) * rows_of_lse * 2
     dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dk2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
@@ -438,9 +457,8 @@ def grad_kv_kernel(
         places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
         q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
         g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
-        row_lse = tl.load(lse + statistics, mask=rows_exist, other=0.0)
-        row_lse = share_of_rows(row_lse, rows, num_rows, num_windows, num_fresh, WINDOWS)
-        row_delta = tl.load(delta + statistics, mask=rows_exist, other=0.0)
+        row_terms = terms + 2 * statistics[:, None] + tl.arange(0, 2)[None, :]
+        lse2, delta = tl.split(tl.load(row_terms, mask=rows_exist[:, None], other=0.0))
 
         scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (BLOCK_N, BLOCK_M)
         if WINDOWS:
@@ -455,12 +473,11 @@ def grad_kv_kernel(
                 window_size,
                 SHIFTED,
             )
-        scores = tl.where(keys_exist[:, None], scores, float("-inf"))
-        weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[None, :])  # Pᵀ
-        # Rows that do not exist have dO = 0 and δ = 0, so that they add nothing.
-        grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - row_delta[None, :])  # dSᵀ
-        dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D2)
+        # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
+        weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
+        grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - delta[None, :])  # dSᵀ
         dk1, dk2 = accumulate(dk1, dk2, grad_scores, q1, q2, D2)
+        dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D2)
 
     if PROMPTS:
         D: tl.constexpr = D1 + D2

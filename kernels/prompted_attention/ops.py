@@ -11,9 +11,9 @@ from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
-    delta_kernel,
     grad_kv_kernel,
     grad_q_kernel,
+    terms_kernel,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.torch_op import torch_op
@@ -37,20 +37,26 @@ class Tiles(NamedTuple):
         }
 
 
-# The tables below are what builds without spills and, on sm_90, with wgmma, by Triton 3.6 and 3.8; they were
-# chosen without a GPU at hand to time them. In the last block rows are few (CLS alone): a tile of 16 wastes
-# least.
+# The tables below were chosen without a GPU at hand to time them, by what Triton 3.6 and 3.8 build of
+# them: no spills; wgmma on sm_90; two programs or more on a processor, so that one works while another
+# waits; few instructions a score; and three stages, since with two the copy of a tile is waited for as soon
+# as it is under way. In the last block rows are few (CLS alone): a tile of 16 wastes least.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of the forward pass, and of δ from the scores, on sm_`arch` (80, 90, 100)."""
+    """Tiles of the forward pass, and of the terms from the scores, on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
         if head_dim > 64:
-            return Tiles(16 if num_rows <= 16 or head_dim > 96 else 32, 32, 8, 1)
+            return Tiles(16, 32, 8 if head_dim > 96 else 4, 1)
         return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 8, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 2)
-    return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
+        return Tiles(16, 64, 4, 3)
+    if arch == 80 and head_dim > 96:
+        return Tiles(64, 32, 4, 3)
+    widest_in_128_rows = {80: 32, 90: 64, 100: 128}[arch]
+    if (num_rows <= 64 and head_dim <= 64) or head_dim > widest_in_128_rows:
+        return Tiles(64, 64, 4, 3)
+    return Tiles(128, 64, 8, 3)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
@@ -58,10 +64,13 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 4, 1 if head_dim == 16 else 2)
-    if (arch == 80 and head_dim > 64) or (arch == 100 and head_dim > 96):
-        return Tiles(128, 32, 8, 2)
-    return Tiles(64, 64, 4, 2) if num_rows <= 64 and head_dim <= 64 else Tiles(128, 64, 8, 2)
+        return Tiles(16, 32, 4, 3)
+    if arch == 80:
+        return Tiles(64, 32, 4, 3)
+    if head_dim > 64:
+        # On sm_90 a third stage would take the shared memory of a third program.
+        return Tiles(64, 64, 4, 2) if arch == 90 else Tiles(128, 32, 8, 3)
+    return Tiles(64, 64, 4, 3) if num_rows <= 64 else Tiles(128, 64, 8, 3)
 
 
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
@@ -70,14 +79,15 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
         return Tiles(16, 32, 8 if head_dim > 80 else 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 8 if head_dim > 64 else 4, 1)
-    if arch == 80 and head_dim in (80, 96):
-        return Tiles(32, 64 if head_dim == 80 else 32, 8, 2)
     if arch == 80:
-        return Tiles(64, 64, 8, 2)
-    return Tiles(64, 64, 8, 2) if head_dim > 64 else Tiles(64, 64, 4, 2)
+        wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 2)}
+        return Tiles(64, 64, 4, 3) if head_dim < 64 else wide.get(head_dim, Tiles(32, 32, 4, 3))
+    if arch == 90:
+        return Tiles(64 if head_dim <= 80 else 32, 64, 4, 3)
+    return Tiles(64, 64, 8 if head_dim > 32 else 4, 3)
 
 
-DELTA_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
+TERMS_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
 
 _ONE_SEQUENCE = (1, 0)  # windows of an image, and prompts with a row in each
 
@@ -272,7 +282,7 @@ def packed_strides(num_rows: int, parts: int, num_heads: int, head_dim: int) -> 
 class _BackwardLaunches(NamedTuple):
     """Those that there are, in this order."""
 
-    delta: Launch | None
+    terms: Launch | None
     grad_q: Launch | None
     grad_kv: Launch | None
 
@@ -300,12 +310,12 @@ def _backward_launches(
     def num_programs(tiles: Tiles) -> int:
         return cdiv(num_rows, tiles.block_m) * num_heads * batch
 
-    delta = grad_q = grad_kv = None
-    # δ comes from the kernel for dQ, which has dO at hand, or where it cannot, from one of its own.
+    terms = grad_q = grad_kv = None
+    # The rows' terms come from the kernel for dQ, which has dO at hand, or where they cannot, from their own.
     if not (has_out and need_q):
-        tiles = DELTA_TILES if has_out else forward_tiles(q.dtype, head_dim, num_rows, arch)
-        delta = Launch(
-            delta_kernel, q.device, num_programs(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
+        tiles = TERMS_TILES if has_out else forward_tiles(q.dtype, head_dim, num_rows, arch)
+        terms = Launch(
+            terms_kernel, q.device, num_programs(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
             **tiles.launch,
         )  # fmt: skip
     if need_q:
@@ -316,15 +326,15 @@ def _backward_launches(
             HAS_OUT=has_out, **tiles.launch,
         )  # fmt: skip
     if need_kv or num_prompts:
-        grad_kv = grad_kv_launch(grad_out, lse, 0 if not need_kv else 3 if packed else 2, inputs)
-    return _BackwardLaunches(delta, grad_q, grad_kv)
+        grad_kv = grad_kv_launch(grad_out, 0 if not need_kv else 3 if packed else 2, inputs)
+    return _BackwardLaunches(terms, grad_q, grad_kv)
 
 
-def grad_kv_launch(grad_out: torch.Tensor, lse: torch.Tensor, parts: int, inputs: Inputs) -> Launch:
+def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch:
     """Of dK and dV, and of the prompts' own for each image.
 
-    parts: of the packed tensor that dK and dV go into; with 0 the keys are the prompts alone: the rows' lse
-        already holds all keys.
+    parts: of the packed tensor that dK and dV go into; with 0 the keys are the prompts alone: the rows' terms
+        already hold all keys.
     """
     q = inputs.q
     batch, num_rows, num_heads, head_dim = q.shape
@@ -336,8 +346,6 @@ def grad_kv_launch(grad_out: torch.Tensor, lse: torch.Tensor, parts: int, inputs
         cdiv(num_prompts + num_image, tiles.block_n) * num_heads * batch,
         *strides(grad_out),
         *inputs.strides,
-        lse.stride(0),
-        lse.stride(1),
         *packed_strides(num_image, parts, num_heads, head_dim),
         num_heads,
         num_rows,
@@ -371,18 +379,23 @@ def _attention_backward(
     results = empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
     grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
     grad_q, grad_k, grad_v = grad_pointers(q, grads)
-    delta = lse.new_empty(lse.shape)
+    terms = empty_terms(lse)
     pointers = Inputs(q, k, v, prompt_k, prompt_v).pointers
     out = q if out is None else out
-    if launches.delta is not None:
-        launches.delta(grad_out, *pointers, out, lse, delta)
+    if launches.terms is not None:
+        launches.terms(grad_out, *pointers, out, lse, terms)
     if launches.grad_q is not None:
-        launches.grad_q(grad_out, *pointers, out, lse, delta, grad_q, q)
+        launches.grad_q(grad_out, *pointers, out, lse, terms, grad_q, q)
     if launches.grad_kv is not None:
         per_image = empty_per_image(q, grads.prompt_kv)
-        launches.grad_kv(grad_out, *pointers, lse, delta, grad_k, grad_v, per_image)
+        launches.grad_kv(grad_out, *pointers, terms, grad_k, grad_v, per_image)
         sum_over_images(per_image, grads.prompt_kv)
     return results
+
+
+def empty_terms(lse: torch.Tensor) -> torch.Tensor:
+    """Where the rows' terms go: see `jit`."""
+    return lse.new_empty((*lse.shape, 2))
 
 
 def empty_per_image(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
@@ -426,10 +439,10 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
         make_build(kernel, dtype, head_dim, tiles, variant, **flags)
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "", {}),
-            (delta_kernel, DELTA_TILES, "from O", {"HAS_OUT": True}),
-            (delta_kernel, forward, "from scores", {"HAS_OUT": False}),
+            (terms_kernel, TERMS_TILES, "from O", {"HAS_OUT": True}),
+            (terms_kernel, forward, "from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "with O", {"HAS_OUT": True}),
-            (grad_q_kernel, grad_q, "with delta", {"HAS_OUT": False}),
+            (grad_q_kernel, grad_q, "with terms", {"HAS_OUT": False}),
             (grad_kv_kernel, grad_kv, "all keys", {"IMAGE": True}),
             (grad_kv_kernel, grad_kv, "prompts", {"IMAGE": False}),
         )
@@ -444,7 +457,7 @@ def make_build(
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
     signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
     is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
-    has_products = kernel is not delta_kernel or not flags["HAS_OUT"]
+    has_products = kernel is not terms_kernel or not flags["HAS_OUT"]
     first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its products
     return Build(
         kernel=kernel,
@@ -466,5 +479,5 @@ def _type_of(name: str, element: str) -> str:
         return "i32"
     if name == "regions":
         return "*i32"
-    is_wide = name in ("bias", "lse", "delta", "fresh_out", "grad_fresh")
+    is_wide = name in ("bias", "lse", "terms", "fresh_out", "grad_fresh")
     return "*fp32" if is_wide else f"*{element}"

@@ -13,9 +13,9 @@ from vpt_fast.kernels.launch import Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
-    delta_kernel,
     grad_kv_kernel,
     grad_q_kernel,
+    terms_kernel,
 )
 from vpt_fast.kernels.prompted_attention.ops import (
     Inputs,
@@ -23,6 +23,7 @@ from vpt_fast.kernels.prompted_attention.ops import (
     attention_backward,
     check_tensors,
     empty_per_image,
+    empty_terms,
     grad_kv_launch,
     grad_pointers,
     make_build,
@@ -39,23 +40,23 @@ from vpt_fast.kernels.torch_op import torch_op
 # tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys.
 
 
-def forward_tiles(dtype: torch.dtype) -> Tiles:
-    """Tiles of the forward pass, and of δ from the scores."""
-    return Tiles(16, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 2)
+def forward_tiles(dtype: torch.dtype, arch: int) -> Tiles:
+    """Tiles of the forward pass, and of the terms from the scores, on sm_`arch` (80, 90, 100)."""
+    return Tiles(16, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 3 if arch == 90 else 2)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
-    """Tiles of dQ on sm_`arch` (80, 90, 100)."""
+    """Tiles of dQ."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
-    return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 2)
+    return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 3)
 
 
 def grad_kv_tiles(dtype: torch.dtype, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
-    return Tiles(32, 32 if arch == 80 else 64, 4, 2)
+    return Tiles(32, 32 if arch == 80 else 64, 4, 3)
 
 
 def window_attention(
@@ -156,7 +157,7 @@ def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Lau
     q = inputs.q
     batch, _, num_heads, _ = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
-    tiles = forward_tiles(q.dtype)
+    tiles = forward_tiles(q.dtype, arch_of(q.device))
     launch = Launch(
         attention_forward_kernel,
         q.device,
@@ -210,7 +211,7 @@ class _BackwardLaunches(NamedTuple):
     """Those that there are, in this order; the prompts' gradients have one of their own."""
 
     sizes: _Sizes
-    delta: Launch | None
+    terms: Launch | None
     grad_q: Launch | None
     grad_kv: Launch | None
 
@@ -236,15 +237,14 @@ def _backward_launches(
     sequences = batch * num_windows * num_heads
     require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
     arch = arch_of(q.device)
-    lse_strides = (lse.stride(0), lse.stride(1))
-    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), *lse_strides)
+    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
     numbers = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)
 
-    delta = grad_q = grad_kv = None
+    terms = grad_q = grad_kv = None
     if not (out is not None and need_q):
-        tiles = forward_tiles(q.dtype)
-        delta = Launch(
-            delta_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *numbers,
+        tiles = forward_tiles(q.dtype, arch)
+        terms = Launch(
+            terms_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *numbers,
             **flags, HAS_OUT=out is not None, **tiles.launch,
         )  # fmt: skip
     if need_q:
@@ -260,16 +260,16 @@ def _backward_launches(
         grad_strides = packed_strides(num_rows_of(inputs.k), 3 if packed else 2, num_heads, head_dim)
         grad_kv = Launch(
             grad_kv_kernel, q.device, cdiv(window_size, tiles.block_n) * sequences, *strides(grad_out),
-            *alone.strides, *lse_strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
+            *alone.strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
             num_fresh, **alone.flags, IMAGE=True, **tiles.launch,
         )  # fmt: skip
-    return _BackwardLaunches(sizes, delta, grad_q, grad_kv)
+    return _BackwardLaunches(sizes, terms, grad_q, grad_kv)
 
 
 @once_per_layout
-def _prompts_launch(*, grad_out: torch.Tensor, lse: torch.Tensor, **tensors: torch.Tensor) -> Launch:
+def _prompts_launch(*, grad_out: torch.Tensor, **tensors: torch.Tensor) -> Launch:
     """Prompts have no bias: to them the windows' rows are those of one sequence."""
-    return grad_kv_launch(grad_out, lse, 0, Inputs(k=None, v=None, **tensors))
+    return grad_kv_launch(grad_out, 0, Inputs(k=None, v=None, **tensors))
 
 
 @torch_op("window_attention_backward")
@@ -296,30 +296,30 @@ def _window_attention_backward(
         num_fresh, need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v,
         prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions,
     )  # fmt: skip
-    launch_delta, launch_grad_q, launch_grad_kv = launches
+    launch_terms, launch_grad_q, launch_grad_kv = launches
     results = empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
     grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
     grad_q, grad_k, grad_v = grad_pointers(q, grads)
-    delta = lse.new_empty(lse.shape)
+    terms = empty_terms(lse)
     inputs = Inputs(q, k, v, prompt_k, prompt_v, bias, regions)
     out = q if out is None else out
-    if launch_delta is not None:
-        launch_delta(grad_out, *inputs.pointers, out, lse, delta)
+    if launch_terms is not None:
+        launch_terms(grad_out, *inputs.pointers, out, lse, terms)
     if launch_grad_q is not None:
         grad_fresh = _fresh(q, num_windows, num_fresh)
-        launch_grad_q(grad_out, *inputs.pointers, out, lse, delta, grad_q, grad_fresh)
+        launch_grad_q(grad_out, *inputs.pointers, out, lse, terms, grad_q, grad_fresh)
         if num_fresh:
             grad_q[:, -num_fresh:] = grad_fresh.sum(1)
     if launch_grad_kv is not None:
         alone = inputs._replace(prompt_k=None, prompt_v=None)
-        launch_grad_kv(grad_out, *alone.pointers, lse, delta, grad_k, grad_v, q)
+        launch_grad_kv(grad_out, *alone.pointers, terms, grad_k, grad_v, q)
     if prompt_k is not None:
         if num_fresh:
-            lse, delta = _over_windows(lse, delta, num_windows, num_fresh)
-        launch = _prompts_launch(grad_out=grad_out, lse=lse, q=q, prompt_k=prompt_k, prompt_v=prompt_v)
+            terms = _over_windows(terms, num_windows, num_fresh)
+        launch = _prompts_launch(grad_out=grad_out, q=q, prompt_k=prompt_k, prompt_v=prompt_v)
         per_image = empty_per_image(q, grads.prompt_kv)
         prompts = Inputs(q, None, None, prompt_k, prompt_v)
-        launch(grad_out, *prompts.pointers, lse, delta, q, q, per_image)
+        launch(grad_out, *prompts.pointers, terms, q, q, per_image)
         sum_over_images(per_image, grads.prompt_kv)
     return results
 
@@ -340,26 +340,23 @@ def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _over_windows(
-    lse: torch.Tensor, delta: torch.Tensor, num_windows: int, num_fresh: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse and δ as if prompts had one row for all windows, (B, H, N + f).
+def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
+    """The rows' terms as if prompts had one row for all windows, (B, H, N + f, 2).
 
-    Between prompts S is the same in every window w, so that of the mean output the weights are
+    Between prompts S is the same in every window w, so that with t_w = lse_w + log W the weights of the mean
+    output are
 
-        1/W Σ exp(S - lse_w) = exp(S - l),  l = log W - log Σ exp(-lse_w),
+        Σ exp(S - t_w) = exp(S - l),  l = -log Σ exp(-t_w),
 
-    and the sum of the dS_w is exp(S - l) ∘ (dO Vᵀ - Σ δ_w softmax(-lse)_w).
+    and the sum of the dS_w is exp(S - l) ∘ (dO Vᵀ - Σ δ_w softmax(-t)_w).
     """
-    num_tokens = lse.shape[-1] - num_windows * num_fresh
-    windows = lse[..., num_tokens:].unflatten(-1, (num_windows, num_fresh))  # (B, H, W, f)
-    one_lse = math.log(num_windows) - torch.logsumexp(-windows, dim=2)
-    deltas = delta[..., num_tokens:].unflatten(-1, (num_windows, num_fresh))
-    one_delta = (deltas * torch.softmax(-windows, dim=2)).sum(2)
-    return (
-        torch.cat((lse[..., :num_tokens], one_lse), dim=-1),
-        torch.cat((delta[..., :num_tokens], one_delta), dim=-1),
-    )
+    num_tokens = terms.shape[2] - num_windows * num_fresh
+    in_windows = terms[:, :, num_tokens:].unflatten(2, (num_windows, num_fresh))  # (B, H, W, f, 2)
+    exponents, deltas = in_windows.unbind(-1)
+    t = exponents * math.log(2)
+    exponent = torch.logsumexp(-t, dim=2) / -math.log(2)
+    delta = (deltas * torch.softmax(-t, dim=2)).sum(2)
+    return torch.cat((terms[:, :, :num_tokens], torch.stack((exponent, delta), dim=-1)), dim=2)
 
 
 def builds(arch: int) -> list[Build]:
@@ -371,15 +368,15 @@ def builds(arch: int) -> list[Build]:
 
 
 def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
-    forward, grad_q = forward_tiles(dtype), grad_q_tiles(dtype, head_dim, arch)
+    forward, grad_q = forward_tiles(dtype, arch), grad_q_tiles(dtype, head_dim, arch)
     grad_kv = grad_kv_tiles(dtype, arch)
     return [
         make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "windows", {}),
-            (delta_kernel, forward, "windows from scores", {"HAS_OUT": False}),
+            (terms_kernel, forward, "windows from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "windows with O", {"HAS_OUT": True}),
-            (grad_q_kernel, grad_q, "windows with delta", {"HAS_OUT": False}),
+            (grad_q_kernel, grad_q, "windows with terms", {"HAS_OUT": False}),
             (grad_kv_kernel, grad_kv, "windows", {"PROMPTS": False, "IMAGE": True}),
         )
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import report_kernels
-from vpt_fast.kernels.aot import measure
+from vpt_fast.kernels.aot import count_programs, measure
 from vpt_fast.kernels.report import main
 
 HERE = Path(__file__).parent
@@ -36,6 +36,32 @@ def test_every_kernel_is_clean(arch, tmp_path):
     result = run("-m", "vpt_fast.kernels.report", "--arch", arch, "--jobs", 2, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row for row in json.loads(file.read_text())["rows"] if row["problems"]] == []
+
+
+def test_attention_in_16_bits_leaves_room_for_a_second_program(tmp_path):
+    file = tmp_path / "rows.json"
+    run("-m", "vpt_fast.kernels.report", "--arch", 90, "--jobs", 2, "--filter", "16 D", "--json", file)
+    rows = [row for row in json.loads(file.read_text())["rows"] if "rotate" not in row["kernel"]]
+    assert {row["kernel"] for row in rows} == {
+        *("attention_forward_kernel", "terms_kernel", "grad_q_kernel", "grad_kv_kernel")
+    }
+    assert [(row["kernel"], row["config"]) for row in rows if row["programs"] < 2] == []
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared_bytes", "tmem_columns", "expected"),
+    [
+        (256, 128, 0, 0, 2),
+        (256, 129, 0, 0, 1),  # 136 are given
+        (128, 168, 0, 0, 3),
+        (512, 16, 0, 0, 4),
+        (128, 32, 232_448, 0, 1),
+        (128, 32, 76_800, 0, 3),  # 1 KiB more of each
+        (128, 32, 0, 256, 2),
+    ],
+)
+def test_programs_that_a_processor_holds(threads, registers, shared_bytes, tmem_columns, expected):
+    assert count_programs(100, threads, registers, shared_bytes, tmem_columns) == expected
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +114,7 @@ def test_json_has_what_it_was_built_with_and_every_column(faulty):
     assert faulty.report["arch"] == 90
     told = {"kernel", "config", "num_warps", "num_stages", "wgmma_wanted", "shared_limit", "problems"}
     assert set(faulty.rows["does not compile"]) == told
-    read = {"registers", "spill_bytes", "shared_bytes", "tmem_columns", "global_loads"}
+    read = {"registers", "spill_bytes", "shared_bytes", "programs", "tmem_columns", "global_loads"}
     assert set(faulty.rows["64x32"]) == told | read | {"wgmma", "tcgen05", "mma_sync"}
 
 
