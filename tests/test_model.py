@@ -399,6 +399,21 @@ class TestStorage:
             model.load_trainable_state_dict(tensors)
         assert all(torch.equal(t, before[name]) for name, t in model.trainable_state_dict().items())
 
+    @pytest.mark.parametrize("frozen", ["head", "everything"])
+    def test_what_was_frozen_after_the_model_was_built_is_stored(self, frozen: str, tmp_path: Path) -> None:
+        vit = tiny_vit()
+        model = PromptedViT(vit, 5, 4).eval()
+        (model.head if frozen == "head" else model).requires_grad_(False)
+        model.save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, vit).eval()
+        images, _ = random_batch(model)
+        assert torch.equal(again(images), model(images))
+
+    def test_a_frozen_model_takes_trained_tensors(self) -> None:
+        model, frozen = PromptedViT(tiny_vit(), 5, 4), PromptedViT(tiny_vit(), 5, 4).requires_grad_(False)
+        frozen.load_trainable_state_dict(model.trainable_state_dict())
+        assert torch.equal(frozen.prompts, model.prompts)
+
 
 class TestReplacing:
     def test_file_appears_when_it_is_complete(self, tmp_path: Path) -> None:

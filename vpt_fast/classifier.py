@@ -87,7 +87,16 @@ class ClassifierConfig:
         return asdict(self)
 
 
-class TunedModel(nn.Module):
+class _Built(type):
+    """Notes in a model, when its constructor is through, what it trains."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model._built_to_train = {name for name, p in model.named_parameters() if p.requires_grad}
+        return model
+
+
+class TunedModel(nn.Module, metaclass=_Built):
     """All that training and storing need to know of a model; subclasses say what is trained, and what is
     computed.
 
@@ -107,6 +116,9 @@ class TunedModel(nn.Module):
 
     # What the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
     pool: str | None = None
+
+    # The names of the parameters that required a gradient when the model was built.
+    _built_to_train: set[str]
 
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
@@ -243,8 +255,10 @@ class TunedModel(nn.Module):
             raise ValueError(f"images: got {got[0]}x{got[1]}, want a multiple of {patch[0]}x{patch[1]}")
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """Name to tensor of all that is stored: what is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """Name to tensor of all that is stored: what is trained, and what the class trains, though it may
+        have been frozen since: a head that is kept, an average of models, a model at work."""
+        built = self._built_to_train
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in built}
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
