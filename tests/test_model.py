@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_swin, tiny_vit
 
-from vpt_fast import LinearProbe, PromptedViT, load_pretrained
+from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.files import replacing
 
 
@@ -154,6 +154,14 @@ def test_triton_backend_without_a_gpu_is_refused_and_not_replaced(monkeypatch: p
 def test_unknown_memory_policy_names_the_choices() -> None:
     with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
         PromptedViT(tiny_vit(), 5, 5, memory="least")
+
+
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
+    model = kind(backbone(), 5, 5)
+    with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
+        model.memory = "least"
+    assert model.memory == "exact"
 
 
 def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, choose_policy, free_bytes
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
 from vpt_fast.files import replacing
 from vpt_fast.kernels import get_backend
 
@@ -590,6 +590,16 @@ class PromptedClassifier(FrozenClassifier):
         self.memory = memory
         self.bytes_beside = 0  # kept for each image outside of the blocks, which "auto" leaves room for
         self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
+
+    @property
+    def memory(self) -> str:
+        """What is kept for backward, a name in `engine.policy.MEMORY`; may be changed at any time."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        check_memory(memory)
+        self._memory = memory
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's name for ``memory = "recompute"``, or ``"exact"``."""
