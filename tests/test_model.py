@@ -212,6 +212,14 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         PromptedViT(tiny_vit(), 5, 5).double()(torch.zeros(shape).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("location", ["prepend", "pad"])
+def test_images_that_cannot_be_normalised_are_refused(location: str, dtype: torch.dtype) -> None:
+    model = PromptedViT(tiny_vit(), 5, 4, "shallow", prompt_location=location)
+    with pytest.raises(ValueError, match=f"images: got {dtype}, want normalised images"):
+        model(torch.zeros(2, 3, *model.image_size, dtype=dtype))
+
+
 @pytest.mark.parametrize("location", ["add", "pad", "concat-channel"])
 def test_prompts_made_for_one_image_size_refuse_another(location: str) -> None:
     settings = dict(prompt_type="shallow", prompt_location=location)
