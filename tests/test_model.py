@@ -197,6 +197,12 @@ def test_border_that_the_patch_size_does_not_divide_is_refused() -> None:
         PromptedViT("vit_tiny_patch16_224", 5, 5, "shallow", prompt_location="pad", depth=1)
 
 
+@pytest.mark.parametrize("border", [16, 20])
+def test_border_that_leaves_no_image_is_refused(border: int) -> None:
+    with pytest.raises(ValueError, match=f"num_prompts: got {border} .* built for 32x32, border included"):
+        PromptedViT(tiny_vit(), 5, border, "shallow", prompt_location="pad")
+
+
 def test_border_around_a_model_of_unknown_image_size_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     settings = dict(prompt_location="pad", depth=1)

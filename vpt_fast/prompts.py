@@ -201,8 +201,9 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
     Returns:
         (B, 3, H + 2·border, W + 2·border).
     """
-    mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    # In the prompts' dtype: images of 16 bits would round both.
+    mean = rows.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = rows.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     batch = images.shape[0]
     left, right = ((sides - mean) / std).expand(batch, -1, -1, -1).split(border, dim=3)
     top, bottom = ((rows - mean) / std).expand(batch, -1, -1, -1).split(border, dim=2)
