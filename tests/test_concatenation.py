@@ -188,6 +188,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "qk_norm_rms": {"qk_norm": True, "norm_layer": RmsNorm},
     "rms_norm": {"norm_layer": RmsNorm},
+    "rms_norm_without_eps": {"norm_layer": nn.RMSNorm, "qk_norm": True},
     "norm_eps": {"norm_layer": partial(nn.LayerNorm, eps=1e-2)},
     "no_qkv_bias": {"qkv_bias": False},
     "no_qkv_bias_qk_norm": {"qkv_bias": False, "qk_norm": True},
