@@ -486,3 +486,14 @@ def test_gradient_reaches_images_that_ask_for_one() -> None:
     with torch.no_grad():
         change = model(images + step).sum() - model(images - step).sum()
     assert (images.grad * step).sum() * 2 == pytest.approx(change.item(), rel=1e-4)
+
+
+def test_bias_of_the_widened_patch_embedding_may_be_trained_alone() -> None:
+    model = PromptedViT(tiny_vit(), 5, 2, "shallow", prompt_location="concat-channel").double()
+    images, _ = random_batch(model)
+    bias = model.backbone.stem.patch_embed.proj.bias
+    (expected,) = torch.autograd.grad(model(images).sum(), bias)
+    model.requires_grad_(False)
+    bias.requires_grad_(True)
+    (found,) = torch.autograd.grad(model(images).sum(), bias)
+    assert torch.equal(found, expected)

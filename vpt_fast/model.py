@@ -272,7 +272,8 @@ class PromptedViT(PromptedClassifier):
             images = pad_image(images, self.prompts, self.prompts_sides, m)
         elif location == "concat-channel":
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
-        trained = images.requires_grad or self.backbone.stem.patch_embed.proj.weight.requires_grad
+        projection = self.backbone.stem.patch_embed.proj
+        trained = images.requires_grad or any(p.requires_grad for p in projection.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.backbone.embed(images)
 
