@@ -205,6 +205,11 @@ class FrozenViT(nn.Module):
         del image_size
         return ({},) * len(self.timm_blocks)
 
+    def for_timm_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, d) in the dtype of timm's own blocks: that of `embed`, unless somebody has brought
+        the whole model into one of 16 bits."""
+        return x.to(dtype_of(self.timm_blocks[0], default=x.dtype))
+
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, height, width) through the folded blocks, without prompts, to the rows of the last
         one's output that `last` names (B, R, d)."""
