@@ -116,22 +116,26 @@ REFUSED = {
         prompt_location="add", num_prompts=None, after_prompts="drop"
     ),
     "prompt_shared: got True with prompt_type='shallow'": dict(prompt_shared=True, prompt_type="shallow"),
+    "prompt_shared: got 'no'": dict(prompt_shared="no"),
     "prompt_project: got 0": dict(prompt_project=0),
     "prompt_project: got 4 with prompt_location='pad'": dict(
         prompt_location="pad", prompt_type="shallow", prompt_project=4
     ),
     "prompt_dropout: got 1.0": dict(prompt_dropout=1.0),
+    "prompt_dropout: got '0.1'": dict(prompt_dropout="0.1"),
     "prompt_dropout: got 0.1 with prompt_location='pad'": dict(
         prompt_location="pad", prompt_type="shallow", prompt_dropout=0.1
     ),
     "prompt_dropout_per: got 'epoch'": dict(prompt_dropout_per="epoch"),
     "pool: got 'mean'": dict(pool="mean"),
+    "pool: got \\['cls'\\]": dict(pool=["cls"]),
     "pool: the head reads prompts": dict(pool="prompts", prompt_layers=1, after_prompts="drop"),
     "pool: the head reads patches and prompts": dict(
         pool="image_and_prompts", prompt_location="add", num_prompts=None
     ),
     "num_classes: got 0": dict(num_classes=0),
     "dtype: got torch.int8": dict(dtype=torch.int8),
+    "dtype: got torch.float8_e4m3fn": dict(dtype=torch.float8_e4m3fn),
     "backend: got 'cuda'": dict(backend="cuda"),
     "pretrained, img_size: only with a backbone's name": dict(pretrained=True, img_size=64),
 }
@@ -497,3 +501,11 @@ def test_bias_of_the_widened_patch_embedding_may_be_trained_alone() -> None:
     bias.requires_grad_(True)
     (found,) = torch.autograd.grad(model(images).sum(), bias)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_frozen_weights_are_not_rounded_to_what_they_would_not_survive(dtype: torch.dtype) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), 5, 4)
+    with pytest.raises(ValueError, match=f"dtype: got {dtype}, want a floating-point torch.dtype of 16 bits"):
+        model.hold_frozen_weights_in(dtype)
+    assert model.backbone.blocks[0].qkv_weight.dtype == torch.float32

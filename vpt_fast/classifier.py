@@ -55,11 +55,19 @@ def check_arguments(
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
-    if pool is not None and pool not in POOLS:
+    if pool not in (None, *POOLS):
         raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: got {dtype!r}, want a floating-point torch.dtype or None")
+    if dtype is not None:
+        _check_dtype(dtype, " or None")
     get_backend(backend, attention)
+
+
+def _check_dtype(dtype: Any, otherwise: str = "") -> None:
+    """Raises ValueError for what no matrix product here is formed in, as 8-bit numbers are not."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"dtype: got {dtype!r}, want a floating-point torch.dtype of 16 bits or more{otherwise}"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,11 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Args:
             dtype: that of autocast.
+
+        Raises:
+            ValueError: weights would not survive in this dtype.
         """
+        _check_dtype(dtype)
         for module in self.backbone.modules():
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
