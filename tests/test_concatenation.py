@@ -156,6 +156,17 @@ def test_pad_by_any_border(img_size: tuple[int, int], border: int) -> None:
     assert_equal_to_concatenation(vit, prompt_location="pad", prompt_type="shallow", num_prompts=border)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_border_is_not_rounded_to_the_dtype_of_the_images(dtype: torch.dtype) -> None:
+    prompted, concatenated = prompted_and_concatenated(tiny_vit(), **PAD)
+    images, labels = random_batch(prompted, 2, NUM_CLASSES)
+    narrow = images.to(dtype)
+    actual, expected = step(prompted, narrow, labels), step(concatenated, narrow.double(), labels)
+    assert relative_error(actual.logits, expected.logits) < TOLERANCE
+    for name, gradient in expected.gradients.items():
+        assert relative_error(actual.gradients[name], gradient) < TOLERANCE, name
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "registers": {"reg_tokens": 3},
     "registers_gap": {"reg_tokens": 3, "class_token": False, "global_pool": "avg"},
@@ -177,6 +188,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "qk_norm_rms": {"qk_norm": True, "norm_layer": RmsNorm},
     "rms_norm": {"norm_layer": RmsNorm},
+    "rms_norm_without_eps": {"norm_layer": nn.RMSNorm, "qk_norm": True},
     "norm_eps": {"norm_layer": partial(nn.LayerNorm, eps=1e-2)},
     "no_qkv_bias": {"qkv_bias": False},
     "no_qkv_bias_qk_norm": {"qkv_bias": False, "qk_norm": True},

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from concatenation import relative_error
 from tiny import random_batch, randomise
 from torch import nn
 from torch.nn import functional as F
@@ -116,6 +117,34 @@ def test_saved_model_gives_the_same_logits(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path, plain)
     torch.testing.assert_close(loaded.double()(images), model(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("location", ["pad", "concat-channel"])
+def test_model_may_be_brought_into_another_dtype(location, dtype):
+    plain = convnet("resnet10t").float()
+    model = PromptedConvNet(plain, 5, 3, prompt_location=location)
+    images, labels = random_batch(model, dtype=torch.float32)
+    expected = model(images)
+    model.to(dtype)
+    F.cross_entropy(model(images), labels).backward()
+    tolerance = 1e-5 if dtype == torch.float64 else 0.1
+    assert relative_error(model(images), expected) < tolerance
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
+def test_memory_policy_is_checked_when_it_is_changed():
+    model = PromptedConvNet(convnet("resnet10t"), 5, 3)
+    with pytest.raises(ValueError, match="memory: got 'recompute' with a ConvNet"):
+        model.memory = "recompute"
+
+
+def test_backbone_in_16_bits_is_refused_where_its_first_convolution_is_trained():
+    plain = convnet("resnet10t").bfloat16()
+    message = "backbone: got one in torch.bfloat16 with prompt_location='concat-channel'"
+    with pytest.raises(ValueError, match=message):
+        PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")
+    PromptedConvNet(plain, 5, 2, prompt_location="concat-channel", dtype=torch.float32)
 
 
 def test_linear_probe_reads_the_pooled_features():

@@ -155,10 +155,11 @@ def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
 
 
 class KeptBytes:
-    """Counts what autograd keeps inside the context: each storage once, parameters and `known` left out."""
+    """Counts what autograd keeps inside the context: each storage once, the model and `known` left out."""
 
     def __init__(self, model: torch.nn.Module, *known: torch.Tensor) -> None:
-        self._known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *known)}
+        own = (*model.parameters(), *model.buffers(), *known)
+        self._known = {t.untyped_storage().data_ptr() for t in own}
         self._storages: dict[int, int] = {}
         self._alive: list[torch.Tensor] = []  # so that no address is used twice
 

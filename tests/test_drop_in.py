@@ -18,6 +18,7 @@ from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -351,6 +352,24 @@ def test_deepcopy_is_equal_and_independent() -> None:
         for parameter in twin.parameters():
             parameter.add_(1)
     assert_same_step(step(model, images, labels), expected, 0.0)
+
+
+AVERAGED = {
+    "vit": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3),
+    "rotary": lambda: PromptedViT(tiny_eva(torch.float32), NUM_CLASSES, 3),
+    "swin": lambda: PromptedSwin(tiny_swin(torch.float32, window_size=3), NUM_CLASSES, 3),
+}
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.9995, 0.9999])
+@pytest.mark.parametrize("name", AVERAGED)
+def test_moving_average_of_a_model_that_stands_still_is_the_model(name: str, decay: float) -> None:
+    model = AVERAGED[name]().eval()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    for _ in range(4):
+        averaged.update_parameters(model)
+    images, _ = random_batch(model, dtype=torch.float32)
+    assert relative_error(averaged(images), model(images)) < 1e-5
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_swin, tiny_vit
 
-from vpt_fast import LinearProbe, PromptedViT, load_pretrained
+from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.files import replacing
 
 
@@ -116,22 +116,26 @@ REFUSED = {
         prompt_location="add", num_prompts=None, after_prompts="drop"
     ),
     "prompt_shared: got True with prompt_type='shallow'": dict(prompt_shared=True, prompt_type="shallow"),
+    "prompt_shared: got 'no'": dict(prompt_shared="no"),
     "prompt_project: got 0": dict(prompt_project=0),
     "prompt_project: got 4 with prompt_location='pad'": dict(
         prompt_location="pad", prompt_type="shallow", prompt_project=4
     ),
     "prompt_dropout: got 1.0": dict(prompt_dropout=1.0),
+    "prompt_dropout: got '0.1'": dict(prompt_dropout="0.1"),
     "prompt_dropout: got 0.1 with prompt_location='pad'": dict(
         prompt_location="pad", prompt_type="shallow", prompt_dropout=0.1
     ),
     "prompt_dropout_per: got 'epoch'": dict(prompt_dropout_per="epoch"),
     "pool: got 'mean'": dict(pool="mean"),
+    "pool: got \\['cls'\\]": dict(pool=["cls"]),
     "pool: the head reads prompts": dict(pool="prompts", prompt_layers=1, after_prompts="drop"),
     "pool: the head reads patches and prompts": dict(
         pool="image_and_prompts", prompt_location="add", num_prompts=None
     ),
     "num_classes: got 0": dict(num_classes=0),
     "dtype: got torch.int8": dict(dtype=torch.int8),
+    "dtype: got torch.float8_e4m3fn": dict(dtype=torch.float8_e4m3fn),
     "backend: got 'cuda'": dict(backend="cuda"),
     "pretrained, img_size: only with a backbone's name": dict(pretrained=True, img_size=64),
 }
@@ -154,6 +158,14 @@ def test_triton_backend_without_a_gpu_is_refused_and_not_replaced(monkeypatch: p
 def test_unknown_memory_policy_names_the_choices() -> None:
     with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
         PromptedViT(tiny_vit(), 5, 5, memory="least")
+
+
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
+    model = kind(backbone(), 5, 5)
+    with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
+        model.memory = "least"
+    assert model.memory == "exact"
 
 
 def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +201,12 @@ def test_border_that_the_patch_size_does_not_divide_is_refused() -> None:
         PromptedViT("vit_tiny_patch16_224", 5, 5, "shallow", prompt_location="pad", depth=1)
 
 
+@pytest.mark.parametrize("border", [16, 20])
+def test_border_that_leaves_no_image_is_refused(border: int) -> None:
+    with pytest.raises(ValueError, match=f"num_prompts: got {border} .* built for 32x32, border included"):
+        PromptedViT(tiny_vit(), 5, border, "shallow", prompt_location="pad")
+
+
 def test_border_around_a_model_of_unknown_image_size_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     settings = dict(prompt_location="pad", depth=1)
@@ -202,6 +220,14 @@ def test_border_around_a_model_of_unknown_image_size_asks_for_it(monkeypatch: py
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images: got shape .*want \(batch, 3, height, width\)"):
         PromptedViT(tiny_vit(), 5, 5).double()(torch.zeros(shape).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("location", ["prepend", "pad"])
+def test_images_that_cannot_be_normalised_are_refused(location: str, dtype: torch.dtype) -> None:
+    model = PromptedViT(tiny_vit(), 5, 4, "shallow", prompt_location=location)
+    with pytest.raises(ValueError, match=f"images: got {dtype}, want normalised images"):
+        model(torch.zeros(2, 3, *model.image_size, dtype=dtype))
 
 
 @pytest.mark.parametrize("location", ["add", "pad", "concat-channel"])
@@ -399,6 +425,21 @@ class TestStorage:
             model.load_trainable_state_dict(tensors)
         assert all(torch.equal(t, before[name]) for name, t in model.trainable_state_dict().items())
 
+    @pytest.mark.parametrize("frozen", ["head", "everything"])
+    def test_what_was_frozen_after_the_model_was_built_is_stored(self, frozen: str, tmp_path: Path) -> None:
+        vit = tiny_vit()
+        model = PromptedViT(vit, 5, 4).eval()
+        (model.head if frozen == "head" else model).requires_grad_(False)
+        model.save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, vit).eval()
+        images, _ = random_batch(model)
+        assert torch.equal(again(images), model(images))
+
+    def test_a_frozen_model_takes_trained_tensors(self) -> None:
+        model, frozen = PromptedViT(tiny_vit(), 5, 4), PromptedViT(tiny_vit(), 5, 4).requires_grad_(False)
+        frozen.load_trainable_state_dict(model.trainable_state_dict())
+        assert torch.equal(frozen.prompts, model.prompts)
+
 
 class TestReplacing:
     def test_file_appears_when_it_is_complete(self, tmp_path: Path) -> None:
@@ -449,3 +490,22 @@ def test_gradient_reaches_images_that_ask_for_one() -> None:
     with torch.no_grad():
         change = model(images + step).sum() - model(images - step).sum()
     assert (images.grad * step).sum() * 2 == pytest.approx(change.item(), rel=1e-4)
+
+
+def test_bias_of_the_widened_patch_embedding_may_be_trained_alone() -> None:
+    model = PromptedViT(tiny_vit(), 5, 2, "shallow", prompt_location="concat-channel").double()
+    images, _ = random_batch(model)
+    bias = model.backbone.stem.patch_embed.proj.bias
+    (expected,) = torch.autograd.grad(model(images).sum(), bias)
+    model.requires_grad_(False)
+    bias.requires_grad_(True)
+    (found,) = torch.autograd.grad(model(images).sum(), bias)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_frozen_weights_are_not_rounded_to_what_they_would_not_survive(dtype: torch.dtype) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), 5, 4)
+    with pytest.raises(ValueError, match=f"dtype: got {dtype}, want a floating-point torch.dtype of 16 bits"):
+        model.hold_frozen_weights_in(dtype)
+    assert model.backbone.blocks[0].qkv_weight.dtype == torch.float32

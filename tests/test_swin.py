@@ -154,6 +154,18 @@ def test_equals_the_definition_with_any_number_of_prompts(
     assert_as_defined(tiny_swin(), batch_size, num_prompts=num_prompts, prompt_type=prompt_type)
 
 
+@pytest.mark.parametrize("grid", [(3, 3), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("prompt_type", TYPES)
+def test_gradient_ends_at_places_without_a_token_where_a_shift_moves_none(
+    prompt_type: str, grid: tuple[int, int]
+) -> None:
+    # Shifted by three, as many tokens as there are or a multiple: both blocks have one order, with holes.
+    swin = tiny_swin(
+        img_size=(4 * grid[0], 4 * grid[1]), depths=(3,), num_heads=(2,), window_size=7, always_partition=True
+    )
+    assert_as_defined(swin, num_prompts=3, prompt_type=prompt_type)
+
+
 @pytest.mark.parametrize("per", ["image", "batch"])
 @pytest.mark.parametrize("prompt_type", TYPES)
 def test_prompt_dropout(prompt_type: str, per: str) -> None:

@@ -28,7 +28,7 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, choose_policy, free_bytes
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
 from vpt_fast.files import replacing
 from vpt_fast.kernels import get_backend
 
@@ -55,11 +55,19 @@ def check_arguments(
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
-    if pool is not None and pool not in POOLS:
+    if pool not in (None, *POOLS):
         raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype: got {dtype!r}, want a floating-point torch.dtype or None")
+    if dtype is not None:
+        _check_dtype(dtype, " or None")
     get_backend(backend, attention)
+
+
+def _check_dtype(dtype: Any, otherwise: str = "") -> None:
+    """Raises ValueError for what no matrix product here is formed in, as 8-bit numbers are not."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"dtype: got {dtype!r}, want a floating-point torch.dtype of 16 bits or more{otherwise}"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,16 @@ class ClassifierConfig:
         return asdict(self)
 
 
-class TunedModel(nn.Module):
+class _Built(type):
+    """Notes in a model, when its constructor is through, what it trains."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model._built_to_train = {name for name, p in model.named_parameters() if p.requires_grad}
+        return model
+
+
+class TunedModel(nn.Module, metaclass=_Built):
     """All that training and storing need to know of a model; subclasses say what is trained, and what is
     computed.
 
@@ -107,6 +124,9 @@ class TunedModel(nn.Module):
 
     # What the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
     pool: str | None = None
+
+    # The names of the parameters that required a gradient when the model was built.
+    _built_to_train: set[str]
 
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
@@ -142,7 +162,11 @@ class TunedModel(nn.Module):
 
         Args:
             dtype: that of autocast.
+
+        Raises:
+            ValueError: weights would not survive in this dtype.
         """
+        _check_dtype(dtype)
         for module in self.backbone.modules():
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
@@ -229,6 +253,8 @@ class TunedModel(nn.Module):
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
         """Raises ValueError for images that the model does not take; `tied`: why it takes one size."""
+        if not images.is_floating_point():
+            raise ValueError(f"images: got {images.dtype}, want normalised images, of a floating-point dtype")
         channels = self.backbone.in_chans
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
@@ -243,8 +269,10 @@ class TunedModel(nn.Module):
             raise ValueError(f"images: got {got[0]}x{got[1]}, want a multiple of {patch[0]}x{patch[1]}")
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """Name to tensor of all that is stored: what is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """Name to tensor of all that is stored: what is trained, and what the class trains, though it may
+        have been frozen since: a head that is kept, an average of models, a model at work."""
+        built = self._built_to_train
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in built}
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
@@ -576,6 +604,16 @@ class PromptedClassifier(FrozenClassifier):
         self.memory = memory
         self.bytes_beside = 0  # kept for each image outside of the blocks, which "auto" leaves room for
         self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
+
+    @property
+    def memory(self) -> str:
+        """What is kept for backward, a name in `engine.policy.MEMORY`; may be changed at any time."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        check_memory(memory)
+        self._memory = memory
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's name for ``memory = "recompute"``, or ``"exact"``."""

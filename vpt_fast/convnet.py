@@ -12,6 +12,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
+from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
@@ -19,6 +20,11 @@ from vpt_fast.prompts import PromptConfig, init_bound, pad_image, refuse_setting
 
 LOCATIONS = ("pad", "concat-channel")
 MEMORY = ("auto", "exact")
+
+_NEEDS_FLOAT32 = (
+    " with prompt_location='concat-channel', whose first convolution is trained, in float32; want float32 "
+    "weights, and autocast for products of 16 bits"
+)
 
 
 class PromptedConvNet(FrozenClassifier):
@@ -70,8 +76,7 @@ class PromptedConvNet(FrozenClassifier):
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
         FrozenConvNet.head_reads_of_image(pool)
-        if memory not in MEMORY:
-            raise ValueError(f"memory: got {memory!r} with a ConvNet, want one of {MEMORY}")
+        _check_memory(memory)
         if prompt_type != "shallow":
             raise ValueError(f"prompt_type: got {prompt_type!r} with a ConvNet, want 'shallow'")
         if prompt_location not in LOCATIONS:
@@ -79,15 +84,15 @@ class PromptedConvNet(FrozenClassifier):
                 f"prompt_location: got {prompt_location!r} with a ConvNet, want one of {LOCATIONS}"
             )
         if prompt_location == "concat-channel" and dtype is not None and dtype.itemsize < 4:
-            raise ValueError(
-                f"dtype: got {dtype} with prompt_location='concat-channel', whose first convolution is "
-                "trained, in float32; want None, and autocast for products of 16 bits"
-            )
+            raise ValueError(f"dtype: got {dtype}{_NEEDS_FLOAT32}")
         refuse_settings(timm_kwargs, "a ConvNet, whose prompts are pixels")
         settings = PromptConfig(num_prompts, prompt_type, prompt_location=prompt_location)
         model, origin = resolve_backbone(
             backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=CONVNET
         )
+        own = dtype_of(model, default=torch.float32)
+        if prompt_location == "concat-channel" and dtype is None and own.itemsize < 4:
+            raise ValueError(f"backbone: got one in {own}{_NEEDS_FLOAT32}")
         super().__init__(
             model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
         )
@@ -96,6 +101,16 @@ class PromptedConvNet(FrozenClassifier):
         self._make_prompts()
         if prompt_location == "pad":
             self._check_bordered_size()
+
+    @property
+    def memory(self) -> str:
+        """What is kept for backward: one thing, by either name."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        _check_memory(memory)
+        self._memory = memory
 
     def _make_prompts(self) -> None:
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
@@ -171,3 +186,8 @@ class PromptedConvNet(FrozenClassifier):
             batch_size: images a step.
         """
         return self._counted_training_bytes(batch_size)
+
+
+def _check_memory(memory: str) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"memory: got {memory!r} with a ConvNet, want one of {MEMORY}")

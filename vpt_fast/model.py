@@ -154,6 +154,12 @@ class PromptedViT(PromptedClassifier):
                     f"prompt_location: got 'pad' with a backbone for {channels} channels; "
                     "its border is made of RGB pixels"
                 )
+            if min(height, width) < 1:
+                built = "x".join(map(str, self.backbone.image_size))
+                raise ValueError(
+                    f"num_prompts: got {m} with prompt_location='pad' and a backbone built for {built}, "
+                    "border included, which leaves no image within; want fewer"
+                )
             shape = (1, 3, 2 * m, width + 2 * m)
             self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m, device=device))
         else:  # concat-channel
@@ -266,7 +272,8 @@ class PromptedViT(PromptedClassifier):
             images = pad_image(images, self.prompts, self.prompts_sides, m)
         elif location == "concat-channel":
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
-        trained = images.requires_grad or self.backbone.stem.patch_embed.proj.weight.requires_grad
+        projection = self.backbone.stem.patch_embed.proj
+        trained = images.requires_grad or any(p.requires_grad for p in projection.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.backbone.embed(images)
 

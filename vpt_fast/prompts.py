@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,8 +81,10 @@ class PromptConfig:
         _one_of("after_prompts", self.after_prompts, AFTER_PROMPTS)
         _one_of("prompt_location", self.prompt_location, LOCATIONS)
         _one_of("prompt_dropout_per", self.prompt_dropout_per, DROPOUT_PER)
-        if not 0.0 <= self.prompt_dropout < 1.0:
-            raise ValueError(f"prompt_dropout: got {self.prompt_dropout}, want 0 <= p < 1")
+        if not isinstance(self.prompt_shared, bool):
+            raise ValueError(f"prompt_shared: got {self.prompt_shared!r}, want True or False")
+        if not isinstance(self.prompt_dropout, Real) or not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout: got {self.prompt_dropout!r}, want 0 <= p < 1")
         where = f"prompt_location={self.prompt_location!r}"
         if self.prompt_location not in ("add", "add-1"):
             if self.num_prompts is None:
@@ -201,8 +204,9 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
     Returns:
         (B, 3, H + 2·border, W + 2·border).
     """
-    mean = images.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = images.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    # In the prompts' dtype: images of 16 bits would round both.
+    mean = rows.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = rows.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     batch = images.shape[0]
     left, right = ((sides - mean) / std).expand(batch, -1, -1, -1).split(border, dim=3)
     top, bottom = ((rows - mean) / std).expand(batch, -1, -1, -1).split(border, dim=2)

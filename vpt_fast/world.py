@@ -50,7 +50,8 @@ class World:
         if self.size == 1:
             yield network
             return
-        parallel = DistributedDataParallel(network)
+        # No buffer changes in training: integer tables of windows, a frozen BatchNorm's statistics.
+        parallel = DistributedDataParallel(network, broadcast_buffers=False)
         try:
             yield parallel
         finally:

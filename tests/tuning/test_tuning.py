@@ -109,6 +109,30 @@ def test_frozen_features_and_the_trained_part_make_up_the_model(method: str) -> 
             model.frozen_features(images)
 
 
+IN_TIMMS_BLOCKS = ["partial-1", "partial-3", "full", "bias", "vpt+bias", "adapter", "lora"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [tiny_vit, tiny_eva])
+@pytest.mark.parametrize("method", IN_TIMMS_BLOCKS)
+def test_model_may_be_brought_into_16_bits(method: str, build, dtype: torch.dtype) -> None:
+    _, model = make(method, torch.float32, build)
+    images, labels = random_batch(model, dtype=torch.float32)
+    expected = step(model, images, labels)
+    found = step(model.to(dtype), images, labels)
+    assert relative_error(found.logits, expected.logits) < 0.1
+    assert {gradient.dtype for gradient in found.gradients.values()} == {dtype}
+
+
+@pytest.mark.parametrize("method", IN_TIMMS_BLOCKS)
+def test_head_may_stay_in_float32_behind_a_backbone_in_float64(method: str) -> None:
+    kind, options = WAYS[method]
+    model = kind(tiny_vit(), CLASSES, **options).eval()
+    images, _ = random_batch(model)
+    found, expected = model(images), model.double()(images)
+    assert found.dtype == torch.float32 and relative_error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["bias", "vpt+bias", "adapter"])
 def test_inputs_of_frozen_linear_layers_are_not_kept(method: str) -> None:
     _, model = make(method)

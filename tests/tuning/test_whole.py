@@ -95,6 +95,16 @@ def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: 
     assert_step_is_defined_by(features, model)
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", WAYS)
+def test_head_may_stay_in_float32_behind_a_backbone_in_float64(method: str, name: str) -> None:
+    backbone, _ = make(method, name)
+    model = WAYS[method](backbone, CLASSES).eval()
+    images, _ = random_batch(model)
+    found, expected = model(images), model.double()(images)
+    assert found.dtype == torch.float32 and relative_error(found, expected) < 1e-5
+
+
 def test_image_size_of_a_convnet_with_a_patch_embedding_is_that_of_its_images() -> None:
     assert FullTuning("fasternet_t0", CLASSES, img_size=32).image_size == (32, 32)
 

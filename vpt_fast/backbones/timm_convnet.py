@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from vpt_fast.backbones.timm_vit import fingerprint
+from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 from vpt_fast.engine.plan import Read
 
 
@@ -127,7 +127,6 @@ class FrozenConvNet(nn.Module):
         stem.requires_grad_(False)
         first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
         self.in_chans, self.first_kernel = first.in_channels, tuple(first.kernel_size)
-        self._dtype = first.weight.dtype
         self.first_name = next(name for name, m in stem.named_modules() if m is first)
         for name, module in list(stem.named_modules()):
             if isinstance(module, nn.BatchNorm2d):
@@ -150,6 +149,11 @@ class FrozenConvNet(nn.Module):
         return next(self.stem.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights, which the first convolution wants of its images."""
+        return dtype_of(self.stem, default=torch.float32)
+
+    @property
     def embed_dim(self) -> int:
         """The number of features that the classifier reads."""
         return self.stem.head_hidden_size
@@ -166,7 +170,7 @@ class FrozenConvNet(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, height, width) in the weights' dtype."""
-        return images.to(self._dtype)
+        return images.to(self.dtype)
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, H, W) to the last feature map (B, C', H', W')."""
@@ -192,7 +196,7 @@ class FrozenConvNet(nn.Module):
         for module in meta.modules():
             if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
                 module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))
-        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta", dtype=self._dtype)
+        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta", dtype=self.dtype)
         with torch.no_grad():
             meta.run_folded(images, Read.PATCHES)
         return 3 * max(sizes)

@@ -281,7 +281,11 @@ class FrozenSwin(nn.Module):
 
 
 def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:
-    return nn.Identity() if torch.equal(current, wanted) else Move(current, wanted)
+    # Places that hold no token have keys and values of their own; the gradient of those that a block computed
+    # there ends where a move finds no token.
+    if torch.equal(current, wanted) and bool((wanted >= 0).all()):
+        return nn.Identity()
+    return Move(current, wanted)
 
 
 def check_swin(swin: SwinTransformer) -> None:

@@ -205,6 +205,11 @@ class FrozenViT(nn.Module):
         del image_size
         return ({},) * len(self.timm_blocks)
 
+    def for_timm_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, d) in the dtype of timm's own blocks: that of `embed`, unless somebody has brought
+        the whole model into one of 16 bits."""
+        return x.to(dtype_of(self.timm_blocks[0], default=x.dtype))
+
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, height, width) through the folded blocks, without prompts, to the rows of the last
         one's output that `last` names (B, R, d)."""
@@ -452,8 +457,10 @@ def norm_parts(norm: nn.Module, where: str) -> NormParts:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
         return NormParts("layer", norm.eps, norm.weight, norm.bias)
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
-        # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is float32.
-        eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is in float32, or in
+        # float64 where the weights are.
+        wide = torch.promote_types(dtype_of(norm, default=torch.float32), torch.float32)
+        eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
         return NormParts("rms", eps, norm.weight, None)
     raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
 

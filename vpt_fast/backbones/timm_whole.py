@@ -10,7 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from vpt_fast.backbones.timm_vit import fingerprint
+from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 
 
 class WholeBackbone(nn.Module):
@@ -105,4 +105,8 @@ class WholeBackbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) to features (B, d)."""
-        return self.stem.forward_head(self.stem.forward_features(images), pre_logits=True)
+        return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
+
+    def cast(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in the dtype that the first layer wants."""
+        return images.to(dtype_of(self.stem, default=images.dtype))

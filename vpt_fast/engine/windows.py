@@ -115,16 +115,14 @@ class FrozenWindowBlock(FrozenBlock):
         super().__init__(spec, weights, backend)
         self.size, self.window, self.shift = size, window, shift
         self.order = window_order(size, window, shift)
-        pads = (self.order < 0).nonzero().squeeze(1)
-        tensors = {
-            "relative_bias": relative_bias,
-            "regions": window_regions(size, window, shift),
-            "pads": pads if len(pads) else None,
-            "pad_kv": pad_kv if len(pads) else None,
-        }
-        for name, tensor in tensors.items():
-            parameter = None if tensor is None else _frozen(tensor.to(relative_bias.device))
-            self.register_parameter(name, parameter)
+        pads, device = (self.order < 0).nonzero().squeeze(1), relative_bias.device
+        self.relative_bias = _frozen(relative_bias)
+        self.register_parameter("pad_kv", _frozen(pad_kv.to(device)) if len(pads) else None)
+        for name, table in (
+            ("regions", window_regions(size, window, shift)),
+            ("pads", pads if len(pads) else None),
+        ):
+            _register_table(self, name, None if table is None else table.to(device))
 
     @property
     def num_tokens(self) -> int:
@@ -155,8 +153,8 @@ class Move(nn.Module):
         super().__init__()
         for name, index in (("index", _places(current, wanted)), ("back", _places(wanted, current))):
             holes = (index < 0).nonzero().squeeze(1)
-            self.register_parameter(name, _frozen(index.clamp(min=0)))
-            self.register_parameter(f"{name}_holes", _frozen(holes) if len(holes) else None)
+            _register_table(self, name, index.clamp(min=0))
+            _register_table(self, f"{name}_holes", holes if len(holes) else None)
 
     def forward(self, stream: Stream) -> Stream:
         return Stream(*(None if part is None else self._move(part) for part in stream))
@@ -297,3 +295,9 @@ def _layer(weight: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     """A Parameter and not a buffer: see `FrozenBlock`."""
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _register_table(module: nn.Module, name: str, table: torch.Tensor | None) -> None:
+    """Integers, as a buffer and not a Parameter, unlike weights: who averages a model's parameters
+    (torch.optim.swa_utils.AveragedModel) would round the average of a number and itself to the one below."""
+    module.register_buffer(name, table)

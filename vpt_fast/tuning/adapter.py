@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.resolve import SWIN, VIT
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.backbones.timm_vit import Position
+from vpt_fast.backbones.timm_vit import Position, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
@@ -25,10 +25,10 @@ class Adapter(nn.Module):
     a gradient: with both at zero none of the two would ever get one.
     """
 
-    def __init__(self, embed_dim: int, reduction: int, device: torch.device) -> None:
+    def __init__(self, embed_dim: int, reduction: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.down = nn.Linear(embed_dim, embed_dim // reduction, device=device)
-        self.up = nn.Linear(embed_dim // reduction, embed_dim, device=device)
+        self.down = nn.Linear(embed_dim, embed_dim // reduction, device=device, dtype=dtype)
+        self.up = nn.Linear(embed_dim // reduction, embed_dim, device=device, dtype=dtype)
         nn.init.normal_(self.down.weight, std=_INIT_STD)
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
@@ -72,7 +72,9 @@ class AdapterTuning(TimmClassifier):
         if reduction > min(widths):
             raise ValueError(f"reduction: got {reduction}, want at most the backbone's width {min(widths)}")
         self.reduction = reduction
-        adapters = [Adapter(width, reduction, self.backbone.device) for width in widths]
+        # In the dtype of timm's blocks, between which they stand: float64 where those are.
+        placed: Any = dict(device=self.backbone.device, dtype=dtype_of(self.backbone, default=torch.float32))
+        adapters = [Adapter(width, reduction, **placed) for width in widths]
         if swin is None:
             self.adapters = nn.ModuleList(adapters)
         for block, adapter in zip(blocks, adapters, strict=False):

@@ -152,13 +152,14 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        swin: Any = self.backbone.stem
-        x = swin.patch_embed(images.to(self.head.weight.dtype))  # (B, height, width, d)
+        network: Any = self.backbone
+        swin = network.stem
+        x = swin.patch_embed(network.cast(images))  # (B, height, width, d)
         for stage, prompts in zip(swin.layers, self.prompts, strict=True):
             x = stage.downsample(x)
             for block, own in zip(stage.blocks, prompts.unsqueeze(1).unbind(0), strict=True):
                 x = self._run_swin_block(block, x, own, is_last=block is swin.layers[-1].blocks[-1])
-        return swin.forward_head(swin.norm(x), pre_logits=True)
+        return swin.forward_head(swin.norm(x), pre_logits=True).to(self.head.weight.dtype)
 
     def _run_swin_block(
         self, block: Any, x: torch.Tensor, prompts: torch.Tensor, *, is_last: bool

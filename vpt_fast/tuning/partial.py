@@ -100,7 +100,7 @@ class PartialTuning(FrozenClassifier):
 
     def _run_trained(self, x: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
         """Tokens before the first trained block (B, N, d) to what the head reads (B, d)."""
-        positions = self.backbone.timm_positions(image_size)
+        x, positions = self.backbone.for_timm_blocks(x), self.backbone.timm_positions(image_size)
         for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
             x = block(x, **position)
         return self._features_of_tokens(x, self._reads)

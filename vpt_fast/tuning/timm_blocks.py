@@ -79,7 +79,7 @@ class TimmClassifier(TunedClassifier):
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         if isinstance(self.backbone, WholeBackbone):
-            return self.backbone(images.to(self.head.weight.dtype))
+            return self.backbone(images).to(self.head.weight.dtype)
         (x,) = self._block_outputs(images, (self.num_blocks - 1,))
         return self._features_of_tokens(x, self._reads)
 
@@ -91,7 +91,7 @@ class TimmClassifier(TunedClassifier):
 
     def _block_outputs(self, images: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
         positions = self.backbone.timm_positions(size_of(images))
-        return self._outputs(self.backbone.embed(images), positions, wanted)
+        return self._outputs(self.backbone.for_timm_blocks(self.backbone.embed(images)), positions, wanted)
 
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
         """Tokens (B, N, d) before the first block to those after each block that is wanted.
