@@ -126,6 +126,32 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert "0.png" in result.stdout
 
 
+def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):
+    (images / "val" / "._0.png").write_bytes(b"of a Mac")
+    shutil.copytree(images / "val" / "red", images / "val" / ".thumbnails")
+    result = command("predict", run, images / "val", "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 9
+
+
+def test_predict_reports_an_image_too_thin_to_be_resized_and_classifies_the_rest(
+    command, color_images, tmp_path
+):
+    run = tmp_path / "run"
+    command(*train_arguments(color_images, run, epochs=1, resize="shortest"))
+    Image.new("RGB", (1, 1_000_000)).save(tmp_path / "thin.png")
+    result = command("predict", run, tmp_path / "thin.png", color_images / "val" / "red" / "0.png", "--json")
+    assert result.exit_code == 1 and "too thin to keep its shape" in result.stderr
+    assert [len(answer.get("predictions", [])) for answer in json.loads(result.stdout)] == [0, 1]
+
+
+@pytest.mark.parametrize("arguments", [("predict", ""), ("eval", "--data=")])
+def test_an_empty_name_is_not_the_working_directory(command, run, images, monkeypatch, arguments):
+    monkeypatch.chdir(images)  # it holds what an empty name must not stand for
+    name, *rest = arguments
+    result = command(name, run, *rest)
+    assert result.exit_code == 2 and "''" in result.stderr
+
+
 def test_predict_of_an_empty_folder_is_refused(command, run, tmp_path):
     result = command("predict", run, tmp_path)
     assert result.exit_code == 2 and "there are no images" in result.stderr
