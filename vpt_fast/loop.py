@@ -221,8 +221,10 @@ def train(
                     scaler=scaler.state_dict(),
                 )
                 with saving(folder, f"epoch {epoch + 1}"):
-                    folder.save_epoch(rows, state)
+                    # The checkpoint last: killed in between, the run does this epoch again and writes the
+                    # same. After it, the last epoch's prompts would never be written.
                     folder.save_prompts(model, labels)
+                    folder.save_epoch(rows, state)
             if events is not None:
                 for name in row.keys() - {"epoch", "seconds"}:
                     if row[name] is not None:

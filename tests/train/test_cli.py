@@ -178,6 +178,23 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"split": 7}, "labels.json cannot be read"),
+        ({"preprocessing": {"image_size": 7}}, "labels.json cannot be read"),
+    ],
+)
+def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path, change, message):
+    labels = shutil.copytree(run / "prompts", tmp_path / "prompts") / "labels.json"
+    values = json.loads(labels.read_text())
+    for name, value in change.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    labels.write_text(json.dumps(values))
+    result = command("predict", labels.parent, color_images / "val")
+    assert result.exit_code == 2 and message in result.stderr
+
+
 def only(folder, keep) -> None:
     for path in folder.iterdir():
         if path.name != keep:
@@ -226,6 +243,9 @@ def nothing_wrong(root):
         (nothing_wrong, {"prompt-layers": "5"}, "prompt_layers"),
         (nothing_wrong, {"pool": "cls", "backbone-arg": "class_token=false"}, "class_token=False"),
         (nothing_wrong, {"backbone-arg": "heads=3"}, "heads=3), which cannot be built"),
+        (nothing_wrong, {"backbone-arg": "patch_size=0"}, "patch_size=0), which cannot be built"),
+        (nothing_wrong, {"backbone-arg": "img_size=*x"}, "backbone_arg is 'img_size=*x'"),
+        (nothing_wrong, {"config": "/"}, "configuration file / cannot be read"),
         (nothing_wrong, {"backbone": "test_vit4"}, "No pretrained weights exist for test_vit4"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
