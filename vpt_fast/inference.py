@@ -25,6 +25,7 @@ from vpt_fast.data import (
     resident_budget,
 )
 from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.data.images import require_utf8
 from vpt_fast.pretrained import load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
@@ -251,5 +252,7 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
             ]
         if not images:
             raise ValueError(f"images is {argument!r}, where there are no images")
+        for image in images:
+            require_utf8(image)
         found += images
     return found

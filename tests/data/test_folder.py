@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -114,6 +115,15 @@ def test_links_that_lead_back_are_refused_not_followed(write_images, links):
     for name, target in links.items():
         (root / name).symlink_to(target)
     with pytest.raises(DataError, match=r"loop.*: found a link back to .*, which it lies in"):
+        open_splits(root)
+
+
+@pytest.mark.parametrize("name", [b"a/caf\xe9.png", b"caf\xe9"], ids=["file", "class"])
+def test_name_that_is_not_utf8_is_refused_by_name(write_images, name):
+    root = write_images({"a": 2, "b": 2, "c": 2})
+    old = b"a/000.png" if name.endswith(b".png") else b"c"
+    os.rename(os.fsencode(root) + b"/" + old, os.fsencode(root) + b"/" + name)
+    with pytest.raises(DataError, match=r"caf\\udce9.*: found a name that is not UTF-8"):
         open_splits(root)
 
 

@@ -136,6 +136,12 @@ def test_masks_that_would_replace_an_image_or_a_picture_are_refused(run, command
     assert result.exit_code == 2 and "would both be written to photo-overlay.png" in result.stderr
 
 
+def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = command("predict", run[1].path, scenes / "images" / "validation", "--out", tmp_path / "file")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "File exists" in result.stderr
+
+
 def test_saved_segmenter_is_the_trained_one(run):
     saved = load_pretrained(run[1].path / "prompts").trainable_state_dict()
     trained = RunFolder(run[1].path).read().checkpoint.trainable

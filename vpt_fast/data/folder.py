@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .images import DataError, ImageList, Splits, hold_out, some_names
+from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """File name endings, in any case, that are taken for images: torchvision's list and GIF."""
@@ -91,6 +91,8 @@ def _list_images(folder: Path) -> ImageList:
         there = f"{loose} images and no class folders" if loose else "no class folders"
         raise DataError(f"{folder}: found {there}; wanted one folder a class, with that class's images in it")
 
+    for name in names:
+        require_utf8(folder / name)
     found = {name: sorted(_images_below(folder / name)) for name in names}
     if not any(found.values()):
         raise DataError(f"{folder}: found no images in {some_names(names)}{_other_files(folder)}")
@@ -124,6 +126,7 @@ def _images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator
         if os.path.isdir(entry):  # entry.is_dir() raises for a link to itself
             yield from _images_below(folder / entry.name, above | {real})
         elif _is_image(entry.name):
+            require_utf8(entry.path)
             yield str(folder), entry.name
 
 
