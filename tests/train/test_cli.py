@@ -152,6 +152,20 @@ def test_an_empty_name_is_not_the_working_directory(command, run, images, monkey
     assert result.exit_code == 2 and "''" in result.stderr
 
 
+def test_predict_of_a_name_that_is_not_utf8_is_refused(command, run, tmp_path):
+    (tmp_path / "caf\udce9.png").write_bytes(b"")
+    result = command("predict", run, tmp_path, "--json")
+    assert result.exit_code == 2 and "caf\\udce9.png': found a name that is not UTF-8" in result.stderr
+
+
+def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = shutil.copy(images / "val" / "red" / "0.png", images / f"{'long' * 20}.png")
+    result = command("predict", run, path)
+    shown = "".join(line.split("│")[1].strip() for line in result.stdout.splitlines() if "│" in line)
+    assert result.exit_code == 0 and shown.endswith(str(path))
+
+
 def test_predict_of_an_empty_folder_is_refused(command, run, tmp_path):
     result = command("predict", run, tmp_path)
     assert result.exit_code == 2 and "there are no images" in result.stderr

@@ -226,6 +226,13 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
             train(recipe, tmp_path / "run")
 
 
+def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build_model", None)
+    with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
+        train(dataclasses.replace(recipe, cuda_graph=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):
     with pytest.raises(ValueError, match="img_size"):
         train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run")
