@@ -351,6 +351,30 @@ class TestStorage:
         with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
             PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (None, r"config\.json: holds None, want a mapping"),
+            ({"backbone": 7}, r"config\.json: backbone is 7, want a mapping"),
+            ({"options": ["pool"]}, r"config\.json: options is \['pool'\], want a mapping"),
+            ({"model": ["PromptedViT"]}, r"config\.json: model is \['PromptedViT'\], want text"),
+        ],
+    )
+    def test_settings_that_are_none_are_named(self, change, message: str, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(change and {**json.loads(path.read_text()), **change}))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path, tiny_vit())
+
+    @pytest.mark.parametrize("kept", [0, 100])
+    def test_truncated_tensors_are_named(self, kept: int, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
+            PromptedViT.from_pretrained(tmp_path, tiny_vit())
+
     def test_keyword_that_json_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
         model = PromptedViT("vpt_fast_demo", 5, 4, act_layer=torch.nn.GELU)
         with pytest.raises(ValueError, match="timm keywords"):

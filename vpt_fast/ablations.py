@@ -10,6 +10,7 @@ An ablation's folder:
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +116,8 @@ ABLATIONS = {
 
 def _shape(recipe: Recipe) -> Any:
     """The backbone's modules on the meta device: nothing is computed or downloaded."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # the packaged weights
         return timm.create_model(recipe.backbone, pretrained=False, num_classes=0, **recipe.backbone_arg)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import huggingface_hub
+import safetensors
 import safetensors.torch
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -694,10 +695,19 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
     try:
-        settings = json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")
     missing = {field.name for field in fields(ClassifierConfig)} - settings.keys()
     if missing:
         raise ValueError(f"{folder / CONFIG_FILE}: lacks {', '.join(sorted(missing))}")
-    return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    for name, kind in (("model", str), ("backbone", dict), ("options", dict)):
+        if not isinstance(settings[name], kind):
+            wanted = "text" if kind is str else "a mapping"
+            raise ValueError(f"{folder / CONFIG_FILE}: {name} is {settings[name]!r}, want {wanted}")
+    try:
+        return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None

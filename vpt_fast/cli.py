@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
 from vpt_fast.flags import (
@@ -163,7 +163,7 @@ def evaluate(
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return
     console = Console()
-    table = Table("class", "images", "correct", "accuracy")
+    table = Table(_names("class"), "images", "correct", "accuracy")
     for name, images, correct in zip(
         found.classes, found.evaluation.images, found.evaluation.correct, strict=True
     ):
@@ -172,6 +172,11 @@ def evaluate(
     for image in found.skipped:
         console.print(f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}")
     console.print(f"{split} accuracy {found.evaluation.accuracy:.2%} ({sum(found.evaluation.images)} images)")
+
+
+def _names(header: str) -> Column:
+    """A column whose names go on in the next line where it is narrow: a name cut short names nothing."""
+    return Column(header, overflow="fold")
 
 
 def _evaluate_scenes(
@@ -191,7 +196,7 @@ def _evaluate_scenes(
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
         return
-    table = Table("class", "IoU")
+    table = Table(_names("class"), "IoU")
     for name, scores in found["per_class"].items():
         table.add_row(escape(name), "-" if scores["iou"] is None else f"{scores['iou']:.2%}")
     console = Console()
@@ -239,10 +244,11 @@ def predict(
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
     else:
-        table = Table("image", "class", "share" if loaded.is_segmenter else "probability")
+        share = "share" if loaded.is_segmenter else "probability"
+        table = Table(_names("image"), _names("class"), share)
         for answer in answers:
-            for rank, (name, share) in enumerate(answer.get("classes", {}).items()):
-                table.add_row(escape(answer["image"]) if rank == 0 else "", escape(name), f"{share:.2%}")
+            for rank, (name, part) in enumerate(answer.get("classes", {}).items()):
+                table.add_row(escape(answer["image"]) if rank == 0 else "", escape(name), f"{part:.2%}")
             for rank, guess in enumerate(answer.get("predictions", [])):
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     before it is renamed: a rename that outlives its contents would be an empty file after a power cut.
     """
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:  # that names what was asked for, and not the temporary file
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     os.close(descriptor)
     temporary = Path(name)
     try:

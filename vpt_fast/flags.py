@@ -38,6 +38,12 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         fail(error, 1)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         fail(error, 2)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        fail(error, 2)
+    except BrokenPipeError:
+        raise  # whoever reads the output has seen enough: nothing to say, and nobody to say it to
+    except OSError as error:  # a full disk, a file system that went away
+        fail(error, 1)
     except KeyboardInterrupt:
         fail("stopped", 130)
 
@@ -45,6 +51,14 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 def fail(error: Exception | str, code: int) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
     raise typer.Exit(code)
+
+
+def require_place(name: str, path: Path) -> None:
+    """Raises ValueError where no file can be written at ``path``, before the work that it is to hold."""
+    if path.is_dir():
+        raise ValueError(f"{name} is {path}, a folder; it must be a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} is {path}, and {path.parent} is no folder")
 
 
 def refuse(run: str, **flags: Any) -> None:

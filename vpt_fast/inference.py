@@ -20,11 +20,12 @@ from vpt_fast.data import (
     ScenePreprocessing,
     SkippedImage,
     check_images,
-    decode_image,
+    load_image,
     open_splits,
     resident_budget,
 )
 from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.data.images import require_utf8
 from vpt_fast.pretrained import load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
@@ -102,7 +103,8 @@ class Classifier:
             for path in paths[start : start + BATCH_SIZE]:
                 answer: dict[str, Any] = {"image": str(path)}
                 try:
-                    images.append(self.preprocessing(decode_image(path)))
+                    pixels = load_image(path, self.preprocessing.for_evaluation())  # uint8 (3, H, W)
+                    images.append(self.preprocessing.normalize(pixels))
                     readable.append(answer)
                 except DecodeError as error:
                     answer["error"] = error.reason
@@ -227,13 +229,20 @@ def open_split(
 
 
 def expand_images(arguments: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the images below them, patterns as their matches; ValueError for none."""
+    """Files as they are, folders as the visible images below them, patterns as their matches; ValueError for
+    none."""
     found: list[Path] = []
     for argument in arguments:
+        if not argument:  # to pathlib the working directory
+            raise ValueError("images is ''; it must be a file, a folder or a pattern")
         path = Path(argument)
         if path.is_dir():
             images = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file()
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in IMAGE_EXTENSIONS
+                and not any(part.startswith(".") for part in p.relative_to(path).parts)
+                and p.is_file()
             )
         elif path.exists() or not glob.has_magic(argument):
             images = [path]  # a missing file is reported like any other that cannot be read
@@ -243,5 +252,7 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
             ]
         if not images:
             raise ValueError(f"images is {argument!r}, where there are no images")
+        for image in images:
+            require_utf8(image)
         found += images
     return found

@@ -114,6 +114,8 @@ def train(
             if begun.results is not None and (begun.results["test_images"] or not recipe.test):
                 return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
 
+        is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
+
         # Model and images.
         torch.manual_seed(recipe.seed)
         with cache.backbones():
@@ -138,7 +140,6 @@ def train(
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
         # What is trained, and the network it is trained through: that part alone where its inputs stay.
-        is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
         optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
@@ -221,8 +222,10 @@ def train(
                     scaler=scaler.state_dict(),
                 )
                 with saving(folder, f"epoch {epoch + 1}"):
-                    folder.save_epoch(rows, state)
+                    # The checkpoint last: killed in between, the run does this epoch again and writes the
+                    # same. After it, the last epoch's prompts would never be written.
                     folder.save_prompts(model, labels)
+                    folder.save_epoch(rows, state)
             if events is not None:
                 for name in row.keys() - {"epoch", "seconds"}:
                     if row[name] is not None:

@@ -74,7 +74,8 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
             **settings,
             **recipe.backbone_arg,
         )
-    except (TypeError, AssertionError, RuntimeError, OSError) as error:  # timm's and the hub's ways to say no
+    except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
+        # timm's and the hub's ways to say no
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error

@@ -10,8 +10,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from vpt_fast.flags import DebugFlag, one_line_errors
-from vpt_fast.recipe import Recipe
+from vpt_fast.flags import DebugFlag, one_line_errors, require_place
+from vpt_fast.recipe import Recipe, yaml_value
 
 
 def import_prompts(
@@ -55,7 +55,7 @@ def import_prompts(
             name, equals, value = text.partition("=")
             if not equals:
                 raise ValueError(f"setting is {text!r}; it must be NAME=VALUE")
-            prompt[name] = yaml.safe_load(value)
+            prompt[name] = yaml_value("setting", text, value)
         # A recipe reads KEY=VALUE, and knows when published weights are loaded.
         recipe = Recipe(
             data="",
@@ -105,6 +105,7 @@ def export_prompts(
         from vpt_fast import PromptedViT, load_pretrained, official
         from vpt_fast.swin import PromptedSwin
 
+        require_place("out", out)
         saved = load_pretrained(model)
         if not isinstance(saved, PromptedViT | PromptedSwin):
             raise ValueError(

@@ -31,6 +31,7 @@ PROMPT_KNOBS = (
 )
 SEGMENTATION = "segmentation"  # a task that --data need not be a benchmark for
 POLY_POWER = 0.9
+LARGEST_RATE = 1e38  # of base_lr and weight_decay: what float32 holds
 ENGINE_KNOBS = ("dtype", "backend", "attention")  # of methods whose frozen blocks run on the engine
 
 
@@ -356,14 +357,15 @@ class Recipe:
             ("batch_size", 1),
             ("accumulate", 1),
             ("workers", 0),
-            ("seed", 0),
         ):
             self._require(name, lambda v, low=low: v >= low, f"at least {low}")
+        self._require("seed", lambda v: 0 <= v < 2**64, "at least 0 and below 2**64")
         for name in ("prompt_dropout", "momentum", "label_smoothing"):
             self._require(name, lambda v: 0 <= v < 1, "in [0, 1)")
-        for name in ("base_lr", "clip_grad_norm", "aux_weight"):
+        for name in ("clip_grad_norm", "aux_weight"):
             self._require(name, lambda v: 0 < v < math.inf, "positive and finite")
-        self._require("weight_decay", lambda v: 0 <= v < math.inf, "at least 0 and finite")
+        self._require("base_lr", lambda v: 0 < v <= LARGEST_RATE, f"positive and at most {LARGEST_RATE:g}")
+        self._require("weight_decay", lambda v: 0 <= v <= LARGEST_RATE, f"in [0, {LARGEST_RATE:g}]")
         self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
         self._require("train_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
         if self.task is not None and self.task != SEGMENTATION:
@@ -503,8 +505,12 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
-        """The recipe in a YAML file; raises ValueError when it cannot be used."""
-        return cls.from_dict(read_yaml(path))
+        """The recipe in a YAML file; raises ValueError, which names the file, when it cannot be used."""
+        values = read_yaml(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"configuration file {path}: {error}") from None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
@@ -532,14 +538,48 @@ def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "c
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ValueError when there is none."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ValueError(f"configuration file {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"configuration file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration file {path} is not YAML: {error}") from None
+        raise ValueError(f"configuration file {path} is not YAML: {_problem(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"configuration file {path} holds no mapping of settings")
     return values
+
+
+def yaml_value(name: str, text: str, value: str) -> Any:
+    """``value``, a part of ``text`` on the command line, read as YAML; ValueError, which names the flag."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{name} is {text!r}, whose value {value!r} is not YAML: {_problem(error)}"
+        ) from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice in a mapping, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []  # not all keys can be in a set
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key!r} comes twice", problem_mark=key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    return " ".join(str(error).split())
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -553,6 +593,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if name == "backbone_arg":
         return _backbone_arg(value)
     if get_origin(kind) is Literal:
+        if value is False and "off" in get_args(kind):
+            return "off"  # to YAML a bare off is a no
         if value in get_args(kind):
             return value
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
@@ -561,9 +603,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if kind is str and isinstance(value, str):
         return value
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        if kind is int and isinstance(value, int):
+            return value  # a float would round a large one
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
         if not math.isnan(number) and (kind is float or number.is_integer()):
             return kind(number)
@@ -589,10 +633,14 @@ def _backbone_arg(value: Any) -> dict[str, Any]:
     """A mapping, or KEY=VALUE texts whose values are read as YAML (img_size=384, global_pool=avg)."""
     if isinstance(value, Mapping):
         return dict(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"backbone_arg is {value!r}; it must be a mapping, or a list of KEY=VALUE")
     arguments: dict[str, Any] = {}
     for text in value:
         key, equals, content = str(text).partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"backbone_arg is {text!r}; it must be KEY=VALUE")
-        arguments[key] = yaml.safe_load(content)
+        if key in arguments:
+            raise ValueError(f"backbone_arg is {text!r}, and {key} is given before; leave out one of them")
+        arguments[key] = yaml_value("backbone_arg", str(text), content)
     return arguments

@@ -93,11 +93,11 @@ class Labels:
             is_segmenter = values["split"].get("task") == SEGMENTATION
             kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
             return cls(tuple(values["classes"]), kind.from_dict(values["preprocessing"]), **values["split"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{folder} is neither a run folder nor its prompts folder ({path} is missing)"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or none of ours
             raise RunError(f"{path} cannot be read: {error!r}") from None
 
 
@@ -164,14 +164,24 @@ class RunFolder:
         """The run in this folder, None where there is none; RunError for a broken file."""
         if not self.config.exists():
             return None
+        recipe = Recipe.from_yaml(self.config)
         checkpoint = self.read_checkpoint()
-        rows = []
+        facts = _read_json(self.facts, ("backbone", "data", "processes"))
+        results = _read_json(self.results, ("test_images",)) if self.results.exists() else None
+        # A run that is finished can do without its checkpoint.
+        done = recipe.epochs if results is not None else 0
         if checkpoint is not None:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines][: checkpoint.epochs_done]
-        facts = json.loads(self.facts.read_text(encoding="utf-8"))
-        results = json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else None
-        return Begun(Recipe.from_yaml(self.config), facts, rows, checkpoint, results)
+            done = checkpoint.epochs_done
+        rows = self._read_metrics()[:done] if done else []
+        if len(rows) < done:
+            raise RunError(f"{self.metrics} has {len(rows)} of {done} epochs; {_NOT_OURS}")
+        return Begun(recipe, facts, rows, checkpoint, results)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.metrics} cannot be read: {error}; {_NOT_OURS}") from None
 
     def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         """Writes what stays the same for the whole run; config.yaml last: it says that there is one."""
@@ -270,6 +280,23 @@ def write(path: Path, data: bytes) -> None:
     """Replaces ``path`` whole or not at all; raises OSError, for a full disk too."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+_NOT_OURS = (
+    "a run whose files were changed cannot go on; choose another --out, or --fresh to start over there"
+)
+
+
+def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """What a file of a run's holds; RunError where it is not what was written, as far as `keys` tell."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}; {_NOT_OURS}") from None
+    if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):
+        found = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no mapping"
+        raise RunError(f"{path} {found}; {_NOT_OURS}")
+    return values
 
 
 def _json(value: Any) -> str:

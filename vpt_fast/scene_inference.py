@@ -101,13 +101,10 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
     Yields {"image", "mask", "overlay", "classes": {name: share of the pixels}}, the largest share first, or
     {"image", "error"}.
 
-    Raises ValueError for two images that would be written to one file, before any is.
+    Raises ValueError before anything is written: for two images that would be written to one file, and for
+    one that would be written over.
     """
-    names: dict[str, Path] = {}
-    for path in paths:
-        if path.stem in names:
-            raise ValueError(f"images {names[path.stem]} and {path} would both be written to {path.stem}.png")
-        names[path.stem] = path
+    _require_files_of_their_own(paths, out)
     out.mkdir(parents=True, exist_ok=True)
     labels, preprocessing = run.labels, run.scene_preprocessing
     first = 1 if ignores_zero(len(labels.classes), labels.ignore_zero) else 0
@@ -120,7 +117,7 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
             continue
         found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
         classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
-        mask, overlay = out / f"{path.stem}.png", out / f"{path.stem}-overlay.png"
+        mask, overlay = _files_of(path, out)
         _write_mask(classes, first, len(labels.classes), mask)
         plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
         shares = np.bincount(classes.ravel(), minlength=len(labels.classes)) / classes.size
@@ -128,6 +125,26 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         answer["mask"], answer["overlay"] = str(mask), str(overlay)
         answer["classes"] = {labels.classes[index]: float(shares[index]) for index in order}
         yield answer
+
+
+def _files_of(image: Path, out: Path) -> tuple[Path, Path]:
+    """Where an image's mask and overlay go."""
+    return out / f"{image.stem}.png", out / f"{image.stem}-overlay.png"
+
+
+def _require_files_of_their_own(images: Sequence[Path], out: Path) -> None:
+    given = {image.resolve(): image for image in images}
+    written: dict[Path, Path] = {}
+    for image in images:
+        for path in _files_of(image, out):
+            if path in written:
+                raise ValueError(f"images {written[path]} and {image} would both be written to {path.name}")
+            written[path] = image
+            if (over := given.get(path.resolve())) is not None:
+                raise ValueError(
+                    f"out is {out}, where the mask of {image} would be written over the image {over}; "
+                    "choose another folder"
+                )
 
 
 def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -> None:

@@ -42,7 +42,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.loop import TrainingDiverged, train
-from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method, read_yaml
+from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, write
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, 
         raise ValueError(f"over is {text!r}; {name} is no setting of the training, and cannot be searched")
     values: list[Any] = []
     for part in parts:
-        value: Any = yaml.safe_load(part)
+        value: Any = yaml_value("over", text, part)
         if isinstance(value, list) or value is None:
             raise ValueError(f"over is {text!r}, whose value {part!r} is none that can be searched")
         recipe = Recipe.from_dict({**settings, name: value})  # names what is wrong with it
@@ -137,7 +137,7 @@ class Sweep:
         for name, value, known in (("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        if (self.trials is None) != (self.sampler == "grid") or (self.trials or 1) < 1:
+        if (self.trials is None) != (self.sampler == "grid") or (self.trials is not None and self.trials < 1):
             wanted = "left out with sampler grid, and at least 1 with the others"
             raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
         if not self.seeds or min(self.seeds) < 0:
@@ -159,6 +159,8 @@ class Sweep:
             )
         for point in self.points():
             self.recipe(**point)
+        for seed in self.seeds:
+            self.recipe(**{**self.points()[0], "seed": seed})
 
     def points(self) -> list[Params]:
         """Every combination, in the axes' order."""
@@ -195,6 +197,19 @@ class Sweep:
         """The same for the same sweep, wherever the data lie."""
         text = json.dumps([self.identity(), Path(self.settings["data"]).name], sort_keys=True)
         return f"vpt-fast-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """What `parse_axis` makes of each text; ValueError for a setting that comes twice, too."""
+    axes: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        name, values = parse_axis(text, settings)
+        if name in axes:
+            raise ValueError(
+                f"over is {text!r}, and {name} is searched already; name all values in one --over"
+            )
+        axes[name] = values
+    return axes
 
 
 def default_sweep_folder(recipe: Recipe) -> Path:
@@ -238,7 +253,10 @@ def run_sweep(
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
     plan = _FinalPlan.of(sweep, cache)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
     _begin(sweep, out)
     _print_plan(console, sweep, plan, out, cache)
     search, final = _open_studies(sweep, out, storage)
@@ -314,7 +332,7 @@ class _FinalPlan:
 def trial_folder(out: Path, params: Params) -> Path:
     """Named by the trial's settings, so that whoever takes a trial again goes on from its last epoch."""
     name = ",".join(
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+        f"{key}={_short(value) if isinstance(value, float) else value}" for key, value in params.items()
     )
     name = name.replace("/", "_")
     if len(name) > 150:
@@ -322,13 +340,28 @@ def trial_folder(out: Path, params: Params) -> Path:
     return out / "trials" / name
 
 
+def _short(value: float) -> str:
+    """In six digits where these tell it from every other number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _read_begun(path: Path) -> Sweep:
+    values = read_yaml(path)
+    try:
+        axes = {name: tuple(axis) for name, axis in values["axes"].items()}
+        return Sweep(**{**values, "axes": axes, "seeds": tuple(values["seeds"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what a sweep writes ({error!r}); choose another --out, or remove the sweep there"
+        ) from None
+
+
 def _begin(sweep: Sweep, out: Path) -> None:
     """Writes sweep.yaml, or holds it against the one that is there."""
     path = out / "sweep.yaml"
     if path.exists():
-        values = read_yaml(path)
-        values["axes"] = {name: tuple(axis) for name, axis in values["axes"].items()}
-        begun = Sweep(**{**values, "seeds": tuple(values["seeds"])})
+        begun = _read_begun(path)
         ours, theirs = sweep.identity(), begun.identity()
         changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
         pairs = (
@@ -366,17 +399,27 @@ def _print_plan(console: Console, sweep: Sweep, plan: _FinalPlan, out: Path, cac
 
 
 def _open_studies(sweep: Sweep, out: Path, storage: str | None) -> tuple[optuna.Study, optuna.Study]:
-    """The studies of trials and of final runs; whichever process comes first makes them."""
+    """The studies of trials and of final runs; whichever process comes first makes them.
+
+    Raises ValueError where the storage cannot be opened; of its URL, which may hold a password, it says
+    nothing.
+    """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError  # what Optuna's storage is made of
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
     with _lock(out), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        opened = optuna.storages.RDBStorage(
-            url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-        )
+        try:
+            opened = optuna.storages.RDBStorage(
+                url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+            )
+        except (SQLAlchemyError, ImportError) as error:
+            where = "storage" if storage else out / "study.db"
+            reason = str(error).splitlines()[0].replace(url, "the URL")
+            raise ValueError(f"{where} cannot be opened: {reason}") from None
         name, seed = sweep.study_name(), int(sweep.settings.get("seed", 0))
         search = optuna.create_study(
             storage=opened, study_name=name, direction="maximize", load_if_exists=True

@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vpt_fast.flags import DebugFlag, DeviceFlag, RunArgument, one_line_errors, with_recipe_flags
+from vpt_fast.flags import (
+    DebugFlag,
+    DeviceFlag,
+    RunArgument,
+    fail,
+    one_line_errors,
+    require_place,
+    with_recipe_flags,
+)
 from vpt_fast.recipe import Recipe, read_yaml
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
@@ -77,11 +85,11 @@ def sweep(
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
-        from vpt_fast.sweep import Sweep, default_axes, default_sweep_folder, parse_axis, run_sweep
+        from vpt_fast.sweep import Sweep, default_axes, default_sweep_folder, parse_axes, run_sweep
 
         settings = given_settings(config, flags)
         recipe = Recipe.from_dict(settings)
-        axes = dict(parse_axis(text, settings) for text in over) if over else default_axes(recipe)
+        axes = parse_axes(over, settings) if over else default_axes(recipe)
         plan = Sweep(settings, axes, parse_seeds(seeds), sampler, trials, pruner)
         folder = out or default_sweep_folder(recipe)
         found = run_sweep(plan, folder, storage=storage, console=Console())
@@ -98,6 +106,8 @@ def sweep(
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
     runs = f"{len(final['accuracies'])} runs, {final['note']}"
+    if final["mean"] is None:
+        fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
 
 
@@ -185,6 +195,7 @@ def tsne(
         from vpt_fast.tsne import embed_run
 
         path = out or run / f"tsne-{split}.png"
+        require_place("out", path)
         found = embed_run(
             run, data, split, seed=seed, device=device, workers=workers,
             data_root=None if data_root is None else str(data_root), console=Console(),
@@ -222,6 +233,8 @@ def table(
         from vpt_fast.run import write
         from vpt_fast.tables import format_table, read_entries
 
+        if out is not None:
+            require_place("out", out)
         text = format_table(*read_entries(runs), form)
         if out is not None:
             write(out, text.encode())

@@ -22,6 +22,7 @@ GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
 OTHER = "other"  # the group of tasks that are none of the paper's
 BASELINE = "full"  # wins are counted against it
 MISSING = "-"
+SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data")
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
     for path in (found for folder in folders for found in _find(folder)):
-        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        results = _read(path / "results.json")
         if results.get("kind") == "sweep":
+            _require(path / "results.json", results, *SWEEP_KEYS)
             if not results["finished"] or results["final"]["mean"] is None:
                 notes.append(f"{path}: the sweep is not finished; left out")
                 continue
@@ -82,7 +84,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             entries[key] = entry
         elif "val_accuracy" in results:
             config = Recipe.from_yaml(RunFolder(path).config).to_dict()
-            facts = json.loads(RunFolder(path).facts.read_text(encoding="utf-8"))
+            facts = _read(RunFolder(path).facts, "parameters")
+            _require(path / "results.json", results, "test_accuracy")
             key = (config["backbone"], config["method"], _task(config))
             if key in entries:
                 raise ValueError(f"{path}: there are results of {key[1]} on {key[2]} already")
@@ -97,6 +100,23 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         if entry.split == "val"
     ]
     return list(entries.values()), notes
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """The mapping in a file of a run or sweep; ValueError, which names the file, where it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping")
+    _require(path, values, *keys)
+    return values
+
+
+def _require(path: Path, values: dict[str, Any], *keys: str) -> None:
+    if missing := [key for key in keys if key not in values]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
 
 
 def _find(folder: Path) -> list[Path]:
@@ -357,11 +377,13 @@ def _markdown(sections: Iterable[Lines], notes: Iterable[str]) -> str:
     tables = []
     for header, *body in sections:
         lines = [header, ["---"] * len(header), *body]
-        tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        tables.append("\n".join("| " + " | ".join(line) + " |" for line in escaped))
     return "\n\n".join([*tables, *notes]) + "\n"
 
 
-_LATEX = {"×": r"$\times$", "±": r"$\pm$", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#"}
+_LATEX = {"×": r"$\times$", "±": r"$\pm$", "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+_LATEX |= {character: "\\" + character for character in "%_&#{}$"}
 
 
 def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -87,6 +88,43 @@ def test_hidden_and_other_files_are_left_out_and_endings_have_no_case(write_imag
         "b/001.png",
         "deeper/PHOTO.JPEG",
     ]
+
+
+def test_links_to_folders_are_followed_and_one_to_itself_is_none(write_images):
+    root = write_images({"a": 2, "b": 2, "elsewhere/more": 2})
+    (root / "elsewhere").rename(root.parent / "elsewhere")
+    (root / "a" / "more").symlink_to(root.parent / "elsewhere" / "more")
+    (root / "a" / "itself").symlink_to("itself")
+    (root / "itself").symlink_to("itself")
+    splits = open_splits(root)
+    assert splits.classes == ("a", "b")
+    assert splits.train.labels.count(0) + splits.val.labels.count(0) == 4
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        pytest.param({"a/loop": "."}, id="folder-in-itself"),
+        pytest.param({"a/loop": ".."}, id="folder-above"),
+        pytest.param({"loop": "."}, id="class"),
+        pytest.param({"a/loop": "../b", "b/loop": "../a"}, id="two-folders-in-each-other"),
+    ],
+)
+def test_links_that_lead_back_are_refused_not_followed(write_images, links):
+    root = write_images({"a": 2, "b": 2})
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    with pytest.raises(DataError, match=r"loop.*: found a link back to .*, which it lies in"):
+        open_splits(root)
+
+
+@pytest.mark.parametrize("name", [b"a/caf\xe9.png", b"caf\xe9"], ids=["file", "class"])
+def test_name_that_is_not_utf8_is_refused_by_name(write_images, name):
+    root = write_images({"a": 2, "b": 2, "c": 2})
+    old = b"a/000.png" if name.endswith(b".png") else b"c"
+    os.rename(os.fsencode(root) + b"/" + old, os.fsencode(root) + b"/" + name)
+    with pytest.raises(DataError, match=r"caf\\udce9.*: found a name that is not UTF-8"):
+        open_splits(root)
 
 
 def test_classes_may_be_called_like_splits(write_images):

@@ -61,6 +61,11 @@ def test_depth_takes_first_and_last_blocks_of_the_backbone() -> None:
     assert found["last blocks", 9] == {"method": "vpt-deep", "prompt_layers": -9}
 
 
+def test_depth_of_the_packaged_backbone_is_found_without_a_warning(recwarn) -> None:
+    plan_ablation("depth", {"data": "x", "backbone": "vpt_fast_demo"}, seeds=(1,))
+    assert not recwarn.list
+
+
 def test_location_gives_each_place_a_number_that_fits_it() -> None:
     found = planned("location")
     assert found["vpt-shallow", "pad"]["num_prompts"] == 8  # half a patch on each side

@@ -126,6 +126,46 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert "0.png" in result.stdout
 
 
+def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):
+    (images / "val" / "._0.png").write_bytes(b"of a Mac")
+    shutil.copytree(images / "val" / "red", images / "val" / ".thumbnails")
+    result = command("predict", run, images / "val", "--json")
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 9
+
+
+def test_predict_reports_an_image_too_thin_to_be_resized_and_classifies_the_rest(
+    command, color_images, tmp_path
+):
+    run = tmp_path / "run"
+    command(*train_arguments(color_images, run, epochs=1, resize="shortest"))
+    Image.new("RGB", (1, 1_000_000)).save(tmp_path / "thin.png")
+    result = command("predict", run, tmp_path / "thin.png", color_images / "val" / "red" / "0.png", "--json")
+    assert result.exit_code == 1 and "too thin to keep its shape" in result.stderr
+    assert [len(answer.get("predictions", [])) for answer in json.loads(result.stdout)] == [0, 1]
+
+
+@pytest.mark.parametrize("arguments", [("predict", ""), ("eval", "--data=")])
+def test_an_empty_name_is_not_the_working_directory(command, run, images, monkeypatch, arguments):
+    monkeypatch.chdir(images)  # it holds what an empty name must not stand for
+    name, *rest = arguments
+    result = command(name, run, *rest)
+    assert result.exit_code == 2 and "''" in result.stderr
+
+
+def test_predict_of_a_name_that_is_not_utf8_is_refused(command, run, tmp_path):
+    (tmp_path / "caf\udce9.png").write_bytes(b"")
+    result = command("predict", run, tmp_path, "--json")
+    assert result.exit_code == 2 and "caf\\udce9.png': found a name that is not UTF-8" in result.stderr
+
+
+def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = shutil.copy(images / "val" / "red" / "0.png", images / f"{'long' * 20}.png")
+    result = command("predict", run, path)
+    shown = "".join(line.split("│")[1].strip() for line in result.stdout.splitlines() if "│" in line)
+    assert result.exit_code == 0 and shown.endswith(str(path))
+
+
 def test_predict_of_an_empty_folder_is_refused(command, run, tmp_path):
     result = command("predict", run, tmp_path)
     assert result.exit_code == 2 and "there are no images" in result.stderr
@@ -150,6 +190,23 @@ def test_eval_on_other_classes_is_refused(command, run, images):
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
     assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"split": 7}, "labels.json cannot be read"),
+        ({"preprocessing": {"image_size": 7}}, "labels.json cannot be read"),
+    ],
+)
+def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path, change, message):
+    labels = shutil.copytree(run / "prompts", tmp_path / "prompts") / "labels.json"
+    values = json.loads(labels.read_text())
+    for name, value in change.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    labels.write_text(json.dumps(values))
+    result = command("predict", labels.parent, color_images / "val")
+    assert result.exit_code == 2 and message in result.stderr
 
 
 def only(folder, keep) -> None:
@@ -200,6 +257,9 @@ def nothing_wrong(root):
         (nothing_wrong, {"prompt-layers": "5"}, "prompt_layers"),
         (nothing_wrong, {"pool": "cls", "backbone-arg": "class_token=false"}, "class_token=False"),
         (nothing_wrong, {"backbone-arg": "heads=3"}, "heads=3), which cannot be built"),
+        (nothing_wrong, {"backbone-arg": "patch_size=0"}, "patch_size=0), which cannot be built"),
+        (nothing_wrong, {"backbone-arg": "img_size=*x"}, "backbone_arg is 'img_size=*x'"),
+        (nothing_wrong, {"config": "/"}, "configuration file / cannot be read"),
         (nothing_wrong, {"backbone": "test_vit4"}, "No pretrained weights exist for test_vit4"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,

@@ -113,6 +113,53 @@ def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, mo
     assert [row["epoch"] for row in result.metrics] == [0, 1, 2, 3]
 
 
+def test_run_killed_behind_its_last_checkpoint_has_the_prompts_of_that_epoch(recipe, tmp_path, monkeypatch):
+    save_epoch = RunFolder.save_epoch
+
+    def killed_behind_it(self, rows, checkpoint):
+        save_epoch(self, rows, checkpoint)
+        if len(rows) == recipe.epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save_epoch", killed_behind_it)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    result = train(recipe, tmp_path / "run")
+    assert result.is_finished and result.new_epochs == 0
+    saved = load_pretrained(tmp_path / "run" / "prompts").trainable_state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained(result).items())
+
+
+def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
+    rows = train(recipe, tmp_path / "run").metrics
+    RunFolder(tmp_path / "run").checkpoint.unlink()
+    result = train(recipe, tmp_path / "run")
+    assert result.is_finished and result.metrics == rows
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("run.json", None, "No such file"),
+        ("run.json", '{"backbone": {"na', "Unterminated string"),
+        ("run.json", "{}", "lacks backbone, data, processes"),
+        ("metrics.jsonl", None, "No such file"),
+        ("metrics.jsonl", '{"epoch": 0', "cannot be read"),
+        ("metrics.jsonl", "", "has 0 of 2 epochs"),
+        ("results.json", "null", "holds no mapping"),
+        ("config.yaml", "data: x\nbackbone: y\nepochs:\n", "epochs is None"),
+    ],
+)
+def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text, message):
+    recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=0)
+    path = tmp_path / "run" / name
+    train(recipe, path.parent)
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        train(recipe, path.parent)
+    assert str(path) in str(raised.value)
+
+
 def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
     first = train(recipe, tmp_path / "run")
     monkeypatch.setattr(loop, "build_model", None)
@@ -177,6 +224,13 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is training in .*run"):
             train(recipe, tmp_path / "run")
+
+
+def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build_model", None)
+    with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
+        train(dataclasses.replace(recipe, cuda_graph=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):

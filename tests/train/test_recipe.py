@@ -117,6 +117,54 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     assert (recipe.weight_decay, recipe.base_lr) == (1e-4, 1.0)
 
 
+def test_off_in_yaml_is_the_choice_of_that_name():
+    assert Recipe.from_dict(yaml.safe_load("{data: x, backbone: y, resident: off}")).resident == "off"
+
+
+def test_large_seed_is_not_rounded():
+    assert make(seed=2**63 + 1).seed == 2**63 + 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("epochs: 3\nbackbone_arg: {a: 1}\nepochs: 4\n", r"'epochs' comes twice \(line 3\)"),
+        ("backbone_arg:\n  img_size: 48\n  img_size: 64\n", r"'img_size' comes twice \(line 3\)"),
+        ("epochs: [1\n", r"is not YAML: expected .* \(line 2\)"),
+    ],
+)
+def test_yaml_that_says_something_twice_or_nothing_is_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        Recipe.from_yaml(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_folder_is_no_configuration_file(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        Recipe.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"backbone_arg": ["img_size=[1"]}, r"'img_size=\[1', whose value '\[1' is not YAML"),
+        ({"backbone_arg": ["img_size=48", "img_size=64"]}, "img_size is given before"),
+        ({"backbone_arg": 7}, "backbone_arg is 7; it must be a mapping"),
+        ({"backbone_arg": "img_size=48"}, "it must be a mapping, or a list"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at least 0 and below"),
+        ({"base_lr": 1e300}, "base_lr is 1e\\+300; it must be positive and at most 1e\\+38"),
+        ({"base_lr": 10**400}, "base_lr is 1000.*; it must be float"),
+        ({"weight_decay": 1e300}, "weight_decay is 1e\\+300"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_values_that_nothing_could_be_made_of_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
 @pytest.mark.parametrize(
     "text, layers", [("3", 3), ("-2", -2), ("0,2,5", [0, 2, 5]), ("4,", [4])], ids=lambda v: str(v)
 )

@@ -123,6 +123,25 @@ def test_masks_of_two_images_with_one_name_are_refused(run, command, scenes, tmp
     assert result.exit_code == 2 and "would both be written to 0000.png" in result.stderr
 
 
+def test_masks_that_would_replace_an_image_or_a_picture_are_refused(run, command, scenes, tmp_path):
+    image = tmp_path / "photo.png"
+    with Image.open(scenes / "images" / "validation" / "0000.jpg") as photo:
+        photo.save(image)
+        photo.save(tmp_path / "photo-overlay.png")
+    before = image.read_bytes()
+    result = command("predict", run[1].path, image, "--out", tmp_path)
+    assert result.exit_code == 2 and "would be written over the image" in result.stderr
+    assert image.read_bytes() == before
+    result = command("predict", run[1].path, tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "would both be written to photo-overlay.png" in result.stderr
+
+
+def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = command("predict", run[1].path, scenes / "images" / "validation", "--out", tmp_path / "file")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "File exists" in result.stderr
+
+
 def test_saved_segmenter_is_the_trained_one(run):
     saved = load_pretrained(run[1].path / "prompts").trainable_state_dict()
     trained = RunFolder(run[1].path).read().checkpoint.trainable

@@ -17,7 +17,7 @@ from vpt_fast import loop, sweep
 from vpt_fast.loop import TrainingDiverged
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
-from vpt_fast.sweep import Sweep, best_trial, default_axes, parse_axis, run_sweep, trial_folder
+from vpt_fast.sweep import Sweep, best_trial, default_axes, parse_axes, parse_axis, run_sweep, trial_folder
 
 
 @pytest.fixture
@@ -128,6 +128,59 @@ def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trai
     assert "epoch" in diverged["reason"] and good["state"] == "complete"
     run_sweep(plan, tmp_path)
     assert trained.count("base_lr=1e+38") == 1
+
+
+def test_final_runs_that_all_diverge_are_an_error_with_the_reason(
+    command, color_images, tmp_path, monkeypatch
+):
+    original = loop.train
+
+    def train(recipe, out, **options):
+        if out.parent.name == "final":
+            raise TrainingDiverged("the loss is inf")
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(sweep, "train", train)
+    flags = ("--over", "base_lr=0.1", "--seeds", "1,2", "--epochs", 1, "--device", "cpu")
+    result = command(
+        "sweep", "--data", color_images, "--backbone", "train_test_vit", "--method", "linear",
+        "--out", tmp_path / "sweep", *flags,
+    )  # fmt: skip
+    assert result.exit_code == 1 and "every final run diverged: the loss is inf" in result.stderr
+
+
+def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_path):
+    names = [trial_folder(tmp_path, {"base_lr": lr}).name for lr in (0.1, 0.12345671, 0.12345672)]
+    assert names == ["base_lr=0.1", "base_lr=0.12345671", "base_lr=0.12345672"]
+
+
+@pytest.mark.parametrize(
+    "storage", ["nope:secret", "sqlite:////no/such/folder/x.db", "mysql://user:secret@host/x"]
+)
+def test_storage_that_cannot_be_opened_is_refused_without_its_url(settings, tmp_path, storage):
+    with pytest.raises(ValueError, match="storage cannot be opened") as raised:
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path, storage=storage)
+    assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "{axes: 5, settings: 3, seeds: x}", "{axes: {}, seeds: [1], newer: 1}"]
+)
+def test_sweep_file_that_was_changed_is_named(settings, tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"sweep\.yaml is not what a sweep writes"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
+
+
+def test_file_in_the_folders_place_is_refused(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out is .*file, which cannot be written"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path / "file")
+
+
+def test_setting_searched_twice_is_refused():
+    with pytest.raises(ValueError, match="'base-lr=2', and base_lr is searched already"):
+        parse_axes(["base_lr=1", "base-lr=2"], {"data": "x", "backbone": "y"})
 
 
 def test_sweep_with_no_good_trial_says_why(settings, tmp_path, monkeypatch):
@@ -277,6 +330,7 @@ def test_axes_are_parsed_as_the_recipe_parses(text, axis):
         ("base_lr", "must be KEY=A,B,C"),
         ("seed=1,2", "seed is no setting of the training"),
         ("workers=1,2", "workers is no setting of the training"),
+        ("base_lr={1", "over is 'base_lr={1', whose value '{1' is not YAML"),
     ],
 )
 def test_axes_that_cannot_be_searched_are_refused(text, reason):
@@ -288,6 +342,8 @@ def test_axes_that_cannot_be_searched_are_refused(text, reason):
     ("changes", "reason"),
     [
         (dict(sampler="annealing"), "sampler is 'annealing'"),
+        (dict(sampler="tpe", trials=0), "trials is 0 with sampler tpe"),
+        (dict(seeds=(1, 2**64)), "seed is 18446744073709551616"),
         (dict(pruner="axe"), "pruner is 'axe'"),
         (dict(sampler="tpe"), "trials is None with sampler tpe"),
         (dict(trials=3), "trials is 3 with sampler grid"),

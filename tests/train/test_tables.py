@@ -228,6 +228,42 @@ def test_latex_is_escaped_and_every_row_has_all_columns(sweep):
         assert {line.count(" & ") + 1 for line in lines} == {columns}
 
 
+def test_names_that_mean_something_to_latex_and_markdown_are_escaped(run):
+    folder = run("run", seed=1, method="linear", test_accuracy=0.5)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": None, "data": r"a|b$c^d\e{f}"}))
+    found = read_entries([folder])
+    assert r"a|b\$c\^{}d\textbackslash{}e\{f\}" in format_table(*found, "latex")
+    assert r"| a\|b$c^d\e{f} |" in format_table(*found, "markdown")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "holds no mapping"),
+        ('{"kind": "sweep", "finished": true}', "lacks final, best, settings"),
+        ('{"val_accuracy": 0.5}', "lacks test_accuracy"),
+    ],
+)
+def test_results_that_were_changed_are_named(run, text, reason):
+    path = run("run", seed=1, method="linear", test_accuracy=0.5) / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason) as raised:
+        read_entries([path.parent])
+    assert str(path) in str(raised.value)
+
+
+def test_place_that_no_file_can_be_written_to_is_refused(command, sweep, tmp_path):
+    folder = sweep("linear", "vtab/cifar", 0.5)
+    for place, reason in (
+        (tmp_path, "a folder; it must be a file"),
+        (tmp_path / "no" / "x.md", "is no folder"),
+    ):
+        result = command("table", folder, "--out", place)
+        assert result.exit_code == 2 and f"out is {place}" in result.stderr and reason in result.stderr
+
+
 def test_table_command_writes_a_file(command, sweep, tmp_path):
     folder = sweep("linear", "vtab/cifar", 0.5)
     result = command("table", folder, "--format", "csv", "--out", tmp_path / "table.csv")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .batches import Batches
-from .decode import CheckedImages, DecodeError, SkippedImage, check_images, decode_image
+from .decode import CheckedImages, DecodeError, SkippedImage, check_images, decode_image, load_image
 from .digits import export_digits
 from .images import DataError, ImageItem, ImageList, Splits, StoredImage
 from .preprocessing import Preprocessing
@@ -41,6 +41,7 @@ __all__ = [
     "export_digits",
     "find_task",
     "ignores_zero",
+    "load_image",
     "open_scenes",
     "open_splits",
     "resident_budget",

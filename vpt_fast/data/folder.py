@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .images import DataError, ImageList, Splits, hold_out, some_names
+from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """File name endings, in any case, that are taken for images: torchvision's list and GIF."""
@@ -37,7 +38,8 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
 
     Raises:
         DataError: there are no images or only one class; a class has no images in train or in val, or too few
-            to be split; val or test has a class that train has not.
+            to be split; val or test has a class that train has not; a link leads back to a folder that it
+            lies in.
     """
     folders = _split_folders(root)
     if not folders:
@@ -86,20 +88,15 @@ def _list_images(folder: Path) -> ImageList:
     names = _visible_folders(folder)
     if not names:
         loose = sum(1 for entry in os.scandir(folder) if _is_image(entry.name) and entry.name[0] != ".")
-        found = f"{loose} images and no class folders" if loose else "no class folders"
-        raise DataError(f"{folder}: found {found}; wanted one folder a class, with that class's images in it")
+        there = f"{loose} images and no class folders" if loose else "no class folders"
+        raise DataError(f"{folder}: found {there}; wanted one folder a class, with that class's images in it")
 
-    def wanted(path: str) -> bool:
-        return _is_image(path) and os.sep + "." not in path[len(str(folder)) :]
-
-    class_to_index = {name: index for index, name in enumerate(names)}
-    samples = make_dataset(folder, class_to_index, is_valid_file=wanted, allow_empty=True)
-    if not samples:
+    for name in names:
+        require_utf8(folder / name)
+    found = {name: sorted(_images_below(folder / name)) for name in names}
+    if not any(found.values()):
         raise DataError(f"{folder}: found no images in {some_names(names)}{_other_files(folder)}")
-    labels = tuple(label for _, label in samples)
-    filled = set(labels)
-    empty = [name for name in names if class_to_index[name] not in filled]
-    if empty:
+    if empty := [name for name in names if not found[name]]:
         raise DataError(
             f"{folder}: found no images in {some_names(empty)}{_other_files(folder / empty[0])}; "
             "add images or remove the folder"
@@ -108,7 +105,29 @@ def _list_images(folder: Path) -> ImageList:
         inner = _visible_folders(folder / names[0])
         hint = f" (did you mean {folder / names[0]}?)" if len(inner) > 1 else ""
         raise DataError(f"{folder}: found one class, {names[0]!r}; wanted two or more class folders{hint}")
-    return ImageList(tuple(Path(path) for path, _ in samples), labels, tuple(names))
+    items = [
+        (Path(parent, image), label) for label, name in enumerate(names) for parent, image in found[name]
+    ]
+    return ImageList(tuple(path for path, _ in items), tuple(label for _, label in items), tuple(names))
+
+
+def _images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """(folder, name) of the visible images in `folder` and below, links to folders followed; in no order.
+
+    `above`: the real paths of the folders that were gone through to get here. Followed without a look at
+    them, a link back to one would give its images again and again, and two such links would never end.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DataError(f"{folder}: found a link back to {real}, which it lies in; remove it")
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry):  # entry.is_dir() raises for a link to itself
+            yield from _images_below(folder / entry.name, above | {real})
+        elif _is_image(entry.name):
+            require_utf8(entry.path)
+            yield str(folder), entry.name
 
 
 def _require_same_classes(folders: dict[str, Path], listed: dict[str, ImageList]) -> None:
@@ -136,7 +155,7 @@ def _visible_folders(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name != "__MACOSX"
+        if os.path.isdir(entry) and not entry.name.startswith(".") and entry.name != "__MACOSX"
     )
 
 

@@ -147,6 +147,14 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
     return drawn
 
 
+def require_utf8(path: str | Path) -> None:
+    """Raises DataError for a name that no run folder or output could hold: those are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{ascii(str(path))}: found a name that is not UTF-8; rename it") from None
+
+
 def some_names(found: list[str], ending: str = "/") -> str:
     """The first few of `found`, for an error's text."""
     more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""

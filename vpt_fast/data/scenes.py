@@ -82,8 +82,8 @@ def open_scenes(data: str | Path, *, ignore_zero: bool | None = None) -> SceneSp
         DataError: a folder, a mask or the class names are missing; the text names the path.
     """
     root = Path(data).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; {LAYOUT}")
+    if not str(data) or not root.is_dir():  # "" is to pathlib the working directory
+        raise DataError(f"{data or repr(data)}: there is no such folder; {LAYOUT}")
     classes = _class_names(root)
     no_zero = ignores_zero(len(classes), ignore_zero)
     train, val = (_list_scenes(root, split, classes, no_zero) for split in ("training", "validation"))

@@ -44,6 +44,8 @@ def open_splits(
             wanted.
         ValueError: another argument cannot be used; the text names it.
     """
+    if not os.fspath(data):  # to pathlib the working directory
+        raise ValueError("data: '', wanted a folder or the name of a data set")
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on: {train_on!r}, wanted one of {', '.join(TRAIN_ON)}")
     if not 0.0 < val_fraction < 1.0:
