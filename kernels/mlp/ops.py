@@ -26,7 +26,7 @@ ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
 """Of a gated unit whose derivatives are packed: its row of scales is found in one program."""
 MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
-_BLOCK = 2048  # with 4 warps sixteen elements to a thread: 16-byte accesses, of 8-bit codes too
+_BLOCK = 2048  # with 4 warps sixteen elements to a thread, eight at a time: 16-byte accesses of 16 bits
 _GATED_BLOCK = 1024
 
 
@@ -51,8 +51,9 @@ def _forward_launch(kind: str, pack: bool, *, u: torch.Tensor) -> Launch:
     if kind != "swiglu":
         rows, width = _rows_and_width(u=u)
         address = (width, *rows.sizes[1:], *rows.strides[0])
+        options = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": rows.num_rows == 1}
         programs = _num_programs(rows, width, _BLOCK)
-        return Launch(activate_kernel, u.device, programs, *address, KIND=kind, BLOCK=_BLOCK, num_warps=4)
+        return Launch(activate_kernel, u.device, programs, *address, **options, num_warps=4)
     if u.shape[-1] % 2:
         raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
     width = u.shape[-1] // 2
@@ -72,6 +73,7 @@ def _backward_launch(
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ACTIVATIONS)
     gated = kind == "swiglu"
+    options: dict[str, Any]
     require_device(grad=grad, kept=kept, scale=scale)
     require_dtype(DTYPES, grad=grad.dtype)
     require_shape((*grad.shape[:-1], grad.shape[-1] * (2 if gated else 1)), kept=kept)
@@ -82,15 +84,16 @@ def _backward_launch(
         require_shape((*grad.shape[:-1], 2), scale=scale)
     if gated:
         require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
-        kernel, block, options = swiglu_backward_kernel, _GATED_BLOCK, {}
+        kernel, options = swiglu_backward_kernel, {"BLOCK": _GATED_BLOCK}
         rows, width = leading_rows(grad=grad, kept=kept), grad.shape[-1]
     else:
         require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
-        kernel, block, options = activate_backward_kernel, _BLOCK, {"KIND": kind}
         rows, width = _rows_and_width(grad=grad, kept=kept)
+        kernel = activate_backward_kernel
+        options = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": rows.num_rows == 1}
     address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
-    programs = _num_programs(rows, width, block)
-    return Launch(kernel, grad.device, programs, *address, **options, BLOCK=block, num_warps=4)
+    programs = _num_programs(rows, width, options["BLOCK"])
+    return Launch(kernel, grad.device, programs, *address, **options, num_warps=4)
 
 
 def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
@@ -227,16 +230,21 @@ def builds(arch: int) -> list[Build]:
 
 
 def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
-    """With codes forward and without them backward: the longer of each."""
+    """With codes forward and without them backward, the longer of each: of rows, and of one row."""
     floats = f"*{TYPE_NAMES[dtype]}"
-    config = f"{TYPE_NAMES[dtype]} {kind}"
-    constexprs = {"KIND": kind, "BLOCK": _BLOCK}
     forward = {"u": floats, "a": floats, "codes": "*u8"}
     backward = {"grad": floats, "kept": floats, "grad_u": floats}
-    return [
-        _build(activate_kernel, f"{config} codes", forward, ("u",), constexprs, 4),
-        _build(activate_backward_kernel, config, backward, ("grad", "kept"), constexprs, 4),
-    ]
+    found = []
+    for one_row in (False, True):
+        config = f"{TYPE_NAMES[dtype]} {kind}{' one row' if one_row else ''}"
+        # Triton takes integers that are 1 for constants: a single row is as it is launched.
+        constexprs = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": one_row}
+        constexprs |= {"size1": 1, "size2": 1} if one_row else {}
+        found += [
+            _build(activate_kernel, f"{config} codes", forward, ("u",), constexprs, 4),
+            _build(activate_backward_kernel, config, backward, ("grad", "kept"), constexprs, 4),
+        ]
+    return found
 
 
 def _gated_builds(dtype: torch.dtype) -> list[Build]:
@@ -266,7 +274,7 @@ def _build(
 ) -> Build:
     """In the kernel's order: pointers, width and numbers of rows, strides of the inputs."""
     strides = [f"{name}_stride{dim}" for name in inputs for dim in range(3)]
-    integers = ["width", "size1", "size2", *strides]
+    integers = [name for name in ("width", "size1", "size2", *strides) if name not in constexprs]
     return Build(
         kernel=kernel,
         config=config,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from definitions import activated, assert_as_good_as, gradient, random, slope
 from vpt_fast.kernels.mlp import ops, reference
+from vpt_fast.kernels.mlp.jit import activation
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -73,6 +76,60 @@ def test_derivatives_of_0_and_1_are_exact(kind):
     codes = ops.activate(u, kind, pack=True)[1]
     assert codes.tolist() == [27, 227]
     assert ops.activate_backward(torch.tensor([3.0, 3.0]), codes, None, kind).tolist() == [0.0, 3.0]
+
+
+def finite_values(dtype: torch.dtype) -> torch.Tensor:
+    """Every one of a 16-bit dtype."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    return values[values.isfinite()]
+
+
+def assert_within_units(got: torch.Tensor, exact: torch.Tensor, units: float) -> None:
+    """float16 results within so many units in the last place; one that is rounded right is within a half."""
+    unit = 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
+    assert ((got.double() - exact).abs() / unit).max() <= units
+
+
+@pytest.mark.parametrize("kind", ops.ELEMENTWISE)
+def test_every_float16_has_nearly_the_nearest_results(kind):
+    u = finite_values(torch.float16)
+    a, codes, _ = ops.activate(u, kind, pack=True)
+    derivative = slope(u.double(), kind)
+    assert_within_units(a, activated(u.double(), kind), 0.55)
+    # Near the derivative's zero a unit is small.
+    units = 0.75 if kind == "gelu" else 1.25
+    assert_within_units(ops.activate_backward(torch.ones_like(u), u, None, kind), derivative, units)
+    assert ((codes.double() - 27) / 200 - derivative).abs().max() <= 0.0025 + 1e-6
+
+
+@triton.jit
+def before_rounding(u, value, slope, BLOCK: tl.constexpr):
+    """GELU for 16-bit results, not rounded to them."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a, derivative = activation(tl.load(u + at), "gelu", EXACT=False)
+    tl.store(value + at, a)
+    tl.store(slope + at, derivative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gelu_for_16_bits_before_it_is_rounded(dtype):
+    u = finite_values(dtype)  # a multiple of 256
+    value, derivative = torch.empty(2, len(u))
+    before_rounding[(len(u) // 256,)](u.float(), value, derivative, BLOCK=256)
+    u = u.double()
+    exact = u * torch.special.erfc(u * -(0.5**0.5)) / 2  # with a tail that does not cancel
+    error = (value.double() - exact).abs()
+    assert (error / (1 + u.abs())).max() <= 5e-7
+    assert (derivative.double() - slope(u, "gelu")).abs().max() <= 7e-7
+    in_tail = (u < 0) & (u > -5.5) & (u.abs() > 1e-30)
+    assert (error / exact.abs())[in_tail].max() <= 2.5e-5
+    assert value[u < -15].count_nonzero() == derivative[u < -15].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ops.ELEMENTWISE if kind != "relu"])
+def test_infinity_and_nan_stay(kind):
+    a, *_ = ops.activate(torch.tensor([torch.inf, torch.nan], dtype=torch.float16), kind)
+    assert a[0] == torch.inf and a[1].isnan()
 
 
 def halves_of(u: torch.Tensor) -> torch.Tensor:
