@@ -19,7 +19,7 @@ class Build:
             ``"i64"``, ``"fp32"``.
         constexprs: the value of every constexpr argument, and None for every pointer that is absent.
         divisible: names of arguments (pointers, strides) that are multiples of 16.
-        num_warps, num_stages: as launched.
+        num_warps, num_stages, max_registers: as launched; None leaves registers to the assembler.
         wgmma: whether its matrix products have 64 or more rows, so that on sm_90 they must be wgmma.
 
     Raises:
@@ -34,6 +34,7 @@ class Build:
     num_warps: int
     num_stages: int
     wgmma: bool
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         arguments = {*inspect.signature(self.kernel.fn).parameters}

@@ -69,7 +69,7 @@ class Launch:
         device: of the tensors.
         num_programs: the grid, of one axis; with 0 nothing is launched.
         *scalars: the arguments between pointers and constexprs, in the kernel's order.
-        **options: constexprs, num_warps, num_stages.
+        **options: constexprs, num_warps, num_stages, maxnreg.
     """
 
     __slots__ = (

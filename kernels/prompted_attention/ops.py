@@ -20,12 +20,16 @@ from vpt_fast.kernels.torch_op import torch_op
 
 
 class Tiles(NamedTuple):
-    """BLOCK_M query rows by BLOCK_N keys, and how they are launched."""
+    """BLOCK_M query rows by BLOCK_N keys, and how they are launched.
+
+    max_registers: that the assembler may give a thread; None leaves it to that.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def launch(self) -> dict[str, int]:
@@ -34,6 +38,7 @@ class Tiles(NamedTuple):
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **({} if self.max_registers is None else {"maxnreg": self.max_registers}),
         }
 
 
@@ -44,7 +49,7 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of the forward pass, and of the terms from the scores, on sm_`arch` (80, 90, 100)."""
+    """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
         if head_dim > 64:
             return Tiles(16, 32, 8 if head_dim > 96 else 4, 1)
@@ -56,11 +61,12 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     widest_in_128_rows = {80: 32, 90: 64, 100: 128}[arch]
     if (num_rows <= 64 and head_dim <= 64) or head_dim > widest_in_128_rows:
         return Tiles(64, 64, 4, 3)
-    return Tiles(128, 64, 8, 3)
+    # Of its own accord the assembler takes one or five more here and there, and a second program has no room.
+    return Tiles(128, 64, 8, 3, max_registers=128 if arch == 90 else None)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of dQ."""
+    """Tiles of dQ, and of the terms from the scores, which read the same."""
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
@@ -78,7 +84,7 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     if dtype == torch.float32:
         return Tiles(16, 32, 8 if head_dim > 80 else 4, 1)
     if num_rows <= 16:
-        return Tiles(16, 64, 8 if head_dim > 64 else 4, 1)
+        return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1)
     if arch == 80:
         wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 2)}
         return Tiles(64, 64, 4, 3) if head_dim < 64 else wide.get(head_dim, Tiles(32, 32, 4, 3))
@@ -313,7 +319,7 @@ def _backward_launches(
     terms = grad_q = grad_kv = None
     # The rows' terms come from the kernel for dQ, which has dO at hand, or where they cannot, from their own.
     if not (has_out and need_q):
-        tiles = TERMS_TILES if has_out else forward_tiles(q.dtype, head_dim, num_rows, arch)
+        tiles = TERMS_TILES if has_out else grad_q_tiles(q.dtype, head_dim, num_rows, arch)
         terms = Launch(
             terms_kernel, q.device, num_programs(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
             **tiles.launch,
@@ -440,7 +446,7 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "", {}),
             (terms_kernel, TERMS_TILES, "from O", {"HAS_OUT": True}),
-            (terms_kernel, forward, "from scores", {"HAS_OUT": False}),
+            (terms_kernel, grad_q, "from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "with O", {"HAS_OUT": True}),
             (grad_q_kernel, grad_q, "with terms", {"HAS_OUT": False}),
             (grad_kv_kernel, grad_kv, "all keys", {"IMAGE": True}),
@@ -469,6 +475,7 @@ def make_build(
         divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        max_registers=tiles.max_registers,
         wgmma=dtype != torch.float32 and has_products and first_dimension >= 64,
     )  # fmt: skip
 

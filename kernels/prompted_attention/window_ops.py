@@ -41,12 +41,12 @@ from vpt_fast.kernels.torch_op import torch_op
 
 
 def forward_tiles(dtype: torch.dtype, arch: int) -> Tiles:
-    """Tiles of the forward pass, and of the terms from the scores, on sm_`arch` (80, 90, 100)."""
+    """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
     return Tiles(16, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 3 if arch == 90 else 2)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
-    """Tiles of dQ."""
+    """Tiles of dQ, and of the terms from the scores, which read the same."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
     return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 3)
@@ -242,7 +242,7 @@ def _backward_launches(
 
     terms = grad_q = grad_kv = None
     if not (out is not None and need_q):
-        tiles = forward_tiles(q.dtype, arch)
+        tiles = grad_q_tiles(q.dtype, head_dim, arch)
         terms = Launch(
             terms_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *numbers,
             **flags, HAS_OUT=out is not None, **tiles.launch,
@@ -374,7 +374,7 @@ def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
         make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "windows", {}),
-            (terms_kernel, forward, "windows from scores", {"HAS_OUT": False}),
+            (terms_kernel, grad_q, "windows from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "windows with O", {"HAS_OUT": True}),
             (grad_q_kernel, grad_q, "windows with terms", {"HAS_OUT": False}),
             (grad_kv_kernel, grad_kv, "windows", {"PROMPTS": False, "IMAGE": True}),
