@@ -36,8 +36,8 @@ from rich.table import Table
 
 import kernels
 
-Launch = dict[str, int]
-"""Tiles, warps and stages, as the kernel is launched with them."""
+Launch = dict[str, Any]
+"""Tiles, warps, stages and registers, as the kernel is launched with them."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Target(NamedTuple):
     error: Callable[[], float]
 
 
-def launches(**choices: tuple[int, ...]) -> list[Launch]:
+def launches(**choices: tuple[int | None, ...]) -> list[Launch]:
     """Every combination."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
@@ -92,8 +92,14 @@ def area(launch: Launch) -> int:
 # rows or more: the queries', and of dK and dV the keys', for which fewer queries waste less of the last tile.
 ATTENTION_LAUNCHES = [
     launch
-    for launch in launches(BLOCK_M=(32, 64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3))
-    if area(launch) <= 128 * 64
+    for launch in launches(
+        BLOCK_M=(32, 64, 128),
+        BLOCK_N=(32, 64, 128),
+        num_warps=(4, 8),
+        num_stages=(2, 3),
+        maxnreg=(None, 128),  # so few that two programs of eight warps fit on a processor
+    )
+    if area(launch) <= 128 * 64 and (launch["maxnreg"] is None or launch["num_warps"] == 8)
 ]
 LINEAR_LAUNCHES = [
     {**launch, "BLOCK_K": 64, "GROUP": 8}

@@ -27,6 +27,10 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that nobody has written holds NaN, or 77 where it is of integers, so that no test passes on
     what an allocator happened to hand out."""
 
+    # torch.device as a context remembers for good which functions make tensors: not those of this fixture.
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
+
     def filled(make):
         def call(*args, **kwargs):
             t = make(*args, **kwargs)

@@ -26,7 +26,7 @@ SETTINGS = operations.Settings(
     torch.device("cpu"), torch.float32, repeats=1, bounds=operations.Bounds(20.0, 0.1)
 )
 SHAPE = attention.Shape(batch_size=1, num_tokens=5, num_prompts=3, num_heads=1, head_dim=16)
-SMALL = [dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)]
+SMALL = [dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1, maxnreg=None)]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_a_candidate_is_what_the_kernel_is_launched_with(launched: list[dict[str
 
 def test_each_candidate_is_built_by_one_of_the_processes(launched: list[dict[str, Any]]) -> None:
     target = attention_target("forward")
-    two = [*SMALL, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)]
+    two = [*SMALL, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1, maxnreg=None)]
     launched.clear()
     for part in range(2):
         tune.build(lambda: [target._replace(candidates=two)], part, 2)
@@ -97,7 +97,7 @@ def test_each_candidate_is_built_by_one_of_the_processes(launched: list[dict[str
 
 
 def test_a_candidate_that_cannot_be_built_stops_no_other(launched: list[dict[str, Any]]) -> None:
-    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1)  # no power of two
+    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1, maxnreg=None)  # no power of two
     target = attention_target("forward")._replace(candidates=[refused, *SMALL])
     launched.clear()
     tune.build(lambda: [target], 0, 1)
@@ -122,7 +122,7 @@ def test_without_groups_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_cannot_be_launched_costs_no_other_its_turn() -> None:
-    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1)  # no power of two
+    refused = dict(BLOCK_M=16, BLOCK_N=24, num_warps=4, num_stages=1, maxnreg=None)  # no power of two
     target = attention_target("forward")._replace(candidates=[refused, *SMALL])
     recorded, failed, other = tune.measure_target(target, SETTINGS)
     assert failed.error is not None and failed.ms is None and not failed.exact

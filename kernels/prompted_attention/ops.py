@@ -32,13 +32,13 @@ class Tiles(NamedTuple):
     max_registers: int | None = None
 
     @property
-    def launch(self) -> dict[str, int]:
+    def launch(self) -> dict[str, int | None]:
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            **({} if self.max_registers is None else {"maxnreg": self.max_registers}),
+            "maxnreg": self.max_registers,
         }
 
 
