@@ -29,7 +29,7 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # torch.device as a context remembers for good which functions make tensors: not those of this fixture.
     with torch.device("meta"):
-        assert torch.empty(1).is_meta
+        torch.empty(1)
 
     def filled(make):
         def call(*args, **kwargs):
