@@ -139,6 +139,12 @@ def test_memory_policy_is_checked_when_it_is_changed():
         model.memory = "recompute"
 
 
+def test_frozen_weights_that_want_a_gradient_are_refused():
+    model = PromptedConvNet(convnet("resnet10t"), 5, 3).requires_grad_(True)
+    with pytest.raises(ValueError, match="got frozen weights with requires_grad True"):
+        model(torch.randn(1, 3, *model.image_size))
+
+
 def test_backbone_in_16_bits_is_refused_where_its_first_convolution_is_trained():
     plain = convnet("resnet10t").bfloat16()
     message = "backbone: got one in torch.bfloat16 with prompt_location='concat-channel'"

@@ -168,6 +168,17 @@ def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
     assert model.memory == "exact"
 
 
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_frozen_weights_that_want_a_gradient_are_refused(kind, backbone) -> None:
+    model = kind(backbone(), 5, 5)
+    images = torch.randn(1, model.backbone.in_chans, *model.image_size)
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="got frozen weights with requires_grad True"):
+        model(images)
+    with torch.no_grad():
+        assert model(images).shape == (1, 5)
+
+
 def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("built a backbone"))
     for bad in (dict(num_prompts=0), dict(num_prompts=1, pool="mean"), dict(num_prompts=1, backend="x")):

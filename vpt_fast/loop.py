@@ -108,6 +108,8 @@ def train(
 
         # The run folder: a new one, or one that this very recipe began.
         folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
+        if fresh:
+            world.from_main(folder.require_clearable)
         begun = None if fresh else world.from_main(folder.read)
         if begun:
             require_same_recipe(recipe, begun, folder)

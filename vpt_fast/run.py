@@ -150,6 +150,13 @@ class RunFolder:
                     (path / ".lock").unlink()
                     path.rmdir()
 
+    def require_clearable(self) -> None:
+        """Raises RunError where what `clear` would remove is somebody else's."""
+        if self.config.exists() and not any(f.exists() for f in (self.facts, self.metrics, self.checkpoint)):
+            raise RunError(
+                f"{self.config} is not of a run, none of whose other files are there; choose another --out"
+            )
+
     def clear(self) -> None:
         """Removes an earlier run where there is one, and nothing else that the folder may hold."""
         if not self.config.exists():

@@ -14,7 +14,7 @@ from typing import Any
 from vpt_fast.data import TASKS
 from vpt_fast.parameters import PAPER_TOTALS
 from vpt_fast.published import BACKBONE, PUBLISHED, Published, published_of
-from vpt_fast.recipe import Recipe
+from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run import RunFolder
 
 FORMATS = ("markdown", "csv", "latex")
@@ -84,6 +84,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             entries[key] = entry
         elif "val_accuracy" in results:
             config = Recipe.from_yaml(RunFolder(path).config).to_dict()
+            if config["task"] == SEGMENTATION:
+                raise ValueError(f"{path}: is a run of segmentation; tables are of classification")
             facts = _read(RunFolder(path).facts, "parameters")
             _require(path / "results.json", results, "test_accuracy")
             key = (config["backbone"], config["method"], _task(config))

@@ -181,6 +181,14 @@ def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
     assert train(recipe, tmp_path / "run").metrics == old.metrics
 
 
+def test_fresh_removes_nothing_that_is_not_of_a_run(recipe, tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "config.yaml").write_text("mine: yes\n")
+    with pytest.raises(RunError, match=r"config\.yaml is not of a run"):
+        train(recipe, tmp_path, fresh=True)
+    assert (tmp_path / "prompts").is_dir() and (tmp_path / "config.yaml").read_text() == "mine: yes\n"
+
+
 def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path):
     train(recipe, tmp_path / "run")
     with pytest.raises(RunError, match=r"base_lr \(0.5 there, 1.0 now\), epochs|epochs .*base_lr"):

@@ -183,6 +183,14 @@ def test_runs_that_differ_in_more_are_refused(run):
         read_entries(folders)
 
 
+def test_run_of_segmentation_is_refused(run):
+    folder = run("scenes", test_accuracy=0.8)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": "segmentation"}))
+    with pytest.raises(ValueError, match="scenes: is a run of segmentation"):
+        read_entries([folder])
+
+
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
     assert entries == [] and "not finished" in notes[0]

@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_input
 
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 from vpt_fast.engine.plan import Read
+from vpt_fast.engine.weights import require_frozen
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -53,6 +54,7 @@ class FrozenConv2d(nn.Module):
         self.conv = conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        require_frozen(self.conv.weight)
         return _FrozenConvolution.apply(x, self.conv)
 
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
-from vpt_fast.engine.weights import BlockSpec, BlockWeights
+from vpt_fast.engine.weights import BlockSpec, BlockWeights, require_frozen
 from vpt_fast.kernels import Backend, Ops
 from vpt_fast.kernels.mlp.reference import PACKED
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
@@ -223,7 +223,11 @@ class FrozenBlock(nn.Module):
 
         Returns:
             (B, R, d), with an update.
+
+        Raises:
+            ValueError: the weights require a gradient.
         """
+        require_frozen(self.qkv_weight)
         base, update = stream
         num_tokens, device_type = stream.num_tokens, base.device.type
         differentiable = base if update is None else update

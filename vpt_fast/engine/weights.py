@@ -19,6 +19,15 @@ from typing import NamedTuple
 import torch
 
 
+def require_frozen(weight: torch.Tensor) -> None:
+    """Raises ValueError where a gradient of a frozen weight is asked for, which nothing here forms."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
+            "requires_grad_(False) on model.backbone, or a method that trains the backbone (docs/methods.md)"
+        )
+
+
 @dataclass(frozen=True)
 class NormParts:
     """A normalisation layer as it stands in a checkpoint.
