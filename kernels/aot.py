@@ -30,6 +30,9 @@ SHARED_OVERHEAD = 1024
 
 # "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;": the name of the instruction is what is wanted.
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+# What waits for wgmma, and a product in Triton's own language that becomes wgmma.
+WGMMA_WAIT = "WARPGROUP.DEPBAR.LE"
+PRODUCT = re.compile(r"ttng\.warp_group_dot ")
 WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
 
 
@@ -48,6 +51,8 @@ class Resources:
         tmem_columns: tensor memory of one program; 0 but on sm_100.
         wgmma, tcgen05, mma_sync: matrix instructions of sm_90 (HGMMA), sm_100 (UTCHMMA) and of all (HMMA), as
             written in its code. Products in float32 ("ieee") have none of them.
+        serialized: whether each of its wgmma is waited for before the next begins, though products have
+            several: ptxas does so where it must move accumulators in between, and says no more than a remark.
         global_loads: how many of its loads from global memory are so many bits wide, per thread. Those of
             TMA are not among them.
     """
@@ -60,6 +65,7 @@ class Resources:
     wgmma: int
     tcgen05: int
     mma_sync: int
+    serialized: bool
     global_loads: dict[int, int]
 
     def problems(self, build: Build, arch: int) -> list[str]:
@@ -105,6 +111,9 @@ def measure(build: Build, arch: int) -> Resources:
         wgmma=count["HGMMA"],
         tcgen05=count["UTCHMMA"],
         mma_sync=count["HMMA"],
+        serialized=(
+            instructions.get(WGMMA_WAIT, 0) >= count["HGMMA"] > len(PRODUCT.findall(compiled.asm["ttgir"]))
+        ),
         global_loads=dict(sorted(global_loads.items())),
     )
 

@@ -47,6 +47,7 @@ COLUMNS = (
     "wgmma",
     "tcgen05",
     "mma_sync",
+    "serialized",
     "global_loads",
     "problems",
 )

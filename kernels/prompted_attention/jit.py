@@ -10,7 +10,7 @@ tokens and then the prompts whose output is read, if any, and its keys are its o
 prompts, so that tiles of the bias start where its rows do, at multiples of 16 bytes. Without, an image is one
 sequence.
 
-Backward reads two numbers of each row, its terms (.., rows, 2) in float32: lse · log2 e, which is what
+Backward reads two numbers of each row, its terms (.., 2, rows) in float32: lse · log2 e, which is what
 exp2 wants, and δ. They are one tensor because a tile of 64 rows of it has as many numbers as four warps have
 threads: a tile of fewer Triton 3.6 does not share, and each thread copies for itself all that it needs.
 
@@ -101,14 +101,15 @@ def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.conste
 def store_terms(
     terms, lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr
 ):
-    """Of rows that stand at `statistics`. Gives the first term of each."""
+    """Of rows of one head that stand at `statistics`. Gives the first term of each."""
     if WINDOWS:
         # A prompt's output is the mean over the windows, so that each gets a W-th of its gradient:
         # exp(S - lse - log W) is P / W.
         lse += tl.where(rows < num_rows - num_fresh, 0.0, tl.log(num_windows.to(tl.float32)))
     first = lse * LOG2_E
-    tl.store(terms + 2 * statistics, first, mask=rows_exist)
-    tl.store(terms + 2 * statistics + 1, delta, mask=rows_exist)
+    _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
+    tl.store(terms + statistics, first, mask=rows_exist)
+    tl.store(terms + rows_of_lse + statistics, delta, mask=rows_exist)
     return first
 
 
@@ -347,8 +348,8 @@ def grad_q_kernel(
             terms, row_lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS
         )
     else:
-        lse2 = tl.load(terms + 2 * statistics, mask=rows_exist, other=0.0)
-        delta = tl.load(terms + 2 * statistics + 1, mask=rows_exist, other=0.0)
+        lse2 = tl.load(terms + statistics, mask=rows_exist, other=0.0)
+        delta = tl.load(terms + rows_of_lse + statistics, mask=rows_exist, other=0.0)
 
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
@@ -447,6 +448,7 @@ def grad_kv_kernel(
     q += image * stride_qb + head * stride_qh
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
+    planes = tl.arange(0, 2)[:, None] * rows_of_lse
     dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dk2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
@@ -457,8 +459,8 @@ def grad_kv_kernel(
         places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
         q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
         g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
-        row_terms = terms + 2 * statistics[:, None] + tl.arange(0, 2)[None, :]
-        lse2, delta = tl.split(tl.load(row_terms, mask=rows_exist[:, None], other=0.0))
+        row_terms = tl.load(terms + planes + statistics[None, :], mask=rows_exist[None, :], other=0.0)
+        lse2, delta = tl.split(tl.trans(row_terms))
 
         scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (BLOCK_N, BLOCK_M)
         if WINDOWS:

@@ -89,7 +89,7 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
         wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 2)}
         return Tiles(64, 64, 4, 3) if head_dim < 64 else wide.get(head_dim, Tiles(32, 32, 4, 3))
     if arch == 90:
-        return Tiles(64 if head_dim <= 80 else 32, 64, 4, 3)
+        return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3)
     return Tiles(64, 64, 8 if head_dim > 32 else 4, 3)
 
 
@@ -401,7 +401,8 @@ def _attention_backward(
 
 def empty_terms(lse: torch.Tensor) -> torch.Tensor:
     """Where the rows' terms go: see `jit`."""
-    return lse.new_empty((*lse.shape, 2))
+    batch, num_heads, num_rows = lse.shape
+    return lse.new_empty((batch, num_heads, 2, num_rows))
 
 
 def empty_per_image(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:

@@ -341,7 +341,7 @@ def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
 
 
 def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
-    """The rows' terms as if prompts had one row for all windows, (B, H, N + f, 2).
+    """The rows' terms as if prompts had one row for all windows, (B, H, 2, N + f).
 
     Between prompts S is the same in every window w, so that with t_w = lse_w + log W the weights of the mean
     output are
@@ -350,13 +350,13 @@ def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torc
 
     and the sum of the dS_w is exp(S - l) ∘ (dO Vᵀ - Σ δ_w softmax(-t)_w).
     """
-    num_tokens = terms.shape[2] - num_windows * num_fresh
-    in_windows = terms[:, :, num_tokens:].unflatten(2, (num_windows, num_fresh))  # (B, H, W, f, 2)
-    exponents, deltas = in_windows.unbind(-1)
+    num_tokens = terms.shape[3] - num_windows * num_fresh
+    in_windows = terms[..., num_tokens:].unflatten(3, (num_windows, num_fresh))  # (B, H, 2, W, f)
+    exponents, deltas = in_windows.unbind(2)
     t = exponents * math.log(2)
     exponent = torch.logsumexp(-t, dim=2) / -math.log(2)
     delta = (deltas * torch.softmax(-t, dim=2)).sum(2)
-    return torch.cat((terms[:, :, :num_tokens], torch.stack((exponent, delta), dim=-1)), dim=2)
+    return torch.cat((terms[..., :num_tokens], torch.stack((exponent, delta), dim=2)), dim=3)
 
 
 def builds(arch: int) -> list[Build]:

@@ -38,7 +38,7 @@ def test_every_kernel_is_clean(arch, tmp_path):
     assert [row for row in json.loads(file.read_text())["rows"] if row["problems"]] == []
 
 
-def test_attention_in_16_bits_leaves_room_for_a_second_program(tmp_path):
+def test_attention_in_16_bits_leaves_room_for_a_second_program_and_waits_once_a_product(tmp_path):
     file = tmp_path / "rows.json"
     run("-m", "vpt_fast.kernels.report", "--arch", 90, "--jobs", 2, "--filter", "16 D", "--json", file)
     rows = [row for row in json.loads(file.read_text())["rows"] if "rotate" not in row["kernel"]]
@@ -46,6 +46,8 @@ def test_attention_in_16_bits_leaves_room_for_a_second_program(tmp_path):
         *("attention_forward_kernel", "terms_kernel", "grad_q_kernel", "grad_kv_kernel")
     }
     assert [(row["kernel"], row["config"]) for row in rows if row["programs"] < 2] == []
+    alone = [(row["kernel"], row["config"]) for row in rows if row["serialized"]]
+    assert [config for _, config in alone if "windows" not in config] == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_json_has_what_it_was_built_with_and_every_column(faulty):
     told = {"kernel", "config", "num_warps", "num_stages", "wgmma_wanted", "shared_limit", "problems"}
     assert set(faulty.rows["does not compile"]) == told
     read = {"registers", "spill_bytes", "shared_bytes", "programs", "tmem_columns", "global_loads"}
-    assert set(faulty.rows["64x32"]) == told | read | {"wgmma", "tcgen05", "mma_sync"}
+    assert set(faulty.rows["64x32"]) == told | read | {"wgmma", "tcgen05", "mma_sync", "serialized"}
 
 
 def test_spilled_bytes_are_those_that_the_assembler_says_it_stores(faulty):
