@@ -61,7 +61,7 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     widest_in_128_rows = {80: 32, 90: 64, 100: 128}[arch]
     if (num_rows <= 64 and head_dim <= 64) or head_dim > widest_in_128_rows:
         return Tiles(64, 64, 4, 3)
-    # Of its own accord the assembler takes one or five more here and there, and a second program has no room.
+    # Left to itself the assembler takes up to five more, and a second program has no room.
     return Tiles(128, 64, 8, 3, max_registers=128 if arch == 90 else None)
 
 
