@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vpt_fast.data import export_digits
 from vpt_fast.inference import evaluate_run
@@ -87,7 +87,8 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
     plot_comparison(curves, {name: found["test_accuracy"] for name, found in results.items()}, plot)
     write(results_file, (json.dumps(results, indent=2) + "\n").encode())
 
-    table = Table("method", "epochs", "stored parameters", "test accuracy", "images/s", "run folder")
+    folder = Column("run folder", overflow="fold")  # a path cut short leads nowhere
+    table = Table("method", "epochs", "stored parameters", "test accuracy", "images/s", folder)
     for name, found in results.items():
         table.add_row(
             name,
