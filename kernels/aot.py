@@ -145,9 +145,7 @@ def compile_build(build: Build, arch: int) -> Any:
         constexprs=dict(build.constexprs),
         attrs={(arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
     )
-    options = {
-        "num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.max_registers
-    }  # fmt: skip
+    options = dict(num_warps=build.num_warps, num_stages=build.num_stages, maxnreg=build.max_registers)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

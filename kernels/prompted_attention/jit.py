@@ -99,15 +99,15 @@ def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.conste
 
 @triton.jit
 def store_terms(
-    terms, lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr
-):
-    """Of rows of one head that stand at `statistics`. Gives the first term of each."""
+    terms, rows_of_lse, lse, delta, rows, rows_exist, statistics, num_tokens, num_windows,
+    WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Of rows that stand at `statistics` in the `rows_of_lse` of their head. Gives the first term of each."""
     if WINDOWS:
         # A prompt's output is the mean over the windows, so that each gets a W-th of its gradient:
         # exp(S - lse - log W) is P / W.
-        lse += tl.where(rows < num_rows - num_fresh, 0.0, tl.log(num_windows.to(tl.float32)))
+        lse += tl.where(rows < num_tokens, 0.0, tl.log(num_windows.to(tl.float32)))
     first = lse * LOG2_E
-    _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     tl.store(terms + statistics, first, mask=rows_exist)
     tl.store(terms + rows_of_lse + statistics, delta, mask=rows_exist)
     return first
@@ -304,8 +304,9 @@ def terms_kernel(
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     store_terms(
-        terms, row_lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS
-    )
+        terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_rows - num_fresh, num_windows,
+        WINDOWS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -345,8 +346,9 @@ def grad_q_kernel(
         o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
         delta = sum_rows(g1, g2, o1, o2, D2)
         lse2 = store_terms(
-            terms, row_lse, delta, rows, rows_exist, statistics, num_rows, num_windows, num_fresh, WINDOWS
-        )
+            terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_rows - num_fresh,
+            num_windows, WINDOWS,
+        )  # fmt: skip
     else:
         lse2 = tl.load(terms + statistics, mask=rows_exist, other=0.0)
         delta = tl.load(terms + rows_of_lse + statistics, mask=rows_exist, other=0.0)

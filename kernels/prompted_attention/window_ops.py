@@ -37,7 +37,8 @@ from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, W
 from vpt_fast.kernels.torch_op import torch_op
 
 # As in `ops`: what builds without spills and, on sm_90, with wgmma. A tile of 64 rows holds a window of 7x7
-# tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys.
+# tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys, and a third stage
+# of the forward pass is for sm_90 alone.
 
 
 def forward_tiles(dtype: torch.dtype, arch: int) -> Tiles:

@@ -38,16 +38,25 @@ def test_every_kernel_is_clean(arch, tmp_path):
     assert [row for row in json.loads(file.read_text())["rows"] if row["problems"]] == []
 
 
-def test_attention_in_16_bits_leaves_room_for_a_second_program_and_waits_once_a_product(tmp_path):
-    file = tmp_path / "rows.json"
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory):
+    """The rows of attention's kernels in 16 bits on sm_90, by kernel and config."""
+    file = tmp_path_factory.mktemp("attention") / "rows.json"
     run("-m", "vpt_fast.kernels.report", "--arch", 90, "--jobs", 2, "--filter", "16 D", "--json", file)
     rows = [row for row in json.loads(file.read_text())["rows"] if "rotate" not in row["kernel"]]
     assert {row["kernel"] for row in rows} == {
         *("attention_forward_kernel", "terms_kernel", "grad_q_kernel", "grad_kv_kernel")
     }
-    assert [(row["kernel"], row["config"]) for row in rows if row["programs"] < 2] == []
-    alone = [(row["kernel"], row["config"]) for row in rows if row["serialized"]]
-    assert [config for _, config in alone if "windows" not in config] == []
+    return {(row["kernel"], row["config"]): row for row in rows}
+
+
+def test_attention_in_16_bits_leaves_room_for_a_second_program(attention):
+    assert [place for place, row in attention.items() if row["programs"] < 2] == []
+
+
+def test_attention_without_windows_waits_once_a_product(attention):
+    serialized = [place for place, row in attention.items() if row["serialized"]]
+    assert [place for place in serialized if "windows" not in place[1]] == []
 
 
 @pytest.mark.parametrize(
