@@ -15,6 +15,10 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     assert "triton" not in sys.modules, "imported before its interpreter was asked for"
     os.environ["TRITON_INTERPRET"] = "1"
 
+    from bfloat16_interpreter import teach_bfloat16
+
+    teach_bfloat16()
+
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
         # (1 + tanh(z)) / 2 = sigmoid(2 z)
         s, ds = sigmoid(u + u * u * u * _TANH_CUBIC, 2.0 * _SQRT_2_OVER_PI, EXACT)
         value = u * s
-        slope = s + u * ds * ((1.0 + u * u * (3.0 * _TANH_CUBIC)) * (2.0 * _SQRT_2_OVER_PI))
+        square = tl.minimum(u * u, 1e30)  # ds, 0 long before, times infinity would not be 0
+        slope = s + u * ds * ((1.0 + square * (3.0 * _TANH_CUBIC)) * (2.0 * _SQRT_2_OVER_PI))
     elif KIND == "quick_gelu":
         s, ds = sigmoid(u, _QUICK_SLOPE, EXACT)
         value = u * s

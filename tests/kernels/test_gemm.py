@@ -11,7 +11,11 @@ from vpt_fast.kernels.mlp import gemm
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 OPS = torch.ops.vpt_fast
-DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
 # Leading shape of x, depth, columns: tails in every dimension, aligned or not, one row, one tile, groups
 SIZES = [
     ((1,), 16, 8),

@@ -18,7 +18,11 @@ pytestmark = [
 ]
 
 OPS = torch.ops.vpt_fast
-DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
 # h; the tensor's tail, a tail of each row, one element, more than one block
 SHAPES = [(3, 5, 7), (1, 1), (2, 16), (3, 2049), (2, 1, 1, 1, 3000)]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
@@ -58,7 +62,8 @@ def test_extreme_values_are_finite(kind, dtype):
     u = torch.tensor([-200.0, -88, -30, -12, -1e-3, 0, 1e-3, 12, 30, 88, 100, 200]).to(dtype)
     a, *_ = ops.activate(u, kind, pack=True)
     expected = activated(u.double(), kind)
-    assert torch.allclose(a.double(), expected, atol=1e-6, rtol=2e-3 if dtype == torch.float16 else 1e-6)
+    rtol = max(2 * torch.finfo(dtype).eps, 1e-6)
+    assert torch.allclose(a.double(), expected, atol=1e-6, rtol=rtol)
     grad_u = ops.activate_backward(torch.ones_like(a), u, None, kind)
     assert torch.isfinite(grad_u).all()
 
@@ -89,14 +94,16 @@ def finite_values(dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_within_units(got: torch.Tensor, exact: torch.Tensor, units: float) -> None:
-    """float16 results within so many units in the last place; one that is rounded right is within a half."""
-    unit = 2.0 ** (exact.abs().clamp(min=2.0**-14).log2().floor() - 10)
+    """16-bit results within so many units in the last place, where they are normal numbers of float16; one
+    that is rounded right is within a half."""
+    unit = 2.0 ** exact.abs().clamp(min=2.0**-14).log2().floor() * torch.finfo(got.dtype).eps
     assert ((got.double() - exact).abs() / unit).max() <= units
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ops.ELEMENTWISE)
-def test_every_float16_has_nearly_the_nearest_results(kind):
-    u = finite_values(torch.float16)
+def test_every_value_of_16_bits_has_nearly_the_nearest_results(kind, dtype):
+    u = finite_values(dtype)
     a, codes, _ = ops.activate(u, kind, pack=True)
     derivative = slope(u.double(), kind)
     assert_within_units(a, activated(u.double(), kind), 0.55)

@@ -12,7 +12,11 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 
 KINDS = ["layer", "rms"]
 OPS = torch.ops.vpt_fast
-DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
 SHAPES = [(50, 3), (300, 16), (2, 7, 64), (2, 3, 5, 80), (5, 768), (3, 1, 1280), (2, 4097), (1, 8192)]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
 

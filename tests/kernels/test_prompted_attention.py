@@ -10,7 +10,7 @@ from vpt_fast.kernels.prompted_attention import ops
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge
 SIZES = [

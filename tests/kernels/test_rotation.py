@@ -9,7 +9,11 @@ from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation import ops, reference
 
 IMPLEMENTATIONS = [pytest.param(reference.rotate_, id="torch"), pytest.param(ops.rotate_, id="triton")]
-DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")]
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16"),
+]
 
 
 def angles(patches: int, heads: int, head_dim: int) -> torch.Tensor:

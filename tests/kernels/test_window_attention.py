@@ -19,7 +19,7 @@ from window_attention_definition import (
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # B, W, T, m, f, H, D: windows of 7x7 and 12x12, one window, one token, no prompts, prompts that are read.
 # Images share their prompts in every other case.
