@@ -127,7 +127,12 @@ def add_bias(
 ):
     """S with what a window adds between its tokens number `queries` and `keys`, two index tensors that
     broadcast to S; those past the last are prompts' or nobody's. Columns of the bias past the last are zero,
-    and the mask lets whole vectors of them through."""
+    and the mask lets whole vectors of them through.
+
+    An fma by 1 is the sum, and Triton leaves it alone. S + bias it would make a product that starts from the
+    bias, whose registers are then written while the product of the tile before is still under way, and ptxas
+    would let no two products be.
+    """
     between = tl.load(
         bias + queries * stride_bias + keys, mask=(queries < num_queries) & (keys < stride_bias), other=0.0
     )
@@ -136,7 +141,7 @@ def add_bias(
         key_regions = tl.load(regions + keys, mask=keys < window_size, other=0)
         are_tokens = (queries < num_queries) & (keys < window_size)
         between += tl.where(are_tokens & (query_regions != key_regions), APART, 0.0)
-    return scores + between
+    return tl.fma(scores, 1.0, between)
 
 
 @triton.jit

@@ -54,9 +54,8 @@ def test_attention_in_16_bits_leaves_room_for_a_second_program(attention):
     assert [place for place, row in attention.items() if row["programs"] < 2] == []
 
 
-def test_attention_without_windows_waits_once_a_product(attention):
-    serialized = [place for place, row in attention.items() if row["serialized"]]
-    assert [place for place in serialized if "windows" not in place[1]] == []
+def test_attention_waits_once_a_product(attention):
+    assert [place for place, row in attention.items() if row["serialized"]] == []
 
 
 @pytest.mark.parametrize(
