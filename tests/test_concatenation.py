@@ -21,6 +21,7 @@ from tiny import random_batch, randomise, tiny_vit
 from torch import nn
 
 from vpt_fast import LinearProbe, PromptedViT
+from vpt_fast.engine import block as frozen_block
 
 NUM_CLASSES = 5
 TOLERANCE = 1e-9  # relative, in float64
@@ -288,6 +289,27 @@ def test_prompt_dropout(location: str, per: str) -> None:
         torch.manual_seed(0)  # both draw one mask a prompted block, in order
         results.append(step(model, images, labels))
     assert relative_error(results[0].logits, results[1].logits) < TOLERANCE
+    for name, gradient in results[1].gradients.items():
+        assert relative_error(results[0].gradients[name], gradient) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("pool", ["cls", "image_and_prompts"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_blocks_that_run_again_a_few_images_at_a_time(
+    layers: str, pool: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen_block, "ROWS_AT_ONCE", 34)
+    # Of the five a few at a time, and what is left: without and with prompts that flow on.
+    assert [frozen_block.images_at_once(5, num_tokens) for num_tokens in (17, 21)] == [3, 2]
+    settings = LAYERS[layers] | {"num_prompts": 4, "pool": pool, "prompt_dropout": dropout}
+    prompted, concatenated = prompted_and_concatenated(tiny_vit(depth=4), **settings)
+    prompted.memory = "recompute"
+    images, labels = random_batch(prompted, 5, NUM_CLASSES)
+    results = []
+    for model in (prompted.train(), concatenated.train()):
+        torch.manual_seed(0)  # both draw one mask a prompted block, in order
+        results.append(step(model, images, labels))
     for name, gradient in results[1].gradients.items():
         assert relative_error(results[0].gradients[name], gradient) < TOLERANCE, name
 

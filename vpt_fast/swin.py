@@ -129,8 +129,11 @@ class PromptedSwin(PromptedClassifier):
                 prompts = sets[index]
             rows = self._rows(index)
             num_fresh = rows[1] - block.num_tokens
-            stream, flowed = block(stream, prompts, rows, policy).split(num_fresh)
-            prompts = flowed.sum() if num_fresh else None
+            stream, prompts = block(stream, prompts, rows, policy), None
+            if num_fresh:
+                stream, flowed = stream.split(num_fresh)
+                prompts = flowed.sum()
+                del flowed  # a view, which would hold this block's output while the next one runs
         tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
         return self._features(read)

@@ -13,6 +13,7 @@ from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch.profiler import ProfilerActivity, profile
 
 from vpt_fast import PromptedSwin, PromptedViT
+from vpt_fast.engine import block
 from vpt_fast.engine.policy import POLICIES
 
 CLASSES, BATCH = 5, 4
@@ -60,6 +61,16 @@ def test_estimate_is_within_a_tenth_of_the_peak(memory: str, variant: dict) -> N
     options = {"backend": "triton", "dtype": torch.bfloat16, **variant}
     vit = tiny_vit(dtype=torch.float32, **VIT)
     assert_estimated(PromptedViT(vit, CLASSES, 20, memory=memory, **options))
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_estimate_of_a_few_images_at_a_time(variant: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"backend": "triton", "dtype": torch.bfloat16, "memory": "recompute", **variant}
+    model = PromptedViT(tiny_vit(dtype=torch.float32, **VIT), CLASSES, 20, **options)
+    at_once = model.train().estimate_training_bytes(BATCH)["workspace"]
+    monkeypatch.setattr(block, "ROWS_AT_ONCE", 197)
+    assert model.estimate_training_bytes(BATCH)["workspace"] < 0.8 * at_once
+    assert_estimated(model)
 
 
 @pytest.mark.parametrize("memory", POLICIES)

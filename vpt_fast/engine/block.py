@@ -300,11 +300,9 @@ class _FrozenBlockFunction(torch.autograd.Function):
         num_weights = len(BlockWeights._fields)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
+        run_backward = _backward_anew if call.policy.recompute_block else _backward
         with _without_autocast(grad.device.type):
-            if call.policy.recompute_block:
-                stream = Stream(kept.tokens)
-                kept = _enter(stream, kept.prompts, rotation, weights, call, _Keep.ALL, activate=False)[-1]
-            grads = _backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
+            grads = run_backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
         grad_tokens, grad_prompts = grads
         grads = (None, grad_tokens) if ctx.has_update else (grad_tokens, None)
         return *grads, grad_prompts, *(None for _ in range(4 + num_weights))
@@ -521,6 +519,52 @@ def _backward(
         )
         if call.num_fresh_rows:
             grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
+    return grad_tokens, grad_prompts
+
+
+ROWS_AT_ONCE = 4096
+"""Tokens that a recomputed block forms anew at a time, at least. Fewer would leave multiprocessors of a large
+GPU idle in the narrowest product: 4096 x 768 are 192 tiles of 128 x 128, for an H100's 132."""
+
+
+def images_at_once(batch_size: int, num_tokens: int) -> int:
+    """How many images of a batch, of so many tokens each, a recomputed block takes at a time."""
+    parts = max(1, batch_size * num_tokens // ROWS_AT_ONCE)
+    return max(1, -(-batch_size // parts))
+
+
+def _backward_anew(
+    grad: torch.Tensor,
+    kept: _Kept,
+    rotation: Rotation | None,
+    w: BlockWeights,
+    call: _Call,
+    grad_prompts_wanted: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`_backward` where only the block's input was kept. All else is formed anew of a few images at a time: of
+    a large batch at once it would be more than what all blocks keep."""
+    tokens, prompts = kept.tokens, kept.prompts
+    assert tokens is not None
+    batch_size = tokens.shape[0]
+    at_once = images_at_once(batch_size, tokens.shape[1])
+
+    def run(images: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        own = prompts if prompts is None or prompts.shape[0] == 1 else prompts[images]
+        formed = _enter(Stream(tokens[images]), own, rotation, w, call, _Keep.ALL, activate=False)[-1]
+        return _backward(grad[images], formed, rotation, w, call, grad_prompts_wanted)
+
+    if at_once >= batch_size:
+        return run(slice(None))
+    grad_tokens = tokens.new_empty(tokens.shape, dtype=call.grad_dtype) if call.grad_tokens else None
+    grad_prompts = torch.zeros_like(prompts) if grad_prompts_wanted else None
+    for start in range(0, batch_size, at_once):
+        images = slice(start, start + at_once)
+        of_tokens, of_prompts = run(images)
+        if grad_tokens is not None:
+            grad_tokens[images] = of_tokens
+        del of_tokens
+        if grad_prompts is not None:
+            grad_prompts[images if prompts.shape[0] > 1 else slice(None)] += of_prompts
     return grad_tokens, grad_prompts
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.block import FrozenBlock, images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.kernels.mlp.reference import PACKED
 
@@ -183,18 +183,22 @@ def workspace_bytes(
     size = dtype.itemsize
     attn_dim = block.spec.num_heads * block.spec.head_dim
     hidden_dim, embed_dim = block.fc1_weight.shape
-    num_rows = batch_size * (rows[1] - rows[0])
+    num_rows = rows[1] - rows[0]
     packed = grad_tokens and rows == (0, num_tokens)
     copies, m = prompt_shape or (0, 0)
 
-    # Gradients of the block's input and output; of the MLP's hidden layer; of attention's output, queries,
-    # keys and values.
-    tokens, grad = batch_size * num_tokens * embed_dim * size, num_rows * embed_dim * size
-    hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
-    out = num_rows * attn_dim * size
-    qkv = out + batch_size * num_tokens * 2 * attn_dim * size if grad_tokens else 0
+    # Gradients of the block's output and input, of all images.
+    given, result = batch_size * num_rows * embed_dim * size, batch_size * num_tokens * embed_dim * size
+    # Of those images that backward takes at a time, the same, and of the MLP's hidden layer; of attention's
+    # output, queries, keys and values.
+    images = images_at_once(batch_size, num_tokens) if policy.recompute_block else batch_size
+    tokens, grad = images * num_tokens * embed_dim * size, images * num_rows * embed_dim * size
+    hidden = images * num_rows * hidden_dim * size
+    activated = images * num_rows * block.fc2_weight.shape[1] * size
+    out = images * num_rows * attn_dim * size
+    qkv = out + images * num_tokens * 2 * attn_dim * size if grad_tokens else 0
     # Prompts that all images share get one from each of them first.
-    parts = batch_size * m * 2 * attn_dim * size
+    parts = images * m * 2 * attn_dim * size
     prompt_kv = 0 if copies == 1 else parts
 
     # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
@@ -218,11 +222,17 @@ def workspace_bytes(
         )
     if policy.recompute_block:
         formed = kept_bytes(
-            block, prompt_shape=prompt_shape, grad_tokens=grad_tokens, policy=MemoryPolicy(), **call
+            block,
+            prompt_shape=prompt_shape and (min(copies, images), m),
+            grad_tokens=grad_tokens,
+            policy=MemoryPolicy(),
+            **call | {"batch_size": images},
         )
         mlp += formed
         attention += formed - (hidden + grad)  # u and x̂ of the MLP are no longer there
-    return max(forward_bytes(block, policy=policy, **call), grad + mlp, grad + attention)
+    if images < batch_size and grad_tokens:
+        given += result
+    return max(forward_bytes(block, policy=policy, **call), given + mlp, given + attention)
 
 
 def _residual_size(dtype: torch.dtype, residual_dtype: torch.dtype | None) -> int:
