@@ -541,8 +541,8 @@ def _backward_anew(
     call: _Call,
     grad_prompts_wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`_backward` where only the block's input was kept. All else is formed anew of a few images at a time: of
-    a large batch at once it would be more than what all blocks keep."""
+    """`_backward` where only the block's input was kept. All else is formed anew of a few images at a time:
+    of a large batch at once it would be more than what all blocks keep."""
     tokens, prompts = kept.tokens, kept.prompts
     assert tokens is not None
     batch_size = tokens.shape[0]
