@@ -54,13 +54,18 @@ def check_arguments(
     Raises:
         ValueError: an argument out of range or not supported; the message names it.
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
+    check_count("num_classes", num_classes)
     if pool not in (None, *POOLS):
         raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
     if dtype is not None:
         _check_dtype(dtype, " or None")
     get_backend(backend, attention)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError for what is no whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, want a whole number from 1")
 
 
 def _check_dtype(dtype: Any, otherwise: str = "") -> None:
@@ -173,7 +178,20 @@ class TunedModel(nn.Module, metaclass=_Built):
                 module.hold_weights_in(dtype)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step with a batch of this size takes at the model's own image size."""
+        """The memory that a training step takes at the model's own image size: counted, or where blocks are
+        timm's own estimated, see `cost.TrainingBytes`.
+
+        Args:
+            batch_size: images a step.
+
+        Raises:
+            ValueError: batch_size is not a whole number from 1.
+        """
+        check_count("batch_size", batch_size)
+        return self._training_bytes(batch_size)
+
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """What `estimate_training_bytes` gives."""
         raise NotImplementedError
 
     @property
@@ -529,7 +547,7 @@ class TunedClassifier(TunedModel):
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         wanted = sorted({*blocks} & {*range(self.num_blocks)})
-        if not blocks or list(blocks) != wanted:
+        if not blocks or list(blocks) != wanted or not all(type(index) is int for index in blocks):
             raise ValueError(
                 f"blocks: got {list(blocks)}, want rising block indices from 0 to {self.num_blocks - 1}"
             )
@@ -628,12 +646,22 @@ class PromptedClassifier(FrozenClassifier):
         Args:
             batch_size: images a step.
             num_tokens: N; None for the model's own image size.
+
+        Raises:
+            ValueError: one of them is not a whole number from 1.
         """
+        check_count("batch_size", batch_size)
+        if num_tokens is not None:
+            check_count("num_tokens", num_tokens)
+        return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
+
+    def _policy_name(self, batch_size: int, num_tokens: int) -> str:
+        """`memory_policy`, for a batch without images too, and for sizes that a compiler stands in for."""
         if self.memory != "auto":
             return self.memory
         if not torch.is_grad_enabled():
             return "exact"  # nothing is kept
-        key = (batch_size, num_tokens or self.backbone.num_tokens, self._compute_dtype)
+        key = (batch_size, num_tokens, self._compute_dtype)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
@@ -650,15 +678,11 @@ class PromptedClassifier(FrozenClassifier):
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in the dtype in force (the
-        model's own, or autocast's) and under its memory policy.
-
-        Args:
-            batch_size: images a step.
-        """
-        policy = POLICIES[self.memory_policy(batch_size)]
-        kept, workspace = self._step_bytes(batch_size, self.backbone.num_tokens, self._compute_dtype, policy)
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """In the dtype in force (the model's own, or autocast's) and under the model's memory policy."""
+        num_tokens = self.backbone.num_tokens
+        policy = POLICIES[self._policy_name(batch_size, num_tokens)]
+        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(

@@ -120,7 +120,7 @@ class PromptedSwin(PromptedClassifier):
         with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
             stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
-        policy = POLICIES[self.memory_policy(batch)]
+        policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
         sets = self._prompt_sets(batch)
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):

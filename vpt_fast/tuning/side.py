@@ -82,8 +82,8 @@ class SideTuning(FrozenClassifier):
         alpha = self.alpha.sigmoid()
         return alpha * base + (1 - alpha) * self.side(images.to(self.head.weight.dtype))
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """An estimate of the memory that a training step takes at the model's own image size."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate."""
         # Of AlexNet's first convolution, the largest: output, kept once for the ReLU in place and the pool;
         # all the others together keep about as much again.
         height, width = self.image_size
