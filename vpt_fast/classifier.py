@@ -519,7 +519,8 @@ class TunedClassifier(TunedModel):
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
-        more: the same in every epoch, so that it may be computed once."""
+        more: the same in every epoch, so that it may be computed once. It has a gradient where the images
+        want one."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -609,6 +610,12 @@ class FrozenClassifier(TunedClassifier):
 
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
+
+    @staticmethod
+    def _below_what_is_trained(images: torch.Tensor) -> torch.set_grad_enabled:
+        """Within it autograd records what stands below all that is trained only where the images want a
+        gradient."""
+        return torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled())
 
 
 class PromptedClassifier(FrozenClassifier):

@@ -84,11 +84,11 @@ class PartialTuning(FrozenClassifier):
     def feature_shape(self) -> tuple[int, ...]:
         return (self.backbone.num_tokens, self.embed_dim)
 
-    @torch.no_grad()
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
         self._check_images(images)
-        return self.backbone.run_folded(images, Read.TOKENS)
+        with self._below_what_is_trained(images):
+            return self.backbone.run_folded(images, Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits
