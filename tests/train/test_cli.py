@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -303,6 +306,25 @@ def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
     result = command(*train_arguments(color_images, tmp_path / "run"))
     assert result.exit_code == 130
     assert "Stopped after epoch 1 of 6; the same command goes on from there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["sweep", "--over=base_lr=0.1", "--seeds=1"]], ids=lambda a: a[0]
+)
+def test_work_goes_on_to_its_end_where_nobody_reads_the_output(arguments, color_images, tmp_path):
+    flags = ["--backbone=test_vit", "--no-pretrained", "--method=linear", "--epochs=2", "--device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vpt_fast.cli", *arguments, *flags, f"--data={color_images}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    process.stdout.close()  # what `| head` does when it has its lines
+    assert (process.stderr.read(), process.wait(timeout=300)) == ("", 0)
+    (results,) = (tmp_path / "runs").glob("*/results.json")
+    assert "accuracy" in results.read_text()
 
 
 def test_debug_shows_the_traceback(command, tmp_path):
