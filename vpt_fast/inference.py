@@ -65,6 +65,8 @@ class LoadedRun:
         if (run / LABELS_FILE).exists():
             folder = run
         elif not folder.exists() and RunFolder(run).config.exists():
+            if RunFolder(run).checkpoint.exists():
+                raise RunError(f"{folder} is gone; the command that trained the run writes it again")
             raise RunError(f"the run in {run} has not completed an epoch yet")
         labels = Labels.read(folder)
         chosen = find_device(device)

@@ -190,6 +190,13 @@ def test_eval_on_other_classes_is_refused(command, run, images):
     assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
 
 
+def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, color_images, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("prompts"))
+    result = command("eval", moved, "--data", color_images)
+    assert result.exit_code == 2
+    assert f"{moved / 'prompts'} is gone; the command that trained the run writes it again" in result.stderr
+
+
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
     assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
