@@ -257,7 +257,7 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
-        with _without_autocast(device_type):
+        with without_autocast(device_type):
             output, _ = _forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 
@@ -280,7 +280,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = _rotation(sin, cos, start)
         w = BlockWeights(*weights).to(call.dtype)
-        with _without_autocast(base.device.type):
+        with without_autocast(base.device.type):
             output, kept = _forward(Stream(base, update), prompts, rotation, w, call, keep=True)
         ctx.call, ctx.start, ctx.has_update = call, start, update is not None
         ctx.mark_non_differentiable(output.base)
@@ -301,7 +301,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
         run_backward = _backward_anew if call.policy.recompute_block else _backward
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             grads = run_backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
         grad_tokens, grad_prompts = grads
         grads = (None, grad_tokens) if ctx.has_update else (grad_tokens, None)
@@ -726,15 +726,20 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager:
     """The block casts by itself what is to be cast."""
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # which takes no time
 
 
+def _is_autocast(device_type: str) -> bool:
+    # PyTorch raises where it is asked for a device without autocast: that of tensors without values.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: the weights' own, or autocast's, which leaves float64 alone."""
-    if torch.is_autocast_enabled(device_type) and weight_dtype != torch.float64:
+    if _is_autocast(device_type) and weight_dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return weight_dtype
