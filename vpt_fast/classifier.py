@@ -177,6 +177,17 @@ class TunedModel(nn.Module, metaclass=_Built):
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
 
+    def require_attention(self, device: torch.device) -> None:
+        """Says before the first step what that would: that attention by name does not take this device, the
+        dtype in force (the model's own, or autocast's) or the heads' width.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, FrozenBlock):
+                module.require_attention(device)
+
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory that a training step takes at the model's own image size: counted, or where blocks are
         timm's own estimated, see `cost.TrainingBytes`.

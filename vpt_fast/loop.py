@@ -128,6 +128,7 @@ def train(
         if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
             model.hold_frozen_weights_in(dtype)
         model.to(world.device)
+        require_attention(recipe, model, world.device)
         preprocessing = problem.preprocessing(recipe, model)
         train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
         splits = replace(
@@ -262,6 +263,15 @@ def train(
 def problem_of(recipe: Recipe) -> Problem:
     """What the recipe's task asks for."""
     return Segmentation() if recipe.task == SEGMENTATION else Classification()
+
+
+def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
+    """Raises ValueError where attention by name is none for the run's precision or device."""
+    try:
+        with autocast(recipe.precision, device):
+            model.require_attention(device)
+    except ValueError as error:
+        raise ValueError(f"{error} (precision {recipe.precision} on {device})") from None
 
 
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:

@@ -295,6 +295,30 @@ def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(reci
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("attention", "precision", "message"),
+    [
+        ("sdpa_cudnn", "fp32", "got dtype float32, want float16 or bfloat16 .precision fp32 on cpu"),
+        ("sdpa_flash", "bf16", "got a tensor on cpu, want one on cuda .precision bf16 on cpu"),
+    ],
+    ids=["dtype", "device"],
+)
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_attention_that_cannot_be_had_is_refused_before_an_image_is_read(
+    recipe, tmp_path, monkeypatch, method, attention, precision, message
+):
+    monkeypatch.setattr(loop, "read_images", None)
+    prompts = {} if method == "vpt-deep" else dict(num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(recipe, method=method, attention=attention, precision=precision, **prompts)
+    with pytest.raises(ValueError, match=f"attention='{attention}': {message}"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_by_name_that_can_be_had_trains(recipe, tmp_path):
+    assert train(dataclasses.replace(recipe, attention="sdpa_cpu"), tmp_path / "run").is_finished
+
+
 def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):
     with pytest.raises(ValueError, match="img_size"):
         train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run")

@@ -194,6 +194,12 @@ class FrozenBlock(nn.Module):
             if weight is not None and weight.dtype != torch.float64:
                 weight.data = weight.data.to(dtype)
 
+    def require_attention(self, device: torch.device) -> None:
+        """Raises ValueError where attention by name does not take what it would get on this device, in the
+        dtype in force (the weights' own, or autocast's)."""
+        dtype = compute_dtype(device.type, self.qkv_weight.dtype)
+        self.backend.require_attention(device, dtype, self.spec.head_dim)
+
     @property
     def windows(self) -> Windows | None:
         """The windows that tokens attend in; None where every token attends to every other."""
