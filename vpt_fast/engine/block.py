@@ -258,6 +258,7 @@ class FrozenBlock(nn.Module):
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
+            require_plain_autograd(recorded=True)
             return Stream(
                 *_FrozenBlockFunction.apply(
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
@@ -269,6 +270,29 @@ class FrozenBlock(nn.Module):
 
 
 _NO_ROTATION = (None, None, 0)
+
+# Nothing public says it: in a PyTorch without this its own error stands, which names no way out.
+_is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def require_plain_autograd(*, recorded: bool) -> None:
+    """Raises NotImplementedError where a `torch.autograd.Function` as they are written here cannot be called.
+
+    Args:
+        recorded: whether its gradient is wanted.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _is_in_transform():
+        raise NotImplementedError(
+            "backbone: torch.func's transforms (grad, vmap, jacrev, ...) do not differentiate frozen blocks; "
+            "want torch.autograd.grad, of torch.func.functional_call too"
+        )
+    if recorded and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
+            "torch.no_grad(), or torch.export"
+        )
 
 
 class _FrozenBlockFunction(torch.autograd.Function):

@@ -17,7 +17,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype, without_autocast
+from vpt_fast.engine.block import (
+    FrozenBlock,
+    Windows,
+    compute_dtype,
+    require_plain_autograd,
+    without_autocast,
+)
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
@@ -160,6 +166,7 @@ class Move(nn.Module):
         return Stream(*(None if part is None else self._move(part) for part in stream))
 
     def _move(self, tokens: torch.Tensor) -> torch.Tensor:
+        require_plain_autograd(recorded=tokens.requires_grad and torch.is_grad_enabled())
         return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
 
 
