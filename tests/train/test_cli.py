@@ -183,6 +183,18 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
     assert result.exit_code == 2 and "fingerprint" in result.stderr
 
 
+def test_run_trained_with_kernels_by_name_is_evaluated_where_these_are_not(
+    command, run, color_images, tmp_path
+):
+    prompts = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    config = json.loads((prompts / "config.json").read_text())
+    config["options"] |= {"backend": "triton", "attention": "sdpa_flash"}  # on CUDA alone
+    (prompts / "config.json").write_text(json.dumps(config))
+    result = command("eval", prompts, "--data", color_images, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == command("eval", run, "--data", color_images, "--json", "--device", "cpu").stdout
+
+
 def test_eval_on_other_classes_is_refused(command, run, images):
     for split in ("train", "val", "test"):
         (images / split / "red").rename(images / split / "rot")
