@@ -89,6 +89,13 @@ class Backend(NamedTuple):
             return self.other
         return self.cuda if self.cuda is self.other or takes_kernels(device) else self.other
 
+    def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+        """Raises ValueError where a FlashAttention implementation takes no tensors like these: it is tried
+        with a few rows. The backends' own attention takes what they take."""
+        if self.needs_out:
+            rows = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device=device)  # (B, N, H, D)
+            self.ops(device, dtype, head_dim).attention(rows, rows, rows, None, None)
+
     @property
     def needs_out(self) -> bool:
         """Whether attention's output is kept under every memory policy."""

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from vpt_fast import PromptedSwin, PromptedViT
+from vpt_fast import PromptedConvNet, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
 
 NUM_CLASSES = 5
@@ -518,6 +518,56 @@ def test_exports_for_batches_of_any_size(name: str) -> None:
     for size in (1, 3):
         expected, actual = model(images[:size]), program.module()(images[:size])
         assert relative_error(actual, expected) < 1e-5
+
+
+OUTSIDE_OF_AUTOGRAD = {
+    "ViT": build,
+    "Swin": lambda: PromptedSwin(tiny_swin(), NUM_CLASSES, 4).double(),
+    "ConvNet": lambda: PromptedConvNet("resnet10t", NUM_CLASSES, 2, img_size=32).double(),
+}
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_gradient_of_a_functional_call_is_that_of_the_model_with_these_tensors(make) -> None:
+    model = make()
+    images, labels = random_batch(model)
+    expected = step(copy.deepcopy(model), images, labels)
+    given = {name: t.requires_grad_() for name, t in trainable(model).items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()  # not read
+    loss = F.cross_entropy(torch.func.functional_call(model, given, (images,)), labels)
+    gradients = torch.autograd.grad(loss, list(given.values()))
+    for name, gradient in zip(given, gradients, strict=True):
+        assert torch.equal(gradient, expected.gradients[name]), name
+
+
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_torch_func_s_grad_is_refused_with_what_to_do_instead(make) -> None:
+    model = make()
+    images, _ = random_batch(model)
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, tensors, (images,)).sum()
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms .* want torch\.autograd\.grad"):
+        torch.func.grad(loss)(trainable(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that shapes are taken for constants
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_jit_trace_gives_the_logits_without_gradients_and_is_refused_with_them(make) -> None:
+    model = make().eval()
+    images, _ = random_batch(model)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace .* want it under torch\.no_grad"):
+        torch.jit.trace(model, images)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(model, images)(images + 1), model(images + 1))
 
 
 def test_optimizers_of_timm_take_what_is_trained() -> None:

@@ -7,7 +7,7 @@ import torch
 from tiny import random_batch, tiny_vit
 from vpt_fast.kernels import Backend
 
-from vpt_fast import PromptedViT, classifier
+from vpt_fast import LinearProbe, PromptedViT, classifier
 from vpt_fast.engine.policy import choose_policy, free_bytes
 
 BYTES = {"exact": 100, "compact": 60, "recompute_mlp": 70, "recompute": 20}
@@ -102,3 +102,20 @@ def test_inference_forms_no_codes(auto: PromptedViT) -> None:
     assert packed == [False] * 3
     auto(images)
     assert packed[3:] == [True] * 3
+
+
+@pytest.mark.parametrize("batch_size", [-1, 0, 1.5, True, "2"])
+def test_batch_size_that_is_no_count_is_refused_by_name(auto: PromptedViT, batch_size) -> None:
+    probe = LinearProbe(tiny_vit(), 5)
+    for ask in (auto.estimate_training_bytes, auto.memory_policy, probe.estimate_training_bytes):
+        with pytest.raises(ValueError, match=f"batch_size: got {batch_size!r}, want a whole number from 1"):
+            ask(batch_size)
+
+
+def test_number_of_tokens_that_is_no_count_is_refused_by_name(auto: PromptedViT) -> None:
+    with pytest.raises(ValueError, match="num_tokens: got 0, want a whole number from 1"):
+        auto.memory_policy(1, 0)
+
+
+def test_auto_takes_a_batch_without_images(auto: PromptedViT) -> None:
+    assert auto(random_batch(auto, 0, dtype=torch.float32)[0]).shape == (0, 5)

@@ -244,6 +244,7 @@ def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
         (dict(prompt_type="shallow"), "prompt_type: got 'shallow' with a segmenter, want 'deep'"),
         (dict(prompt_location="pad"), "prompt_location: got 'pad' with a segmenter"),
         (dict(aux_blocks=[2]), r"blocks: got \[2, 2\], want rising block indices from 0 to 2"),
+        (dict(aux_blocks=[1.0]), r"blocks: got \[1.0, 2\], want rising block indices from 0 to 2"),
         (dict(backbone=tiny_vit(patch_drop_rate=0.5)), "patch_drop_rate leaves patches out"),
         (dict(backbone=tiny_vit(dynamic_img_pad=True, dynamic_img_size=True)), "dynamic_img_pad pads images"),
     ],

@@ -10,21 +10,20 @@ An ablation's folder:
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from rich.console import Console
 
+from vpt_fast.backbones.resolve import without_values
 from vpt_fast.cache import TrainingCache
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import METHODS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.run import write
-from vpt_fast.sweep import Sweep, default_axes, run_sweep
+from vpt_fast.sweep import Sweep, default_axes, require_trials, run_sweep
 
 LENGTHS = (1, 10, 50, 100, 200)
 DEPTHS = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 1.0)  # of the blocks: 1, 3, 6, 9, 12 of ViT-B's
@@ -115,9 +114,8 @@ ABLATIONS = {
 
 
 def _shape(recipe: Recipe) -> Any:
-    """The backbone's modules on the meta device: nothing is computed or downloaded."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # the packaged weights
+    """The backbone's modules: nothing is computed or downloaded."""
+    with without_values():
         return timm.create_model(recipe.backbone, pretrained=False, num_classes=0, **recipe.backbone_arg)
 
 
@@ -190,6 +188,11 @@ def run_ablation(
     """
     console = console or Console(quiet=True)
     ablation, cache = ABLATIONS[name], TrainingCache()
+    for point in points:
+        try:
+            require_trials(point.sweep, cache)
+        except ValueError as error:
+            raise ValueError(f"{point.line}, {ablation.x_label} {point.value}: {error}") from None
     console.print(f"{ablation.title}: {len(points)} points, of each:", highlight=False)
     rows: list[dict[str, Any]] = []
     for point in points:

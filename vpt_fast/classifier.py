@@ -54,13 +54,18 @@ def check_arguments(
     Raises:
         ValueError: an argument out of range or not supported; the message names it.
     """
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes!r}, want a whole number from 1")
+    check_count("num_classes", num_classes)
     if pool not in (None, *POOLS):
         raise ValueError(f"pool: got {pool!r}, want None or one of {', '.join(map(repr, POOLS))}")
     if dtype is not None:
         _check_dtype(dtype, " or None")
     get_backend(backend, attention)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError for what is no whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, want a whole number from 1")
 
 
 def _check_dtype(dtype: Any, otherwise: str = "") -> None:
@@ -172,8 +177,32 @@ class TunedModel(nn.Module, metaclass=_Built):
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
 
+    def require_attention(self, device: torch.device) -> None:
+        """Says before the first step what that would: that attention by name does not take this device, the
+        dtype in force (the model's own, or autocast's) or the heads' width.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for module in self.backbone.modules():
+            if isinstance(module, FrozenBlock):
+                module.require_attention(device)
+
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step with a batch of this size takes at the model's own image size."""
+        """The memory that a training step takes at the model's own image size: counted, or where blocks are
+        timm's own estimated, see `cost.TrainingBytes`.
+
+        Args:
+            batch_size: images a step.
+
+        Raises:
+            ValueError: batch_size is not a whole number from 1.
+        """
+        check_count("batch_size", batch_size)
+        return self._training_bytes(batch_size)
+
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """What `estimate_training_bytes` gives."""
         raise NotImplementedError
 
     @property
@@ -501,7 +530,8 @@ class TunedClassifier(TunedModel):
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
-        more: the same in every epoch, so that it may be computed once."""
+        more: the same in every epoch, so that it may be computed once. It has a gradient where the images
+        want one."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -529,7 +559,7 @@ class TunedClassifier(TunedModel):
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         wanted = sorted({*blocks} & {*range(self.num_blocks)})
-        if not blocks or list(blocks) != wanted:
+        if not blocks or list(blocks) != wanted or not all(type(index) is int for index in blocks):
             raise ValueError(
                 f"blocks: got {list(blocks)}, want rising block indices from 0 to {self.num_blocks - 1}"
             )
@@ -592,6 +622,12 @@ class FrozenClassifier(TunedClassifier):
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
 
+    @staticmethod
+    def _below_what_is_trained(images: torch.Tensor) -> torch.set_grad_enabled:
+        """Within it autograd records what stands below all that is trained only where the images want a
+        gradient."""
+        return torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled())
+
 
 class PromptedClassifier(FrozenClassifier):
     """A FrozenClassifier whose blocks keep for backward what a memory policy says.
@@ -628,12 +664,22 @@ class PromptedClassifier(FrozenClassifier):
         Args:
             batch_size: images a step.
             num_tokens: N; None for the model's own image size.
+
+        Raises:
+            ValueError: one of them is not a whole number from 1.
         """
+        check_count("batch_size", batch_size)
+        if num_tokens is not None:
+            check_count("num_tokens", num_tokens)
+        return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
+
+    def _policy_name(self, batch_size: int, num_tokens: int) -> str:
+        """`memory_policy`, for a batch without images too, and for sizes that a compiler stands in for."""
         if self.memory != "auto":
             return self.memory
         if not torch.is_grad_enabled():
             return "exact"  # nothing is kept
-        key = (batch_size, num_tokens or self.backbone.num_tokens, self._compute_dtype)
+        key = (batch_size, num_tokens, self._compute_dtype)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
@@ -650,15 +696,11 @@ class PromptedClassifier(FrozenClassifier):
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in the dtype in force (the
-        model's own, or autocast's) and under its memory policy.
-
-        Args:
-            batch_size: images a step.
-        """
-        policy = POLICIES[self.memory_policy(batch_size)]
-        kept, workspace = self._step_bytes(batch_size, self.backbone.num_tokens, self._compute_dtype, policy)
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """In the dtype in force (the model's own, or autocast's) and under the model's memory policy."""
+        num_tokens = self.backbone.num_tokens
+        policy = POLICIES[self._policy_name(batch_size, num_tokens)]
+        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(

@@ -22,6 +22,7 @@ from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
     JsonFlag,
+    LastingConsole,
     RunArgument,
     one_line_errors,
     refuse,
@@ -93,7 +94,7 @@ def train(
 
         given = {name: value for name, value in flags.items() if value not in (None, [])}
         recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
-        console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # torchrun's first process speaks
+        console = LastingConsole(quiet=int(os.environ.get("RANK", 0)) != 0)  # torchrun's first process speaks
         result = run_training(recipe, out or default_run_folder(recipe), console=console, fresh=fresh)
     done, epochs = len(result.metrics), result.recipe.epochs
     if not result.is_finished:
@@ -300,7 +301,7 @@ def demo(
     with one_line_errors(debug):
         from vpt_fast.demo import run_demo
 
-        if not run_demo(out, console=Console(), fresh=fresh):
+        if not run_demo(out, console=LastingConsole(), fresh=fresh):
             raise typer.Exit(130)
 
 

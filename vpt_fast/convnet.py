@@ -178,13 +178,7 @@ class PromptedConvNet(FrozenClassifier):
             x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
         return self._features(self.backbone.run_folded(x, Read.PATCHES))
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes: what is kept is counted on tensors without values, in the
-        weights' own dtype; the temporaries are an estimate.
-
-        Args:
-            batch_size: images a step.
-        """
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         return self._counted_training_bytes(batch_size)
 
 

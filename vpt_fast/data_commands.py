@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vpt_fast.flags import DebugFlag, one_line_errors
+from vpt_fast.flags import DebugFlag, LastingConsole, one_line_errors
 
 if TYPE_CHECKING:  # torch: imported by the commands
     from vpt_fast.data import Splits
@@ -131,7 +131,7 @@ def prepare(
         from vpt_fast.data.prepare import prepare_task
 
         chosen = find_task(task)
-        console = Console()
+        console = LastingConsole()
         console.print(f"{chosen.name}: {sum(chosen.sizes.values()):,} images from {source}", highlight=False)
         with Progress(
             TextColumn("writing"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +48,16 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         fail(error, 1)
     except KeyboardInterrupt:
         fail("stopped", 130)
+
+
+class LastingConsole(Console):
+    """Stdout of a command that does long work: once nobody reads it (`vpt-fast train ... | head`), it
+    falls silent and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        # The process's own, not this console's alone: Python flushes at its end what could not be written.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def fail(error: Exception | str, code: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from vpt_fast.classification import Evaluation, evaluate
-from vpt_fast.classifier import TunedClassifier, TunedModel
+from vpt_fast.classifier import TunedClassifier, TunedModel, read_pretrained
 from vpt_fast.data import (
     Batches,
     DecodeError,
@@ -65,10 +65,15 @@ class LoadedRun:
         if (run / LABELS_FILE).exists():
             folder = run
         elif not folder.exists() and RunFolder(run).config.exists():
+            if RunFolder(run).checkpoint.exists():
+                raise RunError(f"{folder} is gone; the command that trained the run writes it again")
             raise RunError(f"the run in {run} has not completed an epoch yet")
         labels = Labels.read(folder)
         chosen = find_device(device)
-        return cls(load_pretrained(folder).to(chosen).eval(), labels, chosen)
+        settings, _ = read_pretrained(folder)
+        # Here may be neither the device nor the precision that the run's kernels were named for.
+        kernels = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
+        return cls(load_pretrained(folder, **kernels).to(chosen).eval(), labels, chosen)
 
 
 @dataclass(frozen=True)

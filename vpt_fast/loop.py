@@ -114,6 +114,9 @@ def train(
         if begun:
             require_same_recipe(recipe, begun, folder)
             if begun.results is not None and (begun.results["test_images"] or not recipe.test):
+                world.from_main(
+                    lambda: restore_prompts(problem, recipe, begun, folder, splits, cache, console)
+                )
                 return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
 
         is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
@@ -125,6 +128,7 @@ def train(
         if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
             model.hold_frozen_weights_in(dtype)
         model.to(world.device)
+        require_attention(recipe, model, world.device)
         preprocessing = problem.preprocessing(recipe, model)
         train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
         splits = replace(
@@ -175,10 +179,10 @@ def train(
                 folder.clear()
                 folder.begin(recipe, facts)
         done = len(rows)
-        labels = Labels(
-            splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on,
-            recipe.ignore_zero,
-        )  # fmt: skip
+        labels = labels_of(recipe, splits, preprocessing)
+        if done == recipe.epochs and world.is_main:
+            with saving(folder, "the prompts"):  # which may be damaged, and no epoch is left to write them
+                folder.save_prompts(model, labels)
         events = open_events(recipe, folder, world, done)
 
         stop = stack.enter_context(stop_signals())
@@ -261,6 +265,15 @@ def problem_of(recipe: Recipe) -> Problem:
     return Segmentation() if recipe.task == SEGMENTATION else Classification()
 
 
+def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
+    """Raises ValueError where attention by name is none for the run's precision or device."""
+    try:
+        with autocast(recipe.precision, device):
+            model.require_attention(device)
+    except ValueError as error:
+        raise ValueError(f"{error} (precision {recipe.precision} on {device})") from None
+
+
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
     """Raises RunError when the folder's run was begun with settings that give other results."""
     if differences := recipe.differences(begun.recipe):
@@ -286,6 +299,46 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
             f"{folder.path} holds a run that cannot go on: {' and '.join(changed)} changed since it began; "
             "choose another --out, or --fresh to start over there"
         )
+
+
+def restore_prompts(
+    problem: Problem,
+    recipe: Recipe,
+    begun: Begun,
+    folder: RunFolder,
+    splits: Any,
+    cache: TrainingCache,
+    console: Console,
+) -> None:
+    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone.
+
+    Raises RunError where backbone or classes are not those that the run was begun with.
+    """
+    if begun.checkpoint is None or folder.holds_prompts_of(begun.checkpoint):
+        return
+    with cache.backbones():
+        model = build_model(recipe, len(splits.classes))
+    checks = (
+        ("the backbone's weights", model.config.backbone.fingerprint, begun.facts["backbone"]["fingerprint"]),
+        ("the classes", list(splits.classes), begun.facts["data"]["classes"]),
+    )
+    if changed := [what for what, ours, theirs in checks if ours != theirs]:
+        raise RunError(
+            f"{folder.prompts} is damaged, and cannot be written again from the checkpoint: "
+            f"{' and '.join(changed)} changed since the run began; --fresh trains it again"
+        )
+    model.load_trainable_state_dict(begun.checkpoint.trainable)
+    with saving(folder, "the prompts"):
+        folder.save_prompts(model, labels_of(recipe, splits, problem.preprocessing(recipe, model)))
+    console.print(f"{folder.prompts} was damaged, and is written again from the checkpoint.", highlight=False)
+
+
+def labels_of(recipe: Recipe, splits: Any, preprocessing: Any) -> Labels:
+    """What is saved beside the prompts of a resolved recipe's run."""
+    return Labels(
+        splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on,
+        recipe.ignore_zero,
+    )  # fmt: skip
 
 
 def read_images(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, without_values
 from vpt_fast.classifier import TunedModel
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
@@ -79,6 +80,21 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
+
+
+def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:
+    """What `build_model` gives, on the meta device and with no weights looked for: at once, for whoever asks
+    whether there is such a model. None for a backbone that cannot be built without values.
+
+    Raises ValueError when there is no such model.
+    """
+    try:
+        with without_values():
+            return build_model(replace(recipe, pretrained=False, checkpoint=None), num_classes)
+    except ValueError as error:
+        if isinstance(error.__cause__, RuntimeError):  # PyTorch's, for values that are asked for
+            return None
+        raise
 
 
 def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:

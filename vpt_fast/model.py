@@ -247,7 +247,7 @@ class PromptedViT(PromptedClassifier):
         sets = self._prompt_sets(batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        policy = POLICIES[self.memory_policy(batch_size, num_tokens)]
+        policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))

@@ -6,14 +6,11 @@ and all that is stored for each task, its head included. Full fine-tuning shares
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone
+from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone, without_values
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
@@ -114,9 +111,7 @@ def count_parameters(
     is_papers = (backbone, recipe.backbone_arg) == (BACKBONE, {})
     rows: list[MethodParameters] = []
     reasons: dict[str, str] = {}
-    with torch.device("meta"), warnings.catch_warnings():
-        # The packaged backbone brings its weights with it, which have no place to go to here.
-        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+    with without_values():
         vit, _ = resolve_backbone(backbone, False, recipe.backbone_arg, kind=kind)
         for name, lengths, settings in ways:
             method = name.partition(",")[0]

@@ -31,7 +31,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vpt_fast.classifier import TunedModel
+from vpt_fast.classifier import TunedModel, read_pretrained
 from vpt_fast.data import ImageList, Preprocessing, ScenePreprocessing, Splits
 from vpt_fast.files import replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
@@ -215,6 +215,21 @@ class RunFolder:
     def save_prompts(self, model: TunedModel, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
+
+    def holds_prompts_of(self, checkpoint: Checkpoint) -> bool:
+        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint``."""
+        try:
+            if not self.prompts.is_dir():  # which would be taken for a name on the hub
+                return False
+            Labels.read(self.prompts)
+            _, saved = read_pretrained(self.prompts)
+        except (ValueError, OSError):
+            return False
+        wanted = checkpoint.trainable
+        return saved.keys() == wanted.keys() and all(
+            saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor)
+            for name, tensor in wanted.items()
+        )
 
     def read_checkpoint(self) -> Checkpoint | None:
         """The state after the last completed epoch, None before the first; RunError for a broken file."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_arguments
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_arguments, check_count
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
@@ -139,8 +139,7 @@ class PromptedSegmenter(TunedModel):
         check_arguments(num_classes, None)
         if method not in ENCODERS:
             raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
-        if isinstance(head_channels, bool) or not isinstance(head_channels, int) or head_channels < 1:
-            raise ValueError(f"head_channels: got {head_channels!r}, want a whole number from 1")
+        check_count("head_channels", head_channels)
         for name, wanted in (("pool", None), ("prompt_type", "deep"), ("prompt_location", "prepend")):
             if settings.get(name, wanted) != wanted:
                 raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
@@ -217,17 +216,12 @@ class PromptedSegmenter(TunedModel):
             *(head(tokens, grid, size) for head, tokens in zip(self.aux_heads, aux, strict=True)),
         )
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size: the encoder's, by its own
-        estimate; and what heads and cross entropy keep, counted on tensors without values, in the head's
-        dtype (under autocast it is less).
-
-        Args:
-            batch_size: images a step.
-        """
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """The encoder's, by its own estimate; and what heads and cross entropy keep, counted on tensors
+        without values, in the head's dtype (under autocast it is less)."""
         kept, workspace = 0, self.backbone.folded_workspace(batch_size)
         if self.method != "linear":
-            encoder = self.encoder.estimate_training_bytes(batch_size)
+            encoder = self.encoder._training_bytes(batch_size)
             kept, workspace = encoder["kept"], encoder["workspace"]
         sizes = self._head_bytes()
         return cost.TrainingBytes(

@@ -33,17 +33,21 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vpt_fast.backbones.resolve import sharing_backbones
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.loop import TrainingDiverged, train
-from vpt_fast.recipe import SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
+from vpt_fast.loop import TrainingDiverged, require_attention, train
+from vpt_fast.methods import build_model_without_values
+from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, write
+from vpt_fast.world import find_device
 
 if TYPE_CHECKING:
     import optuna
@@ -248,10 +252,12 @@ def run_sweep(
         cache: shared with other sweeps of this process.
 
     Raises:
-        ValueError: `out` holds another sweep, the data cannot be used, or every trial failed.
+        ValueError: `out` holds another sweep, the data cannot be used, there is no model for one of the
+            combinations, or every trial failed.
     """
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
+    require_trials(sweep, cache)
     plan = _FinalPlan.of(sweep, cache)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -301,6 +307,43 @@ def run_sweep(
     except Stopped:
         pass
     return _collect(sweep, plan, search, final, out)
+
+
+def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
+    """Opens the data and builds the model, without its weights, of all combinations that differ in these, so
+    that none is refused after hours of others.
+
+    Raises:
+        ValueError: what training refuses; the text names the searched settings behind it.
+    """
+    device = find_device(sweep.recipe(**sweep.points()[0]).device)
+    panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
+    looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name == "precision"]
+    seen = set()
+    with sharing_backbones({}):
+        for point in sweep.points():
+            recipe = sweep.recipe(**point)
+            key = repr([getattr(recipe, name) for name in looked_at])
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                _require_trial(recipe, device, cache)
+            except ValueError as error:
+                blamed = ", ".join(f"{name} is {point[name]}" for name in point if name in looked_at)
+                if not blamed:  # what all trials share
+                    raise
+                raise ValueError(f"over: {blamed}, which no trial can have: {error}") from None
+
+
+def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -> None:
+    problem = Classification()
+    splits = problem.open(recipe, cache)
+    recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
+    model = build_model_without_values(recipe, len(splits.classes))
+    if model is not None:
+        require_attention(recipe, model, device)
+        problem.preprocessing(recipe, model)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vpt_fast.flags import (
     DebugFlag,
     DeviceFlag,
+    LastingConsole,
     RunArgument,
     fail,
     one_line_errors,
@@ -92,8 +92,8 @@ def sweep(
         axes = parse_axes(over, settings) if over else default_axes(recipe)
         plan = Sweep(settings, axes, parse_seeds(seeds), sampler, trials, pruner)
         folder = out or default_sweep_folder(recipe)
-        found = run_sweep(plan, folder, storage=storage, console=Console())
-    console = Console()
+        console = LastingConsole()
+        found = run_sweep(plan, folder, storage=storage, console=console)
     if not found["finished"]:
         console.print(f"Stopped after {len(found['trials'])} trials; the same command goes on from there.")
         raise typer.Exit(130)
@@ -149,8 +149,8 @@ def ablate(
         points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
         run = default_run_folder(points[0].sweep.recipe(**points[0].sweep.points()[0]))
         folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
-        found = run_ablation(name, points, folder, console=Console())
-    console = Console()
+        console = LastingConsole()
+        found = run_ablation(name, points, folder, console=console)
     if not found["finished"]:
         console.print(f"Stopped after {len(found['points'])} points; the same command goes on from there.")
         raise typer.Exit(130)
@@ -196,13 +196,14 @@ def tsne(
 
         path = out or run / f"tsne-{split}.png"
         require_place("out", path)
+        console = LastingConsole()
         found = embed_run(
             run, data, split, seed=seed, device=device, workers=workers,
-            data_root=None if data_root is None else str(data_root), console=Console(),
+            data_root=None if data_root is None else str(data_root), console=console,
         )  # fmt: skip
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
         plot_embedding(found.points, found.labels, found.classes, path, title=title)
-    Console().print(f"picture: {path}")
+    console.print(f"picture: {path}")
 
 
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:

@@ -117,10 +117,10 @@ class PromptedSwin(PromptedClassifier):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
+        with self._below_what_is_trained(images):
             stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
-        policy = POLICIES[self.memory_policy(batch)]
+        policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
         sets = self._prompt_sets(batch)
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):

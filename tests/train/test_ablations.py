@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vpt_fast import ablations, loop, plots
+from vpt_fast import ablations, loop, plots, sweep
 from vpt_fast.ablations import ABLATIONS, plan_ablation, run_ablation
 from vpt_fast.cli import app
 from vpt_fast.recipe import Recipe
@@ -126,6 +126,14 @@ def test_points_are_runs_by_hand_and_their_picture_has_a_line_for_each_method(
 
     monkeypatch.setattr(loop, "train_epoch", None)  # the same again trains nothing
     assert run_ablation("length", points, tmp_path / "a") == found
+
+
+def test_point_that_cannot_be_trained_is_refused_before_any_is(settings, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "train", None)
+    points = plan_ablation("output", settings, methods=["linear"], seeds=(1,))
+    with pytest.raises(ValueError, match="linear, output prompts: pool: got 'prompts', and the model has no"):
+        run_ablation("output", points, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -180,11 +183,30 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
     assert result.exit_code == 2 and "fingerprint" in result.stderr
 
 
+def test_run_trained_with_kernels_by_name_is_evaluated_where_these_are_not(
+    command, run, color_images, tmp_path
+):
+    prompts = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    config = json.loads((prompts / "config.json").read_text())
+    config["options"] |= {"backend": "triton", "attention": "sdpa_flash"}  # on CUDA alone
+    (prompts / "config.json").write_text(json.dumps(config))
+    result = command("eval", prompts, "--data", color_images, "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == command("eval", run, "--data", color_images, "--json", "--device", "cpu").stdout
+
+
 def test_eval_on_other_classes_is_refused(command, run, images):
     for split in ("train", "val", "test"):
         (images / split / "red").rename(images / split / "rot")
     result = command("eval", run, "--data", images)
     assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
+
+
+def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, color_images, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("prompts"))
+    result = command("eval", moved, "--data", color_images)
+    assert result.exit_code == 2
+    assert f"{moved / 'prompts'} is gone; the command that trained the run writes it again" in result.stderr
 
 
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
@@ -303,6 +325,25 @@ def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
     result = command(*train_arguments(color_images, tmp_path / "run"))
     assert result.exit_code == 130
     assert "Stopped after epoch 1 of 6; the same command goes on from there" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["sweep", "--over=base_lr=0.1", "--seeds=1"]], ids=lambda a: a[0]
+)
+def test_work_goes_on_to_its_end_where_nobody_reads_the_output(arguments, color_images, tmp_path):
+    flags = ["--backbone=test_vit", "--no-pretrained", "--method=linear", "--epochs=2", "--device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vpt_fast.cli", *arguments, *flags, f"--data={color_images}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    process.stdout.close()  # what `| head` does when it has its lines
+    assert (process.stderr.read(), process.wait(timeout=300)) == ("", 0)
+    (results,) = (tmp_path / "runs").glob("*/results.json")
+    assert "accuracy" in results.read_text()
 
 
 def test_debug_shows_the_traceback(command, tmp_path):

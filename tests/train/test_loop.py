@@ -7,11 +7,13 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
@@ -167,6 +169,58 @@ def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
     assert again.is_finished and again.new_epochs == 0 and again.metrics == first.metrics
 
 
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def removed(prompts):
+    shutil.rmtree(prompts)
+
+
+def one_file_gone(prompts):
+    (prompts / "labels.json").unlink()
+
+
+def cut_short(prompts):
+    weights = prompts / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def of_another_epoch(prompts):
+    weights = prompts / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+
+
+@pytest.mark.parametrize("with_results", [True, False], ids=["results", "no results"])
+@pytest.mark.parametrize("damage", [removed, one_file_gone, cut_short, of_another_epoch])
+def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
+    recipe, tmp_path, monkeypatch, damage, with_results
+):
+    first = train(recipe, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    saved = files_of(folder.prompts)
+    damage(folder.prompts)
+    if not with_results:  # killed before they were written
+        folder.results.unlink()
+    monkeypatch.setattr(loop.TrainStep, "__call__", None)
+    again = train(recipe, tmp_path / "run")
+    assert again.new_epochs == 0 and again.results == first.results
+    assert files_of(folder.prompts) == saved
+
+
+def test_damaged_prompts_on_a_backbone_that_changed_are_refused(recipe, tmp_path):
+    train(recipe, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    removed(folder.prompts)
+    values = json.loads(folder.facts.read_text())
+    values["backbone"]["fingerprint"] = "0" * 64
+    folder.facts.write_text(json.dumps(values))
+    with pytest.raises(
+        RunError, match=r"prompts is damaged.* the backbone's weights changed since the run began"
+    ):
+        train(recipe, tmp_path / "run")
+
+
 def test_fresh_trains_again_from_the_start(recipe, tmp_path):
     first = train(recipe, tmp_path / "run")
     again = train(dataclasses.replace(recipe, workers=0), tmp_path / "run", fresh=True)
@@ -239,6 +293,30 @@ def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(reci
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
         train(dataclasses.replace(recipe, cuda_graph=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "message"),
+    [
+        ("sdpa_cudnn", "fp32", "got dtype float32, want float16 or bfloat16 .precision fp32 on cpu"),
+        ("sdpa_flash", "bf16", "got a tensor on cpu, want one on cuda .precision bf16 on cpu"),
+    ],
+    ids=["dtype", "device"],
+)
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_attention_that_cannot_be_had_is_refused_before_an_image_is_read(
+    recipe, tmp_path, monkeypatch, method, attention, precision, message
+):
+    monkeypatch.setattr(loop, "read_images", None)
+    prompts = {} if method == "vpt-deep" else dict(num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(recipe, method=method, attention=attention, precision=precision, **prompts)
+    with pytest.raises(ValueError, match=f"attention='{attention}': {message}"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_by_name_that_can_be_had_trains(recipe, tmp_path):
+    assert train(dataclasses.replace(recipe, attention="sdpa_cpu"), tmp_path / "run").is_finished
 
 
 def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):

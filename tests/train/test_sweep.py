@@ -11,9 +11,12 @@ import sys
 import time
 
 import pytest
+import timm
+import torch
 import yaml
 
 from vpt_fast import loop, sweep
+from vpt_fast.cache import TrainingCache
 from vpt_fast.loop import TrainingDiverged
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -181,6 +184,63 @@ def test_file_in_the_folders_place_is_refused(settings, tmp_path):
 def test_setting_searched_twice_is_refused():
     with pytest.raises(ValueError, match="'base-lr=2', and base_lr is searched already"):
         parse_axes(["base_lr=1", "base-lr=2"], {"data": "x", "backbone": "y"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes", "named"),
+    [
+        (
+            {"method": "vpt-deep"},
+            {"base_lr": (0.5, 0.1), "prompt_layers": (1, 3)},
+            "over: prompt_layers is 3, which no trial can have: prompt_layers: got 3, want 1 to 2",
+        ),
+        (
+            {"method": "vpt-shallow"},
+            {"prompt_location": ("prepend", "pad"), "num_prompts": (2, 3)},
+            "over: prompt_location is pad, num_prompts is 3, .* want a multiple of the patch size 4x4",
+        ),
+        ({}, {"pool": ("cls", "prompts")}, "over: pool is prompts, .* want None, 'cls' or 'image'"),
+        ({}, {"method": ("linear", "partial-3")}, "over: method is partial-3, .* the backbone has 2 blocks"),
+        (
+            {},
+            {"attention": ("auto", "sdpa_cudnn")},
+            "over: attention is sdpa_cudnn, .* want float16 or bfloat16 .precision fp32 on cpu",
+        ),
+        (
+            {},
+            {"resize": ("shortest", "squash"), "augment": ("crop_flip",)},
+            "over: resize is squash, augment is crop_flip, .* goes with resize=.shortest.",
+        ),
+        ({"pool": "prompts"}, {"base_lr": (0.5,)}, "^pool: got 'prompts', and the model has no prompts"),
+    ],
+    ids=["layers", "two settings", "pool", "method", "attention", "preprocessing", "shared by all"],
+)
+def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
+    settings, tmp_path, trained, changes, axes, named
+):
+    given = {name: value for name, value in {**settings, **changes}.items() if name not in axes}
+    with pytest.raises(ValueError, match=named):
+        run_sweep(Sweep(given, axes, seeds=(1,)), tmp_path / "sweep")
+    assert trained == [] and not (tmp_path / "sweep").exists()
+
+
+def test_grid_of_rates_builds_one_model_beforehand(settings, monkeypatch):
+    built, original = [], sweep.build_model_without_values
+    monkeypatch.setattr(
+        sweep, "build_model_without_values", lambda *arguments: built.append(original(*arguments))
+    )
+    axes = {"base_lr": (0.5, 0.1), "weight_decay": (0.1, 0.0), "pool": ("cls", "image")}
+    sweep.require_trials(Sweep(settings, axes), TrainingCache())
+    assert len(built) == 2
+
+
+def test_backbone_that_cannot_be_built_without_values_is_left_to_its_trials(settings, monkeypatch):
+    def built(*arguments, **keywords):
+        torch.ones(()).item()  # as a rate of stochastic depth may be asked for
+
+    monkeypatch.setattr(timm, "create_model", built)
+    recipe = Sweep(settings, {}).recipe().resolved(num_train_images=27, device_type="cpu")
+    assert sweep.build_model_without_values(recipe, 3) is None
 
 
 def test_sweep_with_no_good_trial_says_why(settings, tmp_path, monkeypatch):

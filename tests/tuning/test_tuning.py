@@ -85,6 +85,40 @@ def test_logits_and_gradients_are_those_of_the_definition(method: str, backbone:
     assert not frozen
 
 
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+@pytest.mark.parametrize("method", WAYS)
+def test_gradient_of_images_is_that_of_the_definition(method: str, backbone: dict) -> None:
+    vit, model = make(method, **backbone)
+    images, labels = random_batch(model)
+    found, wanted = images.clone().requires_grad_(), images.requires_grad_()
+    nn.functional.cross_entropy(model(found), labels).backward()
+    trained = model.trainable_state_dict()
+    nn.functional.cross_entropy(logits(method, vit, wanted, trained), labels).backward()
+    assert relative_error(found.grad, wanted.grad) < 1e-12
+
+
+def test_patch_tokens_of_a_linear_probe_pass_a_gradient_to_the_images() -> None:
+    vit, model = make("linear")
+    images, _ = random_batch(model)
+    found, wanted = images.clone().requires_grad_(), images.requires_grad_()
+    for block, tokens in zip((0, 2), model.patch_tokens(found, (0, 2)), strict=True):
+        after = vit.forward_intermediates(wanted, indices=[block], norm=False, output_fmt="NLC")[1][0]
+        assert relative_error(tokens, after) < 1e-12
+        for x in (tokens, after):
+            x.square().sum().backward(retain_graph=True)
+    assert relative_error(found.grad, wanted.grad) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["linear", "mlp-3", "partial-1", "sidetune"])
+def test_nothing_of_the_frozen_blocks_is_recorded_where_images_want_no_gradient(method: str) -> None:
+    _, model = make(method)
+    recorded = []
+    for block in model.backbone.folded_blocks:
+        block.register_forward_hook(lambda m, args, out: recorded.append(out.sum().requires_grad))
+    model(random_batch(model)[0])
+    assert recorded and not any(recorded)
+
+
 @pytest.mark.parametrize("method", WAYS)
 def test_saved_model_gives_the_same_logits_and_settings(method: str, tmp_path) -> None:
     vit, model = make(method, torch.float32)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from ways_to_tune import adapter, low_rank
 
-from vpt_fast import load_pretrained
+from vpt_fast import LinearProbe, load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.methods import model_settings
 from vpt_fast.recipe import Recipe
@@ -93,6 +93,23 @@ def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: 
         return functional_call(network, own, images)
 
     assert_step_is_defined_by(features, model)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", ["linear", *OF_TIMMS_OWN_TENSORS])
+def test_gradient_of_images_is_that_of_timms_own_network(method: str, name: str) -> None:
+    backbone, model = make("full" if method == "linear" else method, name)
+    if method == "linear":
+        model = LinearProbe(backbone, CLASSES).double()
+    images, labels = random_batch(model)
+    found, wanted = images.clone().requires_grad_(), images.requires_grad_()
+    nn.functional.cross_entropy(model.eval()(found), labels).backward()
+    network = copy.deepcopy(backbone)
+    own = {n.removeprefix("backbone.stem."): t for n, t in model.trainable_state_dict().items()}
+    head = own.pop("head.weight"), own.pop("head.bias")
+    logits = nn.functional.linear(functional_call(network, own, wanted), *head)
+    nn.functional.cross_entropy(logits, labels).backward()
+    assert relative_error(found.grad, wanted.grad) < 1e-12
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import warnings
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -202,6 +203,15 @@ def table() -> list[tuple[str, ...]]:
             for known in KNOWN.values()
         ),
     ]
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Models built within it are on the meta device: nothing is computed, and no memory taken."""
+    with torch.device("meta"), warnings.catch_warnings():
+        # The packaged backbone brings its weights with it, which have no place to go to here.
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        yield
 
 
 _Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after it was built

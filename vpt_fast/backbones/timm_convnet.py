@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
+from vpt_fast.engine.block import require_plain_autograd
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import require_frozen
 
@@ -55,6 +56,9 @@ class FrozenConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         require_frozen(self.conv.weight)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.conv(x)
+        require_plain_autograd(recorded=True)
         return _FrozenConvolution.apply(x, self.conv)
 
 

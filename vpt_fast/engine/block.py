@@ -194,6 +194,12 @@ class FrozenBlock(nn.Module):
             if weight is not None and weight.dtype != torch.float64:
                 weight.data = weight.data.to(dtype)
 
+    def require_attention(self, device: torch.device) -> None:
+        """Raises ValueError where attention by name does not take what it would get on this device, in the
+        dtype in force (the weights' own, or autocast's)."""
+        dtype = compute_dtype(device.type, self.qkv_weight.dtype)
+        self.backend.require_attention(device, dtype, self.spec.head_dim)
+
     @property
     def windows(self) -> Windows | None:
         """The windows that tokens attend in; None where every token attends to every other."""
@@ -252,17 +258,41 @@ class FrozenBlock(nn.Module):
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
+            require_plain_autograd(recorded=True)
             return Stream(
                 *_FrozenBlockFunction.apply(
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
-        with _without_autocast(device_type):
+        with without_autocast(device_type):
             output, _ = _forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 
 
 _NO_ROTATION = (None, None, 0)
+
+# Nothing public says it: in a PyTorch without this its own error stands, which names no way out.
+_is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def require_plain_autograd(*, recorded: bool) -> None:
+    """Raises NotImplementedError where a `torch.autograd.Function` as they are written here cannot be called.
+
+    Args:
+        recorded: whether its gradient is wanted.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _is_in_transform():
+        raise NotImplementedError(
+            "backbone: torch.func's transforms (grad, vmap, jacrev, ...) do not differentiate frozen blocks; "
+            "want torch.autograd.grad, of torch.func.functional_call too"
+        )
+    if recorded and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
+            "torch.no_grad(), or torch.export"
+        )
 
 
 class _FrozenBlockFunction(torch.autograd.Function):
@@ -280,7 +310,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotation = _rotation(sin, cos, start)
         w = BlockWeights(*weights).to(call.dtype)
-        with _without_autocast(base.device.type):
+        with without_autocast(base.device.type):
             output, kept = _forward(Stream(base, update), prompts, rotation, w, call, keep=True)
         ctx.call, ctx.start, ctx.has_update = call, start, update is not None
         ctx.mark_non_differentiable(output.base)
@@ -301,7 +331,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
         run_backward = _backward_anew if call.policy.recompute_block else _backward
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             grads = run_backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
         grad_tokens, grad_prompts = grads
         grads = (None, grad_tokens) if ctx.has_update else (grad_tokens, None)
@@ -726,15 +756,20 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager:
+def without_autocast(device_type: str) -> AbstractContextManager:
     """The block casts by itself what is to be cast."""
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # which takes no time
 
 
+def _is_autocast(device_type: str) -> bool:
+    # PyTorch raises where it is asked for a device without autocast: that of tensors without values.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the matrix products: the weights' own, or autocast's, which leaves float64 alone."""
-    if torch.is_autocast_enabled(device_type) and weight_dtype != torch.float64:
+    if _is_autocast(device_type) and weight_dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return weight_dtype

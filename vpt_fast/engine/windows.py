@@ -17,7 +17,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vpt_fast.engine.block import FrozenBlock, Windows, compute_dtype
+from vpt_fast.engine.block import (
+    FrozenBlock,
+    Windows,
+    compute_dtype,
+    require_plain_autograd,
+    without_autocast,
+)
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
@@ -160,6 +166,7 @@ class Move(nn.Module):
         return Stream(*(None if part is None else self._move(part) for part in stream))
 
     def _move(self, tokens: torch.Tensor) -> torch.Tensor:
+        require_plain_autograd(recorded=tokens.requires_grad and torch.is_grad_enabled())
         return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
 
 
@@ -260,7 +267,7 @@ class _ReduceFunction(torch.autograd.Function):
         policy: MemoryPolicy,
     ) -> torch.Tensor:
         kind, eps = norm
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=policy.pack)
             layer = _layer(weight, x.shape[-1], dtype)
             output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
@@ -272,7 +279,7 @@ class _ReduceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, x_hat, rstd, scale = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             grad_x_hat = grad.to(ctx.dtype) @ _layer(weight, x_hat.shape[-1], ctx.dtype)
             grad_x = ctx.ops.normalize_backward(grad_x_hat, x_hat, rstd, scale, ctx.kind)
         return grad_x, *(None for _ in range(6))

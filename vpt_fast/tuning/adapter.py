@@ -13,6 +13,7 @@ from vpt_fast.backbones.resolve import SWIN, VIT
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Position, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.classifier import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 _INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
@@ -63,8 +64,7 @@ class AdapterTuning(TimmClassifier):
         reduction: int = 8,
         **settings: Any,
     ) -> None:
-        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-            raise ValueError(f"reduction: got {reduction!r}, want a whole number from 1")
+        check_count("reduction", reduction)
         super().__init__(backbone, num_classes, **settings)
         swin = self.backbone.stem if isinstance(self.backbone, WholeBackbone) else None
         blocks: list[Any] = [] if swin is None else [block for stage in swin.layers for block in stage.blocks]

@@ -52,8 +52,8 @@ class ClsTokenTuning(FrozenClassifier):
         self._check_images(images)
         return self._features(self.backbone.run_folded(images, self._reads))
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in the dtype in force."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """In the dtype in force."""
         num_tokens = self.backbone.num_tokens
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):

@@ -12,6 +12,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.classifier import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 # In a block; the projections to queries, keys and values, packed or apart, and attention's output projection.
@@ -69,8 +70,7 @@ class LoRATuning(TimmClassifier):
     kinds = (VIT, SWIN, CONVNET)
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, rank: int = 8, **settings: Any) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank: got {rank!r}, want a whole number from 1")
+        check_count("rank", rank)
         require_peft()
         import peft  # an optional dependency
 

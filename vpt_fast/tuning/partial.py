@@ -13,7 +13,7 @@ from vpt_fast.backbones.resolve import CONVNET, SWIN, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
-from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.classifier import FrozenClassifier, check_arguments, check_count
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 from vpt_fast.tuning.timm_blocks import TimmClassifier, timm_block_bytes
@@ -59,7 +59,7 @@ class PartialTuning(FrozenClassifier):
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
         k = num_tuned_blocks
-        _check_count(k)
+        check_count("num_tuned_blocks", k)
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         if k > len(vit.blocks):
             raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
@@ -84,11 +84,11 @@ class PartialTuning(FrozenClassifier):
     def feature_shape(self) -> tuple[int, ...]:
         return (self.backbone.num_tokens, self.embed_dim)
 
-    @torch.no_grad()
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
         self._check_images(images)
-        return self.backbone.run_folded(images, Read.TOKENS)
+        with self._below_what_is_trained(images):
+            return self.backbone.run_folded(images, Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits
@@ -105,8 +105,8 @@ class PartialTuning(FrozenClassifier):
             x = block(x, **position)
         return self._features_of_tokens(x, self._reads)
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """An estimate of the memory that a training step takes at the model's own image size."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate."""
         kept, workspace = timm_block_bytes(self.backbone, trains_weights=True)
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
@@ -139,7 +139,7 @@ class PartialNetworkTuning(TimmClassifier):
     def __init__(
         self, backbone: str | nn.Module, num_classes: int, num_tuned_blocks: int = 1, **settings: Any
     ) -> None:
-        _check_count(num_tuned_blocks)
+        check_count("num_tuned_blocks", num_tuned_blocks)
         super().__init__(backbone, num_classes, **settings)
         self.num_tuned_blocks = num_tuned_blocks
         assert isinstance(self.backbone, WholeBackbone)
@@ -157,8 +157,3 @@ class PartialNetworkTuning(TimmClassifier):
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.train(False)
         return self
-
-
-def _check_count(k: Any) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"num_tuned_blocks: got {k!r}, want a whole number from 1")

@@ -13,7 +13,7 @@ from torch import nn
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.classifier import FrozenClassifier, check_arguments, check_count
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 
@@ -64,30 +64,30 @@ class LinearProbe(FrozenClassifier):
     def feature_shape(self) -> tuple[int, ...]:
         return (self.embed_dim,)
 
-    @torch.no_grad()
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        return self._features(self.backbone.run_folded(images, self._reads))
+        with self._below_what_is_trained(images):
+            return self._features(self.backbone.run_folded(images, self._reads))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
         return self.head(features)
 
-    @torch.no_grad()
     def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
         if not isinstance(self.backbone, FrozenViT):
             return super().patch_tokens(images, blocks)
         self._check_blocks(blocks)
         self._check_images(images)
-        outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
-        return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
+        with self._below_what_is_trained(images):
+            outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
+            return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         return self.frozen_features(images)
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size, in its own dtype."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """In the model's own dtype."""
         kept = batch_size * self._num_kept() * self.head.weight.element_size()
         return cost.TrainingBytes(
             weights=self._weight_bytes(), kept=kept, workspace=self.backbone.folded_workspace(batch_size)
@@ -125,8 +125,7 @@ class MLPProbe(LinearProbe):
         num_layers: int = 3,
         **settings: Any,
     ) -> None:
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers: got {num_layers!r}, want a whole number from 1")
+        check_count("num_layers", num_layers)
         super().__init__(backbone, num_classes, **settings)
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):

@@ -77,13 +77,13 @@ class SideTuning(FrozenClassifier):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        with torch.no_grad():
+        with self._below_what_is_trained(images):
             base = self._features(self.backbone.run_folded(images, self._reads))
         alpha = self.alpha.sigmoid()
         return alpha * base + (1 - alpha) * self.side(images.to(self.head.weight.dtype))
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """An estimate of the memory that a training step takes at the model's own image size."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate."""
         # Of AlexNet's first convolution, the largest: output, kept once for the ReLU in place and the pool;
         # all the others together keep about as much again.
         height, width = self.image_size

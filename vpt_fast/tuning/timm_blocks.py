@@ -118,8 +118,8 @@ class TimmClassifier(TunedClassifier):
         if self.pool is not None and attn_pool is not None:
             attn_pool.requires_grad_(False)
 
-    def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """An estimate of the memory that a training step takes at the model's own image size."""
+    def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
+        """An estimate."""
         if isinstance(self.backbone, WholeBackbone):
             return self._counted_training_bytes(batch_size)
         kept, workspace = timm_block_bytes(self.backbone, trains_weights=self.trains_weights)
