@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from concatenation import ConcatenatedViT, relative_error
+from low_precision import CLASSES, assert_no_worse_than_concatenation, gradients, vits
 from tiny import random_batch, tiny_vit
 
 from vpt_fast import PromptedViT
@@ -13,7 +14,6 @@ from vpt_fast.engine.policy import POLICIES
 
 pytestmark = pytest.mark.gpu
 
-CLASSES = 5
 SETTINGS = {
     "deep": dict(num_prompts=50),
     "shallow": dict(num_prompts=50, prompt_type="shallow"),
@@ -21,16 +21,6 @@ SETTINGS = {
     "first_drop": dict(num_prompts=7, prompt_layers=1, after_prompts="drop"),
     "add": dict(prompt_location="add"),
 }
-
-
-def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By name, of a random weighting of the logits: a saturated softmax would multiply one image's error
-    by any factor, of one implementation or the other."""
-    model.zero_grad()
-    logits = model(images)
-    generator = torch.Generator().manual_seed(0)
-    logits.backward(torch.randn(logits.shape, generator=generator).to(logits))
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -50,24 +40,7 @@ def test_float64_on_cuda_equals_concatenation(settings: dict) -> None:
 def test_low_precision_error_is_at_most_that_of_concatenation(
     settings: dict, dtype: torch.dtype, backend: str
 ) -> None:
-    """Root mean square over seeds of each gradient's error from float64, within 1.25 times eager's."""
-    squares: dict[str, list[float]] = {}
-    for seed in range(8):
-        vit = tiny_vit(dtype=torch.float32, seed=seed, embed_dim=128, num_heads=2, img_size=64).cuda()
-        exact = PromptedViT(vit, CLASSES, **settings)
-        state = {name: t.clone() for name, t in exact.trainable_state_dict().items()}
-        images = random_batch(exact, 4, CLASSES, torch.float32, seed=seed)[0].cuda()
-        expected = gradients(exact.double(), images.double())
-        fast = PromptedViT(vit, CLASSES, dtype=dtype, backend=backend, **settings)
-        fast.load_trainable_state_dict(state)
-        plain = ConcatenatedViT(vit.to(dtype), CLASSES, **settings).load_trainables(state)
-        for which, model in enumerate((fast, plain)):
-            actual = gradients(model, images)
-            for name, gradient in expected.items():
-                squares.setdefault(name, [0.0, 0.0])[which] += relative_error(actual[name], gradient) ** 2
-    for name, (ours, theirs) in squares.items():
-        # the head's bias is the sum of what the logits are given: exact in both
-        assert ours**0.5 <= 1.25 * theirs**0.5, f"{name}: {ours**0.5:.2e}, concatenation {theirs**0.5:.2e}"
+    assert_no_worse_than_concatenation(vits, 8, device="cuda", dtype=dtype, backend=backend, **settings)
 
 
 LARGE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from concatenation import ConcatenatedViT, relative_error
+from low_precision import assert_no_worse_than_concatenation, vits
 from tiny import random_batch, tiny_eva, tiny_vit
 
 from vpt_fast import PromptedViT
@@ -122,6 +123,14 @@ def test_fused_mlp_never_forms_the_gradient_of_the_activation(monkeypatch) -> No
     monkeypatch.setattr(ops, "_activate_backward", refuse)
     model = PromptedViT(backbone().float(), CLASSES, 7, backend="triton_fused_mlp").train()
     gradients(model, random_batch(model, 2, CLASSES, torch.float32)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("deep", "triton"), ("deep", "triton_fused_mlp"), ("shallow", "triton")]
+)
+def test_error_in_bfloat16_is_at_most_that_of_concatenation(name: str, backend: str) -> None:
+    case = dict(device="cpu", dtype=torch.bfloat16, backend=backend, **SETTINGS[name])
+    assert_no_worse_than_concatenation(vits, 2, **case)
 
 
 def test_dropout_per_image_equals_the_plain_operations() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from concatenated_swin import ConcatenatedSwin
 from concatenation import relative_error
+from low_precision import assert_no_worse_than_concatenation, swins
 from test_model_on_triton import gradients
 from tiny import random_batch, randomise, tiny_swin
 from torch import nn
@@ -65,6 +66,12 @@ def test_dropout_per_image_equals_concatenation() -> None:
         found.append(gradients(model.train(), batch))
     for name, expected in found[1].items():
         assert relative_error(found[0][name], expected) < 2e-5, name
+
+
+@pytest.mark.parametrize("name", ["deep", "shallow"])
+def test_error_in_bfloat16_is_at_most_that_of_concatenation(name: str) -> None:
+    case = dict(device="cpu", dtype=torch.bfloat16, size=SMALL, **SETTINGS[name])
+    assert_no_worse_than_concatenation(swins, 3, **case)
 
 
 def test_compiles_without_a_graph_break() -> None:
