@@ -64,12 +64,15 @@ def key_rows(
 
 
 @triton.jit
-def find_sequence(sequence, num_windows, WINDOWS: tl.constexpr):
-    """The image, int64, and the window of it."""
+def find_program(num_tiles, num_heads, num_windows, WINDOWS: tl.constexpr):
+    """This program's tile of a sequence and head; the head; the sequence's image, int64, and window of it."""
+    tile = tl.program_id(0) % num_tiles
+    head = (tl.program_id(0) // num_tiles) % num_heads
+    sequence = tl.program_id(0) // num_tiles // num_heads
     if WINDOWS:
-        return (sequence // num_windows).to(tl.int64), sequence % num_windows
+        return tile, head, (sequence // num_windows).to(tl.int64), sequence % num_windows
     else:
-        return sequence.to(tl.int64), 0
+        return tile, head, sequence.to(tl.int64), 0
 
 
 @triton.jit
@@ -114,11 +117,27 @@ def store_terms(
 
 
 @triton.jit
-def enter_window(k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size):
-    """Pointers to the window's first key and value, the head's bias, and the regions of the window."""
-    first = window * window_size
-    bias += head * window_size * stride_bias
-    return k + first * stride_kn, v + first * stride_vn, bias, regions + first
+def enter_sequence(
+    k, v, prompt_k, prompt_v, bias, regions,
+    stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh,
+    stride_pkb, stride_pkh,
+    stride_pvb, stride_pvh, stride_bias,
+    image, window, head, window_size, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Pointers to a sequence's first key and value of the head and to the prompts', and, of a window, to the
+    head's bias and the window's regions."""
+    k += image * stride_kb + head * stride_kh
+    v += image * stride_vb + head * stride_vh
+    prompt_k += image * stride_pkb + head * stride_pkh
+    prompt_v += image * stride_pvb + head * stride_pvh
+    if WINDOWS:
+        first = window * window_size
+        k += first * stride_kn
+        v += first * stride_vn
+        bias += head * window_size * stride_bias
+        regions += first
+    return k, v, prompt_k, prompt_v, bias, regions
 
 
 @triton.jit
@@ -145,6 +164,23 @@ def add_bias(
 
 
 @triton.jit
+def score_rows(
+    q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
+    D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """S of query rows and the BLOCK_N keys from number `start`; -inf where there is no key."""
+    keys = start + tl.arange(0, BLOCK_N)
+    scores = dot_rows(q1, q2, k1, k2, D2)
+    if WINDOWS:
+        scores = add_bias(
+            scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size, SHIFTED
+        )
+    if start + BLOCK_N > num_keys:
+        scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def store_fresh_rows(
     fresh, first, second, rows, rows_exist, num_tokens, num_heads, head, D1: tl.constexpr, D2: tl.constexpr
 ):
@@ -166,24 +202,19 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """O and lse of BLOCK_M query rows of one sequence and head."""
-    tiles = tl.cdiv(num_rows, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % num_heads
-    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
     q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
-    k += image * stride_kb + head * stride_kh
-    v += image * stride_vb + head * stride_vh
-    prompt_k += image * stride_pkb + head * stride_pkh
-    prompt_v += image * stride_pvb + head * stride_pvh
-    if WINDOWS:
-        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
-        k, v, bias, regions = enter_window(
-            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
-        )
+    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
+        k, v, prompt_k, prompt_v, bias, regions,
+        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
+        image, window, head, window_size, WINDOWS,
+    )  # fmt: skip
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -199,21 +230,10 @@ def attention_forward_kernel(
             prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
         )
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
-        scores = dot_rows(q1, q2, k1, k2, D2)  # (BLOCK_M, BLOCK_N)
-        if WINDOWS:
-            scores = add_bias(
-                scores,
-                bias,
-                regions,
-                stride_bias,
-                rows[:, None],
-                keys[None, :],
-                num_tokens,
-                window_size,
-                SHIFTED,
-            )
-        if start + BLOCK_N > num_keys:
-            scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+        scores = score_rows(
+            q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
+            D2, WINDOWS, SHIFTED, BLOCK_N,
+        )  # fmt: skip
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)  # finite: the first tile has a key
         weights = tl.exp2(scores * LOG2_E - new_max[:, None])
@@ -257,10 +277,8 @@ def terms_kernel(
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
-    tiles = tl.cdiv(num_rows, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % num_heads
-    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
@@ -275,15 +293,12 @@ def terms_kernel(
         delta = sum_rows(g1, g2, o1, o2, D2)
     else:
         q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
-        k += image * stride_kb + head * stride_kh
-        v += image * stride_vb + head * stride_vh
-        prompt_k += image * stride_pkb + head * stride_pkh
-        prompt_v += image * stride_pvb + head * stride_pvh
-        if WINDOWS:
-            num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
-            k, v, bias, regions = enter_window(
-                k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
-            )
+        k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
+            k, v, prompt_k, prompt_v, bias, regions,
+            stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+            stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
+            image, window, head, window_size, WINDOWS,
+        )  # fmt: skip
         delta = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, num_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
@@ -296,22 +311,17 @@ def terms_kernel(
             )
             k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
             v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
-            scores = dot_rows(q1, q2, k1, k2, D2)
-            if WINDOWS:
-                scores = add_bias(
-                    scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size,
-                    SHIFTED,
-                )  # fmt: skip
-            if start + BLOCK_N > num_keys:
-                scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+            scores = score_rows(
+                q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
+                D2, WINDOWS, SHIFTED, BLOCK_N,
+            )  # fmt: skip
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
             delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     store_terms(
-        terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_rows - num_fresh, num_windows,
-        WINDOWS,
-    )  # fmt: skip
+        terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_tokens, num_windows, WINDOWS
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -331,10 +341,8 @@ def grad_q_kernel(
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also their terms."""
-    tiles = tl.cdiv(num_rows, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % num_heads
-    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
@@ -351,22 +359,18 @@ def grad_q_kernel(
         o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
         delta = sum_rows(g1, g2, o1, o2, D2)
         lse2 = store_terms(
-            terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_rows - num_fresh,
-            num_windows, WINDOWS,
-        )  # fmt: skip
+            terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_tokens, num_windows, WINDOWS
+        )
     else:
         lse2 = tl.load(terms + statistics, mask=rows_exist, other=0.0)
         delta = tl.load(terms + rows_of_lse + statistics, mask=rows_exist, other=0.0)
 
-    k += image * stride_kb + head * stride_kh
-    v += image * stride_vb + head * stride_vh
-    prompt_k += image * stride_pkb + head * stride_pkh
-    prompt_v += image * stride_pvb + head * stride_pvh
-    if WINDOWS:
-        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
-        k, v, bias, regions = enter_window(
-            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
-        )
+    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
+        k, v, prompt_k, prompt_v, bias, regions,
+        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
+        image, window, head, window_size, WINDOWS,
+    )  # fmt: skip
     dq1 = tl.zeros((BLOCK_M, D1), tl.float32)
     dq2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else D1), tl.float32)
     for start in range(0, num_keys, BLOCK_N):
@@ -380,21 +384,10 @@ def grad_q_kernel(
         )
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
         v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
-        scores = dot_rows(q1, q2, k1, k2, D2)  # (BLOCK_M, BLOCK_N)
-        if WINDOWS:
-            scores = add_bias(
-                scores,
-                bias,
-                regions,
-                stride_bias,
-                rows[:, None],
-                keys[None, :],
-                num_tokens,
-                window_size,
-                SHIFTED,
-            )
-        if start + BLOCK_N > num_keys:
-            scores = tl.where(keys_exist[None, :], scores, float("-inf"))
+        scores = score_rows(
+            q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
+            D2, WINDOWS, SHIFTED, BLOCK_N,
+        )  # fmt: skip
         weights = tl.exp2(scores * LOG2_E - lse2[:, None])
         grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - delta[:, None])
         dq1, dq2 = accumulate(dq1, dq2, grad_scores, k1, k2, D2)
@@ -426,22 +419,17 @@ def grad_kv_kernel(
     The prompts' gradients are this image's own (B, m, 2, H, D): summing them, where images share the prompts,
     is the launcher's, in a fixed order. Without IMAGE the keys are the prompts alone.
     """
-    tiles = tl.cdiv(num_keys, BLOCK_N)
-    tile = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles) % num_heads
-    image, window = find_sequence(tl.program_id(0) // tiles // num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(tl.cdiv(num_keys, BLOCK_N), num_heads, num_windows, WINDOWS)
+    num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     keys_exist = keys < num_keys
 
-    k += image * stride_kb + head * stride_kh
-    v += image * stride_vb + head * stride_vh
-    prompt_k += image * stride_pkb + head * stride_pkh
-    prompt_v += image * stride_pvb + head * stride_pvh
-    if WINDOWS:
-        num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts
-        k, v, bias, regions = enter_window(
-            k, v, bias, regions, stride_kn, stride_vn, stride_bias, window, head, window_size
-        )
+    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
+        k, v, prompt_k, prompt_v, bias, regions,
+        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
+        image, window, head, window_size, WINDOWS,
+    )  # fmt: skip
     k_rows = key_rows(
         prompt_k, k, stride_pkm, stride_kn, keys, num_prompts, num_keys, PROMPTS, IMAGE, WINDOWS
     )
@@ -472,16 +460,9 @@ def grad_kv_kernel(
         scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (BLOCK_N, BLOCK_M)
         if WINDOWS:
             scores = add_bias(
-                scores,
-                bias,
-                regions,
-                stride_bias,
-                rows[None, :],
-                keys[:, None],
-                num_tokens,
-                window_size,
+                scores, bias, regions, stride_bias, rows[None, :], keys[:, None], num_tokens, window_size,
                 SHIFTED,
-            )
+            )  # fmt: skip
         # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
         weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
         grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - delta[None, :])  # dSᵀ
