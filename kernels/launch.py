@@ -57,6 +57,10 @@ def arch_of(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(_capability(device)[0], 80)
 
 
+MAX_ALONG_AXIS = 65535
+"""Programs along a grid's second or third axis: a limit of CUDA's."""
+
+
 class Launch:
     """A kernel with everything but its tensors: where it runs, its grid and all other arguments.
 
@@ -67,7 +71,8 @@ class Launch:
     Args:
         kernel: a `triton.jit` function whose pointers come first and constexprs last.
         device: of the tensors.
-        num_programs: the grid, of one axis; with 0 nothing is launched.
+        grid: how many programs there are, or how many along each of three axes, of which the last two take no
+            more than `MAX_ALONG_AXIS`; with 0 nothing is launched.
         *scalars: the arguments between pointers and constexprs, in the kernel's order.
         **options: constexprs, num_warps, num_stages, maxnreg.
     """
@@ -75,18 +80,24 @@ class Launch:
     __slots__ = (
         "_constexprs",
         "_device",
+        "_grid",
         "_kernel",
         "_kinds",
-        "_num_programs",
         "_options",
         "_run",
         "_scalars",
     )
 
     def __init__(
-        self, kernel: Any, device: torch.device, num_programs: int, *scalars: float, **options: Any
+        self,
+        kernel: Any,
+        device: torch.device,
+        grid: int | tuple[int, int, int],
+        *scalars: float,
+        **options: Any,
     ) -> None:
-        self._kernel, self._device, self._num_programs = kernel, device, num_programs
+        self._kernel, self._device = kernel, device
+        self._grid = (grid, 1, 1) if isinstance(grid, int) else grid
         self._scalars, self._options = scalars, options
         self._constexprs = tuple(options[name] for name in kernel.arg_names if name in options)
         self._kinds: tuple[object, ...] | None = None
@@ -94,7 +105,7 @@ class Launch:
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
         """Launches on tensors whose dtypes, strides and alignment are the first call's."""
-        if self._num_programs == 0:
+        if 0 in self._grid:
             return
         if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
@@ -110,6 +121,6 @@ class Launch:
         kinds = tuple(None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers)
         self._kinds = self._kinds or kinds
         assert kinds == self._kinds, f"{self._kernel.__name__}: got {kinds}, want {self._kinds} as at first"
-        build = self._kernel[(self._num_programs,)](*pointers, *self._scalars, **self._options)
+        build = self._kernel[self._grid](*pointers, *self._scalars, **self._options)
         if build is not None:
-            self._run = build[(self._num_programs, 1, 1)]
+            self._run = build[self._grid]

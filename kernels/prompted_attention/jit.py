@@ -64,15 +64,17 @@ def key_rows(
 
 
 @triton.jit
-def find_program(num_tiles, num_heads, num_windows, WINDOWS: tl.constexpr):
-    """This program's tile of a sequence and head; the head; the sequence's image, int64, and window of it."""
-    tile = tl.program_id(0) % num_tiles
-    head = (tl.program_id(0) // num_tiles) % num_heads
-    sequence = tl.program_id(0) // num_tiles // num_heads
+def find_program(num_heads, WINDOWS: tl.constexpr):
+    """This program's tile of a sequence and head; the head; the sequence's image, int64, and window of it.
+
+    The grid is (tiles, heads or windows times heads, images): finding one's place along a single axis took
+    divisions that all loads waited for.
+    """
+    tile, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     if WINDOWS:
-        return tile, head, (sequence // num_windows).to(tl.int64), sequence % num_windows
+        return tile, tl.program_id(1) % num_heads, image, tl.program_id(1) // num_heads
     else:
-        return tile, head, sequence.to(tl.int64), 0
+        return tile, tl.program_id(1), image, 0
 
 
 @triton.jit
@@ -202,7 +204,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """O and lse of BLOCK_M query rows of one sequence and head."""
-    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
@@ -277,7 +279,7 @@ def terms_kernel(
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
-    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
@@ -341,7 +343,7 @@ def grad_q_kernel(
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also their terms."""
-    tile, head, image, window = find_program(tl.cdiv(num_rows, BLOCK_M), num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_exist = rows < num_rows
@@ -419,7 +421,7 @@ def grad_kv_kernel(
     The prompts' gradients are this image's own (B, m, 2, H, D): summing them, where images share the prompts,
     is the launcher's, in a fixed order. Without IMAGE the keys are the prompts alone.
     """
-    tile, head, image, window = find_program(tl.cdiv(num_keys, BLOCK_N), num_heads, num_windows, WINDOWS)
+    tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     keys_exist = keys < num_keys

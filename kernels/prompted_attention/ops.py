@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv
+from vpt_fast.kernels.launch import DTYPES, MAX_ALONG_AXIS, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -149,6 +149,8 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
     require_dtype(DTYPES, q=q.dtype)
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"head dim: got {q.shape[3]}, want one of {', '.join(map(str, HEAD_DIMS))}")
+    if q.shape[0] > MAX_ALONG_AXIS:
+        raise ValueError(f"q: got {q.shape[0]} images, want {MAX_ALONG_AXIS} at most")
     for name, t in tensors.items():
         if t is None:
             continue
@@ -235,7 +237,7 @@ def _forward_launch(**tensors: torch.Tensor | None) -> Launch:
     return Launch(
         attention_forward_kernel,
         q.device,
-        cdiv(num_rows, tiles.block_m) * num_heads * batch,
+        (cdiv(num_rows, tiles.block_m), num_heads, batch),
         *inputs.strides,
         num_heads,
         num_rows,
@@ -313,22 +315,22 @@ def _backward_launches(
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
     sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image, *_ONE_SEQUENCE)
 
-    def num_programs(tiles: Tiles) -> int:
-        return cdiv(num_rows, tiles.block_m) * num_heads * batch
+    def grid(tiles: Tiles) -> tuple[int, int, int]:
+        return cdiv(num_rows, tiles.block_m), num_heads, batch
 
     terms = grad_q = grad_kv = None
     # The rows' terms come from the kernel for dQ, which has dO at hand, or where they cannot, from their own.
     if not (has_out and need_q):
         tiles = TERMS_TILES if has_out else grad_q_tiles(q.dtype, head_dim, num_rows, arch)
         terms = Launch(
-            terms_kernel, q.device, num_programs(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
+            terms_kernel, q.device, grid(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
             **tiles.launch,
         )  # fmt: skip
     if need_q:
         tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
         grad_strides = packed_strides(num_rows, 3 if packed else 1, num_heads, head_dim)
         grad_q = Launch(
-            grad_q_kernel, q.device, num_programs(tiles), *all_strides, *grad_strides, *sizes, **flags,
+            grad_q_kernel, q.device, grid(tiles), *all_strides, *grad_strides, *sizes, **flags,
             HAS_OUT=has_out, **tiles.launch,
         )  # fmt: skip
     if need_kv or num_prompts:
@@ -349,7 +351,7 @@ def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch
     return Launch(
         grad_kv_kernel,
         q.device,
-        cdiv(num_prompts + num_image, tiles.block_n) * num_heads * batch,
+        (cdiv(num_prompts + num_image, tiles.block_n), num_heads, batch),
         *strides(grad_out),
         *inputs.strides,
         *packed_strides(num_image, parts, num_heads, head_dim),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import Launch, arch_of, cdiv
+from vpt_fast.kernels.launch import MAX_ALONG_AXIS, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
@@ -139,6 +139,8 @@ def _check(
     num_windows = k.shape[1] // window_size
     if k.shape[1] != num_windows * window_size or num_windows == 0:
         raise ValueError(f"k: got {k.shape[1]} rows, want one or more windows of {window_size}")
+    if num_windows * q.shape[2] > MAX_ALONG_AXIS:
+        raise ValueError(f"k: got {num_windows} windows of {q.shape[2]} heads, want {MAX_ALONG_AXIS} at most")
     num_tokens = q.shape[1] - num_fresh
     if num_tokens not in (0, k.shape[1]):
         raise ValueError(
@@ -162,7 +164,7 @@ def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Lau
     launch = Launch(
         attention_forward_kernel,
         q.device,
-        cdiv(num_rows, tiles.block_m) * batch * num_windows * num_heads,
+        (cdiv(num_rows, tiles.block_m), num_windows * num_heads, batch),
         *inputs.strides,
         num_heads,
         num_rows,
@@ -235,7 +237,7 @@ def _backward_launches(
     q, flags = inputs.q, inputs.flags
     batch, rows, num_heads, head_dim = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
-    sequences = batch * num_windows * num_heads
+    sequences = (num_windows * num_heads, batch)
     require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
     arch = arch_of(q.device)
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
@@ -245,14 +247,14 @@ def _backward_launches(
     if not (out is not None and need_q):
         tiles = grad_q_tiles(q.dtype, head_dim, arch)
         terms = Launch(
-            terms_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *numbers,
+            terms_kernel, q.device, (cdiv(num_rows, tiles.block_m), *sequences), *all_strides, *numbers,
             **flags, HAS_OUT=out is not None, **tiles.launch,
         )  # fmt: skip
     if need_q:
         tiles = grad_q_tiles(q.dtype, head_dim, arch)
         grad_strides = packed_strides(rows, 3 if packed else 1, num_heads, head_dim)
         grad_q = Launch(
-            grad_q_kernel, q.device, cdiv(num_rows, tiles.block_m) * sequences, *all_strides, *grad_strides,
+            grad_q_kernel, q.device, (cdiv(num_rows, tiles.block_m), *sequences), *all_strides, *grad_strides,
             *numbers, **flags, HAS_OUT=out is not None, **tiles.launch,
         )  # fmt: skip
     if need_kv:
@@ -260,7 +262,7 @@ def _backward_launches(
         tiles = grad_kv_tiles(q.dtype, arch)
         grad_strides = packed_strides(num_rows_of(inputs.k), 3 if packed else 2, num_heads, head_dim)
         grad_kv = Launch(
-            grad_kv_kernel, q.device, cdiv(window_size, tiles.block_n) * sequences, *strides(grad_out),
+            grad_kv_kernel, q.device, (cdiv(window_size, tiles.block_n), *sequences), *strides(grad_out),
             *alone.strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
             num_fresh, **alone.flags, IMAGE=True, **tiles.launch,
         )  # fmt: skip

@@ -42,14 +42,14 @@ class Build:
         return lambda *args: self.kernel.runs.append((grid, args))
 
 
-def launch_of(kernel: Kernel, num_programs: int = 6) -> Launch:
-    return Launch(kernel, CPU, num_programs, 3, BLOCK=16, WIDE=True, num_warps=4)
+def launch_of(kernel: Kernel, grid: int | tuple[int, int, int] = 6) -> Launch:
+    return Launch(kernel, CPU, grid, 3, BLOCK=16, WIDE=True, num_warps=4)
 
 
 def test_the_first_call_goes_through_triton() -> None:
     kernel, x = Kernel(), torch.zeros(4)
     launch_of(kernel)(x, None)
-    assert kernel.calls == [((6,), (x, None, 3), {"BLOCK": 16, "WIDE": True, "num_warps": 4})]
+    assert kernel.calls == [((6, 1, 1), (x, None, 3), {"BLOCK": 16, "WIDE": True, "num_warps": 4})]
     assert kernel.runs == []
 
 
@@ -72,10 +72,19 @@ def test_without_a_build_triton_is_asked_every_time() -> None:
     assert len(kernel.calls) == 2 and kernel.runs == []
 
 
-def test_without_programs_nothing_is_launched() -> None:
+@pytest.mark.parametrize("grid", [0, (3, 0, 2), (3, 2, 0)])
+def test_without_programs_nothing_is_launched(grid: int | tuple[int, int, int]) -> None:
     kernel, x = Kernel(), torch.zeros(4)
-    launch_of(kernel, 0)(x, x)
+    launch_of(kernel, grid)(x, x)
     assert kernel.calls == []
+
+
+def test_a_grid_of_three_axes_stays_as_it_is() -> None:
+    kernel, x = Kernel(), torch.zeros(4)
+    launch = launch_of(kernel, (3, 2, 5))
+    launch(x, x)
+    launch(x, x)
+    assert (kernel.calls[0][0], kernel.runs[0][0]) == ((3, 2, 5), (3, 2, 5))
 
 
 @pytest.mark.parametrize(

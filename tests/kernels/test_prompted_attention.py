@@ -141,6 +141,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="head dim: got 24, want one of 16, 32, 64, 80, 96, 128"):
             ops.attention(*given)
 
+    def test_more_images_than_a_grid_holds(self) -> None:
+        rows = torch.zeros(1, 1, 1, 16).expand(65536, -1, -1, -1)
+        with pytest.raises(ValueError, match="q: got 65536 images, want 65535 at most"):
+            ops.attention(rows, rows, rows, None, None)
+
     def test_float64(self) -> None:
         given = inputs((1, 2, 2, 1, 1, 16), True, torch.float64)
         with pytest.raises(ValueError, match="q: got torch.float64, want one of torch.float32"):

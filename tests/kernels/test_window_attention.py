@@ -144,6 +144,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="q: got torch.float64, want one of torch.float32"):
             self.attend(self.case(torch.float64))
 
+    def test_more_windows_than_a_grid_holds(self) -> None:
+        case = self.case()
+        rows = torch.zeros(1, 1, 1, 32).expand(-1, 4 * 65536, -1, -1)
+        with pytest.raises(ValueError, match="k: got 65536 windows of 1 heads, want 65535 at most"):
+            self.attend(case._replace(tensors=(rows, rows, rows, None, None)))
+
     def test_bias_that_is_not_filled_up(self) -> None:
         case = self.case()
         short = case.bias._replace(bias=case.bias.bias[..., :4])
