@@ -11,11 +11,16 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(rows, mask, D1: tl.constexpr, D2: tl.constexpr):
-    """Pointers to the first elements of n rows, and which of them exist, to tiles (n, D1) and (n, D2)."""
-    first = tl.load(rows[:, None] + tl.arange(0, D1)[None, :], mask=mask[:, None], other=0.0)
-    second = first
-    if D2 > 0:
-        second = tl.load(rows[:, None] + (D1 + tl.arange(0, D2))[None, :], mask=mask[:, None], other=0.0)
+    """Pointers to the first elements of n rows, and which of them exist (None: all), to tiles (n, D1) and
+    (n, D2)."""
+    first_pointers = rows[:, None] + tl.arange(0, D1)[None, :]
+    second_pointers = rows[:, None] + (D1 + tl.arange(0, D2 if D2 > 0 else D1))[None, :]
+    if mask is None:
+        first = tl.load(first_pointers)
+        second = tl.load(second_pointers) if D2 > 0 else first
+    else:
+        first = tl.load(first_pointers, mask=mask[:, None], other=0.0)
+        second = tl.load(second_pointers, mask=mask[:, None], other=0.0) if D2 > 0 else first
     return first, second
 
 

@@ -15,7 +15,9 @@ exp2 wants, and δ. They are one tensor because a tile of 64 rows of it has as m
 threads: a tile of fewer Triton 3.6 does not share, and each thread copies for itself all that it needs.
 
 Loops test whether keys exist in the last tile alone, by a branch that all threads take together: at head dim
-64 that test would be a sixth of a tile's instructions.
+64 that test would be a sixth of a tile's instructions. CLS beside n x n patches leaves few rows beside tiles of
+64, 5 of 197 and 1 of 257: dK and dV take those first, in a tile of TAIL rows, while the tiles that their loop
+reads are all full and none of it is tested. TAIL is 0 where more are left.
 
 The index of an image is int64, since its offset may pass 2³¹ elements; offsets within one are int32, which
 launchers check.
@@ -401,6 +403,37 @@ def grad_q_kernel(
     store_rows(grad_rows, dq1, dq2, rows_exist, D1, D2)
 
 
+@triton.jit
+def add_rows_to_keys(
+    dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
+    stride_qr, stride_gr, stride_bias,
+    rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
+    D1: tl.constexpr, D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys with what a tile of query rows adds. planes: pointers (2, 1) to the terms;
+    rows_exist: None where all do."""
+    places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
+    q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
+    g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
+    if rows_exist is None:
+        row_terms = tl.load(planes + statistics[None, :])
+    else:
+        row_terms = tl.load(planes + statistics[None, :], mask=rows_exist[None, :], other=0.0)
+    lse2, delta = tl.split(tl.trans(row_terms))
+
+    scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (keys, rows)
+    if WINDOWS:
+        scores = add_bias(
+            scores, bias, regions, stride_bias, rows[None, :], keys[:, None], num_tokens, window_size, SHIFTED
+        )
+    # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
+    weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
+    grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - delta[None, :])  # dSᵀ
+    dk1, dk2 = accumulate(dk1, dk2, grad_scores, q1, q2, D2)
+    dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D2)
+    return dk1, dk2, dv1, dv2
+
+
 @triton.jit(do_not_specialize=SIZES)
 def grad_kv_kernel(
     grad_out, q, k, v, prompt_k, prompt_v, bias, regions, terms, grad_k, grad_v, grad_prompt_kv,
@@ -413,7 +446,7 @@ def grad_kv_kernel(
     stride_dkb, stride_dkn, stride_dkh,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
     D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
-    IMAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IMAGE: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK = dSᵀ Q and dV = Pᵀ dO of BLOCK_N keys of one sequence and head.
 
@@ -445,31 +478,30 @@ def grad_kv_kernel(
     q += image * stride_qb + head * stride_qh
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
-    planes = tl.arange(0, 2)[:, None] * rows_of_lse
+    planes = terms + tl.arange(0, 2)[:, None] * rows_of_lse
     dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
     dk2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
     dv2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
-    for row in range(0, num_rows, BLOCK_M):
+    rows_in_tiles = num_rows
+    if TAIL > 0:
+        rows_in_tiles -= num_rows % BLOCK_M
+        rest = rows_in_tiles + tl.arange(0, TAIL)
+        dk1, dk2, dv1, dv2 = add_rows_to_keys(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
+            stride_qr, stride_gr, stride_bias,
+            rest, rest < num_rows, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
+            D1, D2, WINDOWS, SHIFTED,
+        )  # fmt: skip
+    for row in range(0, rows_in_tiles, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
-        rows_exist = rows < num_rows
-        places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
-        q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
-        g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
-        row_terms = tl.load(terms + planes + statistics[None, :], mask=rows_exist[None, :], other=0.0)
-        lse2, delta = tl.split(tl.trans(row_terms))
-
-        scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (BLOCK_N, BLOCK_M)
-        if WINDOWS:
-            scores = add_bias(
-                scores, bias, regions, stride_bias, rows[None, :], keys[:, None], num_tokens, window_size,
-                SHIFTED,
-            )  # fmt: skip
-        # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
-        weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
-        grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - delta[None, :])  # dSᵀ
-        dk1, dk2 = accumulate(dk1, dk2, grad_scores, q1, q2, D2)
-        dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D2)
+        rows_exist = None if TAIL > 0 else rows < num_rows
+        dk1, dk2, dv1, dv2 = add_rows_to_keys(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
+            stride_qr, stride_gr, stride_bias,
+            rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
+            D1, D2, WINDOWS, SHIFTED,
+        )  # fmt: skip
 
     if PROMPTS:
         D: tl.constexpr = D1 + D2

@@ -82,15 +82,24 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, whose products' first dimension is that of the keys."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 8 if head_dim > 80 else 4, 1)
+        return Tiles(16, 32, 8 if head_dim > 64 else 4, 1)
     if num_rows <= 16:
         return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1)
     if arch == 80:
-        wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 2)}
+        wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 3)}
         return Tiles(64, 64, 4, 3) if head_dim < 64 else wide.get(head_dim, Tiles(32, 32, 4, 3))
     if arch == 90:
         return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3)
     return Tiles(64, 64, 8 if head_dim > 32 else 4, 3)
+
+
+_TAIL = 16  # rows of the smallest tile that tensor cores take
+
+
+def tail_rows(tiles: Tiles, num_rows: int) -> int:
+    """Rows of a smaller tile for what is left over where tiles of `block_m` are filled: CLS beside n x n
+    patches, for one. 0 where that is nothing, or too much for it."""
+    return _TAIL if 0 < num_rows % tiles.block_m <= _TAIL < tiles.block_m else 0
 
 
 TERMS_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
@@ -362,6 +371,7 @@ def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch
         *_ONE_SEQUENCE,
         **inputs.flags,
         IMAGE=parts > 0,
+        TAIL=tail_rows(tiles, num_rows),
         **tiles.launch,
     )
 
@@ -444,6 +454,8 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
     forward = forward_tiles(dtype, head_dim, num_rows, arch)
     grad_q = grad_q_tiles(dtype, head_dim, num_rows, arch)
     grad_kv = grad_kv_tiles(dtype, head_dim, num_rows, arch)
+    tail = tail_rows(grad_kv, num_rows)
+    rest = f" and {tail} rows" if tail else ""
     return [
         make_build(kernel, dtype, head_dim, tiles, variant, **flags)
         for kernel, tiles, variant, flags in (
@@ -452,8 +464,8 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
             (terms_kernel, grad_q, "from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "with O", {"HAS_OUT": True}),
             (grad_q_kernel, grad_q, "with terms", {"HAS_OUT": False}),
-            (grad_kv_kernel, grad_kv, "all keys", {"IMAGE": True}),
-            (grad_kv_kernel, grad_kv, "prompts", {"IMAGE": False}),
+            (grad_kv_kernel, grad_kv, f"all keys{rest}", {"IMAGE": True, "TAIL": tail}),
+            (grad_kv_kernel, grad_kv, f"prompts{rest}", {"IMAGE": False, "TAIL": tail}),
         )
     ]
 

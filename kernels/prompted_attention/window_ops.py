@@ -31,6 +31,7 @@ from vpt_fast.kernels.prompted_attention.ops import (
     packed_strides,
     strides,
     sum_over_images,
+    tail_rows,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
@@ -264,7 +265,7 @@ def _backward_launches(
         grad_kv = Launch(
             grad_kv_kernel, q.device, (cdiv(window_size, tiles.block_n), *sequences), *strides(grad_out),
             *alone.strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
-            num_fresh, **alone.flags, IMAGE=True, **tiles.launch,
+            num_fresh, **alone.flags, IMAGE=True, TAIL=tail_rows(tiles, num_rows), **tiles.launch,
         )  # fmt: skip
     return _BackwardLaunches(sizes, terms, grad_q, grad_kv)
 
@@ -373,6 +374,7 @@ def builds(arch: int) -> list[Build]:
 def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
     forward, grad_q = forward_tiles(dtype, arch), grad_q_tiles(dtype, head_dim, arch)
     grad_kv = grad_kv_tiles(dtype, arch)
+    tail = tail_rows(grad_kv, 144)
     return [
         make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (
@@ -380,6 +382,12 @@ def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
             (terms_kernel, grad_q, "windows from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "windows with O", {"HAS_OUT": True}),
             (grad_q_kernel, grad_q, "windows with terms", {"HAS_OUT": False}),
-            (grad_kv_kernel, grad_kv, "windows", {"PROMPTS": False, "IMAGE": True}),
+            (grad_kv_kernel, grad_kv, "windows", {"PROMPTS": False, "IMAGE": True, "TAIL": 0}),
+            (
+                grad_kv_kernel,
+                grad_kv,
+                f"windows and {tail} rows",
+                {"PROMPTS": False, "IMAGE": True, "TAIL": tail},
+            ),
         )
     ]

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge
+# B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge; and few
+# enough rows beside whole tiles for a smaller one: 1, 16, or one too many
 SIZES = [
     (1, 1, 1, 1, 1, 16),
     (2, 7, 7, 5, 2, 32),
@@ -23,6 +24,9 @@ SIZES = [
     (2, 19, 19, 13, 1, 96),
     (1, 70, 70, 64, 1, 128),
     (1, 130, 130, 100, 1, 16),
+    (1, 65, 65, 3, 2, 64),
+    (1, 80, 80, 5, 1, 80),
+    (1, 145, 20, 5, 1, 32),
 ]
 IDS = [f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}" for b, r, n, m, h, d in SIZES]
 
