@@ -15,9 +15,11 @@ exp2 wants, and δ. They are one tensor because a tile of 64 rows of it has as m
 threads: a tile of fewer Triton 3.6 does not share, and each thread copies for itself all that it needs.
 
 Loops test whether keys exist in the last tile alone, by a branch that all threads take together: at head dim
-64 that test would be a sixth of a tile's instructions. CLS beside n x n patches leaves few rows beside tiles of
-64, 5 of 197 and 1 of 257: dK and dV take those first, in a tile of TAIL rows, while the tiles that their loop
-reads are all full and none of it is tested. TAIL is 0 where more are left.
+64 that test would be a sixth of a tile's instructions.
+
+CLS beside n x n patches leaves few rows beside tiles of 64, 5 of 197 and 1 of 257: dK and dV take those
+first, in a tile of TAIL rows, and the tiles that their loop reads are full, so that none of it is tested.
+TAIL is 0 where no rows are left, or more.
 
 The index of an image is int64, since its offset may pass 2³¹ elements; offsets within one are int32, which
 launchers check.
