@@ -42,9 +42,11 @@ from vpt_fast.kernels.torch_op import torch_op
 # of the forward pass is for sm_90 alone.
 
 
-def forward_tiles(dtype: torch.dtype, arch: int) -> Tiles:
+def forward_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
     """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
-    return Tiles(16, 32, 4, 1) if dtype == torch.float32 else Tiles(64, 32, 4, 3 if arch == 90 else 2)
+    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1)
+    return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 3 if arch == 90 else 2)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
@@ -159,9 +161,9 @@ def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Lau
     window_size, num_windows, num_rows = sizes = _check(num_fresh, **tensors)
     inputs = Inputs(**tensors)
     q = inputs.q
-    batch, _, num_heads, _ = q.shape
+    batch, _, num_heads, head_dim = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
-    tiles = forward_tiles(q.dtype, arch_of(q.device))
+    tiles = forward_tiles(q.dtype, head_dim, arch_of(q.device))
     launch = Launch(
         attention_forward_kernel,
         q.device,
@@ -372,7 +374,7 @@ def builds(arch: int) -> list[Build]:
 
 
 def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
-    forward, grad_q = forward_tiles(dtype, arch), grad_q_tiles(dtype, head_dim, arch)
+    forward, grad_q = forward_tiles(dtype, head_dim, arch), grad_q_tiles(dtype, head_dim, arch)
     grad_kv = grad_kv_tiles(dtype, arch)
     tail = tail_rows(grad_kv, 144)
     return [
