@@ -222,6 +222,16 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     return Step(logits.detach(), loss.detach(), gradients)
 
 
+def training_steps(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[Step]:
+    """A step of each, in training mode, on the same random numbers: each draws one dropout mask a set of
+    prompts, in order."""
+    steps = []
+    for model in models:
+        torch.manual_seed(0)
+        steps.append(step(model.train(), images, labels))
+    return steps
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`, in float64; 0 where both are exactly zero."""
     difference = (actual.detach().double() - expected.detach().double()).norm()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from concatenation import ConcatenatedViT, relative_error, step
+from concatenation import ConcatenatedViT, relative_error, step, training_steps
 from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -284,13 +284,10 @@ def test_prompt_dropout(location: str, per: str) -> None:
     settings = settings | {"prompt_dropout": 0.4, "prompt_dropout_per": per}
     prompted, concatenated = prompted_and_concatenated(tiny_vit(), **settings)
     images, labels = random_batch(prompted, 3, NUM_CLASSES)
-    results = []
-    for model in (prompted.train(), concatenated.train()):
-        torch.manual_seed(0)  # both draw one mask a prompted block, in order
-        results.append(step(model, images, labels))
-    assert relative_error(results[0].logits, results[1].logits) < TOLERANCE
-    for name, gradient in results[1].gradients.items():
-        assert relative_error(results[0].gradients[name], gradient) < TOLERANCE, name
+    actual, expected = training_steps((prompted, concatenated), images, labels)
+    assert relative_error(actual.logits, expected.logits) < TOLERANCE
+    for name, gradient in expected.gradients.items():
+        assert relative_error(actual.gradients[name], gradient) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -306,12 +303,9 @@ def test_blocks_that_run_again_a_few_images_at_a_time(
     prompted, concatenated = prompted_and_concatenated(tiny_vit(depth=4), **settings)
     prompted.memory = "recompute"
     images, labels = random_batch(prompted, 5, NUM_CLASSES)
-    results = []
-    for model in (prompted.train(), concatenated.train()):
-        torch.manual_seed(0)  # both draw one mask a prompted block, in order
-        results.append(step(model, images, labels))
-    for name, gradient in results[1].gradients.items():
-        assert relative_error(results[0].gradients[name], gradient) < TOLERANCE, name
+    actual, expected = training_steps((prompted, concatenated), images, labels)
+    for name, gradient in expected.gradients.items():
+        assert relative_error(actual.gradients[name], gradient) < TOLERANCE, name
 
 
 def test_prompt_dropout_is_off_in_eval_mode() -> None:

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
-from concatenation import Step, relative_error, step
+from concatenation import Step, relative_error, step, training_steps
 from given_back import GivenBack
 from safetensors import safe_open
 from test_dead_work import KeptBytes, linear
@@ -174,11 +174,7 @@ def test_prompt_dropout(prompt_type: str, per: str) -> None:
         tiny_swin(), num_prompts=3, prompt_type=prompt_type, prompt_dropout=0.4, prompt_dropout_per=per
     )
     images, labels = random_batch(prompted, 3, NUM_CLASSES)
-    results = []
-    for model in (prompted.train(), defined.train()):
-        torch.manual_seed(0)  # both draw a mask for each set of prompts, in order
-        results.append(step(model, images, labels))
-    assert_same(*results)
+    assert_same(*training_steps((prompted, defined), images, labels))
 
 
 @pytest.mark.parametrize("prompt_type", TYPES)
