@@ -171,18 +171,17 @@ def add_bias(
 
 @triton.jit
 def score_rows(
-    q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
-    D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_N: tl.constexpr,
+    q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist, some_do_not,
+    num_tokens, window_size, D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """S of query rows and the BLOCK_N keys from number `start`; -inf where there is no key."""
-    keys = start + tl.arange(0, BLOCK_N)
+    """S of query rows and keys; -inf where there is no key."""
     scores = dot_rows(q1, q2, k1, k2, D2)
     if WINDOWS:
         scores = add_bias(
             scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size, SHIFTED
         )
-    if start + BLOCK_N > num_keys:
-        scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))
+    if some_do_not:
+        scores = tl.where(keys_exist[None, :], scores, float("-inf"))
     return scores
 
 
@@ -237,8 +236,8 @@ def attention_forward_kernel(
         )
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
         scores = score_rows(
-            q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
-            D2, WINDOWS, SHIFTED, BLOCK_N,
+            q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
+            start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
         )  # fmt: skip
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)  # finite: the first tile has a key
@@ -318,8 +317,8 @@ def terms_kernel(
             k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
             v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
             scores = score_rows(
-                q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
-                D2, WINDOWS, SHIFTED, BLOCK_N,
+                q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
+                start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
             delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
@@ -391,8 +390,8 @@ def grad_q_kernel(
         k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
         v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
         scores = score_rows(
-            q1, q2, k1, k2, bias, regions, stride_bias, rows, start, num_keys, num_tokens, window_size,
-            D2, WINDOWS, SHIFTED, BLOCK_N,
+            q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
+            start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
         )  # fmt: skip
         weights = tl.exp2(scores * LOG2_E - lse2[:, None])
         grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - delta[:, None])
