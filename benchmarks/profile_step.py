@@ -154,7 +154,7 @@ def main(
     num_prompts: Annotated[
         int, typer.Option(min=0, help="m, or pixels of a ConvNet's border", show_default="100, or 10")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="images", show_default="64; 4 on a CPU")] = 0,
+    batch_size: Annotated[int, typer.Option(min=0, help="images", show_default="64; 4 on a CPU")] = 0,
     implementation: Annotated[str, typer.Option(help="as of throughput.py")] = "vpt_fast",
     memory: Annotated[str, typer.Option(help=f"of vpt_fast: {', '.join(MEMORY)}")] = "exact",
     dtype: Annotated[

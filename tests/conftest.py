@@ -11,9 +11,11 @@ import torch
 
 # Kernels run in Triton's interpreter, on the CPU, but in the tests for a GPU (`-m gpu`). Triton reads the
 # variable when it is first imported, which other conftest files may do before pytest has read its arguments.
-if ("-m", "gpu") not in itertools.pairwise(sys.argv):
+# The processes of `-n` are given no arguments, but this one's environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "0" if ("-m", "gpu") in itertools.pairwise(sys.argv) else "1"
+if os.environ["TRITON_INTERPRET"] == "1":
     assert "triton" not in sys.modules, "imported before its interpreter was asked for"
-    os.environ["TRITON_INTERPRET"] = "1"
 
     from bfloat16_interpreter import teach_bfloat16
 
