@@ -23,6 +23,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
+from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.backbones.timm_vit import (
     dtype_of,
     fingerprint,
@@ -92,6 +93,7 @@ class FrozenSwin(nn.Module):
         )
         if dtype is not None:
             self.stem.to(dtype)
+        self.stem.patch_embed.proj = as_product(self.stem.patch_embed.proj)
         stages: Any = swin.layers
         self.stages = tuple((len(stage.blocks), int(stage.blocks[0].dim)) for stage in stages)
         blocks = [
@@ -172,7 +174,7 @@ class FrozenSwin(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> tokens (B, N, d), row by row, in at least float32."""
-        x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype)).flatten(1, 2)
+        x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj)).flatten(1, 2)
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def enter(

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
@@ -91,6 +92,7 @@ class FrozenViT(nn.Module):
         self.stem.requires_grad_(False)
         if dtype is not None:
             self.stem.to(dtype)
+        self.stem.patch_embed.proj = as_product(self.stem.patch_embed.proj)
         self.num_folded = len(vit.blocks) - timm_blocks
         blocks: list[nn.Module] = []
         for index, block in enumerate(vit.blocks):
@@ -183,15 +185,15 @@ class FrozenViT(nn.Module):
         Float32 costs no memory but under the policy "recompute", since else the residual stream is not kept
         for backward; it costs time, since every block reads and writes it.
         """
-        x = self.stem.patch_embed(images.to(self.stem.patch_embed.proj.weight.dtype))
+        x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj))
         x = self._norm_pre(self._add_positions(x))
-        # Without a prefix token nothing has copied the convolution's channels to the end yet.
+        # Without a prefix token nothing has copied a convolution's channels to the end yet.
         return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
         """Prompts given as a strip of patches: (1, C, p, p·m) -> (1, m, d), with no position added."""
         patch_embed = self.stem.patch_embed
-        x = patch_embed.proj(pixels.to(patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        x = patch_embed.proj(as_input(pixels, patch_embed.proj)).flatten(2).transpose(1, 2)
         x = self._norm_pre(patch_embed.norm(x))
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 

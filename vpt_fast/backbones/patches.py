@@ -1,0 +1,58 @@
+"""Patches of an image to tokens, as one matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose windows do not overlap, as the product that it is: patches (rows) by weights.
+
+    cuDNN has no good kernel for it: in bfloat16 it took 0.55 ms of a ViT-B/16's step of 11 on an H200, with
+    the transposition of all pixels that it begins with, for work of 0.02 ms. Parameters and their names are
+    the convolution's; the sum is the same, in another order.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width), of any dtype, to (B, d, rows, columns) in the weights', as a convolution
+        gives it, but with the channels last in memory: what tokens want."""
+        height, width = self.kernel_size
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        patches = images[:, :, : rows * height, : columns * width]
+        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        # One pass over the pixels rounds them and brings those of a patch together.
+        patches = patches.permute(0, 2, 4, 1, 3, 5).to(
+            self.weight.dtype, memory_format=torch.contiguous_format
+        )
+        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def as_product(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with the same parameters as a `PatchProjection`; the convolution itself where it is
+    none: its windows overlap, say, or its weights are standardised first."""
+    is_one = (
+        type(convolution) is nn.Conv2d
+        and convolution.stride == convolution.kernel_size
+        and not any(convolution._reversed_padding_repeated_twice)  # of padding by number or by name
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+    )
+    if not is_one:
+        return convolution
+    with torch.device("meta"):
+        projection = PatchProjection(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            convolution.stride,  # type: ignore[arg-type]
+            bias=convolution.bias is not None,
+        )
+    projection.weight, projection.bias = convolution.weight, convolution.bias
+    return projection.train(convolution.training)
+
+
+def as_input(pixels: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
+    """Pixels in the dtype that the convolution takes; a `PatchProjection` rounds them itself."""
+    return pixels if isinstance(convolution, PatchProjection) else pixels.to(convolution.weight.dtype)
