@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from vpt_fast.kernels.launch import takes_kernels
+from vpt_fast.kernels.launch import arch_of, takes_kernels
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images, window_reference
@@ -66,14 +66,23 @@ TORCH_OPS = Ops(
 )
 
 
+@torch.compiler.assume_constant_result
+def fused_mlp_pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `Ops.linear_activate` is faster than cuBLAS with a kernel beside it at the widths of ViTs: on
+    an H200 it is, see benchmarks/results. Of other devices it is not known, and in float32 it is not."""
+    return device.type == "cuda" and dtype.itemsize == 2 and arch_of(device) == 90
+
+
 class Backend(NamedTuple):
     """What a backend's name stands for on each kind of device.
 
     cuda: for float32, bfloat16 and float16 on a CUDA device that takes the kernels. other: for all else.
+    fused: in place of `cuda` where the MLP's products had better hold the activation; None: never.
     """
 
     cuda: Ops
     other: Ops
+    fused: Ops | None = None
 
     def ops(self, device: torch.device, dtype: torch.dtype, head_dim: int, in_windows: bool = False) -> Ops:
         """The operations for tensors on this device.
@@ -87,7 +96,11 @@ class Backend(NamedTuple):
         head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
         if device.type != "cuda" or dtype == torch.float64 or head_dim not in head_dims:
             return self.other
-        return self.cuda if self.cuda is self.other or takes_kernels(device) else self.other
+        if self.cuda is not self.other and not takes_kernels(device):
+            return self.other
+        if self.fused is not None and not in_windows and fused_mlp_pays(device, dtype):
+            return self.fused
+        return self.cuda
 
     def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         """Raises ValueError where a FlashAttention implementation takes no tensors like these: it is tried
@@ -102,8 +115,8 @@ class Backend(NamedTuple):
         return self.other.needs_out
 
     @property
-    def fuses_mlp(self) -> bool:
-        """Whether the MLP's products hold the activation and its derivative."""
+    def always_fuses_mlp(self) -> bool:
+        """Whether the MLP's products hold the activation and its derivative on every device."""
         return self.other.linear_activate is not None
 
 
@@ -112,13 +125,13 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
 
     Args:
         backend: ``"torch"``: plain PyTorch, any device. ``"triton"``: Triton's kernels, always; what they do
-            not support raises. ``"triton_fused_mlp"``: so are the products on both sides of the MLP's
-            activation, which hold it and its derivative: the pre-activation's gradient is the only tensor of
-            the hidden width that backward writes. Whether that is faster than cuBLAS with a kernel beside it
-            is a matter of the device and the width (`benchmarks/throughput.py` has both). Not for gated
-            activations. ``"auto"``: ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the
-            dtypes and head dims that it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and
-            64), and PyTorch for all else.
+            not support raises. On GPUs of compute capability 9.0 and in 16 bits, where that is known to be
+            faster, the products on both sides of the MLP's activation are among them: they hold it and its
+            derivative, and the pre-activation's gradient is the only tensor of the hidden width that backward
+            writes. ``"triton_fused_mlp"``: so they are everywhere. Not for gated activations. ``"auto"``:
+            ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the dtypes and head dims that
+            it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for all
+            else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.
@@ -133,13 +146,16 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
     if backend == "torch" or (backend == "auto" and not _has_triton_and_cuda()):
         chosen = Backend(TORCH_OPS, TORCH_OPS)
     else:
-        triton_ops = _triton_ops(backend)
-        chosen = Backend(triton_ops, TORCH_OPS if backend == "auto" else triton_ops)
+        triton_ops, fused = _triton_ops(backend)
+        if backend == "triton_fused_mlp":
+            chosen = Backend(fused, fused)
+        else:
+            chosen = Backend(triton_ops, TORCH_OPS if backend == "auto" else triton_ops, fused)
     if attention == "auto":
         return chosen
     forward, backward = get_flash(attention)
     flash = dict(attention=forward, attention_backward=backward, needs_out=True)
-    return Backend(*(ops._replace(**flash) for ops in chosen))
+    return Backend(*(None if ops is None else ops._replace(**flash) for ops in chosen))  # type: ignore
 
 
 def _has_triton_and_cuda() -> bool:
@@ -152,8 +168,9 @@ def _has_triton_and_cuda() -> bool:
     return True
 
 
-def _triton_ops(backend: str) -> Ops:
-    """Imported when it is asked for: not every platform has Triton, and importing it takes a second."""
+def _triton_ops(backend: str) -> tuple[Ops, Ops]:
+    """With products of PyTorch's around the MLP's activation, and with our own that hold it. Imported when
+    they are asked for: not every platform has Triton, and importing it takes a second."""
     try:
         import triton
     except ImportError:
@@ -184,10 +201,8 @@ def _triton_ops(backend: str) -> Ops:
         needs_out=False,
         forms_window_scores=False,
     )
-    if backend != "triton_fused_mlp":
-        return triton_ops
-    return triton_ops._replace(
-        name=backend,
+    return triton_ops, triton_ops._replace(
+        name="triton_fused_mlp",
         linear_activate=gemm.linear_activate,
         linear_activate_backward=gemm.linear_activate_backward,
     )

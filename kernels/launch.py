@@ -57,6 +57,14 @@ def arch_of(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(_capability(device)[0], 80)
 
 
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of the device; in the interpreter, on the CPU, one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 MAX_ALONG_AXIS = 65535
 """Programs along a grid's second or third axis: a limit of CUDA's."""
 
@@ -103,8 +111,9 @@ class Launch:
         self._kinds: tuple[object, ...] | None = None
         self._run: Any = None  # of the build; never in Triton's interpreter, which has none
 
-    def __call__(self, *pointers: torch.Tensor | None) -> None:
-        """Launches on tensors whose dtypes, strides and alignment are the first call's."""
+    def __call__(self, *pointers: Any) -> None:
+        """Launches on tensors, or Triton's descriptors of them, whose dtypes, strides and alignment are those
+        of the first call; None for one that is absent."""
         if 0 in self._grid:
             return
         if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
@@ -113,12 +122,13 @@ class Launch:
         else:
             self._launch(pointers)
 
-    def _launch(self, pointers: tuple[torch.Tensor | None, ...]) -> None:
+    def _launch(self, pointers: tuple[Any, ...]) -> None:
         if self._run is not None:
             self._run(*pointers, *self._scalars, *self._constexprs)
             return
         # The interpreter comes here every time, so that with it this is checked of every call.
-        kinds = tuple(None if p is None else (p.dtype, p.data_ptr() % 16 == 0) for p in pointers)
+        tensors = [getattr(p, "base", p) for p in pointers]  # a descriptor's
+        kinds = tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
         self._kinds = self._kinds or kinds
         assert kinds == self._kinds, f"{self._kernel.__name__}: got {kinds}, want {self._kinds} as at first"
         build = self._kernel[self._grid](*pointers, *self._scalars, **self._options)

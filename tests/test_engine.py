@@ -304,7 +304,8 @@ class TestBackends:
         with pytest.raises(ValueError, match="backend='triton': there is no CUDA device here"):
             get_backend("triton")
 
-    def test_triton_stands_for_its_kernels_on_every_device(self) -> None:
+    def test_triton_stands_for_its_kernels_on_every_device(self, monkeypatch) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (8, 0))
         backend = get_backend("triton")
         assert backend.ops(GPU, torch.bfloat16, 64).name == "triton"
         assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "triton"
@@ -315,7 +316,15 @@ class TestBackends:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return get_backend("auto")
 
-    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+    @pytest.mark.parametrize("backend", ["auto", "triton"])
+    def test_products_hold_the_activation_where_that_is_faster(self, auto, monkeypatch, backend) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+        ops = get_backend(backend).ops
+        found = [ops(GPU, dtype, 64).name for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+        assert found == ["triton_fused_mlp", "triton_fused_mlp", "triton"]
+        assert ops(GPU, torch.bfloat16, 64, in_windows=True).name == "triton"
+
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
     def test_auto_on_a_gpu_is_triton_but_for_what_it_does_not_support(
         self, auto, monkeypatch, capability
     ) -> None:

@@ -1,7 +1,7 @@
 """fc1 with its activation, and the gradient through fc2 with the activation's derivative, as one product.
 
-They save the round trip of the pre-activation (forward) or of its gradient (backward) through memory. Whether
-that beats a library's product followed by `ops` depends on the shape: measure before choosing.
+They save the round trip of the pre-activation (forward) or of its gradient (backward) through memory. Where
+that beats a library's product with `ops` beside it is `dispatch.fused_mlp_pays`'s to say.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv
-from vpt_fast.kernels.mlp.gemm_jit import linear_activate_backward_kernel, linear_activate_kernel
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv, num_processors
+from vpt_fast.kernels.mlp.gemm_jit import (
+    linear_activate_backward_kernel,
+    linear_activate_backward_tma_kernel,
+    linear_activate_kernel,
+    linear_activate_tma_kernel,
+)
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
 from vpt_fast.kernels.rows import Rows, leading_rows
 from vpt_fast.kernels.torch_op import torch_op
@@ -26,8 +32,9 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     """Tiles, warps, stages.
 
     Three stages of 16-bit tiles are 96 KiB, so that two programs fit on one processor of sm_90 and one's
-    epilogue runs beside the other's products. float32 has no tensor cores at full precision, and what is not
-    aligned is read element by element, each with an address of its own: small tiles, or registers spill.
+    epilogue runs beside the other's products; larger tiles, with one, were slower on an H200. float32 has no
+    tensor cores at full precision, and what is not aligned is read element by element, each with an address
+    of its own: small tiles, or registers spill.
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 3}
@@ -36,11 +43,33 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
+_TMA_PROGRAMS = 2  # on each processor
+
+
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
     """Whether sizes, strides and addresses are all multiples of 16: then Triton reads 16 bytes at once."""
     strides = [stride for of_tensor in rows.strides for stride in of_tensor]
     addresses = [tensor.data_ptr() for tensor in (weight, *tensors)]
     return not any(number % 16 for number in (*weight.shape, weight.stride(0), *strides, *addresses))
+
+
+def _takes_descriptors(rows: Rows, weight: torch.Tensor) -> bool:
+    """Whether what is aligned is moved by tensor descriptors: rows that are one dimension, of 16 bits."""
+    return (
+        arch_of(weight.device) >= 90
+        and weight.dtype.itemsize == 2
+        and rows.sizes[1:] == (1, 1)
+        and 0 not in weight.shape
+    )
+
+
+def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """(.., columns), whose leading dimensions are one, for a kernel that moves such blocks of it."""
+    columns = t.shape[-1]
+    num_rows = t.numel() // columns
+    # Along a dimension of one element a stride may be anything.
+    steps = [stride for n, stride in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
+    return TensorDescriptor(t, [num_rows, columns], [steps[-1] if steps else columns, 1], list(block))
 
 
 def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
@@ -56,10 +85,73 @@ def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
 
 
+class _TMALaunch:
+    """A launch of a kernel that takes descriptors, from tensors.
+
+    Args:
+        kernel, device: as of `Launch`.
+        num_tiles: of the result.
+        sizes: M, N, K.
+        kind: the activation.
+        config: tiles, warps, stages.
+        pack: whether the derivative is kept in 8 bits.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        num_tiles: int,
+        sizes: tuple[int, int, int],
+        kind: str,
+        config: dict[str, int],
+        pack: bool,
+    ) -> None:
+        programs = min(num_tiles, _TMA_PROGRAMS * num_processors(device))
+        options = _tma_options(kernel, config, pack)
+        self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
+        self._blocks = _blocks(kernel, config, pack)
+        self._is_empty = num_tiles == 0  # and so has no descriptor
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if self._is_empty:
+            return
+        self._launch(
+            *(
+                t if t is None or block is None else _matrix(t, block)
+                for t, block in zip(tensors, self._blocks, strict=True)
+            )
+        )
+
+
+def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
+    """Of a tile of the result, that the epilogue works on at a time. What it stores passes through shared
+    memory; with codes beside it, half as many columns leave room for a second program."""
+    parts = 4 if pack and kernel is linear_activate_tma_kernel else 2
+    return config["BLOCK_N"] // parts
+
+
+def _tma_options(kernel: Any, config: dict[str, int], pack: bool) -> dict[str, int]:
+    """How the kernel is launched beside its config. Left to itself the assembler takes up to ten registers
+    more for the forward pass, and a second program has no room."""
+    if kernel is not linear_activate_tma_kernel:
+        return {}
+    return {"COLUMNS": _columns(kernel, config, pack), "maxnreg": 128}
+
+
+def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, int] | None]:
+    """What the kernel moves at a time of each of its tensors, in its order; None: it takes a pointer."""
+    m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    of_results = (m, _columns(kernel, config, pack))
+    if kernel is linear_activate_tma_kernel:
+        return [(m, k), (n, k), None, of_results, of_results, of_results]
+    return [(m, k), (k, n), of_results, of_results]
+
+
 @once_per_layout
 def _forward_launch(
     kind: str, pack: bool, keep: bool, *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Launch:
+) -> Launch | _TMALaunch:
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(x=x, weight=weight, bias=bias)
@@ -73,14 +165,17 @@ def _forward_launch(
         require_dtype(DTYPES, bias=bias.dtype)
         _require_contiguous_rows(bias=bias)
     rows = leading_rows(x=x)
-    config = _config(x.dtype, _aligned(rows, weight, x))
+    aligned = _aligned(rows, weight, x)
+    config = _config(x.dtype, aligned)
+    num_programs = _num_programs(rows.num_rows, num_columns, config)
+    sizes = rows.num_rows, num_columns, depth
+    if aligned and _takes_descriptors(rows, weight):
+        return _TMALaunch(linear_activate_tma_kernel, x.device, num_programs, sizes, kind, config, pack)
     return Launch(
         linear_activate_kernel,
         x.device,
-        _num_programs(rows.num_rows, num_columns, config),
-        rows.num_rows,
-        num_columns,
-        depth,
+        num_programs,
+        *sizes,
         *rows.sizes[1:],
         *rows.strides[0],
         weight.stride(0),
@@ -91,7 +186,9 @@ def _forward_launch(
 
 
 @once_per_layout
-def _backward_launch(kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> Launch:
+def _backward_launch(
+    kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor
+) -> Launch | _TMALaunch:
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(grad=grad, weight=weight, kept=kept)
@@ -103,14 +200,19 @@ def _backward_launch(kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kep
     require_shape((*grad.shape[:-1], num_columns), kept=kept)
     _require_contiguous_rows(weight=weight)
     rows = leading_rows(grad=grad, kept=kept)
-    config = _config(grad.dtype, _aligned(rows, weight, grad, kept))
+    aligned = _aligned(rows, weight, grad, kept)
+    config = _config(grad.dtype, aligned)
+    num_programs = _num_programs(rows.num_rows, num_columns, config)
+    sizes = rows.num_rows, num_columns, depth
+    if aligned and kept.dtype != torch.float32 and _takes_descriptors(rows, weight):
+        return _TMALaunch(
+            linear_activate_backward_tma_kernel, grad.device, num_programs, sizes, kind, config, False
+        )
     return Launch(
         linear_activate_backward_kernel,
         grad.device,
-        _num_programs(rows.num_rows, num_columns, config),
-        rows.num_rows,
-        num_columns,
-        depth,
+        num_programs,
+        *sizes,
         *rows.sizes[1:],
         *rows.strides[0],
         *rows.strides[1],
@@ -214,10 +316,11 @@ def linear_activate_backward(
 
 
 def builds(arch: int) -> list[Build]:
-    """GELU in bfloat16, packed and not, with a ragged k and not aligned too, and the longest in other dtypes.
+    """GELU in bfloat16, packed and not, with a ragged k and not aligned too, and the longest in other dtypes;
+    on sm_90 and newer those by descriptors as well.
 
-    `arch` makes no difference to the launch. Other activations change a few instructions of the epilogue, and
-    GELU's is the longest.
+    `arch` makes no other difference to the launch. Other activations change a few instructions of the
+    epilogue, and GELU's is the longest.
     """
     bf16 = torch.bfloat16
     found = [_forward_build(bf16, pack, even_k) for even_k in (True, False) for pack in (False, True)]
@@ -226,6 +329,10 @@ def builds(arch: int) -> list[Build]:
         found += [_forward_build(dtype, True, True), _backward_build(dtype, False, True)]
     for dtype in (bf16, torch.float32):
         found += [_forward_build(dtype, True, False, False), _backward_build(dtype, False, False, False)]
+    if arch >= 90:
+        for dtype, pack in ((bf16, False), (bf16, True), (torch.float16, False)):
+            found += [_tma_build(linear_activate_tma_kernel, dtype, pack)]
+            found += [_tma_build(linear_activate_backward_tma_kernel, dtype, pack)]
     return found
 
 
@@ -271,4 +378,32 @@ def _build(
         num_warps=num_warps,
         num_stages=num_stages,
         wgmma=dtype != torch.float32,
+    )
+
+
+def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool) -> Build:
+    config = _config(dtype, aligned=True)
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    is_codes = {"codes": True, "kept": pack}
+    element = {name: "u8" if is_codes.get(name) else TYPE_NAMES[dtype] for name in names}
+    absent: dict[str, None] = {name: None for name in names if name == ("u" if pack else "codes")}
+    signature = {
+        name: f"*{element[name]}" if block is None else f"tensordesc<{element[name]}[{block[0]},{block[1]}]>"
+        for name, block in zip(names, _blocks(kernel, config, pack), strict=True)
+        if name not in absent
+    }
+    tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
+    config |= _tma_options(kernel, config, pack)
+    num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+    max_registers = config.pop("maxnreg", None)
+    return Build(
+        kernel=kernel,
+        config=f"{TYPE_NAMES[dtype]} gelu {'codes' if pack else 'u'} {tile}",
+        signature={**signature, **dict.fromkeys(("M", "N", "K"), "i32")},
+        constexprs={**absent, "KIND": "gelu", **config},
+        divisible=("bias", "N") if "bias" in names else (),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        max_registers=max_registers,
+        wgmma=True,
     )

@@ -1,7 +1,13 @@
 """Matrix products of the MLP with the activation, or its derivative, in the epilogue.
 
 Tiles are taken in groups of GROUP rows of tiles, column by column, so that the tiles in flight share what
-they read through the L2 cache. Rows beyond the end read the last row and are not stored.
+they read through the L2 cache.
+
+Each product is here twice. Kernels that end in `_tma_kernel` are for sm_90 and newer: an engine of the
+processor's moves whole tiles, by tensor descriptors, and knows where a tensor ends: what lies beyond reads as
+0 and is not stored. As many programs as the device holds at once take one tile after the other, so that one's
+epilogue runs beside another's products. The other kernels compute every address; rows beyond the end read the
+last row and are not stored.
 """
 
 import triton
@@ -11,13 +17,12 @@ from vpt_fast.kernels.rows import decode_derivative, encode_derivative, row_offs
 
 
 @triton.jit
-def grouped_tile(num_m, num_n, GROUP: tl.constexpr):
-    """This program's tile: its row and its column of tiles."""
-    pid = tl.program_id(0)
-    group = pid // (GROUP * num_n)
+def grouped_tile(tile, num_m, num_n, GROUP: tl.constexpr):
+    """Where tile number `tile` stands: its row and its column of tiles."""
+    group = tile // (GROUP * num_n)
     first = group * GROUP
     rows = tl.minimum(num_m - first, GROUP)
-    within = pid - group * (GROUP * num_n)
+    within = tile - group * (GROUP * num_n)
     return first + within % rows, within // rows
 
 
@@ -92,7 +97,7 @@ def linear_activate_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -146,7 +151,7 @@ def linear_activate_backward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = grouped_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -177,3 +182,102 @@ def linear_activate_backward_kernel(
     kept_rows = kept + row_offset(row, size1, size2, kept_stride0, kept_stride1, kept_stride2)
     store_gradient(left, kept_rows, grad_u, m, n, M, N, KIND)
     store_gradient(right, kept_rows, grad_u, m, n + half, M, N, KIND)
+
+
+@triton.jit
+def store_activation_tile(product, bias, a, u, codes, m, n, N, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """`store_activation` by descriptors, of a tile whose first row is m and whose first column is n."""
+    if bias is not None:
+        columns = n + tl.arange(0, COLUMNS)
+        product += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
+    value, slope = activation(product, KIND, EXACT=False)
+    if u is not None:
+        u.store([m, n], product.to(u.dtype))
+    if codes is not None:
+        codes.store([m, n], encode_derivative(slope))
+    a.store([m, n], value.to(a.dtype))
+
+
+@triton.jit
+def store_activation_half(
+    product, bias, a, u, codes, m, n, N,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`store_activation_tile` of HALF columns, COLUMNS at a time: those or half of those."""
+    if COLUMNS == HALF:
+        store_activation_tile(product, bias, a, u, codes, m, n, N, KIND, COLUMNS)
+    else:
+        left, right = split_columns(product, BLOCK_M, COLUMNS)
+        store_activation_tile(left, bias, a, u, codes, m, n, N, KIND, COLUMNS)
+        store_activation_tile(right, bias, a, u, codes, m, n + COLUMNS, N, KIND, COLUMNS)
+
+
+@triton.jit
+def store_gradient_tile(product, kept, grad_u, m, n, KIND: tl.constexpr):
+    """`store_gradient` by descriptors, of a tile whose first row is m and whose first column is n."""
+    saved = kept.load([m, n])
+    if kept.dtype == tl.uint8:
+        slope = decode_derivative(saved)
+    else:
+        _, slope = activation(saved.to(tl.float32), KIND, EXACT=False)
+    grad_u.store([m, n], (product * slope).to(grad_u.dtype))
+
+
+# One build serves all numbers of rows, and all depths: descriptors say what is aligned.
+@triton.jit(do_not_specialize=["M", "K"])
+def linear_activate_tma_kernel(
+    x,  # (M, K)
+    weight,  # (N, K)
+    bias,  # (N,), a pointer, or None
+    a,  # (M, N)
+    u,  # (M, N) or None: the pre-activation is not kept
+    codes,  # (M, N) or None: the derivative is not kept
+    M,
+    N,
+    K,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    half: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            product = tl.dot(x.load([m, k]), weight.load([n, k]).T, product)
+        left, right = split_columns(product, BLOCK_M, half)
+        store_activation_half(left, bias, a, u, codes, m, n, N, KIND, BLOCK_M, half, COLUMNS)
+        store_activation_half(right, bias, a, u, codes, m, n + half, N, KIND, BLOCK_M, half, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K"])
+def linear_activate_backward_tma_kernel(
+    grad,  # (M, K)
+    weight,  # (K, N)
+    kept,  # (M, N): the pre-activation, or uint8 codes of the derivative
+    grad_u,  # (M, N)
+    M,
+    N,
+    K,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    half: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
+        m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            product = tl.dot(grad.load([m, k]), weight.load([k, n]), product)
+        left, right = split_columns(product, BLOCK_M, half)
+        store_gradient_tile(left, kept, grad_u, m, n, KIND)
+        store_gradient_tile(right, kept, grad_u, m, n + half, KIND)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from definitions import activated, assert_as_good_as, random, slope
+from vpt_fast.kernels.checks import forget_layouts
 from vpt_fast.kernels.mlp import gemm
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
@@ -29,6 +30,15 @@ SIZES = [
 IDS = ["x".join(map(str, (*lead, depth, columns))) for lead, depth, columns in SIZES]
 
 
+@pytest.fixture(params=[80, 90], ids=["by_pointers", "by_descriptors"])
+def arch(request, monkeypatch):
+    """Which of the two kernels what is aligned, and has 16 bits, goes through."""
+    monkeypatch.setattr(gemm, "arch_of", lambda device: request.param)
+    forget_layouts()
+    yield request.param
+    forget_layouts()
+
+
 def forward_inputs(size, dtype):
     """x, weight and bias, with pre-activations of deviation near 1."""
     lead, depth, columns = size
@@ -50,7 +60,7 @@ def pre_activation(x, weight, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
-def test_linear_activate(size, dtype):
+def test_linear_activate(size, dtype, arch):
     inputs = forward_inputs(size, dtype)
     a, u, codes = gemm.linear_activate(*inputs, "gelu")
     eager, exact = pre_activation(*inputs), pre_activation(*(t.double() for t in inputs))
@@ -66,6 +76,51 @@ def test_linear_activate_of_every_kind(kind):
     eager, exact = pre_activation(*inputs), pre_activation(*(t.double() for t in inputs))
     assert_as_good_as(a, activated(eager, kind), activated(exact, kind))
     assert ((codes.double() - 27) / 200 - slope(exact, kind)).abs().max() <= 0.0025 + 1e-5
+
+
+ALIGNED = ((3, 47), 80, 208)  # more tiles than programs, and a tail of rows, columns and depth
+
+
+@pytest.mark.parametrize("kind", gemm.ELEMENTWISE)
+@pytest.mark.parametrize("keep", ["u", "codes", "nothing"])
+def test_descriptors_and_pointers_give_the_same(kind, keep, monkeypatch):
+    x, weight, bias = forward_inputs(ALIGNED, torch.float16)
+    grad, weight2, u = backward_inputs(ALIGNED, torch.float16)
+    kept = torch.arange(u.numel()).view(u.shape).to(torch.uint8) if keep == "codes" else u
+    found = []
+    for arch in (80, 90):
+        monkeypatch.setattr(gemm, "arch_of", lambda device, arch=arch: arch)
+        forget_layouts()
+        results = gemm.linear_activate(x, weight, bias, kind, pack=keep == "codes", keep=keep != "nothing")
+        found.append([*results, gemm.linear_activate_backward(grad, weight2, kept, kind)])
+    forget_layouts()
+    for one, other in zip(*found, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+LAUNCHES = {
+    "aligned": (ALIGNED, torch.bfloat16, True),
+    "float32": (ALIGNED, torch.float32, False),
+    "depth_not_aligned": (((3, 47), 72, 208), torch.bfloat16, False),
+    "columns_not_aligned": (((3, 47), 80, 200), torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize(("size", "dtype", "by_descriptors"), LAUNCHES.values(), ids=LAUNCHES)
+def test_what_is_aligned_goes_by_descriptors(size, dtype, by_descriptors):
+    x, weight, bias = forward_inputs(size, dtype)
+    grad, weight2, u = backward_inputs(size, dtype)
+    launches = (
+        gemm._forward_launch("gelu", False, True, x=x, weight=weight, bias=bias),
+        gemm._backward_launch("gelu", grad=grad, weight=weight2, kept=u),
+    )
+    assert [isinstance(launch, gemm._TMALaunch) for launch in launches] == [by_descriptors] * 2
+
+
+def test_rows_that_are_no_one_dimension_go_by_pointers():
+    x, weight, bias = forward_inputs(ALIGNED, torch.bfloat16)
+    launch = gemm._forward_launch("gelu", False, True, x=wider(x), weight=weight, bias=bias)
+    assert not isinstance(launch, gemm._TMALaunch)
 
 
 def test_linear_activate_without_bias():
@@ -94,7 +149,7 @@ def test_nothing_is_kept_where_nothing_is_wanted():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
-def test_linear_activate_backward(size, dtype):
+def test_linear_activate_backward(size, dtype, arch):
     grad, weight, u = backward_inputs(size, dtype)
     grad_u = gemm.linear_activate_backward(grad, weight, u, "gelu")
     assert grad_u.dtype == dtype
@@ -115,7 +170,7 @@ def test_linear_activate_backward_of_every_kind(kind):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=IDS)
-def test_linear_activate_backward_from_codes(size, dtype):
+def test_linear_activate_backward_from_codes(size, dtype, arch):
     grad, weight, u = backward_inputs(size, dtype)
     codes = torch.arange(u.numel()).view(u.shape).to(torch.uint8)  # every code, cut to 8 bits
     grad_u = gemm.linear_activate_backward(grad, weight, codes, "gelu")
@@ -127,6 +182,20 @@ def test_linear_activate_backward_from_codes(size, dtype):
 def wider(t: torch.Tensor) -> torch.Tensor:
     """Equal to t, its rows further apart, each image's rows further still."""
     return torch.cat((torch.cat((t, t), -1), torch.cat((t, t), -1)), 1)[:, : t.shape[1], : t.shape[2]]
+
+
+def test_rows_apart_go_by_descriptors_too():
+    x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
+    apart = torch.cat((x, x), 1)[:, :80]
+    assert isinstance(
+        gemm._forward_launch("gelu", False, True, x=apart, weight=weight, bias=bias), gemm._TMALaunch
+    )
+    for got, expected in zip(
+        gemm.linear_activate(apart, torch.cat((weight, weight), 1)[:, :80], bias, "gelu")[:2],
+        gemm.linear_activate(x, weight, bias, "gelu")[:2],
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
 
 
 def test_views():
@@ -227,7 +296,6 @@ def test_custom_op_tells_the_truth_about_its_outputs(op, arguments):
 def test_builds_ask_for_wgmma_wherever_there_are_tensor_cores():
     builds = gemm.builds(90)
     assert len({(build.name, build.config) for build in builds}) == len(builds)
-    pointers = {"x", "grad"}
     for build in builds:
-        (dtype,) = {build.signature[name] for name in pointers & set(build.signature)}
-        assert build.wgmma == (dtype != "*fp32")
+        (left,) = {build.signature[name] for name in {"x", "grad"} & set(build.signature)}
+        assert build.wgmma == (left != "*fp32")

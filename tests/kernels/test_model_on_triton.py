@@ -7,6 +7,7 @@ import torch
 from concatenation import ConcatenatedViT, relative_error
 from low_precision import assert_no_worse_than_concatenation, vits
 from tiny import random_batch, tiny_eva, tiny_vit
+from vpt_fast.kernels.dispatch import Backend, Ops
 
 from vpt_fast import PromptedViT
 from vpt_fast.engine.policy import POLICIES
@@ -106,6 +107,24 @@ def test_fused_mlp_equals_concatenation(memory: str) -> None:
 def test_fused_mlp_with_a_norm_inside_equals_concatenation() -> None:
     vit = tiny_eva(depth=2, scale_mlp=True, **DINOV3)
     assert max(errors(vit, DEEP, backend="triton_fused_mlp").values()) < 2e-5
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(mlp_layer="swiglu")], ids=["gelu", "gated"])
+def test_products_hold_the_activation_where_that_pays_and_it_is_not_gated(
+    arguments: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def fused(self: Backend, *of: object, **more: object) -> Ops:
+        assert self.fused is not None
+        backward = self.fused.linear_activate_backward
+        return self.fused._replace(
+            linear_activate_backward=lambda *given: calls.append(given) or backward(*given)
+        )
+
+    monkeypatch.setattr(Backend, "ops", fused)
+    assert max(errors(backbone(**dict(arguments)), DEEP).values()) < 2e-5
+    assert bool(calls) == (not arguments)
 
 
 def test_fused_mlp_refuses_a_gated_activation() -> None:

@@ -93,7 +93,8 @@ class FrozenSwin(nn.Module):
         )
         if dtype is not None:
             self.stem.to(dtype)
-        self.stem.patch_embed.proj = as_product(self.stem.patch_embed.proj)
+        stem: Any = self.stem
+        stem.patch_embed.proj = as_product(stem.patch_embed.proj)
         stages: Any = swin.layers
         self.stages = tuple((len(stage.blocks), int(stage.blocks[0].dim)) for stage in stages)
         blocks = [

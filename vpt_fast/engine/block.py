@@ -173,7 +173,7 @@ class FrozenBlock(nn.Module):
 
     def __init__(self, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> None:
         super().__init__()
-        if backend.fuses_mlp and spec.activation in PACKED:
+        if backend.always_fuses_mlp and spec.activation in PACKED:
             raise ValueError(
                 f"backend='triton_fused_mlp': got a backbone with the gated activation {spec.activation!r}, "
                 "want 'triton'"
@@ -467,7 +467,7 @@ def _enter(
     activate = activate or policy.pack or spec.mlp_norm is not None
     keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
     activated = codes = scale = None
-    if ops.linear_activate is not None and activate:
+    if ops.linear_activate is not None and activate and spec.activation not in PACKED:
         activated, u, codes = ops.linear_activate(
             x_hat, w.fc1_weight, w.fc1_bias, spec.activation, pack=policy.pack, keep=keeps_mlp
         )
@@ -610,7 +610,8 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
     """From the gradient of the block's output to that of the MLP's pre-activation, (B, R, h)."""
     spec, ops, dtype = call.spec, call.ops, call.dtype
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
-    if ops.linear_activate_backward is not None and spec.mlp_norm is None:
+    is_gated = spec.activation in PACKED
+    if ops.linear_activate_backward is not None and spec.mlp_norm is None and not is_gated:
         return ops.linear_activate_backward(grad, w.fc2_weight, mlp, spec.activation)
     grad_activated = grad @ w.fc2_weight
     if spec.mlp_norm is not None:
@@ -621,7 +622,7 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
         grad_activated = ops.normalize_backward(
             grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
         )
-    if spec.activation in PACKED:
+    if is_gated:
         return ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     ops.activate_backward_(grad_activated, mlp, spec.activation)
     return grad_activated
