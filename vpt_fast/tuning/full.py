@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ class FullTuning(TimmClassifier):
         super().__init__(backbone, num_classes, **settings)
         self.backbone.requires_grad_(True)
         self._freeze_what_is_not_read()
+
+    def _num_kept_beside(self) -> int:
+        """Pixels, patch by patch: what the patch embedding's weights are multiplied by."""
+        return self.backbone.in_chans * math.prod(self.backbone.image_size)
 
     def _stored(self) -> dict[str, torch.Tensor]:
         buffers = {name for name, _ in self.named_buffers()}
