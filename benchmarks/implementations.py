@@ -333,8 +333,7 @@ def make_start(setting: Setting, device: torch.device) -> Start:
     torch.manual_seed(0)
     size: dict[str, Any] = {} if setting.image_size is None else {"img_size": setting.image_size}
     try:
-        with device:  # a large model's weights are drawn for half a minute on a CPU
-            backbone, _ = resolve_backbone(setting.model, False, size, kind=kind_of(setting.model))
+        backbone, _ = resolve_backbone(setting.model, False, size, kind=kind_of(setting.model))
     except ValueError as error:
         raise typer.BadParameter(f"models: {error}") from None
     backbone.eval().requires_grad_(False).to(device)

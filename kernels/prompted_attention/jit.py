@@ -518,16 +518,3 @@ def grad_kv_kernel(
         offsets = image * stride_dkb + head * stride_dkh + (keys - num_prompts) * stride_dkn
         store_rows(grad_k + offsets, dk1, dk2, from_image, D1, D2)
         store_rows(grad_v + offsets, dv1, dv2, from_image, D1, D2)
-
-
-@triton.jit(do_not_specialize=["num_images"])
-def sum_images_kernel(per_image, total, num_images, size, IMAGES: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK of the `size` sums over (B, size), in float32: IMAGES side by side, and in a fixed order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = at < size
-    sums = tl.zeros((IMAGES, BLOCK), tl.float32)
-    for first in range(0, num_images, IMAGES):
-        images = first + tl.arange(0, IMAGES)
-        mask = (images < num_images)[:, None] & exists[None, :]
-        sums += tl.load(per_image + images.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
-    tl.store(total + at, tl.sum(sums, 0).to(total.dtype.element_ty), mask=exists)

@@ -13,7 +13,6 @@ from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
     grad_kv_kernel,
     grad_q_kernel,
-    sum_images_kernel,
     terms_kernel,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
@@ -426,21 +425,10 @@ def empty_per_image(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> tor
     return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]))
 
 
-# Elements and images that a program adds up at a time: four loads of 16 bytes a thread.
-_SUM = {"IMAGES": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 1}
-
-
-@once_per_layout
-def _sum_launch(*, per_image: torch.Tensor, total: torch.Tensor) -> Launch:
-    size = total.numel()
-    programs = cdiv(size, _SUM["BLOCK"])
-    return Launch(sum_images_kernel, total.device, programs, per_image.shape[0], size, **_SUM)
-
-
 def sum_over_images(per_image: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
-    """Where images share prompts: in a fixed order, and in float32."""
+    """Where images share prompts: in a fixed order, and in float32 at least."""
     if grad_prompt_kv is not None and grad_prompt_kv.shape[0] == 1:
-        _sum_launch(per_image=per_image, total=grad_prompt_kv)(per_image, grad_prompt_kv)
+        torch.sum(per_image, 0, keepdim=True, out=grad_prompt_kv)
 
 
 @torch.library.register_fake("vpt_fast::prompted_attention_backward")
@@ -458,7 +446,6 @@ def builds(arch: int) -> list[Build]:
     requests += [(torch.float16, 64, 197)]
     requests += [(torch.float32, head_dim, rows) for head_dim in (64, 80, 128) for rows in (1, 197)]
     found = [build for request in requests for build in _builds_of(*request, arch)]
-    found += [_sum_build(dtype) for dtype in DTYPES]
     unique = {(build.name, build.config): build for build in found}
     return list(unique.values())
 
@@ -481,20 +468,6 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
             (grad_kv_kernel, grad_kv, f"prompts{rest}", {"IMAGE": False, "TAIL": tail}),
         )
     ]
-
-
-def _sum_build(dtype: torch.dtype) -> Build:
-    floats = f"*{TYPE_NAMES[dtype]}"
-    return Build(
-        kernel=sum_images_kernel,
-        config=TYPE_NAMES[dtype],
-        signature={"per_image": floats, "total": floats, "num_images": "i32", "size": "i32"},
-        constexprs={name: _SUM[name] for name in ("IMAGES", "BLOCK")},
-        divisible=("per_image", "total", "size"),
-        num_warps=_SUM["num_warps"],
-        num_stages=_SUM["num_stages"],
-        wgmma=False,
-    )
 
 
 def make_build(
