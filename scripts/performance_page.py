@@ -29,6 +29,8 @@ PAGE, README, ENGINE = Path("docs/performance.md"), Path("README.md"), Path("doc
 IN_WORDS = {
     "vpt_fast": "vpt_fast",
     "vpt_fast_graphed": "vpt_fast, the step in one CUDA graph",
+    "vpt_fast_bfloat16_residual": "vpt_fast, residual stream in bfloat16",
+    "vpt_fast_bfloat16_residual_graphed": "vpt_fast, the step in one CUDA graph, residual stream in bfloat16",
     "concat_reference": "in the manner of the official code",
     "concat_timm": "timm blocks on the concatenated sequence",
     "concat_timm_compiled": "timm blocks on the concatenated sequence, compiled",
@@ -274,7 +276,16 @@ def throughput_section(group: Group) -> str:
     return "\n\n".join(parts)
 
 
+def never_ran(rows: list[Row]) -> dict[str, str]:
+    """Implementations that failed in every row, for one reason, and that reason."""
+    reasons: dict[str, set[str | None]] = {}
+    for row in rows:
+        reasons.setdefault(row["impl"], set()).add(row["error"])
+    return {name: found.pop() for name, found in reasons.items() if len(found) == 1 and None not in found}
+
+
 def attention_section(report: Report) -> str:
+    absent = never_ran(report.rows)
     columns: list[Column] = [
         *((name, field(key, "d")) for name, key in (
             ("B", "batch_size"), ("N", "num_tokens"), ("m", "num_prompts"), ("H", "num_heads"),
@@ -301,7 +312,8 @@ def attention_section(report: Report) -> str:
             "Forward and backward of one layer, each library with the concatenation that it needs:",
             f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
         ),
-        table(report.rows, columns),
+        table([row for row in report.rows if row["impl"] not in absent], columns),
+        *(f"Not measured: `{name}`: {reason}." for name, reason in absent.items()),
     ]
     for part in ("forward", "backward"):
         text += lost(report.rows, f"{part}_ratio", f"the best library in {part}")
@@ -532,6 +544,40 @@ def performance_page(root: Path, reports: list[Report]) -> str:
     return "\n\n".join(text) + "\n"
 
 
+def ends(group: Group) -> list[Row]:
+    """The fastest row of vpt_fast, the one that takes the least memory, and the best concatenation."""
+    ours = [row for row in group.rows if row["impl"].startswith("vpt_fast") and is_right(row)]
+    found = [max(ours, key=lambda row: row["images_per_second"], default=None)]
+    with_peak = [row for row in ours if row.get("peak_mib")]
+    found += [min(with_peak, key=lambda row: row["peak_mib"], default=None), group.best_concatenation]
+    return [row for i, row in enumerate(found) if row is not None and row not in found[:i]]
+
+
+def is_alike(group: Group, other: Group) -> bool:
+    """Whether both were measured on one device, with the same prompts and batch."""
+    names = ("prompt_type", "num_prompts", "batch_size")
+    return group.report.device == other.report.device and all(group[name] == other[name] for name in names)
+
+
+def readme_table(group: Group, rows: list[Row]) -> str:
+    """The fastest first, and last what is no way to tune prompts."""
+    rows = sorted(rows, key=lambda row: (row["impl"] == "no_prompts", -row["images_per_second"]))
+
+    def words(row: Row) -> str:
+        policy = "" if row.get("memory") in (None, "exact") else f', `memory="{row["memory"]}"`'
+        return IN_WORDS[row["impl"]] + policy if row["impl"] in IN_WORDS else name_of(row)
+
+    columns: list[Column] = [
+        ("implementation", words),
+        ("dtype", field("dtype") if len({row["dtype"] for row in rows}) > 1 else lambda row: ""),
+        ("images/s", field("images_per_second")),
+        ("relative to the best concatenation", lambda row: f"{group.ratio(row):.2f}"),
+        ("kept for backward, MiB an image", field("kept_mib_per_image")),
+        ("peak, MiB", field("peak_mib", ",.0f")),
+    ]
+    return table(rows, columns)
+
+
 def readme_block(reports: list[Report]) -> str:
     """What README.md says is saved: on the newest GPU, or where there is none on a CPU."""
 
@@ -548,30 +594,23 @@ def readme_block(reports: list[Report]) -> str:
     if not candidates:
         return "No results are committed yet; `make bench` measures."
     group = max(candidates, key=rank)
-    best = group.best_concatenation
     shown = [
         row
-        for row in sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
-        if is_right(row)
-        and (row is best or (row["impl"] in IN_README and row.get("memory") in (None, "exact")))
+        for row in group.rows
+        if is_right(row) and row["impl"] in IN_README and row.get("memory") in (None, "exact")
     ]
-    shown.sort(key=lambda row: row["impl"] == "no_prompts")  # which is no way to tune prompts: last
-    columns: list[Column] = [
-        ("implementation", lambda row: IN_WORDS.get(row["impl"], name_of(row))),
-        ("dtype", field("dtype") if len({row["dtype"] for row in shown}) > 1 else lambda row: ""),
-        ("images/s", field("images_per_second")),
-        ("relative to the best concatenation", lambda row: f"{group.ratio(row):.2f}"),
-        ("kept for backward, MiB an image", field("kept_mib_per_image")),
-        ("peak, MiB", field("peak_mib", ",.0f")),
-    ]
-    repeats = best["repeats"]
+    shown += [row for row in ends(group) if row not in shown]
     text = [
         paragraph(
             f"Training steps of {group.title()}, on {group.report.device}, all in one run",
-            f"({group.report.link(README, 'results')}; medians of {repeats} rounds):",
+            f"({group.report.link(README, 'results')}; medians of {shown[0]['repeats']} rounds):",
         ),
-        table(shown, columns),
+        readme_table(group, shown),
     ]
+    for other in candidates:
+        if group.report.on_gpu and other["model"] != group["model"] and is_alike(other, group):
+            title = f"Of {other.title()} ({other.report.link(README, 'results')}):"
+            text += [paragraph(title), readme_table(other, ends(other))]
     ours = next((row for row in shown if row["impl"] == "vpt_fast"), None)
     bound = next((row for row in shown if row["impl"] == "no_prompts"), None)
     closing = ["The gradients of each were checked against float64 in the same run."]

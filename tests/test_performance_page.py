@@ -136,6 +136,43 @@ def test_a_row_that_failed_has_its_reason(project: Project) -> None:
     assert "OutOfMemoryError: 80 GiB" in line_of(project.text(), "`concat_timm`")
 
 
+def test_the_readme_shows_the_fastest_and_the_leanest_way_and_other_models_of_the_device(
+    project: Project,
+) -> None:
+    def rows(**of: Any) -> list[dict[str, Any]]:
+        return [
+            row("vpt_fast", 300.0, memory="exact", peak_mib=400.0, **of),
+            row("vpt_fast_graphed", 500.0, memory="exact", peak_mib=450.0, **of),
+            row("vpt_fast_graphed", 320.0, memory="compact", peak_mib=300.0, **of),
+            row("vpt_fast_graphed", 310.0, memory="recompute", peak_mib=200.0, **of),
+            row("concat_timm", 200.0, peak_mib=800.0, **of),
+        ]
+
+    project.add("base", rows())
+    project.add("huge", rows(model="vit_huge_patch14_224"))
+    project.add("elsewhere", rows(model="vit_large_patch16_224"), device="NVIDIA A100")
+    project.add("larger-batch", rows(model="vit_large_patch16_224", batch_size=128))
+    base, _, huge = project.text(page.README).partition("Of ViT-H/14")
+    fastest = "| vpt_fast, the step in one CUDA graph | 500 | 2.50 |"
+    leanest = '| vpt_fast, the step in one CUDA graph, `memory="recompute"` | 310 | 1.55 |'
+    for text in (base, huge):
+        assert fastest in text and leanest in text and "compact" not in text
+        assert "| timm blocks on the concatenated sequence | 200 | 1.00 |" in text
+    assert "| vpt_fast | 300 |" in base and "| vpt_fast | 300 |" not in huge
+    assert "ViT-L/16" not in base + huge
+
+
+def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
+    shape = {"batch_size": 64, "num_tokens": 197, "exact": False, "forward_ms": None}
+    missing = shape | {"impl": "flash_attn", "error": "no module"}
+    out_of_memory = shape | {"impl": "sdpa_flash", "error": "out of memory"}
+    fine = shape | {"impl": "sdpa_flash", "error": None, "exact": True, "forward_ms": 1.5}
+    project.add("attention-h100", [missing, out_of_memory, missing, fine])
+    text = project.text()
+    assert text.count("flash_attn") == 1 and "Not measured: `flash_attn`: no module." in text
+    assert text.count("| `sdpa_flash` |") == 2 and "out of memory" in text
+
+
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
     policies = [row("vpt_fast", 300.0 - 10 * i, memory=name) for i, name in enumerate(("exact", "compact"))]
     project.add("h100", [*policies, row("concat_timm", 200.0)])
