@@ -21,8 +21,8 @@ lint: $(READY)
 bench: $(READY)
 	@$(VENV)/bin/python benchmarks/throughput.py $(ARGS)
 
-# For a machine whose Python already has torch, triton, timm and pytest; nothing is downloaded. In parts, of which
-# `make gpu` runs as many as fit into nine minutes: `make gpu` again goes on. ARGS="--parts 'test_*'" chooses.
+# For a machine whose Python already has torch, triton, timm and pytest-xdist; nothing is downloaded. In parts, of which
+# `make gpu` runs as many as fit into nine minutes: `make gpu` again goes on. ARGS="--parts tests" chooses.
 gpu:
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(PYTHON) scripts/gpu_suite.py $(ARGS)

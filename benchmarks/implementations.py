@@ -150,6 +150,8 @@ class Start:
     setting: Setting
     # vpt_fast's frozen weights by name, folded, of its first model: the others share them
     folded: dict[str, Tensor] = field(default_factory=dict)
+    # vpt_fast's models by implementation, as they were built: those of other memory policies are copies
+    models: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:
@@ -177,7 +179,9 @@ class Start:
         is_one = self.peer_backbone is self.backbone
         peer_backbone = backbone if is_one else copy.deepcopy(self.peer_backbone).to(device)
         state = {name: tensor.to(device, copy=True) for name, tensor in self.state.items()}
-        return replace(self, backbone=backbone, peer_backbone=peer_backbone, state=state, folded={})
+        return replace(
+            self, backbone=backbone, peer_backbone=peer_backbone, state=state, folded={}, models={}
+        )
 
 
 Build = Callable[[Any, dict[str, Tensor]], nn.Module]
@@ -233,7 +237,7 @@ def prompted(
 ) -> Implementation:
     """vpt_fast's model under the memory policy "exact"; another is assigned to the model's `memory`."""
 
-    def contender(name: str, start: Start) -> Contender:
+    def build(start: Start) -> nn.Module:
         setting = start.setting
         options = {} if residual_dtype is None else {"residual_dtype": residual_dtype}
         model = start.family.prompted(
@@ -248,9 +252,21 @@ def prompted(
         )
         model = with_folded_weights(model.to(start.device).train(), start)
         model.load_trainable_state_dict(start.state)
-        return Contender(name, model, model, autocast_dtype(setting.dtype), graphed)
+        return model
+
+    def contender(name: str, start: Start) -> Contender:
+        if name not in start.models:
+            start.models[name] = build(start)
+        model = twin(start.models[name])
+        return Contender(name, model, model, autocast_dtype(start.setting.dtype), graphed)
 
     return contender
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy of the model that shares its frozen weights."""
+    frozen = {id(tensor): tensor for tensor in model.parameters() if not tensor.requires_grad}
+    return copy.deepcopy(model, frozen)
 
 
 def linear_probe(name: str, start: Start) -> Contender:

@@ -2,9 +2,9 @@
 
     python scripts/gpu_suite.py
 
-Each file of tests/gpu is a part; several run at a time, since building kernels keeps a processor core busy
-each, and beside them what throughput.py compiles is compiled, so that it finds it in the compiler's cache.
-Then every benchmark is a part, alone on the GPU. What became of a part is written at once, to
+The tests of tests/gpu are a part, spread over the processor's cores, since building kernels keeps one busy;
+beside them what the benchmarks compile is compiled, so that they find it in the compiler's cache. Then every
+benchmark is a part, alone on the GPU. What became of a part is written at once, to
 benchmarks/results/gpu-suite-<device>-<date>.json. The same command goes on with what has not passed, as long
 as sources, versions and device are the same. The output of every part is kept in build/gpu-suite.
 
@@ -37,13 +37,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOGS = ROOT / "build" / "gpu-suite"
 SOURCES = ("kernels/**/*.py", "vpt_fast/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/*.py")
 """What a result depends on; of tests/ itself only what is no test, since tests/gpu imports it."""
-MODELS = {"vit_base_patch16_224": 60, "vit_large_patch16_224": 80, "vit_huge_patch14_224": 110}
+MODELS = {"vit_base_patch16_224": 75, "vit_large_patch16_224": 80, "vit_huge_patch14_224": 100}
 """Model -> seconds that its throughput takes, about. There is no time for others: throughput.py --models."""
-COMPILED = ("concat_timm_compiled", "concat_timm_amp_compiled")
-ROWS = ("vpt_fast", "vpt_fast_graphed", "vpt_fast_bfloat16_residual_graphed", "concat_timm", *COMPILED)
+OURS = ("vpt_fast_graphed", "vpt_fast_bfloat16_residual_graphed")
+COMPILED = ("concat_timm_compiled",)
+OF_THE_SMALLEST = ("vpt_fast", "concat_timm", "concat_timm_amp_compiled")
 MEMORY = ("exact", "compact", "recompute")
-"""What throughput.py measures here, of each of the models; by itself it measures more."""
-MOST_TESTS_AT_ONCE = 16  # a core each
+"""What throughput.py measures here, and of ViT-B alone; by itself it measures more. On an H200 compilation
+under autocast took as long as without, and what came of it was slower."""
+MOST_AT_ONCE = 16  # processes beside each other, a core each
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT = 300.0, 360.0  # seconds; what takes that long hangs
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -89,37 +91,56 @@ class Outcome:
 
 def parts_of(root: Path, header: Mapping[str, Any]) -> list[Part]:
     """The suite, in the order in which it runs: what matters most comes first, should the time not do."""
-    pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider")
-    parts = [
-        Part(file.stem, (*pytest, str(file.relative_to(root))), 90, TEST_LIMIT, alone=False)
-        for file in sorted((root / "tests" / "gpu").glob("test_*.py"))
+    logs = str(LOGS.relative_to(ROOT))
+
+    def script(name: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, f"benchmarks/{name}.py", *arguments)
+
+    def benchmark(name: str, seconds: float, command: tuple[str, ...] = ()) -> Part:
+        return Part(name, command or script(name), seconds, BENCHMARK_LIMIT, alone=True)
+
+    def compilation(name: str, command: tuple[str, ...]) -> Part:
+        """Runs a benchmark once, for what is left in the compilers' caches."""
+        output = f"--output={logs}/compile-{name}.json"
+        return Part(f"compile-{name}", (*command, "--repeats=1", output), 100, BENCHMARK_LIMIT, alone=False)
+
+    def throughput(model: str, *names: str) -> tuple[str, ...]:
+        return script("throughput", f"--models={model}", f"--implementations={','.join(names)}", "--steps=4")
+
+    rows = {model: (*OURS, *COMPILED, *(OF_THE_SMALLEST if i == 0 else ())) for i, model in enumerate(MODELS)}
+    compilations = [
+        *(
+            compilation(
+                model, throughput(model, *(name for name in rows[model] if name.endswith("compiled")))
+            )
+            for model in reversed(MODELS)  # what takes longest starts first
+        ),
+        compilation("kernels", script("kernels")),
+        compilation("recipe", script("recipe", "--steps=1", "--epoch-steps=1")),
     ]
+    # Building kernels keeps a core busy, and the GPU has room for many small tests.
+    processes = max(1, min(len(os.sched_getaffinity(0)), MOST_AT_ONCE) - len(compilations))
+    tests = (
+        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-n", str(processes), "--dist=worksteal",
+        "--durations=10", "-p", "no:cacheprovider", "tests/gpu",
+    )  # fmt: skip
 
-    def benchmark(name: str, seconds: float, *arguments: str) -> Part:
-        script = arguments[0] if arguments else name
-        command = (sys.executable, f"benchmarks/{script}.py", *arguments[1:])
-        return Part(name, command, seconds, BENCHMARK_LIMIT, alone=True)
-
-    def throughput(model: str, seconds: float) -> Part:
+    def of_model(model: str) -> tuple[str, ...]:
         # Each model has a results file of its own, so that one that was stopped loses no other's rows.
         output = f"--output=benchmarks/results/{file_name(header, model)}"
-        rows = (f"--implementations={','.join(ROWS)}", f"--memory={','.join(MEMORY)}")
-        return benchmark(f"throughput-{model}", seconds, "throughput", f"--models={model}", *rows, output)
+        return (*throughput(model, *rows[model]), f"--memory={','.join(MEMORY)}", output)
 
-    def compilation(model: str) -> Part:
-        rows = (f"--implementations={','.join(COMPILED)}", "--repeats=1", "--steps=1")
-        output = f"--output=build/gpu-suite/compile-{model}.json"
-        command = (sys.executable, "benchmarks/throughput.py", f"--models={model}", *rows, output)
-        return Part(f"compile-{model}", command, 120, BENCHMARK_LIMIT, alone=False)
+    def profile(model: str) -> tuple[str, ...]:
+        return script("profile_step", f"--model={model}", f"--implementation={OURS[0]}")
 
     return [
-        *(compilation(model) for model in reversed(MODELS)),  # what takes longest starts first
-        *parts,
-        benchmark("attention", 30),
-        *(throughput(*model) for model in MODELS.items()),
-        *(benchmark(f"profile-{model}", 20, "profile_step", f"--model={model}") for model in MODELS),
-        benchmark("kernels", 90),
+        Part("tests", tests, 90, TEST_LIMIT, alone=False),
+        *compilations,
+        benchmark("attention", 20),
+        *(benchmark(f"throughput-{model}", seconds, of_model(model)) for model, seconds in MODELS.items()),
+        *(benchmark(f"profile-{model}", 15, profile(model)) for model in MODELS),
         benchmark("recipe", 45),
+        benchmark("kernels", 60),
     ]
 
 
@@ -261,7 +282,7 @@ def run(
         for group in (first, failed_before)
         for part in sorted(group, key=lambda part: part.alone)  # tests, then benchmarks
     ]
-    most = max(1, min(cores, MOST_TESTS_AT_ONCE))
+    most = max(1, min(cores, MOST_AT_ONCE))
     running, left, started = list[Running](), list[Part](), False
 
     def record_outcome(job: Running, outcome: Outcome) -> None:
@@ -339,9 +360,11 @@ def chosen(parts: list[Part], patterns: str) -> list[Part]:
 
 
 HEADER = """
-import json, sys
+import importlib.util, json, sys
 sys.path.insert(0, "benchmarks")
 import torch
+if importlib.util.find_spec("xdist") is None:
+    sys.exit("pytest-xdist is missing, which spreads the tests over the cores: want pip install pytest-xdist")
 if not torch.cuda.is_available():
     sys.exit(f"no CUDA device: torch {torch.__version__} (CUDA {torch.version.cuda}) finds none")
 from reports import make_header
@@ -374,7 +397,7 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command (default: 9)")
     parser.add_argument(
-        "--parts", default="*", help="comma-separated names or patterns, such as 'test_*,attention'"
+        "--parts", default="*", help="comma-separated names or patterns, such as 'tests,throughput-*'"
     )
     parser.add_argument("--fresh", action="store_true", help="run what has passed, too")
     options = parser.parse_args(arguments)
