@@ -227,6 +227,9 @@ def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(settin
     assert counter.get_total_flops() == expected + 2 * linear(BATCH, WIDTH, CLASSES)
 
 
+# Dropout's masks, which PyTorch keeps in the prompts' dtype on the CPU: numbers of all blocks.
+MASKS = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batch": 3 * M * WIDTH}
+
 CASES = [(setting, "exact", dtype) for setting in SETTINGS for dtype in (torch.float32, torch.float64)]
 CASES += [
     (setting, memory, torch.float32)
@@ -246,11 +249,9 @@ def test_bytes_kept_by_the_blocks_equal_the_closed_form(
     with KeptBytes(model, images) as everything:
         rows = record_last_rows(model)
         model(images)
-    # After the blocks: the rows that the final norm is given, its mean and rstd, and the head's input. Before
-    # them: dropout's masks, which PyTorch keeps in the prompts' dtype on the CPU.
+    # After the blocks: the rows that the final norm is given, its mean and rstd, and the head's input.
     after = rows.count * (WIDTH + 2) + WIDTH
-    masks = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batch": 3 * M * WIDTH}
-    around = (BATCH * after + masks.get(setting, 0)) * dtype.itemsize
+    around = (BATCH * after + MASKS.get(setting, 0)) * dtype.itemsize
     blocks = sum(kept_bytes(block, dtype.itemsize, memory) for block in WORK[setting])
     assert everything.total == blocks + around
 
@@ -260,7 +261,8 @@ def test_bytes_kept_by_the_blocks_equal_the_closed_form(
 )
 def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str, memory: str) -> None:
     model = prompted(setting, torch.float32, memory)
-    expected = sum(kept_bytes(block, torch.float32.itemsize, memory) for block in WORK[setting])
+    size = torch.float32.itemsize
+    expected = sum(kept_bytes(block, size, memory) for block in WORK[setting]) + MASKS.get(setting, 0) * size
     assert model.estimate_training_bytes(BATCH)["kept"] == expected
 
 

@@ -18,7 +18,7 @@ from vpt_fast.engine import cost
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
-from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, pad_image
+from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, mask_bytes, pad_image
 
 # Not float16: large ViTs have activations in the residual stream that it cannot hold.
 RESIDUAL_DTYPES = (None, torch.bfloat16)
@@ -244,7 +244,7 @@ class PromptedViT(PromptedClassifier):
         stream = Stream(self._tokens(images))
         batch_size, num_tokens = images.shape[0], stream.num_tokens
         num_prefix, num_prompts = self.backbone.num_prefix_tokens, settings.num_prompts or 0
-        sets = self._prompt_sets(batch_size)
+        sets = self._prompt_sets()
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
@@ -255,8 +255,11 @@ class PromptedViT(PromptedClassifier):
         blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
         for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
-                stream = Stream((stream.sum() + added[index]).to(stream.base.dtype))
-            prompts = None if plan.prompt_index is None else sets[plan.prompt_index]
+                prompts = self._dropped(added[index], batch_size)
+                stream = Stream((stream.sum() + prompts).to(stream.base.dtype))
+            prompts = None
+            if plan.prompt_index is not None:
+                prompts = self._dropped(sets[plan.prompt_index], batch_size)
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             stream = block(stream, prompts, rows, policy, rotation)
             if index in wanted:
@@ -277,8 +280,8 @@ class PromptedViT(PromptedClassifier):
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.backbone.embed(images)
 
-    def _prompt_sets(self, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """One set of prompts (1 or B, m, d) for every prompted block, where they are tokens."""
+    def _prompt_sets(self) -> tuple[torch.Tensor, ...]:
+        """One set of prompts (1, m, d) for every prompted block, where they are tokens."""
         settings = self.prompt_settings
         if settings.prompt_location == "prepend-pixel":
             return (self.backbone.embed_pixel_prompts(self.prompts),)
@@ -287,12 +290,13 @@ class PromptedViT(PromptedClassifier):
         prompts = self.prompts if self.prompt_projection is None else self.prompt_projection(self.prompts)
         # unbind, not indexing: its backward is one stack, where each index's would be a whole tensor of zeros
         sets = prompts.unsqueeze(1).unbind(0)
-        if settings.prompt_shared:
-            sets = sets * len(self._prompted)
-        if self.training and settings.prompt_dropout > 0.0:
-            p, per = settings.prompt_dropout, settings.prompt_dropout_per
-            sets = tuple(drop(prompts, p, per, batch_size) for prompts in sets)
-        return sets
+        return sets * len(self._prompted) if settings.prompt_shared else sets
+
+    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """(1, m, d) in training with dropout, which may make them (B, m, d): of one block at a time, since
+        all blocks' at once would be there until the last one has run."""
+        p = self.prompt_settings.prompt_dropout if self.training else 0.0
+        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
@@ -320,6 +324,8 @@ class PromptedViT(PromptedClassifier):
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
                 )
-                peak.add(cost.kept_bytes(block, **call), cost.workspace_bytes(block, **call))
+                kept = cost.kept_bytes(block, **call)
+                kept += mask_bytes(settings, batch_size, self.embed_dim, self.prompts) if own else 0
+                peak.add(kept, cost.workspace_bytes(block, **call))
             below = below or own
         return peak.kept, peak.workspace

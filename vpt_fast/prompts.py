@@ -192,6 +192,22 @@ def drop(prompts: torch.Tensor, p: float, per: str, batch_size: int) -> torch.Te
     return F.dropout(prompts, p)
 
 
+def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch.Tensor) -> int:
+    """Bytes that `drop` keeps for the backward pass of one block's prompts.
+
+    Args:
+        config: with their number, and how they are dropped.
+        batch_size: B.
+        width: d.
+        prompts: their parameter: on a CUDA device a bool is kept for each element, elsewhere a factor.
+    """
+    if config.prompt_dropout == 0.0 or config.num_prompts is None:
+        return 0
+    copies = batch_size if config.prompt_dropout_per == "image" else 1
+    size = torch.bool.itemsize if prompts.is_cuda else prompts.itemsize
+    return copies * config.num_prompts * width * size
+
+
 def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, border: int) -> torch.Tensor:
     """Put the border prompts around each image.
 

@@ -15,7 +15,7 @@ from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
-from vpt_fast.prompts import PromptConfig, drop, init_bound, refuse_settings
+from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings
 
 POOLS = ("image", "prompts", "image_and_prompts")
 
@@ -121,12 +121,12 @@ class PromptedSwin(PromptedClassifier):
             stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
         policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
-        sets = self._prompt_sets(batch)
+        sets = self._prompt_sets()
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
             stream, prompts = self.backbone.enter(index, stream, prompts, policy)
             if index < len(sets):
-                prompts = sets[index]
+                prompts = self._dropped(sets[index], batch)
             rows = self._rows(index)
             num_fresh = rows[1] - block.num_tokens
             stream, prompts = block(stream, prompts, rows, policy), None
@@ -138,15 +138,15 @@ class PromptedSwin(PromptedClassifier):
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
         return self._features(read)
 
-    def _prompt_sets(self, batch_size: int) -> list[torch.Tensor]:
-        """New prompts (1 or B, m, d) for each of the first blocks: deep, for all of them."""
+    def _prompt_sets(self) -> list[torch.Tensor]:
+        """New prompts (1, m, d) for each of the first blocks: deep, for all of them."""
         # unbind, not indexing: its backward is one stack
-        sets = [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
-        settings = self.prompt_settings
-        if self.training and settings.prompt_dropout > 0.0:
-            p, per = settings.prompt_dropout, settings.prompt_dropout_per
-            sets = [drop(prompts, p, per, batch_size) for prompts in sets]
-        return sets
+        return [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
+
+    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """(1, m, d) in training with dropout, which may make them (B, m, d): of one block at a time."""
+        p = self.prompt_settings.prompt_dropout if self.training else 0.0
+        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
 
     def _rows(self, index: int) -> tuple[int, int]:
         """The rows of a block's output that are read, of its N tokens and then its m prompts."""
@@ -179,6 +179,8 @@ class PromptedSwin(PromptedClassifier):
                 policy=policy,
             )
             kept = cost.kept_bytes(block, **call)
+            if not flowed:
+                kept += mask_bytes(settings, batch_size, block.proj_weight.shape[0], self.prompts[0])
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
             peak.add(kept, self.backbone.workspace_bytes(block, **call))
         return peak.kept, peak.workspace
