@@ -487,22 +487,30 @@ def compute_features(
     return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
 
-def captures_steps(recipe: Recipe, world: World, console: Console, obstacle: str | None) -> bool:
-    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be. `obstacle` is the
-    problem's own.
+def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own: str | None) -> str | None:
+    """Why training steps cannot be captured in a CUDA graph; None where they can. `own` is the problem's own
+    reason.
 
     Raises ValueError where a graph was asked for and cannot be had.
     """
-    if world.device.type != "cuda":
-        obstacle = f"the device is {world.device.type}"
-    elif world.size > 1:
-        obstacle = f"{world.size} processes exchange gradients"
+    obstacle = own
+    if device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    elif num_processes > 1:
+        obstacle = f"{num_processes} processes exchange gradients"
     elif recipe.accumulate > 1:
         obstacle = f"accumulate is {recipe.accumulate}"
     elif recipe.precision == "fp16":
         obstacle = "precision is fp16, whose loss scaling looks at the gradients"
     if recipe.cuda_graph and obstacle:
         raise ValueError(f"cuda_graph: got True, and a step cannot be captured: {obstacle}")
+    return obstacle
+
+
+def captures_steps(recipe: Recipe, world: World, console: Console, own: str | None) -> bool:
+    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be. Else as
+    `graph_obstacle`."""
+    obstacle = graph_obstacle(recipe, world.device, world.size, own)
     if obstacle and world.device.type == "cuda" and recipe.cuda_graph is None:
         console.print(f"Training steps are not captured in a CUDA graph: {obstacle}.")
     return obstacle is None and recipe.cuda_graph is not False

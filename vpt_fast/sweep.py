@@ -43,7 +43,7 @@ from vpt_fast.backbones.resolve import sharing_backbones
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.loop import TrainingDiverged, require_attention, train
+from vpt_fast.loop import TrainingDiverged, graph_obstacle, require_attention, train
 from vpt_fast.methods import build_model_without_values
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, write
@@ -318,7 +318,8 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     """
     device = find_device(sweep.recipe(**sweep.points()[0]).device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
-    looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name == "precision"]
+    others = ("precision", "accumulate", "cuda_graph")
+    looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
     seen = set()
     with sharing_backbones({}):
         for point in sweep.points():
@@ -340,6 +341,7 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
     problem = Classification()
     splits = problem.open(recipe, cache)
     recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
+    graph_obstacle(recipe, device, 1, problem.graph_obstacle)
     model = build_model_without_values(recipe, len(splits.classes))
     if model is not None:
         require_attention(recipe, model, device)

@@ -211,9 +211,14 @@ def test_setting_searched_twice_is_refused():
             {"resize": ("shortest", "squash"), "augment": ("crop_flip",)},
             "over: resize is squash, augment is crop_flip, .* goes with resize=.shortest.",
         ),
+        (
+            {},
+            {"cuda_graph": (False, True)},
+            "over: cuda_graph is True, .* a step cannot be captured: the device is cpu",
+        ),
         ({"pool": "prompts"}, {"base_lr": (0.5,)}, "^pool: got 'prompts', and the model has no prompts"),
     ],
-    ids=["layers", "two settings", "pool", "method", "attention", "preprocessing", "shared by all"],
+    ids=["layers", "two settings", "pool", "method", "attention", "preprocessing", "graph", "shared by all"],
 )
 def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     settings, tmp_path, trained, changes, axes, named
@@ -222,6 +227,12 @@ def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     with pytest.raises(ValueError, match=named):
         run_sweep(Sweep(given, axes, seeds=(1,)), tmp_path / "sweep")
     assert trained == [] and not (tmp_path / "sweep").exists()
+
+
+def test_graph_of_accumulated_steps_is_refused_on_a_gpu(settings):
+    recipe = Sweep({**settings, "cuda_graph": True, "accumulate": 2}, {}).recipe()
+    with pytest.raises(ValueError, match="cuda_graph: .* a step cannot be captured: accumulate is 2"):
+        sweep._require_trial(recipe, torch.device("cuda"), TrainingCache())
 
 
 def test_grid_of_rates_builds_one_model_beforehand(settings, monkeypatch):
