@@ -162,6 +162,12 @@ def test_the_readme_shows_the_fastest_and_the_leanest_way_and_other_models_of_th
     assert "ViT-L/16" not in base + huge
 
 
+@pytest.mark.parametrize(("graphed", "waits"), [(500.0, True), (310.0, False)])
+def test_the_readme_says_where_the_host_is_the_limit(project: Project, graphed: float, waits: bool) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("vpt_fast_graphed", graphed), row("concat_timm", 200.0)])
+    assert ("waits for the processor" in " ".join(project.text(page.README).split())) == waits
+
+
 def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
     shape = {"batch_size": 64, "num_tokens": 197, "exact": False, "forward_ms": None}
     missing = shape | {"impl": "flash_attn", "error": "no module"}
