@@ -112,16 +112,30 @@ class _TMALaunch:
         self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
         self._blocks = _blocks(kernel, config, pack)
         self._is_empty = num_tiles == 0  # and so has no descriptor
+        self._forms: list[Any] | None = None  # descriptors without a tensor; None for what has none
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self._is_empty:
             return
+        if self._forms is None:
+            self._forms = [
+                None if t is None or block is None else _with_base(_matrix(t, block), None)
+                for t, block in zip(tensors, self._blocks, strict=True)
+            ]
         self._launch(
             *(
-                t if t is None or block is None else _matrix(t, block)
-                for t, block in zip(tensors, self._blocks, strict=True)
+                t if form is None else _with_base(form, t)
+                for t, form in zip(tensors, self._forms, strict=True)
             )
         )
+
+
+def _with_base(descriptor: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
+    """The same of another tensor of the same layout, which need not be checked again."""
+    found = object.__new__(TensorDescriptor)
+    found.__dict__.update(descriptor.__dict__)
+    found.base = base
+    return found
 
 
 def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,14 @@ def test_what_is_aligned_goes_by_descriptors(size, dtype, by_descriptors):
         gemm._backward_launch("gelu", grad=grad, weight=weight2, kept=u),
     )
     assert [isinstance(launch, gemm._TMALaunch) for launch in launches] == [by_descriptors] * 2
+
+
+def test_a_launch_by_descriptors_holds_no_tensor():
+    x, weight, bias = forward_inputs(ALIGNED, torch.bfloat16)
+    gemm.linear_activate(x, weight, bias, "gelu")
+    held = weakref.ref(x)
+    del x
+    assert held() is None
 
 
 def test_rows_that_are_no_one_dimension_go_by_pointers():
