@@ -43,7 +43,11 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
-_TMA_PROGRAMS = 2  # on each processor
+def _programs(config: dict[str, int]) -> int:
+    """How many programs of a kernel by descriptors a processor is to hold: two where accumulators are no more
+    than half of their registers, so that one's epilogue runs beside the other's products."""
+    threads = 32 * config["num_warps"]
+    return 2 if 2 * threads <= 512 and config["BLOCK_M"] * config["BLOCK_N"] <= 64 * threads else 1
 
 
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
@@ -107,7 +111,7 @@ class _TMALaunch:
         config: dict[str, int],
         pack: bool,
     ) -> None:
-        programs = min(num_tiles, _TMA_PROGRAMS * num_processors(device))
+        programs = min(num_tiles, _programs(config) * num_processors(device))
         options = _tma_options(kernel, config, pack)
         self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
         self._blocks = _blocks(kernel, config, pack)
@@ -145,12 +149,12 @@ def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
     return config["BLOCK_N"] // parts
 
 
-def _tma_options(kernel: Any, config: dict[str, int], pack: bool) -> dict[str, int]:
+def _tma_options(kernel: Any, config: dict[str, int], pack: bool) -> dict[str, int | None]:
     """How the kernel is launched beside its config. Left to itself the assembler takes up to ten registers
     more for the forward pass, and a second program has no room."""
     if kernel is not linear_activate_tma_kernel:
         return {}
-    return {"COLUMNS": _columns(kernel, config, pack), "maxnreg": 128}
+    return {"COLUMNS": _columns(kernel, config, pack), "maxnreg": 128 if _programs(config) == 2 else None}
 
 
 def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, int] | None]:
