@@ -47,7 +47,7 @@ MEMORY = ("exact", "compact", "recompute")
 under autocast took as long as without, and what came of it was slower."""
 MOST_AT_ONCE = 16  # processes beside each other, a core each
 TAIL_LINES = 40
-TEST_LIMIT, BENCHMARK_LIMIT = 300.0, 360.0  # seconds; what takes that long hangs
+TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0  # seconds; what takes that long hangs
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
@@ -63,6 +63,7 @@ class Part:
             longer, that counts instead.
         limit: seconds after which it is stopped and has failed.
         alone: whether nothing may run beside it.
+        on_request: whether it runs only where --parts names it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part:
     seconds: float
     limit: float
     alone: bool
+    on_request: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,29 @@ def parts_of(root: Path, header: Mapping[str, Any]) -> list[Part]:
         *(benchmark(f"profile-{model}", 15, profile(model)) for model in MODELS),
         benchmark("recipe", 45),
         benchmark("kernels", 60),
+        *on_request(header),
+    ]
+
+
+def on_request(header: Mapping[str, Any]) -> list[Part]:
+    """What nine minutes have no room for: the largest batches, curves over prompts and batches, of ViT-B; and
+    how kernels could be launched otherwise."""
+    model = next(iter(MODELS))
+    rows = f"--implementations={','.join((*OURS, *COMPILED))}"
+
+    def part(name: str, seconds: float, *arguments: str) -> Part:
+        output = f"--output=benchmarks/results/{file_name(header, name)}"
+        command = (sys.executable, *arguments, output)
+        return Part(name, command, seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
+
+    def throughput(*arguments: str) -> tuple[str, ...]:
+        return ("benchmarks/throughput.py", f"--models={model}", rows, "--steps=4", *arguments)
+
+    return [
+        part("find-batch", 150, *throughput("--find-batch", f"--memory={','.join(MEMORY)}")),
+        part("prompts", 300, *throughput("--num-prompts=1,10,50,100,200", "--memory=exact")),
+        part("batches", 240, *throughput("--batch-size=16,64,256", "--memory=exact,recompute")),
+        part("tune", 300, "benchmarks/tune.py"),
     ]
 
 
@@ -344,11 +369,14 @@ def show(part: Part, outcome: Outcome, console: Console, log: Path) -> None:
 
 
 def chosen(parts: list[Part], patterns: str) -> list[Part]:
-    """The parts whose names match one of the comma-separated patterns.
+    """The parts whose names match one of the comma-separated patterns; where there is none, all but those on
+    request.
 
     Raises:
         ValueError: a pattern matches none.
     """
+    if not patterns.strip():
+        return [part for part in parts if not part.on_request]
     names = [part.name for part in parts]
     wanted: set[str] = set()
     for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
@@ -397,7 +425,10 @@ def main(
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command (default: 9)")
     parser.add_argument(
-        "--parts", default="*", help="comma-separated names or patterns, such as 'tests,throughput-*'"
+        "--parts",
+        default="",
+        help="comma-separated names or patterns, such as 'tests,throughput-*'; by default all but "
+        "find-batch, prompts, batches and tune, which nine minutes have no room for",
     )
     parser.add_argument("--fresh", action="store_true", help="run what has passed, too")
     options = parser.parse_args(arguments)

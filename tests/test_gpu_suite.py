@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -168,6 +169,16 @@ def test_parts_are_chosen_by_pattern(project: Project) -> None:
     assert project.report()["parts"].keys() == {"test_a", "test_b", "recipe"}
 
 
+def test_a_part_on_request_runs_only_where_it_is_named(project: Project) -> None:
+    project.part("attention", "pass")
+    project.part("tune", "pass")
+    project.parts[-1] = dataclasses.replace(project.parts[-1], on_request=True)
+    assert project.run() == 0
+    assert project.report()["parts"].keys() == {"attention"}
+    assert project.run("--parts", "tune") == 0
+    assert project.report()["parts"].keys() == {"attention", "tune"}
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -202,7 +213,7 @@ def test_the_header_is_read_in_another_process_whose_last_word_is_the_error(
 
 
 def test_the_suite_is_all_gpu_tests_and_every_benchmark_within_nine_minutes() -> None:
-    parts = {part.name: part for part in gpu_suite.parts_of(ROOT, HEADER)}
+    parts = {part.name: part for part in gpu_suite.chosen(gpu_suite.parts_of(ROOT, HEADER), "")}
     assert parts["tests"].command[-1] == "tests/gpu" and not parts["tests"].alone
     throughput = {f"throughput-{model}" for model in gpu_suite.MODELS}
     alone = {name for name, part in parts.items() if part.alone}
@@ -221,7 +232,7 @@ def test_the_suite_is_all_gpu_tests_and_every_benchmark_within_nine_minutes() ->
     assert before + sum(parts[name].seconds for name in alone) < 9 * 60
 
 
-@pytest.mark.parametrize("name", ["throughput", "profile_step", "kernels", "recipe", "attention"])
+@pytest.mark.parametrize("name", ["throughput", "profile_step", "kernels", "recipe", "attention", "tune"])
 def test_what_the_suite_passes_on_is_what_the_benchmarks_take(name: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     command = typer.main.get_command(typer.Typer(callback=importlib.import_module(name).main))
