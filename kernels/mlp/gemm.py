@@ -44,10 +44,10 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
 
 
 def _programs(config: dict[str, int]) -> int:
-    """How many programs of a kernel by descriptors a processor is to hold: two where accumulators are no more
-    than half of their registers, so that one's epilogue runs beside the other's products."""
+    """How many programs of a kernel by descriptors a processor is to hold: two where each thread can have 128
+    registers, half of them accumulators, so that one's epilogue runs beside the other's products."""
     threads = 32 * config["num_warps"]
-    return 2 if 2 * threads <= 512 and config["BLOCK_M"] * config["BLOCK_N"] <= 64 * threads else 1
+    return 2 if threads <= 256 and config["BLOCK_M"] * config["BLOCK_N"] <= 64 * threads else 1
 
 
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
