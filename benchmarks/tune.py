@@ -108,6 +108,7 @@ LINEAR_LAUNCHES = [
     )
     if 64 * 128 <= area(launch) <= 4096 * launch["num_warps"]
 ]
+TMA_LAUNCHES = [{**launch, "FLATTEN": flatten} for launch in LINEAR_LAUNCHES for flatten in (False, True)]
 
 ATTENTION_KERNELS = {"forward": "forward_tiles", "grad_q": "grad_q_tiles", "grad_kv": "grad_kv_tiles"}
 LINEAR_KERNELS = ("linear_activate", "linear_activate_backward")
@@ -145,6 +146,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
     """A product with GELU or its derivative."""
     from vpt_fast.kernels.mlp import gemm
 
+    by_descriptors = gemm.arch_of(settings.device) >= 90 and settings.dtype.itemsize == 2
     inputs = kernels.make_inputs(case, settings.dtype, settings.device)
     fused = kernels.implementation(kernels.OURS, case, settings.dtype)
     return [
@@ -152,10 +154,10 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
             kernel=case.op,
             shape=f"batch_size {case.batch_size}, num_tokens {case.num_tokens}, width {case.width}",
             module=gemm,
-            function="_config",
+            function="_tma_config" if by_descriptors else "_config",
             of_launch=dict,
-            recorded=gemm._config(settings.dtype, aligned=True),
-            candidates=LINEAR_LAUNCHES,
+            recorded=gemm._tma_config() if by_descriptors else gemm._config(settings.dtype, aligned=True),
+            candidates=TMA_LAUNCHES if by_descriptors else LINEAR_LAUNCHES,
             call=partial(fused, *inputs[0], *inputs[1]),
             error=partial(kernels.check, fused, case, inputs),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from functools import partial
@@ -75,6 +76,16 @@ def test_candidates_of_products_are_right(op: str) -> None:
     assert [row.exact for row in rows] == [True, True]
 
 
+@pytest.mark.parametrize("op", tune.LINEAR_KERNELS)
+def test_candidates_by_descriptors_are_right(op: str) -> None:
+    settings = dataclasses.replace(SETTINGS, dtype=torch.float16)
+    case = kernels.Case(op, "gelu", False, batch_size=1, num_tokens=67, width=48)
+    (target,) = tune.linear_targets(case, settings)
+    candidate = {**gemm._tma_config(), "BLOCK_M": 64, "FLATTEN": True}
+    rows = tune.measure_target(target._replace(candidates=[candidate]), settings)
+    assert [(row.launch["FLATTEN"], row.exact) for row in rows] == [(False, True), (True, True)]
+
+
 def test_a_candidate_is_what_the_kernel_is_launched_with(launched: list[dict[str, Any]]) -> None:
     target = attention_target("forward")
     launched.clear()
@@ -143,3 +154,6 @@ def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -
     linear = gemm._config(torch.bfloat16, aligned=True)
     assert all(launch.keys() == linear.keys() for launch in tune.LINEAR_LAUNCHES)
     assert linear in tune.LINEAR_LAUNCHES
+    tma = gemm._tma_config()
+    assert all(launch.keys() == tma.keys() for launch in tune.TMA_LAUNCHES)
+    assert tma in tune.TMA_LAUNCHES

@@ -29,18 +29,23 @@ _MAX_SIDE = (
 
 
 def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """Tiles, warps, stages.
+    """Tiles, warps, stages of the kernels by pointers.
 
     Three stages of 16-bit tiles are 96 KiB, so that two programs fit on one processor of sm_90 and one's
-    epilogue runs beside the other's products; larger tiles, with one, were slower on an H200. float32 has no
-    tensor cores at full precision, and what is not aligned is read element by element, each with an address
-    of its own: small tiles, or registers spill.
+    epilogue runs beside the other's products. float32 has no tensor cores at full precision, and what is not
+    aligned is read element by element, each with an address of its own: small tiles, or registers spill.
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     if not aligned:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+
+
+def _tma_config() -> dict[str, int]:
+    """Of those by descriptors, in 16 bits. Two programs on a processor here too: larger tiles, with one, were
+    slower on an H200."""
+    return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False}
 
 
 def _programs(config: dict[str, int]) -> int:
@@ -184,10 +189,11 @@ def _forward_launch(
         _require_contiguous_rows(bias=bias)
     rows = leading_rows(x=x)
     aligned = _aligned(rows, weight, x)
-    config = _config(x.dtype, aligned)
+    by_descriptors = aligned and _takes_descriptors(rows, weight)
+    config = _tma_config() if by_descriptors else _config(x.dtype, aligned)
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
-    if aligned and _takes_descriptors(rows, weight):
+    if by_descriptors:
         return _TMALaunch(linear_activate_tma_kernel, x.device, num_programs, sizes, kind, config, pack)
     return Launch(
         linear_activate_kernel,
@@ -219,10 +225,11 @@ def _backward_launch(
     _require_contiguous_rows(weight=weight)
     rows = leading_rows(grad=grad, kept=kept)
     aligned = _aligned(rows, weight, grad, kept)
-    config = _config(grad.dtype, aligned)
+    by_descriptors = aligned and kept.dtype != torch.float32 and _takes_descriptors(rows, weight)
+    config = _tma_config() if by_descriptors else _config(grad.dtype, aligned)
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
-    if aligned and kept.dtype != torch.float32 and _takes_descriptors(rows, weight):
+    if by_descriptors:
         return _TMALaunch(
             linear_activate_backward_tma_kernel, grad.device, num_programs, sizes, kind, config, False
         )
@@ -400,7 +407,7 @@ def _build(
 
 
 def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool) -> Build:
-    config = _config(dtype, aligned=True)
+    config = _tma_config()
     names = [name for name in kernel.arg_names if not name.isupper()]
     is_codes = {"codes": True, "kept": pack}
     element = {name: "u8" if is_codes.get(name) else TYPE_NAMES[dtype] for name in names}

@@ -6,8 +6,9 @@ they read through the L2 cache.
 Each product is here twice. Kernels that end in `_tma_kernel` are for sm_90 and newer: an engine of the
 processor's moves whole tiles, by tensor descriptors, and knows where a tensor ends: what lies beyond reads as
 0 and is not stored. As many programs as the device holds at once take one tile after the other, so that one's
-epilogue runs beside another's products. The other kernels compute every address; rows beyond the end read the
-last row and are not stored.
+epilogue runs beside another's products. With FLATTEN the loops over tiles and depth become one, which copies
+the next tile's first operands during the epilogue. The other kernels compute every address; rows beyond the
+end read the last row and are not stored.
 """
 
 import triton
@@ -240,11 +241,12 @@ def linear_activate_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -269,10 +271,11 @@ def linear_activate_backward_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
