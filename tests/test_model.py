@@ -90,6 +90,23 @@ class TestBackboneByName:
         small = PromptedViT("vit_tiny_patch16_224", 5, 8, "shallow", img_size=32, **settings)
         assert small.image_size == (32, 32)
 
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("vit_giant_patch14_224", "pretrained: timm has no published weights of vit_giant_patch14_224"),
+            (
+                "vit_tiny_patch16_224.none",
+                "backbone: got 'vit_tiny_patch16_224.none': Invalid pretrained tag",
+            ),
+        ],
+    )
+    def test_weights_that_nobody_has_published_are_named_before_anything_is_built(
+        self, name: str, message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("built"))
+        with pytest.raises(ValueError, match=message):
+            PromptedViT(name, 5, 3, pretrained=True)
+
     def test_demo_backbone_needs_no_network_and_carries_its_weights(self) -> None:
         first, second = (PromptedViT("vpt_fast_demo", 10, 4) for _ in range(2))
         assert first.image_size == (32, 32)

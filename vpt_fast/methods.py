@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, without_values
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, require_published, without_values
 from vpt_fast.classifier import TunedModel
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
@@ -83,11 +83,13 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
 
 
 def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:
-    """What `build_model` gives, on the meta device and with no weights looked for: at once, for whoever asks
+    """What `build_model` gives, on the meta device and with no weights read: at once, for whoever asks
     whether there is such a model. None for a backbone that cannot be built without values.
 
-    Raises ValueError when there is no such model.
+    Raises ValueError when there is no such model, or none with published weights where they are wanted.
     """
+    if recipe.pretrained and recipe.checkpoint is None:
+        require_published(recipe.backbone, recipe.backbone_arg)
     try:
         with without_values():
             return build_model(replace(recipe, pretrained=False, checkpoint=None), num_classes)

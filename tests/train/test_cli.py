@@ -282,7 +282,7 @@ def nothing_wrong(root):
         (nothing_wrong, {"backbone-arg": "patch_size=0"}, "patch_size=0), which cannot be built"),
         (nothing_wrong, {"backbone-arg": "img_size=*x"}, "backbone_arg is 'img_size=*x'"),
         (nothing_wrong, {"config": "/"}, "configuration file / cannot be read"),
-        (nothing_wrong, {"backbone": "test_vit4"}, "No pretrained weights exist for test_vit4"),
+        (nothing_wrong, {"backbone": "test_vit4"}, "timm has no published weights of test_vit4"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )

@@ -212,13 +212,28 @@ def test_setting_searched_twice_is_refused():
             "over: resize is squash, augment is crop_flip, .* goes with resize=.shortest.",
         ),
         (
+            {"pretrained": True},
+            {"backbone": ("vit_tiny_patch16_224", "test_vit4")},
+            "over: backbone is test_vit4, .* pretrained: timm has no published weights of test_vit4",
+        ),
+        (
             {},
             {"cuda_graph": (False, True)},
             "over: cuda_graph is True, .* a step cannot be captured: the device is cpu",
         ),
         ({"pool": "prompts"}, {"base_lr": (0.5,)}, "^pool: got 'prompts', and the model has no prompts"),
     ],
-    ids=["layers", "two settings", "pool", "method", "attention", "preprocessing", "graph", "shared by all"],
+    ids=[
+        "layers",
+        "two settings",
+        "pool",
+        "method",
+        "attention",
+        "preprocessing",
+        "weights",
+        "graph",
+        "shared by all",
+    ],
 )
 def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     settings, tmp_path, trained, changes, axes, named

@@ -7,7 +7,7 @@ import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +144,8 @@ def resolve_backbone(
         raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
     if not is_supported(timm_name, kind):
         raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
+    if pretrained:
+        require_published(backbone, kwargs)
     build_kwargs = dict(kwargs)
     if kind is CONVNET and "img_size" in kwargs:  # nothing in it is built for a size
         size = to_2tuple(build_kwargs.pop("img_size"))
@@ -232,6 +234,30 @@ def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
         _shared.reset(token)
 
 
+def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError where there are no published weights of the backbone of this name, built by timm with
+    these keywords."""
+    known = KNOWN.get(name)
+    if known is not None:
+        if known.hub is None:
+            raise ValueError(
+                f"pretrained: timm's hub does not have the weights of {known.name}; get {known.address} and "
+                "pass the file as checkpoint"
+            )
+        return
+    try:
+        settings = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # a tag that the model does not have
+        raise ValueError(f"backbone: got {name!r}: {error}") from None
+    is_timms = timm.model_entrypoint(name).__module__.startswith("timm.")
+    if not is_timms or {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
+        return  # somebody else's may bring weights, and these may say where they are
+    if settings is None or not settings.has_weights:
+        raise ValueError(
+            f"pretrained: timm has no published weights of {name}; want pretrained=False, or a checkpoint"
+        )
+
+
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str | None) -> nn.Module:
     shared = _shared.get()
     if shared is None:
@@ -265,9 +291,5 @@ def _build(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str 
 
 def _from_hub(known: KnownBackbone) -> str:
     """The path of timm's copy of the weights, downloaded where it is not yet."""
-    if known.hub is None:
-        raise ValueError(
-            f"pretrained: timm's hub does not have the weights of {known.name}; get {known.address} and pass "
-            "the file as checkpoint"
-        )
+    assert known.hub is not None
     return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")
