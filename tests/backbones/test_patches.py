@@ -45,6 +45,15 @@ def test_images_are_rounded_to_the_dtype_of_the_weights(dtype: torch.dtype) -> N
     assert torch.equal(tokens, product(images.to(dtype)))
 
 
+def test_under_autocast_images_are_rounded_once() -> None:
+    plain = convolution((4, 4)).float()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, expected = as_product(plain)(images), plain(images)
+    assert tokens.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_tokens_lie_one_after_the_other() -> None:
     tokens = as_product(convolution((4, 4)))(torch.randn(2, 3, 8, 12).double())
     assert tokens.flatten(2).transpose(1, 2).is_contiguous()

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.engine.block import compute_dtype
+
 
 class PatchProjection(nn.Conv2d):
     """A convolution whose windows do not overlap, as the product that it is: patches (rows) by weights.
@@ -16,16 +18,15 @@ class PatchProjection(nn.Conv2d):
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width), of any dtype, to (B, d, rows, columns) in the weights', as a convolution
-        gives it, but with the channels last in memory: what tokens want."""
+        """(B, C, height, width), of any dtype, to (B, d, rows, columns) in the weights', or autocast's, as a
+        convolution gives it, but with the channels last in memory: what tokens want."""
         height, width = self.kernel_size
         rows, columns = images.shape[2] // height, images.shape[3] // width
         patches = images[:, :, : rows * height, : columns * width]
         patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         # One pass over the pixels rounds them and brings those of a patch together.
-        patches = patches.permute(0, 2, 4, 1, 3, 5).to(
-            self.weight.dtype, memory_format=torch.contiguous_format
-        )
+        dtype = compute_dtype(images.device.type, self.weight.dtype)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).to(dtype, memory_format=torch.contiguous_format)
         return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
