@@ -68,9 +68,9 @@ TORCH_OPS = Ops(
 
 @torch.compiler.assume_constant_result
 def fused_mlp_pays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `Ops.linear_activate` is faster than cuBLAS with a kernel beside it. On an H200 it is: with 64
-    images at the widths of ViT-B, L and H in bfloat16 forward took 0.94 to 1.01 of that time, backward 0.89
-    to 0.96 (benchmarks/kernels.py times both). Of other devices it is not known, and in float32 it is not."""
+    """Whether `Ops.linear_activate` is faster than cuBLAS with a kernel beside it. On an H200 it was, forward
+    and backward together, with 64 images at the widths of ViT-B, L and H in bfloat16 (benchmarks/kernels.py
+    times both). Of other devices it is not known, and in float32 it is not."""
     return device.type == "cuda" and dtype.itemsize == 2 and arch_of(device) == 90
 
 

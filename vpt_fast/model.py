@@ -255,11 +255,12 @@ class PromptedViT(PromptedClassifier):
         blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
         for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
-                prompts = self._dropped(added[index], batch_size)
+                prompts = drop(added[index], settings, batch_size, training=self.training)
                 stream = Stream((stream.sum() + prompts).to(stream.base.dtype))
             prompts = None
             if plan.prompt_index is not None:
-                prompts = self._dropped(sets[plan.prompt_index], batch_size)
+                own = sets[plan.prompt_index]
+                prompts = drop(own, settings, batch_size, training=self.training)
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             stream = block(stream, prompts, rows, policy, rotation)
             if index in wanted:
@@ -291,12 +292,6 @@ class PromptedViT(PromptedClassifier):
         # unbind, not indexing: its backward is one stack, where each index's would be a whole tensor of zeros
         sets = prompts.unsqueeze(1).unbind(0)
         return sets * len(self._prompted) if settings.prompt_shared else sets
-
-    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """(1, m, d) in training with dropout, which may make them (B, m, d): of one block at a time, since
-        all blocks' at once would be there until the last one has run."""
-        p = self.prompt_settings.prompt_dropout if self.training else 0.0
-        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy

@@ -176,20 +176,22 @@ def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:
     return math.sqrt(6.0 / (3 * patch_size[0] * patch_size[1] + prompt_dim))
 
 
-def drop(prompts: torch.Tensor, p: float, per: str, batch_size: int) -> torch.Tensor:
-    """Dropout on prompts, in training.
+def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:
+    """Dropout on prompts, in training: of one block at a time, since all blocks' at once, where every image
+    has its own, would be there until the last block has run.
 
     Args:
         prompts: (1, m, d).
-        p: probability of dropping an element; the others are scaled by 1 / (1 - p).
-        per: ``"image"``: a mask for every image, the result is (B, m, d); ``"batch"``: one, (1, m, d).
+        config: the probability of dropping an element, the others being scaled by 1 / (1 - p); and whether
+            every image has a mask, so that the result is (B, m, d), or the batch has one: (1, m, d).
         batch_size: B.
+        training: without, nothing is dropped.
     """
-    if p == 0.0:
+    if config.prompt_dropout == 0.0 or not training:
         return prompts
-    if per == "image":
+    if config.prompt_dropout_per == "image":
         prompts = prompts.expand(batch_size, -1, -1)
-    return F.dropout(prompts, p)
+    return F.dropout(prompts, config.prompt_dropout)
 
 
 def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch.Tensor) -> int:

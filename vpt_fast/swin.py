@@ -126,7 +126,7 @@ class PromptedSwin(PromptedClassifier):
         for index, block in enumerate(self.backbone.blocks):
             stream, prompts = self.backbone.enter(index, stream, prompts, policy)
             if index < len(sets):
-                prompts = self._dropped(sets[index], batch)
+                prompts = drop(sets[index], self.prompt_settings, batch, training=self.training)
             rows = self._rows(index)
             num_fresh = rows[1] - block.num_tokens
             stream, prompts = block(stream, prompts, rows, policy), None
@@ -142,11 +142,6 @@ class PromptedSwin(PromptedClassifier):
         """New prompts (1, m, d) for each of the first blocks: deep, for all of them."""
         # unbind, not indexing: its backward is one stack
         return [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
-
-    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """(1, m, d) in training with dropout, which may make them (B, m, d): of one block at a time."""
-        p = self.prompt_settings.prompt_dropout if self.training else 0.0
-        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
 
     def _rows(self, index: int) -> tuple[int, int]:
         """The rows of a block's output that are read, of its N tokens and then its m prompts."""

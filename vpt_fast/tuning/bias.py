@@ -65,11 +65,6 @@ class _PromptAndBiasTuning(BiasTuning):
         names = ("num_prompts", "prompt_dropout", "prompt_dropout_per")
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
-    def _dropped(self, prompts: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """(1, m, d) in training with dropout, which may make them (B, m, d)."""
-        p = self.prompt_settings.prompt_dropout if self.training else 0.0
-        return drop(prompts, p, self.prompt_settings.prompt_dropout_per, batch_size)
-
 
 class PromptAndBiasTuning(_PromptAndBiasTuning):
     """Deep prompts in every block and every bias of the vision transformer trained: VPT + bias of the VPT
@@ -101,7 +96,7 @@ class PromptAndBiasTuning(_PromptAndBiasTuning):
         sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
         outputs = []
         for index, prompts in enumerate(sets[: wanted[-1] + 1]):
-            prompts = self._dropped(prompts, x.shape[0])
+            prompts = drop(prompts, self.prompt_settings, x.shape[0], training=self.training)
             vit, block = self.backbone, self.backbone.timm_blocks[index]
             update = vit.prompted_attention_branch(block, x, prompts, positions[index])
             x = x + block.drop_path1(update)
@@ -167,7 +162,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
         """Tokens (B, height, width, d) and prompts (1, m, d) to tokens; of the last block to the R rows that
         the head reads (B, 1, R, d)."""
         size = x.shape[1:3]
-        prompts = self._dropped(prompts.to(x.dtype), x.shape[0])
+        prompts = drop(prompts.to(x.dtype), self.prompt_settings, x.shape[0], training=self.training)
         reads_prompts = is_last and self.pool != "image"
         update = prompted_attention_branch(block, x, prompts, reads_prompts=reads_prompts)
         x = x.flatten(1, 2)
