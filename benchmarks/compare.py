@@ -1,4 +1,4 @@
-"""What got faster or slower between two results files of throughput, attention, kernels or recipe.py:
+"""What got faster or slower between two results files of the same benchmark:
 
     python benchmarks/compare.py OLD.json NEW.json
 
@@ -23,6 +23,8 @@ from rich.table import Table
 IDENTITY = (
     "model", "prompt_type", "num_prompts", "batch_size", "image_size", "op", "kind", "codes", "width",
     "num_tokens", "num_heads", "head_dim", "dtype", "impl", "memory", "pixels", "workers",
+    "implementation", "name",  # of a profile
+    "kernel", "shape", "launch",  # of tune.py
 )  # fmt: skip
 """The fields of a row that say what was measured."""
 HIGHER_IS_BETTER = "images_per_second"
@@ -91,9 +93,7 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; want a results file") from None
     if not isinstance(report, dict) or "device" not in report or not isinstance(report.get("rows"), list):
-        raise ValueError(
-            f"{path}: has no device and rows; want a file of throughput, attention, kernels or recipe"
-        )
+        raise ValueError(f"{path}: has no device and rows; want a results file of a benchmark")
     return report
 
 
@@ -114,6 +114,7 @@ def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     common = {name: report.get(name) for name in IDENTITY}  # some files say a part once, for all rows
     for row in flat_rows(report):
         fields = {**common, **row}
+        fields["launch"] = str(fields["launch"]) if fields["launch"] else None  # a table of its own
         key = tuple((name, fields[name]) for name in IDENTITY if fields.get(name) is not None)
         if key in found:
             raise ValueError(f"two rows of {label(key)}")

@@ -123,6 +123,22 @@ def test_two_rows_of_one_setting_are_an_error() -> None:
         compare.keyed_rows(report(throughput("vpt_fast", 1.0), throughput("vpt_fast", 2.0)))
 
 
+ROWS = {
+    "profile": [{"name": name, "kind": "products", "calls": 12.0, "ms": 1.5} for name in ("gemm", "fused")],
+    "tune": [
+        {"kernel": "forward", "shape": "N 197", "launch": {"BLOCK_M": m}, "exact": True, "ms": 1.5}
+        for m in (64, 128)
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_kernels_of_a_profile_and_launches_of_tune_are_told_apart(rows: list[dict[str, Any]]) -> None:
+    slower = [{**rows[0], "ms": 3.0}, rows[1]]
+    first, second = compare.compare(report(*rows), report(*slower)).changes
+    assert (first.ratio, second.ratio) == (0.5, 1.0)
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
 )
