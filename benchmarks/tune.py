@@ -146,7 +146,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
     """A product with GELU or its derivative."""
     from vpt_fast.kernels.mlp import gemm
 
-    by_descriptors = gemm.arch_of(settings.device) >= 90 and settings.dtype.itemsize == 2
+    by_descriptors = gemm.has_descriptors(settings.device, settings.dtype)
     inputs = kernels.make_inputs(case, settings.dtype, settings.device)
     fused = kernels.implementation(kernels.OURS, case, settings.dtype)
     return [

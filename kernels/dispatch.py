@@ -85,7 +85,14 @@ class Backend(NamedTuple):
     other: Ops
     fused: Ops | None = None
 
-    def ops(self, device: torch.device, dtype: torch.dtype, head_dim: int, in_windows: bool = False) -> Ops:
+    def ops(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        in_windows: bool = False,
+        is_gated: bool = False,
+    ) -> Ops:
         """The operations for tensors on this device.
 
         Args:
@@ -93,13 +100,15 @@ class Backend(NamedTuple):
             dtype: of the matrix products.
             head_dim: D.
             in_windows: whether tokens attend in windows.
+            is_gated: whether the MLP's activation is.
         """
         head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
         if device.type != "cuda" or dtype == torch.float64 or head_dim not in head_dims:
             return self.other
         if self.cuda is not self.other and not takes_kernels(device):
             return self.other
-        if self.fused is not None and not in_windows and fused_mlp_pays(device, dtype):
+        can_fuse = self.fused is not None and not in_windows and not is_gated
+        if can_fuse and fused_mlp_pays(device, dtype):
             return self.fused
         return self.cuda
 

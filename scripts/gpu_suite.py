@@ -43,8 +43,8 @@ OURS = ("vpt_fast_graphed", "vpt_fast_bfloat16_residual_graphed")
 COMPILED = ("concat_timm_compiled",)
 OF_THE_SMALLEST = ("vpt_fast", "concat_timm", "concat_timm_amp_compiled")
 MEMORY = ("exact", "compact", "recompute")
-"""What throughput.py measures here, and of ViT-B alone; by itself it measures more. On an H200 compilation
-under autocast took as long as without, and what came of it was slower."""
+"""What throughput.py measures here, and of ViT-B alone; by itself it measures more. What is compiled under
+autocast was the slower one on an H200, and to compile takes longest of all."""
 MOST_AT_ONCE = 16  # processes beside each other, a core each
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0  # seconds; what takes that long hangs

@@ -266,6 +266,21 @@ def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str, memory: str
     assert model.estimate_training_bytes(BATCH)["kept"] == expected
 
 
+@pytest.mark.parametrize("location", ["add", "add-1"])
+@pytest.mark.parametrize("per", ["image", "batch"])
+def test_masks_of_added_prompts_are_in_the_estimate(location: str, per: str) -> None:
+    kept, estimates = [], []
+    for p in (0.0, 0.5):
+        settings = dict(prompt_location=location, prompt_dropout=p, prompt_dropout_per=per)
+        model = PromptedViT(tiny_vit(dtype=torch.float32), CLASSES, **settings).train()
+        images, _ = random_batch(model, BATCH, dtype=torch.float32)
+        with KeptBytes(model, images) as everything:
+            model(images)
+        kept.append(everything.total)
+        estimates.append(model.estimate_training_bytes(BATCH)["kept"])
+    assert estimates[1] - estimates[0] == kept[1] - kept[0] > 0
+
+
 def test_half_precision_keeps_half_and_float32_statistics() -> None:
     vit = tiny_vit(dtype=torch.float32)
     model = PromptedViT(vit, CLASSES, M, dtype=torch.bfloat16).train()

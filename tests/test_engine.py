@@ -323,6 +323,7 @@ class TestBackends:
         found = [ops(GPU, dtype, 64).name for dtype in (torch.bfloat16, torch.float16, torch.float32)]
         assert found == ["triton_fused_mlp", "triton_fused_mlp", "triton"]
         assert ops(GPU, torch.bfloat16, 64, in_windows=True).name == "triton"
+        assert ops(GPU, torch.bfloat16, 64, is_gated=True).name == "triton"
 
     @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
     def test_auto_on_a_gpu_is_triton_but_for_what_it_does_not_support(

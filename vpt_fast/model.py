@@ -320,7 +320,8 @@ class PromptedViT(PromptedClassifier):
                     residual_dtype=self.backbone.residual_dtype,
                 )
                 kept = cost.kept_bytes(block, **call)
-                kept += mask_bytes(settings, batch_size, self.embed_dim, self.prompts) if own else 0
+                if own or index in self._prompted:
+                    kept += mask_bytes(settings, batch_size, self.embed_dim, self.prompts)
                 peak.add(kept, cost.workspace_bytes(block, **call))
             below = below or own
         return peak.kept, peak.workspace

@@ -198,16 +198,17 @@ def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch
     """Bytes that `drop` keeps for the backward pass of one block's prompts.
 
     Args:
-        config: with their number, and how they are dropped.
+        config: how they are dropped.
         batch_size: B.
         width: d.
-        prompts: their parameter: on a CUDA device a bool is kept for each element, elsewhere a factor.
+        prompts: their parameter (.., m, width of any kind): on a CUDA device a bool is kept for each element,
+            elsewhere a factor.
     """
-    if config.prompt_dropout == 0.0 or config.num_prompts is None:
+    if config.prompt_dropout == 0.0:
         return 0
     copies = batch_size if config.prompt_dropout_per == "image" else 1
     size = torch.bool.itemsize if prompts.is_cuda else prompts.itemsize
-    return copies * config.num_prompts * width * size
+    return copies * prompts.shape[-2] * width * size
 
 
 def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, border: int) -> torch.Tensor:

@@ -341,7 +341,7 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
     problem = Classification()
     splits = problem.open(recipe, cache)
     recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    graph_obstacle(recipe, device, 1, problem.graph_obstacle)
+    graph_obstacle(recipe, device, 1, problem.graph_obstacle)  # refuses a graph that cannot be had
     model = build_model_without_values(recipe, len(splits.classes))
     if model is not None:
         require_attention(recipe, model, device)

@@ -62,14 +62,15 @@ def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
     return not any(number % 16 for number in (*weight.shape, weight.stride(0), *strides, *addresses))
 
 
+def has_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of this dtype are moved by descriptors on the device, where their layout allows it."""
+    return arch_of(device) >= 90 and dtype.itemsize == 2
+
+
 def _takes_descriptors(rows: Rows, weight: torch.Tensor) -> bool:
-    """Whether what is aligned is moved by tensor descriptors: rows that are one dimension, of 16 bits."""
-    return (
-        arch_of(weight.device) >= 90
-        and weight.dtype.itemsize == 2
-        and rows.sizes[1:] == (1, 1)
-        and 0 not in weight.shape
-    )
+    """Whether what is aligned is moved by descriptors: rows that are one dimension."""
+    is_matrix = rows.sizes[1:] == (1, 1) and 0 not in weight.shape
+    return is_matrix and has_descriptors(weight.device, weight.dtype)
 
 
 def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:

@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
 # programs or more on a processor, so that one works while another waits; few instructions a score; and three
 # stages, since with two the copy of a tile is waited for as soon as it is under way. In the last block rows
 # are few (CLS alone): a tile of 16 wastes least. Of sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100,
-# bfloat16) were then timed on an H200 beside all the candidates of benchmarks/tune.py: none was faster by
-# more than 1 %. Those of sm_80 and sm_100 have not been timed.
+# bfloat16) were then timed on an H200 beside all the candidates of benchmarks/tune.py: none was worth a
+# change. Those of sm_80 and sm_100 have not been timed.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:

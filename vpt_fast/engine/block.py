@@ -242,9 +242,10 @@ class FrozenBlock(nn.Module):
         is_kept = grad_tokens or grad_prompts
         dtype = compute_dtype(device_type, self.qkv_weight.dtype)
         windows = self.windows
+        is_gated = self.spec.activation in PACKED
         call = _Call(
             spec=self.spec,
-            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, in_windows=windows is not None),
+            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, windows is not None, is_gated),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
@@ -467,7 +468,7 @@ def _enter(
     activate = activate or policy.pack or spec.mlp_norm is not None
     keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
     activated = codes = scale = None
-    if ops.linear_activate is not None and activate and spec.activation not in PACKED:
+    if ops.linear_activate is not None and activate:
         activated, u, codes = ops.linear_activate(
             x_hat, w.fc1_weight, w.fc1_bias, spec.activation, pack=policy.pack, keep=keeps_mlp
         )
@@ -610,8 +611,7 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
     """From the gradient of the block's output to that of the MLP's pre-activation, (B, R, h)."""
     spec, ops, dtype = call.spec, call.ops, call.dtype
     mlp = F.linear(kept.x_hat2, w.fc1_weight, w.fc1_bias) if kept.mlp is None else kept.mlp
-    is_gated = spec.activation in PACKED
-    if ops.linear_activate_backward is not None and spec.mlp_norm is None and not is_gated:
+    if ops.linear_activate_backward is not None and spec.mlp_norm is None:
         return ops.linear_activate_backward(grad, w.fc2_weight, mlp, spec.activation)
     grad_activated = grad @ w.fc2_weight
     if spec.mlp_norm is not None:
@@ -622,7 +622,7 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
         grad_activated = ops.normalize_backward(
             grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
         )
-    if is_gated:
+    if spec.activation in PACKED:
         return ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     ops.activate_backward_(grad_activated, mlp, spec.activation)
     return grad_activated
