@@ -91,7 +91,7 @@ class Outcome:
     tail: list[str]
 
 
-def parts_of(root: Path, header: Mapping[str, Any]) -> list[Part]:
+def parts_of(header: Mapping[str, Any]) -> list[Part]:
     """The suite, in the order in which it runs: what matters most comes first, should the time not do."""
     logs = str(LOGS.relative_to(ROOT))
 
@@ -419,7 +419,7 @@ def main(
     results: Path = RESULTS,
     logs: Path = LOGS,
     header: Callable[[Path], dict[str, Any]] = read_header,
-    suite: Callable[[Path, Mapping[str, Any]], list[Part]] = parts_of,
+    suite: Callable[[Mapping[str, Any]], list[Part]] = parts_of,
 ) -> int:
     """The command; returns its exit status. What is not an argument of the command is there for its tests."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -436,7 +436,7 @@ def main(
     console = Console(soft_wrap=True)
     try:
         found = header(root)
-        parts = chosen(suite(root, found), options.parts)
+        parts = chosen(suite(found), options.parts)
         if (longest := max(parts, key=lambda part: part.seconds)).seconds > 60 * options.minutes:
             raise ValueError(
                 f"--minutes: {options.minutes:g}, want {longest.seconds / 60:.2g} or more, "

@@ -38,7 +38,7 @@ class Project:
         note = f"open({name!r}, 'a').write('x'); "
         self.parts.append(Part(name, (sys.executable, "-c", note + code), seconds, limit, alone))
 
-    def suite(self, root: Path, header: Mapping[str, Any]) -> list[Part]:
+    def suite(self, header: Mapping[str, Any]) -> list[Part]:
         return self.parts
 
     def run(self, *arguments: str, header: dict[str, Any] = HEADER) -> int:
@@ -213,7 +213,7 @@ def test_the_header_is_read_in_another_process_whose_last_word_is_the_error(
 
 
 def test_the_suite_is_all_gpu_tests_and_every_benchmark_within_nine_minutes() -> None:
-    parts = {part.name: part for part in gpu_suite.chosen(gpu_suite.parts_of(ROOT, HEADER), "")}
+    parts = {part.name: part for part in gpu_suite.chosen(gpu_suite.parts_of(HEADER), "")}
     assert parts["tests"].command[-1] == "tests/gpu" and not parts["tests"].alone
     throughput = {f"throughput-{model}" for model in gpu_suite.MODELS}
     alone = {name for name, part in parts.items() if part.alone}
@@ -236,13 +236,13 @@ def test_the_suite_is_all_gpu_tests_and_every_benchmark_within_nine_minutes() ->
 def test_what_the_suite_passes_on_is_what_the_benchmarks_take(name: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     command = typer.main.get_command(typer.Typer(callback=importlib.import_module(name).main))
-    for part in gpu_suite.parts_of(ROOT, HEADER):
+    for part in gpu_suite.parts_of(HEADER):
         if part.command[1] == f"benchmarks/{name}.py":
             command.make_context(name, list(part.command[2:]))  # refuses what it does not know
 
 
 def test_the_rows_are_known_and_what_is_compiled_is_measured() -> None:
-    parts = {part.name: part for part in gpu_suite.parts_of(ROOT, HEADER)}
+    parts = {part.name: part for part in gpu_suite.parts_of(HEADER)}
 
     def rows(name: str) -> set[str]:
         (found,) = (word for word in parts[name].command if word.startswith("--implementations="))
