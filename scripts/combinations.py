@@ -44,10 +44,12 @@ class BackboneKind:
 _VIT = dict(img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
 _SWIN = dict(img_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
 _RESNET = dict(img_size=64, stem_width=8, channels=[8, 8, 16, 16])
+_CONVNEXT = dict(img_size=64, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16])
 KINDS = (
     BackboneKind("ViT", "VisionTransformer", "vit_tiny_patch16_224", _VIT),
     BackboneKind("DINOv3, EVA", "Eva", "vit_small_patch16_dinov3", _VIT),
     BackboneKind("Swin", "SwinTransformer", "swin_tiny_patch4_window7_224", _SWIN),
+    BackboneKind("ConvNeXt", "ConvNet", "convnext_atto", _CONVNEXT, dict(prompt_location="pad")),
     BackboneKind("ConvNet", "ConvNet", "resnet10t", _RESNET, dict(prompt_location="pad")),
 )
 
@@ -164,8 +166,8 @@ Written by `python scripts/combinations.py`, which builds every combination on a
 that each other raises a message that names both sides of it.
 
 ViT is timm's `VisionTransformer`; DINOv3 and EVA are timm's `Eva`, with rotary positions
-([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNet](convnets.md) stands for the
-families there.
+([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNeXt](convnets.md) stands for
+MetaNeXt (InceptionNeXt) too, and ConvNet, a ResNet here, for the other families there.
 
 ## Methods
 

@@ -36,7 +36,7 @@ def test_combination_trains_or_names_both_of_its_sides(name: str, built) -> None
 
 def assert_names_both_sides(combination: page.Combination, message: str) -> None:
     settings, kind = combination.settings, combination.kind
-    of_method = combination.method in message and f"backbone '{kind.name}', a {kind.called}" in message
+    of_method = combination.method in message and f"a {kind.called}" in message
     if not settings:
         assert of_method, message
         return

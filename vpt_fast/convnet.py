@@ -13,6 +13,7 @@ from torch import nn
 from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
 from vpt_fast.backbones.timm_vit import dtype_of
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
@@ -99,8 +100,6 @@ class PromptedConvNet(FrozenClassifier):
         self.memory = memory
         self.prompt_settings = settings
         self._make_prompts()
-        if prompt_location == "pad":
-            self._check_bordered_size()
 
     @property
     def memory(self) -> str:
@@ -116,32 +115,10 @@ class PromptedConvNet(FrozenClassifier):
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
         (height, width), device = self.image_size, self.backbone.device
         if location == "pad":
-            if self.backbone.in_chans != 3:
-                raise ValueError(
-                    f"prompt_location: got 'pad' with a backbone for {self.backbone.in_chans} channels; "
-                    "its border is made of RGB pixels"
-                )
-            self.prompts = nn.Parameter(torch.rand(1, 3, 2 * m, width + 2 * m, device=device))
-            self.prompts_sides = nn.Parameter(torch.rand(1, 3, height, 2 * m, device=device))
+            self.prompts, self.prompts_sides = border_prompts(self.backbone, m)
             return
         bound = self._widen_first_convolution(m)
         self.prompts = nn.Parameter(torch.empty(1, m, height, width, device=device).uniform_(-bound, bound))
-
-    def _check_bordered_size(self) -> None:
-        """Raises ValueError where the network does not take images with their border: some take multiples of
-        32 pixels alone."""
-        height, width = (side + 2 * self.prompt_settings.border for side in self.image_size)
-        hollow = copy.deepcopy(self.backbone).to("meta")
-        image = torch.empty(1, self.backbone.in_chans, height, width, device="meta")
-        try:
-            with torch.no_grad():
-                hollow.run_folded(image, Read.PATCHES)
-        except RuntimeError as error:
-            raise ValueError(
-                f"num_prompts: got {self.prompt_settings.num_prompts} with images of {self.image_size[0]}x"
-                f"{self.image_size[1]}, and the backbone takes none of {height}x{width}, their size with the "
-                f"border: {error}"
-            ) from None
 
     def _widen_first_convolution(self, extra: int) -> float:
         """Let the first convolution take `extra` more channels, and train all of it, in float32 or more.
@@ -185,3 +162,35 @@ class PromptedConvNet(FrozenClassifier):
 def _check_memory(memory: str) -> None:
     if memory not in MEMORY:
         raise ValueError(f"memory: got {memory!r} with a ConvNet, want one of {MEMORY}")
+
+
+def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """`prompts` and `prompts_sides`, a border of so many pixels around the images of a ConvNet: what
+    `prompts.pad_image` takes, uniform in [0, 1] as in the official code.
+
+    Raises:
+        ValueError: a backbone whose images are not RGB, or that takes none of their size with the border:
+            some take multiples of 32 pixels alone.
+    """
+    if backbone.in_chans != 3:
+        raise ValueError(
+            f"prompt_location: got 'pad' with a backbone for {backbone.in_chans} channels; "
+            "its border is made of RGB pixels"
+        )
+    height, width = backbone.image_size
+    bordered = height + 2 * border, width + 2 * border
+    hollow: Any = copy.deepcopy(backbone).to("meta")
+    image = torch.empty(
+        1, backbone.in_chans, *bordered, device="meta", dtype=dtype_of(hollow, default=torch.float32)
+    )
+    try:
+        with torch.no_grad():
+            hollow.stem.forward_features(image)
+    except RuntimeError as error:
+        raise ValueError(
+            f"num_prompts: got {border} with images of {height}x{width}, and the backbone takes none of "
+            f"{bordered[0]}x{bordered[1]}, their size with the border: {error}"
+        ) from None
+    rows = torch.rand(1, 3, 2 * border, width + 2 * border, device=backbone.device)
+    sides = torch.rand(1, 3, height, 2 * border, device=backbone.device)
+    return nn.Parameter(rows), nn.Parameter(sides)

@@ -39,6 +39,7 @@ _ANY = {
     "lora": "LoRATuning",
     "full": "FullTuning",
     "partial-K": "PartialNetworkTuning",
+    "adapter": "AdapterTuning",
 }
 _OTHER_CLASSES = {
     SWIN: (
@@ -48,10 +49,12 @@ _OTHER_CLASSES = {
             "vpt-shallow": "PromptedSwin",
             "vpt+bias": "PromptAndBiasSwinTuning",
             **_ANY,
-            "adapter": "AdapterTuning",
         },
     ),
-    CONVNET: ("ConvNet", {"vpt-shallow": "PromptedConvNet", **_ANY}),
+    CONVNET: (
+        "ConvNet",
+        {"vpt-shallow": "PromptedConvNet", "vpt+bias": "PromptAndBiasConvNetTuning", **_ANY},
+    ),
 }
 
 # What constructors call a setting of the recipe, where it is another name.

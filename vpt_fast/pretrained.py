@@ -12,7 +12,12 @@ from vpt_fast.model import PromptedViT
 from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.swin import PromptedSwin
 from vpt_fast.tuning.adapter import AdapterTuning
-from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasSwinTuning, PromptAndBiasTuning
+from vpt_fast.tuning.bias import (
+    BiasTuning,
+    PromptAndBiasConvNetTuning,
+    PromptAndBiasSwinTuning,
+    PromptAndBiasTuning,
+)
 from vpt_fast.tuning.cls_token import ClsTokenTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.lora import LoRATuning
@@ -37,6 +42,7 @@ MODELS: dict[str, type[TunedModel]] = {
         BiasTuning,
         PromptAndBiasTuning,
         PromptAndBiasSwinTuning,
+        PromptAndBiasConvNetTuning,
         AdapterTuning,
         LoRATuning,
     )

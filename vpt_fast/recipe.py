@@ -267,7 +267,7 @@ class Recipe:
         shown="off",
     )
     prompt_dropout: float | None = _knob(
-        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for deep prompts, 0 for vpt-shallow"
+        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for deep prompts, else 0"
     )
     prompt_dropout_per: Literal["image", "batch"] = _knob(
         "image", "One dropout mask for each image, or one for the whole batch.", PROMPTS
@@ -430,7 +430,8 @@ class Recipe:
             if num_prompts is None and self.prompt_location not in ("add", "add-1"):
                 num_prompts = changes["num_prompts"] = NUM_PROMPTS
             if self.prompt_dropout is None:
-                changes["prompt_dropout"] = 0.0 if method.name == "vpt-shallow" else 0.1
+                is_dropped = method.name != "vpt-shallow" and not self._prompts_are_pixels()
+                changes["prompt_dropout"] = 0.1 if is_dropped else 0.0
         if self.warmup_epochs is None:
             warmup = 0 if is_segmentation else min(method.rule.warmup_epochs, self.epochs // 10)
             changes["warmup_epochs"] = warmup
@@ -454,6 +455,12 @@ class Recipe:
 
             changes["precision"] = default_precision(device_type)
         return dataclasses.replace(self, **changes)
+
+    def _prompts_are_pixels(self) -> bool:
+        """Whether the backbone has no tokens for prompts to stand beside."""
+        from vpt_fast.backbones.resolve import CONVNET, kind_of
+
+        return kind_of(self.backbone) is CONVNET
 
     def _preprocessing_defaults(self) -> dict[str, Any]:
         """What the task, or where there is none the rule, says for the settings that were not given."""

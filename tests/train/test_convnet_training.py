@@ -19,6 +19,7 @@ from vpt_fast.run import RunFolder
         ("linear", {}),
         ("full", {}),
         ("bias", {}),
+        ("vpt+bias", {"num_prompts": 2}),
         ("lora", {"lora_rank": 2}),
     ],
 )
@@ -37,7 +38,7 @@ def test_training_leaves_a_model(method, settings, color_images, tmp_path):
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.trainable_state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "adapter"])
+@pytest.mark.parametrize("method", ["vpt-deep", "cls-token"])
 def test_method_that_there_is_not_for_a_convnet_is_named(method):
     recipe = Recipe(data="", backbone="resnet10t", method=method, pretrained=False)
     with pytest.raises(ValueError, match=f"method is '{method}'.*a ConvNet"):

@@ -75,6 +75,10 @@ def test_prompt_dropout_follows_the_method(method, dropout):
     assert resolve(make(method=method)).prompt_dropout == dropout
 
 
+def test_prompts_that_are_pixels_are_not_dropped():
+    assert resolve(make(method="vpt+bias", backbone="resnet10t")).prompt_dropout == 0.0
+
+
 def test_prompt_dropout_of_zero_stays_zero():
     assert resolve(make(prompt_dropout=0)).prompt_dropout == 0.0
 

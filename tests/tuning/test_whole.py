@@ -18,9 +18,10 @@ from ways_to_tune import adapter, low_rank
 from vpt_fast import LinearProbe, load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.methods import model_settings
+from vpt_fast.prompts import pad_image
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuning.adapter import AdapterTuning
-from vpt_fast.tuning.bias import BiasTuning
+from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasConvNetTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.lora import LoRATuning
 from vpt_fast.tuning.partial import PartialNetworkTuning
@@ -277,6 +278,99 @@ def test_adapters_on_a_swin_stand_behind_every_mlp() -> None:
     trained = assert_step_is_defined_by(features, moved(AdapterTuning(backbone, CLASSES, reduction=4)))
     widths = {t.shape for n, t in trained.items() if n.endswith("down.weight")}
     assert widths == {(4, 16), (8, 32)}  # of the two stages
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("convnext_atto", BACKBONES["convnext_atto"]),
+        (
+            "convnext_tiny",
+            BACKBONES["convnext_atto"] | {"ls_init_value": None},
+        ),  # linear layers, no LayerScale
+        ("convnextv2_atto", BACKBONES["convnext_atto"]),
+        ("inception_next_atto", {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}),
+    ],
+)
+def test_adapters_on_a_convnet_follow_the_layer_scale_of_every_block(name: str, arguments: dict) -> None:
+    overlay = {"input_size": (3, 32, 32)}
+    network = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=overlay, **arguments)
+    randomise(network).double().eval()
+    model = moved(AdapterTuning(network, CLASSES, reduction=4))
+    network.requires_grad_(False)
+
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        for path, module in network.named_modules():
+            if path.endswith(".drop_path"):  # what the residual sum takes
+                behind = adapter(trained, f"backbone.stem.{path}.0")
+                module.register_forward_hook(
+                    lambda module, inputs, x, behind=behind: behind(module, inputs, x.movedim(1, 3)).movedim(
+                        3, 1
+                    )
+                )
+        return network(images)
+
+    trained = assert_step_is_defined_by(features, model)
+    dims = arguments["dims"]
+    assert [t.shape[1] for n, t in trained.items() if n.endswith("down.weight")] == dims
+
+
+def test_adapters_are_stored_with_a_convnext(tmp_path) -> None:
+    backbone, _ = make("full", "convnext_atto", torch.float32)
+    model = AdapterTuning(backbone, CLASSES, reduction=4).eval()
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    model.save_pretrained(tmp_path)
+    images, _ = random_batch(model, dtype=torch.float32)
+    assert torch.equal(load_pretrained(tmp_path, backbone).eval()(images), model(images))
+
+
+def test_adapters_refuse_a_convnet_whose_blocks_have_no_mlp() -> None:
+    with pytest.raises(ValueError, match="backbone: got a ResNet, a ConvNet whose blocks have no MLP"):
+        AdapterTuning("resnet10t", CLASSES, **BACKBONES["resnet10t"])
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_border_and_biases_of_a_convnet_are_those_of_timms_own_network(name: str) -> None:
+    backbone, _ = make("full", name)
+    model = moved(PromptAndBiasConvNetTuning(backbone, CLASSES, 3))
+    network = copy.deepcopy(backbone).requires_grad_(False)
+
+    def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        own = {n.removeprefix("backbone.stem."): t for n, t in trained.items() if n.startswith("backbone.")}
+        bordered = pad_image(images, trained["prompts"], trained["prompts_sides"], 3)
+        return functional_call(network, own, bordered)
+
+    trained = assert_step_is_defined_by(features, model)
+    biases = {f"backbone.stem.{n}" for n, _ in network.named_parameters() if n.endswith("bias")}
+    assert trained.keys() == biases | {"prompts", "prompts_sides", "head.weight", "head.bias"}
+
+
+def test_border_and_biases_of_a_convnet_are_stored(tmp_path) -> None:
+    backbone, _ = make("full", "resnet10t", torch.float32)
+    model = PromptAndBiasConvNetTuning(backbone, CLASSES, 3).eval()
+    with torch.no_grad():
+        for tensor in model.trainable_state_dict().values():
+            tensor += 0.1 * torch.randn_like(tensor)
+    model.save_pretrained(tmp_path)
+    images, _ = random_batch(model, dtype=torch.float32)
+    again = load_pretrained(tmp_path, backbone).eval()
+    assert torch.equal(again(images), model(images)) and again.config == model.config
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "settings", "message"),
+    [
+        ("resnet10t", 0, {}, "num_prompts: got 0"),
+        ("resnet10t", 2, {"prompt_dropout": 0.1}, "prompt_dropout=0.1: not with a ConvNet"),
+        ("resnet10t", 2, {"in_chans": 1}, "prompt_location: got 'pad' with a backbone for 1 channels"),
+        ("hrnet_w18_small", 2, {}, "num_prompts: got 2 with images of 224x224"),
+    ],
+)
+def test_border_and_biases_name_what_they_refuse(name, num_prompts, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptAndBiasConvNetTuning(name, CLASSES, num_prompts, **settings)
 
 
 def test_reduction_beyond_a_swins_narrowest_stage_is_refused() -> None:

@@ -1,15 +1,17 @@
-"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer or Swin."""
+"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer, Swin or ConvNeXt."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.inception_next import MetaNeXtBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast.backbones.resolve import SWIN, VIT
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Position, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
@@ -38,47 +40,59 @@ class Adapter(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
+class MapAdapter(Adapter):
+    """The same of a feature map (B, d, H, W), at every place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class AdapterTuning(TimmClassifier):
-    """One adapter in every block of a frozen vision transformer or Swin, behind the MLP and before its
-    residual sum (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the adapter follows
-    it.
+    """One adapter in every block of a frozen vision transformer, Swin, ConvNeXt or MetaNeXt, behind the MLP
+    and before its residual sum (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the
+    adapter follows it.
 
     Args:
-        reduction: r: the adapter's inner width is d // r, of a Swin for its stage's d. The VPT paper chose 8,
-            64 or 256 task by task.
+        reduction: r: the adapter's inner width is d // r, of a network with stages for its stage's d. The VPT
+            paper chose 8, 64 or 256 task by task.
         The others are those of `TimmClassifier`.
 
     Attributes:
-        adapters: an Adapter for each block; a Swin's stand in its blocks, ``mlp[1]``.
+        adapters: an Adapter for each block of a vision transformer. A Swin's stand in its blocks, ``mlp[1]``,
+            and a ConvNet's, ``drop_path[0]``.
 
     Raises:
-        ValueError: as `TimmClassifier`, and for a reduction out of range.
+        ValueError: as `TimmClassifier`, for a reduction out of range, and for a ConvNet whose blocks have no
+            MLP.
     """
 
-    kinds = (VIT, SWIN)
+    kinds: tuple[Kind, ...] = (VIT, SWIN, CONVNET)
 
     def __init__(
         self,
-        backbone: str | TimmViT | SwinTransformer,
+        backbone: str | TimmViT | SwinTransformer | nn.Module,
         num_classes: int,
         reduction: int = 8,
         **settings: Any,
     ) -> None:
         check_count("reduction", reduction)
         super().__init__(backbone, num_classes, **settings)
-        swin = self.backbone.stem if isinstance(self.backbone, WholeBackbone) else None
-        blocks: list[Any] = [] if swin is None else [block for stage in swin.layers for block in stage.blocks]
-        widths = [int(block.dim) for block in blocks] or [self.embed_dim] * self.num_blocks
+        is_whole = isinstance(self.backbone, WholeBackbone)
+        is_swin = isinstance(self.backbone.stem, SwinTransformer)
+        blocks = _blocks_with_mlp(self.backbone.stem) if is_whole else []
+        widths = [width for _, width in blocks] if is_whole else [self.embed_dim] * self.num_blocks
         if reduction > min(widths):
             raise ValueError(f"reduction: got {reduction}, want at most the backbone's width {min(widths)}")
         self.reduction = reduction
         # In the dtype of timm's blocks, between which they stand: float64 where those are.
         placed: Any = dict(device=self.backbone.device, dtype=dtype_of(self.backbone, default=torch.float32))
-        adapters = [Adapter(width, reduction, **placed) for width in widths]
-        if swin is None:
-            self.adapters = nn.ModuleList(adapters)
-        for block, adapter in zip(blocks, adapters, strict=False):
-            block.mlp = nn.Sequential(block.mlp, adapter)
+        if not is_whole:
+            self.adapters = nn.ModuleList(Adapter(width, reduction, **placed) for width in widths)
+        for block, width in blocks:
+            if is_swin:
+                block.mlp = nn.Sequential(block.mlp, Adapter(width, reduction, **placed))
+            else:  # scales what the MLP gives itself, and hands it to drop_path
+                block.drop_path = nn.Sequential(MapAdapter(width, reduction, **placed), block.drop_path)
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "reduction": self.reduction}
@@ -93,3 +107,24 @@ class AdapterTuning(TimmClassifier):
         # The inputs of down, gelu and up.
         per_token = self.embed_dim + 2 * (self.embed_dim // self.reduction)
         return self.num_blocks * self.backbone.num_tokens * per_token
+
+
+def _blocks_with_mlp(network: nn.Module) -> list[tuple[Any, int]]:
+    """The residual blocks of a Swin or ConvNet that end in an MLP, in the network's order, and the width that
+    each gives.
+
+    Raises ValueError where there are none.
+    """
+    classes = (SwinTransformerBlock, ConvNeXtBlock, MetaNeXtBlock)
+    blocks: list[Any] = [module for module in network.modules() if isinstance(module, classes)]
+    if not blocks:
+        raise ValueError(
+            f"backbone: got a {type(network).__name__}, a ConvNet whose blocks have no MLP for an adapter to "
+            "stand behind; want a ConvNeXt, a MetaNeXt (InceptionNeXt), a Swin or a vision transformer"
+        )
+    return [(block, _width(block.mlp.fc2)) for block in blocks]
+
+
+def _width(last: nn.Linear | nn.Conv2d) -> int:
+    """Of what a block gives, by the last layer of its MLP, which may be a 1x1 convolution."""
+    return last.out_features if isinstance(last, nn.Linear) else last.out_channels

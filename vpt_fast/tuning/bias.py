@@ -1,5 +1,5 @@
-"""BiasTuning: the biases of a backbone. PromptAndBiasTuning and PromptAndBiasSwinTuning: deep prompts too, of
-a vision transformer and of a Swin."""
+"""BiasTuning: the biases of a backbone. PromptAndBiasTuning, PromptAndBiasSwinTuning and
+PromptAndBiasConvNetTuning: prompts too, of a vision transformer, a Swin and a ConvNet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_swin import check_swin, prompted_attention_branch
 from vpt_fast.backbones.timm_vit import Positions
-from vpt_fast.prompts import PromptConfig, drop, init_bound
+from vpt_fast.convnet import border_prompts
+from vpt_fast.prompts import PromptConfig, drop, init_bound, pad_image, refuse_settings
 from vpt_fast.swin import POOLS
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
@@ -38,7 +39,7 @@ class BiasTuning(TimmClassifier):
 
 
 class _PromptAndBiasTuning(BiasTuning):
-    """What both kinds of backbone have in common."""
+    """What both kinds of backbone with prompts among their tokens have in common."""
 
     def __init__(
         self,
@@ -173,3 +174,43 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
             x = x[:, -prompts.shape[1] :]
         x = x + block.drop_path2(block.mlp(block.norm2(x)))
         return x.unsqueeze(1) if is_last else x.unflatten(1, size)
+
+
+class PromptAndBiasConvNetTuning(BiasTuning):
+    """Prompts as a border of pixels around the image, and every bias of the ConvNet trained: VPT + bias of
+    the VPT paper, with prompts as in `PromptedConvNet`.
+
+    Args:
+        num_prompts: m, pixels of border on each side.
+        The others are those of `TimmClassifier`; the settings of `prompts.PromptConfig` that pixels do not
+            have are refused unless they are the defaults.
+
+    Attributes:
+        prompts, prompts_sides: as of `PromptedViT` with ``pad``.
+
+    Raises:
+        ValueError: as `TimmClassifier`, for prompt settings out of range, and for a backbone that takes no
+            images with such a border.
+    """
+
+    kinds = (CONVNET,)
+
+    def __init__(
+        self, backbone: str | nn.Module, num_classes: int, num_prompts: int, **settings: Any
+    ) -> None:
+        prompt_settings = PromptConfig(num_prompts, "shallow", prompt_location="pad")
+        refuse_settings(settings, "a ConvNet, whose prompts are pixels")
+        super().__init__(backbone, num_classes, **settings)
+        self.prompt_settings = prompt_settings
+        network: Any = self.backbone
+        self.prompts, self.prompts_sides = border_prompts(network, prompt_settings.border)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "num_prompts": self.prompt_settings.num_prompts}
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        self._check_images(images)
+        network: Any = self.backbone
+        x, border = network.cast(images), self.prompt_settings.border
+        x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
+        return network(x).to(self.head.weight.dtype)
