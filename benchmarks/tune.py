@@ -108,7 +108,16 @@ LINEAR_LAUNCHES = [
     )
     if 64 * 128 <= area(launch) <= 4096 * launch["num_warps"]
 ]
-TMA_LAUNCHES = [{**launch, "FLATTEN": flatten} for launch in LINEAR_LAUNCHES for flatten in (False, True)]
+# Two programs of a processor apart, in nanoseconds, where there are two.
+DELAYS = (0, 1500, 3000, 6000)
+TMA_LAUNCHES = [
+    {**launch, "FLATTEN": flatten, "DELAY": delay}
+    for launch in LINEAR_LAUNCHES
+    for flatten in (False, True)
+    for delay in (
+        DELAYS if (area(launch), launch["num_warps"], launch["num_stages"]) == (128 * 128, 8, 3) else (0,)
+    )
+]
 
 ATTENTION_KERNELS = {"forward": "forward_tiles", "grad_q": "grad_q_tiles", "grad_kv": "grad_kv_tiles"}
 LINEAR_KERNELS = ("linear_activate", "linear_activate_backward")

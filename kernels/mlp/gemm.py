@@ -44,8 +44,13 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
 
 def _tma_config() -> dict[str, int]:
     """Of those by descriptors, in 16 bits. Two programs on a processor here too: larger tiles, with one, were
-    slower on an H200."""
-    return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False}
+    slower on an H200. DELAY is about what one's epilogue takes, by its instructions: not timed yet, and
+    benchmarks/tune.py tries others."""
+    return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
+
+
+# A program's tiles from which on half of the programs begin later.
+_TILES_TO_DELAY = 4
 
 
 def _programs(config: dict[str, int]) -> int:
@@ -118,7 +123,9 @@ class _TMALaunch:
         pack: bool,
     ) -> None:
         programs = min(num_tiles, _programs(config) * num_processors(device))
-        options = _tma_options(kernel, config, pack)
+        options = _tma_options(kernel, config, pack, arch_of(device))
+        if num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda":
+            config = {**config, "DELAY": 0}  # what it costs once would not come back
         self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
         self._blocks = _blocks(kernel, config, pack)
         self._is_empty = num_tiles == 0  # and so has no descriptor
@@ -155,12 +162,13 @@ def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
     return config["BLOCK_N"] // parts
 
 
-def _tma_options(kernel: Any, config: dict[str, int], pack: bool) -> dict[str, int | None]:
-    """How the kernel is launched beside its config. Left to itself the assembler takes up to ten registers
-    more for the forward pass, and a second program has no room."""
-    if kernel is not linear_activate_tma_kernel:
-        return {}
-    return {"COLUMNS": _columns(kernel, config, pack), "maxnreg": 128 if _programs(config) == 2 else None}
+def _tma_options(kernel: Any, config: dict[str, int], pack: bool, arch: int) -> dict[str, int | None]:
+    """How the kernel is launched beside its config. Left to itself the assembler takes more registers, up to
+    190 for backward, and a second program has no room; on sm_100 it would spill."""
+    options: dict[str, int | None] = {"maxnreg": 128 if _programs(config) == 2 and arch == 90 else None}
+    if kernel is linear_activate_tma_kernel:
+        options["COLUMNS"] = _columns(kernel, config, pack)
+    return options
 
 
 def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, int] | None]:
@@ -169,7 +177,7 @@ def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, 
     of_results = (m, _columns(kernel, config, pack))
     if kernel is linear_activate_tma_kernel:
         return [(m, k), (n, k), None, of_results, of_results, of_results]
-    return [(m, k), (k, n), of_results, of_results]
+    return [(m, k), (k, n), (m, n), of_results]
 
 
 @once_per_layout
@@ -345,8 +353,8 @@ def builds(arch: int) -> list[Build]:
     """GELU in bfloat16, packed and not, with a ragged k and not aligned too, and the longest in other dtypes;
     on sm_90 and newer those by descriptors as well.
 
-    `arch` makes no other difference to the launch. Other activations change a few instructions of the
-    epilogue, and GELU's is the longest.
+    `arch` makes no other difference to the launch but the limit of registers. Other activations change a few
+    instructions of the epilogue, and GELU's is the longest.
     """
     bf16 = torch.bfloat16
     found = [_forward_build(bf16, pack, even_k) for even_k in (True, False) for pack in (False, True)]
@@ -357,8 +365,8 @@ def builds(arch: int) -> list[Build]:
         found += [_forward_build(dtype, True, False, False), _backward_build(dtype, False, False, False)]
     if arch >= 90:
         for dtype, pack in ((bf16, False), (bf16, True), (torch.float16, False)):
-            found += [_tma_build(linear_activate_tma_kernel, dtype, pack)]
-            found += [_tma_build(linear_activate_backward_tma_kernel, dtype, pack)]
+            found += [_tma_build(linear_activate_tma_kernel, dtype, pack, arch)]
+            found += [_tma_build(linear_activate_backward_tma_kernel, dtype, pack, arch)]
     return found
 
 
@@ -407,7 +415,7 @@ def _build(
     )
 
 
-def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool) -> Build:
+def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool, arch: int) -> Build:
     config = _tma_config()
     names = [name for name in kernel.arg_names if not name.isupper()]
     is_codes = {"codes": True, "kept": pack}
@@ -419,7 +427,7 @@ def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool) -> Build:
         if name not in absent
     }
     tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
-    config |= _tma_options(kernel, config, pack)
+    config |= _tma_options(kernel, config, pack, arch)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
     max_registers = config.pop("maxnreg", None)
     return Build(

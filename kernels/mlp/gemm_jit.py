@@ -9,10 +9,15 @@ processor's moves whole tiles, by tensor descriptors, and knows where a tensor e
 epilogue runs beside another's products. With FLATTEN the loops over tiles and depth become one, which copies
 the next tile's first operands during the epilogue. The other kernels compute every address; rows beyond the
 end read the last row and are not stored.
+
+Two programs on a processor that begin together, with equal work, would stay together: both in their products,
+at half the speed each, and then both in their epilogues, while the tensor cores wait. So half of the programs
+begin DELAY nanoseconds later.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 from vpt_fast.kernels.mlp.jit import activation
 from vpt_fast.kernels.rows import decode_derivative, encode_derivative, row_offset
 
@@ -46,6 +51,15 @@ def split_columns(product, BLOCK_M: tl.constexpr, half: tl.constexpr):
 
 
 @triton.jit
+def rounded(u, DTYPE: tl.constexpr):
+    """A pre-activation as it is kept. Beyond float16 it is the largest number there, since no activation has
+    a derivative at infinity, while its value, from float32, may well be finite."""
+    if DTYPE == tl.float16:
+        u = tl.where(u > 65504.0, 65504.0, tl.where(u < -65504.0, -65504.0, u))
+    return u.to(DTYPE)
+
+
+@triton.jit
 def store_activation(product, bias, a, u, codes, m, n, M, N, KIND: tl.constexpr, EXACT: tl.constexpr):
     """Of rows m and columns n: the activation, and what is kept of the pre-activation."""
     if bias is not None:
@@ -55,7 +69,7 @@ def store_activation(product, bias, a, u, codes, m, n, M, N, KIND: tl.constexpr,
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(a + at, value.to(a.dtype.element_ty), mask)
     if u is not None:
-        tl.store(u + at, product.to(u.dtype.element_ty), mask)
+        tl.store(u + at, rounded(product, u.dtype.element_ty), mask)
     if codes is not None:
         tl.store(codes + at, encode_derivative(slope), mask)
 
@@ -186,14 +200,29 @@ def linear_activate_backward_kernel(
 
 
 @triton.jit
-def store_activation_tile(product, bias, a, u, codes, m, n, N, KIND: tl.constexpr, COLUMNS: tl.constexpr):
-    """`store_activation` by descriptors, of a tile whose first row is m and whose first column is n."""
-    if bias is not None:
-        columns = n + tl.arange(0, COLUMNS)
-        product += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
-    value, slope = activation(product, KIND, EXACT=False)
-    if u is not None:
-        u.store([m, n], product.to(u.dtype))
+def begin_apart(DELAY: tl.constexpr):
+    """Waits in the second half of the programs: a device places one on each processor before another."""
+    if DELAY > 0:
+        if 2 * tl.program_id(0) >= tl.num_programs(0):
+            start = globaltimer()
+            while globaltimer() < start + DELAY:
+                pass
+
+
+@triton.jit
+def store_activation_tile(product, a, u, codes, m, n, N, KIND: tl.constexpr, FIRST: tl.constexpr):
+    """`store_activation` by descriptors, of a tile with its bias whose first row is m and first column n.
+
+    What is stored passes through shared memory, and must have been read from there before the next may come.
+    So the activation is computed between two of them: FIRST, of a program's tile, behind u, then before.
+    """
+    if FIRST and u is not None:
+        u.store([m, n], rounded(product, u.dtype))
+    value, slope = product, product
+    if n < N:  # Without a branch the assembler begins with all parts at once, and has no registers for them.
+        value, slope = activation(product, KIND, EXACT=False)
+    if not FIRST and u is not None:
+        u.store([m, n], rounded(product, u.dtype))
     if codes is not None:
         codes.store([m, n], encode_derivative(slope))
     a.store([m, n], value.to(a.dtype))
@@ -201,27 +230,27 @@ def store_activation_tile(product, bias, a, u, codes, m, n, N, KIND: tl.constexp
 
 @triton.jit
 def store_activation_half(
-    product, bias, a, u, codes, m, n, N,
+    product, a, u, codes, m, n, N,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     """`store_activation_tile` of HALF columns, COLUMNS at a time: those or half of those."""
     if COLUMNS == HALF:
-        store_activation_tile(product, bias, a, u, codes, m, n, N, KIND, COLUMNS)
+        store_activation_tile(product, a, u, codes, m, n, N, KIND, FIRST)
     else:
         left, right = split_columns(product, BLOCK_M, COLUMNS)
-        store_activation_tile(left, bias, a, u, codes, m, n, N, KIND, COLUMNS)
-        store_activation_tile(right, bias, a, u, codes, m, n + COLUMNS, N, KIND, COLUMNS)
+        store_activation_tile(left, a, u, codes, m, n, N, KIND, FIRST)
+        store_activation_tile(right, a, u, codes, m, n + COLUMNS, N, KIND, FIRST=False)
 
 
 @triton.jit
-def store_gradient_tile(product, kept, grad_u, m, n, KIND: tl.constexpr):
-    """`store_gradient` by descriptors, of a tile whose first row is m and whose first column is n."""
-    saved = kept.load([m, n])
-    if kept.dtype == tl.uint8:
+def times_slope(product, saved, KIND: tl.constexpr):
+    """The product times the derivative, which `saved` holds in 8 bits or is the pre-activation of."""
+    if saved.dtype == tl.uint8:
         slope = decode_derivative(saved)
     else:
         _, slope = activation(saved.to(tl.float32), KIND, EXACT=False)
-    grad_u.store([m, n], (product * slope).to(grad_u.dtype))
+    return product * slope
 
 
 # One build serves all numbers of rows, and all depths: descriptors say what is aligned.
@@ -242,19 +271,25 @@ def linear_activate_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
+    DELAY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    begin_apart(DELAY)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if bias is not None:
+            # Where sums begin, so that nobody waits for it: it comes with the first operands.
+            columns = n + tl.arange(0, BLOCK_N)
+            product += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
         for k in range(0, K, BLOCK_K):
             product = tl.dot(x.load([m, k]), weight.load([n, k]).T, product)
         left, right = split_columns(product, BLOCK_M, half)
-        store_activation_half(left, bias, a, u, codes, m, n, N, KIND, BLOCK_M, half, COLUMNS)
-        store_activation_half(right, bias, a, u, codes, m, n + half, N, KIND, BLOCK_M, half, COLUMNS)
+        store_activation_half(left, a, u, codes, m, n, N, KIND, BLOCK_M, half, COLUMNS, FIRST=True)
+        store_activation_half(right, a, u, codes, m, n + half, N, KIND, BLOCK_M, half, COLUMNS, FIRST=False)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K"])
@@ -272,7 +307,9 @@ def linear_activate_backward_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     FLATTEN: tl.constexpr,
+    DELAY: tl.constexpr,
 ):
+    begin_apart(DELAY)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
@@ -282,5 +319,8 @@ def linear_activate_backward_tma_kernel(
         for k in range(0, K, BLOCK_K):
             product = tl.dot(grad.load([m, k]), weight.load([k, n]), product)
         left, right = split_columns(product, BLOCK_M, half)
-        store_gradient_tile(left, kept, grad_u, m, n, KIND)
-        store_gradient_tile(right, kept, grad_u, m, n + half, KIND)
+        saved_left, saved_right = split_columns(kept.load([m, n]), BLOCK_M, half)
+        grad_u.store([m, n], times_slope(left, saved_left, KIND).to(grad_u.dtype))
+        if n + half < N:
+            right = times_slope(right, saved_right, KIND)
+        grad_u.store([m, n + half], right.to(grad_u.dtype))

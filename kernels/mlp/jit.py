@@ -99,7 +99,7 @@ def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
         slope = s + u * ds
     else:
         tl.static_assert(KIND == "relu")
-        value = tl.maximum(u, 0.0)
+        value = tl.where(u < 0.0, 0.0, u)  # of NaN NaN
         slope = tl.where(u > 0.0, 1.0, 0.0)
     return value, slope
 

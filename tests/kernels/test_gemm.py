@@ -85,7 +85,7 @@ ALIGNED = ((3, 47), 80, 208)  # more tiles than programs, and a tail of rows, co
 
 @pytest.mark.parametrize("kind", gemm.ELEMENTWISE)
 @pytest.mark.parametrize("keep", ["u", "codes", "nothing"])
-def test_descriptors_and_pointers_give_the_same(kind, keep, monkeypatch):
+def test_descriptors_and_pointers_give_the_same_but_for_where_the_bias_is_added(kind, keep, monkeypatch):
     x, weight, bias = forward_inputs(ALIGNED, torch.float16)
     grad, weight2, u = backward_inputs(ALIGNED, torch.float16)
     kept = torch.arange(u.numel()).view(u.shape).to(torch.uint8) if keep == "codes" else u
@@ -96,8 +96,27 @@ def test_descriptors_and_pointers_give_the_same(kind, keep, monkeypatch):
         results = gemm.linear_activate(x, weight, bias, kind, pack=keep == "codes", keep=keep != "nothing")
         found.append([*results, gemm.linear_activate_backward(grad, weight2, kept, kind)])
     forget_layouts()
-    for one, other in zip(*found, strict=True):
-        assert one is other is None or torch.equal(one, other)
+    (*forward, backward), (*other_forward, other_backward) = found
+    assert torch.equal(backward, other_backward)
+    for one, other in zip(forward, other_forward, strict=True):
+        if one is None or one.dtype == torch.uint8:
+            assert one is other is None or (one.int() - other.int()).abs().max() <= 1
+        else:
+            torch.testing.assert_close(one, other, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [ALIGNED, ((3, 47), 72, 200)], ids=["descriptors", "pointers"])
+def test_pre_activation_beyond_float16_has_the_gradient_of_the_largest_number(size):
+    x, weight, bias = forward_inputs(size, torch.float16)
+    bias[0], bias[1] = -60000, 60000
+    x[..., 0] = weight[0, 0] = 200
+    weight[0, 0], weight[1, 0] = -200, 200
+    a, u, _ = gemm.linear_activate(x, weight, bias, "gelu")
+    assert u[..., 0].unique().tolist() == [-65504] and u[..., 1].unique().tolist() == [65504]
+    grad = torch.ones(*x.shape[:-1], 16, dtype=torch.float16)
+    weight2 = torch.ones(16, u.shape[-1], dtype=torch.float16)
+    grad_u = gemm.linear_activate_backward(grad, weight2, u, "gelu")
+    assert grad_u[..., 0].unique().tolist() == [0] and grad_u[..., 1].unique().tolist() == [16]
 
 
 LAUNCHES = {
