@@ -48,6 +48,7 @@ def assert_no_worse_than_concatenation(
 
 
 def vits(seed: int, *, device: str, dtype: torch.dtype, backend: str, **settings: Any) -> list[Case]:
+    torch.manual_seed(seed)  # of the prompts
     vit = tiny_vit(torch.float32, seed, embed_dim=128, num_heads=2, img_size=64).to(device)
     exact = PromptedViT(vit, CLASSES, backend="torch", **settings)
     state = {name: t.clone() for name, t in exact.trainable_state_dict().items()}

@@ -297,3 +297,61 @@ def test_optimizer_state_that_was_loaded_after_the_capture_is_refused() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with pytest.raises(ValueError, match="optimizer: .*load_state_dict.*want a new GraphedStep"):
         step(*batches(1)[0])
+
+
+def captured(on_model: nn.Module | None = None) -> tuple[GraphedStep, torch.optim.SGD, nn.Module]:
+    """A step that has been captured."""
+    model = on_model or make_model()
+    optimizer = make_sgd(model, lr=0.1)
+    step = GraphedStep(model, optimizer, cross_entropy)
+    for batch in batches(WARM_UP + 1):
+        step(*batch)
+    return step, optimizer, model
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_weights_in_other_memory_than_was_captured_are_refused(is_trained: bool) -> None:
+    model = make_model()
+    model[1].bias.requires_grad_(is_trained)
+    step, _, _ = captured(model)
+    model[1].bias.data = model[1].bias.data.clone()  # what model.cpu() and back does
+    with pytest.raises(ValueError, match="model: got weights in other memory.*want a new GraphedStep"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_weights_that_are_changed_in_place_are_taken() -> None:
+    step, _, model = captured()
+    with torch.no_grad():
+        model[1].bias += 1
+    assert step(*batches(1)[0]).isfinite()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("name", ["weight_decay", "momentum"])
+def test_setting_of_the_optimizer_that_changed_after_the_capture_is_refused(name: str) -> None:
+    step, optimizer, _ = captured()
+    optimizer.param_groups[1][name] = 0.5
+    with pytest.raises(ValueError, match=rf"optimizer: got other settings than were captured \({name}\)"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_group_of_parameters_that_was_added_is_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(list(model.parameters())[:-1], lr=0.1, fused=True)
+    step = GraphedStep(model, optimizer, cross_entropy)
+    optimizer.add_param_group({"params": list(model.parameters())[-1:]})
+    with pytest.raises(ValueError, match="optimizer: got 2 groups of parameters, want the 1 that it had"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_first_batch_that_fails_is_none_to_hold_others_to() -> None:
+    model = make_model()
+    step = GraphedStep(model, make_sgd(model, lr=0.1), cross_entropy)
+    images, labels = batches(1)[0]
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        step(images[..., :1], labels)
+    assert step(images, labels).isfinite()

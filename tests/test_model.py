@@ -12,9 +12,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_swin, tiny_vit
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
+from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.files import replacing
 
 
@@ -194,6 +196,51 @@ def test_frozen_weights_that_want_a_gradient_are_refused(kind, backbone) -> None
         model(images)
     with torch.no_grad():
         assert model(images).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["qkv_bias", "proj_bias", "fc1_bias", "fc2_weight"])
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_any_weight_of_a_frozen_block_that_wants_a_gradient_is_refused(kind, backbone, name: str) -> None:
+    model = kind(backbone(), 5, 5)
+    block = next(module for module in model.backbone.modules() if isinstance(module, FrozenBlock))
+    getattr(block, name).requires_grad_(True)
+    with pytest.raises(ValueError, match="got frozen weights with requires_grad True"):
+        model(torch.randn(1, model.backbone.in_chans, *model.image_size).double())
+
+
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_gradcheck_with_undefined_gradients_passes(kind, backbone) -> None:
+    model = kind(backbone(), 3, 2).double()
+    images = torch.randn(1, model.backbone.in_chans, *model.image_size, dtype=torch.float64)
+    assert torch.autograd.gradcheck(model, images.requires_grad_(), fast_mode=True)
+
+
+def with_layer_scale(gamma: float) -> VisionTransformer:
+    vit = tiny_vit(init_values=1.0)
+    for block in vit.blocks:
+        for scale in (block.ls1, block.ls2):
+            scale.gamma.data.fill_(gamma)
+    return vit.float()
+
+
+def test_float16_is_refused_where_a_layer_scale_would_be_lost_in_it() -> None:
+    message = "dtype: got float16.*LayerScale.*want bfloat16 or float32"
+    vit = with_layer_scale(1e-5)
+    with pytest.raises(ValueError, match=message):
+        PromptedViT(vit, 5, 5, dtype=torch.float16)
+    model = PromptedViT(vit, 5, 5)
+    with pytest.raises(ValueError, match=message):
+        model.hold_frozen_weights_in(torch.float16)
+    images = torch.randn(1, 3, *model.image_size)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=message):
+        model(images)
+
+
+@pytest.mark.parametrize(("gamma", "dtype"), [(0.1, torch.float16), (1e-6, torch.bfloat16)])
+def test_layer_scale_that_survives_is_taken(gamma: float, dtype: torch.dtype) -> None:
+    vit = with_layer_scale(gamma)
+    PromptedViT(vit, 5, 5, dtype=dtype)
+    PromptedViT(vit, 5, 5).hold_frozen_weights_in(dtype)
 
 
 def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

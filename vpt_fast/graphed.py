@@ -6,8 +6,9 @@ its time. A graph is launched once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,6 +40,9 @@ class GraphedStep:
     - ``.grad`` is that of the last step and lies in the graph's memory.
     - ``logits``, (b, classes) and detached, are those of the last step; the next one overwrites them.
     - Between steps parameters may be changed in place, and other code may run forward and backward passes.
+      What moves them (``model.cpu()`` and back) or gives them other storage asks for a new GraphedStep.
+    - Everything else is as it was when the step was captured: which parameters are trained, the modes of
+      modules within the model, a memory policy.
 
     Args:
         model: maps images to logits (b, classes); on one CUDA device. Its Python code runs only until the
@@ -53,8 +57,9 @@ class GraphedStep:
 
     Raises:
         ValueError: an optimizer, model, device or dtype that cannot be captured. In a call: a batch of
-            another shape or dtype than the first, a loss that is not a scalar, a model in another mode, or an
-            optimizer whose tensors are not those that were captured.
+            another shape or dtype than the first, a loss that is not a scalar, a model in another mode, or
+            what is no longer as it was captured: tensors of the optimizer or their memory, the model's
+            weights' memory, settings of the optimizer other than its rates.
         CaptureError: in the fourth call, where the step cannot be captured.
     """
 
@@ -86,7 +91,7 @@ class GraphedStep:
         self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
         self._replay: Callable[[], None] | None = None
-        self._state: list[torch.Tensor] = []
+        self._captured: _Captured | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One step on images (b, ...) and labels (b, ...), from any device; returns the loss, detached ().
@@ -102,12 +107,17 @@ class GraphedStep:
             held.copy_(given, non_blocking=True)
         self._rates.follow()
         if self._steps < WARM_UP:
-            self._stream.run(self._step)
+            try:
+                self._stream.run(self._step)
+            except BaseException:
+                if self._steps == 0:  # a batch that fails is none to hold others to
+                    self._inputs = None
+                raise
             self._steps += 1
         else:
             if self._replay is None:
                 self.optimizer.zero_grad(set_to_none=True)  # for the graph to make them in its own memory
-                self._state = _state_tensors(self.optimizer)
+                self._captured = _Captured.now(self.model, self.optimizer)
                 try:
                     self._replay = self._stream.capture(self._step)
                 except RuntimeError as error:
@@ -136,12 +146,8 @@ class GraphedStep:
                 f"{modes[self._is_training]} mode"
             )
         if self._replay is not None:
-            now = _state_tensors(self.optimizer)
-            if len(now) != len(self._state) or any(a is not b for a, b in zip(now, self._state, strict=True)):
-                raise ValueError(
-                    "optimizer: its parameters or its state are other tensors than the captured ones (after "
-                    "load_state_dict, for one); want a new GraphedStep"
-                )
+            assert self._captured is not None
+            self._captured.require_unchanged(self.optimizer)
 
 
 def train_step(
@@ -185,7 +191,13 @@ class LearningRates:
 
     def follow(self) -> None:
         """Takes over what was assigned to ``group["lr"]`` since: a number, or another tensor."""
-        for group, tensor in zip(self.optimizer.param_groups, self.tensors, strict=True):
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.tensors):
+            raise ValueError(
+                f"optimizer: got {len(groups)} groups of parameters, want the {len(self.tensors)} that it "
+                "had, or a new GraphedStep"
+            )
+        for group, tensor in zip(groups, self.tensors, strict=True):
             if group["lr"] is not tensor:
                 tensor.fill_(group["lr"])
                 group["lr"] = tensor
@@ -217,6 +229,59 @@ def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.devi
     return devices.pop()
 
 
+class _Captured(NamedTuple):
+    """What a graph knows by its address, or has the value of built in.
+
+    state: all tensors that the optimizer's step reads and writes, parameters and state.
+    memory: tensors, of the model too, and where each one's numbers lie.
+    settings: of each of the optimizer's groups, without its parameters and its rate.
+    """
+
+    state: list[torch.Tensor]
+    memory: list[tuple[torch.Tensor, int]]
+    settings: list[dict[str, Any]]
+
+    @classmethod
+    def now(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> _Captured:
+        state = _state_tensors(optimizer)
+        held = [*state, *model.parameters(), *model.buffers()]
+        return cls(state, [(tensor, tensor.data_ptr()) for tensor in held], _settings(optimizer))
+
+    def require_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ValueError where a replay would read or write what is no longer there, or ignore what is."""
+        now = _state_tensors(optimizer)
+        if len(now) != len(self.state) or any(a is not b for a, b in zip(now, self.state, strict=True)):
+            raise ValueError(
+                "optimizer: its parameters or its state are other tensors than the captured ones (after "
+                "load_state_dict, for one); want a new GraphedStep"
+            )
+        if any(tensor.data_ptr() != address for tensor, address in self.memory):
+            raise ValueError(
+                "model: got weights in other memory than was captured (after a move to another device and "
+                "back, for one); want a new GraphedStep"
+            )
+        for before, group in zip(self.settings, optimizer.param_groups, strict=True):
+            if changed := [name for name, value in before.items() if not _is_same(value, group[name])]:
+                raise ValueError(
+                    f"optimizer: got other settings than were captured ({', '.join(changed)}); want a new "
+                    "GraphedStep"
+                )
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Those that a step reads, but rates."""
+    others = ("params", "lr", "initial_lr")  # the last is a scheduler's
+    return [
+        {name: value for name, value in group.items() if name not in others}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Equal, or the same tensor, whose value a graph reads."""
+    return one is other if isinstance(one, torch.Tensor) else bool(one == other)
+
+
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """All tensors that a step writes, parameters and state."""
     found: list[torch.Tensor] = []
@@ -246,6 +311,24 @@ class _CaptureStream:
         """What replays the step; capturing it runs nothing."""
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls may break the capture: others, such as one that pins batches, go on.
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+        with (
+            _without_stale_streams(),
+            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             step()
         return graph.replay
+
+
+@contextmanager
+def _without_stale_streams() -> Iterator[None]:
+    """Lets a capture pass by the default stream, which autograd remembers of a parameter for as long as the
+    loss of an ordinary step is alive (in a notebook, for one). PyTorch 2.11 and newer can."""
+    set_override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
+    if set_override is None:
+        yield
+        return
+    set_override(True)
+    try:
+        yield
+    finally:
+        set_override(False)  # as it is where a process begins; nothing says what it was

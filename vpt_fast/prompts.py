@@ -224,13 +224,18 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
         (B, 3, H + 2·border, W + 2·border).
     """
     # In the prompts' dtype: images of 16 bits would round both.
-    mean = rows.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    std = rows.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     batch = images.shape[0]
-    left, right = ((sides - mean) / std).expand(batch, -1, -1, -1).split(border, dim=3)
-    top, bottom = ((rows - mean) / std).expand(batch, -1, -1, -1).split(border, dim=2)
+    left, right = _as_imagenet(sides).expand(batch, -1, -1, -1).split(border, dim=3)
+    top, bottom = _as_imagenet(rows).expand(batch, -1, -1, -1).split(border, dim=2)
     middle = torch.cat((left, images, right), dim=3)
     return torch.cat((top, middle, bottom), dim=2)
+
+
+def _as_imagenet(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (1, 3, H, W) normalised. By numbers and not tensors, whose copy to a GPU would have to be waited
+    for, which a CUDA graph does not allow."""
+    channels = zip(pixels.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def _index(name: str, value: Any) -> int:

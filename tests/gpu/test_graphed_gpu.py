@@ -65,6 +65,30 @@ def test_masks_of_prompt_dropout_differ_between_replays() -> None:
     assert len(set(losses)) == len(losses)
 
 
+def test_step_with_a_border_of_prompts_is_captured() -> None:
+    torch.manual_seed(0)
+    vit = tiny_vit(dtype=torch.float32, img_size=48)
+    settings = dict(prompt_type="shallow", prompt_location="pad")
+    model = PromptedViT(vit, CLASSES, 8, **settings).cuda().train()
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
+    images, labels = batches(model, 1)[0]
+    losses = [step(images, labels).item() for _ in range(WARM_UP + 2)]
+    assert len(set(losses)) == 1  # the rate is 0
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.autograd.graph, "set_override_stale_capture_stream"), reason="a PyTorch that cannot"
+)
+def test_capture_passes_by_a_loss_that_is_still_alive() -> None:
+    model = make_model()
+    images, labels = batches(model, 1)[0]
+    loss = cross_entropy(model(images.cuda()), labels.cuda())
+    loss.backward()
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
+    for _ in range(WARM_UP + 2):
+        assert torch.equal(step(images, labels), loss.detach())
+
+
 def test_loss_that_is_not_finite_is_returned() -> None:
     model = make_model()
     step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from concatenation import ConcatenatedViT, relative_error
 from low_precision import assert_no_worse_than_concatenation, vits
 from tiny import random_batch, tiny_eva, tiny_vit
@@ -82,6 +83,34 @@ def test_variant_of_the_backbone_equals_concatenation(arguments: dict) -> None:
 @pytest.mark.parametrize(("arguments", "settings"), EVAS.values(), ids=EVAS)
 def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -> None:
     assert max(errors(tiny_eva(depth=2, **arguments), settings).values()) < 2e-5
+
+
+DECODERS = {  # what a gradient's strides come from: patches (B, P, d) to a number
+    "transposed": lambda x: x.transpose(1, 2).unflatten(2, (4, 4)).contiguous().square().sum(),
+    "expanded": lambda x: x.sum(),
+    "expanded_over_channels": lambda x: x.sum(-1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_fused_mlp"])
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_gradient_of_any_strides_is_taken(decoder, backend: str) -> None:
+    vit = backbone().float()
+    found = []
+    for name in (backend, "torch"):
+        torch.manual_seed(0)
+        model = PromptedViT(vit, CLASSES, 3, backend=name)
+        images = random_batch(model, 2, CLASSES, torch.float32)[0]
+        decoder(model.patch_tokens(images, [0, 1])[1]).backward()
+        found.append(model.prompts.grad)
+    assert relative_error(*found) < 2e-5
+
+
+def test_forward_mode_differentiation_is_refused() -> None:
+    model = PromptedViT(backbone().float(), CLASSES, 3, backend="triton").requires_grad_(False)
+    images = random_batch(model, 1, CLASSES, torch.float32)[0]
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match="forward-mode.*want backend='torch'"):
+        model(fwAD.make_dual(images, torch.ones_like(images)))
 
 
 EXACT = [name for name, policy in POLICIES.items() if not policy.pack]

@@ -188,7 +188,12 @@ class FrozenBlock(nn.Module):
 
     def hold_weights_in(self, dtype: torch.dtype) -> None:
         """Rounds the weights to `dtype` for good, as autocast to it does in every call, forward and backward;
-        float64 stays, as it does there."""
+        float64 stays, as it does there.
+
+        Raises:
+            ValueError: they do not survive in `dtype`.
+        """
+        self.spec.require_dtype(dtype)
         for name in BlockWeights._fields:
             weight = getattr(self, name)
             if weight is not None and weight.dtype != torch.float64:
@@ -231,16 +236,18 @@ class FrozenBlock(nn.Module):
             (B, R, d), with an update.
 
         Raises:
-            ValueError: the weights require a gradient.
+            ValueError: a weight requires a gradient, or does not survive in the products' dtype.
         """
-        require_frozen(self.qkv_weight)
+        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        require_frozen(*weights)
         base, update = stream
         num_tokens, device_type = stream.num_tokens, base.device.type
         differentiable = base if update is None else update
         grad_tokens = differentiable.requires_grad and torch.is_grad_enabled()
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
-        dtype = compute_dtype(device_type, self.qkv_weight.dtype)
+        dtype = compute_dtype(device_type, weights.qkv_weight.dtype)
+        self.spec.require_dtype(dtype)
         windows = self.windows
         is_gated = self.spec.activation in PACKED
         call = _Call(
@@ -255,7 +262,6 @@ class FrozenBlock(nn.Module):
             policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
             windows=windows,
         )
-        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
@@ -265,6 +271,8 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
+        if call.ops.name != "torch":
+            _require_no_forward_ad()
         with without_autocast(device_type):
             output, _ = _forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
@@ -296,6 +304,15 @@ def require_plain_autograd(*, recorded: bool) -> None:
         )
 
 
+def _require_no_forward_ad() -> None:
+    """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not carry on."""
+    # Nothing public says it: a PyTorch without this is one that always is outside.
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError(
+            "backbone: forward-mode differentiation is not there in Triton's kernels; want backend='torch'"
+        )
+
+
 class _FrozenBlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -324,11 +341,15 @@ class _FrozenBlockFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, _: None, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        num_weights = len(BlockWeights._fields)
+        if grad is None:  # nothing above depends on the block
+            return (None,) * (7 + num_weights)
+        # Autograd gives a gradient of any strides, as a decoder's transposition leaves it.
+        grad = grad.contiguous()
         call = ctx.call
         sin, cos, *saved = ctx.saved_tensors  # once: every look unpacks them all anew
         rotation = _rotation(sin, cos, ctx.start)
-        num_weights = len(BlockWeights._fields)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
         run_backward = _backward_anew if call.policy.recompute_block else _backward

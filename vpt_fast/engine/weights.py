@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 
-def require_frozen(weight: torch.Tensor) -> None:
+def require_frozen(*weights: torch.Tensor | None) -> None:
     """Raises ValueError where a gradient of a frozen weight is asked for, which nothing here forms."""
-    if weight.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights):
         raise ValueError(
             "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
             "requires_grad_(False) on model.backbone, or a method that trains the backbone (docs/methods.md)"
@@ -76,7 +76,8 @@ class BlockParts:
 @dataclass(frozen=True)
 class BlockSpec:
     """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps), `mlp_norm` None
-    or (kind, eps)."""
+    or (kind, eps); `float16_error` is how far rounding to float16 moves a matrix that LayerScale is folded
+    into, of its norm."""
 
     num_heads: int
     head_dim: int
@@ -85,6 +86,20 @@ class BlockSpec:
     qk_norm: tuple[str, float, float] | None
     activation: str
     mlp_norm: tuple[str, float] | None
+    float16_error: float = 0.0
+
+    def require_dtype(self, dtype: torch.dtype) -> None:
+        """Raises ValueError for products in a dtype that the folded weights do not survive."""
+        if dtype == torch.float16 and self.float16_error > _MOST_ROUNDING:
+            raise ValueError(
+                "dtype: got float16, whose smallest number is 6e-8, and which rounds matrices that hold a "
+                f"LayerScale by {self.float16_error:.2g} of their norm; want bfloat16 or float32, as dtype "
+                "or of autocast"
+            )
+
+
+# What bfloat16, which has float32's range, rounds a matrix by at most.
+_MOST_ROUNDING = 2.0**-9
 
 
 class BlockWeights(NamedTuple):
@@ -118,6 +133,9 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
 
     Returns:
         The block's constants and its folded weights, each a tensor of its own.
+
+    Raises:
+        ValueError: one of two norms of queries and keys, or two kinds; weights that `dtype` would lose.
     """
     if (parts.q_norm is None) != (parts.k_norm is None):
         raise ValueError("q_norm and k_norm: got one without the other, want both or neither")
@@ -154,12 +172,24 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         qk_norm=qk_norm,
         activation=parts.activation,
         mlp_norm=None if mlp_norm is None else (mlp_norm.kind, mlp_norm.eps),
+        float16_error=max(
+            0.0 if gamma is None else _float16_error(linear.weight)
+            for linear, gamma in ((proj, parts.scale1), (fc2, parts.scale2))
+        ),
     )
+    spec.require_dtype(dtype)
     weights = BlockWeights(
         qkv.weight, qkv.bias, *q_norm, *k_norm,
         proj.weight, proj.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
     )  # fmt: skip
     return spec, weights.to(dtype)
+
+
+def _float16_error(weight: torch.Tensor) -> float:
+    """How far rounding to float16 moves a matrix, of its norm; of one without values 0."""
+    if weight.is_meta:
+        return 0.0
+    return float((weight - weight.half()).norm() / weight.norm().clamp(min=1e-30))
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
