@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -405,18 +406,30 @@ def _swap_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
+_mode_lock = threading.Lock()
+_mode_users: list[
+    tuple[int, bool]
+] = []  # what stood there before the first of those within, for each of them
+
+
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's kernels have no argument for it; the mode holds for the process."""
+    """PyTorch's kernels have no argument for it; the mode holds for the process, other threads included,
+    until the last of those that are within at once has left: autograd has a thread for each GPU."""
     settings: Any = torch.utils.deterministic
-    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("error")
-    settings.fill_uninitialized_memory = False  # would cost a kernel for each tensor
+    with _mode_lock:
+        now = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+        _mode_users.append(_mode_users[0] if _mode_users else now)
+        torch.set_deterministic_debug_mode("error")
+        settings.fill_uninitialized_memory = False  # would cost a kernel for each tensor
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
-        settings.fill_uninitialized_memory = fill
+        with _mode_lock:
+            mode, fill = _mode_users.pop()
+            if not _mode_users:
+                torch.set_deterministic_debug_mode(mode)
+                settings.fill_uninitialized_memory = fill
 
 
 _LIBRARIES: dict[str, Callable[[], _Library]] = {

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vpt_fast.kernels.build import Build
-from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype
+from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
 from vpt_fast.kernels.launch import DTYPES, MAX_ALONG_AXIS, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
@@ -184,6 +184,19 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
             )
 
 
+def check_shapes(inputs: Inputs, **of_queries: torch.Tensor | None) -> None:
+    """ValueError for keys, values or prompts of another batch or number than belong together, which kernels
+    would read past the end of; and for tensors `of_queries` that are not q's shape."""
+    batch, _, *heads = inputs.q.shape
+    require_shape(inputs.q.shape, **of_queries)
+    if (inputs.k is None) != (inputs.v is None) or (inputs.prompt_k is None) != (inputs.prompt_v is None):
+        raise ValueError("k and v, prompt_k and prompt_v: got one without the other, want both or neither")
+    require_shape((batch, num_rows_of(inputs.k), *heads), k=inputs.k, v=inputs.v)
+    copies = 1 if inputs.prompt_k is None or inputs.prompt_k.shape[0] == 1 else batch
+    rows = num_rows_of(inputs.prompt_k)
+    require_shape((copies, rows, *heads), prompt_k=inputs.prompt_k, prompt_v=inputs.prompt_v)
+
+
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
     """Strides of images, rows and heads; those of images are 0 where one is shared by all."""
     if t is None:
@@ -241,6 +254,7 @@ def num_rows_of(x: torch.Tensor | None) -> int:
 def _forward_launch(**tensors: torch.Tensor | None) -> Launch:
     check_tensors(**tensors)
     inputs = Inputs(**tensors)
+    check_shapes(inputs)
     q = inputs.q
     batch, num_rows, num_heads, head_dim = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
@@ -319,8 +333,11 @@ def _backward_launches(
 ) -> _BackwardLaunches:
     check_tensors(grad_out=grad_out, **tensors, out=out)
     inputs = Inputs(**tensors)
+    check_shapes(inputs, grad_out=grad_out, out=out)
     q, flags = inputs.q, inputs.flags
     batch, num_rows, num_heads, head_dim = q.shape
+    require_shape((batch, num_heads, num_rows), lse=lse)
+    require_dtype((torch.float32,), lse=lse.dtype)
     num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k)
     arch, has_out = arch_of(q.device), out is not None
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))

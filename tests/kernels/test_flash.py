@@ -423,3 +423,15 @@ def test_out_that_was_not_kept_is_named() -> None:
     _, lse = attention(*case.inputs)
     with pytest.raises(ValueError, match="memory='compact'.*sdpa_cpu"):
         attention_backward(case.grad_out, *case.inputs, None, lse, need_q=True, need_kv=True)
+
+
+def test_deterministic_mode_that_overlaps_in_two_threads_ends_as_it_was():
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    first, second = flash._deterministic(), flash._deterministic()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_deterministic_debug_mode() == 2  # the second is within
+    second.__exit__(None, None, None)
+    after = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    assert after == before

@@ -139,6 +139,9 @@ def test_images_2_to_the_31_elements_apart() -> None:
         assert torch.equal(actual.q, wanted.q) and torch.equal(actual.kv, wanted.kv)
 
 
+NAMES = ("q", "k", "v", "prompt_k", "prompt_v")
+
+
 class TestRefusals:
     def test_head_dim(self) -> None:
         given = inputs((1, 2, 2, 1, 1, 24), True, torch.float32)
@@ -177,6 +180,24 @@ class TestRefusals:
         wide = torch.zeros(*k.shape[:3], 65)
         with pytest.raises(ValueError, match="v: got .* want rows that start at multiples of 16 bytes"):
             ops.attention(q, k, wide[..., :64], *prompts)
+
+    @pytest.mark.parametrize("name", ["k", "v", "prompt_v"])
+    def test_keys_of_another_number_than_belong_together(self, name: str) -> None:
+        given = dict(zip(NAMES, inputs((2, 2, 3, 4, 1, 16), True, torch.float32), strict=True))
+        given[name] = given[name][:, 1:] if name != "k" else given[name][:1]
+        with pytest.raises(ValueError, match=r"[kv]: got shape .*, want \("):
+            ops.attention(**given)
+
+    def test_prompts_of_another_batch(self) -> None:
+        q, k, v, prompt_k, prompt_v = inputs((3, 2, 2, 1, 1, 16), False, torch.float32)
+        with pytest.raises(ValueError, match=r"prompt_k: got shape \(2, .*want \(3, "):
+            ops.attention(q, k, v, prompt_k[:2], prompt_v[:2])
+
+    def test_log_sum_exp_of_another_shape(self, case) -> None:
+        (q, k, v, *prompts), grad_out = case
+        out, lse = ops.attention(q, k, v, *prompts)
+        with pytest.raises(ValueError, match="lse: got shape"):
+            ops.attention_backward(grad_out, q, k, v, *prompts, out, lse[:, :, :1], need_q=True, need_kv=True)
 
     def test_image_keys_that_are_needed_and_missing(self, case) -> None:
         with pytest.raises(ValueError, match="k: got None"):
