@@ -18,6 +18,7 @@ from rich.table import Table
 
 from vpt_fast.classifier import TunedModel
 from vpt_fast.data import SceneSplits, SkippedImage, Splits
+from vpt_fast.engine.policy import free_bytes
 from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 
@@ -193,14 +194,3 @@ def peak_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # in kilobytes everywhere else
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on ``device``, None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
