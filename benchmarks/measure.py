@@ -152,6 +152,10 @@ class Contender:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(self.run(images).float(), labels)
 
+    def make_graph(self, optimizer: torch.optim.Optimizer) -> GraphedStep:
+        """Steps of the model by an optimizer of its trained parameters, replayed from the fourth on."""
+        return GraphedStep(self.model, optimizer, F.cross_entropy, autocast_dtype=self.autocast)
+
     def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
         """One training step, with marks before forward, backward and optimizer, and at the end.
 
@@ -160,9 +164,7 @@ class Contender:
         watch = Stopwatch(images.device)
         if self.graphed:
             if self.graph is None:
-                self.graph = GraphedStep(
-                    self.model, self.optimizer, F.cross_entropy, autocast_dtype=self.autocast
-                )
+                self.graph = self.make_graph(self.optimizer)
             watch.mark()
             self.graph(images, labels)
             for _ in range(3):
@@ -287,16 +289,33 @@ def interleave(
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The gradient of every trained parameter, by name."""
+    """The gradient of every trained parameter, by name; of a graphed contender, as a replay leaves it."""
     contender.optimizer.zero_grad(set_to_none=True)
-    contender.loss(images, labels).backward()
-    found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in contender.model.named_parameters()
-        if p.requires_grad
-    }
+    trained = {name: p for name, p in contender.model.named_parameters() if p.requires_grad}
+    if contender.graphed:
+        replay_gradients(contender, images, labels)
+    else:
+        contender.loss(images, labels).backward()
+    # Copies: a graph's own lie in its memory, which goes with it.
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
     contender.optimizer.zero_grad(set_to_none=True)
     return found
+
+
+def replay_gradients(contender: Contender, images: Tensor, labels: Tensor) -> None:
+    """Leaves the gradients of a replayed step in `.grad`, and weights and the optimizer's state as they are.
+
+    The graph is one of its own, of an optimizer that moves nothing. Before each step what the last one left
+    is overwritten, so that a replay that writes nothing is not taken for right.
+    """
+    trained = [p for p in contender.model.parameters() if p.requires_grad]
+    still = torch.optim.SGD(trained, lr=0.0, fused=True)
+    step = contender.make_graph(still)
+    for _ in range(contender.steps_to_settle):
+        for p in trained:
+            if p.grad is not None:
+                p.grad.fill_(float("nan"))
+        step(images, labels)
 
 
 def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -251,6 +251,79 @@ def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.Monkey
     assert "WRONG" in line and "5.0e-03" in line
 
 
+class GraphOnCPU:
+    """In GraphedStep's place: ordinary steps, three of them, and then `replay`, an ordinary one, too.
+
+    `model`, `optimizer` and `images` are what the last one was given.
+    """
+
+    last: GraphOnCPU
+
+    def __init__(self, model: nn.Module, optimizer: Any, loss: Any, *, autocast_dtype: Any) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.steps = 0
+        GraphOnCPU.last = self
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.steps += 1
+        return self.step(images, labels) if self.steps <= 3 else self.replay(images, labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.step(images, labels)
+
+
+class NothingIsReplayed(GraphOnCPU):
+    """Its warm-up is right."""
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+class NothingIsComputed(NothingIsReplayed):
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("broken", [NothingIsReplayed, NothingIsComputed])
+def test_a_graph_whose_replay_is_wrong_is_marked_and_not_ranked(
+    broken: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "GraphedStep", broken)
+    row, other = measured(["vpt_fast_graphed", "vpt_fast"])
+    assert (row.exact, row.rank, throughput.place(row)) == (False, None, "WRONG")
+    assert other.rank == 1
+
+
+def graphed(monkeypatch: pytest.MonkeyPatch, name: str = "vpt_fast_graphed") -> measure.Contender:
+    monkeypatch.setattr(measure, "GraphedStep", GraphOnCPU)
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    return implementations.IMPLEMENTATIONS[name](name, start)
+
+
+def test_a_graph_s_gradients_are_those_of_its_second_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = graphed(monkeypatch)
+    plain = dataclasses.replace(contender, graphed=False)
+    those = torch.randn(2, 3, 32, 32), torch.tensor([3, 1])
+    found, expected = (measure.gradients(each, *those) for each in (contender, plain))
+    assert GraphOnCPU.last.steps == 5
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_checking_a_graph_moves_no_weights_and_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = graphed(monkeypatch)
+    before = copy.deepcopy(contender.model.state_dict())
+    measure.gradients(contender, torch.randn(2, 3, 32, 32), torch.tensor([3, 1]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in contender.model.state_dict().items())
+    assert not contender.optimizer.state and contender.graph is None
+
+
 def test_bounds_are_measured_by_their_own_work_and_not_ranked() -> None:
     rows = measured(["no_prompts", "linear_probe", "full_finetuning"])
     assert all(row.exact and row.images_per_second is not None and row.rank is None for row in rows)
