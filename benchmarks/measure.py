@@ -86,7 +86,7 @@ class Contender:
 
     Attributes:
         model: trained parameters have requires_grad set, all others not.
-        run: what is called on images; the model itself or its compiled form.
+        run: what is called on images, and captured; the model itself or its compiled form.
         autocast: dtype to run under torch.autocast, or None.
         graphed: whether timed steps are replayed from one CUDA graph each, whose parts have no times.
         captures: whether `run` captures CUDA graphs itself, as torch.compile's max-autotune does.
@@ -98,7 +98,7 @@ class Contender:
 
     name: str
     model: nn.Module
-    run: Callable[[Tensor], Tensor]
+    run: nn.Module
     autocast: torch.dtype | None = None
     graphed: bool = False
     captures: bool = False
@@ -149,12 +149,18 @@ class Contender:
         return str(narrowest).removeprefix("torch.")
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        # Without the cache of cast weights where a graph has none; to a compiler that is another program.
+        with torch.autocast(
+            images.device.type,
+            self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=not self.graphed,
+        ):
             return F.cross_entropy(self.run(images).float(), labels)
 
     def make_graph(self, optimizer: torch.optim.Optimizer) -> GraphedStep:
-        """Steps of the model by an optimizer of its trained parameters, replayed from the fourth on."""
-        return GraphedStep(self.model, optimizer, F.cross_entropy, autocast_dtype=self.autocast)
+        """Steps by an optimizer of the trained parameters, replayed from the fourth on."""
+        return GraphedStep(self.run, optimizer, F.cross_entropy, autocast_dtype=self.autocast)
 
     def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
         """One training step, with marks before forward, backward and optimizer, and at the end.

@@ -196,7 +196,7 @@ def test_kept_bytes_are_counted_once_a_storage_and_without_weights() -> None:
             return (x * x) + x.flatten().view_as(x) ** 2  # keeps x: 4 x 5 floats, under several views
 
     model = Squares()
-    contender = measure.Contender("squares", model, lambda images: model(images), None)
+    contender = measure.Contender("squares", model, model)
     contender.loss = lambda images, labels: contender.run(images).sum()  # type: ignore[method-assign]
     assert measure.kept_for_backward(contender, torch.randn(4, 10), torch.zeros(4)) == 4 * 5 * 4
 
@@ -301,14 +301,14 @@ def test_a_graph_whose_replay_is_wrong_is_marked_and_not_ranked(
     assert other.rank == 1
 
 
-def graphed(monkeypatch: pytest.MonkeyPatch, name: str = "vpt_fast_graphed") -> measure.Contender:
+def graphed(monkeypatch: pytest.MonkeyPatch, name: str) -> measure.Contender:
     monkeypatch.setattr(measure, "GraphedStep", GraphOnCPU)
     start = implementations.make_start(SETTING, torch.device("cpu"))
     return implementations.IMPLEMENTATIONS[name](name, start)
 
 
 def test_a_graph_s_gradients_are_those_of_its_second_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    contender = graphed(monkeypatch)
+    contender = graphed(monkeypatch, "vpt_fast_graphed")
     plain = dataclasses.replace(contender, graphed=False)
     those = torch.randn(2, 3, 32, 32), torch.tensor([3, 1])
     found, expected = (measure.gradients(each, *those) for each in (contender, plain))
@@ -317,11 +317,21 @@ def test_a_graph_s_gradients_are_those_of_its_second_replay(monkeypatch: pytest.
 
 
 def test_checking_a_graph_moves_no_weights_and_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    contender = graphed(monkeypatch)
+    contender = graphed(monkeypatch, "vpt_fast_graphed")
     before = copy.deepcopy(contender.model.state_dict())
     measure.gradients(contender, torch.randn(2, 3, 32, 32), torch.tensor([3, 1]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in contender.model.state_dict().items())
     assert not contender.optimizer.state and contender.graph is None
+
+
+def test_what_is_captured_of_a_compiled_peer_is_its_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, *, mode, **options: compile_(model, backend="aot_eager", **options)
+    )
+    contender = graphed(monkeypatch, "concat_timm_compiled_graphed")
+    contender.step(torch.randn(2, 3, 32, 32), torch.tensor([3, 1]))
+    assert GraphOnCPU.last.model is contender.run is not contender.model
 
 
 def test_bounds_are_measured_by_their_own_work_and_not_ranked() -> None:

@@ -78,6 +78,22 @@ def test_speed_is_relative_to_the_best_concatenation_that_is_right(project: Proj
     assert "compiled" not in project.text(page.README)
 
 
+@pytest.mark.parametrize("peer", ["concat_timm_compiled_graphed", "concat_timm_checkpointed"])
+def test_any_peer_by_concatenation_may_be_the_best(project: Project, peer: str) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm_compiled", 100.0), row(peer, 200.0)])
+    assert "| 1.50 |" in line_of(project.text(), "`vpt_fast`")
+    assert "| 1.00 |" in line_of(project.text(page.README), page.IN_WORDS[peer])
+
+
+@pytest.mark.parametrize("path", [page.PAGE, page.README])
+@pytest.mark.parametrize(("peer", "said"), [("concat_timm", True), ("concat_timm_compiled_graphed", False)])
+def test_where_no_concatenation_was_graphed_it_is_said(
+    project: Project, peer: str, said: bool, path: Path
+) -> None:
+    project.add("h100", [row("vpt_fast_graphed", 300.0), row(peer, 100.0)])
+    assert (page.UNGRAPHED in " ".join(project.text(path).split())) == said
+
+
 def test_what_lost_is_said(project: Project) -> None:
     project.add(
         "h100",
