@@ -93,6 +93,8 @@ class Contender:
         times: one entry a timed step.
         kept_bytes: kept for backward, of one step; None until measured.
         peak_bytes, peak_reserved_bytes: of a step with only this model's weights counted; None on a CPU.
+        gradient_error: None until checked.
+        unchecked: why its gradients could not be checked, through no fault of its own.
         error: why it could not run; None if it could.
     """
 
@@ -107,6 +109,7 @@ class Contender:
     peak_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     gradient_error: float | None = None
+    unchecked: str | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -331,8 +334,9 @@ def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         return float("inf")
     errors = []
     for name, gradient in expected.items():
-        difference = (actual[name].double() - gradient.double()).norm()
-        errors.append(float(difference / gradient.double().norm()) if difference != 0 else 0.0)
+        gradient = gradient.to(actual[name].device, torch.float64)
+        difference = (actual[name].double() - gradient).norm()
+        errors.append(float(difference / gradient.norm()) if difference != 0 else 0.0)
     return max(error if error == error else float("inf") for error in errors)  # NaN is never exact
 
 

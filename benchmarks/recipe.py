@@ -35,6 +35,7 @@ from implementations import (
     require_possible,
 )
 from measure import Contender
+from operations import verdict
 from PIL import Image
 from reports import default_path, listed, make_header, write_report
 from rich import box
@@ -219,7 +220,8 @@ def make_rows(
     for contender in contenders:
         error = contender.gradient_error
         exact = error is not None and error <= EXACT_BELOW[contender.precision]
-        row = Row(contender.name, exact, error, contender.error, measured.get(contender.name))
+        reason = contender.error or contender.unchecked
+        row = Row(contender.name, exact, error, reason, measured.get(contender.name))
         if row.measured is not None:
             row.extrapolated = Extrapolated.of(row.measured, protocol, setting.batch_size)
         rows.append(row)
@@ -364,7 +366,7 @@ def make_tables(rows: list[Row], loading: list[Loading], setting: Setting) -> li
                 for seconds in (hours.sweep_seconds, hours.runs_seconds, hours.task_seconds)
             ),
             "" if row.ratio is None else f"{row.ratio:.2f}",
-            ("" if row.exact else "WRONG ") + f"{row.gradient_error:.1e}",
+            "unchecked" if row.gradient_error is None else verdict(None, row.exact, row.gradient_error),
             style="" if row.exact else "red",
         )
     ends = Table(title="end to end, with data loading", box=box.SIMPLE)

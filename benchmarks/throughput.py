@@ -46,6 +46,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from vpt_fast.engine.policy import POLICIES
 
@@ -58,6 +59,7 @@ class Row:
         dtype: of this implementation: "float32", "bfloat16" or "amp".
         memory: the memory policy of vpt_fast.
         exact: whether its gradients were right.
+        error: why it failed; why its gradients could not be checked, where it has a speed.
         rank: among right implementations of the same setting, by images per second; bounds have none.
         essential_gflop_per_image: work that cannot be left out, forward and backward. It is the same for all
             rows of a setting, since it is the task's and not the implementation's; a bound has its own. None
@@ -139,7 +141,7 @@ def chosen_entrants(names: list[str], memory: list[str], family: Family, on_gpu:
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
     """Fills in every contender's gradient error, from its definition in float64: concatenation, or a bound's
-    own.
+    own. Where there was no memory for a definition, say, those of it are `unchecked`.
 
     Contenders run on a batch of the setting's size, which is what is timed, made of one or two images over
     and over. The mean loss of these alone has the same gradient, and is all that float64 has to run on.
@@ -147,20 +149,35 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
     batch_size = start.setting.batch_size
     distinct = 2 if batch_size % 2 == 0 else 1
     few_images, few_labels = random_batch(start, distinct, start.device)
+    definitions = {contender.name: BOUNDS.get(contender.name, DEFINITION) for contender in contenders}
+    expected: dict[Build, dict[str, Tensor]] = {}
+    reasons: dict[Build, str] = {}
+    # All of them first, so that nothing of float64 is on the device beside a contender.
+    for build in dict.fromkeys(definitions.values()):
+        try:
+            expected[build] = definition_gradients(build, start, few_images, few_labels)
+        except Exception as failure:
+            reasons[build] = measure.first_line(failure)
+        measure.empty_cache(start.device)
     images = few_images.repeat(batch_size // distinct, 1, 1, 1)
     labels = few_labels.repeat(batch_size // distinct)
+    for contender in contenders:
+        build = definitions[contender.name]
+        if build in reasons:
+            contender.unchecked = f"gradients not checked, float64: {reasons[build]}"
+            continue
+        with contender.turn(start.device):
+            actual = measure.gradients(contender, images, labels)
+            contender.gradient_error = measure.gradient_error(actual, expected[build])
+
+
+def definition_gradients(build: Build, start: Start, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of a definition in float64, by parameter; on the CPU, for they may be as large as the model."""
     backbone = copy.deepcopy(start.backbone).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
-    definitions: dict[Build, list[Contender]] = {}
-    for contender in contenders:
-        definitions.setdefault(BOUNDS.get(contender.name, DEFINITION), []).append(contender)
-    for build, those in definitions.items():  # in turn, for their gradients may be as large as the model
-        exact = build(backbone, state).double().to(start.device)
-        expected = measure.gradients(Contender("float64", exact, exact), few_images.double(), few_labels)
-        for contender in those:
-            with contender.turn(start.device):
-                actual = measure.gradients(contender, images, labels)
-                contender.gradient_error = measure.gradient_error(actual, expected)
+    exact = build(backbone, state).double().to(start.device)
+    found = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
+    return {name: gradient.cpu() for name, gradient in found.items()}
 
 
 def essential_flops(implementation: str, start: Start) -> int | None:
@@ -194,7 +211,7 @@ def fill_in(
 ) -> None:
     """Takes over what was measured of a contender."""
     batch_size, error = start.setting.batch_size, contender.gradient_error
-    row.dtype, row.error = contender.precision, contender.error
+    row.dtype, row.error = contender.precision, contender.error or contender.unchecked
     row.exact = error is not None and error <= EXACT_BELOW[row.dtype]
     row.gradient_error = error if error is None or error < float("inf") else None
 
@@ -343,7 +360,7 @@ def make_table(rows: list[Row], dtype: str) -> Table:
 def place(row: Row) -> str:
     """What stands in the column of ranks."""
     if row.error is not None:
-        return "failed"
+        return "failed" if row.images_per_second is None else "unchecked"
     if not row.exact:
         return "WRONG"
     return "bound" if row.impl in BOUNDS else str(row.rank)

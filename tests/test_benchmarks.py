@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -400,6 +401,44 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
     text = io.StringIO()
     Console(file=text, width=140).print(throughput.make_table([row, other], "float32"))
     assert "concat_large: OutOfMemoryError: 80 GiB wanted" in text.getvalue()
+
+
+def large_definition(*given: Any) -> nn.Module:
+    raise torch.OutOfMemoryError("80 GiB wanted")
+
+
+def test_what_there_is_no_definition_of_is_timed_and_not_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "DEFINITION", large_definition)
+    (row,) = measured(["concat_timm"])
+    assert (row.exact, row.rank, throughput.place(row)) == (False, None, "unchecked")
+    assert row.images_per_second > 0
+    assert row.error == "gradients not checked, float64: OutOfMemoryError: 80 GiB wanted"
+
+
+def test_a_definition_that_fails_leaves_rows_of_others_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(throughput, "DEFINITION", large_definition)
+    assert [row.exact for row in measured(["concat_timm", "no_prompts"])] == [False, True]
+
+
+def test_no_definition_is_there_when_a_contender_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def build(*given: Any) -> nn.Module:
+        made.append(weakref.ref(model := implementations.DEFINITION(*given)))
+        return model
+
+    class Recorded(peers.ConcatTimm):
+        def forward(self, images: Tensor) -> Tensor:
+            alive.append(sum(model() is not None for model in made))
+            return super().forward(images)
+
+    monkeypatch.setattr(throughput, "DEFINITION", build)
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    throughput.check_gradients([implementations.peer(Recorded)("concat_recorded", start)], start)
+    assert (len(made), alive) == (1, [0])
 
 
 def test_an_implementation_that_cannot_be_built_is_a_row_with_its_reason() -> None:
