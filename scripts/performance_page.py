@@ -120,6 +120,10 @@ class Group:
     def __getitem__(self, name: str) -> Any:
         return self.key[SETTING.index(name)]
 
+    def precedence(self) -> tuple[str, int]:
+        """The larger, the sooner shown of what was measured at one setting."""
+        return self.report.content["date"], len(self.rows)
+
     @property
     def best_concatenation(self) -> Row | None:
         found = [row for row in self.rows if row["impl"].startswith("concat") and is_right(row)]
@@ -146,17 +150,33 @@ class Group:
         return f"{model_name(self['model'])} with {prompts}, batch {self['batch_size']}{dtype}"
 
     def command(self) -> str:
-        dtype = next(
-            (row["dtype"] for row in self.rows if row["impl"].startswith("vpt_fast")), self.dtypes[0]
-        )
+        """Measures these rows anew."""
+        content = self.report.content
         flags = {
             "models": self["model"],
             "prompt-type": self["prompt_type"],
             "num-prompts": self["num_prompts"],
             "batch-size": self["batch_size"],
-            "dtype": dtype,
+            "dtype": content["dtype"],
+            "image-size": content.get("image_size"),
+            **self.chosen_rows(),
         }
-        return "python benchmarks/throughput.py " + " ".join(f"--{key} {flags[key]}" for key in flags)
+        words = [f"--{key} {value}" for key, value in flags.items() if value]
+        if any(row.get("largest_batch") is not None for row in self.rows):
+            words.append("--find-batch")
+        return f"python benchmarks/throughput.py {' '.join(words)}"
+
+    def chosen_rows(self) -> dict[str, str]:
+        """The flags that name them. Where not all of vpt_fast's are under the same policies, which no flags
+        ask for, they are those of no flags."""
+        there = [(row["impl"], row.get("memory")) for row in self.rows]
+        names = list(dict.fromkeys(impl for impl, _ in there))
+        policies = list(dict.fromkeys(memory for _, memory in there if memory)) or [None]
+        chosen = {(impl, memory) for impl in names for memory in policies if impl.startswith("vpt_fast")}
+        if chosen != {(impl, memory) for impl, memory in there if impl.startswith("vpt_fast")}:
+            return {}
+        memory = ",".join(filter(None, policies))
+        return {"implementations": ",".join(names), "memory": "" if memory == "exact" else memory}
 
 
 def is_right(row: Row) -> bool:
@@ -238,7 +258,8 @@ def read_reports(root: Path) -> list[Report]:
 
 
 def groups(reports: Iterable[Report]) -> list[Group]:
-    """The settings of all throughput files; of one measured twice on a device, the newest."""
+    """The settings of all throughput files; of one measured twice on a device, the newest, and of one day the
+    one with the most rows: a search of batches has fewer than the table, and comes before it by name."""
     found: dict[tuple[Any, ...], Group] = {}
     for report in reports:
         if report.kind != "throughput":
@@ -248,7 +269,8 @@ def groups(reports: Iterable[Report]) -> list[Group]:
             of_report.setdefault(tuple(row[name] for name in SETTING), []).append(row)
         for key, rows in of_report.items():
             usual = next((row["dtype"] for row in rows if row["impl"].startswith("vpt_fast")), None)
-            found.setdefault((report.device, usual, *key), Group(report, key, rows))
+            group, of_setting = Group(report, key, rows), (report.device, usual, *key)
+            found[of_setting] = max(found.get(of_setting, group), group, key=Group.precedence)
     return list(found.values())
 
 
@@ -607,7 +629,7 @@ def readme_block(reports: list[Report]) -> str:
             group["num_prompts"] == 100,
             group["batch_size"] == USUAL_BATCH["gpu" if group.report.on_gpu else "cpu"],
         )
-        return group.report.on_gpu, *usual, group.report.content["date"], len(group.rows)
+        return group.report.on_gpu, *usual, *group.precedence()
 
     candidates = [group for group in groups(reports) if group.best_concatenation is not None]
     if not candidates:

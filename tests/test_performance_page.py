@@ -32,7 +32,7 @@ class Project:
 
     def add(self, name: str, rows: list[dict[str, Any]] | None = None, **fields: Any) -> None:
         header = {"device": "NVIDIA H100", "torch": "2.14", "triton": "3.8", "timm": "1.0", "cuda": "13.0"}
-        report = {**header, "date": "2026-11-23", **fields}
+        report = {**header, "dtype": "bfloat16", "date": "2026-11-23", **fields}
         if rows is not None:
             report["rows"] = rows
         (self.root / page.RESULTS / f"{name}.json").write_text(json.dumps(report))
@@ -94,6 +94,35 @@ def test_where_no_concatenation_was_graphed_it_is_said(
     assert (page.UNGRAPHED in " ".join(project.text(path).split())) == said
 
 
+@pytest.mark.parametrize(
+    ("rows", "asked"),
+    [
+        ([("vpt_fast", None), ("concat_timm", None)], "--implementations vpt_fast,concat_timm"),
+        ([("concat_timm", None), ("vpt_fast", "exact")], "--implementations concat_timm,vpt_fast"),
+        (
+            [("vpt_fast", "exact"), ("vpt_fast", "recompute"), ("concat_timm", None)],
+            "--implementations vpt_fast,concat_timm --memory exact,recompute",
+        ),
+        ([("vpt_fast", "exact"), ("vpt_fast", "recompute"), ("vpt_fast_graphed", "exact")], ""),
+    ],
+    ids=["without a policy", "exact", "policies", "by default"],
+)
+def test_the_command_measures_the_rows_of_its_table(
+    project: Project, rows: list[tuple[str, str | None]], asked: str
+) -> None:
+    project.add("h100", [row(impl, 300.0, memory=memory) for impl, memory in rows])
+    setting = "--prompt-type deep --num-prompts 100 --batch-size 64 --dtype bfloat16"
+    command = f"python benchmarks/throughput.py --models vit_base_patch16_224 {setting} {asked}".strip()
+    assert f"`{command}`" in project.text()
+
+
+def test_the_command_has_the_run_s_dtype_size_and_search(project: Project) -> None:
+    searched = row("concat_reference", 100.0, dtype="float32", largest_batch=96)
+    project.add("h100", [searched], image_size=384)
+    asked = "--dtype bfloat16 --image-size 384 --implementations concat_reference --find-batch`"
+    assert asked in project.text()
+
+
 def test_what_lost_is_said(project: Project) -> None:
     project.add(
         "h100",
@@ -110,6 +139,15 @@ def test_of_a_setting_measured_twice_on_a_device_the_newest_counts(project: Proj
     )
     text = project.text()
     assert "222" in text and "333" in text and "111" not in text
+
+
+@pytest.mark.parametrize("names", [("batches", "vit_base"), ("vit_base", "batches")])
+def test_of_a_setting_measured_twice_in_a_day_the_table_with_more_rows_counts(
+    project: Project, names: tuple[str, str]
+) -> None:
+    project.add(names[0], [row("vpt_fast", 111.0)])
+    project.add(names[1], [row("vpt_fast", 222.0), row("concat_timm", 50.0)])
+    assert "222" in project.text() and "111" not in project.text()
 
 
 def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_none(project: Project) -> None:
