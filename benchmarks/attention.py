@@ -327,7 +327,8 @@ def main(
         for shape in progress.track(shapes, description="shapes"):
             there = [row for row in rows if row.shape == shape and row.impl in names]
             if len(there) < len(names):  # all of a shape anew, so that what is compared ran in turns
-                there = measure_shape(shape, names, settings)
+                others = [row.impl for row in rows if row.shape == shape and row.impl not in names]
+                there = measure_shape(shape, [*names, *others], settings)
                 rows = [row for row in rows if row.shape != shape] + there
                 report.write([asdict(row) for row in rows])
             console.print(make_table(there))

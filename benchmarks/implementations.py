@@ -46,6 +46,13 @@ class Setting:
     dtype: str
     image_size: int | None = None
 
+    @property
+    def slug(self) -> str:
+        """All of it, as part of a file's name."""
+        prompts, size = f"{self.num_prompts}-{self.prompt_type}-prompts", f"{self.image_size}-pixels"
+        parts = [self.model, prompts, f"batch-{self.batch_size}", self.dtype, size if self.image_size else ""]
+        return "-".join(filter(None, parts))
+
 
 @dataclass(frozen=True)
 class Family:

@@ -4,8 +4,8 @@
 
 prints what a step spends in matrix products, attention, normalisation, activations and the rest, the kernels
 that take longest, and how long the host needs to launch them, and writes
-results/profile-<model>-<implementation>-<device>-<date>.json. Under the profiler a step takes longer than it
-does alone, so that throughput is measured by throughput.py.
+results/profile-<implementation>[-<memory>]-<setting>-<device>-<date>.json. Under the profiler a step takes
+longer than it does alone, so that throughput is measured by throughput.py.
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ def main(
     for table in make_tables(entries, step_ms, most):
         console.print(table)
     console.print(f"The host is busy with a step for {host:.3f} ms, without the profiler.")
-    path = output or default_path(header, f"profile-{model}-{implementation}")
+    policy = memory if contender.memory is not None else ""
+    name = "-".join(filter(None, ["profile", implementation, policy, setting.slug]))
+    path = output or default_path(header, name)
     rows = [asdict(entry) for entry in entries]
     found = {"step_ms": step_ms, "host_ms": host, "kinds_ms": by_kind(entries), "rows": rows}
     write_report({**header, **found}, path)

@@ -6,7 +6,7 @@ measures training steps and inference batches of each implementation in turn, an
 sweep of 40 points and the five runs of the protocol: extrapolated, and labelled so. Then it trains on JPEG
 files that it writes into a temporary folder, with the pixels kept on the device, and with processes that
 decode them in every epoch; and compares with the same steps on one batch that is there already. It prints
-tables and writes results/recipe-<device>-<date>.json next to this file.
+tables and writes results/recipe-<setting>-<device>-<date>.json next to this file.
 """
 
 from __future__ import annotations
@@ -403,7 +403,7 @@ def main(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/recipe-<device>-<date>.json")
+        Path | None, typer.Option(help="JSON file; default: results/recipe-<setting>-<device>-<date>.json")
     ] = None,
 ) -> None:
     """Measure what a VTAB-style task costs, and what loading its images adds."""
@@ -436,7 +436,7 @@ def main(
     random = random_batch(start, setting.batch_size, where)
     size = start.image_size
     report = {**make_header(where), **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
-    path = output or default_path(report, "recipe")
+    path = output or default_path(report, f"recipe-{setting.slug}")
 
     def write(rows: list[Row], loading: list[Loading], decode_seconds: float | None) -> None:
         found = [asdict(row) for row in rows], [asdict(way) for way in loading]

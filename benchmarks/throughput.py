@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py
 
-measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json
-next to this file. `--help` lists the flags; benchmarks/plots.py draws what was written. Every implementation
-starts from the same weights and the same trainable tensors; one whose gradients are not those of
-concatenation in float64 is marked and not ranked.
+measures a sensible setting for the device at hand, prints a table and writes
+results/<dtype>-<device>-<date>.json next to this file. `--help` lists the flags; benchmarks/plots.py draws
+what was written. Every implementation starts from the same weights and the same trainable tensors; one whose
+gradients are not those of concatenation in float64 is marked and not ranked.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class Row:
     largest_batch: int | None = None
     gradient_error: float | None = None
     error: str | None = None
+
+    @property
+    def entrant(self) -> Entrant:
+        return Entrant(self.impl, self.memory)
 
     def is_of(self, setting: Setting) -> bool:
         """Whether it was measured at this setting; the rest of it is common to all rows of a file."""
@@ -291,13 +295,11 @@ def measure_setting(
     return rank(rows)
 
 
-def find_batches(
-    rows: list[Row], those: list[Entrant], setting: Setting, device: torch.device, console: Console
-) -> None:
+def find_batches(rows: list[Row], setting: Setting, device: torch.device, console: Console) -> None:
     """Fills in the largest batch of every row that did not fail for another reason than want of memory."""
     start = make_start(setting, torch.device("cpu"))
     with console.status("largest batch") as status:
-        for row, entrant in zip(rows, those, strict=True):
+        for row in rows:
             if row.error is not None and not ran_out_of_memory(row.error):
                 continue
             name = measure.label(row.impl, row.memory)
@@ -306,7 +308,7 @@ def find_batches(
                 status.update(f"largest batch of {name}: {text}")
 
             try:
-                row.largest_batch = largest_batch(entrant.build, start, device, progress)
+                row.largest_batch = largest_batch(row.entrant.build, start, device, progress)
             except RuntimeError as failure:
                 console.print(f"largest batch of {name}: not found, {failure}", markup=False)
 
@@ -367,25 +369,39 @@ def place(row: Row) -> str:
 
 
 class Report:
-    """The results file. One that a run was interrupted at is gone on with; a finished one is replaced.
+    """The results file: rows of other settings stay there. One that a run was interrupted at is gone on with;
+    what a finished one holds of this run's settings is measured anew.
 
     Args:
-        path: None for results/<device>-<date>.json.
+        path: None for results/<dtype>[-<image size>-pixels]-<device>-<date>.json.
         header: the machine, versions, day and what all settings have in common; only a file of the same is
-            gone on with.
+            kept.
+        asked: what this run is to measure.
+
+    Attributes:
+        entrants: by setting, what was asked for and what the file has of it beside that: what is compared
+            runs in turns.
     """
 
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self.path = path or default_path(header)
-        left = resumed(self.path, {**header, "finished": False}) or {"ceiling_tflops": None, "rows": []}
-        self.header, self.ceiling_tflops, self.rows = header, left["ceiling_tflops"], list[Row]()
-        self._left = [Row(**row) for row in left["rows"]]
+    def __init__(
+        self, path: Path | None, header: dict[str, Any], asked: dict[Setting, list[Entrant]]
+    ) -> None:
+        size = f"{header['image_size']}-pixels" if header["image_size"] else ""
+        self.path = path or default_path(header, "-".join(filter(None, [header["dtype"], size])))
+        found = resumed(self.path, header) or {"ceiling_tflops": None, "finished": True, "rows": []}
+        self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
+        there = [Row(**row) for row in found["rows"]]
+        self.entrants = {
+            setting: list(dict.fromkeys([*those, *(row.entrant for row in there if row.is_of(setting))]))
+            for setting, those in asked.items()
+        }
+        self.rows = [row for row in there if not any(row.is_of(setting) for setting in asked)]
+        self._left = [] if found["finished"] else [row for row in there if row not in self.rows]
 
-    def measured(self, setting: Setting, those: list[Entrant]) -> list[Row]:
-        """The rows of a setting that the interrupted run had finished; none if one is missing, since what is
-        compared runs in turns."""
+    def measured(self, setting: Setting) -> list[Row]:
+        """The rows of a setting that the interrupted run had finished; none if one is missing."""
         rows = [row for row in self._left if row.is_of(setting)]
-        return rows if [Entrant(row.impl, row.memory) for row in rows] == those else []
+        return rows if {row.entrant for row in rows} == {*self.entrants[setting]} else []
 
     def write(self, finished: bool = False) -> None:
         rows = [asdict(row) for row in self.rows]
@@ -424,7 +440,7 @@ def main(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/<device>-<date>.json")
+        Path | None, typer.Option(help="JSON file; default: results/<dtype>-<device>-<date>.json")
     ] = None,
 ) -> None:
     """Measure training throughput and memory; every flag has a default that suits the device."""
@@ -454,25 +470,25 @@ def main(
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     steps = steps or (10 if on_gpu else 1)
     common = {"dtype": dtype, "image_size": image_size, "repeats": repeats, "steps": steps}
-    report = Report(output, {**make_header(where), **common})
+    report = Report(output, {**make_header(where), **common}, settings)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {dtype}")
     if report.ceiling_tflops is None:
         with console.status("one large product"):
             report.ceiling_tflops = ceilings.large_product(where, product_dtype(dtype))
     console.print(f"Ceiling: {report.ceiling_tflops:.3g} TFLOP/s, one large product.")
     count = f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"
-    total = sum(map(len, settings.values()))
+    total = sum(map(len, report.entrants.values()))
     console.print(f"{count}, {total} rows; what is done stands in {report.path}.")
     first_size = next(iter(settings)).batch_size
-    for setting, those in settings.items():
-        rows = report.measured(setting, those)
+    for setting, those in report.entrants.items():
+        rows = report.measured(setting)
         if not rows:
             rows = measure_setting(setting, those, where, repeats, steps, console, report.ceiling_tflops)
         report.rows += rows
         report.write()
         is_first_size = setting.batch_size == first_size
         if find_batch and is_first_size and all(row.largest_batch is None for row in rows):
-            find_batches(rows, those, setting, where, console)
+            find_batches(rows, setting, where, console)
             report.write()
         console.print(make_table(rows, dtype))
     report.write(finished=True)

@@ -84,7 +84,8 @@ class Report:
     @property
     def subject(self) -> tuple[Any, ...]:
         """What it is about, so that a newer file on the same takes its place."""
-        return self.device, self.kind, *map(self.content.get, ("model", "implementation", "memory"))
+        names = ("implementation", "memory", *SETTING, "dtype")
+        return self.device, self.kind, *map(self.content.get, names)
 
     @property
     def device(self) -> str:
@@ -345,7 +346,8 @@ def attention_section(report: Report) -> str:
     text = [
         "### Attention",
         paragraph(
-            "Forward and backward of one layer, each library with the concatenation that it needs:",
+            f"Forward and backward of one layer, {report.content['dtype']}, each library with the",
+            "concatenation that it needs:",
             f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
         ),
         table([row for row in report.rows if row["impl"] not in absent], columns),
@@ -376,7 +378,7 @@ def kernels_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### The other operations",
-            f"`python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
+            f"{report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
             table(report.rows, columns),
             *lost(report.rows, "ratio", "the best other implementation"),
         ]
@@ -457,6 +459,8 @@ def profile_section(report: Report) -> str:
         ("calls", field("calls", "g")),
     ]
     memory = "" if content["memory"] == "exact" else f", memory {content['memory']}"
+    names = ("model", "num_prompts", "batch_size", "dtype", "implementation", "memory")
+    flags = " ".join(f"--{name.replace('_', '-')} {content[name]}" for name in names)
     setting = (
         f"{model_name(content['model'])} with {content['num_prompts']} {content['prompt_type']} prompts, "
         f"batch {content['batch_size']}, {content['dtype']}"
@@ -468,8 +472,7 @@ def profile_section(report: Report) -> str:
                 f"`{content['implementation']}`{memory}, {setting}:",
                 f"{number(step)} ms a step under the profiler; without it the host is busy for",
                 f"{number(content['host_ms'])} ms.",
-                f"`python benchmarks/profile_step.py --model {content['model']} --implementation",
-                f"{content['implementation']}` ({report.link(PAGE, 'results')}).",
+                f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE, 'results')}).",
             ),
             table(spent, columns),
             table(content["rows"][:MOST_KERNELS], longest),

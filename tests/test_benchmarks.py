@@ -573,6 +573,50 @@ def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
     assert measured == [1, 2, 3, 1, 2, 3]
 
 
+def rows_after(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *runs: list[str]
+) -> list[tuple[int, str, str | None]]:
+    """Prompts, implementation and policy of the rows that the file holds after some runs, none of them
+    timed."""
+
+    def measure_setting(
+        setting: implementations.Setting, those: list[throughput.Entrant], *rest: Any
+    ) -> list[throughput.Row]:
+        of = {"num_prompts": setting.num_prompts, "batch_size": setting.batch_size}
+        return [make_row(entrant.name, memory=entrant.memory, **of) for entrant in those]
+
+    monkeypatch.setattr(throughput, "measure_setting", measure_setting)
+    monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+    for flags in runs:
+        found = CliRunner().invoke(app, [*flags, "--device", "cpu", "--output", str(path)])
+        assert found.exit_code == 0, found.output
+    return [(row["num_prompts"], row["impl"], row["memory"]) for row in json.loads(path.read_text())["rows"]]
+
+
+def test_rows_of_settings_that_are_not_asked_for_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [["--implementations", "concat_timm", "--num-prompts", m] for m in ("1,2", "3", "2")]
+    found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
+    assert sorted(found) == [(m, "concat_timm", None) for m in (1, 2, 3)]
+
+
+def test_rows_of_implementations_that_are_not_asked_for_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [["--implementations", name, "--num-prompts", "1"] for name in ("concat_timm", "vpt_fast")]
+    found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
+    assert sorted(found) == [(1, "concat_timm", None), (1, "vpt_fast", "exact")]
+
+
+def test_the_default_file_s_name_has_what_its_rows_have_in_common() -> None:
+    header = {"device": "AMD EPYC", "date": "2026-11-26", "dtype": "float32", "image_size": 384}
+    path = throughput.Report(None, header, {}).path
+    assert path.name == "float32-384-pixels-amd-epyc-2026-11-26.json"
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [

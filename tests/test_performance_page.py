@@ -338,6 +338,19 @@ def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(pro
     assert "the host is busy for 2.50 ms" in " ".join(text.split())
 
 
+def test_profiles_of_two_settings_of_a_model_stand_side_by_side(project: Project) -> None:
+    project.add("profile-100", **profile("vit_base_patch16_224"))
+    project.add("profile-50", **profile("vit_base_patch16_224", num_prompts=50))
+    assert project.text().count("### Where a step's time goes") == 2
+
+
+def test_a_profile_s_command_has_its_setting(project: Project) -> None:
+    project.add("profile-base", **profile("vit_base_patch16_224", num_prompts=50, memory="compact"))
+    setting = "--model vit_base_patch16_224 --num-prompts 50 --batch-size 64 --dtype bfloat16"
+    command = f"profile_step.py {setting} --implementation vpt_fast --memory compact`"
+    assert command in " ".join(project.text().split())
+
+
 def test_of_launches_the_recorded_one_stands_beside_the_fastest_right_one(project: Project) -> None:
     def launch(block: int, ms: float, **fields: Any) -> dict[str, Any]:
         start = {"kernel": "forward", "shape": "head_dim 64", "launch": {"BLOCK_M": block}, "recorded": False}

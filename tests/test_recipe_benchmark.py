@@ -106,6 +106,11 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
         assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
 
 
+def test_a_setting_s_slug_has_all_of_it() -> None:
+    setting = implementations.Setting("vit_base_patch16_224", 50, 64, "deep", "bfloat16", image_size=384)
+    assert setting.slug == "vit_base_patch16_224-50-deep-prompts-batch-64-bfloat16-384-pixels"
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
