@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import measure
 import numpy as np
-import timm
 import torch
 import typer
 from implementations import (
@@ -35,9 +34,9 @@ from implementations import (
     require_possible,
 )
 from measure import Contender
-from operations import verdict
+from operations import choose_device, verdict
 from PIL import Image
-from reports import default_path, listed, make_header, write_report
+from reports import listed, make_header, one_of, output_path, require_model, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -407,21 +406,24 @@ def main(
     ] = None,
 ) -> None:
     """Measure what a VTAB-style task costs, and what loading its images adds."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     on_gpu = where.type == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     name = model or ("vit_base_patch16_224" if on_gpu else "vit_tiny_patch16_224")
+    require_model(name)
     setting = Setting(
-        listed(name, timm.list_models())[0],
+        name,
         num_prompts,
         batch_size or (64 if on_gpu else 8),
-        listed(prompt_type, ["deep", "shallow"])[0],
-        listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0],
+        one_of("prompt-type", prompt_type, ["deep", "shallow"]),
+        one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW),
         image_size,
     )
     default = "vpt_fast,vpt_fast_graphed,concat_timm_compiled" if on_gpu else "vpt_fast,concat_timm_compiled"
     names = listed(implementations or default, list(IMPLEMENTATIONS))
     require_possible(setting, names, [])
+    header = make_header(where)
+    path = output_path(output, header, f"recipe-{setting.slug}")
     protocol = Protocol(test=test_images)
     workers = workers or default_workers()
     steps, epoch_steps = steps or (10 if on_gpu else 1), epoch_steps or (12 if on_gpu else 2)
@@ -435,8 +437,7 @@ def main(
     contenders = [IMPLEMENTATIONS[name](name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
     size = start.image_size
-    report = {**make_header(where), **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
-    path = output or default_path(report, f"recipe-{setting.slug}")
+    report = {**header, **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
 
     def write(rows: list[Row], loading: list[Loading], decode_seconds: float | None) -> None:
         found = [asdict(row) for row in rows], [asdict(way) for way in loading]

@@ -41,7 +41,8 @@ from implementations import (
     require_possible,
 )
 from measure import MIB, Contender
-from reports import default_path, listed, make_header, positive_numbers, resumed, write_report
+from operations import choose_device
+from reports import listed, make_header, one_of, output_path, positive_numbers, resumed, write_report
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -387,7 +388,7 @@ class Report:
         self, path: Path | None, header: dict[str, Any], asked: dict[Setting, list[Entrant]]
     ) -> None:
         size = f"{header['image_size']}-pixels" if header["image_size"] else ""
-        self.path = path or default_path(header, "-".join(filter(None, [header["dtype"], size])))
+        self.path = output_path(path, header, "-".join(filter(None, [header["dtype"], size])))
         found = resumed(self.path, header) or {"ceiling_tflops": None, "finished": True, "rows": []}
         self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
         there = [Row(**row) for row in found["rows"]]
@@ -444,14 +445,14 @@ def main(
     ] = None,
 ) -> None:
     """Measure training throughput and memory; every flag has a default that suits the device."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     on_gpu = where.type == "cuda"
     if find_batch and not on_gpu:
         raise typer.BadParameter(
             f"find-batch: got it with device {where}, want a GPU: a CPU's memory has no end at which it fails"
         )
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
-    dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
+    dtype = one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW)
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
     names = listed(implementations, list(IMPLEMENTATIONS)) if implementations else []
     policies = listed(memory, list(POLICIES)) if memory else []

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_vit
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from vpt_fast.kernels.launch import MAX_ALONG_AXIS
 
 from vpt_fast import PromptedViT
 
@@ -484,6 +485,10 @@ def test_the_largest_batch_is_found(limit: int, first: int) -> None:
     assert len(tried) == len(set(tried)) <= 16
 
 
+def test_no_larger_batch_is_tried_than_attention_takes() -> None:
+    assert find_batch.largest(lambda batch_size: True, 64) == MAX_ALONG_AXIS
+
+
 def test_no_batch_at_all_may_fit() -> None:
     assert find_batch.largest(lambda batch_size: False, 64) == 0
 
@@ -617,12 +622,29 @@ def test_the_default_file_s_name_has_what_its_rows_have_in_common() -> None:
     assert path.name == "float32-384-pixels-amd-epyc-2026-11-26.json"
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+    found = CliRunner().invoke(app, ["--device", device])
+    assert found.exit_code == 2 and f"device: got '{device}'" in found.output
+
+
+def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--implementations", "concat_timm,concat_timm", "--num-prompts", "1,1"]
+    found = rows_after(tmp_path / "report.json", monkeypatch, flags)
+    assert found == [(1, "concat_timm", None)]
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (["--models", "vit_base_patch16_225"], "vit_base_patch16_225"),
         (["--implementations", "magic"], "magic"),
         (["--dtype", "int8"], "int8"),
+        (["--dtype", "float32,bfloat16"], "dtype: got 'float32,bfloat16', want one of float32"),
+        (["--output", "/dev/null/report.json"], "output: got /dev/null/report.json, want a file that"),
         (["--memory", "none"], "none"),
         (["--find-batch"], "find-batch"),
         (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),

@@ -400,6 +400,7 @@ def test_a_sweep_takes_all_combinations_and_the_default_the_models() -> None:
         (attention, ["--dtype", "int8"], "int8"),
         (kernels, ["--dtype", "float32,bfloat16"], "float32,bfloat16"),
         (attention, ["--device", "tpu"], "tpu"),
+        (attention, ["--output", "/dev/null/report.json"], "output: got /dev/null"),
         (kernels, ["--ops", "softmax"], "softmax"),
         (kernels, ["--kinds", "batch"], "batch"),
         (kernels, ["--kinds", "rms", "--ops", "activate"], "rms"),

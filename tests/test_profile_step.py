@@ -103,6 +103,7 @@ def test_what_differs_is_in_the_default_file_s_name(tmp_path: Path, monkeypatch:
         (["--implementation", "concat"], ["implementation", "'concat'", "concat_timm"]),
         (["--memory", "none"], ["memory", "'none'", "recompute"]),
         (["--dtype", "int8"], ["dtype", "'int8'", "bfloat16"]),
+        (["--output", "/dev/null/profile.json"], ["output: got /dev/null/profile.json"]),
         (["--implementation", "concat_timm", "--memory", "compact"], ["'compact'", "concat_timm"]),
     ],
 )

@@ -116,11 +116,17 @@ def test_a_setting_s_slug_has_all_of_it() -> None:
     [
         (["--model", "vit_base_patch16_225"], "vit_base_patch16_225"),
         (["--implementations", "magic"], "magic"),
+        (["--model", "vit_tiny_patch16_224,vit_base_patch16_224"], "model: got 'vit_tiny_patch16_224,vit"),
+        (["--dtype", "float32,bfloat16"], "dtype: got 'float32,bfloat16'"),
+        (["--prompt-type", "deep,shallow"], "prompt-type: got 'deep,shallow'"),
+        (["--output", "/dev/null/report.json"], "output: got /dev/null/report.json, want a file that"),
+        (["--device", "foo"], "device: got 'foo'"),
+        (["--device", "cuda:1"], "device: got 'cuda:1'"),
     ],
 )
 def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
     app = recipe.typer.Typer()
     app.command()(recipe.main)
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    result = CliRunner().invoke(app, ["--device", "cpu", *arguments])  # of a flag given twice the last counts
     assert result.exit_code == 2
     assert named in result.output
