@@ -60,6 +60,7 @@ MODELS = {
 }
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
+DETERMINISTIC = ("flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash")  # as flash.py calls them
 USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
 MOST_KERNELS = 10  # of a profile
 
@@ -351,8 +352,17 @@ def attention_section(report: Report) -> str:
             f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
         ),
         table([row for row in report.rows if row["impl"] not in absent], columns),
-        *(f"Not measured: `{name}`: {reason}." for name, reason in absent.items()),
     ]
+    there = {row["impl"] for row in report.rows} - absent.keys()
+    if timed := [f"`{name}`" for name in DETERMINISTIC if name in there]:
+        text.append(
+            paragraph(
+                f"In backward {' and '.join(timed)} ran in deterministic mode, in which vpt_fast trains with",
+                "it so that runs repeat bit for bit, as our kernels do. A library's own default mode, which",
+                "may be faster, was not timed. `sdpa_cudnn` has no deterministic mode.",
+            )
+        )
+    text += [f"Not measured: `{name}`: {reason}." for name, reason in absent.items()]
     for part in ("forward", "backward"):
         text += lost(report.rows, f"{part}_ratio", f"the best library in {part}")
     return "\n\n".join(text)

@@ -233,6 +233,15 @@ def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
     assert text.count("| `sdpa_flash` |") == 2 and "out of memory" in text
 
 
+@pytest.mark.parametrize(("library", "said"), [("sdpa_flash", True), ("sdpa_cudnn", False)])
+def test_a_library_that_ran_in_deterministic_mode_is_named(
+    project: Project, library: str, said: bool
+) -> None:
+    shape = {"batch_size": 64, "num_tokens": 197, "exact": True, "error": None, "backward_ms": 1.5}
+    project.add("attention-h100", [shape | {"impl": library}])
+    assert (f"In backward `{library}` ran in deterministic mode" in project.text()) == said
+
+
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
     policies = [row("vpt_fast", 300.0 - 10 * i, memory=name) for i, name in enumerate(("exact", "compact"))]
     project.add("h100", [*policies, row("concat_timm", 200.0)])
