@@ -300,31 +300,38 @@ def interleave(
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The gradient of every trained parameter, by name; of a graphed contender, as a replay leaves it."""
     contender.optimizer.zero_grad(set_to_none=True)
-    trained = {name: p for name, p in contender.model.named_parameters() if p.requires_grad}
     if contender.graphed:
-        replay_gradients(contender, images, labels)
-    else:
-        contender.loss(images, labels).backward()
-    # Copies: a graph's own lie in its memory, which goes with it.
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
-    contender.optimizer.zero_grad(set_to_none=True)
-    return found
+        return replayed_gradients(contender, images, labels)
+    contender.loss(images, labels).backward()
+    return take_gradients(contender)
 
 
-def replay_gradients(contender: Contender, images: Tensor, labels: Tensor) -> None:
-    """Leaves the gradients of a replayed step in `.grad`, and weights and the optimizer's state as they are.
+def replayed_gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`gradients` by a graph of its own, whose optimizer moves nothing: weights and the contender's optimizer
+    stay as they are.
 
-    The graph is one of its own, of an optimizer that moves nothing. Before each step what the last one left
-    is overwritten, so that a replay that writes nothing is not taken for right.
+    Before each step what the last one left is overwritten, so that a replay that writes nothing is not taken
+    for right.
     """
     trained = [p for p in contender.model.parameters() if p.requires_grad]
-    still = torch.optim.SGD(trained, lr=0.0, fused=True)
-    step = contender.make_graph(still)
+    step = contender.make_graph(torch.optim.SGD(trained, lr=0.0, fused=True))
     for _ in range(contender.steps_to_settle):
         for p in trained:
             if p.grad is not None:
                 p.grad.fill_(float("nan"))
         step(images, labels)
+    return take_gradients(contender)  # while the graph is there, in whose memory they lie
+
+
+def take_gradients(contender: Contender) -> dict[str, Tensor]:
+    """Copies of what stands in `.grad`, zeros where nothing does; nothing is left there."""
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in contender.model.named_parameters()
+        if p.requires_grad
+    }
+    contender.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -392,8 +392,9 @@ class Report:
         found = resumed(self.path, header) or {"ceiling_tflops": None, "finished": True, "rows": []}
         self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
         there = [Row(**row) for row in found["rows"]]
+        known = [row for row in there if row.impl in IMPLEMENTATIONS]
         self.entrants = {
-            setting: list(dict.fromkeys([*those, *(row.entrant for row in there if row.is_of(setting))]))
+            setting: list(dict.fromkeys([*those, *(row.entrant for row in known if row.is_of(setting))]))
             for setting, those in asked.items()
         }
         self.rows = [row for row in there if not any(row.is_of(setting) for setting in asked)]
