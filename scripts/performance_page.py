@@ -122,6 +122,11 @@ class Group:
     def __getitem__(self, name: str) -> Any:
         return self.key[SETTING.index(name)]
 
+    @property
+    def is_search(self) -> bool:
+        """Whether the largest batch was searched for."""
+        return any(row.get("largest_batch") is not None for row in self.rows)
+
     def precedence(self) -> tuple[str, int]:
         """The larger, the sooner shown of what was measured at one setting."""
         return self.report.content["date"], len(self.rows)
@@ -164,7 +169,7 @@ class Group:
             **self.chosen_rows(),
         }
         words = [f"--{key} {value}" for key, value in flags.items() if value]
-        if any(row.get("largest_batch") is not None for row in self.rows):
+        if self.is_search:
             words.append("--find-batch")
         return f"python benchmarks/throughput.py {' '.join(words)}"
 
@@ -259,21 +264,51 @@ def read_reports(root: Path) -> list[Report]:
     return found
 
 
-def groups(reports: Iterable[Report]) -> list[Group]:
-    """The settings of all throughput files; of one measured twice on a device, the newest, and of one day the
-    one with the most rows: a search of batches has fewer than the table, and comes before it by name."""
-    found: dict[tuple[Any, ...], Group] = {}
+def all_groups(reports: Iterable[Report]) -> list[Group]:
+    """The settings of all throughput files."""
+    found: list[Group] = []
     for report in reports:
         if report.kind != "throughput":
             continue
         of_report: dict[tuple[Any, ...], list[Row]] = {}
         for row in report.rows:
             of_report.setdefault(tuple(row[name] for name in SETTING), []).append(row)
-        for key, rows in of_report.items():
-            usual = next((row["dtype"] for row in rows if row["impl"].startswith("vpt_fast")), None)
-            group, of_setting = Group(report, key, rows), (report.device, usual, *key)
-            found[of_setting] = max(found.get(of_setting, group), group, key=Group.precedence)
+        found += [Group(report, key, rows) for key, rows in of_report.items()]
+    return found
+
+
+def preferred(those: Iterable[Group]) -> list[Group]:
+    """Of one setting measured twice on a device the newest, and of one day the one with the most rows: a
+    curve over batches has fewer than the table, and comes before it by name."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for group in those:
+        usual = next((row["dtype"] for row in group.rows if row["impl"].startswith("vpt_fast")), None)
+        setting = (group.report.device, usual, *group.key)
+        found[setting] = max(found.get(setting, group), group, key=Group.precedence)
     return list(found.values())
+
+
+def groups(reports: Iterable[Report]) -> list[Group]:
+    """The settings of all throughput files, each once."""
+    return preferred(all_groups(reports))
+
+
+def searches(reports: Sequence[Report]) -> list[Group]:
+    """Searches of the largest batch whose rows are not among those of `groups`."""
+    shown = {(group.report.path, group.key) for group in groups(reports)}
+    those = preferred(group for group in all_groups(reports) if group.is_search)
+    return [group for group in those if (group.report.path, group.key) not in shown]
+
+
+def search_section(group: Group) -> str:
+    columns: list[Column] = [
+        ("implementation", name_of),
+        ("dtype", field("dtype") if len(group.dtypes) > 1 else lambda row: ""),
+        ("largest batch", field("largest_batch", "d")),
+    ]
+    title = f"#### The largest batches: {group.title()}"
+    source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
+    return "\n\n".join([title, source, table(group.rows, columns)])
 
 
 def throughput_section(group: Group) -> str:
@@ -588,6 +623,7 @@ def performance_page(root: Path, reports: list[Report]) -> str:
         if of_device:
             text.append("### Training")
             text += [throughput_section(group) for group in of_device]
+            text += [search_section(group) for group in searches(here)]
         newest = {report.subject: report for report in reversed(here)}.values()
         for kind, section in SECTIONS.items():
             text += [section(report) for report in newest if report.kind == kind]

@@ -150,6 +150,13 @@ def test_of_a_setting_measured_twice_in_a_day_the_table_with_more_rows_counts(
     assert "222" in project.text() and "111" not in project.text()
 
 
+def test_the_largest_batches_stand_beside_a_table_with_more_rows(project: Project) -> None:
+    project.add("find-batch", [row("vpt_fast", 111.0, largest_batch=96)])
+    project.add("vit_base", [row("vpt_fast", 222.0), row("concat_timm", 50.0)])
+    searched = project.text().partition("The largest batches")[2]
+    assert line_of(searched, "`vpt_fast`") == "| `vpt_fast` | 96 |"
+
+
 def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_none(project: Project) -> None:
     project.add(
         "cpu", [row("vpt_fast", 1.5), row("concat_timm", 1.0)], device="EPYC", cuda=None, date="2026-12-01"
