@@ -4,8 +4,10 @@
 
 times forward and backward at the shapes of ViT-B/16, L/16 and H/14, prints a table for each shape and writes
 results/attention-<device>-<date>.json as it goes. The libraries are timed twice: from our tensors, with the
-concatenation (and in backward the splitting) that they need, and given what is concatenated already. On a
-CPU it compares PyTorch's own, at small sizes. One whose output or gradients are wrong is marked, and not
+concatenation (and in backward the splitting) that they need, and given what is concatenated already.
+FlashAttention's backward is timed in its deterministic mode, which vpt_fast trains with so that runs repeat
+bit for bit, and not in its own default one, which may be faster; cuDNN's has no such mode. On a CPU it
+compares PyTorch's own, at small sizes. One whose output or gradients are wrong is marked, and not
 compared with. A sweep is one command too, and the same command goes on where it was interrupted:
 
     python benchmarks/attention.py --head-dim 64,80 --num-tokens 197,577 --num-heads 12 --num-prompts 10,100
@@ -327,7 +329,8 @@ def main(
         for shape in progress.track(shapes, description="shapes"):
             there = [row for row in rows if row.shape == shape and row.impl in names]
             if len(there) < len(names):  # all of a shape anew, so that what is compared ran in turns
-                there = measure_shape(shape, names, settings)
+                others = [row.impl for row in rows if row.shape == shape and row.impl not in names]
+                there = measure_shape(shape, [*names, *others], settings)
                 rows = [row for row in rows if row.shape != shape] + there
                 report.write([asdict(row) for row in rows])
             console.print(make_table(there))

@@ -8,14 +8,14 @@ import torch
 from implementations import Start, random_batch
 from measure import Contender, empty_cache
 
-MOST = 2**16  # images; a search ends there
+MOST = 2**16 - 1  # images, as many as a launch of attention's kernels takes; a search ends there
 
 
 def largest(fits: Callable[[int], bool], first: int) -> int:
     """The largest batch found that fits, 0 for none: by doubling from `first`, then by bisection.
 
     It is exact below 64 and else at most a thirty-second too small: each try on a GPU takes seconds, and a
-    compiled model's a minute. No more than 65,536 are tried.
+    compiled model's a minute. No more than `MOST` are tried.
     """
     low, high = 0, first
     while fits(high):

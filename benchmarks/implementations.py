@@ -46,6 +46,13 @@ class Setting:
     dtype: str
     image_size: int | None = None
 
+    @property
+    def slug(self) -> str:
+        """All of it, as part of a file's name."""
+        prompts, size = f"{self.num_prompts}-{self.prompt_type}-prompts", f"{self.image_size}-pixels"
+        parts = [self.model, prompts, f"batch-{self.batch_size}", self.dtype, size if self.image_size else ""]
+        return "-".join(filter(None, parts))
+
 
 @dataclass(frozen=True)
 class Family:
@@ -201,6 +208,7 @@ def peer(
     build: Build,
     *,
     compiled: str | None = None,
+    graphed: bool = False,
     dtype: str | None = None,
     full_precision_weights: bool = False,
 ) -> Implementation:
@@ -209,6 +217,7 @@ def peer(
     Args:
         build: makes the model.
         compiled: the mode of torch.compile, or None for none.
+        graphed: replay its steps from a CUDA graph, in the way of vpt_fast's graphed ones.
         dtype: its own, as in `Setting.dtype`, or None for the setting's.
         full_precision_weights: run under autocast where the setting's dtype is "bfloat16".
     """
@@ -219,12 +228,12 @@ def peer(
             own = "amp"
         model = build(start.peer_backbone if own == "bfloat16" else start.backbone, start.state)
         model = model.to(start.device).train()
-        run: Any = model
+        run = model
         if compiled is not None:
             # Of static shapes, since all batches of a setting have one size. In one graph: a part that could
             # not be compiled, or once too often, is an error and not a slow row.
             run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
-        return Contender(name, model, run, autocast_dtype(own), captures=compiled == "max-autotune")
+        return Contender(name, model, run, autocast_dtype(own), graphed, compiled == "max-autotune")
 
     return contender
 
@@ -306,6 +315,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs
     "concat_timm": peer(DEFINITION),
     "concat_timm_compiled": peer(DEFINITION, compiled="default"),
+    # launches cost it as little as they cost vpt_fast_graphed
+    "concat_timm_compiled_graphed": peer(DEFINITION, compiled="default", graphed=True),
     "concat_timm_max_autotune": peer(DEFINITION, compiled="max-autotune"),
     "concat_timm_checkpointed": peer(plain("ConcatCheckpointed")),
     "concat_timm_amp": peer(DEFINITION, dtype="amp"),
@@ -328,6 +339,7 @@ ON_A_GPU = [
     "concat_reference",
     "concat_timm",
     "concat_timm_compiled",
+    "concat_timm_compiled_graphed",
     "concat_timm_checkpointed",
     "concat_timm_amp",
     "concat_timm_amp_compiled",

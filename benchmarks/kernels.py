@@ -528,7 +528,8 @@ def main(
                 wanted = implementations_of(case.op, names)
                 there = [row for row in rows if row.case == case and row.impl in wanted]
                 if len(there) < len(wanted):  # all of a case anew, so that what is compared ran in turns
-                    there = measure_case(case, wanted, settings)
+                    others = [row.impl for row in rows if row.case == case and row.impl not in wanted]
+                    there = measure_case(case, [*wanted, *others], settings)
                     rows = [row for row in rows if row.case != case] + there
                     report.write([asdict(row) for row in rows])
                 shown += there

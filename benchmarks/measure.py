@@ -86,19 +86,21 @@ class Contender:
 
     Attributes:
         model: trained parameters have requires_grad set, all others not.
-        run: what is called on images; the model itself or its compiled form.
+        run: what is called on images, and captured; the model itself or its compiled form.
         autocast: dtype to run under torch.autocast, or None.
         graphed: whether timed steps are replayed from one CUDA graph each, whose parts have no times.
         captures: whether `run` captures CUDA graphs itself, as torch.compile's max-autotune does.
         times: one entry a timed step.
         kept_bytes: kept for backward, of one step; None until measured.
         peak_bytes, peak_reserved_bytes: of a step with only this model's weights counted; None on a CPU.
+        gradient_error: None until checked.
+        unchecked: why its gradients could not be checked, through no fault of its own.
         error: why it could not run; None if it could.
     """
 
     name: str
     model: nn.Module
-    run: Callable[[Tensor], Tensor]
+    run: nn.Module
     autocast: torch.dtype | None = None
     graphed: bool = False
     captures: bool = False
@@ -107,6 +109,7 @@ class Contender:
     peak_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     gradient_error: float | None = None
+    unchecked: str | None = None
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -149,8 +152,18 @@ class Contender:
         return str(narrowest).removeprefix("torch.")
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        # Without the cache of cast weights where a graph has none; to a compiler that is another program.
+        with torch.autocast(
+            images.device.type,
+            self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=not self.graphed,
+        ):
             return F.cross_entropy(self.run(images).float(), labels)
+
+    def make_graph(self, optimizer: torch.optim.Optimizer) -> GraphedStep:
+        """Steps by an optimizer of the trained parameters, replayed from the fourth on."""
+        return GraphedStep(self.run, optimizer, F.cross_entropy, autocast_dtype=self.autocast)
 
     def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
         """One training step, with marks before forward, backward and optimizer, and at the end.
@@ -160,9 +173,7 @@ class Contender:
         watch = Stopwatch(images.device)
         if self.graphed:
             if self.graph is None:
-                self.graph = GraphedStep(
-                    self.model, self.optimizer, F.cross_entropy, autocast_dtype=self.autocast
-                )
+                self.graph = self.make_graph(self.optimizer)
             watch.mark()
             self.graph(images, labels)
             for _ in range(3):
@@ -287,11 +298,35 @@ def interleave(
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The gradient of every trained parameter, by name."""
+    """The gradient of every trained parameter, by name; of a graphed contender, as a replay leaves it."""
     contender.optimizer.zero_grad(set_to_none=True)
+    if contender.graphed:
+        return replayed_gradients(contender, images, labels)
     contender.loss(images, labels).backward()
+    return take_gradients(contender)
+
+
+def replayed_gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`gradients` by a graph of its own, whose optimizer moves nothing: weights and the contender's optimizer
+    stay as they are.
+
+    Before each step what the last one left is overwritten, so that a replay that writes nothing is not taken
+    for right.
+    """
+    trained = [p for p in contender.model.parameters() if p.requires_grad]
+    step = contender.make_graph(torch.optim.SGD(trained, lr=0.0, fused=True))
+    for _ in range(contender.steps_to_settle):
+        for p in trained:
+            if p.grad is not None:
+                p.grad.fill_(float("nan"))
+        step(images, labels)
+    return take_gradients(contender)  # while the graph is there, in whose memory they lie
+
+
+def take_gradients(contender: Contender) -> dict[str, Tensor]:
+    """Copies of what stands in `.grad`, zeros where nothing does; nothing is left there."""
     found = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in contender.model.named_parameters()
         if p.requires_grad
     }
@@ -306,8 +341,9 @@ def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
         return float("inf")
     errors = []
     for name, gradient in expected.items():
-        difference = (actual[name].double() - gradient.double()).norm()
-        errors.append(float(difference / gradient.double().norm()) if difference != 0 else 0.0)
+        gradient = gradient.to(actual[name].device, torch.float64)
+        difference = (actual[name].double() - gradient).norm()
+        errors.append(float(difference / gradient.norm()) if difference != 0 else 0.0)
     return max(error if error == error else float("inf") for error in errors)  # NaN is never exact
 
 

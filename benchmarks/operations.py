@@ -12,7 +12,7 @@ import measure
 import torch
 import typer
 from ceilings import large_product
-from reports import default_path, make_header, resumed, write_report
+from reports import make_header, one_of, output_path, resumed, write_report
 from rich.console import Console
 from torch import Tensor
 
@@ -111,14 +111,13 @@ def start(
     """Reads the flags that both benchmarks have, says what is measured on, and measures the bounds.
 
     Raises:
-        typer.BadParameter: a device or dtype that is not known or not there, an output that is no report.
+        typer.BadParameter: a device or dtype that is not known or not there, an output that is no report or
+            cannot be written.
     """
     where = choose_device(device)
-    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
-    if name not in DTYPES:
-        raise typer.BadParameter(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    name = one_of("dtype", dtype or ("bfloat16" if where.type == "cuda" else "float32"), DTYPES)
     header = {**make_header(where), "dtype": name, "repeats": repeats}
-    report = Report(output or default_path(header, benchmark), header, fresh)
+    report = Report(output_path(output, header, benchmark), header, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
     if where.type == "cpu":
         console.print("Triton's kernels are not measured on a CPU: `torch` is their definition in PyTorch.")
@@ -129,8 +128,8 @@ def start(
 
 
 def choose_device(device: str) -> torch.device:
-    if device and device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device: got {device!r}, want cpu or cuda")
+    """The device of a flag, which may be empty; typer.BadParameter for one that is not known or not there."""
+    one_of("device", device or "cpu", ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device: got 'cuda', and there is no CUDA device here; want cpu")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

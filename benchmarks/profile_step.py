@@ -4,8 +4,8 @@
 
 prints what a step spends in matrix products, attention, normalisation, activations and the rest, the kernels
 that take longest, and how long the host needs to launch them, and writes
-results/profile-<model>-<implementation>-<device>-<date>.json. Under the profiler a step takes longer than it
-does alone, so that throughput is measured by throughput.py.
+results/profile-<implementation>[-<memory>]-<setting>-<device>-<date>.json. Under the profiler a step takes
+longer than it does alone, so that throughput is measured by throughput.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
 from implementations import (
+    EXACT_BELOW,
     IMPLEMENTATIONS,
     Setting,
     family_of,
@@ -31,7 +31,7 @@ from implementations import (
 )
 from measure import Contender
 from operations import choose_device
-from reports import default_path, make_header, write_report
+from reports import make_header, one_of, output_path, require_model, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -168,33 +168,30 @@ def main(
     """Profile training steps."""
     where = choose_device(device)
     on_gpu = where.type == "cuda"
-    for name, value, known in (
-        ("implementation", implementation, [*IMPLEMENTATIONS]),
-        ("memory", memory, [*MEMORY]),
-        ("dtype", dtype, ["", "float32", "bfloat16", "amp"]),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"{name}: got {value!r}, want one of {', '.join(filter(None, known))}")
-    if not timm.is_model(model):
-        raise typer.BadParameter(f"model: got {model!r}, want timm's name of one")
+    one_of("implementation", implementation, IMPLEMENTATIONS)
+    one_of("memory", memory, MEMORY)
+    require_model(model)
     family = family_of(model)
     setting = Setting(
         model=model,
         num_prompts=num_prompts or family.num_prompts,
         batch_size=batch_size or (64 if on_gpu else 4),
         prompt_type=family.prompt_types[0],
-        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+        dtype=one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW),
     )
     require_possible(setting, [implementation], [memory] if memory in POLICIES else [])
+    has_policies = implementation.startswith("vpt_fast")
+    if memory != "exact" and not has_policies:
+        raise typer.BadParameter(f"memory: got {memory!r} with {implementation}, which has no policies")
+    header = {**make_header(where), **asdict(setting), "implementation": implementation, "memory": memory}
+    name = "-".join(["profile", implementation, *([memory] if has_policies else []), setting.slug])
+    path = output_path(output, header, name)
     console = Console()
     console.width = max(console.width, 140)
     start = make_start(setting, where)
     contender = IMPLEMENTATIONS[implementation](implementation, start)
-    if contender.memory is not None:
+    if has_policies:
         contender.model.memory = memory
-    elif memory != "exact":
-        raise typer.BadParameter(f"memory: got {memory!r} with {implementation}, which has no policies")
-    header = {**make_header(where), **asdict(setting), "implementation": implementation, "memory": memory}
     with console.status(f"{implementation}: {WARM_UP + contender.steps_to_settle} + {steps} steps"):
         batch = random_batch(start, setting.batch_size, where)
         entries, step_ms = profile_steps(contender, batch, steps)
@@ -205,7 +202,6 @@ def main(
     for table in make_tables(entries, step_ms, most):
         console.print(table)
     console.print(f"The host is busy with a step for {host:.3f} ms, without the profiler.")
-    path = output or default_path(header, f"profile-{model}-{implementation}")
     rows = [asdict(entry) for entry in entries]
     found = {"step_ms": step_ms, "host_ms": host, "kinds_ms": by_kind(entries), "rows": rows}
     write_report({**header, **found}, path)

@@ -6,7 +6,7 @@ measures training steps and inference batches of each implementation in turn, an
 sweep of 40 points and the five runs of the protocol: extrapolated, and labelled so. Then it trains on JPEG
 files that it writes into a temporary folder, with the pixels kept on the device, and with processes that
 decode them in every epoch; and compares with the same steps on one batch that is there already. It prints
-tables and writes results/recipe-<device>-<date>.json next to this file.
+tables and writes results/recipe-<setting>-<device>-<date>.json next to this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Annotated, Any
 
 import measure
 import numpy as np
-import timm
 import torch
 import typer
 from implementations import (
@@ -35,8 +34,9 @@ from implementations import (
     require_possible,
 )
 from measure import Contender
+from operations import choose_device, verdict
 from PIL import Image
-from reports import default_path, listed, make_header, write_report
+from reports import listed, make_header, one_of, output_path, require_model, write_report
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -219,7 +219,8 @@ def make_rows(
     for contender in contenders:
         error = contender.gradient_error
         exact = error is not None and error <= EXACT_BELOW[contender.precision]
-        row = Row(contender.name, exact, error, contender.error, measured.get(contender.name))
+        reason = contender.error or contender.unchecked
+        row = Row(contender.name, exact, error, reason, measured.get(contender.name))
         if row.measured is not None:
             row.extrapolated = Extrapolated.of(row.measured, protocol, setting.batch_size)
         rows.append(row)
@@ -364,7 +365,7 @@ def make_tables(rows: list[Row], loading: list[Loading], setting: Setting) -> li
                 for seconds in (hours.sweep_seconds, hours.runs_seconds, hours.task_seconds)
             ),
             "" if row.ratio is None else f"{row.ratio:.2f}",
-            ("" if row.exact else "WRONG ") + f"{row.gradient_error:.1e}",
+            "unchecked" if row.gradient_error is None else verdict(None, row.exact, row.gradient_error),
             style="" if row.exact else "red",
         )
     ends = Table(title="end to end, with data loading", box=box.SIMPLE)
@@ -401,25 +402,28 @@ def main(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/recipe-<device>-<date>.json")
+        Path | None, typer.Option(help="JSON file; default: results/recipe-<setting>-<device>-<date>.json")
     ] = None,
 ) -> None:
     """Measure what a VTAB-style task costs, and what loading its images adds."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     on_gpu = where.type == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     name = model or ("vit_base_patch16_224" if on_gpu else "vit_tiny_patch16_224")
+    require_model(name)
     setting = Setting(
-        listed(name, timm.list_models())[0],
+        name,
         num_prompts,
         batch_size or (64 if on_gpu else 8),
-        listed(prompt_type, ["deep", "shallow"])[0],
-        listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0],
+        one_of("prompt-type", prompt_type, ["deep", "shallow"]),
+        one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW),
         image_size,
     )
     default = "vpt_fast,vpt_fast_graphed,concat_timm_compiled" if on_gpu else "vpt_fast,concat_timm_compiled"
     names = listed(implementations or default, list(IMPLEMENTATIONS))
     require_possible(setting, names, [])
+    header = make_header(where)
+    path = output_path(output, header, f"recipe-{setting.slug}")
     protocol = Protocol(test=test_images)
     workers = workers or default_workers()
     steps, epoch_steps = steps or (10 if on_gpu else 1), epoch_steps or (12 if on_gpu else 2)
@@ -433,8 +437,7 @@ def main(
     contenders = [IMPLEMENTATIONS[name](name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
     size = start.image_size
-    report = {**make_header(where), **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
-    path = output or default_path(report, "recipe")
+    report = {**header, **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
 
     def write(rows: list[Row], loading: list[Loading], decode_seconds: float | None) -> None:
         found = [asdict(row) for row in rows], [asdict(way) for way in loading]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
 import re
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import measure
+import timm
 import torch
 import typer
 
@@ -39,7 +43,6 @@ def installed_version(package: str) -> str | None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes the report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(partial, path)
@@ -66,9 +69,41 @@ def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
     return RESULTS / "-".join(filter(None, [benchmark, slug, f"{header['date']}.json"]))
 
 
+def output_path(output: Path | None, header: dict[str, Any], benchmark: str = "") -> Path:
+    """Where results go: what was asked for, else `default_path`. Its folder is made.
+
+    Raises:
+        typer.BadParameter: nothing can be written there.
+    """
+    path = output or default_path(header, benchmark)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"output: got {path}, want a file that can be written: {error}") from None
+    return path
+
+
+def one_of(flag: str, value: str, known: Iterable[str]) -> str:
+    """The value; typer.BadParameter for one that is not known, and for a list."""
+    if value not in known:
+        raise typer.BadParameter(f"{flag}: got {value!r}, want one of {', '.join(known)}")
+    return value
+
+
+def require_model(name: str) -> None:
+    """Raises typer.BadParameter for a --model that timm does not have, and for a list."""
+    if not timm.is_model(name):
+        raise typer.BadParameter(f"model: got {name!r}, want timm's name of one")
+
+
 def listed(values: str, known: list[str] | None = None) -> list[str]:
-    """The names in a comma-separated flag; typer.BadParameter for none, or for one that is not known."""
-    names = [name.strip() for name in values.split(",") if name.strip()]
+    """The names in a comma-separated flag, each once; typer.BadParameter for none, or for one that is not
+    known."""
+    names = list(dict.fromkeys(name.strip() for name in values.split(",") if name.strip()))
     unknown = [name for name in names if known is not None and name not in known]
     if unknown or not names:
         raise typer.BadParameter(
@@ -78,8 +113,8 @@ def listed(values: str, known: list[str] | None = None) -> list[str]:
 
 
 def positive_numbers(values: str) -> list[int]:
-    """The numbers in a comma-separated flag; typer.BadParameter for what is not one of at least 1."""
+    """The numbers in a comma-separated flag, each once; typer.BadParameter for what is none of at least 1."""
     names = listed(values)
     if not all(name.isdecimal() and int(name) > 0 for name in names):
         raise typer.BadParameter(f"got {values!r}, want a comma-separated list of numbers of at least 1")
-    return [int(name) for name in names]
+    return list(dict.fromkeys(int(name) for name in names))

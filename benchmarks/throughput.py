@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py
 
-measures a sensible setting for the device at hand, prints a table and writes results/<device>-<date>.json
-next to this file. `--help` lists the flags; benchmarks/plots.py draws what was written. Every implementation
-starts from the same weights and the same trainable tensors; one whose gradients are not those of
-concatenation in float64 is marked and not ranked.
+measures a sensible setting for the device at hand, prints a table and writes
+results/<dtype>-<device>-<date>.json next to this file. `--help` lists the flags; benchmarks/plots.py draws
+what was written. Every implementation starts from the same weights and the same trainable tensors; one whose
+gradients are not those of concatenation in float64 is marked and not ranked.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ from implementations import (
     require_possible,
 )
 from measure import MIB, Contender
-from reports import default_path, listed, make_header, positive_numbers, resumed, write_report
+from operations import choose_device
+from reports import listed, make_header, one_of, output_path, positive_numbers, resumed, write_report
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from vpt_fast.engine.policy import POLICIES
 
@@ -58,6 +60,7 @@ class Row:
         dtype: of this implementation: "float32", "bfloat16" or "amp".
         memory: the memory policy of vpt_fast.
         exact: whether its gradients were right.
+        error: why it failed; why its gradients could not be checked, where it has a speed.
         rank: among right implementations of the same setting, by images per second; bounds have none.
         essential_gflop_per_image: work that cannot be left out, forward and backward. It is the same for all
             rows of a setting, since it is the task's and not the implementation's; a bound has its own. None
@@ -97,6 +100,10 @@ class Row:
     largest_batch: int | None = None
     gradient_error: float | None = None
     error: str | None = None
+
+    @property
+    def entrant(self) -> Entrant:
+        return Entrant(self.impl, self.memory)
 
     def is_of(self, setting: Setting) -> bool:
         """Whether it was measured at this setting; the rest of it is common to all rows of a file."""
@@ -139,7 +146,7 @@ def chosen_entrants(names: list[str], memory: list[str], family: Family, on_gpu:
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
     """Fills in every contender's gradient error, from its definition in float64: concatenation, or a bound's
-    own.
+    own. Where there was no memory for a definition, say, those of it are `unchecked`.
 
     Contenders run on a batch of the setting's size, which is what is timed, made of one or two images over
     and over. The mean loss of these alone has the same gradient, and is all that float64 has to run on.
@@ -147,20 +154,35 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
     batch_size = start.setting.batch_size
     distinct = 2 if batch_size % 2 == 0 else 1
     few_images, few_labels = random_batch(start, distinct, start.device)
+    definitions = {contender.name: BOUNDS.get(contender.name, DEFINITION) for contender in contenders}
+    expected: dict[Build, dict[str, Tensor]] = {}
+    reasons: dict[Build, str] = {}
+    # All of them first, so that nothing of float64 is on the device beside a contender.
+    for build in dict.fromkeys(definitions.values()):
+        try:
+            expected[build] = definition_gradients(build, start, few_images, few_labels)
+        except Exception as failure:
+            reasons[build] = measure.first_line(failure)
+        measure.empty_cache(start.device)
     images = few_images.repeat(batch_size // distinct, 1, 1, 1)
     labels = few_labels.repeat(batch_size // distinct)
+    for contender in contenders:
+        build = definitions[contender.name]
+        if build in reasons:
+            contender.unchecked = f"gradients not checked, float64: {reasons[build]}"
+            continue
+        with contender.turn(start.device):
+            actual = measure.gradients(contender, images, labels)
+            contender.gradient_error = measure.gradient_error(actual, expected[build])
+
+
+def definition_gradients(build: Build, start: Start, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of a definition in float64, by parameter; on the CPU, for they may be as large as the model."""
     backbone = copy.deepcopy(start.backbone).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
-    definitions: dict[Build, list[Contender]] = {}
-    for contender in contenders:
-        definitions.setdefault(BOUNDS.get(contender.name, DEFINITION), []).append(contender)
-    for build, those in definitions.items():  # in turn, for their gradients may be as large as the model
-        exact = build(backbone, state).double().to(start.device)
-        expected = measure.gradients(Contender("float64", exact, exact), few_images.double(), few_labels)
-        for contender in those:
-            with contender.turn(start.device):
-                actual = measure.gradients(contender, images, labels)
-                contender.gradient_error = measure.gradient_error(actual, expected)
+    exact = build(backbone, state).double().to(start.device)
+    found = measure.gradients(Contender("float64", exact, exact), images.double(), labels)
+    return {name: gradient.cpu() for name, gradient in found.items()}
 
 
 def essential_flops(implementation: str, start: Start) -> int | None:
@@ -194,7 +216,7 @@ def fill_in(
 ) -> None:
     """Takes over what was measured of a contender."""
     batch_size, error = start.setting.batch_size, contender.gradient_error
-    row.dtype, row.error = contender.precision, contender.error
+    row.dtype, row.error = contender.precision, contender.error or contender.unchecked
     row.exact = error is not None and error <= EXACT_BELOW[row.dtype]
     row.gradient_error = error if error is None or error < float("inf") else None
 
@@ -274,13 +296,11 @@ def measure_setting(
     return rank(rows)
 
 
-def find_batches(
-    rows: list[Row], those: list[Entrant], setting: Setting, device: torch.device, console: Console
-) -> None:
+def find_batches(rows: list[Row], setting: Setting, device: torch.device, console: Console) -> None:
     """Fills in the largest batch of every row that did not fail for another reason than want of memory."""
     start = make_start(setting, torch.device("cpu"))
     with console.status("largest batch") as status:
-        for row, entrant in zip(rows, those, strict=True):
+        for row in rows:
             if row.error is not None and not ran_out_of_memory(row.error):
                 continue
             name = measure.label(row.impl, row.memory)
@@ -289,7 +309,7 @@ def find_batches(
                 status.update(f"largest batch of {name}: {text}")
 
             try:
-                row.largest_batch = largest_batch(entrant.build, start, device, progress)
+                row.largest_batch = largest_batch(row.entrant.build, start, device, progress)
             except RuntimeError as failure:
                 console.print(f"largest batch of {name}: not found, {failure}", markup=False)
 
@@ -343,32 +363,47 @@ def make_table(rows: list[Row], dtype: str) -> Table:
 def place(row: Row) -> str:
     """What stands in the column of ranks."""
     if row.error is not None:
-        return "failed"
+        return "failed" if row.images_per_second is None else "unchecked"
     if not row.exact:
         return "WRONG"
     return "bound" if row.impl in BOUNDS else str(row.rank)
 
 
 class Report:
-    """The results file. One that a run was interrupted at is gone on with; a finished one is replaced.
+    """The results file: rows of other settings stay there. One that a run was interrupted at is gone on with;
+    what a finished one holds of this run's settings is measured anew.
 
     Args:
-        path: None for results/<device>-<date>.json.
+        path: None for results/<dtype>[-<image size>-pixels]-<device>-<date>.json.
         header: the machine, versions, day and what all settings have in common; only a file of the same is
-            gone on with.
+            kept.
+        asked: what this run is to measure.
+
+    Attributes:
+        entrants: by setting, what was asked for and what the file has of it beside that: what is compared
+            runs in turns.
     """
 
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self.path = path or default_path(header)
-        left = resumed(self.path, {**header, "finished": False}) or {"ceiling_tflops": None, "rows": []}
-        self.header, self.ceiling_tflops, self.rows = header, left["ceiling_tflops"], list[Row]()
-        self._left = [Row(**row) for row in left["rows"]]
+    def __init__(
+        self, path: Path | None, header: dict[str, Any], asked: dict[Setting, list[Entrant]]
+    ) -> None:
+        size = f"{header['image_size']}-pixels" if header["image_size"] else ""
+        self.path = output_path(path, header, "-".join(filter(None, [header["dtype"], size])))
+        found = resumed(self.path, header) or {"ceiling_tflops": None, "finished": True, "rows": []}
+        self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
+        there = [Row(**row) for row in found["rows"]]
+        known = [row for row in there if row.impl in IMPLEMENTATIONS]
+        self.entrants = {
+            setting: list(dict.fromkeys([*those, *(row.entrant for row in known if row.is_of(setting))]))
+            for setting, those in asked.items()
+        }
+        self.rows = [row for row in there if not any(row.is_of(setting) for setting in asked)]
+        self._left = [] if found["finished"] else [row for row in there if row not in self.rows]
 
-    def measured(self, setting: Setting, those: list[Entrant]) -> list[Row]:
-        """The rows of a setting that the interrupted run had finished; none if one is missing, since what is
-        compared runs in turns."""
+    def measured(self, setting: Setting) -> list[Row]:
+        """The rows of a setting that the interrupted run had finished; none if one is missing."""
         rows = [row for row in self._left if row.is_of(setting)]
-        return rows if [Entrant(row.impl, row.memory) for row in rows] == those else []
+        return rows if {row.entrant for row in rows} == {*self.entrants[setting]} else []
 
     def write(self, finished: bool = False) -> None:
         rows = [asdict(row) for row in self.rows]
@@ -407,18 +442,18 @@ def main(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/<device>-<date>.json")
+        Path | None, typer.Option(help="JSON file; default: results/<dtype>-<device>-<date>.json")
     ] = None,
 ) -> None:
     """Measure training throughput and memory; every flag has a default that suits the device."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     on_gpu = where.type == "cuda"
     if find_batch and not on_gpu:
         raise typer.BadParameter(
             f"find-batch: got it with device {where}, want a GPU: a CPU's memory has no end at which it fails"
         )
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
-    dtype = listed(dtype or ("bfloat16" if on_gpu else "float32"), list(EXACT_BELOW))[0]
+    dtype = one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW)
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
     names = listed(implementations, list(IMPLEMENTATIONS)) if implementations else []
     policies = listed(memory, list(POLICIES)) if memory else []
@@ -437,25 +472,25 @@ def main(
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     steps = steps or (10 if on_gpu else 1)
     common = {"dtype": dtype, "image_size": image_size, "repeats": repeats, "steps": steps}
-    report = Report(output, {**make_header(where), **common})
+    report = Report(output, {**make_header(where), **common}, settings)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {dtype}")
     if report.ceiling_tflops is None:
         with console.status("one large product"):
             report.ceiling_tflops = ceilings.large_product(where, product_dtype(dtype))
     console.print(f"Ceiling: {report.ceiling_tflops:.3g} TFLOP/s, one large product.")
     count = f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"
-    total = sum(map(len, settings.values()))
+    total = sum(map(len, report.entrants.values()))
     console.print(f"{count}, {total} rows; what is done stands in {report.path}.")
     first_size = next(iter(settings)).batch_size
-    for setting, those in settings.items():
-        rows = report.measured(setting, those)
+    for setting, those in report.entrants.items():
+        rows = report.measured(setting)
         if not rows:
             rows = measure_setting(setting, those, where, repeats, steps, console, report.ceiling_tflops)
         report.rows += rows
         report.write()
         is_first_size = setting.batch_size == first_size
         if find_batch and is_first_size and all(row.largest_batch is None for row in rows):
-            find_batches(rows, those, setting, where, console)
+            find_batches(rows, setting, where, console)
             report.write()
         console.print(make_table(rows, dtype))
     report.write(finished=True)

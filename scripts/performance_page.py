@@ -34,6 +34,8 @@ IN_WORDS = {
     "concat_reference": "in the manner of the official code",
     "concat_timm": "timm blocks on the concatenated sequence",
     "concat_timm_compiled": "timm blocks on the concatenated sequence, compiled",
+    "concat_timm_compiled_graphed": "timm blocks on the concatenated sequence, compiled, in one CUDA graph",
+    "concat_timm_checkpointed": "timm blocks on the concatenated sequence, with activation checkpointing",
     "concat_timm_max_autotune": "timm blocks on the concatenated sequence, compiled with max-autotune",
     "concat_timm_amp": "timm blocks on the concatenated sequence, under autocast",
     "concat_timm_amp_compiled": "timm blocks on the concatenated sequence, under autocast, compiled",
@@ -42,7 +44,9 @@ IN_WORDS = {
 IN_README = (
     "vpt_fast",
     "vpt_fast_graphed",
+    "concat_timm_compiled_graphed",
     "concat_timm_compiled",
+    "concat_timm_checkpointed",
     "concat_timm",
     "concat_reference",
     "no_prompts",
@@ -56,8 +60,11 @@ MODELS = {
 }
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
+DETERMINISTIC = ("flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash")  # as flash.py calls them
 USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
 MOST_KERNELS = 10  # of a profile
+
+UNGRAPHED = "In this run no concatenation was replayed from a CUDA graph."
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -78,7 +85,8 @@ class Report:
     @property
     def subject(self) -> tuple[Any, ...]:
         """What it is about, so that a newer file on the same takes its place."""
-        return self.device, self.kind, *map(self.content.get, ("model", "implementation", "memory"))
+        names = ("implementation", "memory", *SETTING, "dtype")
+        return self.device, self.kind, *map(self.content.get, names)
 
     @property
     def device(self) -> str:
@@ -115,9 +123,24 @@ class Group:
         return self.key[SETTING.index(name)]
 
     @property
+    def is_search(self) -> bool:
+        """Whether the largest batch was searched for."""
+        return any(row.get("largest_batch") is not None for row in self.rows)
+
+    def precedence(self) -> tuple[str, int]:
+        """The larger, the sooner shown of what was measured at one setting."""
+        return self.report.content["date"], len(self.rows)
+
+    @property
     def best_concatenation(self) -> Row | None:
         found = [row for row in self.rows if row["impl"].startswith("concat") and is_right(row)]
         return max(found, key=lambda row: row["images_per_second"], default=None)
+
+    @property
+    def graphs_ours_alone(self) -> bool:
+        """Whether vpt_fast's steps are replayed from a graph, and no concatenation's are."""
+        graphed = [row["impl"] for row in self.rows if row["impl"].endswith("_graphed") and is_right(row)]
+        return bool(graphed) and not any(name.startswith("concat") for name in graphed)
 
     @property
     def dtypes(self) -> list[str]:
@@ -134,17 +157,33 @@ class Group:
         return f"{model_name(self['model'])} with {prompts}, batch {self['batch_size']}{dtype}"
 
     def command(self) -> str:
-        dtype = next(
-            (row["dtype"] for row in self.rows if row["impl"].startswith("vpt_fast")), self.dtypes[0]
-        )
+        """Measures these rows anew."""
+        content = self.report.content
         flags = {
             "models": self["model"],
             "prompt-type": self["prompt_type"],
             "num-prompts": self["num_prompts"],
             "batch-size": self["batch_size"],
-            "dtype": dtype,
+            "dtype": content["dtype"],
+            "image-size": content.get("image_size"),
+            **self.chosen_rows(),
         }
-        return "python benchmarks/throughput.py " + " ".join(f"--{key} {flags[key]}" for key in flags)
+        words = [f"--{key} {value}" for key, value in flags.items() if value]
+        if self.is_search:
+            words.append("--find-batch")
+        return f"python benchmarks/throughput.py {' '.join(words)}"
+
+    def chosen_rows(self) -> dict[str, str]:
+        """The flags that name them. Where not all of vpt_fast's are under the same policies, which no flags
+        ask for, they are those of no flags."""
+        there = [(row["impl"], row.get("memory")) for row in self.rows]
+        names = list(dict.fromkeys(impl for impl, _ in there))
+        policies = list(dict.fromkeys(memory for _, memory in there if memory)) or [None]
+        chosen = {(impl, memory) for impl in names for memory in policies if impl.startswith("vpt_fast")}
+        if chosen != {(impl, memory) for impl, memory in there if impl.startswith("vpt_fast")}:
+            return {}
+        memory = ",".join(filter(None, policies))
+        return {"implementations": ",".join(names), "memory": "" if memory == "exact" else memory}
 
 
 def is_right(row: Row) -> bool:
@@ -225,19 +264,51 @@ def read_reports(root: Path) -> list[Report]:
     return found
 
 
-def groups(reports: Iterable[Report]) -> list[Group]:
-    """The settings of all throughput files; of one measured twice on a device, the newest."""
-    found: dict[tuple[Any, ...], Group] = {}
+def all_groups(reports: Iterable[Report]) -> list[Group]:
+    """The settings of all throughput files."""
+    found: list[Group] = []
     for report in reports:
         if report.kind != "throughput":
             continue
         of_report: dict[tuple[Any, ...], list[Row]] = {}
         for row in report.rows:
             of_report.setdefault(tuple(row[name] for name in SETTING), []).append(row)
-        for key, rows in of_report.items():
-            usual = next((row["dtype"] for row in rows if row["impl"].startswith("vpt_fast")), None)
-            found.setdefault((report.device, usual, *key), Group(report, key, rows))
+        found += [Group(report, key, rows) for key, rows in of_report.items()]
+    return found
+
+
+def preferred(those: Iterable[Group]) -> list[Group]:
+    """Of one setting measured twice on a device the newest, and of one day the one with the most rows: a
+    curve over batches has fewer than the table, and comes before it by name."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for group in those:
+        usual = next((row["dtype"] for row in group.rows if row["impl"].startswith("vpt_fast")), None)
+        setting = (group.report.device, usual, *group.key)
+        found[setting] = max(found.get(setting, group), group, key=Group.precedence)
     return list(found.values())
+
+
+def groups(reports: Iterable[Report]) -> list[Group]:
+    """The settings of all throughput files, each once."""
+    return preferred(all_groups(reports))
+
+
+def searches(reports: Sequence[Report]) -> list[Group]:
+    """Searches of the largest batch whose rows are not among those of `groups`."""
+    shown = {(group.report.path, group.key) for group in groups(reports)}
+    those = preferred(group for group in all_groups(reports) if group.is_search)
+    return [group for group in those if (group.report.path, group.key) not in shown]
+
+
+def search_section(group: Group) -> str:
+    columns: list[Column] = [
+        ("implementation", name_of),
+        ("dtype", field("dtype") if len(group.dtypes) > 1 else lambda row: ""),
+        ("largest batch", field("largest_batch", "d")),
+    ]
+    title = f"#### The largest batches: {group.title()}"
+    source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
+    return "\n\n".join([title, source, table(group.rows, columns)])
 
 
 def throughput_section(group: Group) -> str:
@@ -273,6 +344,8 @@ def throughput_section(group: Group) -> str:
     ]
     if slower:
         parts.append(f"Slower than the best concatenation: {', '.join(slower)}.")
+    if group.graphs_ours_alone:
+        parts.append(UNGRAPHED)
     return "\n\n".join(parts)
 
 
@@ -309,12 +382,22 @@ def attention_section(report: Report) -> str:
     text = [
         "### Attention",
         paragraph(
-            "Forward and backward of one layer, each library with the concatenation that it needs:",
+            f"Forward and backward of one layer, {report.content['dtype']}, each library with the",
+            "concatenation that it needs:",
             f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
         ),
         table([row for row in report.rows if row["impl"] not in absent], columns),
-        *(f"Not measured: `{name}`: {reason}." for name, reason in absent.items()),
     ]
+    there = {row["impl"] for row in report.rows} - absent.keys()
+    if timed := [f"`{name}`" for name in DETERMINISTIC if name in there]:
+        text.append(
+            paragraph(
+                f"In backward {' and '.join(timed)} ran in deterministic mode, in which vpt_fast trains with",
+                "it so that runs repeat bit for bit, as our kernels do. A library's own default mode, which",
+                "may be faster, was not timed. `sdpa_cudnn` has no deterministic mode.",
+            )
+        )
+    text += [f"Not measured: `{name}`: {reason}." for name, reason in absent.items()]
     for part in ("forward", "backward"):
         text += lost(report.rows, f"{part}_ratio", f"the best library in {part}")
     return "\n\n".join(text)
@@ -340,7 +423,7 @@ def kernels_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### The other operations",
-            f"`python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
+            f"{report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
             table(report.rows, columns),
             *lost(report.rows, "ratio", "the best other implementation"),
         ]
@@ -421,6 +504,8 @@ def profile_section(report: Report) -> str:
         ("calls", field("calls", "g")),
     ]
     memory = "" if content["memory"] == "exact" else f", memory {content['memory']}"
+    names = ("model", "num_prompts", "batch_size", "dtype", "implementation", "memory")
+    flags = " ".join(f"--{name.replace('_', '-')} {content[name]}" for name in names)
     setting = (
         f"{model_name(content['model'])} with {content['num_prompts']} {content['prompt_type']} prompts, "
         f"batch {content['batch_size']}, {content['dtype']}"
@@ -432,8 +517,7 @@ def profile_section(report: Report) -> str:
                 f"`{content['implementation']}`{memory}, {setting}:",
                 f"{number(step)} ms a step under the profiler; without it the host is busy for",
                 f"{number(content['host_ms'])} ms.",
-                f"`python benchmarks/profile_step.py --model {content['model']} --implementation",
-                f"{content['implementation']}` ({report.link(PAGE, 'results')}).",
+                f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE, 'results')}).",
             ),
             table(spent, columns),
             table(content["rows"][:MOST_KERNELS], longest),
@@ -518,6 +602,11 @@ def performance_page(root: Path, reports: list[Report]) -> str:
             "A row in which it is more than rounding is marked, and compared with nothing. Rows that lost",
             "stand beside those that won.",
         ),
+        paragraph(
+            "Of what is `graphed` the whole step, forward, backward and optimizer, is replayed from one CUDA",
+            "graph, by the same code for vpt_fast and for concatenation. `concat_timm_checkpointed` keeps",
+            "what enters a block and no more, as memory recompute does.",
+        ),
     ]
     if not any(report.on_gpu for report in reports):
         text.append(
@@ -534,6 +623,7 @@ def performance_page(root: Path, reports: list[Report]) -> str:
         if of_device:
             text.append("### Training")
             text += [throughput_section(group) for group in of_device]
+            text += [search_section(group) for group in searches(here)]
         newest = {report.subject: report for report in reversed(here)}.values()
         for kind, section in SECTIONS.items():
             text += [section(report) for report in newest if report.kind == kind]
@@ -588,7 +678,7 @@ def readme_block(reports: list[Report]) -> str:
             group["num_prompts"] == 100,
             group["batch_size"] == USUAL_BATCH["gpu" if group.report.on_gpu else "cpu"],
         )
-        return group.report.on_gpu, *usual, group.report.content["date"], len(group.rows)
+        return group.report.on_gpu, *usual, *group.precedence()
 
     candidates = [group for group in groups(reports) if group.best_concatenation is not None]
     if not candidates:
@@ -620,6 +710,8 @@ def readme_block(reports: list[Report]) -> str:
             "Without the graph the GPU waits for the processor that launches its kernels, and the more the "
             "slower that one is."
         )
+    if group.graphs_ours_alone:
+        closing.append(UNGRAPHED)
     if ours and bound:
         share = ours["images_per_second"] / bound["images_per_second"]
         closing.append(f"vpt_fast runs at {share:.2f} times the speed of no prompts at all.")

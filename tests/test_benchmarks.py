@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_vit
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from vpt_fast.kernels.launch import MAX_ALONG_AXIS
 
 from vpt_fast import PromptedViT
 
@@ -196,7 +198,7 @@ def test_kept_bytes_are_counted_once_a_storage_and_without_weights() -> None:
             return (x * x) + x.flatten().view_as(x) ** 2  # keeps x: 4 x 5 floats, under several views
 
     model = Squares()
-    contender = measure.Contender("squares", model, lambda images: model(images), None)
+    contender = measure.Contender("squares", model, model)
     contender.loss = lambda images, labels: contender.run(images).sum()  # type: ignore[method-assign]
     assert measure.kept_for_backward(contender, torch.randn(4, 10), torch.zeros(4)) == 4 * 5 * 4
 
@@ -249,6 +251,89 @@ def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.Monkey
     Console(file=text, width=200).print(throughput.make_table(list(rows.values()), "float32"))
     (line,) = [line for line in text.getvalue().splitlines() if "concat_wrong" in line]
     assert "WRONG" in line and "5.0e-03" in line
+
+
+class GraphOnCPU:
+    """In GraphedStep's place: ordinary steps, three of them, and then `replay`, an ordinary one, too.
+
+    `model`, `optimizer` and `images` are what the last one was given.
+    """
+
+    last: GraphOnCPU
+
+    def __init__(self, model: nn.Module, optimizer: Any, loss: Any, *, autocast_dtype: Any) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.steps = 0
+        GraphOnCPU.last = self
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.steps += 1
+        return self.step(images, labels) if self.steps <= 3 else self.replay(images, labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.step(images, labels)
+
+
+class NothingIsReplayed(GraphOnCPU):
+    """Its warm-up is right."""
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+class NothingIsComputed(NothingIsReplayed):
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize("broken", [NothingIsReplayed, NothingIsComputed])
+def test_a_graph_whose_replay_is_wrong_is_marked_and_not_ranked(
+    broken: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "GraphedStep", broken)
+    row, other = measured(["vpt_fast_graphed", "vpt_fast"])
+    assert (row.exact, row.rank, throughput.place(row)) == (False, None, "WRONG")
+    assert other.rank == 1
+
+
+def graphed(monkeypatch: pytest.MonkeyPatch, name: str) -> measure.Contender:
+    monkeypatch.setattr(measure, "GraphedStep", GraphOnCPU)
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    return implementations.IMPLEMENTATIONS[name](name, start)
+
+
+def test_a_graph_s_gradients_are_those_of_its_second_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = graphed(monkeypatch, "vpt_fast_graphed")
+    plain = dataclasses.replace(contender, graphed=False)
+    those = torch.randn(2, 3, 32, 32), torch.tensor([3, 1])
+    found, expected = (measure.gradients(each, *those) for each in (contender, plain))
+    assert GraphOnCPU.last.steps == 5
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_checking_a_graph_moves_no_weights_and_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = graphed(monkeypatch, "vpt_fast_graphed")
+    before = copy.deepcopy(contender.model.state_dict())
+    measure.gradients(contender, torch.randn(2, 3, 32, 32), torch.tensor([3, 1]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in contender.model.state_dict().items())
+    assert not contender.optimizer.state and contender.graph is None
+
+
+def test_what_is_captured_of_a_compiled_peer_is_its_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, *, mode, **options: compile_(model, backend="aot_eager", **options)
+    )
+    contender = graphed(monkeypatch, "concat_timm_compiled_graphed")
+    contender.step(torch.randn(2, 3, 32, 32), torch.tensor([3, 1]))
+    assert GraphOnCPU.last.model is contender.run is not contender.model
 
 
 def test_bounds_are_measured_by_their_own_work_and_not_ranked() -> None:
@@ -319,6 +404,44 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
     assert "concat_large: OutOfMemoryError: 80 GiB wanted" in text.getvalue()
 
 
+def large_definition(*given: Any) -> nn.Module:
+    raise torch.OutOfMemoryError("80 GiB wanted")
+
+
+def test_what_there_is_no_definition_of_is_timed_and_not_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "DEFINITION", large_definition)
+    (row,) = measured(["concat_timm"])
+    assert (row.exact, row.rank, throughput.place(row)) == (False, None, "unchecked")
+    assert row.images_per_second > 0
+    assert row.error == "gradients not checked, float64: OutOfMemoryError: 80 GiB wanted"
+
+
+def test_a_definition_that_fails_leaves_rows_of_others_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(throughput, "DEFINITION", large_definition)
+    assert [row.exact for row in measured(["concat_timm", "no_prompts"])] == [False, True]
+
+
+def test_no_definition_is_there_when_a_contender_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def build(*given: Any) -> nn.Module:
+        made.append(weakref.ref(model := implementations.DEFINITION(*given)))
+        return model
+
+    class Recorded(peers.ConcatTimm):
+        def forward(self, images: Tensor) -> Tensor:
+            alive.append(sum(model() is not None for model in made))
+            return super().forward(images)
+
+    monkeypatch.setattr(throughput, "DEFINITION", build)
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    throughput.check_gradients([implementations.peer(Recorded)("concat_recorded", start)], start)
+    assert (len(made), alive) == (1, [0])
+
+
 def test_an_implementation_that_cannot_be_built_is_a_row_with_its_reason() -> None:
     row, other = measured(["vpt_fast_flash_attn_4", "vpt_fast"])
     assert (row.impl, row.memory, row.rank, row.images_per_second) == (
@@ -360,6 +483,10 @@ def test_the_largest_batch_is_found(limit: int, first: int) -> None:
     found = find_batch.largest(fits, first)
     assert found in tried and found <= limit and limit - found <= limit // 32
     assert len(tried) == len(set(tried)) <= 16
+
+
+def test_no_larger_batch_is_tried_than_attention_takes() -> None:
+    assert find_batch.largest(lambda batch_size: True, 64) == MAX_ALONG_AXIS
 
 
 def test_no_batch_at_all_may_fit() -> None:
@@ -451,12 +578,73 @@ def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
     assert measured == [1, 2, 3, 1, 2, 3]
 
 
+def rows_after(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *runs: list[str]
+) -> list[tuple[int, str, str | None]]:
+    """Prompts, implementation and policy of the rows that the file holds after some runs, none of them
+    timed."""
+
+    def measure_setting(
+        setting: implementations.Setting, those: list[throughput.Entrant], *rest: Any
+    ) -> list[throughput.Row]:
+        of = {"num_prompts": setting.num_prompts, "batch_size": setting.batch_size}
+        return [make_row(entrant.name, memory=entrant.memory, **of) for entrant in those]
+
+    monkeypatch.setattr(throughput, "measure_setting", measure_setting)
+    monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+    for flags in runs:
+        found = CliRunner().invoke(app, [*flags, "--device", "cpu", "--output", str(path)])
+        assert found.exit_code == 0, found.output
+    return [(row["num_prompts"], row["impl"], row["memory"]) for row in json.loads(path.read_text())["rows"]]
+
+
+def test_rows_of_settings_that_are_not_asked_for_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [["--implementations", "concat_timm", "--num-prompts", m] for m in ("1,2", "3", "2")]
+    found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
+    assert sorted(found) == [(m, "concat_timm", None) for m in (1, 2, 3)]
+
+
+def test_rows_of_implementations_that_are_not_asked_for_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [["--implementations", name, "--num-prompts", "1"] for name in ("concat_timm", "vpt_fast")]
+    found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
+    assert sorted(found) == [(1, "concat_timm", None), (1, "vpt_fast", "exact")]
+
+
+def test_the_default_file_s_name_has_what_its_rows_have_in_common() -> None:
+    header = {"device": "AMD EPYC", "date": "2026-11-26", "dtype": "float32", "image_size": 384}
+    path = throughput.Report(None, header, {}).path
+    assert path.name == "float32-384-pixels-amd-epyc-2026-11-26.json"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "cuda:1"])
+def test_a_device_that_is_not_there_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+    found = CliRunner().invoke(app, ["--device", device])
+    assert found.exit_code == 2 and f"device: got '{device}'" in found.output
+
+
+def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--implementations", "concat_timm,concat_timm", "--num-prompts", "1,1"]
+    found = rows_after(tmp_path / "report.json", monkeypatch, flags)
+    assert found == [(1, "concat_timm", None)]
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (["--models", "vit_base_patch16_225"], "vit_base_patch16_225"),
         (["--implementations", "magic"], "magic"),
         (["--dtype", "int8"], "int8"),
+        (["--dtype", "float32,bfloat16"], "dtype: got 'float32,bfloat16', want one of float32"),
+        (["--output", "/dev/null/report.json"], "output: got /dev/null/report.json, want a file that"),
         (["--memory", "none"], "none"),
         (["--find-batch"], "find-batch"),
         (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),

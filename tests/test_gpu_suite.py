@@ -254,3 +254,10 @@ def test_the_rows_are_known_and_what_is_compiled_is_measured() -> None:
         measured, compiled = rows(f"throughput-{model}"), rows(f"compile-{model}")
         assert measured <= known.keys()
         assert compiled == {name for name in measured if name.endswith("compiled")} != set()
+
+
+def test_the_smallest_model_is_measured_beside_peers_that_save_launches_and_memory_as_ours_do() -> None:
+    parts = {part.name: part for part in gpu_suite.parts_of(HEADER)}
+    command = parts[f"throughput-{next(iter(gpu_suite.MODELS))}"].command
+    (rows,) = (word for word in command if word.startswith("--implementations="))
+    assert {*gpu_suite.ALIKE} <= {*rows.partition("=")[2].split(",")}

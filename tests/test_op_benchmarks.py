@@ -349,6 +349,18 @@ def test_the_same_command_goes_on_where_it_was_interrupted(
     assert measured.count(measured[0]) == 2
 
 
+@pytest.mark.parametrize(
+    "name, implementations", [("attention", ("torch", "sdpa_cpu")), ("kernels", ("torch", "triton"))]
+)
+def test_rows_of_implementations_that_are_not_asked_for_stay(
+    name: str, implementations: tuple[str, str], tmp_path: Path
+) -> None:
+    for implementation in implementations:
+        assert run_small(name, tmp_path / "report.json", "--implementations", implementation).exit_code == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {row["impl"] for row in rows} == {*implementations}
+
+
 @pytest.mark.parametrize("key, value", [("date", "2020-01-01"), ("torch", "2.0"), ("repeats", 1)])
 def test_another_runs_report_is_not_gone_on_with(key: str, value: Any, tmp_path: Path) -> None:
     header = {"device": "x", "torch": "2.11", "date": "2026-11-23", "repeats": 5}
@@ -388,6 +400,7 @@ def test_a_sweep_takes_all_combinations_and_the_default_the_models() -> None:
         (attention, ["--dtype", "int8"], "int8"),
         (kernels, ["--dtype", "float32,bfloat16"], "float32,bfloat16"),
         (attention, ["--device", "tpu"], "tpu"),
+        (attention, ["--output", "/dev/null/report.json"], "output: got /dev/null"),
         (kernels, ["--ops", "softmax"], "softmax"),
         (kernels, ["--kinds", "batch"], "batch"),
         (kernels, ["--kinds", "rms", "--ops", "activate"], "rms"),

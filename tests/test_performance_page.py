@@ -32,7 +32,7 @@ class Project:
 
     def add(self, name: str, rows: list[dict[str, Any]] | None = None, **fields: Any) -> None:
         header = {"device": "NVIDIA H100", "torch": "2.14", "triton": "3.8", "timm": "1.0", "cuda": "13.0"}
-        report = {**header, "date": "2026-11-23", **fields}
+        report = {**header, "dtype": "bfloat16", "date": "2026-11-23", **fields}
         if rows is not None:
             report["rows"] = rows
         (self.root / page.RESULTS / f"{name}.json").write_text(json.dumps(report))
@@ -78,6 +78,51 @@ def test_speed_is_relative_to_the_best_concatenation_that_is_right(project: Proj
     assert "compiled" not in project.text(page.README)
 
 
+@pytest.mark.parametrize("peer", ["concat_timm_compiled_graphed", "concat_timm_checkpointed"])
+def test_any_peer_by_concatenation_may_be_the_best(project: Project, peer: str) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm_compiled", 100.0), row(peer, 200.0)])
+    assert "| 1.50 |" in line_of(project.text(), "`vpt_fast`")
+    assert "| 1.00 |" in line_of(project.text(page.README), page.IN_WORDS[peer])
+
+
+@pytest.mark.parametrize("path", [page.PAGE, page.README])
+@pytest.mark.parametrize(("peer", "said"), [("concat_timm", True), ("concat_timm_compiled_graphed", False)])
+def test_where_no_concatenation_was_graphed_it_is_said(
+    project: Project, peer: str, said: bool, path: Path
+) -> None:
+    project.add("h100", [row("vpt_fast_graphed", 300.0), row(peer, 100.0)])
+    assert (page.UNGRAPHED in " ".join(project.text(path).split())) == said
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked"),
+    [
+        ([("vpt_fast", None), ("concat_timm", None)], "--implementations vpt_fast,concat_timm"),
+        ([("concat_timm", None), ("vpt_fast", "exact")], "--implementations concat_timm,vpt_fast"),
+        (
+            [("vpt_fast", "exact"), ("vpt_fast", "recompute"), ("concat_timm", None)],
+            "--implementations vpt_fast,concat_timm --memory exact,recompute",
+        ),
+        ([("vpt_fast", "exact"), ("vpt_fast", "recompute"), ("vpt_fast_graphed", "exact")], ""),
+    ],
+    ids=["without a policy", "exact", "policies", "by default"],
+)
+def test_the_command_measures_the_rows_of_its_table(
+    project: Project, rows: list[tuple[str, str | None]], asked: str
+) -> None:
+    project.add("h100", [row(impl, 300.0, memory=memory) for impl, memory in rows])
+    setting = "--prompt-type deep --num-prompts 100 --batch-size 64 --dtype bfloat16"
+    command = f"python benchmarks/throughput.py --models vit_base_patch16_224 {setting} {asked}".strip()
+    assert f"`{command}`" in project.text()
+
+
+def test_the_command_has_the_run_s_dtype_size_and_search(project: Project) -> None:
+    searched = row("concat_reference", 100.0, dtype="float32", largest_batch=96)
+    project.add("h100", [searched], image_size=384)
+    asked = "--dtype bfloat16 --image-size 384 --implementations concat_reference --find-batch`"
+    assert asked in project.text()
+
+
 def test_what_lost_is_said(project: Project) -> None:
     project.add(
         "h100",
@@ -94,6 +139,22 @@ def test_of_a_setting_measured_twice_on_a_device_the_newest_counts(project: Proj
     )
     text = project.text()
     assert "222" in text and "333" in text and "111" not in text
+
+
+@pytest.mark.parametrize("names", [("batches", "vit_base"), ("vit_base", "batches")])
+def test_of_a_setting_measured_twice_in_a_day_the_table_with_more_rows_counts(
+    project: Project, names: tuple[str, str]
+) -> None:
+    project.add(names[0], [row("vpt_fast", 111.0)])
+    project.add(names[1], [row("vpt_fast", 222.0), row("concat_timm", 50.0)])
+    assert "222" in project.text() and "111" not in project.text()
+
+
+def test_the_largest_batches_stand_beside_a_table_with_more_rows(project: Project) -> None:
+    project.add("find-batch", [row("vpt_fast", 111.0, largest_batch=96)])
+    project.add("vit_base", [row("vpt_fast", 222.0), row("concat_timm", 50.0)])
+    searched = project.text().partition("The largest batches")[2]
+    assert line_of(searched, "`vpt_fast`") == "| `vpt_fast` | 96 |"
 
 
 def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_none(project: Project) -> None:
@@ -177,6 +238,15 @@ def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
     text = project.text()
     assert text.count("flash_attn") == 1 and "Not measured: `flash_attn`: no module." in text
     assert text.count("| `sdpa_flash` |") == 2 and "out of memory" in text
+
+
+@pytest.mark.parametrize(("library", "said"), [("sdpa_flash", True), ("sdpa_cudnn", False)])
+def test_a_library_that_ran_in_deterministic_mode_is_named(
+    project: Project, library: str, said: bool
+) -> None:
+    shape = {"batch_size": 64, "num_tokens": 197, "exact": True, "error": None, "backward_ms": 1.5}
+    project.add("attention-h100", [shape | {"impl": library}])
+    assert (f"In backward `{library}` ran in deterministic mode" in project.text()) == said
 
 
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
@@ -282,6 +352,19 @@ def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(pro
     assert line_of(text, "`nvjet_tst`") == "| `nvjet_tst` | products | 6.00 | 75 % | 12 |"
     assert line_of(text, "nothing runs") == "| nothing runs | 2.00 | 25 % |"
     assert "the host is busy for 2.50 ms" in " ".join(text.split())
+
+
+def test_profiles_of_two_settings_of_a_model_stand_side_by_side(project: Project) -> None:
+    project.add("profile-100", **profile("vit_base_patch16_224"))
+    project.add("profile-50", **profile("vit_base_patch16_224", num_prompts=50))
+    assert project.text().count("### Where a step's time goes") == 2
+
+
+def test_a_profile_s_command_has_its_setting(project: Project) -> None:
+    project.add("profile-base", **profile("vit_base_patch16_224", num_prompts=50, memory="compact"))
+    setting = "--model vit_base_patch16_224 --num-prompts 50 --batch-size 64 --dtype bfloat16"
+    command = f"profile_step.py {setting} --implementation vpt_fast --memory compact`"
+    assert command in " ".join(project.text().split())
 
 
 def test_of_launches_the_recorded_one_stands_beside_the_fastest_right_one(project: Project) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import profile_step  # noqa: E402
+import reports  # noqa: E402
 import typer  # noqa: E402
 from implementations import IMPLEMENTATIONS, Setting, make_start, random_batch  # noqa: E402
 
@@ -86,12 +87,23 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     assert f"{report['host_ms']:.3f} ms, without the profiler" in found.output
 
 
+def test_what_differs_is_in_the_default_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    for flags in (["--memory", "exact"], ["--memory", "compact"], ["--dtype", "bfloat16"]):
+        assert CliRunner().invoke(APP, [*TINY, *flags]).exit_code == 0
+    setting = "vit_tiny_patch16_224-2-deep-prompts-batch-1"
+    starts = [f"compact-{setting}-float32-", f"exact-{setting}-bfloat16-", f"exact-{setting}-float32-"]
+    for path, start in zip(sorted(tmp_path.iterdir()), starts, strict=True):
+        assert path.name.startswith(f"profile-vpt_fast-{start}")
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--implementation", "concat"], ["implementation", "'concat'", "concat_timm"]),
         (["--memory", "none"], ["memory", "'none'", "recompute"]),
         (["--dtype", "int8"], ["dtype", "'int8'", "bfloat16"]),
+        (["--output", "/dev/null/profile.json"], ["output: got /dev/null/profile.json"]),
         (["--implementation", "concat_timm", "--memory", "compact"], ["'compact'", "concat_timm"]),
     ],
 )

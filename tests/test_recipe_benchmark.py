@@ -106,16 +106,27 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
         assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
 
 
+def test_a_setting_s_slug_has_all_of_it() -> None:
+    setting = implementations.Setting("vit_base_patch16_224", 50, 64, "deep", "bfloat16", image_size=384)
+    assert setting.slug == "vit_base_patch16_224-50-deep-prompts-batch-64-bfloat16-384-pixels"
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
         (["--model", "vit_base_patch16_225"], "vit_base_patch16_225"),
         (["--implementations", "magic"], "magic"),
+        (["--model", "vit_tiny_patch16_224,vit_base_patch16_224"], "model: got 'vit_tiny_patch16_224,vit"),
+        (["--dtype", "float32,bfloat16"], "dtype: got 'float32,bfloat16'"),
+        (["--prompt-type", "deep,shallow"], "prompt-type: got 'deep,shallow'"),
+        (["--output", "/dev/null/report.json"], "output: got /dev/null/report.json, want a file that"),
+        (["--device", "foo"], "device: got 'foo'"),
+        (["--device", "cuda:1"], "device: got 'cuda:1'"),
     ],
 )
 def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
     app = recipe.typer.Typer()
     app.command()(recipe.main)
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    result = CliRunner().invoke(app, ["--device", "cpu", *arguments])  # of a flag given twice the last counts
     assert result.exit_code == 2
     assert named in result.output
