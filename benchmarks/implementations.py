@@ -243,8 +243,15 @@ def prompted(
     attention: str = "auto",
     graphed: bool = False,
     residual_dtype: torch.dtype | None = None,
+    compiled: str | None = None,
 ) -> Implementation:
-    """vpt_fast's model under the memory policy "exact"; another is assigned to the model's `memory`."""
+    """vpt_fast's model under the memory policy "exact"; another is assigned to the model's `memory`.
+
+    Args:
+        backend, attention, residual_dtype: of the model.
+        graphed: replay its steps from a CUDA graph.
+        compiled: the mode of torch.compile, one that captures CUDA graphs, or None for none.
+    """
 
     def build(start: Start) -> nn.Module:
         setting = start.setting
@@ -267,7 +274,11 @@ def prompted(
         if name not in start.models:
             start.models[name] = build(start)
         model = twin(start.models[name])
-        return Contender(name, model, model, autocast_dtype(start.setting.dtype), graphed)
+        run = model
+        if compiled is not None:
+            run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
+        captures = compiled is not None
+        return Contender(name, model, run, autocast_dtype(start.setting.dtype), graphed, captures)
 
     return contender
 
@@ -310,6 +321,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast_bfloat16_residual_graphed": prompted(residual_dtype=torch.bfloat16, graphed=True),
     "vpt_fast_fused_mlp": prompted(backend="triton_fused_mlp"),
     "vpt_fast_fused_mlp_graphed": prompted(backend="triton_fused_mlp", graphed=True),
+    # what one line of PyTorch's makes of launches, for those who keep their training loop
+    "vpt_fast_reduce_overhead": prompted(compiled="reduce-overhead"),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
     "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs

@@ -30,6 +30,7 @@ IN_WORDS = {
     "vpt_fast": "vpt_fast",
     "vpt_fast_graphed": "vpt_fast, the step in one CUDA graph",
     "vpt_fast_bfloat16_residual": "vpt_fast, residual stream in bfloat16",
+    "vpt_fast_reduce_overhead": 'vpt_fast in `torch.compile(mode="reduce-overhead")`',
     "vpt_fast_bfloat16_residual_graphed": "vpt_fast, the step in one CUDA graph, residual stream in bfloat16",
     "concat_reference": "in the manner of the official code",
     "concat_timm": "timm blocks on the concatenated sequence",
