@@ -39,6 +39,10 @@ class SetFiles(ABC):
         """What the set says of an image."""
 
     @abstractmethod
+    def path(self, part: str, number: int) -> Path:
+        """The file that holds an image."""
+
+    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
 
@@ -61,10 +65,13 @@ class ClevrFiles(SetFiles):
         assert name == "objects/pixel_coords"
         return [found["pixel_coords"] for found in self._scenes[part][number]["objects"]]
 
+    def path(self, part: str, number: int) -> Path:
+        name = self._scenes[part][number]["image_filename"]
+        return self._folder / "images" / self._FOLDERS[part] / name
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        folder = self._folder / "images" / self._FOLDERS[part]
         for number in numbers:
-            yield _copier(folder / self._scenes[part][number]["image_filename"])
+            yield _copier(self.path(part, number))
 
 
 class KittiFiles(SetFiles):
@@ -91,9 +98,13 @@ class KittiFiles(SetFiles):
             "location": [[float(word) for word in words[11:14]] for words in known],
         }
 
+    def path(self, part: str, number: int) -> Path:
+        del part
+        return self._folder / "image_2" / f"{number:06d}.png"
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         for number in numbers:
-            yield _copier(self._folder / "image_2" / f"{number:06d}.png")
+            yield _copier(self.path(part, number))
 
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
@@ -136,6 +147,10 @@ class DSpritesFiles(SetFiles):
     def field(self, name: str, part: str, number: int) -> int:
         return int(self._classes[number, self._COLUMNS[name]])
 
+    def path(self, part: str, number: int) -> Path:
+        del part, number
+        return self._path
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         # Read image by image: all of them together are 3 GB.
         with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
@@ -166,6 +181,10 @@ class SmallNorbFiles(SetFiles):
         _, elevation, azimuth, _ = self._info[part][number].tolist()  # azimuths are 0, 2, .., 34
         return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[name]
 
+    def path(self, part: str, number: int) -> Path:
+        del number
+        return self._path(part, "dat")
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         with self._open(part, "dat") as file:
             shape, _ = self._header(file)
@@ -173,13 +192,15 @@ class SmallNorbFiles(SetFiles):
             yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
 
     def _open(self, part: str, kind: str) -> BinaryIO:
+        path = self._path(part, kind)
+        return path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb")  # type: ignore[return-value]
+
+    def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
-        packed = path.with_name(f"{path.name}.gz")
-        if path.is_file():
-            return path.open("rb")
-        if packed.is_file():
-            return gzip.open(packed, "rb")  # type: ignore[return-value]
-        raise DataError(f"{path}: is missing; wanted {self.layout}")
+        found = next((each for each in (path, path.with_name(f"{path.name}.gz")) if each.is_file()), None)
+        if found is None:
+            raise DataError(f"{path}: is missing; wanted {self.layout}")
+        return found
 
     def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and type of the array whose numbers come next: a magic number, how many dimensions, and their
@@ -218,10 +239,7 @@ def _png_writer(image: Image.Image) -> Writer:
 
 def _copier(source: Path) -> tuple[Writer, str]:
     def copy(path: Path) -> None:
-        try:
-            shutil.copyfile(source, path)
-        except FileNotFoundError:
-            raise DataError(f"{source}: is missing") from None
+        shutil.copyfile(source, path)
 
     return copy, source.suffix
 
