@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,8 +213,53 @@ def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_pat
     result = command("check", tmp_path, "--task", "vtab/cifar")
     said = " ".join(result.output.replace("│", " ").split())
     assert result.exit_code == 1
-    for part in ("000000.jpg", "and 2 more", "line 1", "images from tfds/cifar100"):
+    for part in ("000000.jpg", "and 4 more of 6", "line 1", "images from tfds/cifar100"):
         assert part in said, said
+
+
+def refused(check: str, folder: Path, name: str) -> str:
+    """What open_splits says of the folder, which is what `check` shows, without the folder."""
+    with pytest.raises(DataError) as error:
+        open_splits(folder, task=name)
+    text = str(error.value).replace(f"{folder}/", "")
+    assert text in " ".join(check.replace("│", " ").split()), check
+    return text
+
+
+def test_check_names_a_number_of_class_names_that_training_refuses(command, cifar, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = write_vtab(cifar, tmp_path / "cifar")
+    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    result = command("check", tmp_path, "--task", "cifar")
+    assert result.exit_code == 1
+    assert refused(result.output, folder, "vtab/cifar").startswith("classnames.txt: 3 names")
+
+
+def test_check_names_a_class_that_train_lacks_as_training_does(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    cub = shrink(monkeypatch, "fgvc/cub")
+    folder = write_fgvc(cub, tmp_path / "CUB")
+    entries = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(dict.fromkeys(entries, 3)))
+    result = command("check", tmp_path, "--task", "cub")
+    assert result.exit_code == 1
+    assert refused(result.output, folder, "fgvc/cub").startswith("train.json: 1 class ids")
+
+
+def test_check_names_a_class_that_has_no_image_to_hold_out(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    cub = shrink(monkeypatch, "fgvc/cub")
+    folder = write_fgvc(cub, tmp_path / "CUB", splits=("train", "test"))
+    names = list(json.loads((folder / "train.json").read_text()))
+    (folder / "train.json").write_text(json.dumps({name: 3 if name != names[1] else 7 for name in names}))
+    result = command("check", tmp_path, "--task", "cub")
+    assert result.exit_code == 1 and "found one image in" in result.output
+
+
+def test_check_wants_the_list_of_test_images_that_training_does_without(command, cifar, tmp_path):
+    (write_vtab(cifar, tmp_path / "cifar") / "test.txt").unlink()
+    result = command("check", tmp_path, "--task", "cifar")
+    assert result.exit_code == 1 and "test.txt: is missing" in " ".join(result.output.split())
 
 
 def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar, monkeypatch, tmp_path):

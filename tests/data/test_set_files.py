@@ -260,6 +260,7 @@ def test_classes_of_shards_are_put_into_bins(small, tmp_path, monkeypatch):
         (ClevrFiles, None, "has no scenes; wanted scenes/CLEVR_"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
+        (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
         (

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from .images import DataError
+from .images import DataError, read_text
 
 Writer = Callable[[Path], None]
 
@@ -89,7 +89,7 @@ class KittiFiles(SetFiles):
         del part  # numbers are those of all labelled images
         assert name == "objects"
         path = self._folder / "label_2" / f"{number:06d}.txt"
-        objects = [line.split() for line in _read_text(path).splitlines()]
+        objects = [line.split() for line in read_text(path).splitlines()]
         known = [words for words in objects if words and words[0] != "DontCare"]
         if any(len(words) != 15 or words[0] not in self._TYPES for words in known):
             raise DataError(f"{path}: wanted lines of a type of object and 14 numbers")
@@ -109,9 +109,9 @@ class KittiFiles(SetFiles):
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
-    lines = _read_text(mapping / "train_mapping.txt").splitlines()
+    lines = read_text(mapping / "train_mapping.txt").splitlines()
     try:
-        places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
+        places = [int(word) - 1 for word in read_text(mapping / "train_rand.txt").split(",")]
         videos = np.array([lines[place].split()[1] for place in places])
     except (IndexError, ValueError) as error:
         raise DataError(
@@ -254,18 +254,11 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
 
 def _read_scenes(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(_read_text(path))
+        found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
     scenes = found.get("scenes") if isinstance(found, dict) else None
     wanted = {"image_filename", "objects"}
-    if not isinstance(scenes, list) or not all(wanted <= scene.keys() for scene in scenes):
+    if not isinstance(scenes, list) or not all(isinstance(s, dict) and wanted <= s.keys() for s in scenes):
         raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
     return scenes
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing") from None

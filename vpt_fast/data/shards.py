@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
-from .images import DataError, ImageList, Splits, hold_out
+from .images import DataError, ImageList, Splits, hold_out, read_text
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
     """One name a line, in the order of the labels; None where there is no such file.
 
     Raises:
-        DataError: fewer than `at_least` names, or one name twice.
+        DataError: fewer than `at_least` names, or one name twice; the file is no text.
     """
     if not path.exists():
         return None
-    lines = tuple(path.read_text(encoding="utf-8").splitlines())
+    lines = tuple(read_text(path).splitlines())
     first: dict[str, int] = {}
     for number, name in enumerate(lines, 1):
         if name in first:
@@ -111,7 +111,7 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
     counted = folder / "nshards.txt"
     number = max(shards) + 1
     if counted.exists():
-        text = counted.read_text().strip()
+        text = read_text(counted).strip()
         if not text.isdecimal():
             raise DataError(f"{counted}, line 1: {text!r}, wanted the number of shards")
         number = int(text)
