@@ -121,6 +121,15 @@ def test_backbones_that_something_was_published_of_are_known():
 NATURAL = [name for name, task in TASKS.items() if task.group == "natural"]
 
 
+@pytest.mark.parametrize("method", GROUP_MEANS)
+@pytest.mark.parametrize("group", ["natural", "specialized", "structured"])
+def test_published_mean_of_a_whole_group_is_the_published_one(sweep, method, group):
+    names = [name for name, task in TASKS.items() if task.group == group]
+    ((row,), _) = make_rows(read_entries([sweep(method, name, 0.8) for name in names])[0])
+    mean = row.means[group]
+    assert (mean.published, mean.published_tasks) == (GROUP_MEANS[method][group], len(names))
+
+
 def test_of_other_backbones_the_published_mean_is_of_all_tasks_of_a_group(sweep):
     swin = "swinb_imagenet22k_224"
     folders = [sweep("vpt-deep", name, 0.8, backbone=swin) for name in NATURAL]
@@ -165,7 +174,8 @@ def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
 
 def test_accuracy_on_val_is_held_against_nothing(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
-    assert make_rows(entries)[0][0].means["natural"].published is None
+    natural = make_rows(entries)[0][0].means["natural"]
+    assert (natural.published, natural.wins) == (None, None)
     assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
 
 
