@@ -147,7 +147,8 @@ def plan_ablation(
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: no such ablation, a setting that it varies itself is given, or one that a point refuses.
+        ValueError: no such ablation; a setting that it varies or searches itself is given, or one that a
+            point refuses.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -171,8 +172,13 @@ def plan_ablation(
                 merged = {**common, **changes}
                 merged = {key: setting for key, setting in merged.items() if setting is not None}
                 axes = default_axes(Recipe.from_dict(merged)) if search else {}
-                searched = {key: setting for key, setting in merged.items() if key not in axes}
-                found.append(Point(label, value, Sweep(searched, axes, tuple(seeds))))
+                for key in axes:
+                    if key in merged:
+                        raise ValueError(
+                            f"{key} is given as {merged[key]}, and --sweep searches it for {method} too; "
+                            "leave out one of them"
+                        )
+                found.append(Point(label, value, Sweep(merged, axes, tuple(seeds))))
     return found
 
 

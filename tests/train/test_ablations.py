@@ -86,7 +86,7 @@ def test_data_size_leaves_a_method_what_only_others_have() -> None:
 
 
 def test_search_leaves_the_searched_settings_open() -> None:
-    point, *_ = plan_ablation("length", {**NAMED, "base_lr": 1.0}, seeds=(1,), search=True)
+    point, *_ = plan_ablation("length", NAMED, seeds=(1,), search=True)
     assert "base_lr" in point.sweep.axes and "base_lr" not in point.sweep.settings
 
 
@@ -98,8 +98,15 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ("length", {"method": "vpt-deep"}, {}, "method is given; --methods names them"),
         ("length", {}, {"methods": ["linear"]}, "num_prompts"),
         ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
+        (
+            "length",
+            {"base_lr": 1.0},
+            {"search": True},
+            "base_lr is given as 1.0, and --sweep searches it for",
+        ),
+        ("length", {"weight_decay": 0.0}, {"search": True}, "weight_decay is given as 0.0, and --sweep"),
     ],
-    ids=["ablation", "varied", "method", "refused", "location"],
+    ids=["ablation", "varied", "method", "refused", "location", "searched rate", "searched decay"],
 )
 def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
     with pytest.raises(ValueError, match=named):
