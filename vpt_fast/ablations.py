@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 from rich.console import Console
 
-from vpt_fast.backbones.resolve import without_values
+from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
 from vpt_fast.cache import TrainingCache
+from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import METHODS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.run import write
@@ -60,7 +60,7 @@ def _length(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, 
 
 
 def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
-    blocks = len(_shape(recipe).blocks)
+    blocks = len(_shape(recipe, VIT).blocks)
     counts = sorted({max(1, round(share * blocks)) for share in DEPTHS})
     return {
         "first blocks": {k: {"prompt_layers": k} for k in counts},
@@ -73,7 +73,7 @@ def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str
     counts = {
         "add": None,
         "add-1": None,
-        "pad": max(1, _shape(recipe).patch_embed.patch_size[0] // 2),
+        "pad": max(1, _shape(recipe, SWIN, VIT).patch_embed.patch_size[0] // 2),
         "concat-channel": EXTRA_CHANNELS,
     }
     found: dict[Any, dict[str, Any]] = {}
@@ -113,10 +113,15 @@ ABLATIONS = {
 }
 
 
-def _shape(recipe: Recipe) -> Any:
-    """The backbone's modules: nothing is computed or downloaded."""
-    with without_values():
-        return timm.create_model(recipe.backbone, pretrained=False, num_classes=0, **recipe.backbone_arg)
+def _shape(recipe: Recipe, *kinds: Kind) -> Any:
+    """The backbone's modules: nothing is computed or downloaded.
+
+    Raises ValueError where it is of none of `kinds`.
+    """
+    found = kind_of(recipe.backbone)
+    kind = found if found in kinds else VIT
+    with naming_the_backbone(recipe), without_values():
+        return resolve_backbone(recipe.backbone, False, recipe.backbone_arg, kind=kind)[0]
 
 
 @dataclass(frozen=True)
