@@ -9,6 +9,7 @@ An ablation's folder:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,8 +165,14 @@ def plan_ablation(
             raise ValueError(f"{given} is given; {instead}")
     if settings.get("task") == SEGMENTATION:
         raise ValueError("task is segmentation, which the paper's ablations are not of")
+    chosen = methods or ablation.methods
+    known = {knob for method in chosen for knob in parse_method(method).rule.knobs}
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for given in sorted(KNOBS - known):
+        if settings.get(given) not in (None, defaults[given]):
+            raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
     found = []
-    for method in methods or ablation.methods:
+    for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
         foreign = KNOBS - set(parse_method(method).rule.knobs)

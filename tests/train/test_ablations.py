@@ -119,6 +119,8 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ("length", {"method": "vpt-deep"}, {}, "method is given; --methods names them"),
         ("length", {}, {"methods": ["linear"]}, "num_prompts"),
         ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
+        ("length", {"lora_rank": 4}, {}, "lora_rank is given; of vpt-deep none has it"),
+        ("length", {"seed": 4}, {}, "seed is given as 4 with nothing to search; seeds name it"),
         (
             "length",
             {"base_lr": 1.0},
@@ -127,7 +129,7 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ),
         ("length", {"weight_decay": 0.0}, {"search": True}, "weight_decay is given as 0.0, and --sweep"),
     ],
-    ids=["ablation", "varied", "method", "refused", "location", "searched rate", "searched decay"],
+    ids=["ablation", "varied", "method", "refused", "location", "foreign", "seed", "searched rate", "decay"],
 )
 def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
     with pytest.raises(ValueError, match=named):
