@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,9 @@ def _run_entry(
         if set(other := first.differences(Recipe.from_dict(config))) != {"seed"}:
             what = ", ".join(sorted(set(other) - {"seed"})) or "nothing, not even the seed"
             raise ValueError(f"{key[1]} on {key[2]} comes twice; the two differ in {what}")
+    seeds = Counter(Recipe.from_dict(config).seed for config, *_ in found)
+    if (most := seeds.most_common(1)[0])[1] > 1:
+        raise ValueError(f"{key[1]} on {key[2]} comes twice with the seed {most[0]}")
     split = "test" if all(results["test_accuracy"] is not None for *_, results in found) else "val"
     values = [results[f"{split}_accuracy"] for *_, results in found]
     if None in values:
@@ -460,7 +464,7 @@ def _csv(rows: list[Row]) -> str:
                     mean.tasks,
                     None,
                     mean.published,
-                    mean.difference,
+                    None if mean.difference is None else round(mean.difference, 6),
                     mean.wins,
                 ]
             )

@@ -179,6 +179,12 @@ def test_accuracy_on_val_is_held_against_nothing(sweep):
     assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
 
 
+def test_two_runs_of_one_seed_beside_one_of_another_are_refused(run):
+    folders = [run(f"{i}", seed=seed, test_accuracy=0.7) for i, seed in enumerate((1, 2, 2))]
+    with pytest.raises(ValueError, match="vpt-deep on vtab/cifar comes twice with the seed 2"):
+        read_entries(folders)
+
+
 def test_runs_that_differ_in_their_seed_are_taken_together(run):
     folders = [run("a", seed=1, test_accuracy=0.7), run("b", seed=2, test_accuracy=0.8)]
     ((entry,), _) = read_entries(folders)
@@ -228,6 +234,7 @@ def test_csv_has_a_line_for_each_task_and_group(sweep):
     task, group = csv.DictReader(io.StringIO(format_table(entries, notes, "csv")))
     assert (task["of"], float(task["accuracy"]), float(task["difference"])) == ("vtab/cifar", 81, 2.2)
     assert (group["of"], group["tasks"], group["wins"]) == ("natural", "1", "1")
+    assert group["difference"] == "2.2"
 
 
 def test_latex_is_escaped_and_every_row_has_all_columns(sweep):
