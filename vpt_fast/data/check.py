@@ -64,7 +64,8 @@ def check_task(task: Task, root: Path) -> TaskFound:
         else:  # of FGVC's val a tenth of train takes the place: that is as good
             splits.append(SplitFound(split, *((0, 0) if split == "val" else (None, task.sizes[split]))))
     classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
-    shown = tuple(problem.replace(f"{whole}/", "") for problem in problems)  # beside the folder's own name
+    # Beside the folder's own name.
+    shown = tuple(problem.replace(f"{whole}/", "").removeprefix(f"{whole}: ") for problem in problems)
     return TaskFound(task, folder, tuple(splits), len(classes), shown)
 
 
