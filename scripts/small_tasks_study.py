@@ -1,4 +1,4 @@
-"""Run the paper's protocol on the small tasks: a search on val, then five seeds on train and val, then test.
+"""Search and test on the small tasks as the paper does: on val, then five seeds on train and val, then test.
 
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
     python scripts/small_tasks_study.py tasks runs/small-tasks            # hours; again, to go on

@@ -7,10 +7,12 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data.dataset import IterableImageDataset
 
 from vpt_fast.data import TASKS, Task
 
@@ -62,8 +64,25 @@ def write_fgvc(task: Task, folder: Path, splits: tuple[str, ...] = ("train", "va
     return folder
 
 
-def write_shards(root: Path, counts: dict[str, int], *, per_shard: int = 5, names: bool = True) -> Path:
-    """Layout C, lossless WebP files; labels 0, 1, 0, 1, ..."""
+def stream(samples: list[tuple[Image.Image, object]], full_name: str) -> IterableImageDataset:
+    """What timm makes of a range of a data set in TensorFlow Datasets."""
+
+    class Reader(list):
+        builder = SimpleNamespace(info=SimpleNamespace(full_name=full_name))
+
+    return IterableImageDataset(None, reader=Reader(samples))
+
+
+def write_shards(
+    root: Path,
+    counts: dict[str, int],
+    *,
+    per_shard: int = 5,
+    names: bool = True,
+    first: int = 0,
+    shift: int = 0,
+) -> Path:
+    """Layout C, lossless WebP files; labels 0, 1, 0, 1, ... or from `shift` on, pictures from `first` on."""
     root.mkdir(parents=True, exist_ok=True)
     for number, (split, count) in enumerate(counts.items()):
         (root / split).mkdir()
@@ -73,8 +92,11 @@ def write_shards(root: Path, counts: dict[str, int], *, per_shard: int = 5, name
             with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
                 for i in range(start, min(start + per_shard, count)):
                     encoded = io.BytesIO()
-                    picture(100 * number + i).save(encoded, "webp", lossless=True)
-                    for ending, data in (("cls", str(i % 2).encode()), ("webp", encoded.getvalue())):
+                    picture(100 * number + first + i).save(encoded, "webp", lossless=True)
+                    for ending, data in (
+                        ("cls", str((i + shift) % 2).encode()),
+                        ("webp", encoded.getvalue()),
+                    ):
                         member = tarfile.TarInfo(f"s{i:07d}.{ending}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))

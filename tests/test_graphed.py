@@ -129,10 +129,10 @@ def test_broken_capture_says_so_and_changes_no_weight(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("on_cpu")
 def test_training_whose_capture_breaks_names_the_flag_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = batches(1)[0]
-    recipe = Recipe(data="", backbone="", batch_size=len(labels), precision="fp32")
+    recipe = Recipe(data="", backbone="", precision="fp32")
     train = TrainStep(
         model := make_model(), recipe, make_sgd(model), torch.amp.GradScaler(enabled=False),
-        CrossEntropy(0.0, None), is_graphed=False,
+        CrossEntropy(0.0, None), num_images=len(labels), is_graphed=False,
     )  # fmt: skip
     train.graph = broken_step(model, monkeypatch)
     with pytest.raises(ValueError, match="cuda_graph: the step cannot be captured .*; want --no-cuda-graph"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,27 @@ def test_the_committed_page_shows_the_committed_results() -> None:
     for task in results["tasks"].values():
         for found in task.values():
             assert found["mean"] == pytest.approx(np.mean(list(found["test_accuracies"].values())))
+
+
+def test_the_committed_page_names_every_task_on_which_the_linear_probe_is_above_vpt_deep() -> None:
+    tasks = json.loads((ROOT / "docs/small-tasks/results.json").read_text())["tasks"]
+    below = [name for name, found in tasks.items() if found["vpt-deep"]["mean"] < found["linear"]["mean"]]
+    said = " and on ".join(name.replace("_", " ") for name in below)
+    page = " ".join((ROOT / "docs/small-tasks.md").read_text().split())
+    assert re.search(rf"On {said} \([^)]*\) VPT-Deep is below the linear probe", page)
+
+
+def test_the_committed_page_says_how_training_is_not_the_paper_s() -> None:
+    page = " ".join((ROOT / "docs/small-tasks.md").read_text().split())
+    common = study.COMMON
+    said = (
+        f"label smoothing of {common['label_smoothing']}",
+        f"batches of {study.TRAINED['batch_size']} for {study.TRAINED['epochs']} epochs",
+        f"weight decay of {common['weight_decay']}",
+        "AdamW for every method",
+        "no warm-up and no prompt dropout",
+    )
+    assert [text for text in said if text not in page] == []
 
 
 def test_a_study_that_is_not_finished_is_not_written(tmp_path: Path) -> None:

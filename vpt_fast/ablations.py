@@ -9,17 +9,18 @@ An ablation's folder:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 from rich.console import Console
 
-from vpt_fast.backbones.resolve import without_values
+from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
 from vpt_fast.cache import TrainingCache
+from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import METHODS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.run import write
@@ -60,7 +61,7 @@ def _length(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, 
 
 
 def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
-    blocks = len(_shape(recipe).blocks)
+    blocks = len(_shape(recipe, VIT).blocks)
     counts = sorted({max(1, round(share * blocks)) for share in DEPTHS})
     return {
         "first blocks": {k: {"prompt_layers": k} for k in counts},
@@ -73,7 +74,7 @@ def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str
     counts = {
         "add": None,
         "add-1": None,
-        "pad": max(1, _shape(recipe).patch_embed.patch_size[0] // 2),
+        "pad": max(1, _shape(recipe, SWIN, VIT).patch_embed.patch_size[0] // 2),
         "concat-channel": EXTRA_CHANNELS,
     }
     found: dict[Any, dict[str, Any]] = {}
@@ -113,10 +114,15 @@ ABLATIONS = {
 }
 
 
-def _shape(recipe: Recipe) -> Any:
-    """The backbone's modules: nothing is computed or downloaded."""
-    with without_values():
-        return timm.create_model(recipe.backbone, pretrained=False, num_classes=0, **recipe.backbone_arg)
+def _shape(recipe: Recipe, *kinds: Kind) -> Any:
+    """The backbone's modules: nothing is computed or downloaded.
+
+    Raises ValueError where it is of none of `kinds`.
+    """
+    found = kind_of(recipe.backbone)
+    kind = found if found in kinds else VIT
+    with naming_the_backbone(recipe), without_values():
+        return resolve_backbone(recipe.backbone, False, recipe.backbone_arg, kind=kind)[0]
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ def plan_ablation(
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: no such ablation, a setting that it varies itself is given, or one that a point refuses.
+        ValueError: no such ablation; a setting that it varies or searches itself is given, or one that a
+            point refuses.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -158,8 +165,14 @@ def plan_ablation(
             raise ValueError(f"{given} is given; {instead}")
     if settings.get("task") == SEGMENTATION:
         raise ValueError("task is segmentation, which the paper's ablations are not of")
+    chosen = methods or ablation.methods
+    known = {knob for method in chosen for knob in parse_method(method).rule.knobs}
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for given in sorted(KNOBS - known):
+        if settings.get(given) not in (None, defaults[given]):
+            raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
     found = []
-    for method in methods or ablation.methods:
+    for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
         foreign = KNOBS - set(parse_method(method).rule.knobs)
@@ -171,8 +184,13 @@ def plan_ablation(
                 merged = {**common, **changes}
                 merged = {key: setting for key, setting in merged.items() if setting is not None}
                 axes = default_axes(Recipe.from_dict(merged)) if search else {}
-                searched = {key: setting for key, setting in merged.items() if key not in axes}
-                found.append(Point(label, value, Sweep(searched, axes, tuple(seeds))))
+                for key in axes:
+                    if key in merged:
+                        raise ValueError(
+                            f"{key} is given as {merged[key]}, and --sweep searches it for {method} too; "
+                            "leave out one of them"
+                        )
+                found.append(Point(label, value, Sweep(merged, axes, tuple(seeds))))
     return found
 
 

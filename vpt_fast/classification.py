@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.run import describe_data
 from vpt_fast.world import World
 
-FORWARD_BATCH = 64  # images in a pass with no backward, or more where the recipe's batch is larger
+FORWARD_BATCH = 64  # images in a pass with no backward
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,11 @@ class Classification:
     ) -> Batches:
         """This process's share of the recipe's batches, or batches to evaluate on."""
         assert recipe.batch_size is not None, "resolve the recipe first"
-        share = recipe.batch_size // world.size
+        share = math.ceil(recipe.batch_size / world.size)  # uneven only where a process has fewer images
         return Batches(
             images,
             preprocessing if train else preprocessing.for_evaluation(),
-            share if train else max(share, FORWARD_BATCH),
+            share if train else FORWARD_BATCH,
             train=train,
             seed=recipe.seed,
             device=world.device,

@@ -164,7 +164,10 @@ def train(
             feature_seconds = time.perf_counter() - started
         parallel = stack.enter_context(world.joined(network))
         objective = problem.objective(recipe, splits, world)
-        step = TrainStep(parallel, recipe, optimizer, scaler, objective, is_graphed=is_graphed)
+        num_images = recipe.step_images(len(splits.train))
+        step = TrainStep(
+            parallel, recipe, optimizer, scaler, objective, num_images=num_images, is_graphed=is_graphed
+        )
 
         # Begin, or go on after the last completed epoch.
         rows: list[dict[str, Any]] = []
@@ -645,7 +648,7 @@ def train_epoch(
 class TrainStep:
     """One optimizer step: ``loss_sum, hits = step(inputs, targets)``, both (), over the images of the batch.
 
-    Graphed, whole batches are replayed from a CUDA graph; an epoch's last one may be smaller.
+    Graphed, batches of `num_images` are replayed from a CUDA graph; an epoch's last one may be smaller.
     """
 
     def __init__(
@@ -656,10 +659,11 @@ class TrainStep:
         scaler: torch.amp.GradScaler,
         objective: Objective,
         *,
+        num_images: int,
         is_graphed: bool,
     ) -> None:
         self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
-        self.objective = objective
+        self.objective, self.num_images = objective, num_images
         self.graph: GraphedStep | None = None
         if is_graphed:
             self.graph = GraphedStep(
@@ -671,7 +675,7 @@ class TrainStep:
             )
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.graph is not None and len(targets) == self.recipe.batch_size:
+        if self.graph is not None and len(targets) == self.num_images:
             try:
                 loss = self.graph(inputs, targets)
             except CaptureError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +71,7 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     """
     kind, settings = model_settings(recipe)
     constructor: Any = kind
-    try:
+    with naming_the_backbone(recipe):
         return constructor(
             recipe.backbone,
             num_classes,
@@ -78,8 +80,14 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
             **settings,
             **recipe.backbone_arg,
         )
+
+
+@contextlib.contextmanager
+def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
+    """Turns timm's and the hub's ways to say no into a ValueError that names the recipe's backbone."""
+    try:
+        yield
     except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
-        # timm's and the hub's ways to say no
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error

@@ -288,16 +288,16 @@ class Recipe:
     )
     base_lr: float | None = _knob(
         None,
-        "Learning rate for a batch of 256; scaled by batch / 256.",
+        "Learning rate for a batch of 256; scaled by batch_size / 256.",
         OPTIMISATION,
         shown="1; 0.001 with the methods of AdamW",
     )
     batch_size: int | None = _knob(
         None,
-        "Images per optimizer step, over all processes.",
+        "Images per optimizer step, over all processes; a smaller training set is one step, by the same "
+        "learning rate.",
         OPTIMISATION,
-        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial; 16 for segmentation; "
-        "at most the training set",
+        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial; 16 for segmentation",
     )
     accumulate: int = _knob(
         1, "Parts a batch is split into to save memory; the gradient is the same.", OPTIMISATION
@@ -445,9 +445,7 @@ class Recipe:
             batch_size = 64 if (num_prompts or 0) >= 100 else method.rule.batch_size
             if is_segmentation:
                 batch_size = 16
-        if batch_size > num_train_images:
-            batch_size = max(num_train_images // world_size, 1) * world_size
-        if batch_size % world_size:
+        if batch_size < num_train_images and batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}; {world_size} processes cannot share it evenly")
         changes["batch_size"] = batch_size
         if self.precision is None:
@@ -478,9 +476,18 @@ class Recipe:
                 defaults["resize"] = "shortest"
         return {name: value for name, value in defaults.items() if getattr(self, name) is None}
 
+    def step_images(self, num_train_images: int) -> int:
+        """Images of a resolved recipe's whole steps."""
+        assert self.batch_size is not None, "resolve the recipe first"
+        return min(self.batch_size, num_train_images)
+
     @property
     def peak_lr(self) -> float:
-        """Learning rate of a resolved recipe where warm-up ends."""
+        """Learning rate of a resolved recipe where warm-up ends.
+
+        By the batch that is asked for, as in KMnP/vpt: on 800 and on 1,000 images, which are one step of a
+        linear probe's 2048, it is the same.
+        """
         assert self.batch_size is not None and self.base_lr is not None, "resolve the recipe first"
         return self.base_lr * self.batch_size / REFERENCE_BATCH
 

@@ -39,7 +39,7 @@ def print_start(
     """What will be trained, on what data, at what cost, where; skipped files by name. `images_text` says what
     is done to the training images."""
     trained, backbone = model.num_trainable_parameters, model.num_backbone_parameters
-    batch = recipe.batch_size or 0
+    batch = recipe.step_images(len(splits.train))
     memory = model.estimate_training_bytes(-(-batch // (world.size * recipe.accumulate)))
     expected = memory["weights"] + memory["kept"] + memory["workspace"]
     free = free_bytes(world.device)

@@ -246,7 +246,7 @@ class Segmentation:
         return SceneBatches(
             scenes.images,
             preprocessing,
-            recipe.batch_size // world.size,
+            math.ceil(recipe.batch_size / world.size),  # uneven only where a process has fewer images
             train=train,
             seed=recipe.seed,
             device=world.device,

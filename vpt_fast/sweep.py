@@ -151,6 +151,10 @@ class Sweep:
         for name in SET_BY_SWEEP:
             if name in self.settings:
                 raise ValueError(f"{name} is given; a sweep sets it itself: val for the search, then test")
+        if not self.axes and "seed" in self.settings:
+            raise ValueError(
+                f"seed is given as {self.settings['seed']} with nothing to search; seeds name it"
+            )
         for name in self.axes:
             if name in self.settings:
                 raise ValueError(
@@ -652,7 +656,8 @@ def _collect(
         for t in final.get_trials(deepcopy=False)
         if "diverged" in t.user_attrs
     }
-    recipe = sweep.recipe(**points[0])
+    # The best trial's: backbone and method may be searched, too.
+    recipe = sweep.recipe(**(points[0] if best is None else best["params"]))
     results = {
         "kind": "sweep",
         "task": recipe.task,

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,9 @@ def _run_entry(
         if set(other := first.differences(Recipe.from_dict(config))) != {"seed"}:
             what = ", ".join(sorted(set(other) - {"seed"})) or "nothing, not even the seed"
             raise ValueError(f"{key[1]} on {key[2]} comes twice; the two differ in {what}")
+    seeds = Counter(Recipe.from_dict(config).seed for config, *_ in found)
+    if (most := seeds.most_common(1)[0])[1] > 1:
+        raise ValueError(f"{key[1]} on {key[2]} comes twice with the seed {most[0]}")
     split = "test" if all(results["test_accuracy"] is not None for *_, results in found) else "val"
     values = [results[f"{split}_accuracy"] for *_, results in found]
     if None in values:
@@ -233,11 +237,11 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
     rows, notes = [], []
     for backbone in backbones:
         here = [entry for entry in entries if entry.backbone == backbone]
-        full = {entry.task: entry.accuracy for entry in here if entry.method == BASELINE}
+        full = {(entry.task, entry.split): entry.accuracy for entry in here if entry.method == BASELINE}
         published = published_of(backbone)
         of_the_papers = any(entry.task in TASKS for entry in here)
         if not full and published is not None and BASELINE in published.accuracies and of_the_papers:
-            full = published.accuracies[BASELINE]
+            full = {(task, "test"): accuracy for task, accuracy in published.accuracies[BASELINE].items()}
             notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
         if published is None and of_the_papers:
             notes.append(f"nothing was published of {backbone}, by this name, to hold its runs against")
@@ -261,19 +265,13 @@ def _of_group(entries: dict[str, Entry], group: str) -> list[Entry]:
     return [entries[name] for name, task in TASKS.items() if task.group == group and name in entries]
 
 
-def _mean(method: str, group: str, entries: list[Entry], full: dict[str, float]) -> Mean | None:
+def _mean(method: str, group: str, entries: list[Entry], full: dict[tuple[str, str], float]) -> Mean | None:
+    """`full` are the baseline's accuracies by task and split."""
     if not entries:
         return None
-    accuracies = [entry.published_accuracy for entry in entries]
-    known = [value for value in accuracies if value is not None]
-    published = statistics.fmean(known) if len(known) == len(entries) else None
-    published_tasks = len(entries)
-    # Means alone were published, of all tasks of the group.
-    if published is None and all(entry.published and not entry.published.accuracies for entry in entries):
-        published = entries[0].published.means.get(method, {}).get(group)
-        published_tasks = _tasks_of(group)
-    comparable = [entry for entry in entries if entry.task in full]
-    wins = sum(entry.accuracy > full[entry.task] for entry in comparable)
+    published, published_tasks = _published_mean(method, group, entries)
+    comparable = [entry for entry in entries if (entry.task, entry.split) in full]
+    wins = sum(entry.accuracy > full[entry.task, entry.split] for entry in comparable)
     return Mean(
         statistics.fmean(entry.accuracy for entry in entries),
         published,
@@ -281,6 +279,18 @@ def _mean(method: str, group: str, entries: list[Entry], full: dict[str, float])
         len(entries),
         wins if comparable and method != BASELINE else None,
     )
+
+
+def _published_mean(method: str, group: str, entries: list[Entry]) -> tuple[float | None, int]:
+    """The mean of the method over a group, and over how many tasks it is: as published where all of them are
+    there, since the tasks' own numbers are rounded, or where none was published task by task."""
+    of_all = entries[0].published.means.get(method, {}).get(group) if entries[0].published else None
+    single = [entry.published_accuracy for entry in entries]
+    known = [value for value in single if value is not None]
+    of_one_source = all(entry.published is entries[0].published for entry in entries)
+    if of_all is not None and of_one_source and (len(entries) == _tasks_of(group) or not known):
+        return of_all, _tasks_of(group)
+    return statistics.fmean(known) if len(known) == len(entries) else None, len(entries)
 
 
 def _tasks_of(group: str) -> int:
@@ -454,7 +464,7 @@ def _csv(rows: list[Row]) -> str:
                     mean.tasks,
                     None,
                     mean.published,
-                    mean.difference,
+                    None if mean.difference is None else round(mean.difference, 6),
                     mean.wins,
                 ]
             )

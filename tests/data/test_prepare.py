@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
-from task_trees import picture, shrink, write_fgvc, write_shards, write_vtab
-from timm.data.dataset import IterableImageDataset
+from task_trees import picture, shrink, stream, write_fgvc, write_shards, write_vtab
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
@@ -36,14 +36,17 @@ def taken_by(ranges: str, full: Sequence[int]) -> Sequence[int]:
 
 @pytest.fixture
 def tfds(monkeypatch):
-    """Pretends that there is tfds/cifar100: training images 0 to 19, test images 100 to 105."""
+    """Pretends that there is tfds/cifar100: training images 0 to 19, test images 100 to 105. Its version is
+    the one item of what this returns."""
     monkeypatch.setitem(TFDS_RANGES, "vtab/cifar", ("train[:8]", "train[16:20]", "test"))
 
     def create(name, root, split, **options):
         full = list(range(20)) if split.startswith("train") else list(range(100, 106))
-        return IterableImageDataset(root, reader=[(picture(i), i % 2) for i in taken_by(split, full)])
+        return stream([(picture(i), i % 2) for i in taken_by(split, full)], f"cifar100/{version[0]}")
 
+    version = ["3.0.2"]
     monkeypatch.setattr("vpt_fast.data.factory.create_dataset", create)
+    return version
 
 
 def numbers(images) -> list[int]:
@@ -136,6 +139,7 @@ def test_what_cannot_be_prepared_is_refused_with_the_reason(tmp_path, name, sour
 def test_shards_of_another_set_are_refused(cifar, tmp_path, counts, message):
     with pytest.raises(DataError, match=message):
         prepare_task(cifar, str(write_shards(tmp_path / "shards", counts)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_that_something_else_is_in_is_left_alone(cifar, tfds, tmp_path):
@@ -147,7 +151,40 @@ def test_folder_that_something_else_is_in_is_left_alone(cifar, tfds, tmp_path):
 
 def test_folder_prepared_from_another_source_is_left_alone(cifar, tfds, tmp_path):
     prepare_task(cifar, str(write_shards(tmp_path / "shards", {"train": 12, "test": 6})), tmp_path)
-    with pytest.raises(DataError, match="'source': 'shards'.* and not .*'tfds/cifar100'"):
+    with pytest.raises(DataError, match="'source': 'shards'.* and not .*'tfds/cifar100'.*; go on with that"):
+        prepare_task(cifar, "tfds/cifar100", tmp_path)
+
+
+@pytest.mark.parametrize("change", ["label", "image"])
+def test_shards_of_other_contents_do_not_go_on_with_what_is_there(cifar, tmp_path, change):
+    prepare_task(cifar, str(write_shards(tmp_path / "a", {"train": 12, "test": 6})), tmp_path)
+    (tmp_path / "cifar" / "train800.txt").unlink()  # as after an interruption
+    changed = {"shift": 1} if change == "label" else {"first": 50}
+    other = write_shards(tmp_path / "b", {"train": 12, "test": 6}, **changed)
+    with pytest.raises(DataError, match="holds images of another source"):
+        prepare_task(cifar, str(other), tmp_path)
+    assert not (tmp_path / "cifar" / "train800.txt").exists()
+
+
+def test_shards_elsewhere_with_the_same_contents_go_on(cifar, tmp_path):
+    shards = write_shards(tmp_path / "a", {"train": 12, "test": 6})
+    prepare_task(cifar, str(shards), tmp_path)
+    (tmp_path / "cifar" / "train800.txt").unlink()
+    prepare_task(cifar, str(shards.rename(tmp_path / "b")), tmp_path)
+    assert len(open_splits(tmp_path, task="vtab/cifar").train) == 8
+
+
+def test_another_version_of_a_data_set_does_not_go_on_with_what_is_there(cifar, tfds, tmp_path):
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    tfds[0] = "4.0.0"
+    with pytest.raises(DataError, match="holds images of another source"):
+        prepare_task(cifar, "tfds/cifar100", tmp_path)
+
+
+def test_manifest_that_is_no_json_is_named(cifar, tfds, tmp_path):
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    (tmp_path / "cifar" / "prepared.json").write_text("{")
+    with pytest.raises(DataError, match="prepared.json: is not JSON; remove"):
         prepare_task(cifar, "tfds/cifar100", tmp_path)
 
 
@@ -176,8 +213,53 @@ def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_pat
     result = command("check", tmp_path, "--task", "vtab/cifar")
     said = " ".join(result.output.replace("│", " ").split())
     assert result.exit_code == 1
-    for part in ("000000.jpg", "and 2 more", "line 1", "images from tfds/cifar100"):
+    for part in ("000000.jpg", "and 4 more of 6", "line 1", "images from tfds/cifar100"):
         assert part in said, said
+
+
+def refused(check: str, folder: Path, name: str) -> str:
+    """What open_splits says of the folder, which is what `check` shows, without the folder."""
+    with pytest.raises(DataError) as error:
+        open_splits(folder, task=name)
+    text = str(error.value).replace(f"{folder}/", "")
+    assert text in " ".join(check.replace("│", " ").split()), check
+    return text
+
+
+def test_check_names_a_number_of_class_names_that_training_refuses(command, cifar, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = write_vtab(cifar, tmp_path / "cifar")
+    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    result = command("check", tmp_path, "--task", "cifar")
+    assert result.exit_code == 1
+    assert refused(result.output, folder, "vtab/cifar").startswith("classnames.txt: 3 names")
+
+
+def test_check_names_a_class_that_train_lacks_as_training_does(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    cub = shrink(monkeypatch, "fgvc/cub")
+    folder = write_fgvc(cub, tmp_path / "CUB")
+    entries = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(dict.fromkeys(entries, 3)))
+    result = command("check", tmp_path, "--task", "cub")
+    assert result.exit_code == 1
+    assert refused(result.output, folder, "fgvc/cub").startswith("train.json: 1 class ids")
+
+
+def test_check_names_a_class_that_has_no_image_to_hold_out(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")
+    cub = shrink(monkeypatch, "fgvc/cub")
+    folder = write_fgvc(cub, tmp_path / "CUB", splits=("train", "test"))
+    names = list(json.loads((folder / "train.json").read_text()))
+    (folder / "train.json").write_text(json.dumps({name: 3 if name != names[1] else 7 for name in names}))
+    result = command("check", tmp_path, "--task", "cub")
+    assert result.exit_code == 1 and "found one image in" in result.output
+
+
+def test_check_wants_the_list_of_test_images_that_training_does_without(command, cifar, tmp_path):
+    (write_vtab(cifar, tmp_path / "cifar") / "test.txt").unlink()
+    result = command("check", tmp_path, "--task", "cifar")
+    assert result.exit_code == 1 and "test.txt: is missing" in " ".join(result.output.split())
 
 
 def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar, monkeypatch, tmp_path):
@@ -219,4 +301,4 @@ def test_check_refuses_what_it_cannot_do(command, arguments, message):
 def test_manifest_says_where_the_images_came_from(cifar, tfds, tmp_path):
     prepare_task(cifar, "tfds/cifar100", tmp_path)
     found = json.loads((tmp_path / "cifar" / "prepared.json").read_text())
-    assert found == {"task": "vtab/cifar", "source": "tfds/cifar100"}
+    assert (found["task"], found["source"]) == ("vtab/cifar", "tfds/cifar100")

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from task_trees import write_shards
-from timm.data.dataset import IterableImageDataset
+from task_trees import stream, write_shards
 
 from vpt_fast.data import TASKS, DataError, Task
 from vpt_fast.data.prepare import TFDS_RANGES, prepare_task
@@ -156,6 +155,28 @@ def test_kitti(small, tmp_path):
     assert len(videos["test"]) == len(videos["val"]) == 2  # a tenth of 20
 
 
+@pytest.mark.parametrize("change", ["label", "image"])
+def test_files_of_other_contents_do_not_go_on_with_what_is_there(small, tmp_path, change):
+    task, source = small("vtab/kitti", test=4), write_kitti(tmp_path / "set")
+    prepare_task(task, str(source), tmp_path)
+    for i in range(40):  # of which some are taken
+        if change == "label":
+            (source / "training/label_2" / f"{i:06d}.txt").write_text("")
+        else:
+            Image.new("RGB", (24, 16)).save(source / "training/image_2" / f"{i:06d}.png")
+    with pytest.raises(DataError, match="holds images of another source"):
+        prepare_task(task, str(source), tmp_path)
+
+
+def test_missing_image_of_a_set_is_named_before_any_is_written(small, tmp_path):
+    source = write_kitti(tmp_path / "set")
+    for path in (source / "training/image_2").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"image_2/0000\d\d.png: is missing"):
+        prepare_task(small("vtab/kitti", test=4), str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def write_dsprites(root: Path) -> Path:
     """Image i has x position i and orientation 39 - i: so many white pixels in its first and second row."""
     root.mkdir()
@@ -214,7 +235,7 @@ def test_fields_of_tfds_become_labels_and_pixels_of_0_to_255(small, tmp_path, mo
         asked.add((name, target_key))
         count = {"train[:8]": 8, "train[20:24]": 4, "train[24:]": 6}[split]
         white = Image.fromarray(np.ones((4, 4, 3), np.uint8))
-        return IterableImageDataset(root, reader=[(white, np.int64(x)) for x in range(count)])
+        return stream([(white, np.int64(x)) for x in range(count)], "dsprites/2.0.0")
 
     monkeypatch.setattr("vpt_fast.data.factory.create_dataset", create)
     result = prepare_task(small("vtab/dsprites_loc", test=6), "tfds/dsprites", tmp_path)
@@ -239,6 +260,7 @@ def test_classes_of_shards_are_put_into_bins(small, tmp_path, monkeypatch):
         (ClevrFiles, None, "has no scenes; wanted scenes/CLEVR_"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
+        (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
         (

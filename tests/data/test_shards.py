@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tarfile
 
 import numpy as np
@@ -20,13 +21,21 @@ def root(tmp_path):
     return write_shards(tmp_path / "shards", COUNTS)
 
 
-def pack(path, members: dict[str, bytes]) -> None:
+def pack(path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> None:
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             file = path.parent / "member"
             file.write_bytes(data)
             tar.add(file, name)
             file.unlink()
+
+
+def cut_after_a_member(root) -> None:
+    """Of the first shard's samples one is left."""
+    path = root / "train/0.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    path.write_bytes(path.read_bytes()[:third])
 
 
 def test_every_image_comes_with_its_label(root):
@@ -98,12 +107,48 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             r"0.tar: s1.cls holds 'a', wanted a class",
         ),
         (
+            lambda root: (root / "train/nshards.txt").write_text("2"),
+            r"nshards.txt: says 2 shards, and 2.tar is there too",
+        ),
+        (
+            lambda root: (root / "train/1.tar").rename(root / "train/00.tar"),
+            r"train: found both 0.tar and 00.tar, wanted one of them",
+        ),
+        (
+            lambda root: pack(root / "train/0.tar", {"s1.png": b"", "s1.jpg": b"", "s1.cls": b"1"}),
+            r"0.tar: s1 has two images, s1.png and s1.jpg",
+        ),
+        (
+            lambda root: pack(root / "train/0.tar", [("s1.cls", b"1"), ("s1.cls", b"0")]),
+            r"0.tar: s1.cls comes twice",
+        ),
+        (
+            lambda root: [shutil.copytree(root / "test", root / name) for name in ("val", "valid")],
+            r"found shards in val/ and valid/, wanted one val folder",
+        ),
+        (cut_after_a_member, r"0.tar: ends after 1 images without a tar's end"),
+        (
             lambda root: (root / "classnames.txt").write_text("a\n"),
             r"1 class names, but the labels go up to 1",
         ),
         (lambda root: (root / "classnames.txt").write_text("a\na\n"), r"line 2: 'a' again, as in line 1"),
     ],
-    ids=["missing", "nshards", "no tar", "no label", "no image", "label", "few names", "names twice"],
+    ids=[
+        "missing",
+        "nshards",
+        "no tar",
+        "no label",
+        "no image",
+        "label",
+        "one more",
+        "one number",
+        "two images",
+        "two labels",
+        "two of val",
+        "cut off",
+        "few names",
+        "names twice",
+    ],
 )
 def test_broken_shards_are_named(root, break_it, message):
     break_it(root)

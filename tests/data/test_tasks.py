@@ -120,8 +120,10 @@ def edit(path, old, new):
         ("val200.txt", r"1.jpg 1", "1.jpg,1", r"val200.txt, line 2: .*wanted an image's path, a space"),
         ("test.txt", r"^.*\n", "", r"test.txt: 5 images; this list of vtab/cifar has 6"),
         ("test.txt", r"0002.jpg", "0009.jpg", r"test.txt, line 3: .*000009.jpg is not there$"),
+        ("test.txt", r"/000002.jpg", "", r"test.txt, line 3: .*images/test is a folder$"),
+        ("test.txt", r"0002.jpg 0", "0001.jpg 1", r"test.txt, line 3: .*000001.jpg again, as in line 2"),
     ],
-    ids=["class number", "no label", "size", "missing image"],
+    ids=["class number", "no label", "size", "missing image", "folder", "twice"],
 )
 def test_broken_vtab_list_is_named_with_its_line(vtab, file, old, new, message):
     edit(vtab / file, old, new)
@@ -137,21 +139,39 @@ def test_broken_vtab_list_is_named_with_its_line(vtab, file, old, new, message):
             {"a/train0.png": "x"},
             "train.json, 'a/train0.png': class id 'x', wanted a whole number",
         ),
+        ("train.json", {"a/train0.png": 1.7}, "class id 1.7, wanted a whole number"),
+        ("train.json", {"a/train0.png": True}, "class id True, wanted a whole number"),
+        ("train.json", {"a/train0.png": float("inf")}, "class id inf, wanted a whole number"),
         ("train.json", {"a/train0.png": 9}, "train.json: 3 class ids; fgvc/cub has 2 classes"),
         (
             "test.json",
             {"a/test0.png": 9},
-            "test.json, 'a/test0.png': class id 9, which no training image has",
+            "test.json, entry 'a/test0.png': class id 9, which no training image has$",
         ),
         ("val.json", {"a/more.png": 3}, "val.json: 5 images; this list of fgvc/cub has 4"),
     ],
-    ids=["no number", "classes", "unknown class", "size"],
+    ids=["no number", "no whole number", "truth value", "infinite", "classes", "unknown class", "size"],
 )
 def test_broken_fgvc_list_is_named_with_its_entry(fgvc, file, change, message):
     path = fgvc / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match=message):
         open_splits(fgvc, task=FGVC)
+
+
+@pytest.mark.parametrize("name", [VTAB, FGVC])
+def test_list_with_a_byte_order_mark_is_read(name, tmp_path, monkeypatch):
+    task = shrink(monkeypatch, name)
+    folder = (write_vtab if task.suite == "vtab" else write_fgvc)(task, tmp_path)
+    path = folder / task.files["train"]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert sizes(open_splits(folder, task=name)) == [8, 4, 6]
+
+
+def test_whole_numbers_as_text_are_class_ids(fgvc):
+    path = fgvc / "train.json"
+    path.write_text(json.dumps({name: str(value) for name, value in json.loads(path.read_text()).items()}))
+    assert open_splits(fgvc, task=FGVC).train.labels[:2] == (0, 1)
 
 
 def test_missing_images_are_counted_and_the_first_is_named(fgvc):

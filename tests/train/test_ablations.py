@@ -66,6 +66,27 @@ def test_depth_of_the_packaged_backbone_is_found_without_a_warning(recwarn) -> N
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("name", ["depth", "location"])
+def test_backbone_by_the_paper_s_name_is_planned_for_as_by_timm_s(name) -> None:
+    papers = plan_ablation(name, {**NAMED, "backbone": "sup_vitb16_imagenet21k"}, seeds=(1,))
+    assert [(point.line, point.value) for point in papers] == list(planned(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("depth", {"backbone": "swin_tiny_patch4_window7_224"}, "backbone: 'swin_tiny.*is not a timm Vision"),
+        ("location", {"backbone": "resnet18"}, "backbone: 'resnet18' is not a timm VisionTransformer"),
+        ("depth", {"backbone": "nosuch"}, "backbone: got 'nosuch', want the name of a timm model"),
+        ("depth", {"backbone_arg": {"width": 3}}, "backbone is vit_base.*width=3.*, which cannot be built"),
+    ],
+    ids=["Swin", "ConvNet", "unknown", "argument"],
+)
+def test_backbone_that_an_ablation_has_no_points_for_is_named(name, changes, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan_ablation(name, {**NAMED, **changes}, seeds=(1,))
+
+
 def test_location_gives_each_place_a_number_that_fits_it() -> None:
     found = planned("location")
     assert found["vpt-shallow", "pad"]["num_prompts"] == 8  # half a patch on each side
@@ -86,7 +107,7 @@ def test_data_size_leaves_a_method_what_only_others_have() -> None:
 
 
 def test_search_leaves_the_searched_settings_open() -> None:
-    point, *_ = plan_ablation("length", {**NAMED, "base_lr": 1.0}, seeds=(1,), search=True)
+    point, *_ = plan_ablation("length", NAMED, seeds=(1,), search=True)
     assert "base_lr" in point.sweep.axes and "base_lr" not in point.sweep.settings
 
 
@@ -98,8 +119,17 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ("length", {"method": "vpt-deep"}, {}, "method is given; --methods names them"),
         ("length", {}, {"methods": ["linear"]}, "num_prompts"),
         ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
+        ("length", {"lora_rank": 4}, {}, "lora_rank is given; of vpt-deep none has it"),
+        ("length", {"seed": 4}, {}, "seed is given as 4 with nothing to search; seeds name it"),
+        (
+            "length",
+            {"base_lr": 1.0},
+            {"search": True},
+            "base_lr is given as 1.0, and --sweep searches it for",
+        ),
+        ("length", {"weight_decay": 0.0}, {"search": True}, "weight_decay is given as 0.0, and --sweep"),
     ],
-    ids=["ablation", "varied", "method", "refused", "location"],
+    ids=["ablation", "varied", "method", "refused", "location", "foreign", "seed", "searched rate", "decay"],
 )
 def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
     with pytest.raises(ValueError, match=named):

@@ -71,6 +71,14 @@ def test_first_epoch_of_warm_up_changes_no_weight(recipe, tmp_path):
     assert all(torch.equal(start[name], after[0][name]) for name in start)
 
 
+def test_training_set_that_is_smaller_than_the_batch_is_one_step_by_the_batch_s_rate(recipe, tmp_path):
+    small = dataclasses.replace(recipe, batch_size=128, warmup_epochs=0, epochs=1)
+    found = train(small, tmp_path / "run")
+    one_step = dataclasses.replace(small, batch_size=27, base_lr=0.5 * 128 / 27)
+    assert found.metrics[0]["lr"] == pytest.approx(0.5 * 128 / 256)
+    require_equal(found, train(one_step, tmp_path / "other"))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_going_on_after_ctrl_c_equals_an_uninterrupted_run(recipe, tmp_path, monkeypatch, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, base_lr=0.5 if optimizer == "sgd" else 0.05)

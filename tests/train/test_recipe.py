@@ -61,8 +61,25 @@ def test_batch_size_follows_the_recipe(settings, batch_size):
     assert resolve(make(**settings), num_train_images=10_000).batch_size == batch_size
 
 
-def test_batch_size_is_at_most_the_training_set():
-    assert resolve(make(method="linear"), num_train_images=801, world_size=2).batch_size == 800
+@pytest.mark.parametrize("method, batch", [("linear", 2048), ("partial-1", 1280)])
+@pytest.mark.parametrize("num_images", [800, 1000])  # of a search on VTAB-1k, and of its final runs
+def test_learning_rate_is_scaled_by_the_recipe_s_batch_where_the_images_are_fewer(method, batch, num_images):
+    recipe = resolve(make(method=method, base_lr=0.5), num_train_images=num_images)
+    assert recipe.peak_lr == pytest.approx(0.5 * batch / 256)
+
+
+def test_learning_rate_does_not_depend_on_the_number_of_processes():
+    rates = {resolve(make(method="linear"), world_size=size).peak_lr for size in (1, 2, 3)}
+    assert len(rates) == 1
+
+
+def test_steps_have_at_most_the_training_set():
+    recipe = resolve(make(method="linear"), num_train_images=801)
+    assert recipe.step_images(801) == 801
+
+
+def test_batch_of_all_images_need_not_be_shared_evenly():
+    assert resolve(make(method="linear"), num_train_images=801, world_size=3).batch_size == 2048
 
 
 def test_batch_size_that_processes_cannot_share_is_refused():

@@ -75,6 +75,13 @@ def test_best_trial_and_final_runs_are_those_trained_by_hand(settings, tmp_path)
     assert found["finished"] and json.loads((tmp_path / "sweep" / "results.json").read_text()) == found
 
 
+def test_results_name_the_method_that_a_search_of_methods_chose(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "best_trial", lambda trials: trials[-1] if trials else None)
+    del settings["method"]
+    found = run_sweep(Sweep(settings, {"method": ("linear", "cls-token")}, seeds=(1,)), tmp_path)
+    assert (found["best"]["params"], found["method"]) == ({"method": "cls-token"}, "cls-token")
+
+
 def test_same_command_again_trains_nothing(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     first = run_sweep(plan, tmp_path)

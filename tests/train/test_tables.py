@@ -121,6 +121,15 @@ def test_backbones_that_something_was_published_of_are_known():
 NATURAL = [name for name, task in TASKS.items() if task.group == "natural"]
 
 
+@pytest.mark.parametrize("method", GROUP_MEANS)
+@pytest.mark.parametrize("group", ["natural", "specialized", "structured"])
+def test_published_mean_of_a_whole_group_is_the_published_one(sweep, method, group):
+    names = [name for name, task in TASKS.items() if task.group == group]
+    ((row,), _) = make_rows(read_entries([sweep(method, name, 0.8) for name in names])[0])
+    mean = row.means[group]
+    assert (mean.published, mean.published_tasks) == (GROUP_MEANS[method][group], len(names))
+
+
 def test_of_other_backbones_the_published_mean_is_of_all_tasks_of_a_group(sweep):
     swin = "swinb_imagenet22k_224"
     folders = [sweep("vpt-deep", name, 0.8, backbone=swin) for name in NATURAL]
@@ -165,8 +174,15 @@ def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
 
 def test_accuracy_on_val_is_held_against_nothing(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
-    assert make_rows(entries)[0][0].means["natural"].published is None
+    natural = make_rows(entries)[0][0].means["natural"]
+    assert (natural.published, natural.wins) == (None, None)
     assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
+
+
+def test_two_runs_of_one_seed_beside_one_of_another_are_refused(run):
+    folders = [run(f"{i}", seed=seed, test_accuracy=0.7) for i, seed in enumerate((1, 2, 2))]
+    with pytest.raises(ValueError, match="vpt-deep on vtab/cifar comes twice with the seed 2"):
+        read_entries(folders)
 
 
 def test_runs_that_differ_in_their_seed_are_taken_together(run):
@@ -218,6 +234,7 @@ def test_csv_has_a_line_for_each_task_and_group(sweep):
     task, group = csv.DictReader(io.StringIO(format_table(entries, notes, "csv")))
     assert (task["of"], float(task["accuracy"]), float(task["difference"])) == ("vtab/cifar", 81, 2.2)
     assert (group["of"], group["tasks"], group["wins"]) == ("natural", "1", "1")
+    assert group["difference"] == "2.2"
 
 
 def test_latex_is_escaped_and_every_row_has_all_columns(sweep):

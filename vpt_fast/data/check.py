@@ -8,54 +8,65 @@ from pathlib import Path
 
 from .images import DataError
 from .shards import holds_shards
-from .tasks import Task, find_task_folder, missing_files, read_json, read_list
-
-_NAMES_SHOWN = 3
+from .tasks import Task, find_task_folder, read_task
 
 
 @dataclass(frozen=True)
 class SplitFound:
-    """One list of a task: `images` is None where it cannot be read, `problems` say why; `expected` is 0 where
-    train stands in for val."""
+    """One list of a task: `images` is None where it cannot be read; `expected` is 0 where train stands in for
+    val."""
 
     split: str
     images: int | None
     expected: int
-    classes: frozenset[int]
-    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class TaskFound:
-    """A task in a folder: `folder` is None where there is nothing of it."""
+    """A task in a folder: `folder` is None where there is nothing of it; `num_classes` are those that its
+    lists have images of."""
 
     task: Task
     folder: Path | None
     splits: tuple[SplitFound, ...]
+    num_classes: int
     problems: tuple[str, ...]
 
     @property
     def is_complete(self) -> bool:
         return self.folder is not None and not self.problems
 
-    @property
-    def num_classes(self) -> int:
-        return len(frozenset[int]().union(*(found.classes for found in self.splits)))
-
 
 def check_task(task: Task, root: Path) -> TaskFound:
-    """Reads every list of `task` below `root` and asks for every file that they name; decodes none."""
+    """Reads `task` below `root` as `open_task` does; what that would refuse are problems, and a missing list
+    of test images."""
     folder = find_task_folder(task, root)
     if folder is None:
         shards = [name for name in task.folders if holds_shards(root / name)]
         found = f"{shards[0]}/ holds shards of a full data set" if shards else "not found"
-        return TaskFound(task, None, (), (found,))
-    splits = tuple(_check_split(task, folder, split) for split in task.files)
-    problems = [problem for found in splits for problem in found.problems]
-    result = TaskFound(task, folder, splits, ())
-    if not problems and result.num_classes != task.num_classes:
-        problems.append(f"{result.num_classes} classes in all; wanted {task.num_classes}")
-    return TaskFound(task, folder, splits, tuple(problems))
+        return TaskFound(task, None, (), 0, (found,))
+    whole = folder.absolute()
+    files = read_task(task, whole)
+    problems = list(files.problems)
+    if not problems:
+        try:
+            files.splits(holds_out=True, seed=0)
+        except DataError as error:
+            problems.append(str(error))
+    if "test" not in files.lists:
+        problems.append(f"{task.files['test']}: is missing")
+    splits = []
+    for split in task.files:
+        listed = files.lists.get(split)
+        if listed is not None:
+            images = None if listed.entries is None else len(listed.entries)
+            splits.append(SplitFound(split, images, listed.expected))
+        else:  # of FGVC's val a tenth of train takes the place: that is as good
+            splits.append(SplitFound(split, *((0, 0) if split == "val" else (None, task.sizes[split]))))
+    classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
+    # Beside the folder's own name.
+    shown = tuple(problem.replace(f"{whole}/", "").removeprefix(f"{whole}: ") for problem in problems)
+    return TaskFound(task, folder, tuple(splits), len(classes), shown)
 
 
 def find_tasks(root: Path, tasks: Iterable[Task]) -> list[TaskFound]:
@@ -68,33 +79,3 @@ def find_tasks(root: Path, tasks: Iterable[Task]) -> list[TaskFound]:
         if each.folder is not None
         and (each.folder != root or name in {folder.lower() for folder in each.task.folders})
     ]
-
-
-def _check_split(task: Task, folder: Path, split: str) -> SplitFound:
-    path = folder / task.files[split]
-    expected = task.sizes[split]
-    if task.suite == "fgvc" and not (folder / task.files["val"]).exists():
-        # A tenth of train is held out in place of val: that is as good.
-        if split == "val":
-            return SplitFound(split, 0, 0, frozenset(), ())
-        if split == "train":
-            expected += task.num_val
-    try:
-        if task.suite == "vtab":
-            lines = read_list(path, task.num_classes)
-            entries = [(f"line {number}", name) for number, name, _ in lines]
-            classes = frozenset(label for *_, label in lines)
-        else:
-            mapping = read_json(path)
-            entries = [(repr(name), name) for name in mapping]
-            classes = frozenset(mapping.values())
-    except DataError as error:
-        return SplitFound(split, None, expected, frozenset(), (str(error),))
-    problems = []
-    if len(entries) != expected:
-        problems.append(f"{path.name}: {len(entries):,} images; wanted {expected:,}")
-    if missing := missing_files(folder / task.image_folder, entries):
-        named = ", ".join(name for _, name in missing[:_NAMES_SHOWN])
-        more = f" and {len(missing) - _NAMES_SHOWN:,} more" if len(missing) > _NAMES_SHOWN else ""
-        problems.append(f"{path.name}: missing {named}{more}")
-    return SplitFound(split, len(entries), expected, classes, tuple(problems))

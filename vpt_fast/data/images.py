@@ -147,6 +147,20 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
     return drawn
 
 
+def read_text(path: Path) -> str:
+    """A text file's contents, without the byte order mark that Windows' editors write.
+
+    Raises:
+        DataError: it is missing, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not text") from None
+
+
 def require_utf8(path: str | Path) -> None:
     """Raises DataError for a name that no run folder or output could hold: those are UTF-8."""
     try:

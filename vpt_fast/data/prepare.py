@@ -10,8 +10,9 @@ order that is drawn here.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vpt_fast.files import replacing
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
-from .set_files import SET_FILES, SetFiles
+from .set_files import SET_FILES, SetFiles, Writer
 from .shards import TarImage, holds_shards, read_shards
 from .tasks import HOW_TO_GET, VTAB_FILES, Task
 from .vtab_labels import LABEL_RULES, LabelRule
@@ -57,6 +58,29 @@ _Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path;
 
 
 @dataclass(frozen=True)
+class _Source:
+    """A task's images in what they are made of.
+
+    Attributes:
+        kind: "shards", "files", or the name of a data set.
+        samples: split -> its images in order.
+        sizes: split -> how many they are; None where that shows when they have been gone through.
+        classes: the classes' names, where the source says them.
+        description: what tells these images and labels from others.
+    """
+
+    kind: str
+    samples: dict[str, Iterator[_Sample]]
+    sizes: dict[str, int] | None
+    classes: tuple[str, ...]
+    description: Iterable[str]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("\n".join(self.description).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A folder in layout A: `is_published` says whether its images are VTAB-1k's own."""
 
@@ -86,7 +110,8 @@ def prepare_task(
 
     Raises:
         DataError: the task is no range of a data set; the source is another data set or holds fewer images;
-            the folder holds what was prepared from another source.
+            the folder holds what was prepared from another source, which its fingerprint in prepared.json
+            tells.
     """
     if task.name not in TFDS_RANGES:
         why = "its lists name their images one by one"
@@ -94,21 +119,23 @@ def prepare_task(
     is_published = source == task.source
     files = SET_FILES.get(task.source)
     if is_published:
-        kind, (splits, classes) = source, _read_tfds(task, data_root)
+        found = _read_tfds(task, data_root)
     elif holds_shards(Path(source)):
-        kind, (splits, classes) = "shards", _read_shards(task, Path(source))
+        found = _read_shards(task, Path(source))
     elif files is not None and Path(source).is_dir():
-        kind, (splits, classes) = "files", (_read_files(task, files(Path(source))), ())
+        found = _read_files(task, files(Path(source)))
     else:
         original = "" if files is None else f", or a folder of {files.layout}"
         raise DataError(f"{source}: wanted {task.source}, a folder of shards of {task.name}{original}")
+    for split, size in (found.sizes or {}).items():
+        _require_size(source, task, split, size)
     folder = out / task.folders[0]
     folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, {"task": task.name, "source": kind})
+    _begin(folder, {"task": task.name, "source": found.kind, "fingerprint": found.fingerprint})
     total = sum(task.sizes.values())
     done = 0
     lists = {}
-    for split, samples in splits.items():
+    for split, samples in found.samples.items():
         file = VTAB_FILES[split]
         images = Path("images") / file.removesuffix(".txt")
         (folder / images).mkdir(parents=True, exist_ok=True)
@@ -122,14 +149,11 @@ def prepare_task(
             done += 1
             if progress is not None:
                 progress(done, total)
-        if len(lines) != task.sizes[split]:
-            raise DataError(
-                f"{source}: {len(lines):,} images for {file}; {task.name} has {task.sizes[split]:,}"
-            )
+        _require_size(source, task, split, len(lines))
         lists[file] = "".join(lines)
     lists["train800val200.txt"] = lists[VTAB_FILES["train"]] + lists[VTAB_FILES["val"]]
-    if len(classes) == task.num_classes:
-        lists["classnames.txt"] = "".join(f"{name}\n" for name in classes)
+    if len(found.classes) == task.num_classes:
+        lists["classnames.txt"] = "".join(f"{name}\n" for name in found.classes)
     for file in sorted(
         lists, key=VTAB_FILES["train"].__eq__
     ):  # train800.txt last: it says that there is a task
@@ -138,12 +162,26 @@ def prepare_task(
     return Prepared(folder, done, is_published)
 
 
+def _require_size(source: str, task: Task, split: str, found: int) -> None:
+    if found != task.sizes[split]:
+        wanted = task.sizes[split]
+        raise DataError(f"{source}: {found:,} images for {VTAB_FILES[split]}; {task.name} has {wanted:,}")
+
+
 def _begin(folder: Path, manifest: dict[str, str]) -> None:
+    """Says in the folder what its images are made of, or holds what it says against `manifest`: images that
+    are there are kept, and labels written beside them."""
     path = folder / MANIFEST
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise DataError(f"{path}: is not JSON; remove {folder}, or choose another folder") from None
         if found != manifest:
-            raise DataError(f"{folder}: holds {found}, and not {manifest}; choose another folder")
+            raise DataError(
+                f"{folder}: holds images of another source, {found}, and not {manifest}; go on with that, "
+                "choose another folder, or remove this one to prepare it anew"
+            )
         return
     if any(folder.iterdir()):
         raise DataError(f"{folder}: holds files that were not prepared here; choose another folder")
@@ -151,14 +189,17 @@ def _begin(folder: Path, manifest: dict[str, str]) -> None:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_tfds(task: Task, data_root: str | None) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+def _read_tfds(task: Task, data_root: str | None) -> _Source:
     rule = LABEL_RULES.get(task.name)
     sets = {
         split: open_set(task.source, data_root, taken, None if rule is None else rule.field)
         for split, taken in zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True)
     }
     rows = {split: _rows(dataset, rule) for split, dataset in sets.items()}
-    return rows, () if rule is not None else class_names(sets["train"], task.num_classes)
+    classes = () if rule is not None else class_names(sets["train"], task.num_classes)
+    # Its name and version, such as "cifar100/3.0.2", which its images and their order go by.
+    versions = [str(dataset.reader.builder.info.full_name) for dataset in sets.values()]
+    return _Source(task.source, rows, None, classes, versions)
 
 
 def _rows(dataset: IterableDataset[Any], rule: LabelRule | None) -> Iterator[_Sample]:
@@ -172,18 +213,38 @@ def _png_writer(image: Image.Image) -> Callable[[Path], None]:
     return lambda path: image.convert("RGB").save(path, "png")
 
 
-def _read_files(task: Task, files: SetFiles) -> dict[str, Iterator[_Sample]]:
+def _read_files(task: Task, files: SetFiles) -> _Source:
     """The same ranges, of each part's images in an order that is drawn: a set's files have one of their own,
     and the first of them may all be alike."""
     rule, generator = LABEL_RULES[task.name], np.random.default_rng(0)
     parts = {part: generator.permutation(files.parts[part]) for part in sorted(files.parts)}
+    samples: dict[str, Iterator[_Sample]] = {}
+    sizes: dict[str, int] = {}
+    description: list[str] = []
+    for split, taken in zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True):
+        part, numbers = _take(parts, taken)
+        labels = [rule.label(files.field(rule.field, part, number)) for number in numbers]
+        samples[split] = _written(files.images(part, numbers), labels)
+        sizes[split] = len(numbers)
+        stored = [files.path(part, number) for number in numbers]
+        bytes_of = {path: _size_of(path) for path in set(stored)}
+        description += [
+            f"{path.name} {bytes_of[path]} {number} {label}"
+            for path, number, label in zip(stored, numbers, labels, strict=True)
+        ]
+    return _Source("files", samples, sizes, (), description)
 
-    def samples(part: str, numbers: list[int]) -> Iterator[_Sample]:
-        for number, (write, ending) in zip(numbers, files.images(part, numbers), strict=True):
-            yield write, ending, rule.label(files.field(rule.field, part, number))
 
-    taken = zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True)
-    return {split: samples(*_take(parts, range_)) for split, range_ in taken}
+def _written(images: Iterator[tuple[Writer, str]], labels: list[int]) -> Iterator[_Sample]:
+    for (write, ending), label in zip(images, labels, strict=True):
+        yield write, ending, label
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: is missing") from None
 
 
 def _take(parts: Mapping[str, np.ndarray], taken: str) -> tuple[str, list[int]]:
@@ -193,7 +254,7 @@ def _take(parts: Mapping[str, np.ndarray], taken: str) -> tuple[str, list[int]]:
     return part, sorted(parts[part][int(start or 0) : int(stop) if stop else None].tolist())
 
 
-def _read_shards(task: Task, source: Path) -> tuple[dict[str, Iterator[_Sample]], tuple[str, ...]]:
+def _read_shards(task: Task, source: Path) -> _Source:
     found = read_shards(source)
     rule = LABEL_RULES.get(task.name)
     bins = None if rule is None or rule.binned_from is None else rule
@@ -212,12 +273,27 @@ def _read_shards(task: Task, source: Path) -> tuple[dict[str, Iterator[_Sample]]
         "val": found["train"].select(order[task.num_train :]),
         "test": found["test"],
     }
-    return {split: _members(images, bins) for split, images in parts.items()}, classes
+    return _Source(
+        "shards",
+        {split: _members(images, bins) for split, images in parts.items()},
+        {split: len(images) for split, images in parts.items()},
+        classes,
+        [
+            f"{item.name} {item.size} {label}"
+            for images in parts.values()
+            for item, label in _labelled(images)
+        ],
+    )
+
+
+def _labelled(images: ImageList) -> Iterator[tuple[TarImage, int]]:
+    for item, label in zip(images.items, images.labels, strict=True):
+        assert isinstance(item, TarImage)
+        yield item, label
 
 
 def _members(images: ImageList, bins: LabelRule | None) -> Iterator[_Sample]:
-    for item, label in zip(images.items, images.labels, strict=True):
-        assert isinstance(item, TarImage)
+    for item, label in _labelled(images):
         yield _copy_writer(item), Path(item.name).suffix, label if bins is None else bins.label(label)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .decode import DecodeError, SkippedImage, decode_image, map_threads
 from .folder import IMAGE_EXTENSIONS
-from .images import DataError, some_names
+from .images import DataError, read_text, some_names
 from .shards import read_class_names
 
 IGNORED = 255
@@ -97,7 +97,7 @@ def ignores_zero(num_classes: int, ignore_zero: bool | None) -> bool:
 
 def _class_names(root: Path) -> tuple[str, ...]:
     if (root / ADE_NAMES).is_file():
-        lines = (root / ADE_NAMES).read_text(encoding="utf-8").splitlines()[1:]  # the first is a header
+        lines = read_text(root / ADE_NAMES).splitlines()[1:]  # the first is a header
         names = tuple(line.split("\t")[-1].strip() for line in lines if line.strip())
         if len(names) != ADE_CLASSES or len(set(names)) != ADE_CLASSES:
             raise DataError(f"{root / ADE_NAMES}: {len(set(names))} class names; wanted {ADE_CLASSES}")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from .images import DataError
+from .images import DataError, read_text
 
 Writer = Callable[[Path], None]
 
@@ -39,6 +39,10 @@ class SetFiles(ABC):
         """What the set says of an image."""
 
     @abstractmethod
+    def path(self, part: str, number: int) -> Path:
+        """The file that holds an image."""
+
+    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
 
@@ -61,10 +65,13 @@ class ClevrFiles(SetFiles):
         assert name == "objects/pixel_coords"
         return [found["pixel_coords"] for found in self._scenes[part][number]["objects"]]
 
+    def path(self, part: str, number: int) -> Path:
+        name = self._scenes[part][number]["image_filename"]
+        return self._folder / "images" / self._FOLDERS[part] / name
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        folder = self._folder / "images" / self._FOLDERS[part]
         for number in numbers:
-            yield _copier(folder / self._scenes[part][number]["image_filename"])
+            yield _copier(self.path(part, number))
 
 
 class KittiFiles(SetFiles):
@@ -82,7 +89,7 @@ class KittiFiles(SetFiles):
         del part  # numbers are those of all labelled images
         assert name == "objects"
         path = self._folder / "label_2" / f"{number:06d}.txt"
-        objects = [line.split() for line in _read_text(path).splitlines()]
+        objects = [line.split() for line in read_text(path).splitlines()]
         known = [words for words in objects if words and words[0] != "DontCare"]
         if any(len(words) != 15 or words[0] not in self._TYPES for words in known):
             raise DataError(f"{path}: wanted lines of a type of object and 14 numbers")
@@ -91,16 +98,20 @@ class KittiFiles(SetFiles):
             "location": [[float(word) for word in words[11:14]] for words in known],
         }
 
+    def path(self, part: str, number: int) -> Path:
+        del part
+        return self._folder / "image_2" / f"{number:06d}.png"
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         for number in numbers:
-            yield _copier(self._folder / "image_2" / f"{number:06d}.png")
+            yield _copier(self.path(part, number))
 
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
     """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
-    lines = _read_text(mapping / "train_mapping.txt").splitlines()
+    lines = read_text(mapping / "train_mapping.txt").splitlines()
     try:
-        places = [int(word) - 1 for word in _read_text(mapping / "train_rand.txt").split(",")]
+        places = [int(word) - 1 for word in read_text(mapping / "train_rand.txt").split(",")]
         videos = np.array([lines[place].split()[1] for place in places])
     except (IndexError, ValueError) as error:
         raise DataError(
@@ -136,6 +147,10 @@ class DSpritesFiles(SetFiles):
     def field(self, name: str, part: str, number: int) -> int:
         return int(self._classes[number, self._COLUMNS[name]])
 
+    def path(self, part: str, number: int) -> Path:
+        del part, number
+        return self._path
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         # Read image by image: all of them together are 3 GB.
         with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
@@ -166,6 +181,10 @@ class SmallNorbFiles(SetFiles):
         _, elevation, azimuth, _ = self._info[part][number].tolist()  # azimuths are 0, 2, .., 34
         return {"label_elevation": elevation, "label_azimuth": azimuth // 2}[name]
 
+    def path(self, part: str, number: int) -> Path:
+        del number
+        return self._path(part, "dat")
+
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         with self._open(part, "dat") as file:
             shape, _ = self._header(file)
@@ -173,13 +192,15 @@ class SmallNorbFiles(SetFiles):
             yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
 
     def _open(self, part: str, kind: str) -> BinaryIO:
+        path = self._path(part, kind)
+        return path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb")  # type: ignore[return-value]
+
+    def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
-        packed = path.with_name(f"{path.name}.gz")
-        if path.is_file():
-            return path.open("rb")
-        if packed.is_file():
-            return gzip.open(packed, "rb")  # type: ignore[return-value]
-        raise DataError(f"{path}: is missing; wanted {self.layout}")
+        found = next((each for each in (path, path.with_name(f"{path.name}.gz")) if each.is_file()), None)
+        if found is None:
+            raise DataError(f"{path}: is missing; wanted {self.layout}")
+        return found
 
     def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and type of the array whose numbers come next: a magic number, how many dimensions, and their
@@ -218,10 +239,7 @@ def _png_writer(image: Image.Image) -> Writer:
 
 def _copier(source: Path) -> tuple[Writer, str]:
     def copy(path: Path) -> None:
-        try:
-            shutil.copyfile(source, path)
-        except FileNotFoundError:
-            raise DataError(f"{source}: is missing") from None
+        shutil.copyfile(source, path)
 
     return copy, source.suffix
 
@@ -236,18 +254,11 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
 
 def _read_scenes(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(_read_text(path))
+        found = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
     scenes = found.get("scenes") if isinstance(found, dict) else None
     wanted = {"image_filename", "objects"}
-    if not isinstance(scenes, list) or not all(wanted <= scene.keys() for scene in scenes):
+    if not isinstance(scenes, list) or not all(isinstance(s, dict) and wanted <= s.keys() for s in scenes):
         raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
     return scenes
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing") from None

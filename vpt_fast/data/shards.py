@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
-from .images import DataError, ImageList, Splits, hold_out
+from .images import DataError, ImageList, Splits, hold_out, read_text
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,18 @@ def read_shards(root: Path) -> dict[str, ImageList]:
     """Split -> its images, in the order of the shards.
 
     Raises:
-        DataError: a shard is missing, broken or has a sample with no image or no label; the labels and
-            `classnames.txt` do not go together.
+        DataError: a shard is missing, one too many, broken, or has a sample with no or two images or labels;
+            the labels and `classnames.txt` do not go together.
     """
-    found = {
-        split: _read_split(root, name) for name, split in SPLIT_FOLDERS.items() if _shard_files(root / name)
-    }
+    folders: dict[str, str] = {}
+    for name, split in SPLIT_FOLDERS.items():
+        if _shard_files(root / name):
+            if split in folders:
+                raise DataError(
+                    f"{root}: found shards in {folders[split]}/ and {name}/, wanted one {split} folder"
+                )
+            folders[split] = name
+    found = {split: _read_split(root, name) for split, name in folders.items()}
     count = 1 + max(label for samples in found.values() for _, label in samples)
     classes = read_class_names(root / "classnames.txt", count) or tuple(map(str, range(count)))
     return {
@@ -82,11 +88,11 @@ def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
     """One name a line, in the order of the labels; None where there is no such file.
 
     Raises:
-        DataError: fewer than `at_least` names, or one name twice.
+        DataError: fewer than `at_least` names, or one name twice; the file is no text.
     """
     if not path.exists():
         return None
-    lines = tuple(path.read_text(encoding="utf-8").splitlines())
+    lines = tuple(read_text(path).splitlines())
     first: dict[str, int] = {}
     for number, name in enumerate(lines, 1):
         if name in first:
@@ -101,7 +107,14 @@ def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
 
 def _shard_files(folder: Path) -> dict[int, Path]:
     """Number -> tar."""
-    return {int(path.stem): path for path in folder.glob("*.tar") if re.fullmatch(r"\d+", path.stem)}
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.tar")):
+        if not re.fullmatch(r"\d+", path.stem):
+            continue
+        if (number := int(path.stem)) in found:
+            raise DataError(f"{folder}: found both {found[number].name} and {path.name}, wanted one of them")
+        found[number] = path
+    return found
 
 
 def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
@@ -111,7 +124,7 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
     counted = folder / "nshards.txt"
     number = max(shards) + 1
     if counted.exists():
-        text = counted.read_text().strip()
+        text = read_text(counted).strip()
         if not text.isdecimal():
             raise DataError(f"{counted}, line 1: {text!r}, wanted the number of shards")
         number = int(text)
@@ -119,6 +132,8 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
         raise DataError(
             f"{folder}: {missing[0]}.tar is missing, one of {number} shards; {len(shards)} are there"
         )
+    if more := sorted(set(shards) - set(range(number))):
+        raise DataError(f"{counted}: says {number} shards, and {shards[more[0]].name} is there too")
     samples: list[tuple[TarImage, int]] = []
     for i in range(number):
         samples += _read_shard(shards[i], name)
@@ -130,9 +145,11 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
 def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = tar.offset  # of the next header
                 if not member.isfile():
                     continue
                 folder, slash, file = member.name.rpartition("/")
@@ -144,12 +161,21 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                     text = extracted.read().decode(errors="replace").strip()
                     if not text.isdecimal():
                         raise DataError(f"{path}: {member.name} holds {text[:20]!r}, wanted a class number")
+                    if key in labels:
+                        raise DataError(f"{path}: {member.name} comes twice")
                     labels[key] = int(text)
                 elif f".{ending.lower()}" in IMAGE_EXTENSIONS:
+                    if key in images:
+                        raise DataError(
+                            f"{path}: {key} has two images, {images[key].name.rpartition('/')[2]} and {file}"
+                        )
                     name = f"{split}/{path.name}/{member.name}"
                     images[key] = TarImage(path, member.offset_data, member.size, name)
     except tarfile.TarError as error:
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
+    # Cut off between two members, a tar reads as a shorter one, but for the empty block that ends it.
+    if path.stat().st_size < end + tarfile.BLOCKSIZE:
+        raise DataError(f"{path}: ends after {len(images):,} images without a tar's end; get it again")
     for key in [*images, *labels]:
         if key not in labels or key not in images:
             has, lacks = ("a label", "image") if key in labels else ("an image", "label (.cls)")

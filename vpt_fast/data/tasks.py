@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .images import DataError, ImageList, Splits, hold_out
+from .images import DataError, ImageList, Splits, hold_out, read_text
 from .shards import holds_shards, read_class_names
 
 HOW_TO_GET = {
@@ -273,47 +274,165 @@ def open_task(task: Task, root: Path, *, holds_out: bool, seed: int) -> Splits:
         if holds_shards(root) or any(holds_shards(root / name) for name in task.folders):
             hint = "; there are shards of a full data set: vpt-fast data prepare makes VTAB-1k lists of those"
         raise DataError(f"{root}: no {task.files['train']} of {task.name} in {looked}{hint}")
-    splits = _open_vtab(task, folder) if task.suite == "vtab" else _open_fgvc(task, folder, holds_out, seed)
-    if splits.test is not None:
-        found = [images for images in (splits.train, splits.val, splits.test) if images is not None]
-        classes = {label for images in found for label in images.labels}
-        if len(classes) != task.num_classes:
-            raise DataError(
-                f"{folder}: images of {len(classes)} classes in all; {task.name} has {task.num_classes}"
+    found = read_task(task, folder)
+    if found.problems:
+        raise DataError(found.problems[0])
+    return found.splits(holds_out=holds_out, seed=seed)
+
+
+@dataclass(frozen=True)
+class TaskList:
+    """A list of a task.
+
+    Attributes:
+        path: the list's own.
+        expected: images that it must have.
+        entries: an image's place in the list, its path from the task's image folder, and its class id; None
+            where the list cannot be read.
+    """
+
+    path: Path
+    expected: int
+    entries: tuple[tuple[str, str, int], ...] | None
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What a task's folder holds.
+
+    Attributes:
+        root: what the lists' paths start from.
+        lists: split -> its list, of those that are there or must be.
+        ids: the class ids in the order of the labels.
+        classes: the names of these.
+        problems: all that keeps the task from being used; each names its file, and the place in it.
+    """
+
+    root: Path
+    lists: dict[str, TaskList]
+    ids: tuple[int, ...]
+    classes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def splits(self, *, holds_out: bool, seed: int) -> Splits:
+        """Of a task with no problems; else as `open_task`, which raises DataError, too, where a class has too
+        few images to hold one out."""
+        label_of = {class_id: label for label, class_id in enumerate(self.ids)}
+        found: dict[str, ImageList] = {}
+        for split, listed in self.lists.items():
+            assert listed.entries is not None and not self.problems
+            items = tuple(self.root / name for _, name, _ in listed.entries)
+            labels = tuple(label_of[class_id] for *_, class_id in listed.entries)
+            found[split] = ImageList(items, labels, self.classes)
+        train, val = found["train"], found.get("val")
+        if val is None:
+            where = self.lists["train"].path.parent
+            train, val = hold_out(train, FGVC_VAL_FRACTION if holds_out else None, seed, where=where)
+        return Splits(train, val, found.get("test"))
+
+
+def read_task(task: Task, folder: Path) -> TaskFiles:
+    """Reads every list of the task in its folder and asks for every file that they name; decodes none."""
+    is_vtab = task.suite == "vtab"
+    required = ("train", "val") if is_vtab else ("train",)
+    there = {s: folder / f for s, f in task.files.items() if s in required or (folder / f).exists()}
+    sizes = task.sizes
+    if "val" not in there:  # part of train then
+        sizes["train"] += sizes["val"]
+    problems: list[str] = []
+    lists: dict[str, TaskList] = {}
+    for split, path in there.items():
+        entries = None
+        try:
+            entries = tuple(read_list(path, task.num_classes) if is_vtab else read_json(path))
+        except DataError as error:
+            problems.append(str(error))
+        lists[split] = TaskList(path, sizes[split], entries)
+
+    of_train = lists["train"].entries or ()
+    if is_vtab:
+        ids = tuple(range(task.num_classes))
+        classes = tuple(map(str, ids))
+        try:
+            classes = _named_classes(task, folder / "classnames.txt") or classes
+        except DataError as error:
+            problems.append(str(error))
+    else:
+        # The class ids of a data set may start anywhere and leave gaps (NABirds').
+        ids = tuple(sorted({class_id for *_, class_id in of_train}))
+        classes = _folder_names(of_train, ids)
+        if of_train and len(ids) != task.num_classes:
+            problems.append(
+                f"{lists['train'].path}: {len(ids)} class ids; {task.name} has {task.num_classes} classes"
             )
-    return splits
+
+    root = folder / task.image_folder
+    for listed in lists.values():
+        if listed.entries is not None:
+            problems += _problems_of(task, listed, root, set(ids) if of_train else None)
+    if "test" in lists and not problems:
+        found = {class_id for listed in lists.values() for *_, class_id in listed.entries or ()}
+        if len(found) != task.num_classes:
+            problems.append(
+                f"{folder}: images of {len(found)} classes in all; {task.name} has {task.num_classes}"
+            )
+    return TaskFiles(root, lists, ids, classes, tuple(problems))
 
 
-def _open_vtab(task: Task, folder: Path) -> Splits:
-    classes = read_class_names(folder / "classnames.txt", task.num_classes)
-    classes = classes or tuple(str(label) for label in range(task.num_classes))
-    if len(classes) != task.num_classes:
-        raise DataError(
-            f"{folder / 'classnames.txt'}: {len(classes)} names; {task.name} has {task.num_classes} classes"
-        )
-    found: dict[str, ImageList] = {}
-    for split, file in task.files.items():
-        path = folder / file
-        if split == "test" and not path.exists():
-            continue
-        entries = read_list(path, task.num_classes)
-        _require_size(task, path, len(entries), task.sizes[split])
-        _require_files(path, folder, [(f"line {number}", name) for number, name, _ in entries])
-        found[split] = ImageList(
-            tuple(folder / name for _, name, _ in entries), tuple(label for *_, label in entries), classes
-        )
-    return Splits(found["train"], found["val"], found.get("test"))
+def _problems_of(task: Task, listed: TaskList, root: Path, ids: set[int] | None) -> list[str]:
+    """What is wrong with a list that can be read; `ids` are those of train, None where that cannot."""
+    assert listed.entries is not None
+    path, count, problems = listed.path, len(listed.entries), []
+    if foreign := [] if ids is None else [entry for entry in listed.entries if entry[2] not in ids]:
+        where, _, class_id = foreign[0]
+        more = _more(len(foreign), count)
+        problems.append(f"{path}, {where}: class id {class_id}, which no training image has{more}")
+    if count != listed.expected:
+        problems.append(f"{path}: {count:,} images; this list of {task.name} has {listed.expected:,}")
+    if missing := _missing_files(root, listed.entries):
+        where, name = missing[0]
+        what = "is a folder" if (root / name).is_dir() else "is not there"
+        problems.append(f"{path}, {where}: {root / name} {what}{_more(len(missing), count)}")
+    return problems
 
 
-def read_list(path: Path, num_classes: int) -> list[tuple[int, str, int]]:
-    """(line, image's path, label) of every line of a VTAB-1k list.
+def _more(found: int, of: int) -> str:
+    return f", and {found - 1:,} more of {of:,}" if found > 1 else ""
+
+
+def _missing_files(root: Path, entries: tuple[tuple[str, str, int], ...]) -> list[tuple[str, str]]:
+    """(place, path) of those with no file. Asks for folders, not file by file."""
+    present: dict[Path, set[str]] = {}
+    missing = []
+    for where, name, _ in entries:
+        path = root / name
+        if path.parent not in present:
+            found = os.scandir(path.parent) if path.parent.is_dir() else ()
+            present[path.parent] = {entry.name for entry in found if entry.is_file()}
+        if path.name not in present[path.parent]:
+            missing.append((where, name))
+    return missing
+
+
+def _named_classes(task: Task, path: Path) -> tuple[str, ...] | None:
+    classes = read_class_names(path, task.num_classes)
+    if classes is not None and len(classes) != task.num_classes:
+        raise DataError(f"{path}: {len(classes)} names; {task.name} has {task.num_classes} classes")
+    return classes
+
+
+def read_list(path: Path, num_classes: int) -> list[tuple[str, str, int]]:
+    """(place, image's path, label) of every line of a VTAB-1k list.
 
     Raises:
-        DataError: the file is missing; a line is no path and class number, or its number is no class's.
+        DataError: the file is missing; a line is no path and class number, its number is no class's, or an
+            earlier line has its image.
     """
     entries = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    first: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         name, space, label = line.strip().rpartition(" ")
+        name = name.strip()
         if not line.strip():
             continue
         if not space or not label.isdecimal():
@@ -322,106 +441,51 @@ def read_list(path: Path, num_classes: int) -> list[tuple[int, str, int]]:
             )
         if int(label) >= num_classes:
             raise DataError(f"{path}, line {number}: class {label}; wanted 0 to {num_classes - 1}")
-        entries.append((number, name.strip(), int(label)))
+        if name in first:
+            raise DataError(f"{path}, line {number}: {name} again, as in line {first[name]}")
+        first[name] = number
+        entries.append((f"line {number}", name, int(label)))
     return entries
 
 
-def _open_fgvc(task: Task, folder: Path, holds_out: bool, seed: int) -> Splits:
-    listed = {
-        split: read_json(folder / file)
-        for split, file in task.files.items()
-        if split == "train" or (folder / file).exists()
-    }
-    # The class ids of a data set may start anywhere and leave gaps (NABirds').
-    ids = sorted(set(listed["train"].values()))
-    if len(ids) != task.num_classes:
-        raise DataError(
-            f"{folder / task.files['train']}: {len(ids)} class ids; "
-            f"{task.name} has {task.num_classes} classes"
-        )
-    sizes = dict(task.sizes)
-    if "val" not in listed:
-        sizes["train"] += sizes["val"]
-    index = {class_id: label for label, class_id in enumerate(ids)}
-    classes = _class_names(listed["train"], ids)
-    root = folder / task.image_folder
-    found: dict[str, ImageList] = {}
-    for split, entries in listed.items():
-        path = folder / task.files[split]
-        for name, class_id in entries.items():
-            if class_id not in index:
-                raise DataError(f"{path}, {name!r}: class id {class_id}, which no training image has")
-        _require_size(task, path, len(entries), sizes[split])
-        _require_files(path, root, [("entry " + repr(name), name) for name in entries])
-        labels = tuple(index[class_id] for class_id in entries.values())
-        found[split] = ImageList(tuple(root / name for name in entries), labels, classes)
-    train, val = found["train"], found.get("val")
-    if val is None:
-        train, val = hold_out(train, FGVC_VAL_FRACTION if holds_out else None, seed, where=folder)
-    return Splits(train, val, found.get("test"))
-
-
-def read_json(path: Path) -> dict[str, int]:
-    """Image path -> class id, of a FGVC list.
+def read_json(path: Path) -> list[tuple[str, str, int]]:
+    """(place, image's path, class id) of every entry of a FGVC list.
 
     Raises:
         DataError: the file is missing, no JSON, or no such mapping.
     """
     try:
-        values: Any = json.loads(_read_text(path))
+        values: Any = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: wanted a mapping of image paths to class ids")
-    entries = {}
+    entries = []
     for name, value in values.items():
-        try:
-            entries[name] = int(value)
-        except (TypeError, ValueError):
-            raise DataError(f"{path}, {name!r}: class id {value!r}, wanted a whole number") from None
+        class_id = _whole_number(value)
+        if class_id is None:
+            raise DataError(f"{path}, {name!r}: class id {value!r}, wanted a whole number")
+        entries.append((f"entry {name!r}", name, class_id))
     return entries
 
 
-def _class_names(entries: dict[str, int], ids: list[int]) -> tuple[str, ...]:
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return int(value)
+        except ValueError:
+            return None
+    return None
+
+
+def _folder_names(entries: tuple[tuple[str, str, int], ...], ids: tuple[int, ...]) -> tuple[str, ...]:
     """Names of the folders that the classes' images lie in, where each class has its own; else the ids."""
     folders: dict[int, set[str]] = {}
-    for name, class_id in entries.items():
+    for _, name, class_id in entries:
         folders.setdefault(class_id, set()).add(Path(name).parent.name)
     named = [next(iter(folders[class_id])) for class_id in ids]
     if all(len(found) == 1 for found in folders.values()) and len(set(named)) == len(named):
         return tuple(named)
     return tuple(str(class_id) for class_id in ids)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: is missing") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not text") from None
-
-
-def _require_size(task: Task, path: Path, found: int, wanted: int) -> None:
-    if found != wanted:
-        raise DataError(f"{path}: {found:,} images; this list of {task.name} has {wanted:,}")
-
-
-def _require_files(path: Path, root: Path, entries: list[tuple[str, str]]) -> None:
-    missing = missing_files(root, entries)
-    if missing:
-        more = f", and {len(missing) - 1:,} more of {len(entries):,}" if len(missing) > 1 else ""
-        raise DataError(f"{path}, {missing[0][0]}: {root / missing[0][1]} is not there{more}")
-
-
-def missing_files(root: Path, entries: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Of (place in a list, path from `root`), those with no file. Asks for folders, not file by file."""
-    present: dict[Path, set[str]] = {}
-    missing = []
-    for where, name in entries:
-        path = root / name
-        if path.parent not in present:
-            present[path.parent] = {p.name for p in path.parent.iterdir()} if path.parent.is_dir() else set()
-        if path.name not in present[path.parent]:
-            missing.append((where, name))
-    return missing
