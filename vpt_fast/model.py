@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import require_no_hooks
 from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
@@ -177,6 +178,7 @@ class PromptedViT(PromptedClassifier):
     def _widen_patch_embedding(self, extra: int) -> None:
         """Let the patch embedding take `extra` more channels, and train all of it, in float32."""
         frozen = self.backbone.stem.patch_embed.proj
+        require_no_hooks(frozen, "backbone: patch_embed.proj")
         trained = nn.Conv2d(
             frozen.in_channels + extra,
             frozen.out_channels,

@@ -22,6 +22,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.backbones.layers import linear_parts
 from vpt_fast.backbones.timm_vit import (
     FrozenViT,
     Position,
@@ -30,7 +31,6 @@ from vpt_fast.backbones.timm_vit import (
     check_ends,
     check_methods,
     join,
-    linear_parts,
     mlp_parts,
     norm_parts,
     optional_norm_parts,
@@ -159,7 +159,7 @@ class FrozenEva(FrozenViT):
 
     @staticmethod
     def _qkv_parts(attn: Any) -> LinearParts:
-        return _qkv_parts(attn)
+        return _qkv_parts(attn, "backbone: attn")
 
     @staticmethod
     def _turn(
@@ -210,7 +210,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
             f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
             "(num_kv_heads), which is not supported"
         )
-    qkv = _qkv_parts(attn)
+    qkv = _qkv_parts(attn, f"{where}.attn")
     q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
     k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
     if not attn.rotate_half:
@@ -224,7 +224,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
-        proj=linear_parts(attn.proj),
+        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=block.gamma_1,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
         **mlp_parts(block.mlp, f"{where}.mlp"),
@@ -232,14 +232,15 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
     )
 
 
-def _qkv_parts(attn: Any) -> LinearParts:
+def _qkv_parts(attn: Any, where: str) -> LinearParts:
     """The packed projection, whether timm holds it packed or apart, with a bias on all, some or none."""
     if attn.qkv is None:
-        return join(*(linear_parts(layer) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)))
-    bias = attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    return LinearParts(attn.qkv.weight, bias)
+        names = ("q_proj", "k_proj", "v_proj")
+        return join(*(linear_parts(getattr(attn, name), f"{where}.{name}") for name in names))
+    qkv = linear_parts(attn.qkv, f"{where}.qkv")
+    if getattr(attn, "q_bias", None) is None:
+        return qkv
+    return LinearParts(qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
 def _reordered(qkv: LinearParts, num_heads: int) -> LinearParts:

@@ -23,11 +23,17 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
+from vpt_fast.backbones.layers import (
+    class_name,
+    linear_parts,
+    require_embedding,
+    require_no_hooks,
+    require_usual_scale,
+)
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.backbones.timm_vit import (
     dtype_of,
     fingerprint,
-    linear_parts,
     mlp_parts,
     norm_parts,
 )
@@ -87,6 +93,8 @@ class FrozenSwin(nn.Module):
             )
         operations = get_backend(backend, attention)
         check_swin(swin)
+        require_embedding(swin.patch_embed)
+        require_no_hooks(swin.layers, "backbone: layers")
         # Everything but stages and classifier, in one deep copy.
         self.stem: Any = copy.deepcopy(
             swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
@@ -123,14 +131,15 @@ class FrozenSwin(nn.Module):
         device = self.device
         entries: list[nn.Module] = []
         index, order, size = 0, raster_order(self.blocks[0].size), self.blocks[0].size
-        for stage in stages:
+        for number, stage in enumerate(stages):
             for place in range(len(stage.blocks)):
                 block = self.blocks[index]
                 if place == 0 and index > 0:
                     merging: Any = stage.downsample
+                    where = f"backbone: layers.{number}.downsample"
                     entry: nn.Module = FrozenMerge(
-                        norm_parts(merging.norm, "backbone: a downsample's norm"),
-                        linear_parts(merging.reduction),
+                        norm_parts(merging.norm, f"{where}.norm"),
+                        linear_parts(merging.reduction, f"{where}.reduction"),
                         Move(order, merge_order(size, block.order)),
                         dtype,
                         backend,
@@ -296,6 +305,7 @@ def check_swin(swin: SwinTransformer) -> None:
     for method in ("forward_features", "forward_head"):
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
+    require_no_hooks(swin, f"backbone: {type(swin).__name__}", below=False)
     if getattr(swin, "dynamic_img_size", False):  # older ones have no such setting
         raise ValueError(
             "backbone: a SwinTransformer with dynamic_img_size=True or strict_img_size=False is not "
@@ -308,7 +318,7 @@ def check_swin(swin: SwinTransformer) -> None:
         wanted = nn.Identity if index == 0 else PatchMerging
         if type(stage.downsample) is not wanted:
             raise ValueError(
-                f"backbone: layers.{index}.downsample is a {type(stage.downsample).__name__}, which is not "
+                f"backbone: layers.{index}.downsample is a {class_name(stage.downsample)}, which is not "
                 f"supported; want {wanted.__name__}"
             )
         for place, block in enumerate(stage.blocks):
@@ -318,9 +328,12 @@ def check_swin(swin: SwinTransformer) -> None:
             ):
                 if type(part) is not known:
                     raise ValueError(
-                        f"backbone: layers.{index}.blocks.{place} has a {type(part).__name__}, which is not "
+                        f"backbone: layers.{index}.blocks.{place} has a {class_name(part)}, which is not "
                         f"supported; want timm's {known.__name__}"
                     )
+            attn = block.attn
+            head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+            require_usual_scale(attn, head_dim, f"backbone: layers.{index}.blocks.{place}.attn")
 
 
 def prompted_attention_branch(
@@ -401,10 +414,10 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
     parts = BlockParts(
         num_heads=attn.num_heads,
         norm1=norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=linear_parts(attn.qkv),
+        qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
         q_norm=None,
         k_norm=None,
-        proj=linear_parts(attn.proj),
+        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=None,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
         **mlp_parts(block.mlp, f"{where}.mlp"),
