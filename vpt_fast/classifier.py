@@ -622,12 +622,6 @@ class FrozenClassifier(TunedClassifier):
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
 
-    @staticmethod
-    def _below_what_is_trained(images: torch.Tensor) -> torch.set_grad_enabled:
-        """Within it autograd records what stands below all that is trained only where the images want a
-        gradient."""
-        return torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled())
-
 
 class PromptedClassifier(FrozenClassifier):
     """A FrozenClassifier whose blocks keep for backward what a memory policy says.

@@ -278,10 +278,7 @@ class PromptedViT(PromptedClassifier):
             images = pad_image(images, self.prompts, self.prompts_sides, m)
         elif location == "concat-channel":
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
-        projection = self.backbone.stem.patch_embed.proj
-        trained = images.requires_grad or any(p.requires_grad for p in projection.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return self.backbone.embed(images)
+        return self.backbone.embed(images)
 
     def _prompt_sets(self) -> tuple[torch.Tensor, ...]:
         """One set of prompts (1, m, d) for every prompted block, where they are tokens."""
@@ -304,7 +301,8 @@ class PromptedViT(PromptedClassifier):
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         copies = batch_size if per_image else 1
         in_tokens = settings.prompt_location in IN_SEQUENCE
-        below = not in_tokens and settings.prompt_location not in ("add", "add-1")
+        below = self.backbone.trains_embedding
+        below = below or (not in_tokens and settings.prompt_location not in ("add", "add-1"))
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             below = below or (not in_tokens and index in self._prompted)

@@ -117,8 +117,7 @@ class PromptedSwin(PromptedClassifier):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            stream = Stream(self.backbone.embed(images))
+        stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
         policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
         sets = self._prompt_sets()
@@ -170,7 +169,7 @@ class PromptedSwin(PromptedClassifier):
                 num_tokens=block.num_tokens,
                 rows=rows,
                 prompt_shape=(batch_size if per_image or flowed else 1, m),
-                grad_tokens=index > 0,
+                grad_tokens=index > 0 or self.backbone.trains_embedding,
                 policy=policy,
             )
             kept = cost.kept_bytes(block, **call)

@@ -36,7 +36,7 @@ from vpt_fast.backbones.timm_vit import (
     optional_norm_parts,
 )
 from vpt_fast.engine.block import Rotation
-from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts
+from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_frozen
 
 TimmViT = VisionTransformer | Eva
 """The timm models that `frozen_vit` reads."""
@@ -116,6 +116,9 @@ class FrozenEva(FrozenViT):
     def _pools_prefix_tokens(self) -> bool:
         return self.stem.attn_pool is not None
 
+    def _rope_parameters(self) -> list[nn.Parameter]:
+        return [] if self.rope is None else list(self.rope.parameters())
+
     def _grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) in patches of an image of this size; None for the model's own."""
         return self.stem.patch_embed.dynamic_feat_size(image_size or self.image_size)
@@ -137,6 +140,8 @@ class FrozenEva(FrozenViT):
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         if self.sin is None or self.cos is None:
             return super().rotations(image_size)
+        for weight in (self.sin, self.cos, *self._rope_parameters()):
+            require_frozen(weight)
         sin, cos = (
             (self.sin, self.cos) if image_size == self.image_size else self._angles(self._grid(image_size))
         )

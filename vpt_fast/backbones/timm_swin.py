@@ -42,7 +42,7 @@ from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
 from vpt_fast.engine.stream import Stream
-from vpt_fast.engine.weights import BlockParts, fold
+from vpt_fast.engine.weights import BlockParts, fold, require_frozen
 from vpt_fast.engine.windows import (
     FrozenMerge,
     FrozenWindowBlock,
@@ -160,6 +160,11 @@ class FrozenSwin(nn.Module):
         return self.stem.patch_embed.proj.weight.device
 
     @property
+    def trains_embedding(self) -> bool:
+        """Whether anything that makes the tokens before the first block wants a gradient."""
+        return any(p.requires_grad for p in self.stem.patch_embed.parameters())
+
+    @property
     def num_tokens(self) -> int:
         """N of the first stage, with the places that hold no token."""
         return self.blocks[0].num_tokens
@@ -195,6 +200,8 @@ class FrozenSwin(nn.Module):
         entry = self._enter[index]
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
+        for weight in entry.parameters():
+            require_frozen(weight)
         return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
 
     def kept_on_entering(

@@ -151,6 +151,12 @@ class FrozenViT(nn.Module):
         return self.stem.patch_embed.proj.weight.device
 
     @property
+    def trains_embedding(self) -> bool:
+        """Whether anything that makes the tokens before the first block wants a gradient."""
+        behind = ("norm.", "fc_norm.", "attn_pool.")
+        return any(p.requires_grad for name, p in self.stem.named_parameters() if not name.startswith(behind))
+
+    @property
     def embed_dim(self) -> int:
         return self.stem.embed_dim
 

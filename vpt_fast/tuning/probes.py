@@ -67,8 +67,7 @@ class LinearProbe(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            return self._features(self.backbone.run_folded(images, self._reads))
+        return self._features(self.backbone.run_folded(images, self._reads))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
@@ -79,9 +78,8 @@ class LinearProbe(FrozenClassifier):
             return super().patch_tokens(images, blocks)
         self._check_blocks(blocks)
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
-            return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
+        outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
+        return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         return self.frozen_features(images)
