@@ -245,6 +245,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Parameters that are trained, and stored."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    @torch.inference_mode(False)  # whatever the caller's mode is: nothing is kept in it
     def _counted_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory of a training step: what is kept is counted in a pass over tensors without values, in
         the weights' own dtype; the temporaries are an estimate: three of the largest tensor that is kept or
@@ -667,12 +668,16 @@ class PromptedClassifier(FrozenClassifier):
             check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
+    def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
+        """What a forward pass keeps."""
+        if not torch.is_grad_enabled():
+            return POLICIES["exact"]  # nothing, and the free memory is not looked at
+        return POLICIES[self._policy_name(batch_size, num_tokens)]
+
     def _policy_name(self, batch_size: int, num_tokens: int) -> str:
         """`memory_policy`, for a batch without images too, and for sizes that a compiler stands in for."""
         if self.memory != "auto":
             return self.memory
-        if not torch.is_grad_enabled():
-            return "exact"  # nothing is kept
         key = (batch_size, num_tokens, self._compute_dtype)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)

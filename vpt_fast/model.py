@@ -17,7 +17,7 @@ from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, mask_bytes, pad_image
 
@@ -249,7 +249,7 @@ class PromptedViT(PromptedClassifier):
         sets = self._prompt_sets()
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        policy = POLICIES[self._policy_name(batch_size, num_tokens)]
+        policy = self._policy(batch_size, num_tokens)
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))

@@ -13,7 +13,7 @@ from vpt_fast.backbones.resolve import SWIN, resolve_backbone
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings
 
@@ -119,7 +119,7 @@ class PromptedSwin(PromptedClassifier):
         self._check_images(images)
         stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
-        policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
+        policy = self._policy(batch, self.backbone.num_tokens)
         sets = self._prompt_sets()
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
