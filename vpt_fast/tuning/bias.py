@@ -163,7 +163,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
             x = stage.downsample(x)
             for block, own in zip(stage.blocks, prompts.unsqueeze(1).unbind(0), strict=True):
                 x = self._run_swin_block(block, x, own, is_last=block is swin.layers[-1].blocks[-1])
-        return swin.forward_head(swin.norm(x), pre_logits=True).to(self.head.weight.dtype)
+        return swin.forward_head(swin.norm(x), pre_logits=True).to(self._feature_dtype)
 
     def _run_swin_block(
         self, block: Any, x: torch.Tensor, prompts: torch.Tensor, *, is_last: bool
@@ -227,4 +227,4 @@ class PromptAndBiasConvNetTuning(BiasTuning):
         network: Any = self.backbone
         x, border = network.cast(images), self.prompt_settings.border
         x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
-        return network(x).to(self.head.weight.dtype)
+        return network(x).to(self._feature_dtype)

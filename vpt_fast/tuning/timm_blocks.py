@@ -79,7 +79,7 @@ class TimmClassifier(TunedClassifier):
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         if isinstance(self.backbone, WholeBackbone):
-            return self.backbone(images).to(self.head.weight.dtype)
+            return self.backbone(images).to(self._feature_dtype)
         (x,) = self._block_outputs(images, (self.num_blocks - 1,))
         return self._features_of_tokens(x, self._reads)
 
