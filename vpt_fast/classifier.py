@@ -568,7 +568,7 @@ class TunedClassifier(TunedModel):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
         more: the same in every epoch, so that it may be computed once. It has a gradient where the images
-        want one."""
+        want one, or what a user has unfrozen before."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ What timm can build and this file does not know raises; nothing is approximated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_
 
 TimmViT = VisionTransformer | Eva
 """The timm models that `frozen_vit` reads."""
+
+_MAX_TABLES = 16  # image sizes whose tables are kept, of training at several scales, say
 
 _ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
@@ -81,6 +83,7 @@ class FrozenEva(FrozenViT):
         wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         self.rope = copy.deepcopy(vit.rope)
         self.sin = self.cos = None
+        self._tables: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, ...]] = {}
         if self.rope is not None:
             self.rope.to(wide).requires_grad_(False).eval()
             if self.num_folded:
@@ -89,6 +92,22 @@ class FrozenEva(FrozenViT):
                 self.sin, self.cos = sin, cos
             if not timm_blocks and not self.takes_any_size:
                 self.rope = None  # nobody asks it again, and its own tables are buffers
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrozenEva:
+        """Rotary positions follow to a device, but into no dtype of 16 bits."""
+
+        def widely(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.itemsize >= torch.float32.itemsize:
+                return moved
+            return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
+
+        # Kept where nothing moves: a CUDA graph that was captured with them reads them where they are.
+        if any(widely(table) is not table for tables in self._tables.values() for table in tables):
+            self._tables.clear()
+        for child in self.children() if recurse else ():
+            child._apply(widely if child is self.rope else fn)
+        return super()._apply(widely, recurse=False)
 
     @property
     def is_rotary(self) -> bool:
@@ -127,6 +146,27 @@ class FrozenEva(FrozenViT):
         """timm's sines and cosines, side by side: (P, 2D), or for every block and head (L, H, P, 2D)."""
         return self.rope.get_embed(shape=grid)
 
+    def _kept(
+        self, name: str, make: Callable[[tuple[int, int]], tuple[torch.Tensor, ...]], grid: tuple[int, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """What `make` gives for a grid, made once: timm builds DINOv3's tables on the CPU, and a copy from
+        there waits for a GPU and is in no CUDA graph. Frequencies that are parameters may change, and are
+        read anew."""
+        # While compiling or tracing sizes and tensors are stand-ins.
+        if self._rope_parameters() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return make(grid)
+        key = (name, grid)
+        if key not in self._tables:
+            with torch.inference_mode(False), torch.no_grad():
+                made = make(grid)
+            # Not those of a FakeTensorMode, say, nor those that have no values before a graph is replayed;
+            # and none is dropped for another, since a captured graph may read it.
+            is_real = all(type(table) is torch.Tensor for table in made) and not _is_capturing()
+            if not is_real or len(self._tables) == _MAX_TABLES:
+                return made
+            self._tables[key] = made
+        return self._tables[key]
+
     def _angles(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """sin and cos (1 or L, P, 1 or H, D/2)."""
         tables = self._timm_angles(grid).detach()
@@ -142,9 +182,9 @@ class FrozenEva(FrozenViT):
             return super().rotations(image_size)
         for weight in (self.sin, self.cos, *self._rope_parameters()):
             require_frozen(weight)
-        sin, cos = (
-            (self.sin, self.cos) if image_size == self.image_size else self._angles(self._grid(image_size))
-        )
+        sin, cos = self.sin, self.cos
+        if image_size != self.image_size:
+            sin, cos = self._kept("engine", self._angles, self._grid(image_size))
         own = len(sin) > 1  # every block's
         return [
             Rotation(sin[index * own], cos[index * own], self.num_prefix_tokens)
@@ -154,7 +194,8 @@ class FrozenEva(FrozenViT):
     def timm_positions(self, image_size: tuple[int, int]) -> Positions:
         if self.rope is None:
             return super().timm_positions(image_size)
-        angles = self._timm_angles(self._grid(image_size))
+        grid = self._grid(image_size)
+        (angles,) = self._kept("timm", lambda grid: (self._timm_angles(grid),), grid)
         by_block = angles[self.num_folded :] if angles.ndim == 4 else [angles] * len(self.timm_blocks)
         return [{"rope": angles} for angles in by_block]
 
@@ -197,6 +238,10 @@ def _check_training(vit: Eva) -> None:
             "rope_shift_coords, rope_jitter_coords, rope_rescale_coords: moving positions in training is not "
             "supported; want None"
         )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _pairs_halves(rope: Any) -> bool:
