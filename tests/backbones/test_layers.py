@@ -86,7 +86,13 @@ def prune_before_a_step(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [normalise_weight, prune_twice, prune_before_a_step])
 @pytest.mark.parametrize(
-    ("build", "layer"), [(tiny_vit, "blocks.0.attn.qkv"), (tiny_swin, "layers.1.blocks.0.mlp.fc1")]
+    ("build", "layer"),
+    [
+        (tiny_vit, "blocks.0.attn.qkv"),
+        (lambda: tiny_eva(swiglu_mlp=True), "blocks.0.mlp.fc1"),
+        (tiny_swin, "layers.1.blocks.0.mlp.fc1"),
+        (lambda: tiny_swin(img_size=24), "layers.0.blocks.1.attn.qkv"),
+    ],
 )
 def test_a_weight_that_is_computed_is_read_as_a_call_would_compute_it(
     change: Callable, build: Callable, layer: str
@@ -96,6 +102,15 @@ def test_a_weight_that_is_computed_is_read_as_a_call_would_compute_it(
     probe = LinearProbe(backbone, CLASSES).double()
     images, _ = random_batch(probe)
     torch.testing.assert_close(probe.image_features(images), backbone(images))
+
+
+def test_a_pruned_norm_is_read_as_a_call_would_compute_it() -> None:
+    vit = tiny_vit()
+    prune.random_unstructured(vit.blocks[0].norm1, "bias", 0.5)
+    vit.blocks[0].norm1.bias_orig.data.add_(1.0)
+    probe = LinearProbe(vit, CLASSES).double()
+    images, _ = random_batch(probe)
+    torch.testing.assert_close(probe.image_features(images), vit(images))
 
 
 HOOKS = {
@@ -173,10 +188,10 @@ def test_another_scale_of_the_scores_is_refused(build: Callable, attn: str) -> N
         LinearProbe(backbone, CLASSES)
 
 
-def hybrid_vit() -> nn.Module:
+def hybrid_vit(proj: bool = True) -> nn.Module:
     """A ViT on the feature map of a small ConvNet with BatchNorm."""
-    network = nn.Sequential(nn.Conv2d(3, 8, 4, 4, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    return tiny_vit(embed_layer=partial(HybridEmbed, network), patch_size=2)
+    network = nn.Sequential(nn.Conv2d(3, 32, 4, 4, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    return tiny_vit(embed_layer=partial(HybridEmbed, network, proj=proj), patch_size=2 if proj else 1)
 
 
 class FlippedPatches(PatchEmbed):
@@ -188,6 +203,7 @@ class FlippedPatches(PatchEmbed):
 @pytest.mark.parametrize(
     ("build", "name"),
     [
+        (lambda: hybrid_vit(proj=False), r"timm\.layers\.hybrid_embed\.HybridEmbed"),
         (hybrid_vit, r"timm\.layers\.hybrid_embed\.HybridEmbed"),
         (lambda: tiny_vit(embed_layer=FlippedPatches), r".*\.FlippedPatches"),
     ],

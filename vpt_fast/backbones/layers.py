@@ -63,11 +63,11 @@ def linear_parts(linear: Any, where: str) -> LinearParts:
         ValueError: another layer, whose weight is not all that it computes.
     """
     require_plain(linear, nn.Linear, where)
-    return LinearParts(_current(linear, "weight"), _current(linear, "bias"))
+    return LinearParts(current(linear, "weight"), current(linear, "bias"))
 
 
-def _current(layer: nn.Module, name: str) -> Any:
-    """The parameter as the layer's next call would compute it, where pruning or the older weight_norm does
+def current(layer: nn.Module, name: str) -> Any:
+    """A parameter as the layer's next call would compute it, where pruning or the older weight_norm does
     so in a hook: the attribute is that of the last call, before an optimizer's step or a loaded state."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:

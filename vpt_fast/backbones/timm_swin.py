@@ -363,13 +363,14 @@ def prompted_attention_branch(
     windows = _in_windows(block, block.norm1(x))  # (B, W, T, d)
     prompt_rows = block.norm1(prompts).unsqueeze(1)  # (1 or B, 1, m, d)
     batch_size, num_windows, num_tokens, _ = windows.shape
-    attn_dim = attn.qkv.out_features // 3
+    layer = linear_parts(attn.qkv, "backbone: attn.qkv")
+    attn_dim = layer.weight.shape[0] // 3
     heads = (attn.num_heads, attn_dim // attn.num_heads)
 
     def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
         """Queries, keys or values, as many as the part of the projection gives: (B, W, H, rows, D) each."""
-        bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
-        y = F.linear(rows, attn.qkv.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
+        bias = None if layer.bias is None else layer.bias[part]
+        y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
         return y.expand(batch_size, num_windows, -1, -1, -1, -1).unbind(3)
 
     # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
@@ -433,10 +434,10 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
     spec, weights = fold(parts, dtype)
     bias = relative_bias(attn.relative_position_bias_table, attn.relative_position_index)
     heads = (spec.num_heads, spec.head_dim)
-    if attn.qkv.bias is None:
+    if parts.qkv.bias is None:
         pad_kv = bias.new_zeros(2, *heads)
     else:
-        pad_kv = attn.qkv.bias.detach().unflatten(0, (3, *heads))[1:].clone()
+        pad_kv = parts.qkv.bias.detach().unflatten(0, (3, *heads))[1:].clone()
     return FrozenWindowBlock(
         spec,
         weights,

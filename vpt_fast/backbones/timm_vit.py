@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.layers import (
     class_name,
+    current,
     linear_parts,
     require_embedding,
     require_no_hooks,
@@ -468,13 +469,13 @@ def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -
 
 def norm_parts(norm: nn.Module, where: str) -> NormParts:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
-        return NormParts("layer", norm.eps, norm.weight, norm.bias)
+        return NormParts("layer", norm.eps, current(norm, "weight"), current(norm, "bias"))
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
         # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is in float32, or in
         # float64 where the weights are.
         wide = torch.promote_types(dtype_of(norm, default=torch.float32), torch.float32)
         eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
-        return NormParts("rms", eps, norm.weight, None)
+        return NormParts("rms", eps, current(norm, "weight"), None)
     raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
 
 
