@@ -167,7 +167,8 @@ that each other raises a message that names both sides of it.
 
 ViT is timm's `VisionTransformer`; DINOv3 and EVA are timm's `Eva`, with rotary positions
 ([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNeXt](convnets.md) stands for
-MetaNeXt (InceptionNeXt) too, and ConvNet, a ResNet here, for the other families there.
+MetaNeXt (InceptionNeXt) too, and ConvNet, a ResNet here, for the other families there. Those of which several
+convolutions read the image, RepVGG and MobileOne, take no `concat-channel`.
 
 ## Methods
 

@@ -110,6 +110,14 @@ def test_less_is_kept_than_by_timm_and_what_is_kept_is_what_the_estimate_says():
     assert 0.95 * keeps < estimate < 1.05 * keeps
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_estimate_is_that_of_training_in_every_mode(mode):
+    model = PromptedConvNet(convnet("resnet10t"), 5, 3)
+    in_training = model.estimate_training_bytes(2)
+    with mode():
+        assert model.estimate_training_bytes(2) == in_training
+
+
 def test_saved_model_gives_the_same_logits(tmp_path):
     plain = convnet("resnet10t")
     model = PromptedConvNet(plain, 5, 3).double()
@@ -174,12 +182,28 @@ def test_linear_probe_reads_the_pooled_features():
         ),
         ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet"),
         ("dla46x_c", {"img_size": 32}, "num_prompts: got 2 with images of 32x32, and .* none of 36x36"),
+        ("bat_resnext26ts", {}, "num_prompts: got 2 with images of 256x256, and .* none of 260x260"),
+        (
+            "repvgg_a0",
+            {"prompt_location": "concat-channel"},
+            "prompt_location: got 'concat-channel' with repvgg_a0, .* several read the image",
+        ),
+        (
+            "mobileone_s0",
+            {"prompt_location": "concat-channel"},
+            "prompt_location: got 'concat-channel' with mobileone_s0, .* several read the image",
+        ),
         ("test_vit", {}, "backbone: 'test_vit' is not a timm ConvNet"),
     ],
 )
 def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):
     with pytest.raises(ValueError, match=message):
         PromptedConvNet(backbone, 3, 2, **settings)
+
+
+def test_an_instance_that_takes_no_extra_channels_is_named_by_its_class():
+    with pytest.raises(ValueError, match="prompt_location: got 'concat-channel' with a ByobNet"):
+        PromptedConvNet(timm.create_model("repvgg_a0"), 3, 2, prompt_location="concat-channel")
 
 
 def test_image_size_leaves_the_normalisation_of_a_known_backbone():

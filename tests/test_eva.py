@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 from typing import Any
 
@@ -19,10 +21,12 @@ from test_concatenation import (
 )
 from test_dead_work import KeptBytes, record_last_rows
 from timm.layers import RmsNorm, RotaryEmbedding
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from tiny import random_batch, randomise, tiny_eva
+from torch import nn
 
-from vpt_fast import PromptedViT
+from vpt_fast import LinearProbe, PromptedViT
 from vpt_fast.tuning.full import FullTuning
 
 DINOV3 = {
@@ -141,6 +145,142 @@ def test_angles_stay_float32_beside_bfloat16_weights() -> None:
     exact = PromptedViT(tiny_eva(torch.float32, **MIXED), NUM_CLASSES, 3)
     assert model.backbone.blocks[0].qkv_weight.dtype == torch.bfloat16
     assert torch.equal(model.backbone.sin, exact.backbone.sin) and model.backbone.sin.dtype == torch.float32
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dinov3": DINOV3,
+    "mixed": MIXED | {"dynamic_img_size": True},
+    "axial": {"dynamic_img_size": True},
+}
+IN_16_BITS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to("cpu", torch.bfloat16),
+    "within": lambda model: nn.Sequential(model).to(torch.float16),
+}
+
+
+@pytest.mark.parametrize("brought", IN_16_BITS)
+@pytest.mark.parametrize("kind", ROPES)
+def test_angles_stay_as_they_are_when_a_model_is_brought_into_16_bits(kind: str, brought: str) -> None:
+    model = PromptedViT(tiny_eva(torch.float32, **ROPES[kind]), NUM_CLASSES, 3)
+    sizes = ((32, 32), (16, 40))
+    expected = [table for size in sizes for table in model.backbone.rotations(size)[0][:2]]
+    IN_16_BITS[brought](model)
+    found = [table for size in sizes for table in model.backbone.rotations(size)[0][:2]]
+    assert model.prompts.itemsize == 2 and all(map(torch.equal, found, expected))
+
+
+def test_angles_of_timms_own_blocks_stay_as_they_are_in_16_bits() -> None:
+    model = FullTuning(tiny_eva(torch.float32, **MIXED), NUM_CLASSES)
+    expected = [position["rope"].detach() for position in model.backbone.timm_positions((32, 32))]
+    model.bfloat16()
+    found = [position["rope"].detach() for position in model.backbone.timm_positions((32, 32))]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_angles_follow_a_model_to_its_device_and_to_more_bits() -> None:
+    model = PromptedViT(tiny_eva(torch.float32, **DINOV3), NUM_CLASSES, 3)
+    model.backbone.rotations((16, 40))
+    assert all(t.dtype == torch.float64 for t in model.double().backbone.rotations((32, 32))[0][:2])
+    model.to("meta")
+    assert all(t.is_meta for size in ((32, 32), (16, 40)) for t in model.backbone.rotations(size)[0][:2])
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The grids that timm has been asked for tables of."""
+    asked: list[tuple[int, int]] = []
+    for rope in (RotaryEmbeddingDinoV3, RotaryEmbeddingCat):
+        get_embed = rope.get_embed
+
+        def counted(self, shape, get_embed=get_embed, **arguments):
+            asked.append(shape)
+            return get_embed(self, shape=shape, **arguments)
+
+        monkeypatch.setattr(rope, "get_embed", counted)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "axial"])
+@pytest.mark.parametrize("method", [LinearProbe, lambda *arguments: PromptedViT(*arguments, 3)])
+def test_angles_of_another_image_size_are_made_once(method, kind: str, looks) -> None:
+    model = method(tiny_eva(torch.float32, **ROPES[kind]), NUM_CLASSES)
+    looks.clear()
+    for size in ((16, 40), (24, 24), (16, 40), (32, 32)):
+        model(torch.randn(1, 3, *size))
+    assert looks == [(2, 5), (3, 3)]
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "axial"])
+def test_angles_of_timms_own_blocks_are_made_once(kind: str, looks) -> None:
+    model = FullTuning(tiny_eva(torch.float32, **ROPES[kind]), NUM_CLASSES)
+    for size in ((32, 32), (16, 40), (32, 32), (16, 40)):
+        model(torch.randn(1, 3, *size))
+    assert looks == [(4, 4), (2, 5)]
+
+
+def test_frequencies_that_are_trained_are_read_anew_in_every_step() -> None:
+    model = FullTuning(tiny_eva(torch.float32, **MIXED), NUM_CLASSES)
+    images = torch.randn(1, 3, 32, 32)
+    before = model(images)
+    with torch.no_grad():
+        model.backbone.rope.freqs += 1.0
+    assert not torch.allclose(model(images), before)
+
+
+def sized_images_and_model() -> tuple[torch.Tensor, PromptedViT]:
+    model = PromptedViT(tiny_eva(torch.float32, **DINOV3), NUM_CLASSES, 3)
+    return torch.randn(1, 3, 16, 40), model
+
+
+def test_angles_made_in_inference_mode_may_be_trained_with() -> None:
+    images, model = sized_images_and_model()
+    with torch.inference_mode():
+        expected = model(images)
+    logits = model(images)
+    logits.sum().backward()
+    assert torch.equal(logits, expected) and model.prompts.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_with_angles_of_other_sizes_is_the_same(copied) -> None:
+    images, model = sized_images_and_model()
+    names = list(model.state_dict())
+    expected = model(images)
+    assert torch.equal(copied(model)(images), expected) and list(model.state_dict()) == names
+
+
+def test_angles_of_the_first_16_other_sizes_are_kept(looks) -> None:
+    _, model = sized_images_and_model()
+    looks.clear()
+    for _ in range(2):
+        for width in range(1, 19):
+            model.backbone.rotations((8, 8 * width))
+    assert len(looks) == 18 + 2
+
+
+@pytest.mark.parametrize("same", [lambda m: m.to("cpu"), lambda m: m.load_state_dict(m.state_dict())])
+def test_angles_that_a_graph_may_read_stay_where_they_are(same) -> None:
+    _, model = sized_images_and_model()
+    before = [table.data_ptr() for table in model.backbone.rotations((16, 40))[0][:2]]
+    same(model)
+    assert [table.data_ptr() for table in model.backbone.rotations((16, 40))[0][:2]] == before
+
+
+def test_loaded_frequencies_are_those_of_other_image_sizes_too() -> None:
+    models = [PromptedViT(tiny_eva(torch.float32, seed, **ROPES["mixed"]), NUM_CLASSES, 3) for seed in (0, 1)]
+    images = torch.randn(1, 3, 16, 40)
+    expected = models[0](images)
+    models[1](images)
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[1](images), expected)
+
+
+def test_compiled_for_another_image_size_equals_eager() -> None:
+    images, model = sized_images_and_model()
+    compiled = torch.compile(model, backend="eager")(images)
+    torch.testing.assert_close(compiled, model(images))
 
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -89,6 +89,14 @@ def test_auto_does_not_look_where_nothing_is_kept(auto: PromptedViT) -> None:
     assert auto.looks == []
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_policy_and_estimate_are_those_of_training_in_every_mode(auto: PromptedViT, mode) -> None:
+    in_training = auto.memory_policy(2), auto.estimate_training_bytes(2)
+    with mode():
+        assert (auto.memory_policy(2), auto.estimate_training_bytes(2)) == in_training
+    assert in_training[0] == "recompute"
+
+
 def test_policy_may_be_changed_on_a_model(auto: PromptedViT) -> None:
     auto.memory = "compact"
     assert auto.memory_policy(1) == "compact"

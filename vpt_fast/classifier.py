@@ -17,6 +17,7 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -24,7 +25,7 @@ from vpt_fast.backbones.resolve import CONVNET, Origin
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
-from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
+from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, compute_dtype
@@ -245,6 +246,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Parameters that are trained, and stored."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
+    @torch.inference_mode(False)  # whatever the caller's mode is: nothing is kept in it
     def _counted_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The memory of a training step: what is kept is counted in a pass over tensors without values, in
         the weights' own dtype; the temporaries are an estimate: three of the largest tensor that is kept or
@@ -436,9 +438,9 @@ class TunedModel(nn.Module, metaclass=_Built):
             The address of the commit.
         """
         api = huggingface_hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder)  # first, as it may raise
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
@@ -478,22 +480,57 @@ class TunedClassifier(TunedModel):
         """d, as timm calls it."""
         return self.embed_dim
 
-    def get_classifier(self) -> nn.Linear:
+    def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Puts a new head in place, at its start, for another number of classes; prompts and all else that is
         trained stay. Without a head: `image_features`.
 
+        Args:
+            num_classes: of the head.
+            global_pool: None, or the pooling that the model has, by timm's name or by that of `pool`: which
+                rows are read is part of how the model was built.
+
         Raises:
-            ValueError: num_classes is not a whole number from 1.
+            ValueError: num_classes is not a whole number from 1, or another pooling.
         """
         check_arguments(num_classes, None)
-        weight = self.head.weight
-        self.head = nn.Linear(weight.shape[1], num_classes, device=weight.device, dtype=weight.dtype)
+        pool = self._pool_of_timm if self.pool is None else self.pool
+        if global_pool not in (None, pool):
+            raise ValueError(
+                f"global_pool: got {global_pool!r}, want None or the model's own {pool!r}; another one "
+                "is the argument pool, when the model is built"
+            )
+        dtype = self._feature_dtype
+        self.head = nn.Linear(self.embed_dim, num_classes, device=self.backbone.device, dtype=dtype)
         _start_head(self.head)
         self.num_classes = num_classes
+
+    @property
+    def _pool_of_timm(self) -> str | None:
+        """timm's name of the backbone's own pooling; a ConvNet's is that of its pooling layer."""
+        layers = [m.pool_type for m in self.backbone.modules() if isinstance(m, SelectAdaptivePool2d)]
+        return layers[-1] if layers else self.backbone.stem.global_pool
+
+    @property
+    def _feature_dtype(self) -> torch.dtype:
+        """That of what the head is given: its own, or where it has no weights the backbone's, in float32 or
+        more."""
+        backbone = dtype_of(self.backbone, default=torch.float32)
+        return dtype_of(self.head, default=torch.promote_types(backbone, torch.float32))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        found = {name: tuple(weight.shape) for name, weight in self.head.named_parameters()}
+        wanted = {"weight": (self.num_classes, self.embed_dim), "bias": (self.num_classes,)}
+        if found != wanted:
+            raise ValueError(
+                f"head: got a {type(self.head).__name__} with {found or 'no weights'}, which from_pretrained "
+                f"does not build again; want nn.Linear({self.embed_dim}, {self.num_classes}), as "
+                "reset_classifier makes it, or else to save model.trainable_state_dict() yourself"
+            )
+        super().save_pretrained(directory)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes).
@@ -514,7 +551,7 @@ class TunedClassifier(TunedModel):
 
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows that pooling reads, after the last block (B, R, d), to what the head reads (B, d)."""
-        return self.backbone.features(rows, self.pool).to(self.head.weight.dtype)
+        return self.backbone.features(rows, self.pool).to(self._feature_dtype)
 
     def _features_of_tokens(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
         """All tokens after the last block (B, N, d) to what the head reads (B, d)."""
@@ -531,7 +568,7 @@ class TunedClassifier(TunedModel):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
         more: the same in every epoch, so that it may be computed once. It has a gradient where the images
-        want one."""
+        want one, or what a user has unfrozen before."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -622,12 +659,6 @@ class FrozenClassifier(TunedClassifier):
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
 
-    @staticmethod
-    def _below_what_is_trained(images: torch.Tensor) -> torch.set_grad_enabled:
-        """Within it autograd records what stands below all that is trained only where the images want a
-        gradient."""
-        return torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled())
-
 
 class PromptedClassifier(FrozenClassifier):
     """A FrozenClassifier whose blocks keep for backward what a memory policy says.
@@ -673,12 +704,16 @@ class PromptedClassifier(FrozenClassifier):
             check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
+    def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
+        """What a forward pass keeps."""
+        if not torch.is_grad_enabled():
+            return POLICIES["exact"]  # nothing, and the free memory is not looked at
+        return POLICIES[self._policy_name(batch_size, num_tokens)]
+
     def _policy_name(self, batch_size: int, num_tokens: int) -> str:
         """`memory_policy`, for a batch without images too, and for sizes that a compiler stands in for."""
         if self.memory != "auto":
             return self.memory
-        if not torch.is_grad_enabled():
-            return "exact"  # nothing is kept
         key = (batch_size, num_tokens, self._compute_dtype)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)

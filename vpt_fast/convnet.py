@@ -118,6 +118,15 @@ class PromptedConvNet(FrozenClassifier):
             self.prompts, self.prompts_sides = border_prompts(self.backbone, m)
             return
         bound = self._widen_first_convolution(m)
+        error = _refusal(self.backbone, self.backbone.in_chans + m, (height, width))
+        if error is not None:
+            name = self._backbone_config.name
+            network = name or f"a {type(self.backbone.stem).__name__}"
+            raise ValueError(
+                f"prompt_location: got 'concat-channel' with {network}, which takes no {m} more "
+                "channels in its first convolution alone, as where several read the image; want 'pad': "
+                f"{error}"
+            )
         self.prompts = nn.Parameter(torch.empty(1, m, height, width, device=device).uniform_(-bound, bound))
 
     def _widen_first_convolution(self, extra: int) -> float:
@@ -179,18 +188,25 @@ def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tupl
         )
     height, width = backbone.image_size
     bordered = height + 2 * border, width + 2 * border
-    hollow: Any = copy.deepcopy(backbone).to("meta")
-    image = torch.empty(
-        1, backbone.in_chans, *bordered, device="meta", dtype=dtype_of(hollow, default=torch.float32)
-    )
-    try:
-        with torch.no_grad():
-            hollow.stem.forward_features(image)
-    except RuntimeError as error:
+    error = _refusal(backbone, backbone.in_chans, bordered)
+    if error is not None:
         raise ValueError(
             f"num_prompts: got {border} with images of {height}x{width}, and the backbone takes none of "
             f"{bordered[0]}x{bordered[1]}, their size with the border: {error}"
-        ) from None
+        )
     rows = torch.rand(1, 3, 2 * border, width + 2 * border, device=backbone.device)
     sides = torch.rand(1, 3, height, 2 * border, device=backbone.device)
     return nn.Parameter(rows), nn.Parameter(sides)
+
+
+def _refusal(backbone: FrozenConvNet | WholeBackbone, channels: int, size: tuple[int, int]) -> str | None:
+    """What the network says to images of so many channels and this (height, width), tried without values;
+    None where it takes them."""
+    hollow: Any = copy.deepcopy(backbone).to("meta")
+    image = torch.empty(1, channels, *size, device="meta", dtype=dtype_of(hollow, default=torch.float32))
+    try:
+        with torch.no_grad():
+            hollow.stem.forward_features(image)
+    except (RuntimeError, AssertionError) as error:
+        return str(error) or type(error).__name__
+    return None

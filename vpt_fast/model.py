@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import require_no_hooks
 from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, mask_bytes, pad_image
 
@@ -177,6 +178,7 @@ class PromptedViT(PromptedClassifier):
     def _widen_patch_embedding(self, extra: int) -> None:
         """Let the patch embedding take `extra` more channels, and train all of it, in float32."""
         frozen = self.backbone.stem.patch_embed.proj
+        require_no_hooks(frozen, "backbone: patch_embed.proj")
         trained = nn.Conv2d(
             frozen.in_channels + extra,
             frozen.out_channels,
@@ -247,7 +249,7 @@ class PromptedViT(PromptedClassifier):
         sets = self._prompt_sets()
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        policy = POLICIES[self._policy_name(batch_size, num_tokens)]
+        policy = self._policy(batch_size, num_tokens)
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
@@ -276,10 +278,7 @@ class PromptedViT(PromptedClassifier):
             images = pad_image(images, self.prompts, self.prompts_sides, m)
         elif location == "concat-channel":
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
-        projection = self.backbone.stem.patch_embed.proj
-        trained = images.requires_grad or any(p.requires_grad for p in projection.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return self.backbone.embed(images)
+        return self.backbone.embed(images)
 
     def _prompt_sets(self) -> tuple[torch.Tensor, ...]:
         """One set of prompts (1, m, d) for every prompted block, where they are tokens."""
@@ -302,7 +301,8 @@ class PromptedViT(PromptedClassifier):
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         copies = batch_size if per_image else 1
         in_tokens = settings.prompt_location in IN_SEQUENCE
-        below = not in_tokens and settings.prompt_location not in ("add", "add-1")
+        below = self.backbone.trains_embedding
+        below = below or (not in_tokens and settings.prompt_location not in ("add", "add-1"))
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             below = below or (not in_tokens and index in self._prompted)

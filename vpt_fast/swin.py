@@ -13,7 +13,7 @@ from vpt_fast.backbones.resolve import SWIN, resolve_backbone
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory
+from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings
 
@@ -117,10 +117,9 @@ class PromptedSwin(PromptedClassifier):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            stream = Stream(self.backbone.embed(images))
+        stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
-        policy = POLICIES[self._policy_name(batch, self.backbone.num_tokens)]
+        policy = self._policy(batch, self.backbone.num_tokens)
         sets = self._prompt_sets()
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
@@ -170,7 +169,7 @@ class PromptedSwin(PromptedClassifier):
                 num_tokens=block.num_tokens,
                 rows=rows,
                 prompt_shape=(batch_size if per_image or flowed else 1, m),
-                grad_tokens=index > 0,
+                grad_tokens=index > 0 or self.backbone.trains_embedding,
                 policy=policy,
             )
             kept = cost.kept_bytes(block, **call)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.layers import is_read
 from vpt_fast.engine.block import compute_dtype
 
 
@@ -31,9 +32,11 @@ class PatchProjection(nn.Conv2d):
 
 def as_product(convolution: nn.Conv2d) -> nn.Conv2d:
     """The convolution with the same parameters as a `PatchProjection`; the convolution itself where it is
-    none: its windows overlap, say, or its weights are standardised first."""
+    none: its windows overlap, say, or its weights are standardised first, or it has hooks, which a call runs.
+    """
     is_one = (
         type(convolution) is nn.Conv2d
+        and is_read(convolution)
         and convolution.stride == convolution.kernel_size
         and not any(convolution._reversed_padding_repeated_twice)  # of padding by number or by name
         and convolution.dilation == (1, 1)

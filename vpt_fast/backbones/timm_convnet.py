@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from vpt_fast.backbones.layers import class_name, is_of_peft, is_read, merge_hint, require_no_hooks
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 from vpt_fast.engine.block import require_plain_autograd
 from vpt_fast.engine.plan import Read
@@ -55,7 +56,8 @@ class FrozenConv2d(nn.Module):
         self.conv = conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        require_frozen(self.conv.weight)
+        for weight in self.conv.parameters():
+            require_frozen(weight)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return self.conv(x)
         require_plain_autograd(recorded=True)
@@ -92,8 +94,8 @@ class FrozenConvNet(nn.Module):
 
     The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
     eval mode whatever `train` is called with: BatchNorm has the statistics that it came with. Convolutions
-    whose weight is computed anew in every call, and those with padding by name or by the image's size (of
-    timm's tf_ models), are timm's own and keep their inputs.
+    whose weight is computed anew in every call, those with padding by name or by the image's size (of timm's
+    tf_ models), and what has hooks, are timm's own and keep their inputs.
 
     Args:
         model: the model to read: one of `resolve.CONVNET`.
@@ -101,7 +103,8 @@ class FrozenConvNet(nn.Module):
         backend, attention: ``"auto"`` or ``"torch"``, and ``"auto"``: a ConvNet has no attention.
 
     Raises:
-        ValueError: a backend or an attention that there is not for ConvNets.
+        ValueError: a backend or an attention that there is not for ConvNets, or a model with layers of peft's
+            or hooks of its own.
     """
 
     takes_any_size = False
@@ -123,6 +126,7 @@ class FrozenConvNet(nn.Module):
                 raise ValueError(
                     f"{name}: got {value!r} with a ConvNet; want {' or '.join(map(repr, wanted))}"
                 )
+        _check(model)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         stem: Any = copy.deepcopy(model)
         stem.reset_classifier(0)
@@ -135,6 +139,8 @@ class FrozenConvNet(nn.Module):
         self.in_chans, self.first_kernel = first.in_channels, tuple(first.kernel_size)
         self.first_name = next(name for name, m in stem.named_modules() if m is first)
         for name, module in list(stem.named_modules()):
+            if not is_read(module):
+                continue
             if isinstance(module, nn.BatchNorm2d):
                 stem.set_submodule(name, FrozenBatchNorm2d(module))
             elif (
@@ -206,3 +212,15 @@ class FrozenConvNet(nn.Module):
         with torch.no_grad():
             meta.run_folded(images, Read.PATCHES)
         return 3 * max(sizes)
+
+
+def _check(model: nn.Module) -> None:
+    """Raises ValueError for layers of peft's, which read the weights of the convolutions in them, and for
+    hooks of the model as a whole, which is not called."""
+    require_no_hooks(model, f"backbone: {type(model).__name__}", below=False)
+    for name, module in model.named_modules():
+        if is_of_peft(module):
+            raise ValueError(
+                f"backbone: {name} is a {class_name(module)}, which is not supported; want timm's own layers"
+                + merge_hint(module)
+            )

@@ -7,7 +7,7 @@ What timm can build and this file does not know raises; nothing is approximated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.backbones.layers import linear_parts
 from vpt_fast.backbones.timm_vit import (
     FrozenViT,
     Position,
@@ -30,16 +31,17 @@ from vpt_fast.backbones.timm_vit import (
     check_ends,
     check_methods,
     join,
-    linear_parts,
     mlp_parts,
     norm_parts,
     optional_norm_parts,
 )
 from vpt_fast.engine.block import Rotation
-from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts
+from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_frozen
 
 TimmViT = VisionTransformer | Eva
 """The timm models that `frozen_vit` reads."""
+
+_MAX_TABLES = 16  # image sizes whose tables are kept, of training at several scales, say
 
 _ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
@@ -81,6 +83,7 @@ class FrozenEva(FrozenViT):
         wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         self.rope = copy.deepcopy(vit.rope)
         self.sin = self.cos = None
+        self._tables: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, ...]] = {}
         if self.rope is not None:
             self.rope.to(wide).requires_grad_(False).eval()
             if self.num_folded:
@@ -89,6 +92,22 @@ class FrozenEva(FrozenViT):
                 self.sin, self.cos = sin, cos
             if not timm_blocks and not self.takes_any_size:
                 self.rope = None  # nobody asks it again, and its own tables are buffers
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrozenEva:
+        """Rotary positions follow to a device, but into no dtype of 16 bits."""
+
+        def widely(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.itemsize >= torch.float32.itemsize:
+                return moved
+            return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
+
+        # Kept where nothing moves: a CUDA graph that was captured with them reads them where they are.
+        if any(widely(table) is not table for tables in self._tables.values() for table in tables):
+            self._tables.clear()
+        for child in self.children() if recurse else ():
+            child._apply(widely if child is self.rope else fn)
+        return super()._apply(widely, recurse=False)
 
     @property
     def is_rotary(self) -> bool:
@@ -116,6 +135,9 @@ class FrozenEva(FrozenViT):
     def _pools_prefix_tokens(self) -> bool:
         return self.stem.attn_pool is not None
 
+    def _rope_parameters(self) -> list[nn.Parameter]:
+        return [] if self.rope is None else list(self.rope.parameters())
+
     def _grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) in patches of an image of this size; None for the model's own."""
         return self.stem.patch_embed.dynamic_feat_size(image_size or self.image_size)
@@ -123,6 +145,27 @@ class FrozenEva(FrozenViT):
     def _timm_angles(self, grid: tuple[int, int]) -> torch.Tensor:
         """timm's sines and cosines, side by side: (P, 2D), or for every block and head (L, H, P, 2D)."""
         return self.rope.get_embed(shape=grid)
+
+    def _kept(
+        self, name: str, make: Callable[[tuple[int, int]], tuple[torch.Tensor, ...]], grid: tuple[int, int]
+    ) -> tuple[torch.Tensor, ...]:
+        """What `make` gives for a grid, made once: timm builds DINOv3's tables on the CPU, and a copy from
+        there waits for a GPU and is in no CUDA graph. Frequencies that are parameters may change, and are
+        read anew."""
+        # While compiling or tracing sizes and tensors are stand-ins.
+        if self._rope_parameters() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return make(grid)
+        key = (name, grid)
+        if key not in self._tables:
+            with torch.inference_mode(False), torch.no_grad():
+                made = make(grid)
+            # Not those of a FakeTensorMode, say, nor those that have no values before a graph is replayed;
+            # and none is dropped for another, since a captured graph may read it.
+            is_real = all(type(table) is torch.Tensor for table in made) and not _is_capturing()
+            if not is_real or len(self._tables) == _MAX_TABLES:
+                return made
+            self._tables[key] = made
+        return self._tables[key]
 
     def _angles(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """sin and cos (1 or L, P, 1 or H, D/2)."""
@@ -137,9 +180,11 @@ class FrozenEva(FrozenViT):
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         if self.sin is None or self.cos is None:
             return super().rotations(image_size)
-        sin, cos = (
-            (self.sin, self.cos) if image_size == self.image_size else self._angles(self._grid(image_size))
-        )
+        for weight in (self.sin, self.cos, *self._rope_parameters()):
+            require_frozen(weight)
+        sin, cos = self.sin, self.cos
+        if image_size != self.image_size:
+            sin, cos = self._kept("engine", self._angles, self._grid(image_size))
         own = len(sin) > 1  # every block's
         return [
             Rotation(sin[index * own], cos[index * own], self.num_prefix_tokens)
@@ -149,7 +194,8 @@ class FrozenEva(FrozenViT):
     def timm_positions(self, image_size: tuple[int, int]) -> Positions:
         if self.rope is None:
             return super().timm_positions(image_size)
-        angles = self._timm_angles(self._grid(image_size))
+        grid = self._grid(image_size)
+        (angles,) = self._kept("timm", lambda grid: (self._timm_angles(grid),), grid)
         by_block = angles[self.num_folded :] if angles.ndim == 4 else [angles] * len(self.timm_blocks)
         return [{"rope": angles} for angles in by_block]
 
@@ -159,7 +205,7 @@ class FrozenEva(FrozenViT):
 
     @staticmethod
     def _qkv_parts(attn: Any) -> LinearParts:
-        return _qkv_parts(attn)
+        return _qkv_parts(attn, "backbone: attn")
 
     @staticmethod
     def _turn(
@@ -194,6 +240,10 @@ def _check_training(vit: Eva) -> None:
         )
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _pairs_halves(rope: Any) -> bool:
     """Whether a head's dimensions i and i + D/2 are a point's coordinates, and not 2i and 2i + 1."""
     return getattr(rope, "rotate_half", isinstance(rope, RotaryEmbeddingMRope))
@@ -210,7 +260,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
             f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
             "(num_kv_heads), which is not supported"
         )
-    qkv = _qkv_parts(attn)
+    qkv = _qkv_parts(attn, f"{where}.attn")
     q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
     k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
     if not attn.rotate_half:
@@ -224,7 +274,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
-        proj=linear_parts(attn.proj),
+        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=block.gamma_1,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
         **mlp_parts(block.mlp, f"{where}.mlp"),
@@ -232,14 +282,15 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
     )
 
 
-def _qkv_parts(attn: Any) -> LinearParts:
+def _qkv_parts(attn: Any, where: str) -> LinearParts:
     """The packed projection, whether timm holds it packed or apart, with a bias on all, some or none."""
     if attn.qkv is None:
-        return join(*(linear_parts(layer) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)))
-    bias = attn.qkv.bias
-    if getattr(attn, "q_bias", None) is not None:
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    return LinearParts(attn.qkv.weight, bias)
+        names = ("q_proj", "k_proj", "v_proj")
+        return join(*(linear_parts(getattr(attn, name), f"{where}.{name}") for name in names))
+    qkv = linear_parts(attn.qkv, f"{where}.qkv")
+    if getattr(attn, "q_bias", None) is None:
+        return qkv
+    return LinearParts(qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
 def _reordered(qkv: LinearParts, num_heads: int) -> LinearParts:

@@ -23,11 +23,17 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
+from vpt_fast.backbones.layers import (
+    class_name,
+    linear_parts,
+    require_embedding,
+    require_no_hooks,
+    require_usual_scale,
+)
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.backbones.timm_vit import (
     dtype_of,
     fingerprint,
-    linear_parts,
     mlp_parts,
     norm_parts,
 )
@@ -36,7 +42,7 @@ from vpt_fast.engine.block import compute_dtype
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
 from vpt_fast.engine.stream import Stream
-from vpt_fast.engine.weights import BlockParts, fold
+from vpt_fast.engine.weights import BlockParts, fold, require_frozen
 from vpt_fast.engine.windows import (
     FrozenMerge,
     FrozenWindowBlock,
@@ -87,6 +93,8 @@ class FrozenSwin(nn.Module):
             )
         operations = get_backend(backend, attention)
         check_swin(swin)
+        require_embedding(swin.patch_embed)
+        require_no_hooks(swin.layers, "backbone: layers")
         # Everything but stages and classifier, in one deep copy.
         self.stem: Any = copy.deepcopy(
             swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
@@ -123,14 +131,15 @@ class FrozenSwin(nn.Module):
         device = self.device
         entries: list[nn.Module] = []
         index, order, size = 0, raster_order(self.blocks[0].size), self.blocks[0].size
-        for stage in stages:
+        for number, stage in enumerate(stages):
             for place in range(len(stage.blocks)):
                 block = self.blocks[index]
                 if place == 0 and index > 0:
                     merging: Any = stage.downsample
+                    where = f"backbone: layers.{number}.downsample"
                     entry: nn.Module = FrozenMerge(
-                        norm_parts(merging.norm, "backbone: a downsample's norm"),
-                        linear_parts(merging.reduction),
+                        norm_parts(merging.norm, f"{where}.norm"),
+                        linear_parts(merging.reduction, f"{where}.reduction"),
                         Move(order, merge_order(size, block.order)),
                         dtype,
                         backend,
@@ -149,6 +158,11 @@ class FrozenSwin(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.stem.patch_embed.proj.weight.device
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether anything that makes the tokens before the first block wants a gradient."""
+        return any(p.requires_grad for p in self.stem.patch_embed.parameters())
 
     @property
     def num_tokens(self) -> int:
@@ -186,6 +200,8 @@ class FrozenSwin(nn.Module):
         entry = self._enter[index]
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
+        for weight in entry.parameters():
+            require_frozen(weight)
         return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
 
     def kept_on_entering(
@@ -296,6 +312,7 @@ def check_swin(swin: SwinTransformer) -> None:
     for method in ("forward_features", "forward_head"):
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
+    require_no_hooks(swin, f"backbone: {type(swin).__name__}", below=False)
     if getattr(swin, "dynamic_img_size", False):  # older ones have no such setting
         raise ValueError(
             "backbone: a SwinTransformer with dynamic_img_size=True or strict_img_size=False is not "
@@ -308,7 +325,7 @@ def check_swin(swin: SwinTransformer) -> None:
         wanted = nn.Identity if index == 0 else PatchMerging
         if type(stage.downsample) is not wanted:
             raise ValueError(
-                f"backbone: layers.{index}.downsample is a {type(stage.downsample).__name__}, which is not "
+                f"backbone: layers.{index}.downsample is a {class_name(stage.downsample)}, which is not "
                 f"supported; want {wanted.__name__}"
             )
         for place, block in enumerate(stage.blocks):
@@ -318,9 +335,12 @@ def check_swin(swin: SwinTransformer) -> None:
             ):
                 if type(part) is not known:
                     raise ValueError(
-                        f"backbone: layers.{index}.blocks.{place} has a {type(part).__name__}, which is not "
+                        f"backbone: layers.{index}.blocks.{place} has a {class_name(part)}, which is not "
                         f"supported; want timm's {known.__name__}"
                     )
+            attn = block.attn
+            head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+            require_usual_scale(attn, head_dim, f"backbone: layers.{index}.blocks.{place}.attn")
 
 
 def prompted_attention_branch(
@@ -343,13 +363,14 @@ def prompted_attention_branch(
     windows = _in_windows(block, block.norm1(x))  # (B, W, T, d)
     prompt_rows = block.norm1(prompts).unsqueeze(1)  # (1 or B, 1, m, d)
     batch_size, num_windows, num_tokens, _ = windows.shape
-    attn_dim = attn.qkv.out_features // 3
+    layer = linear_parts(attn.qkv, "backbone: attn.qkv")
+    attn_dim = layer.weight.shape[0] // 3
     heads = (attn.num_heads, attn_dim // attn.num_heads)
 
     def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
         """Queries, keys or values, as many as the part of the projection gives: (B, W, H, rows, D) each."""
-        bias = None if attn.qkv.bias is None else attn.qkv.bias[part]
-        y = F.linear(rows, attn.qkv.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
+        bias = None if layer.bias is None else layer.bias[part]
+        y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
         return y.expand(batch_size, num_windows, -1, -1, -1, -1).unbind(3)
 
     # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
@@ -401,10 +422,10 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
     parts = BlockParts(
         num_heads=attn.num_heads,
         norm1=norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=linear_parts(attn.qkv),
+        qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
         q_norm=None,
         k_norm=None,
-        proj=linear_parts(attn.proj),
+        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=None,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
         **mlp_parts(block.mlp, f"{where}.mlp"),
@@ -413,10 +434,10 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
     spec, weights = fold(parts, dtype)
     bias = relative_bias(attn.relative_position_bias_table, attn.relative_position_index)
     heads = (spec.num_heads, spec.head_dim)
-    if attn.qkv.bias is None:
+    if parts.qkv.bias is None:
         pad_kv = bias.new_zeros(2, *heads)
     else:
-        pad_kv = attn.qkv.bias.detach().unflatten(0, (3, *heads))[1:].clone()
+        pad_kv = parts.qkv.bias.detach().unflatten(0, (3, *heads))[1:].clone()
     return FrozenWindowBlock(
         spec,
         weights,

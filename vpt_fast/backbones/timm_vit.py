@@ -18,6 +18,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.layers import (
+    class_name,
+    current,
+    linear_parts,
+    require_embedding,
+    require_no_hooks,
+    require_usual_scale,
+)
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
@@ -98,6 +106,7 @@ class FrozenViT(nn.Module):
         for index, block in enumerate(vit.blocks):
             parts = self._block_parts(block, index)
             if index < self.num_folded:
+                require_no_hooks(block, f"backbone: blocks.{index}")
                 blocks.append(FrozenBlock(*fold(parts, dtype), operations))
             else:
                 blocks.append(_at_least_float32(copy.deepcopy(block)))
@@ -141,6 +150,12 @@ class FrozenViT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.stem.patch_embed.proj.weight.device
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether anything that makes the tokens before the first block wants a gradient."""
+        behind = ("norm.", "fc_norm.", "attn_pool.")
+        return any(p.requires_grad for name, p in self.stem.named_parameters() if not name.startswith(behind))
 
     @property
     def embed_dim(self) -> int:
@@ -312,7 +327,7 @@ class FrozenViT(nn.Module):
 
     @staticmethod
     def _qkv_parts(attn: Any) -> LinearParts:
-        return linear_parts(attn.qkv)
+        return linear_parts(attn.qkv, "backbone: attn.qkv")
 
     @staticmethod
     def _turn(
@@ -406,7 +421,10 @@ def check_methods(vit: nn.Module, timm_class: type[nn.Module]) -> None:
 
 
 def check_ends(vit: Any) -> None:
-    """Raises ValueError for a patch embedding or a pooling that is not supported, or no blocks between."""
+    """Raises ValueError for a patch embedding or a pooling that is not supported, no blocks between, or hooks
+    of the model and of the blocks as a whole, neither of which is called."""
+    require_no_hooks(vit, f"backbone: {type(vit).__name__}", below=False)
+    require_no_hooks(vit.blocks, "backbone: blocks", below=False)
     if len(vit.blocks) == 0:
         raise ValueError(f"backbone: got a {type(vit).__name__} without blocks")
     if vit.attn_pool is None and vit.global_pool not in ("token", "avg", "max", "avgmax"):
@@ -414,10 +432,7 @@ def check_ends(vit: Any) -> None:
             f"backbone: global_pool={vit.global_pool!r} gives no feature vector; "
             "want 'token', 'avg', 'max', 'avgmax' or an attention-pool head"
         )
-    if not isinstance(getattr(vit.patch_embed, "proj", None), nn.Conv2d):
-        raise ValueError(
-            f"backbone: patch embedding {type(vit.patch_embed).__name__} is not supported, want a convolution"
-        )
+    require_embedding(vit.patch_embed)
 
 
 def _block_parts(block: Any, index: int) -> BlockParts:
@@ -429,10 +444,10 @@ def _block_parts(block: Any, index: int) -> BlockParts:
     return BlockParts(
         num_heads=attn.num_heads,
         norm1=norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=linear_parts(attn.qkv),
+        qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
         q_norm=optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm"),
         k_norm=optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm"),
-        proj=linear_parts(attn.proj),
+        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=_layer_scale(block.ls1, f"{where}.ls1"),
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
         **mlp_parts(block.mlp, f"{where}.mlp"),
@@ -444,26 +459,23 @@ def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -
     """Raises ValueError for attention of another class, or with a part that is not supported."""
     if type(attn) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{where} is a {type(attn).__name__}, which is not supported; want timm's {wanted}")
+        raise ValueError(f"{where} is a {class_name(attn)}, which is not supported; want timm's {wanted}")
+    require_usual_scale(attn, attn.head_dim, where)
     if attn.gate is not None:
         raise ValueError(f"{where} has an output gate, which is not supported")
     if not isinstance(attn.norm, nn.Identity):
         raise ValueError(f"{where} has a norm on its output (scale_attn_norm), which is not supported")
 
 
-def linear_parts(linear: Any) -> LinearParts:
-    return LinearParts(linear.weight, linear.bias)
-
-
 def norm_parts(norm: nn.Module, where: str) -> NormParts:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
-        return NormParts("layer", norm.eps, norm.weight, norm.bias)
+        return NormParts("layer", norm.eps, current(norm, "weight"), current(norm, "bias"))
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
         # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is in float32, or in
         # float64 where the weights are.
         wide = torch.promote_types(dtype_of(norm, default=torch.float32), torch.float32)
         eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
-        return NormParts("rms", eps, norm.weight, None)
+        return NormParts("rms", eps, current(norm, "weight"), None)
     raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
 
 
@@ -510,29 +522,26 @@ def mlp_parts(mlp: Any, where: str) -> MLPParts:
         )
     activation = _activation(mlp.act, where)
     if type(mlp) is Mlp:
-        if not isinstance(mlp.fc1, nn.Linear):
-            kind = type(mlp.fc1).__name__
-            raise ValueError(f"{where}.fc1 is a {kind}, which is not supported; want Linear")
-        fc1 = linear_parts(mlp.fc1)
+        fc1 = linear_parts(mlp.fc1, f"{where}.fc1")
     else:
         if activation != "silu":
             raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
         activation = "swiglu"
         if type(mlp) is SwiGLU:
-            fc1 = join(linear_parts(mlp.fc1_g), linear_parts(mlp.fc1_x))
-        elif mlp.gate_last:
-            fc1 = join(*(_half(mlp.fc1, half) for half in (1, 0)))
+            fc1 = join(linear_parts(mlp.fc1_g, f"{where}.fc1_g"), linear_parts(mlp.fc1_x, f"{where}.fc1_x"))
         else:
-            fc1 = linear_parts(mlp.fc1)
+            fc1 = linear_parts(mlp.fc1, f"{where}.fc1")
+            if mlp.gate_last:
+                fc1 = join(*(_half(fc1, half) for half in (1, 0)))
     return MLPParts(
         fc1=fc1,
         activation=activation,
         mlp_norm=optional_norm_parts(mlp.norm, f"{where}.norm"),
-        fc2=linear_parts(mlp.fc2),
+        fc2=linear_parts(mlp.fc2, f"{where}.fc2"),
     )
 
 
-def _half(linear: Any, half: int) -> LinearParts:
+def _half(linear: LinearParts, half: int) -> LinearParts:
     bias = None if linear.bias is None else linear.bias.chunk(2)[half]
     return LinearParts(linear.weight.chunk(2)[half], bias)
 

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.layers import require_no_hooks
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Position, dtype_of
@@ -87,6 +88,8 @@ class AdapterTuning(TimmClassifier):
         # In the dtype of timm's blocks, between which they stand: float64 where those are.
         placed: Any = dict(device=self.backbone.device, dtype=dtype_of(self.backbone, default=torch.float32))
         if not is_whole:
+            for index, vit_block in enumerate(self.backbone.timm_blocks):  # of which the parts are called
+                require_no_hooks(vit_block, f"backbone: blocks.{index}", below=False)
             self.adapters = nn.ModuleList(Adapter(width, reduction, **placed) for width in widths)
         for block, width in blocks:
             if is_swin:

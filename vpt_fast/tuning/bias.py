@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import linear_parts, require_no_hooks
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_swin import check_swin, prompted_attention_branch
 from vpt_fast.backbones.timm_vit import Positions
@@ -89,6 +90,8 @@ class PromptAndBiasTuning(_PromptAndBiasTuning):
     kinds = (VIT,)
 
     def _make_prompts(self, num_prompts: int) -> None:
+        for index, block in enumerate(self.backbone.timm_blocks):
+            _check_read_attention(block, f"backbone: blocks.{index}")
         bound = init_bound(self.patch_size, self.embed_dim)
         shape = (self.num_blocks, num_prompts, self.embed_dim)
         self.prompts = nn.Parameter(torch.empty(shape, device=self.backbone.device).uniform_(-bound, bound))
@@ -139,6 +142,11 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
     def _make_prompts(self, num_prompts: int) -> None:
         swin: Any = self.backbone.stem
         check_swin(swin)
+        for index, stage in enumerate(swin.layers):
+            for place, block in enumerate(stage.blocks):
+                where = f"backbone: layers.{index}.blocks.{place}"
+                _check_read_attention(block, where)
+                linear_parts(block.attn.qkv, f"{where}.attn.qkv")
         stages = [(len(stage.blocks), int(stage.blocks[0].dim)) for stage in swin.layers]
         bound = init_bound(self.patch_size, stages[0][1])  # of all stages, as in `PromptedSwin`
         self.prompts = nn.ParameterList(
@@ -155,7 +163,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
             x = stage.downsample(x)
             for block, own in zip(stage.blocks, prompts.unsqueeze(1).unbind(0), strict=True):
                 x = self._run_swin_block(block, x, own, is_last=block is swin.layers[-1].blocks[-1])
-        return swin.forward_head(swin.norm(x), pre_logits=True).to(self.head.weight.dtype)
+        return swin.forward_head(swin.norm(x), pre_logits=True).to(self._feature_dtype)
 
     def _run_swin_block(
         self, block: Any, x: torch.Tensor, prompts: torch.Tensor, *, is_last: bool
@@ -174,6 +182,12 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
             x = x[:, -prompts.shape[1] :]
         x = x + block.drop_path2(block.mlp(block.norm2(x)))
         return x.unsqueeze(1) if is_last else x.unflatten(1, size)
+
+
+def _check_read_attention(block: Any, where: str) -> None:
+    """Raises ValueError for hooks of what prompts take the place of calling: the block and its attention."""
+    require_no_hooks(block, where, below=False)
+    require_no_hooks(block.attn, f"{where}.attn")
 
 
 class PromptAndBiasConvNetTuning(BiasTuning):
@@ -213,4 +227,4 @@ class PromptAndBiasConvNetTuning(BiasTuning):
         network: Any = self.backbone
         x, border = network.cast(images), self.prompt_settings.border
         x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
-        return network(x).to(self.head.weight.dtype)
+        return network(x).to(self._feature_dtype)

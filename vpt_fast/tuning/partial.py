@@ -87,8 +87,7 @@ class PartialTuning(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first trained block (B, N, d)."""
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            return self.backbone.run_folded(images, Read.TOKENS)
+        return self.backbone.run_folded(images, Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits

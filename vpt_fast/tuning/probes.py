@@ -12,7 +12,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.backbones.timm_vit import FrozenViT, dtype_of
 from vpt_fast.classifier import FrozenClassifier, check_arguments, check_count
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
@@ -67,8 +67,7 @@ class LinearProbe(FrozenClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, d)."""
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            return self._features(self.backbone.run_folded(images, self._reads))
+        return self._features(self.backbone.run_folded(images, self._reads))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""
@@ -79,16 +78,15 @@ class LinearProbe(FrozenClassifier):
             return super().patch_tokens(images, blocks)
         self._check_blocks(blocks)
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
-            return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
+        outputs = self.backbone.folded_outputs(images, blocks, Read.PATCHES)
+        return [*(self._patches(x, x.shape[1]) for x in outputs[:-1]), outputs[-1]]
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         return self.frozen_features(images)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """In the model's own dtype."""
-        kept = batch_size * self._num_kept() * self.head.weight.element_size()
+        kept = batch_size * self._num_kept() * self._feature_dtype.itemsize
         return cost.TrainingBytes(
             weights=self._weight_bytes(), kept=kept, workspace=self.backbone.folded_workspace(batch_size)
         )
@@ -138,6 +136,10 @@ class MLPProbe(LinearProbe):
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "num_layers": self.num_layers}
+
+    @property
+    def _feature_dtype(self) -> torch.dtype:
+        return dtype_of(self.hidden, default=super()._feature_dtype)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, d) to logits (B, num_classes)."""

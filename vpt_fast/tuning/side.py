@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
+from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 
@@ -77,10 +78,9 @@ class SideTuning(FrozenClassifier):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        with self._below_what_is_trained(images):
-            base = self._features(self.backbone.run_folded(images, self._reads))
+        base = self._features(self.backbone.run_folded(images, self._reads))
         alpha = self.alpha.sigmoid()
-        return alpha * base + (1 - alpha) * self.side(images.to(self.head.weight.dtype))
+        return alpha * base + (1 - alpha) * self.side(images.to(dtype_of(self.side, default=images.dtype)))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate."""
@@ -92,7 +92,7 @@ class SideTuning(FrozenClassifier):
         per_image += _SIDE_CHANNELS * height * width + 2 * _SIDE_FEATURES + 3 * self.embed_dim
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
-            kept=batch_size * per_image * self.head.weight.element_size(),
+            kept=batch_size * per_image * dtype_of(self.side, default=torch.float32).itemsize,
             workspace=self.backbone.folded_workspace(batch_size),
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import frozen_vit
-from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, size_of
+from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, dtype_of, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
@@ -64,7 +64,7 @@ class TimmClassifier(TunedClassifier):
             whole.check_pool(pool, self.pools_of_whole)
             super().__init__(whole, origin, num_classes, pool=pool)
             return
-        dtype = torch.promote_types(model.patch_embed.proj.weight.dtype, torch.float32)
+        dtype = torch.promote_types(dtype_of(model, default=torch.float32), torch.float32)
         frozen = frozen_vit(model, dtype, timm_blocks=len(model.blocks))
         super().__init__(frozen, origin, num_classes, pool=pool)
         self._reads = frozen.head_reads_of_image(pool)
@@ -79,7 +79,7 @@ class TimmClassifier(TunedClassifier):
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
         if isinstance(self.backbone, WholeBackbone):
-            return self.backbone(images).to(self.head.weight.dtype)
+            return self.backbone(images).to(self._feature_dtype)
         (x,) = self._block_outputs(images, (self.num_blocks - 1,))
         return self._features_of_tokens(x, self._reads)
 

@@ -1,0 +1,132 @@
+"""What the engine may read of a layer in place of calling it: a weight that is all that a call would use.
+
+A subclass, a wrapper (peft's), a hook or a forward put in the place of the class's computes more, which
+reading drops in silence; so all of them raise. Parametrisations and pruning change the weight alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from vpt_fast.engine.weights import LinearParts
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torch.nn.utils.weight_norm import WeightNorm
+
+_HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+
+
+def class_name(module: Any) -> str:
+    """The full name of its class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_of_peft(module: Any) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def require_plain(layer: Any, kind: type[nn.Module], where: str) -> None:
+    """Raises ValueError for a layer of another class, parametrisations aside: a subclass too.
+
+    Args:
+        where: the layer's path in the backbone.
+    """
+    if parametrize.type_before_parametrizations(layer) is not kind:
+        raise ValueError(
+            f"{where} is a {class_name(layer)}, which is not supported; want torch.nn.{kind.__name__}"
+            + merge_hint(layer)
+        )
+
+
+def merge_hint(layer: Any) -> str:
+    """What a message adds where the layer is one of peft's."""
+    return " (peft's updates merged into it first: merge_and_unload())" if is_of_peft(layer) else ""
+
+
+def linear_parts(linear: Any, where: str) -> LinearParts:
+    """An nn.Linear as it stands in a checkpoint.
+
+    Raises:
+        ValueError: another layer, whose weight is not all that it computes.
+    """
+    require_plain(linear, nn.Linear, where)
+    return LinearParts(current(linear, "weight"), current(linear, "bias"))
+
+
+def current(layer: nn.Module, name: str) -> Any:
+    """A parameter as the layer's next call would compute it, where pruning or the older weight_norm does
+    so in a hook: the attribute is that of the last call, before an optimizer's step or a loaded state."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(layer)
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return hook.compute_weight(layer)
+    return getattr(layer, name)
+
+
+def own_call(module: nn.Module) -> str | None:
+    """What a call of the module runs beside its class's forward and its weights; None: nothing."""
+    if "forward" in vars(module):
+        return "forward of its own"
+    for attribute, label in _HOOKS.items():
+        for hook in getattr(module, attribute).values():
+            if not isinstance(hook, (prune.BasePruningMethod, WeightNorm)):
+                return label
+    return None
+
+
+def is_read(layer: nn.Module) -> bool:
+    """Whether the layer's weights as they stand are all that its call would use, with no hook of any kind."""
+    return own_call(layer) is None and not layer._forward_pre_hooks
+
+
+def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> None:
+    """Raises ValueError for a module that runs more when it is called than its class says.
+
+    Args:
+        where: the module's path in the backbone.
+        below: look at all modules in it too.
+    """
+    for name, found in module.named_modules() if below else (("", module),):
+        label = own_call(found)
+        if label is not None:
+            path = where + (f".{name}" if name else "")
+            raise ValueError(
+                f"{path} has a {label}, which would not run: its weights are read, and it is not called; "
+                "want it without"
+            )
+
+
+def require_embedding(embedding: Any) -> None:
+    """Raises ValueError for a patch embedding that is not timm's PatchEmbed of one convolution: a hybrid one
+    has a network in it, of other widths and strides than its patches, and with BatchNorm."""
+    if not isinstance(embedding, PatchEmbed) or type(embedding).forward is not PatchEmbed.forward:
+        raise ValueError(
+            f"backbone: patch_embed is a {class_name(embedding)}, which is not supported; want timm's "
+            "PatchEmbed, one convolution"
+        )
+    if not isinstance(embedding.proj, nn.Conv2d):
+        raise ValueError(
+            f"backbone: patch_embed.proj is a {class_name(embedding.proj)}, which is not supported; want "
+            f"torch.nn.Conv2d{merge_hint(embedding.proj)}"
+        )
+
+
+def require_usual_scale(attn: Any, head_dim: int, where: str) -> None:
+    """Raises ValueError for attention whose scores are scaled by another factor than head_dim**-0.5."""
+    scale = getattr(attn, "scale", head_dim**-0.5)
+    if isinstance(scale, torch.Tensor) or not math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
+        raise ValueError(f"{where}.scale: got {scale}, want head_dim**-0.5 = {head_dim**-0.5:.6g}")
