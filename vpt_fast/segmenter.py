@@ -230,6 +230,7 @@ class PromptedSegmenter(TunedModel):
             workspace=max(workspace, 2 * batch_size * max(sizes)),
         )
 
+    @torch.inference_mode(False)  # whatever the caller's mode is: nothing is kept in it
     def _head_bytes(self) -> list[int]:
         """Bytes of the tensors that heads and loss keep for backward for an image of the model's own size."""
         vit, size = self.backbone, self.image_size

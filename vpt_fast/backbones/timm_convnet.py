@@ -56,8 +56,7 @@ class FrozenConv2d(nn.Module):
         self.conv = conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for weight in self.conv.parameters():
-            require_frozen(weight)
+        require_frozen(*self.conv.parameters())
         if not (x.requires_grad and torch.is_grad_enabled()):
             return self.conv(x)
         require_plain_autograd(recorded=True)
