@@ -211,6 +211,13 @@ def test_last_block_computes_patch_rows_alone() -> None:
     assert counter.get_total_flops() == other.get_total_flops() - 2 * 2 * 32 * CLASSES
 
 
+def test_estimate_is_the_same_in_inference_mode() -> None:
+    model = make("vpt-deep")
+    expected = model.estimate_training_bytes(2)
+    with torch.inference_mode():
+        assert model.estimate_training_bytes(2) == expected
+
+
 @pytest.mark.parametrize("memory", ["exact", "recompute"])
 def test_estimate_counts_what_blocks_heads_and_loss_keep(memory: str) -> None:
     model = make("vpt-deep", memory=memory).train()
