@@ -32,7 +32,8 @@ import safetensors.torch
 import torch
 
 from vpt_fast.classifier import TunedModel, read_pretrained
-from vpt_fast.data import ImageList, Preprocessing, ScenePreprocessing, Splits
+from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
+from vpt_fast.data.factory import is_factory_name
 from vpt_fast.files import replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
 
@@ -289,6 +290,28 @@ def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
         "val": None if splits.val is None else _counts(splits.val),
         "digest": digest.hexdigest(),
     }
+
+
+def list_digest(data: str, images: ImageList | SceneList) -> str:
+    """Of the names and classes of the images that are listed of ``data``, readable or not, and of their
+    files' sizes: the same wherever the data lie."""
+    digest = hashlib.sha256()
+    if is_factory_name(data):  # its rows have numbers for names
+        digest.update(f"{data}\0".encode())
+    root = Path(data).expanduser()
+    if isinstance(images, SceneList):
+        digest.update(f"{images.classes}\0{images.ignores_zero}\0".encode())
+        named: Iterator[tuple[ImageItem, str]] = ((path, "") for path in (*images.images, *images.masks))
+    else:
+        classes = (images.classes[label] for label in images.labels)
+        named = zip(images.items, classes, strict=True)
+    for item, name in named:
+        if isinstance(item, Path):
+            size = item.stat().st_size if item.exists() else None  # a link may lead nowhere
+            digest.update(f"{os.path.relpath(item, root)}\0{name}\0{size}\0".encode())
+        else:
+            digest.update(f"{item}\0{name}\0".encode())
+    return digest.hexdigest()
 
 
 def _counts(images: ImageList) -> dict[str, Any]:
