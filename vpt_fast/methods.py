@@ -78,11 +78,28 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
             **settings,
             **recipe.backbone_arg,
         )
+    except ValueError as error:
+        if (text := _in_settings(str(error), recipe)) == str(error):
+            raise
+        raise ValueError(text) from error
     except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
         # timm's and the hub's ways to say no
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
+
+
+def _in_settings(text: str, recipe: Recipe) -> str:
+    """A constructor's error about one of its keywords, of the recipe's setting that is behind it."""
+    keyword, _, rest = text.partition(": ")
+    if keyword in ("prompt_type", _CLASSES[parse_method(recipe.method).name][1]):
+        return f"method is {recipe.method!r}: {rest}"
+    if keyword == "img_size" and recipe.prompt_location == "pad":
+        return f"num_prompts is {recipe.num_prompts} with prompt_location 'pad': {text}"
+    for setting, called in _KEYWORDS.items():
+        if keyword == called:
+            return f"{setting}: {rest}"
+    return text
 
 
 def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:
