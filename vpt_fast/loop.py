@@ -36,7 +36,16 @@ from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Evaluated, Objective, Problem, Source
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
-from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, environment, list_digest
+from vpt_fast.run import (
+    PROMPTS_GONE,
+    Begun,
+    Checkpoint,
+    Labels,
+    RunError,
+    RunFolder,
+    environment,
+    list_digest,
+)
 from vpt_fast.segmentation import Segmentation
 from vpt_fast.world import World, join_world
 
@@ -383,11 +392,16 @@ def restore_prompts(
     cache: TrainingCache,
     console: Console,
 ) -> None:
-    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone.
+    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone; says so where
+    both are.
 
     Raises RunError where backbone or classes are not those that the run was begun with.
     """
-    if begun.checkpoint is None or folder.holds_prompts_of(begun.checkpoint):
+    if begun.checkpoint is None:
+        if not folder.prompts.exists():
+            console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
+        return
+    if folder.holds_prompts_of(begun.checkpoint):
         return
     model = build_seeded(recipe, splits, cache)
     checks = (
