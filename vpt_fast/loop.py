@@ -144,8 +144,10 @@ def train(
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
+        used = world.from_main(lambda: digest_lists(recipe, splits))
         facts = describe_run(problem, recipe, model, splits, preprocessing, world)
         facts["data"]["listed"] = {split: listed[split] for split in ("train", "val")}
+        facts["data"]["used"] = {split: used[split] for split in ("train", "val")}
         if begun:
             require_same_inputs(facts, begun, folder)
         train_batches: Source = problem.batches(train_images, preprocessing, recipe, world, train=True)
@@ -306,9 +308,10 @@ def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None
 
 def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
     """Raises RunError when backbone, images or processes are not those that the run was begun with."""
+    is_recorded = "used" in begun.facts["data"]  # not so in runs of earlier versions
     checks = (
         ("the backbone's weights", lambda of: of["backbone"]["fingerprint"]),
-        ("the images", lambda of: of["data"]["digest"]),
+        ("the images", lambda of: of["data"].get("used") if is_recorded else of["data"]["digest"]),
         ("the number of processes", lambda of: of["processes"]),
     )
     changed = [what for what, get in checks if get(facts) != get(begun.facts)]
@@ -320,7 +323,7 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
 
 
 def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
-    """What tells the images of each split from others, whether or not they can be decoded."""
+    """What tells the images of each split from others."""
     lists = {"train": splits.train, "val": splits.val, "test": splits.test}
     return {
         split: None if images is None else list_digest(recipe.data, images) for split, images in lists.items()
@@ -343,8 +346,10 @@ def require_same_images(
     if ours["classes"] != theirs["classes"]:
         changed = "classes"
     elif "listed" in theirs:
-        if any(theirs["listed"][split] != listed[split] for split in ("train", "val")):
-            changed = "images"
+        # What could not be decoded may have been removed since.
+        for split in ("train", "val"):
+            if listed[split] not in (theirs["listed"][split], theirs["used"][split]):
+                changed = "images"
     elif ours["digest"] != theirs["digest"]:
         # Of a run begun before lists were recorded: what could not be decoded is not in its digest, and is
         # listed now.

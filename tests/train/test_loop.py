@@ -250,11 +250,22 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path)
         train(dataclasses.replace(recipe, base_lr=1.0, epochs=5), tmp_path / "run")
 
 
-def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeypatch):
+def other_name(images):
+    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+
+
+def other_size(images):
+    (images / "val" / "red" / "0.png").write_bytes((images / "val" / "red" / "0.png").read_bytes() + b" ")
+
+
+@pytest.mark.parametrize("change, is_recorded", [(other_name, True), (other_size, True), (other_name, False)])
+def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeypatch, change, is_recorded):
     recipe = dataclasses.replace(recipe, data=str(images))
     interrupt_at_step(monkeypatch, 6)
     train(recipe, tmp_path / "run")
-    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+    if not is_recorded:
+        as_written_before_lists_were(RunFolder(tmp_path / "run"))
+    change(images)
     with pytest.raises(RunError, match="the images changed since it began"):
         train(recipe, tmp_path / "run")
 
@@ -270,14 +281,6 @@ def finished(recipe, images, tmp_path):
 def other_class(images):
     for split in ("train", "val", "test"):
         os.rename(images / split / "red", images / split / "pink")
-
-
-def other_name(images):
-    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
-
-
-def other_size(images):
-    (images / "val" / "red" / "0.png").write_bytes((images / "val" / "red" / "0.png").read_bytes() + b" ")
 
 
 def other_test_image(images):
@@ -301,9 +304,18 @@ def test_finished_run_answers_for_images_that_were_moved(finished, images, tmp_p
     assert again.new_epochs == 0
 
 
+def test_finished_run_answers_where_broken_images_were_removed(recipe, images, tmp_path):
+    broken = images / "train" / "red" / "0.png"
+    broken.write_bytes(b"no image")
+    recipe = dataclasses.replace(recipe, data=str(images))
+    train(recipe, tmp_path / "run")
+    broken.unlink()
+    assert train(recipe, tmp_path / "run").new_epochs == 0
+
+
 def as_written_before_lists_were(folder):
     values = json.loads(folder.facts.read_text())
-    del values["data"]["listed"]
+    del values["data"]["listed"], values["data"]["used"]
     folder.facts.write_text(json.dumps(values))
 
 
