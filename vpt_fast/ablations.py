@@ -9,6 +9,7 @@ An ablation's folder:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,15 +159,14 @@ def plan_ablation(
             raise ValueError(f"{given} is given; {instead}")
     if settings.get("task") == SEGMENTATION:
         raise ValueError("task is segmentation, which the paper's ablations are not of")
-    lines = list(methods or ablation.methods)
-    of_any = {knob for method in lines for knob in parse_method(method).rule.knobs}
-    if unknown := [name for name in settings if name in KNOBS - of_any]:
-        raise ValueError(
-            f"{', '.join(unknown)}: none of the ablation's methods ({', '.join(lines)}) has such a setting; "
-            "leave it out, or name others with --methods"
-        )
+    chosen = methods or ablation.methods
+    known = {knob for method in chosen for knob in parse_method(method).rule.knobs}
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    for given in sorted(KNOBS - known):
+        if settings.get(given) not in (None, defaults[given]):
+            raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
     found = []
-    for method in lines:
+    for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
         foreign = KNOBS - set(parse_method(method).rule.knobs)

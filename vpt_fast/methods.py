@@ -67,26 +67,12 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
     backbone_arg.
     """
-    kind, settings = model_settings(recipe)
-    constructor: Any = kind
     try:
-        return constructor(
-            recipe.backbone,
-            num_classes,
-            pretrained=recipe.pretrained,
-            checkpoint=recipe.checkpoint,
-            **settings,
-            **recipe.backbone_arg,
-        )
+        return _build(recipe, num_classes)
     except ValueError as error:
         if (text := _in_settings(str(error), recipe)) == str(error):
             raise
         raise ValueError(text) from error
-    except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
-        # timm's and the hub's ways to say no
-        arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
-        called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
-        raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
 def _in_settings(text: str, recipe: Recipe) -> str:
@@ -100,6 +86,26 @@ def _in_settings(text: str, recipe: Recipe) -> str:
         if keyword == called:
             return f"{setting}: {rest}"
     return text
+
+
+def _build(recipe: Recipe, num_classes: int) -> TunedModel:
+    """As `build_model`, but that errors have the constructor's words for the recipe's settings."""
+    kind, settings = model_settings(recipe)
+    constructor: Any = kind
+    try:
+        return constructor(
+            recipe.backbone,
+            num_classes,
+            pretrained=recipe.pretrained,
+            checkpoint=recipe.checkpoint,
+            **settings,
+            **recipe.backbone_arg,
+        )
+    except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
+        # timm's and the hub's ways to say no
+        arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
+        called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
+        raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
 def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:

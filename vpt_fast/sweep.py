@@ -746,6 +746,7 @@ def _collect(
         for t in final.get_trials(deepcopy=False)
         if "diverged" in t.user_attrs
     }
+    # The best trial's: backbone and method may be searched, too.
     recipe = sweep.recipe(**(points[0] if best is None else best["params"]))
     results = {
         "kind": "sweep",

@@ -197,12 +197,12 @@ def _run_entry(
         if set(other := first.differences(Recipe.from_dict(config))) != {"seed"}:
             what = ", ".join(sorted(set(other) - {"seed"})) or "nothing, not even the seed"
             raise ValueError(f"{key[1]} on {key[2]} comes twice; the two differ in {what}")
-    if first.train_fraction == 1 and len({repr(_images_by_class(facts)) for _, facts, _ in found}) > 1:
-        raise ValueError(f"{key[1]} on {key[2]}: the runs are of other images; tabulate them apart")
     split = "test" if all(results["test_accuracy"] is not None for *_, results in found) else "val"
     values = [results[f"{split}_accuracy"] for *_, results in found]
     if None in values:
         raise ValueError(f"{key[1]} on {key[2]}: of some runs there is neither test nor val accuracy")
+    if first.train_fraction == 1 and len({repr(_images_by_class(facts)) for _, facts, _ in found}) > 1:
+        raise ValueError(f"{key[1]} on {key[2]}: the runs are of other images; tabulate them apart")
     parameters = found[0][1]["parameters"]
     return Entry(
         method=key[1],
@@ -282,16 +282,12 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
     rows, notes = [], []
     for backbone in backbones:
         here = [entry for entry in entries if entry.backbone == backbone]
-        baselines = [entry for entry in here if entry.method == BASELINE]
-        full = {(entry.task, entry.split): entry.accuracy for entry in baselines}
+        full = {entry.task: entry.accuracy for entry in here if entry.method == BASELINE}
         published = published_of(backbone)
         of_the_papers = any(entry.task in TASKS for entry in here)
         if not full and published is not None and BASELINE in published.accuracies and of_the_papers:
-            full = {(task, "test"): value for task, value in published.accuracies[BASELINE].items()}
-            if any(entry.split == "test" and entry.has_weights for entry in here):
-                notes.append(
-                    f"wins are against {BASELINE} as published: there are no runs of it on {backbone}"
-                )
+            full = published.accuracies[BASELINE]
+            notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
         if published is None and of_the_papers:
             notes.append(f"nothing was published of {backbone}, by this name, to hold its runs against")
         for method in dict.fromkeys(entry.method for entry in here):
@@ -299,16 +295,13 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
             size = next(iter(mine.values())).backbone_parameters
             total = (size + sum(entry.stored for entry in mine.values())) / size
-            # An accuracy is held against that of the same split, and of no weights against no published one.
-            comparable = {
-                entry.task: full[entry.task, entry.split]
-                for entry in mine.values()
-                if (entry.task, entry.split) in full and (baselines or entry.has_weights)
-            }
+            # Published accuracies are of backbones that had weights.
+            has_baseline = any(entry.method == BASELINE for entry in here)
+            against = full if has_baseline or all(entry.has_weights for entry in mine.values()) else {}
             means = {
                 group: mean
                 for group in (*GROUPS, OTHER)
-                if (mean := _mean(method, group, _of_group(mine, group), comparable)) is not None
+                if (mean := _mean(method, group, _of_group(mine, group), against)) is not None
             }
             rows.append(Row(name, method, mine, means, total))
     return rows, notes

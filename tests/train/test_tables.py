@@ -169,21 +169,6 @@ def test_accuracy_on_val_is_held_against_nothing(sweep):
     assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
 
 
-def test_accuracy_on_val_wins_against_nothing_published(sweep):
-    rows, notes = make_rows(read_entries([sweep("vpt-deep", "vtab/cifar", 0.99, split="val")])[0])
-    assert rows[0].means["natural"].wins is None and notes == []
-
-
-@pytest.mark.parametrize("split, wins", [("val", 1), ("test", None)])
-def test_wins_are_against_runs_of_the_same_split(sweep, split, wins):
-    folders = [
-        sweep("full", "vtab/cifar", 0.70, split="val"),
-        sweep("linear", "vtab/cifar", 0.9, split=split),
-    ]
-    _, linear = make_rows(read_entries(folders)[0])[0]
-    assert linear.means["natural"].wins == wins
-
-
 def test_backbone_without_weights_is_held_against_nothing_published(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.9, pretrained=False)])
     (row,), _ = make_rows(entries)
