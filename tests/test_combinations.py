@@ -43,7 +43,7 @@ def assert_names_both_sides(combination: page.Combination, message: str) -> None
     of_kind = any(name in message for name in settings) and f"a {kind.called}" in message
     # What one of vpt-deep and vpt-shallow takes is not the backbone's matter.
     of_type = any(name in message for name in settings) and (
-        "prompt_type" in message or "method vpt-deep" in message
+        "prompt_type" in message or "vpt-deep" in message
     )
     assert of_method or of_kind or of_type, message
 

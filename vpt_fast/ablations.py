@@ -202,8 +202,9 @@ def run_ablation(
     The picture is drawn after each point. `finished` is False after SIGINT or SIGTERM; the same call goes on.
 
     Raises:
-        ValueError: as `run_sweep`.
+        ValueError: as `run_sweep`, or `out` holds another ablation.
     """
+    _require_same_ablation(name, points, out)
     console = console or Console(quiet=True)
     ablation, cache = ABLATIONS[name], TrainingCache()
     for point in points:
@@ -237,6 +238,29 @@ def run_ablation(
         write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         _draw(ablation, rows, out / "ablation.png")
     return results
+
+
+def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> None:
+    """Raises ValueError where results.json holds what these points would replace and not come to again.
+
+    What else differs is for the points' own folders to refuse.
+    """
+    path = out / "results.json"
+    if not path.exists():
+        return
+    planned = [(point.line, point.value) for point in points]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        other, rows = values["ablation"], [(row["line"], row["value"]) for row in values["points"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what an ablation writes ({error!r}); choose another --out") from None
+    if other != name:
+        raise ValueError(f"{out} holds the ablation {other}, not {name}; choose another --out")
+    if lost := [f"{line} {value}" for line, value in rows if (line, value) not in planned]:
+        raise ValueError(
+            f"{out} holds an ablation with points that this one has not: {', '.join(lost)}; choose another "
+            "--out"
+        )
 
 
 def _draw(ablation: Ablation, rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
 from vpt_fast.flags import (
+    PATH,
     DebugFlag,
     DeviceFlag,
     JsonFlag,
@@ -65,7 +66,9 @@ def root(
 def train(
     out: Annotated[
         Path | None,
-        typer.Option(help="Run folder.", rich_help_panel="Run", show_default="runs/DATA-BACKBONE-METHOD"),
+        typer.Option(
+            help="Run folder.", rich_help_panel="Run", show_default="runs/DATA-BACKBONE-METHOD", **PATH
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -220,7 +223,9 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Of a segmentation run: folder for masks and overlays.", show_default="RUN/predictions"
+            help="Of a segmentation run: folder for masks and overlays.",
+            show_default="RUN/predictions",
+            **PATH,
         ),
     ] = None,
     as_json: JsonFlag = False,
@@ -293,7 +298,7 @@ def methods(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for images and runs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for images and runs.", **PATH)] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what is there.")] = False,
     debug: DebugFlag = False,
 ) -> None:

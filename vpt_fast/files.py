@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -36,3 +37,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished(path: str | os.PathLike[str]) -> list[Path]:
+    """The temporary files of `replacing` beside `path`: of a process that writes it now, or was killed."""
+    path = Path(path)
+    name, suffix = glob.escape(path.name), glob.escape(path.suffix)
+    return sorted(path.parent.glob(f".{name}.{'?' * 8}{suffix}"))

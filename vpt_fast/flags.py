@@ -18,6 +18,16 @@ from rich.markup import escape
 
 from vpt_fast.recipe import Recipe
 
+
+def _path(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("it is '', to a path the working directory; name it '.' if that is meant")
+    return Path(text)
+
+
+# Of an option that names what is written: an empty text, as of a shell's variable that is not set, is none.
+PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}
+
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DeviceFlag = Annotated[

@@ -24,12 +24,12 @@ from vpt_fast.data import (
     open_splits,
     resident_budget,
 )
-from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.data.folder import images_below
 from vpt_fast.data.images import require_utf8
 from vpt_fast.pretrained import load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
-from vpt_fast.run import LABELS_FILE, Labels, RunError, RunFolder
+from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder
 from vpt_fast.world import World, find_device
 
 BATCH_SIZE = 64
@@ -67,6 +67,8 @@ class LoadedRun:
         elif not folder.exists() and RunFolder(run).config.exists():
             if RunFolder(run).checkpoint.exists():
                 raise RunError(f"{folder} is gone; the command that trained the run writes it again")
+            if RunFolder(run).results.exists():
+                raise RunError(f"the run in {run} is finished, but {PROMPTS_GONE}")
             raise RunError(f"the run in {run} has not completed an epoch yet")
         labels = Labels.read(folder)
         chosen = find_device(device)
@@ -234,21 +236,19 @@ def open_split(
 
 
 def expand_images(arguments: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the visible images below them, patterns as their matches; ValueError for
-    none."""
+    """Files as they are, folders as the visible images below them, patterns as their matches.
+
+    Links to folders are followed, as for training; those that lead nowhere are among the images.
+
+    Raises ValueError where there are none, or for a link back to a folder that it lies in.
+    """
     found: list[Path] = []
     for argument in arguments:
         if not argument:  # to pathlib the working directory
             raise ValueError("images is ''; it must be a file, a folder or a pattern")
         path = Path(argument)
         if path.is_dir():
-            images = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in IMAGE_EXTENSIONS
-                and not any(part.startswith(".") for part in p.relative_to(path).parts)
-                and p.is_file()
-            )
+            images = sorted(Path(folder, name) for folder, name in images_below(path))
         elif path.exists() or not glob.has_magic(argument):
             images = [path]  # a missing file is reported like any other that cannot be read
         else:

@@ -36,7 +36,16 @@ from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Evaluated, Objective, Problem, Source
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
-from vpt_fast.run import Begun, Checkpoint, Labels, RunError, RunFolder, environment
+from vpt_fast.run import (
+    PROMPTS_GONE,
+    Begun,
+    Checkpoint,
+    Labels,
+    RunError,
+    RunFolder,
+    environment,
+    list_digest,
+)
 from vpt_fast.segmentation import Segmentation
 from vpt_fast.world import World, join_world
 
@@ -111,9 +120,12 @@ def train(
         if fresh:
             world.from_main(folder.require_clearable)
         begun = None if fresh else world.from_main(folder.read)
+        listed = world.from_main(lambda: digest_lists(recipe, splits))
         if begun:
             require_same_recipe(recipe, begun, folder)
             if begun.results is not None and (begun.results["test_images"] or not recipe.test):
+                require_same_images(problem, recipe, begun, splits, listed, folder)
+                world.from_main(lambda: require_same_weights(recipe, begun, splits, cache, folder))
                 world.from_main(
                     lambda: restore_prompts(problem, recipe, begun, folder, splits, cache, console)
                 )
@@ -122,9 +134,7 @@ def train(
         is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
 
         # Model and images.
-        torch.manual_seed(recipe.seed)
-        with cache.backbones():
-            model = build_model(recipe, len(splits.classes))
+        model = build_seeded(recipe, splits, cache)
         if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
             model.hold_frozen_weights_in(dtype)
         model.to(world.device)
@@ -134,7 +144,10 @@ def train(
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
+        used = world.from_main(lambda: digest_lists(recipe, splits))
         facts = describe_run(problem, recipe, model, splits, preprocessing, world)
+        facts["data"]["listed"] = {split: listed[split] for split in ("train", "val")}
+        facts["data"]["used"] = {split: used[split] for split in ("train", "val")}
         if begun:
             require_same_inputs(facts, begun, folder)
         train_batches: Source = problem.batches(train_images, preprocessing, recipe, world, train=True)
@@ -256,7 +269,7 @@ def train(
                 test = evaluate_test(
                     problem, model, splits, preprocessing, recipe, world, console, cache, stop
                 )
-            results = summarise(problem, rows[-1], splits, test)
+            results = summarise(problem, rows[-1], splits, test, listed["test"])
             if world.is_main:
                 with saving(folder, "the results"):
                     folder.save_results(results)
@@ -266,6 +279,13 @@ def train(
 def problem_of(recipe: Recipe) -> Problem:
     """What the recipe's task asks for."""
     return Segmentation() if recipe.task == SEGMENTATION else Classification()
+
+
+def build_seeded(recipe: Recipe, splits: Any, cache: TrainingCache) -> TunedModel:
+    """The model as training begins with it: what is random in it, the backbone too, is drawn by the seed."""
+    torch.manual_seed(recipe.seed)
+    with cache.backbones():
+        return build_model(recipe, len(splits.classes))
 
 
 def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
@@ -291,9 +311,10 @@ def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None
 
 def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
     """Raises RunError when backbone, images or processes are not those that the run was begun with."""
+    is_recorded = "used" in begun.facts["data"]  # not so in runs of earlier versions
     checks = (
         ("the backbone's weights", lambda of: of["backbone"]["fingerprint"]),
-        ("the images", lambda of: of["data"]["digest"]),
+        ("the images", lambda of: of["data"].get("used") if is_recorded else of["data"]["digest"]),
         ("the number of processes", lambda of: of["processes"]),
     )
     changed = [what for what, get in checks if get(facts) != get(begun.facts)]
@@ -301,6 +322,72 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
         raise RunError(
             f"{folder.path} holds a run that cannot go on: {' and '.join(changed)} changed since it began; "
             "choose another --out, or --fresh to start over there"
+        )
+
+
+def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
+    """What tells the images of each split from others."""
+    lists = {"train": splits.train, "val": splits.val, "test": splits.test}
+    return {
+        split: None if images is None else list_digest(recipe.data, images) for split, images in lists.items()
+    }
+
+
+def require_same_images(
+    problem: Problem,
+    recipe: Recipe,
+    begun: Begun,
+    splits: Any,
+    listed: dict[str, str | None],
+    folder: RunFolder,
+) -> None:
+    """Raises RunError when a finished run's results are not of the images that the recipe names, none of
+    which is decoded."""
+    theirs = begun.facts["data"]
+    ours = problem.describe_data(Path(recipe.data).expanduser(), splits)
+    changed = None
+    if ours["classes"] != theirs["classes"]:
+        changed = "classes"
+    elif "listed" in theirs:
+        # What could not be decoded may have been removed since.
+        for split in ("train", "val"):
+            if listed[split] not in (theirs["listed"][split], theirs["used"][split]):
+                changed = "images"
+    elif ours["digest"] != theirs["digest"]:
+        # Of a run begun before lists were recorded: what could not be decoded is not in its digest, and is
+        # listed now.
+        pairs = [(ours[split], theirs[split]) for split in ("train", "val")]
+        if not any(one and other and one["images"] > other["images"] for one, other in pairs):
+            changed = "images"
+    assert begun.results is not None, "the run is finished"
+    if not changed and recipe.test and begun.results.get("test_listed") not in (None, listed["test"]):
+        changed = "test images"
+    if changed:
+        raise RunError(
+            f"{folder.path} holds a finished run on other {changed}: data was {begun.recipe.data} and is "
+            f"{recipe.data} now; choose another --out, or --fresh to start over there"
+        )
+
+
+def require_same_weights(
+    recipe: Recipe, begun: Begun, splits: Any, cache: TrainingCache, folder: RunFolder
+) -> None:
+    """Raises RunError when a finished run's backbone had not the weights that the recipe names; ValueError
+    where there are none.
+
+    They are read where the file is another one than the run's, or was written after the run began.
+    """
+    ours, theirs = (of.checkpoint and Path(of.checkpoint).resolve() for of in (recipe, begun.recipe))
+    if ours and not ours.is_file():
+        raise ValueError(f"checkpoint is {recipe.checkpoint}, which is no file")
+    if ours == theirs and not (ours and ours.stat().st_mtime > folder.facts.stat().st_mtime):
+        return
+    fingerprint = build_seeded(recipe, splits, cache).config.backbone.fingerprint
+    if fingerprint != begun.facts["backbone"]["fingerprint"]:
+        was, now = (of.checkpoint or "not given" for of in (begun.recipe, recipe))
+        raise RunError(
+            f"{folder.path} holds a finished run on other weights of the backbone: checkpoint was {was} and "
+            f"is {now} now; choose another --out, or --fresh to start over there"
         )
 
 
@@ -313,14 +400,18 @@ def restore_prompts(
     cache: TrainingCache,
     console: Console,
 ) -> None:
-    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone.
+    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone; says so where
+    both are.
 
     Raises RunError where backbone or classes are not those that the run was begun with.
     """
-    if begun.checkpoint is None or folder.holds_prompts_of(begun.checkpoint):
+    if begun.checkpoint is None:
+        if not folder.prompts.exists():
+            console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
         return
-    with cache.backbones():
-        model = build_model(recipe, len(splits.classes))
+    if folder.holds_prompts_of(begun.checkpoint):
+        return
+    model = build_seeded(recipe, splits, cache)
     checks = (
         ("the backbone's weights", model.config.backbone.fingerprint, begun.facts["backbone"]["fingerprint"]),
         ("the classes", list(splits.classes), begun.facts["data"]["classes"]),
@@ -406,7 +497,9 @@ def evaluate_test(
         )
 
 
-def summarise(problem: Problem, last: dict[str, Any], splits: Any, test: Evaluated | None) -> dict[str, Any]:
+def summarise(
+    problem: Problem, last: dict[str, Any], splits: Any, test: Evaluated | None, test_listed: str | None
+) -> dict[str, Any]:
     """What results.json holds, from the last epoch's row and the evaluation on test."""
     return {
         **{f"val_{name}": last[f"val_{name}"] for name in problem.score_names},
@@ -415,6 +508,7 @@ def summarise(problem: Problem, last: dict[str, Any], splits: Any, test: Evaluat
         **{f"test_{name}": test.scores[name] if test else None for name in problem.score_names},
         "test_loss": test.loss if test else None,
         "test_images": test.num_images if test else None,
+        "test_listed": test_listed if test else None,
     }
 
 

@@ -69,6 +69,29 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
     backbone_arg.
     """
+    try:
+        return _build(recipe, num_classes)
+    except ValueError as error:
+        if (text := _in_settings(str(error), recipe)) == str(error):
+            raise
+        raise ValueError(text) from error
+
+
+def _in_settings(text: str, recipe: Recipe) -> str:
+    """A constructor's error about one of its keywords, of the recipe's setting that is behind it."""
+    keyword, _, rest = text.partition(": ")
+    if keyword in ("prompt_type", _CLASSES[parse_method(recipe.method).name][1]):
+        return f"method is {recipe.method!r}: {rest}"
+    if keyword == "img_size" and recipe.prompt_location == "pad":
+        return f"num_prompts is {recipe.num_prompts} with prompt_location 'pad': {text}"
+    for setting, called in _KEYWORDS.items():
+        if keyword == called:
+            return f"{setting}: {rest}"
+    return text
+
+
+def _build(recipe: Recipe, num_classes: int) -> TunedModel:
+    """As `build_model`, but that errors have the constructor's words for the recipe's settings."""
     kind, settings = model_settings(recipe)
     constructor: Any = kind
     with naming_the_backbone(recipe):

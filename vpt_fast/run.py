@@ -31,13 +31,18 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vpt_fast.classifier import TunedModel, read_pretrained
-from vpt_fast.data import ImageList, Preprocessing, ScenePreprocessing, Splits
-from vpt_fast.files import replacing
+from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
+from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
+from vpt_fast.data.factory import is_factory_name
+from vpt_fast.files import replacing, unfinished
 from vpt_fast.recipe import SEGMENTATION, Recipe
 
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"
+PROMPTS_GONE = (
+    "its prompts are gone, and so is the checkpoint that they could be written from (of a sweep's trials the "
+    "best one's are kept); --fresh trains it again"
+)
 
 
 class RunError(ValueError):
@@ -143,12 +148,23 @@ class RunFolder:
                     f"another process is training in {path}; wait for it or choose another --out"
                 ) from None
             folder = cls(path)
+            folder.remove_unfinished()
             try:
                 yield folder
             finally:
                 if os.listdir(path) == [".lock"]:  # nothing came of it: leave no empty folder behind
                     (path / ".lock").unlink()
                     path.rmdir()
+
+    def remove_unfinished(self) -> None:
+        """Removes what a process that was killed while it wrote the run's files has left beside them."""
+        if not self.config.exists():
+            return
+        files = [self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint]
+        files += [self.prompts / name for name in (LABELS_FILE, CONFIG_FILE, WEIGHTS_FILE)]
+        for path in files:
+            for left in unfinished(path):
+                left.unlink(missing_ok=True)
 
     def require_clearable(self) -> None:
         """Raises RunError where what `clear` would remove is somebody else's."""
@@ -289,6 +305,28 @@ def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
         "val": None if splits.val is None else _counts(splits.val),
         "digest": digest.hexdigest(),
     }
+
+
+def list_digest(data: str, images: ImageList | SceneList) -> str:
+    """Of the names and classes of the images that are listed of ``data``, readable or not, and of their
+    files' sizes: the same wherever the data lie."""
+    digest = hashlib.sha256()
+    if is_factory_name(data):  # its rows have numbers for names
+        digest.update(f"{data}\0".encode())
+    root = Path(data).expanduser()
+    if isinstance(images, SceneList):
+        digest.update(f"{images.classes}\0{images.ignores_zero}\0".encode())
+        named: Iterator[tuple[ImageItem, str]] = ((path, "") for path in (*images.images, *images.masks))
+    else:
+        classes = (images.classes[label] for label in images.labels)
+        named = zip(images.items, classes, strict=True)
+    for item, name in named:
+        if isinstance(item, Path):
+            size = item.stat().st_size if item.exists() else None  # a link may lead nowhere
+            digest.update(f"{os.path.relpath(item, root)}\0{name}\0{size}\0".encode())
+        else:
+            digest.update(f"{item}\0{name}\0".encode())
+    return digest.hexdigest()
 
 
 def _counts(images: ImageList) -> dict[str, Any]:

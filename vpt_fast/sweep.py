@@ -2,7 +2,7 @@
 
 A sweep's folder:
 
-    sweep.yaml         what all runs share, what is searched, and how
+    sweep.yaml         what all runs share, what is searched, and how; digests of images and weights
     study.db           the Optuna studies of trials and final runs, unless a storage is named
     trials/<settings>/ a run folder for each trial; the best one's keeps its prompts
     final/seed-<s>/    a run folder for each final run
@@ -27,7 +27,7 @@ import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -46,7 +46,7 @@ from vpt_fast.data import find_task
 from vpt_fast.loop import TrainingDiverged, graph_obstacle, require_attention, train
 from vpt_fast.methods import build_model_without_values
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
-from vpt_fast.run import RunFolder, default_run_folder, write
+from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
 from vpt_fast.world import find_device
 
 if TYPE_CHECKING:
@@ -201,9 +201,9 @@ class Sweep:
         kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
         return {**self.to_dict(), "settings": kept}
 
-    def study_name(self) -> str:
-        """The same for the same sweep, wherever the data lie."""
-        text = json.dumps([self.identity(), Path(self.settings["data"]).name], sort_keys=True)
+    def study_name(self, inputs: Mapping[str, str | None]) -> str:
+        """The same for the same sweep of the same `digest_inputs`, wherever they lie."""
+        text = json.dumps([self.identity(), inputs], sort_keys=True)
         return f"vpt-fast-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -263,19 +263,20 @@ def run_sweep(
     cache = cache or TrainingCache()
     require_trials(sweep, cache)
     plan = _FinalPlan.of(sweep, cache)
+    inputs = digest_inputs(sweep, cache)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
-    _begin(sweep, out)
-    _print_plan(console, sweep, plan, out, cache)
-    search, final = _open_studies(sweep, out, storage)
+    _require_same_sweep(sweep, inputs, out)
+    search, final = _open_studies(sweep, inputs, out, storage)
+    _begin(sweep, inputs, out)
+    amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
+    _print_plan(console, sweep, plan, amounts, out)
     results = _collect(sweep, plan, search, final, out)
     try:
         if sweep.axes:
-            with _Display(
-                console, "trial", sweep.num_trials, sweep.recipe(**sweep.points()[0]).epochs
-            ) as display:
+            with _Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
                 _Worker(
                     study=search,
                     axes=sweep.axes,
@@ -295,7 +296,7 @@ def run_sweep(
             )
             raise ValueError(f"no trial in {out} came to an end: {reasons}")
         best = results["best"]["params"] if sweep.axes else {}
-        with _Display(console, "final run", len(sweep.seeds), sweep.recipe(**best).epochs) as display:
+        with _Display(console, "final run", len(sweep.seeds)) as display:
             _Worker(
                 study=final,
                 axes={"seed": sweep.seeds},
@@ -352,6 +353,38 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
         problem.preprocessing(recipe, model)
 
 
+def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
+    """What tells a sweep's images, and its backbone's file of weights where it has one, from others, wherever
+    they lie.
+
+    Raises ValueError where the file cannot be read.
+    """
+    recipe = sweep.recipe(**sweep.points()[0])
+    splits = Classification().open(recipe, cache)
+    lists = [
+        list_digest(recipe.data, images)
+        for images in (splits.train, splits.val, splits.test)
+        if images is not None
+    ]
+    weights = None
+    if recipe.checkpoint is not None:
+        try:
+            weights = _file_digest(recipe.checkpoint)
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint is {recipe.checkpoint}, which cannot be read: {error.strerror}"
+            ) from None
+    return {"data": hashlib.sha256(" ".join(lists).encode()).hexdigest(), "checkpoint": weights}
+
+
+def _file_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class _FinalPlan:
     """What the final runs train on, and the split that their accuracy is of."""
@@ -359,23 +392,52 @@ class _FinalPlan:
     changes: dict[str, Any]
     split: str
     reason: str
-    num_images: int
+    classes: tuple[str, ...]
 
     @classmethod
     def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
         """VTAB and folders with test images train on train and val; FGVC on train, as in the paper."""
         recipe = sweep.recipe(**sweep.points()[0])
         splits = Classification().open(recipe, cache)
-        num_train, num_val = len(splits.train), len(splits.val or ())
         if splits.test is None:
-            return cls({}, "val", "there are no test images: final accuracies are of val", num_train)
+            return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)
         if recipe.task is not None and find_task(recipe.task).suite == "fgvc":
-            return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", num_train)
+            return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", splits.classes)
         changes: dict[str, Any] = {"test": True, "train_on": "train+val"}
-        if recipe.train_fraction < 1:
-            num_images = len(Classification().open(dataclasses.replace(recipe, **changes), cache).train)
-            return cls(changes, "test", "trained on a share of train and val", num_images)
-        return cls(changes, "test", "trained on train and val", num_train + num_val)
+        return cls(changes, "test", "trained on train and val", splits.classes)
+
+    def note(self, recipe: Recipe) -> str:
+        """The reason, for final runs of `recipe`."""
+        if recipe.train_fraction < 1 and "train_on" in self.changes:
+            return "trained on a share of train and val"
+        return self.reason
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """What a combination of the searched settings comes to, as a trial and as a final run."""
+
+    epochs: int
+    trial_images: int
+    final_images: int
+    note: str  # of the final run
+
+    @classmethod
+    def of(cls, recipe: Recipe, plan: _FinalPlan, cache: TrainingCache) -> _Amount:
+        splits = Classification().open(recipe, cache)
+        num_train = num_final = len(splits.train)
+        if "train_on" in plan.changes:
+            num_final += len(splits.val or ())
+            if recipe.train_fraction < 1:
+                shared = dataclasses.replace(recipe, **plan.changes)
+                num_final = len(Classification().open(shared, cache).train)
+        return cls(recipe.epochs, num_train, num_final, plan.note(recipe))
+
+
+def _relative_costs(sweep: Sweep, amounts: Sequence[_Amount]) -> Callable[[Params], float]:
+    """From settings to the images that a trial with them trains on, over those of the mean trial."""
+    points, costs = sweep.points(), [amount.epochs * amount.trial_images for amount in amounts]
+    return lambda params: costs[points.index(params)] / statistics.fmean(costs)
 
 
 def trial_folder(out: Path, params: Params) -> Path:
@@ -395,59 +457,89 @@ def _short(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _read_begun(path: Path) -> Sweep:
+def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None] | None]:
+    """The sweep that a folder was begun with, and its `digest_inputs`: None of a file from before they were
+    kept."""
     values = read_yaml(path)
     try:
+        inputs = values.pop("inputs", None)
         axes = {name: tuple(axis) for name, axis in values["axes"].items()}
-        return Sweep(**{**values, "axes": axes, "seeds": tuple(values["seeds"])})
+        begun = Sweep(**{**values, "axes": axes, "seeds": tuple(values["seeds"])})
+        return begun, None if inputs is None else {name: inputs[name] for name in ("data", "checkpoint")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what a sweep writes ({error!r}); choose another --out, or remove the sweep there"
         ) from None
 
 
-def _begin(sweep: Sweep, out: Path) -> None:
-    """Writes sweep.yaml, or holds it against the one that is there."""
+def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
+    """Raises ValueError where the folder holds another sweep."""
     path = out / "sweep.yaml"
-    if path.exists():
-        begun = _read_begun(path)
-        ours, theirs = sweep.identity(), begun.identity()
-        changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
-        pairs = (
-            (name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"]
-        )
-        changed += [name for name, one, other in pairs if one != other]
-        if sweep.settings["data"] != begun.settings["data"]:
-            changed.append("data")
-        if changed:
-            raise ValueError(
-                f"{out} holds a sweep with other settings: {', '.join(changed)}; choose another --out"
-            )
+    if not path.exists():
         return
-    write(path, yaml.safe_dump(sweep.to_dict(), sort_keys=False).encode())
+    begun, recorded = _read_begun(path)
+    ours, theirs = sweep.identity(), begun.identity()
+    changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
+    pairs = ((name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"])
+    changed += [name for name, one, other in pairs if one != other]
+    for name, digest in inputs.items():
+        now, was = sweep.settings.get(name), begun.settings.get(name)
+        if recorded is None:
+            one, other = (path and Path(path).expanduser().resolve() for path in (now, was))
+            is_same = now == was or one == other  # timm's names of data sets are no paths
+        else:
+            is_same = digest == recorded[name]
+        if not is_same:
+            changed.append(f"{name} ({was} there, {now} now)" if was != now else f"what is in {name} {now}")
+    if changed:
+        raise ValueError(
+            f"{out} holds a sweep with other settings: {', '.join(changed)}; choose another --out"
+        )
 
 
-def _print_plan(console: Console, sweep: Sweep, plan: _FinalPlan, out: Path, cache: TrainingCache) -> None:
-    recipe = sweep.recipe(**sweep.points()[0])
-    num_train = len(Classification().open(recipe, cache).train)
-    epochs = recipe.epochs
+def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
+    """Writes sweep.yaml where there is none: the folder is this sweep's from here on."""
+    if not (out / "sweep.yaml").exists():
+        values = {**sweep.to_dict(), "inputs": dict(inputs)}
+        write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
+
+
+def _print_plan(
+    console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
+) -> None:
+    """How many runs, epochs and images; from the least to the most where that is the search's to say."""
+    epochs = _range(amount.epochs for amount in amounts)
+    trials = [amount.epochs * amount.trial_images for amount in amounts]
+    finals = [len(sweep.seeds) * amount.epochs * amount.final_images for amount in amounts]
+    searched = [sweep.num_trials * images for images in (min(trials), max(trials))]
+    if sweep.axes and sweep.trials is None:
+        searched = [sum(trials)]
     table = Table.grid(padding=(0, 2))
     if sweep.axes:
         axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
-        trials = f"{sweep.num_trials} trials of {epochs} epochs on {num_train:,} images, by {sweep.sampler}"
-        table.add_row("search", f"{trials}: {axes}")
+        images = _range(amount.trial_images for amount in amounts)
+        text = f"{sweep.num_trials} trials of {epochs} epochs on {images} images, by {sweep.sampler}"
+        table.add_row("search", f"{text}: {axes}")
     seeds = ", ".join(map(str, sweep.seeds))
+    images = _range(amount.final_images for amount in amounts)
+    note = ", or ".join(dict.fromkeys(amount.note for amount in amounts))
     table.add_row(
-        "final runs",
-        f"{len(sweep.seeds)} of {epochs} epochs on {plan.num_images:,} images, {plan.reason}; seeds {seeds}",
+        "final runs", f"{len(sweep.seeds)} of {epochs} epochs on {images} images, {note}; seeds {seeds}"
     )
-    images = epochs * (sweep.num_trials * num_train + len(sweep.seeds) * plan.num_images)
-    table.add_row("in all", f"{images:,} images trained on")
+    in_all = _range((min(searched) + min(finals), max(searched) + max(finals)))
+    table.add_row("in all", f"{in_all} images trained on")
     table.add_row("folder", str(out))
     console.print(table, highlight=False)
 
 
-def _open_studies(sweep: Sweep, out: Path, storage: str | None) -> tuple[optuna.Study, optuna.Study]:
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1])))
+
+
+def _open_studies(
+    sweep: Sweep, inputs: Mapping[str, str | None], out: Path, storage: str | None
+) -> tuple[optuna.Study, optuna.Study]:
     """The studies of trials and of final runs; whichever process comes first makes them.
 
     Raises ValueError where the storage cannot be opened; of its URL, which may hold a password, it says
@@ -469,7 +561,7 @@ def _open_studies(sweep: Sweep, out: Path, storage: str | None) -> tuple[optuna.
             where = "storage" if storage else out / "study.db"
             reason = str(error).splitlines()[0].replace(url, "the URL")
             raise ValueError(f"{where} cannot be opened: {reason}") from None
-        name, seed = sweep.study_name(), int(sweep.settings.get("seed", 0))
+        name, seed = sweep.study_name(inputs), int(sweep.settings.get("seed", 0))
         search = optuna.create_study(
             storage=opened, study_name=name, direction="maximize", load_if_exists=True
         )
@@ -555,8 +647,10 @@ class _Worker:
                     time.sleep(POLL_SECONDS)
                     raise _Twin
 
+        recipe = self.recipe(**params)
+
         def on_epoch(row: dict[str, Any]) -> None:
-            self.display.epoch(params, row["epoch"] + 1)
+            self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
             if row["val_accuracy"] is not None:
                 trial.report(row["val_accuracy"], row["epoch"])
                 if trial.should_prune():
@@ -564,7 +658,7 @@ class _Worker:
 
         self.display.begin(params)
         try:
-            result = train(self.recipe(**params), self.folder(params), cache=self.cache, on_epoch=on_epoch)
+            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch)
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -662,6 +756,7 @@ def _collect(
         "kind": "sweep",
         "task": recipe.task,
         "data": recipe.data,
+        "classes": list(plan.classes),
         "backbone": recipe.backbone,
         "method": recipe.method,
         "settings": sweep.settings,
@@ -672,7 +767,7 @@ def _collect(
         "parameters": parameters,
         "final": {
             "split": plan.split,
-            "note": plan.reason,
+            "note": plan.note(recipe),
             "accuracies": {str(seed): accuracies[seed] for seed in sweep.seeds if seed in accuracies},
             "diverged": {str(seed): reason for seed, reason in failed.items()},
             "mean": statistics.fmean(ordered) if ordered else None,
@@ -696,8 +791,14 @@ def _tidy(results: Mapping[str, Any], out: Path) -> None:
 class _Display:
     """A bar over the trials on a terminal, a line for each trial that ends, and once what is left."""
 
-    def __init__(self, console: Console, noun: str, total: int, epochs: int) -> None:
-        self._console, self._noun, self._total, self._epochs = console, noun, total, epochs
+    def __init__(
+        self,
+        console: Console,
+        noun: str,
+        total: int,
+        relative_cost: Callable[[Params], float] = lambda params: 1.0,
+    ) -> None:
+        self._console, self._noun, self._total, self._relative_cost = console, noun, total, relative_cost
         self._done = 0
         self._first_seconds: float | None = None
         self._bars = Progress(
@@ -709,7 +810,7 @@ class _Display:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bars.add_task(noun, total=total * epochs)
+        self._task = self._bars.add_task(noun, total=total)
 
     def __enter__(self) -> _Display:
         self._bars.start()
@@ -720,15 +821,15 @@ class _Display:
 
     def done(self, trials: int) -> None:
         self._done = trials
-        self._bars.update(self._task, completed=trials * self._epochs)
+        self._bars.update(self._task, completed=trials)
 
     def begin(self, params: Params) -> None:
         self._started = time.perf_counter()
         self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
 
-    def epoch(self, params: Params, epochs: int) -> None:
-        text = f"{self._name(params)}, epoch {epochs}/{self._epochs}"
-        self._bars.update(self._task, description=text, completed=self._done * self._epochs + epochs)
+    def epoch(self, params: Params, epochs: int, of: int) -> None:
+        text = f"{self._name(params)}, epoch {epochs}/{of}"
+        self._bars.update(self._task, description=text, completed=self._done + epochs / of)
 
     def end(self, params: Params, outcome: str) -> None:
         seconds = time.perf_counter() - self._started
@@ -738,9 +839,8 @@ class _Display:
         left = self._total - self._done - 1
         if self._first_seconds is None and left > 0:
             self._first_seconds = seconds
-            self._console.print(
-                f"{left} {self._noun}s are left, about {_duration(left * seconds)}", highlight=False
-            )
+            about = _duration(left * seconds / self._relative_cost(params))
+            self._console.print(f"{left} {self._noun}s are left, about {about}", highlight=False)
 
     def wait(self, running: int) -> None:
         self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")

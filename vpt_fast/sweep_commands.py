@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from vpt_fast.flags import (
+    PATH,
     DebugFlag,
     DeviceFlag,
     LastingConsole,
@@ -43,7 +44,11 @@ SamplerFlag = Annotated[
 ]
 TrialsFlag = Annotated[
     int | None,
-    typer.Option(help="Trials of tpe and random.", rich_help_panel=PANEL, show_default="all of the grid"),
+    typer.Option(
+        help="How many combinations tpe and random try; they need it, and grid tries all.",
+        rich_help_panel=PANEL,
+        show_default=False,
+    ),
 ]
 PrunerFlag = Annotated[
     Literal["none", "median", "hyperband"],
@@ -57,7 +62,10 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Sweep folder.", rich_help_panel="Run", show_default="runs/sweep-DATA-BACKBONE-METHOD"
+            help="Sweep folder.",
+            rich_help_panel="Run",
+            show_default="runs/sweep-DATA-BACKBONE-METHOD",
+            **PATH,
         ),
     ] = None,
     config: ConfigFlag = None,
@@ -119,7 +127,12 @@ def ablate(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder.", rich_help_panel="Run", show_default="runs/ablation-NAME-DATA-BACKBONE"),
+        typer.Option(
+            help="Folder.",
+            rich_help_panel="Run",
+            show_default="runs/ablation-NAME-DATA-BACKBONE",
+            **PATH,
+        ),
     ] = None,
     config: ConfigFlag = None,
     methods: Annotated[
@@ -181,7 +194,9 @@ def tsne(
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
     data_root: Annotated[Path | None, typer.Option(help="As for train.", show_default="none")] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of t-SNE.")] = 0,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode images.", show_default="one a core")
@@ -226,7 +241,7 @@ def table(
     form: Annotated[
         Literal["markdown", "csv", "latex"], typer.Option("--format", help="Of the text.")
     ] = "markdown",
-    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="printed")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="printed", **PATH)] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Accuracies by task and group, as in the paper's Table 1, beside the published ones."""

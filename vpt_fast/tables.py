@@ -34,6 +34,7 @@ class Entry:
     split: whose accuracy it is: "test", or "val" where there was no test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
     prompt_location: of the prompts, where there are any.
+    has_weights: whether the backbone had published weights, or those of a file.
     """
 
     method: str
@@ -46,12 +47,15 @@ class Entry:
     stored: int
     backbone_parameters: int
     prompt_location: str
+    has_weights: bool
 
     @property
     def published(self) -> Published | None:
-        """Of the backbone, with prompts where these are; None for an accuracy on val, which has nothing to be
-        held against."""
-        return published_of(self.backbone, self.prompt_location) if self.split == "test" else None
+        """Of the backbone, with prompts where these are; None for an accuracy on val or of a backbone without
+        weights, which has nothing to be held against."""
+        if self.split != "test" or not self.has_weights:
+            return None
+        return published_of(self.backbone, self.prompt_location)
 
     @property
     def published_accuracy(self) -> float | None:
@@ -66,8 +70,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     Runs of one method and task that differ in their seed alone are taken together.
 
     Raises:
-        ValueError: a folder holds no results, or a method and task come twice.
+        ValueError: a folder holds no results, a method and task come twice, or two data sets have one name.
     """
+    data: dict[str, tuple[Path, list[str]]] = {}  # by task: where its classes were first seen
     entries: dict[tuple[str, str, str], Entry] = {}
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
@@ -79,6 +84,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
                 notes.append(f"{path}: the sweep is not finished; left out")
                 continue
             entry = _sweep_entry(results)
+            _require_same_classes(data, entry.task, path, results.get("classes"))
             key = (entry.backbone, entry.method, entry.task)
             if key in entries or key in runs:
                 raise ValueError(f"{path}: there are results of {entry.method} on {entry.task} already")
@@ -90,9 +96,12 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             facts = _read(RunFolder(path).facts, "parameters")
             _require(path / "results.json", results, "test_accuracy")
             key = (config["backbone"], config["method"], _task(config))
+            _require_same_classes(data, key[2], path, facts.get("data", {}).get("classes"))
             if key in entries:
                 raise ValueError(f"{path}: there are results of {key[1]} on {key[2]} already")
             runs.setdefault(key, []).append((config, facts, results))
+        elif "ablation" in results:
+            notes.append(f"{path}: an ablation, whose points are sweeps below it; left out")
         else:
             raise ValueError(f"{path}: results.json is neither a sweep's nor a run's")
     for key, found in runs.items():
@@ -101,6 +110,12 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         f"{entry.method} on {entry.task}: accuracy on val, there was no test"
         for entry in entries.values()
         if entry.split == "val"
+    ]
+    notes += [
+        f"{entry.method} on {entry.task}: {entry.backbone} had no weights to begin with, and is held against "
+        "nothing published"
+        for entry in entries.values()
+        if not entry.has_weights and published_of(entry.backbone) is not None
     ]
     return list(entries.values()), notes
 
@@ -132,7 +147,24 @@ def _find(folder: Path) -> list[Path]:
 
 
 def _task(values: dict[str, Any]) -> str:
-    return values["task"] or Path(values["data"]).name
+    return values["task"] or Path(values["data"]).expanduser().resolve().name
+
+
+def _require_same_classes(
+    data: dict[str, tuple[Path, list[str]]], task: str, path: Path, classes: list[str] | None
+) -> None:
+    """Raises ValueError where the results in `path` are of other data than those of the same name before.
+
+    classes: None where the results were written without them.
+    """
+    if classes is None:
+        return
+    first, known = data.setdefault(task, (path, classes))
+    if classes != known:
+        raise ValueError(
+            f"{first} and {path} are of data that are called {task} and have other classes; tabulate one "
+            "without the other"
+        )
 
 
 def _sweep_entry(results: dict[str, Any]) -> Entry:
@@ -140,9 +172,9 @@ def _sweep_entry(results: dict[str, Any]) -> Entry:
     deviation = final["standard_deviation"]
     settings = {**results["settings"], **(results["best"] or {}).get("params", {})}
     return Entry(
-        method=results["method"],
+        method=settings.get("method", results["method"]),
         task=_task(results),
-        backbone=results["backbone"],
+        backbone=settings.get("backbone", results["backbone"]),
         accuracy=100 * final["mean"],
         standard_deviation=None if deviation is None else 100 * deviation,
         runs=len(final["accuracies"]),
@@ -150,7 +182,12 @@ def _sweep_entry(results: dict[str, Any]) -> Entry:
         stored=results["parameters"]["trained"],
         backbone_parameters=results["parameters"]["backbone"],
         prompt_location=settings.get("prompt_location", Recipe.prompt_location),
+        has_weights=_has_weights(settings),
     )
+
+
+def _has_weights(settings: dict[str, Any]) -> bool:
+    return settings.get("pretrained") is not False or settings.get("checkpoint") is not None
 
 
 def _run_entry(
@@ -168,6 +205,8 @@ def _run_entry(
     values = [results[f"{split}_accuracy"] for *_, results in found]
     if None in values:
         raise ValueError(f"{key[1]} on {key[2]}: of some runs there is neither test nor val accuracy")
+    if first.train_fraction == 1 and len({repr(_images_by_class(facts)) for _, facts, _ in found}) > 1:
+        raise ValueError(f"{key[1]} on {key[2]}: the runs are of other images; tabulate them apart")
     parameters = found[0][1]["parameters"]
     return Entry(
         method=key[1],
@@ -180,7 +219,15 @@ def _run_entry(
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
         prompt_location=first.prompt_location,
+        has_weights=_has_weights(found[0][0]),
     )
+
+
+def _images_by_class(facts: dict[str, Any]) -> list[int] | None:
+    """Of train and val together, whose parts the seed draws; None where they are not told."""
+    data = facts.get("data", {})
+    counts = [data[split]["per_class"] for split in ("train", "val") if data.get(split)]
+    return [sum(of_class) for of_class in zip(*counts, strict=True)] if counts else None
 
 
 @dataclass(frozen=True)
@@ -223,6 +270,8 @@ class Row:
     @property
     def published_accuracies(self) -> dict[str, float]:
         """Of the method on this backbone by task, those without an entry too."""
+        if not self._first.has_weights:
+            return {}
         published = published_of(self._first.backbone, self._first.prompt_location)
         return published.accuracies.get(self.method, {}) if published is not None else {}
 
@@ -250,10 +299,13 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
             size = next(iter(mine.values())).backbone_parameters
             total = (size + sum(entry.stored for entry in mine.values())) / size
+            # Published accuracies are of backbones that had weights.
+            has_baseline = any(entry.method == BASELINE for entry in here)
+            against = full if has_baseline or all(entry.has_weights for entry in mine.values()) else {}
             means = {
                 group: mean
                 for group in (*GROUPS, OTHER)
-                if (mean := _mean(method, group, _of_group(mine, group), full)) is not None
+                if (mean := _mean(method, group, _of_group(mine, group), against)) is not None
             }
             rows.append(Row(name, method, mine, means, total))
     return rows, notes

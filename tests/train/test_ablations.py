@@ -166,6 +166,47 @@ def test_point_that_cannot_be_trained_is_refused_before_any_is(settings, tmp_pat
     assert not (tmp_path / "a").exists()
 
 
+def test_setting_that_no_method_of_an_ablation_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="lora_rank is given; of linear, vpt-shallow, .* none has it"):
+        plan_ablation("data-size", {**NAMED, "lora_rank": 4}, seeds=(1,))
+
+
+@pytest.fixture
+def ablated(settings, tmp_path, monkeypatch):
+    """A folder with the lengths 1 and 2 of vpt-deep."""
+    monkeypatch.setattr(ablations, "LENGTHS", (1, 2))
+    run_ablation("length", plan_ablation("length", settings, seeds=(1,)), tmp_path / "a")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    "name, methods, named",
+    [
+        ("output", [], "holds the ablation length, not output"),
+        ("length", ["vpt-shallow"], "points that this one has not: vpt-deep 1, vpt-deep 2"),
+    ],
+)
+def test_other_ablation_in_the_same_folder_is_refused_and_replaces_nothing(
+    settings, ablated, name, methods, named
+) -> None:
+    written = (ablated / "results.json").read_bytes()
+    points = plan_ablation(name, settings, methods=methods, seeds=(1,))
+    with pytest.raises(ValueError, match=f"{named}.*; choose another --out"):
+        run_ablation(name, points, ablated)
+    assert (ablated / "results.json").read_bytes() == written
+
+
+def test_ablation_may_be_given_more_points(settings, ablated) -> None:
+    points = plan_ablation("length", settings, methods=["vpt-deep", "vpt-shallow"], seeds=(1,))
+    assert len(run_ablation("length", points, ablated)["points"]) == 4
+
+
+def test_folder_of_something_else_is_refused_by_an_ablation(settings, tmp_path) -> None:
+    (tmp_path / "results.json").write_text('{"kind": "sweep"}')
+    with pytest.raises(ValueError, match=r"results\.json is not what an ablation writes"):
+        run_ablation("length", plan_ablation("length", settings, seeds=(1,)), tmp_path)
+
+
 def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> None:
     lines = {"deep": {"cls": (0.5, 0.1), "image": (0.6, None)}, "shallow": {"image": (0.4, 0.2)}}
     plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -153,6 +154,79 @@ def test_an_empty_name_is_not_the_working_directory(command, run, images, monkey
     name, *rest = arguments
     result = command(name, run, *rest)
     assert result.exit_code == 2 and "''" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--data=x", "--backbone=y"),
+        ("sweep", "--data=x", "--backbone=y"),
+        ("ablate", "length", "--data=x", "--backbone=y"),
+        ("table", "x"),
+        ("plot", "tsne", "x", "--data=x"),
+        ("predict", "x", "x"),
+        ("demo",),
+    ],
+)
+def test_an_empty_out_is_not_the_working_directory(command, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments, "--out", "")
+    assert result.exit_code == 2 and "--out" in result.stderr and "it is ''" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_sweeps_trials_names_the_samplers_that_need_it(command):
+    text = command("sweep", "--help").stdout
+    assert "they need it" in " ".join(text.replace("│", " ").split()) and "all of the grid" not in text
+
+
+def test_predict_of_a_folder_has_what_is_below_linked_folders(command, run, images):
+    (images / "links").mkdir()
+    (images / "links" / "val").symlink_to(images / "val")
+    assert len(json.loads(command("predict", run, images / "links", "--json").stdout)) == 9
+
+
+def test_predict_of_a_folder_names_links_that_lead_nowhere(command, run, images):
+    (images / "val" / "gone.png").symlink_to(images / "nowhere.png")
+    result = command("predict", run, images / "val", "--json")
+    assert result.exit_code == 1 and "gone.png" in result.stderr
+
+
+@pytest.fixture
+def without_prompts(run, tmp_path) -> Path:
+    """A finished run whose prompts and checkpoint are gone."""
+    folder = RunFolder(Path(shutil.copytree(run, tmp_path / "without")))
+    shutil.rmtree(folder.prompts)
+    folder.checkpoint.unlink()
+    return folder.path
+
+
+def test_predict_by_a_finished_run_without_prompts_says_that_they_are_gone(
+    command, without_prompts, color_images
+):
+    result = command("predict", without_prompts, color_images)
+    assert result.exit_code == 2 and "is finished, but its prompts are gone" in result.stderr
+
+
+def test_train_of_a_finished_run_without_prompts_says_that_they_are_gone(
+    command, without_prompts, color_images
+):
+    output = " ".join(command(*train_arguments(color_images, without_prompts)).output.split())
+    assert "its prompts are gone" in output and "holds this run, finished" in output
+
+
+def test_going_on_removes_what_a_killed_process_left(command, run, color_images, tmp_path):
+    folder = RunFolder(Path(shutil.copytree(run, tmp_path / "killed")))
+    left = [
+        folder.path / ".curves.png.a1b2_3d4.png",
+        folder.prompts / ".model.safetensors.abcdefgh.safetensors",
+    ]
+    for path in left:
+        path.write_bytes(b"")
+    own = folder.path / ".mine.png.a1b2_3d4.png"
+    own.write_bytes(b"")
+    command(*train_arguments(color_images, folder.path))
+    assert own.exists() and not any(path.exists() for path in left)
 
 
 def test_predict_of_a_name_that_is_not_utf8_is_refused(command, run, tmp_path):

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import timm
@@ -257,13 +258,124 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path)
         train(dataclasses.replace(recipe, base_lr=1.0, epochs=5), tmp_path / "run")
 
 
-def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeypatch):
+def other_name(images):
+    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+
+
+def other_size(images):
+    (images / "val" / "red" / "0.png").write_bytes((images / "val" / "red" / "0.png").read_bytes() + b" ")
+
+
+@pytest.mark.parametrize("change, is_recorded", [(other_name, True), (other_size, True), (other_name, False)])
+def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeypatch, change, is_recorded):
     recipe = dataclasses.replace(recipe, data=str(images))
     interrupt_at_step(monkeypatch, 6)
     train(recipe, tmp_path / "run")
-    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+    if not is_recorded:
+        as_written_before_lists_were(RunFolder(tmp_path / "run"))
+    change(images)
     with pytest.raises(RunError, match="the images changed since it began"):
         train(recipe, tmp_path / "run")
+
+
+@pytest.fixture
+def finished(recipe, images, tmp_path):
+    """The recipe of a finished run in tmp_path / "run", on images that may be changed."""
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=2, test=True, tensorboard=False)
+    train(recipe, tmp_path / "run")
+    return recipe
+
+
+def other_class(images):
+    for split in ("train", "val", "test"):
+        os.rename(images / split / "red", images / split / "pink")
+
+
+def other_test_image(images):
+    (images / "test" / "red" / "0.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [(other_class, "classes"), (other_name, "images"), (other_size, "images"), (other_test_image, "test im")],
+)
+def test_finished_run_answers_for_its_own_images_alone(finished, images, tmp_path, change, named):
+    others = Path(shutil.copytree(images, tmp_path / "other" / "colors"))
+    change(others)
+    with pytest.raises(RunError, match=f"on other {named}.*: data was {images} and is {others} now; .*--out"):
+        train(dataclasses.replace(finished, data=str(others)), tmp_path / "run")
+
+
+def test_finished_run_answers_for_images_that_were_moved(finished, images, tmp_path):
+    os.rename(images, tmp_path / "moved")
+    again = train(dataclasses.replace(finished, data=str(tmp_path / "moved")), tmp_path / "run")
+    assert again.new_epochs == 0
+
+
+def test_finished_run_answers_where_broken_images_were_removed(recipe, images, tmp_path):
+    broken = images / "train" / "red" / "0.png"
+    broken.write_bytes(b"no image")
+    recipe = dataclasses.replace(recipe, data=str(images))
+    train(recipe, tmp_path / "run")
+    broken.unlink()
+    assert train(recipe, tmp_path / "run").new_epochs == 0
+
+
+def as_written_before_lists_were(folder):
+    values = json.loads(folder.facts.read_text())
+    del values["data"]["listed"], values["data"]["used"]
+    folder.facts.write_text(json.dumps(values))
+
+
+def test_finished_run_without_recorded_lists_is_held_against_its_digest(finished, images, tmp_path):
+    as_written_before_lists_were(RunFolder(tmp_path / "run"))
+    assert train(finished, tmp_path / "run").new_epochs == 0
+    other_name(images)
+    with pytest.raises(RunError, match="on other images"):
+        train(finished, tmp_path / "run")
+
+
+def test_finished_run_without_recorded_lists_may_have_left_out_broken_images(recipe, images, tmp_path):
+    (images / "train" / "red" / "0.png").write_bytes(b"no image")
+    recipe = dataclasses.replace(recipe, data=str(images))
+    train(recipe, tmp_path / "run")
+    as_written_before_lists_were(RunFolder(tmp_path / "run"))
+    assert train(recipe, tmp_path / "run").new_epochs == 0
+
+
+@pytest.fixture
+def weights(recipe, tmp_path):
+    """A function that writes a file of weights."""
+
+    def write(name, shift):
+        state = timm.create_model(recipe.backbone).state_dict()
+        torch.save({"model": {key: tensor + shift for key, tensor in state.items()}}, tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_finished_run_answers_for_its_own_weights_alone(recipe, weights, tmp_path):
+    one, other, same = weights("one.pth", 0.1), weights("other.pth", 0.2), weights("same.pth", 0.1)
+    train(dataclasses.replace(recipe, checkpoint=one), tmp_path / "run")
+    with pytest.raises(RunError, match=f"checkpoint was {one} and is {other} now; .*--fresh"):
+        train(dataclasses.replace(recipe, checkpoint=other), tmp_path / "run")
+    assert train(dataclasses.replace(recipe, checkpoint=same), tmp_path / "run").new_epochs == 0
+
+
+def test_finished_run_does_not_answer_for_weights_in_the_place_of_its_own(recipe, weights, tmp_path):
+    recipe = dataclasses.replace(recipe, checkpoint=weights("one.pth", 0.1))
+    train(recipe, tmp_path / "run")
+    os.utime(tmp_path / "run" / "run.json", (0, 0))
+    weights("one.pth", 0.2)
+    with pytest.raises(RunError, match="on other weights"):
+        train(recipe, tmp_path / "run")
+
+
+def test_finished_run_does_not_answer_for_weights_that_do_not_exist(recipe, tmp_path):
+    train(dataclasses.replace(recipe, pretrained=False), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"checkpoint is no\.pth, which is no file"):
+        train(dataclasses.replace(recipe, checkpoint="no.pth"), tmp_path / "run")
 
 
 def test_going_on_with_other_backbone_weights_is_refused(recipe, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ import pytest
 from task_trees import shrink, write_fgvc, write_vtab
 
 from vpt_fast import loop
+from vpt_fast.data import open_splits
 from vpt_fast.inference import evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import print_skipped
+from vpt_fast.run import list_digest
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_accuracy": test.accuracy,
         "test_loss": pytest.approx(test.loss, rel=1e-5),
         "test_images": 6,
+        "test_listed": list_digest(short.data, open_splits(short.data).test),
     }
 
 

@@ -14,13 +14,23 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 
 from vpt_fast import loop, sweep
 from vpt_fast.cache import TrainingCache
 from vpt_fast.loop import TrainingDiverged
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
-from vpt_fast.sweep import Sweep, best_trial, default_axes, parse_axes, parse_axis, run_sweep, trial_folder
+from vpt_fast.sweep import (
+    Sweep,
+    best_trial,
+    default_axes,
+    digest_inputs,
+    parse_axes,
+    parse_axis,
+    run_sweep,
+    trial_folder,
+)
 
 
 @pytest.fixture
@@ -119,8 +129,9 @@ def test_ctrl_c_gives_the_trial_back_and_its_run_goes_on(settings, tmp_path, mon
 
 def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    sweep._begin(plan, tmp_path)
-    study, _ = sweep._open_studies(plan, tmp_path, None)
+    inputs = digest_inputs(plan, TrainingCache())
+    sweep._begin(plan, inputs, tmp_path)
+    study, _ = sweep._open_studies(plan, inputs, tmp_path, None)
     study.enqueue_trial({"base_lr": 0.5})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
@@ -326,7 +337,8 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     assert len(found["trials"]) == 4 and len(found["final"]["accuracies"]) == 2
     assert len(trained) == len(set(trained))
     # What the other process has trained, this one has not: its runs are of another process's id.
-    study, final = sweep._open_studies(Sweep(settings, axes, seeds=(1, 2)), tmp_path, None)
+    plan = Sweep(settings, axes, seeds=(1, 2))
+    study, final = sweep._open_studies(plan, digest_inputs(plan, TrainingCache()), tmp_path, None)
     done = [
         t for t in (*study.trials, *final.trials) if t.state.name == "COMPLETE" and "results" in t.user_attrs
     ]
@@ -381,6 +393,116 @@ def test_folder_of_another_sweep_is_refused(settings, tmp_path):
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
     with pytest.raises(ValueError, match="other settings: seeds, batch_size"):
         run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
+
+
+@pytest.fixture
+def own_images(settings, images) -> dict:
+    """The settings, on images that may be changed."""
+    return dict(settings, data=str(images))
+
+
+def test_sweep_that_was_killed_does_not_go_on_with_other_images(own_images, images, tmp_path, monkeypatch):
+    plan = Sweep(own_images, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    monkeypatch.setattr(sweep, "train", None)
+    with pytest.raises(TypeError):  # the first trial
+        run_sweep(plan, tmp_path / "sweep")
+    os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
+    with pytest.raises(ValueError, match=f"other settings: what is in data {images}; choose another --out"):
+        run_sweep(plan, tmp_path / "sweep")
+
+
+def test_finished_sweep_does_not_answer_for_other_images(own_images, images, tmp_path):
+    run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
+    other = shutil.copytree(images, tmp_path / "other" / images.name)
+    (other / "test" / "red" / "0.png").unlink()
+    with pytest.raises(ValueError, match=f"data .{images} there, {other} now"):
+        run_sweep(Sweep(dict(own_images, data=str(other)), {}, seeds=(1,)), tmp_path / "sweep")
+
+
+def test_finished_sweep_does_not_answer_for_other_weights(settings, tmp_path):
+    for shift in (0.0, 0.1):
+        state = timm.create_model("train_test_vit").state_dict()
+        torch.save({name: tensor + shift for name, tensor in state.items()}, tmp_path / f"{shift}.pth")
+    given = dict(settings, checkpoint=str(tmp_path / "0.0.pth"))
+    run_sweep(Sweep(given, {}, seeds=(1,)), tmp_path / "sweep")
+    given["checkpoint"] = str(tmp_path / "0.1.pth")
+    with pytest.raises(ValueError, match=r"checkpoint .*0\.0\.pth there, .*0\.1\.pth now"):
+        run_sweep(Sweep(given, {}, seeds=(1,)), tmp_path / "sweep")
+
+
+def test_weights_that_do_not_exist_are_refused_before_the_first_trial(settings, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint is no\.pth, which cannot be read: No such file"):
+        run_sweep(Sweep(dict(settings, checkpoint="no.pth"), {}), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("with_digests", [True, False], ids=["digests", "written before there were any"])
+def test_data_by_another_path_are_the_same(own_images, images, tmp_path, monkeypatch, trained, with_digests):
+    run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
+    if not with_digests:
+        values = yaml.safe_load((tmp_path / "sweep" / "sweep.yaml").read_text())
+        del values["inputs"]
+        (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(images.parent)
+    for path in (images.name, f"{images}/", f"../{images.parent.name}/{images.name}"):
+        run_sweep(Sweep(dict(own_images, data=path), {}, seeds=(1,)), tmp_path / "sweep")
+    assert len(trained) == 1
+
+
+def test_shared_storage_parts_data_of_one_name(own_images, images, tmp_path, trained):
+    other = shutil.copytree(images, tmp_path / "other" / images.name)
+    (other / "train" / "red" / "0.png").unlink()
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    for data in (images, other):
+        plan = Sweep(dict(own_images, data=str(data)), {}, seeds=(1,))
+        run_sweep(plan, tmp_path / f"sweep-{data.parent.name}", storage=storage)
+    assert len(trained) == 2
+
+
+def test_shared_storage_joins_copies_of_the_data(own_images, images, tmp_path, trained):
+    copy = shutil.copytree(images, tmp_path / "other" / "copy")
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    for data in (images, copy):
+        run_sweep(
+            Sweep(dict(own_images, data=str(data)), {}, seeds=(1,)), tmp_path / data.name, storage=storage
+        )
+    assert len(trained) == 1
+
+
+def test_storage_that_cannot_be_opened_claims_no_folder(settings, tmp_path):
+    with pytest.raises(ValueError, match="storage cannot be opened"):
+        run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path, storage="sqlite:////no/such/folder/x.db")
+    assert run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(2,)), tmp_path)["finished"]
+
+
+def test_searched_method_and_backbone_are_those_of_the_best_trial(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "best_trial", lambda trials: trials[-1] if len(trials) == 2 else None)
+    del settings["method"]
+    found = run_sweep(Sweep(settings, {"method": ("linear", "bias")}, seeds=(1,)), tmp_path)
+    assert found["method"] == "bias"
+
+
+def test_plan_of_searched_epochs_and_images_is_a_sum_and_a_range(settings, tmp_path, capsys):
+    del settings["epochs"]
+    axes = {"epochs": (1, 2), "train_fraction": (0.34, 1.0)}
+    console = Console(width=200)
+    run_sweep(Sweep(settings, axes, seeds=(1, 2)), tmp_path, console=console)
+    printed = capsys.readouterr().out
+    assert "4 trials of 1 to 2 epochs on 9 to 27 images, by grid" in printed
+    assert (
+        "2 of 1 to 2 epochs on 12 to 36 images, trained on a share of train and val, or trained on" in printed
+    )
+    # Trials (1 + 2) · (9 + 27); final runs from 2 · 1 · 12 to 2 · 2 · 36.
+    assert "132 to 252 images trained on" in printed
+
+
+def test_time_left_is_by_what_a_trial_costs():
+    console = Console(record=True, width=200)
+    display = sweep._Display(console, "trial", 3, lambda params: params["epochs"] / 10)
+    display.begin({"epochs": 2})
+    display._started -= 10
+    display.end({"epochs": 2}, "done")
+    assert "2 trials are left, about 2 min" in console.export_text()  # 2 trials of 50 s
 
 
 def test_sweep_file_holds_what_was_asked(settings, tmp_path):

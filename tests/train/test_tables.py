@@ -299,3 +299,79 @@ def test_table_command_writes_a_file(command, sweep, tmp_path):
 def test_table_of_nothing_finished_is_refused(command, sweep):
     result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
     assert result.exit_code == 2 and "no finished runs" in result.stderr
+
+
+def test_backbone_without_weights_is_held_against_nothing_published(sweep):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.9, pretrained=False)])
+    (row,), _ = make_rows(entries)
+    natural = row.means["natural"]
+    assert (natural.published, natural.wins, row.published_accuracies) == (None, None, {})
+    (note,) = notes
+    assert f"vpt-deep on vtab/cifar: {BACKBONE} had no weights" in note
+
+
+def test_backbone_with_weights_of_a_file_is_held_against_what_was_published(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.9, pretrained=False, checkpoint="imagenet21k.npz")
+    assert make_rows(read_entries([folder])[0])[0][0].means["natural"].published == 78.8
+
+
+def test_searched_method_and_backbone_are_those_of_the_best_trial(sweep):
+    folder = sweep("linear", "birds", 0.5)
+    results = json.loads((folder / "results.json").read_text())
+    results["best"] = {"params": {"method": "bias", "backbone": "x"}}
+    (folder / "results.json").write_text(json.dumps(results))
+    ((entry,), _) = read_entries([folder])
+    assert (entry.method, entry.backbone) == ("bias", "x")
+
+
+@pytest.fixture
+def run_on(run):
+    """Writes a finished run on a folder of images that are counted by class."""
+
+    def write(name, counts, data="images", **settings):
+        folder = run(name, method="linear", test_accuracy=0.5, **settings)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": None, "data": data}))
+        facts = json.loads((folder / "run.json").read_text())
+        facts["data"] = {"classes": list(counts), "train": {"per_class": list(counts.values())}, "val": None}
+        (folder / "run.json").write_text(json.dumps(facts))
+        return folder
+
+    return write
+
+
+def test_runs_on_data_of_one_name_and_other_classes_are_refused(run_on):
+    folders = [run_on("a", {"cat": 3, "dog": 3}, seed=1), run_on("b", {"car": 3, "van": 3}, seed=2)]
+    with pytest.raises(
+        ValueError, match=r"a and .*b are of data that are called images and have other classes"
+    ):
+        read_entries(folders)
+
+
+def test_runs_on_other_numbers_of_images_are_not_taken_together(run_on):
+    folders = [run_on("a", {"cat": 3, "dog": 3}, seed=1), run_on("b", {"cat": 3, "dog": 4}, seed=2)]
+    with pytest.raises(ValueError, match="linear on images: the runs are of other images"):
+        read_entries(folders)
+
+
+def test_sweep_on_data_of_one_name_and_other_classes_is_refused(run_on, sweep):
+    folder = sweep("bias", "images", 0.5)
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "classes": ["car", "van"]}))
+    with pytest.raises(ValueError, match="called images and have other classes"):
+        read_entries([run_on("a", {"cat": 3, "dog": 3}), folder])
+
+
+def test_working_directory_as_data_has_its_folders_name(run_on, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ((entry,), _) = read_entries([run_on("a", {"cat": 3, "dog": 3}, data=".")])
+    assert entry.task == tmp_path.name
+
+
+def test_ablations_are_left_out_and_said_so(sweep, tmp_path):
+    folder = sweep("linear", "vtab/cifar", 0.5)
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "results.json").write_text(json.dumps({"ablation": "length", "points": []}))
+    entries, notes = read_entries([folder, tmp_path / "ablation"])
+    assert len(entries) == 1
+    assert notes == [f"{tmp_path / 'ablation'}: an ablation, whose points are sweeps below it; left out"]

@@ -94,6 +94,28 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.resolved(num_train_images=27, device_type="cpu")
 
 
+@pytest.mark.parametrize(
+    "method, settings, named",
+    [
+        ("partial-99", {}, "method is 'partial-99': got 99, and the backbone has 2 blocks"),
+        ("adapter", {"adapter_reduction": 999}, "adapter_reduction: got 999, want at most the backbone's"),
+        (
+            "vpt-shallow",
+            {"prompt_location": "pad", "num_prompts": 3},
+            "num_prompts is 3 with prompt_location 'pad': img_size: got 22x22 .with a border of 3",
+        ),
+        (
+            "vpt-deep",
+            {"prompt_location": "pad", "num_prompts": 2},
+            "method is 'vpt-deep': got 'deep' with prompt_location='pad'",
+        ),
+    ],
+)
+def test_setting_that_no_model_can_have_is_named_as_the_recipe_names_it(small, method, settings, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
+        build_model(resolve(small(method, **settings)), 3)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
     recipe = small("linear", label_smoothing=0.1, accumulate=accumulate)

@@ -93,7 +93,7 @@ def _list_images(folder: Path) -> ImageList:
 
     for name in names:
         require_utf8(folder / name)
-    found = {name: sorted(_images_below(folder / name)) for name in names}
+    found = {name: sorted(images_below(folder / name)) for name in names}
     if not any(found.values()):
         raise DataError(f"{folder}: found no images in {some_names(names)}{_other_files(folder)}")
     if empty := [name for name in names if not found[name]]:
@@ -111,7 +111,7 @@ def _list_images(folder: Path) -> ImageList:
     return ImageList(tuple(path for path, _ in items), tuple(label for _, label in items), tuple(names))
 
 
-def _images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+def images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """(folder, name) of the visible images in `folder` and below, links to folders followed; in no order.
 
     `above`: the real paths of the folders that were gone through to get here. Followed without a look at
@@ -124,7 +124,7 @@ def _images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator
         if entry.name.startswith("."):
             continue
         if os.path.isdir(entry):  # entry.is_dir() raises for a link to itself
-            yield from _images_below(folder / entry.name, above | {real})
+            yield from images_below(folder / entry.name, above | {real})
         elif _is_image(entry.name):
             require_utf8(entry.path)
             yield str(folder), entry.name
