@@ -298,21 +298,24 @@ def interleave(
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The gradient of every trained parameter, by name; of a graphed contender, as a replay leaves it."""
-    contender.optimizer.zero_grad(set_to_none=True)
+    """The gradient of every trained parameter, by name; of a contender whose steps are replayed from a CUDA
+    graph, as a replay leaves it."""
     if contender.graphed:
         return replayed_gradients(contender, images, labels)
-    contender.loss(images, labels).backward()
+    for _ in range(contender.steps_to_settle if contender.captures else 1):
+        contender.optimizer.zero_grad(set_to_none=True)
+        contender.loss(images, labels).backward()
     return take_gradients(contender)
 
 
 def replayed_gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """`gradients` by a graph of its own, whose optimizer moves nothing: weights and the contender's optimizer
-    stay as they are.
+    """`gradients` by a graph of its own, whose optimizer moves nothing where gradients are finite: weights
+    and the contender's optimizer stay as they are.
 
     Before each step what the last one left is overwritten, so that a replay that writes nothing is not taken
     for right.
     """
+    contender.optimizer.zero_grad(set_to_none=True)
     trained = [p for p in contender.model.parameters() if p.requires_grad]
     step = contender.make_graph(torch.optim.SGD(trained, lr=0.0, fused=True))
     for _ in range(contender.steps_to_settle):

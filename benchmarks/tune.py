@@ -108,16 +108,21 @@ LINEAR_LAUNCHES = [
     )
     if 64 * 128 <= area(launch) <= 4096 * launch["num_warps"]
 ]
-# Two programs of a processor apart, in nanoseconds, where there are two.
-DELAYS = (0, 1500, 3000, 6000)
-TMA_LAUNCHES = [
-    {**launch, "FLATTEN": flatten, "DELAY": delay}
-    for launch in LINEAR_LAUNCHES
-    for flatten in (False, True)
-    for delay in (
-        DELAYS if (area(launch), launch["num_warps"], launch["num_stages"]) == (128 * 128, 8, 3) else (0,)
-    )
-]
+DELAYS = (0, 1500, 3000, 6000)  # nanoseconds that two programs of a processor are apart, where there are two
+
+
+def tma_launches() -> list[Launch]:
+    """Of the products by descriptors."""
+    from vpt_fast.kernels.mlp import gemm
+
+    found = []
+    for launch in LINEAR_LAUNCHES:
+        for flatten in (False, True):
+            candidate = {**launch, "FLATTEN": flatten}
+            delays = DELAYS if gemm._programs(candidate) == 2 else (0,)
+            found += [{**candidate, "DELAY": delay} for delay in delays]
+    return found
+
 
 ATTENTION_KERNELS = {"forward": "forward_tiles", "grad_q": "grad_q_tiles", "grad_kv": "grad_kv_tiles"}
 LINEAR_KERNELS = ("linear_activate", "linear_activate_backward")
@@ -166,7 +171,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
             function="_tma_config" if by_descriptors else "_config",
             of_launch=dict,
             recorded=gemm._tma_config() if by_descriptors else gemm._config(settings.dtype, aligned=True),
-            candidates=TMA_LAUNCHES if by_descriptors else LINEAR_LAUNCHES,
+            candidates=tma_launches() if by_descriptors else LINEAR_LAUNCHES,
             call=partial(fused, *inputs[0], *inputs[1]),
             error=partial(kernels.check, fused, case, inputs),
         )

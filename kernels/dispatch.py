@@ -70,7 +70,8 @@ TORCH_OPS = Ops(
 def fused_mlp_pays(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `Ops.linear_activate` is faster than cuBLAS with a kernel beside it. On an H200 it was, forward
     and backward together, with 64 images at the widths of ViT-B, L and H in bfloat16 (benchmarks/kernels.py
-    times both). Of other devices it is not known, and in float32 it is not."""
+    times both), before its kernels were changed last (docs/kernels.md). Of other devices it is not known, and
+    in float32 it is not."""
     return device.type == "cuda" and dtype.itemsize == 2 and arch_of(device) == 90
 
 

@@ -316,7 +316,24 @@ def test_weights_in_other_memory_than_was_captured_are_refused(is_trained: bool)
     model[1].bias.requires_grad_(is_trained)
     step, _, _ = captured(model)
     model[1].bias.data = model[1].bias.data.clone()  # what model.cpu() and back does
-    with pytest.raises(ValueError, match="model: got weights in other memory.*want a new GraphedStep"):
+    with pytest.raises(ValueError, match="model: got other weights.*want a new GraphedStep"):
+        step(*batches(1)[0])
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("part", ["head", "frozen weight", "buffer"])
+def test_tensors_that_took_the_place_of_captured_ones_are_refused(part: str) -> None:
+    model = make_model()
+    model.register_buffer("scale", torch.ones(3))
+    model[1].weight.requires_grad_(False)
+    step, _, _ = captured(model)
+    if part == "head":
+        model[-1] = nn.Linear(8, 3)
+    elif part == "frozen weight":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model.scale = torch.ones(3)
+    with pytest.raises(ValueError, match="got other weights|other tensors than the captured"):
         step(*batches(1)[0])
 
 

@@ -155,5 +155,5 @@ def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -
     assert all(launch.keys() == linear.keys() for launch in tune.LINEAR_LAUNCHES)
     assert linear in tune.LINEAR_LAUNCHES
     tma = gemm._tma_config()
-    assert all(launch.keys() == tma.keys() for launch in tune.TMA_LAUNCHES)
-    assert tma in tune.TMA_LAUNCHES
+    assert all(launch.keys() == tma.keys() for launch in tune.tma_launches())
+    assert tma in tune.tma_launches()

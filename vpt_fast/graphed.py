@@ -40,7 +40,8 @@ class GraphedStep:
     - ``.grad`` is that of the last step and lies in the graph's memory.
     - ``logits``, (b, classes) and detached, are those of the last step; the next one overwrites them.
     - Between steps parameters may be changed in place, and other code may run forward and backward passes.
-      What moves them (``model.cpu()`` and back) or gives them other storage asks for a new GraphedStep.
+      What moves or replaces them (``model.cpu()`` and back, a new head) asks for a new GraphedStep, as other
+      settings of the optimizer than its rates do: a scheduler that turns momentum too, say.
     - Everything else is as it was when the step was captured: which parameters are trained, the modes of
       modules within the model, a memory policy.
 
@@ -233,19 +234,27 @@ class _Captured(NamedTuple):
     """What a graph knows by its address, or has the value of built in.
 
     state: all tensors that the optimizer's step reads and writes, parameters and state.
-    memory: tensors, of the model too, and where each one's numbers lie.
+    modules: of the model: where each is looked up, by what name, and what is found there.
+    held: the same of its parameters and buffers, and where the numbers of each lie.
     settings: of each of the optimizer's groups, without its parameters and its rate.
     """
 
     state: list[torch.Tensor]
-    memory: list[tuple[torch.Tensor, int]]
+    modules: list[tuple[dict[str, Any], str, nn.Module | None]]
+    held: list[tuple[dict[str, Any], str, torch.Tensor, int]]
     settings: list[dict[str, Any]]
 
     @classmethod
     def now(cls, model: nn.Module, optimizer: torch.optim.Optimizer) -> _Captured:
-        state = _state_tensors(optimizer)
-        held = [*state, *model.parameters(), *model.buffers()]
-        return cls(state, [(tensor, tensor.data_ptr()) for tensor in held], _settings(optimizer))
+        modules = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items()]
+        owners = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
+        held = [
+            (owner, name, tensor, tensor.data_ptr())
+            for owner in owners
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        return cls(_state_tensors(optimizer), modules, held, _settings(optimizer))
 
     def require_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError where a replay would read or write what is no longer there, or ignore what is."""
@@ -255,10 +264,13 @@ class _Captured(NamedTuple):
                 "optimizer: its parameters or its state are other tensors than the captured ones (after "
                 "load_state_dict, for one); want a new GraphedStep"
             )
-        if any(tensor.data_ptr() != address for tensor, address in self.memory):
+        if any(owner.get(name) is not module for owner, name, module in self.modules) or any(
+            owner.get(name) is not tensor or tensor.data_ptr() != address
+            for owner, name, tensor, address in self.held
+        ):
             raise ValueError(
-                "model: got weights in other memory than was captured (after a move to another device and "
-                "back, for one); want a new GraphedStep"
+                "model: got other weights, or weights in other memory, than were captured (after a move to "
+                "another device and back, for one, or with a new head); want a new GraphedStep"
             )
         for before, group in zip(self.settings, optimizer.param_groups, strict=True):
             if changed := [name for name, value in before.items() if not _is_same(value, group[name])]:
@@ -327,8 +339,10 @@ def _without_stale_streams() -> Iterator[None]:
     if set_override is None:
         yield
         return
+    # Nothing public says what it was; without this it is taken to be as where a process begins.
+    before = getattr(torch._C, "_override_stale_capture_stream", lambda: False)()
     set_override(True)
     try:
         yield
     finally:
-        set_override(False)  # as it is where a process begins; nothing says what it was
+        set_override(before)

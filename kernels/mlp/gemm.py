@@ -45,19 +45,25 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
 def _tma_config() -> dict[str, int]:
     """Of those by descriptors, in 16 bits. Two programs on a processor here too: larger tiles, with one, were
     slower on an H200. DELAY is about what one's epilogue takes, by its instructions: not timed yet, and
-    benchmarks/tune.py tries others."""
+    benchmarks/tune.py tries others and none."""
     return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
 
 
-# A program's tiles from which on half of the programs begin later.
-_TILES_TO_DELAY = 4
+# A program's tiles from which on half of the programs begin later: with fewer, what it costs once shows.
+_TILES_TO_DELAY = 8
+
+# Bytes of shared memory that each of two programs on a processor may have, of sm_90 and sm_100.
+_SHARED_OF_TWO = 228 * 1024 // 2 - 1024
 
 
 def _programs(config: dict[str, int]) -> int:
     """How many programs of a kernel by descriptors a processor is to hold: two where each thread can have 128
-    registers, half of them accumulators, so that one's epilogue runs beside the other's products."""
-    threads = 32 * config["num_warps"]
-    return 2 if threads <= 256 and config["BLOCK_M"] * config["BLOCK_N"] <= 64 * threads else 1
+    registers, half of them accumulators, and there is shared memory for both, so that one's epilogue runs
+    beside the other's products."""
+    threads, (m, n, k) = 32 * config["num_warps"], (config[f"BLOCK_{side}"] for side in "MNK")
+    shared = 2 * (config["num_stages"] * (m + n) * k + m * n // 2)  # operands, and half a tile of results
+    is_small = m * n <= 64 * threads and shared <= _SHARED_OF_TWO and not config["FLATTEN"]
+    return 2 if threads <= 256 and is_small else 1
 
 
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
@@ -163,8 +169,8 @@ def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
 
 
 def _tma_options(kernel: Any, config: dict[str, int], pack: bool, arch: int) -> dict[str, int | None]:
-    """How the kernel is launched beside its config. Left to itself the assembler takes more registers, up to
-    190 for backward, and a second program has no room; on sm_100 it would spill."""
+    """How the kernel is launched beside its config. Left to itself the assembler takes up to 190 registers,
+    by Triton's version, and a second program has no room; on sm_100 backward would spill."""
     options: dict[str, int | None] = {"maxnreg": 128 if _programs(config) == 2 and arch == 90 else None}
     if kernel is linear_activate_tma_kernel:
         options["COLUMNS"] = _columns(kernel, config, pack)

@@ -219,7 +219,7 @@ def store_activation_tile(product, a, u, codes, m, n, N, KIND: tl.constexpr, FIR
     if FIRST and u is not None:
         u.store([m, n], rounded(product, u.dtype))
     value, slope = product, product
-    if n < N:  # Without a branch the assembler begins with all parts at once, and has no registers for them.
+    if n < N:  # Without a branch the assembler begins with all parts at once, with all registers there are.
         value, slope = activation(product, KIND, EXACT=False)
     if not FIRST and u is not None:
         u.store([m, n], rounded(product, u.dtype))

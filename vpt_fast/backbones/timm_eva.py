@@ -7,7 +7,7 @@ What timm can build and this file does not know raises; nothing is approximated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class FrozenEva(FrozenViT):
         wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         self.rope = copy.deepcopy(vit.rope)
         self.sin = self.cos = None
-        self._tables: dict[tuple[str, tuple[int, int]], tuple[torch.Tensor, ...]] = {}
+        self._tables: dict[Hashable, tuple[torch.Tensor, ...]] = {}
         if self.rope is not None:
             self.rope.to(wide).requires_grad_(False).eval()
             if self.num_folded:
@@ -155,7 +155,7 @@ class FrozenEva(FrozenViT):
         # While compiling or tracing sizes and tensors are stand-ins.
         if self._rope_parameters() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make(grid)
-        key = (name, grid)
+        key = (name, grid, self.device)
         if key not in self._tables:
             with torch.inference_mode(False), torch.no_grad():
                 made = make(grid)
@@ -180,8 +180,7 @@ class FrozenEva(FrozenViT):
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         if self.sin is None or self.cos is None:
             return super().rotations(image_size)
-        for weight in (self.sin, self.cos, *self._rope_parameters()):
-            require_frozen(weight)
+        require_frozen(self.sin, self.cos, *self._rope_parameters())
         sin, cos = self.sin, self.cos
         if image_size != self.image_size:
             sin, cos = self._kept("engine", self._angles, self._grid(image_size))

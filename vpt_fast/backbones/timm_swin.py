@@ -200,8 +200,7 @@ class FrozenSwin(nn.Module):
         entry = self._enter[index]
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
-        for weight in entry.parameters():
-            require_frozen(weight)
+        require_frozen(*entry.parameters())
         return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
 
     def kept_on_entering(
