@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vpt_fast.flags import DebugFlag, LastingConsole, one_line_errors
+from vpt_fast.flags import PATH, DebugFlag, LastingConsole, one_line_errors
 
 if TYPE_CHECKING:  # torch: imported by the commands
     from vpt_fast.data import Splits
@@ -114,7 +114,7 @@ def prepare(
             "the original files of CLEVR, KITTI, dSprites or smallNORB.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write the task's folder in.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the task's folder in.", **PATH)],
     data_root: Annotated[
         str | None,
         typer.Option(help="Where TensorFlow Datasets keeps its sets.", show_default="the library's own"),

@@ -130,6 +130,11 @@ def train(
                     lambda: restore_prompts(problem, recipe, begun, folder, splits, cache, console)
                 )
                 return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
+            if begun.results is not None and begun.checkpoint is None:
+                raise RunError(
+                    f"{folder.path} holds this run, finished, but not its checkpoint, from which it would go "
+                    "on to the test images; vpt-fast eval takes --split test, and --fresh trains it again"
+                )
 
         is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
 
@@ -375,13 +380,15 @@ def require_same_weights(
     """Raises RunError when a finished run's backbone had not the weights that the recipe names; ValueError
     where there are none.
 
-    They are read where the file is another one than the run's, or was written after the run began.
+    They are read where the file is another one than the run's, or was written after the run began; of the
+    run's own nothing is needed any more.
     """
     ours, theirs = (of.checkpoint and Path(of.checkpoint).resolve() for of in (recipe, begun.recipe))
-    if ours and not ours.is_file():
-        raise ValueError(f"checkpoint is {recipe.checkpoint}, which is no file")
-    if ours == theirs and not (ours and ours.stat().st_mtime > folder.facts.stat().st_mtime):
+    is_there = ours is None or ours.is_file()
+    if ours == theirs and not (ours and is_there and ours.stat().st_mtime > folder.facts.stat().st_mtime):
         return
+    if not is_there:
+        raise ValueError(f"checkpoint is {recipe.checkpoint}, which is no file")
     fingerprint = build_seeded(recipe, splits, cache).config.backbone.fingerprint
     if fingerprint != begun.facts["backbone"]["fingerprint"]:
         was, now = (of.checkpoint or "not given" for of in (begun.recipe, recipe))

@@ -10,14 +10,14 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from vpt_fast.flags import DebugFlag, one_line_errors, require_place
+from vpt_fast.flags import PATH, DebugFlag, one_line_errors, require_place
 from vpt_fast.recipe import Recipe, yaml_value
 
 
 def import_prompts(
     file: Annotated[Path, typer.Argument(help="The official code's file: a whole model, or prompt_epN.pth.")],
     backbone: Annotated[str, typer.Option(help="As for train: what the prompts were trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: settings, prompts and head.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: settings, prompts and head.", **PATH)],
     checkpoint: Annotated[
         Path | None, typer.Option(help="File to load the backbone's weights from.", show_default="none")
     ] = None,
@@ -91,7 +91,7 @@ def export_prompts(
     model: Annotated[
         Path, typer.Argument(metavar="DIR", help="Saved model, such as a run's prompts folder.")
     ],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(help="File to write.", **PATH)],
     encoder: Annotated[
         str | None,
         typer.Option(

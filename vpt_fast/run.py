@@ -322,10 +322,13 @@ def list_digest(data: str, images: ImageList | SceneList) -> str:
         named = zip(images.items, classes, strict=True)
     for item, name in named:
         if isinstance(item, Path):
-            size = item.stat().st_size if item.exists() else None  # a link may lead nowhere
+            try:
+                size = item.stat().st_size
+            except OSError:  # a link may lead nowhere
+                size = None
             digest.update(f"{os.path.relpath(item, root)}\0{name}\0{size}\0".encode())
         else:
-            digest.update(f"{item}\0{name}\0".encode())
+            digest.update(f"{item}\0{name}\0{getattr(item, 'size', None)}\0".encode())
     return digest.hexdigest()
 
 

@@ -270,7 +270,9 @@ def run_sweep(
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
     _require_same_sweep(sweep, inputs, out)
     search, final = _open_studies(sweep, inputs, out, storage)
-    _begin(sweep, inputs, out)
+    with _lock(out):  # whoever comes first names the sweep that the folder holds
+        _require_same_sweep(sweep, inputs, out)
+        _begin(sweep, inputs, out)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
     results = _collect(sweep, plan, search, final, out)
@@ -775,8 +777,19 @@ def _collect(
         },
         "finished": len(ordered) + len(failed) == len(sweep.seeds),
     }
-    write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    if not _holds_more(out / "results.json", results):
+        write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
+
+
+def _holds_more(path: Path, results: Mapping[str, Any]) -> bool:
+    """Whether the file has final runs that these results lack, as where the study that they were in is gone:
+    they are read again from their folders, and until then the file is all that there is of them."""
+    try:
+        known = json.loads(path.read_text())["final"]["accuracies"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return bool(set(known) - set(results["final"]["accuracies"]))
 
 
 def _tidy(results: Mapping[str, Any], out: Path) -> None:

@@ -372,6 +372,13 @@ def test_finished_run_does_not_answer_for_weights_in_the_place_of_its_own(recipe
         train(recipe, tmp_path / "run")
 
 
+def test_finished_run_answers_where_its_own_weights_are_gone(recipe, weights, tmp_path):
+    recipe = dataclasses.replace(recipe, checkpoint=weights("one.pth", 0.1))
+    train(recipe, tmp_path / "run")
+    Path(recipe.checkpoint).unlink()
+    assert train(recipe, tmp_path / "run").new_epochs == 0
+
+
 def test_finished_run_does_not_answer_for_weights_that_do_not_exist(recipe, tmp_path):
     train(dataclasses.replace(recipe, pretrained=False), tmp_path / "run")
     with pytest.raises(ValueError, match=r"checkpoint is no\.pth, which is no file"):

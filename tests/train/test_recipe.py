@@ -64,22 +64,32 @@ def test_batch_size_follows_the_recipe(settings, batch_size):
 @pytest.mark.parametrize("method, batch", [("linear", 2048), ("partial-1", 1280)])
 @pytest.mark.parametrize("num_images", [800, 1000])  # of a search on VTAB-1k, and of its final runs
 def test_learning_rate_is_scaled_by_the_recipe_s_batch_where_the_images_are_fewer(method, batch, num_images):
-    recipe = resolve(make(method=method, base_lr=0.5), num_train_images=num_images)
+    recipe = resolve(make(method=method, base_lr=0.5, task="vtab/cifar"), num_train_images=num_images)
     assert recipe.peak_lr == pytest.approx(0.5 * batch / 256)
 
 
+@pytest.mark.parametrize(("num_images", "batch"), [(240, 64), (2048, 2048), (40, 64)])
+def test_images_of_ones_own_that_are_fewer_than_the_recipe_s_batch_have_small_steps(num_images, batch):
+    assert resolve(make(method="linear"), num_train_images=num_images).batch_size == batch
+
+
+def test_batch_that_is_given_stays_where_the_images_are_fewer():
+    assert resolve(make(method="linear", batch_size=2048), num_train_images=240).batch_size == 2048
+
+
 def test_learning_rate_does_not_depend_on_the_number_of_processes():
-    rates = {resolve(make(method="linear"), world_size=size).peak_lr for size in (1, 2, 3)}
+    recipe = make(method="linear", task="vtab/cifar")
+    rates = {resolve(recipe, world_size=size).peak_lr for size in (1, 2, 3)}
     assert len(rates) == 1
 
 
 def test_steps_have_at_most_the_training_set():
-    recipe = resolve(make(method="linear"), num_train_images=801)
+    recipe = resolve(make(batch_size=2048), num_train_images=801)
     assert recipe.step_images(801) == 801
 
 
 def test_batch_of_all_images_need_not_be_shared_evenly():
-    assert resolve(make(method="linear"), num_train_images=801, world_size=3).batch_size == 2048
+    assert resolve(make(batch_size=2048), num_train_images=801, world_size=3).batch_size == 2048
 
 
 def test_batch_size_that_processes_cannot_share_is_refused():

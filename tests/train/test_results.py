@@ -16,7 +16,7 @@ from vpt_fast.inference import evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import print_skipped
-from vpt_fast.run import list_digest
+from vpt_fast.run import RunError, RunFolder, list_digest
 
 
 @pytest.fixture
@@ -76,6 +76,15 @@ def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, mo
     assert later.new_epochs == 0 and later.results["test_images"] == 6
     monkeypatch.setattr(loop, "build_model", None)  # not again
     assert train(recipe, tmp_path / "run").results == later.results
+
+
+def test_finished_run_without_its_checkpoint_is_not_trained_again_for_test_images(short, tmp_path):
+    train(short, tmp_path / "run")
+    RunFolder(tmp_path / "run").checkpoint.unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="finished, but not its checkpoint.*--split test.*--fresh"):
+        train(dataclasses.replace(short, test=True), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "linear"])

@@ -395,6 +395,33 @@ def test_folder_of_another_sweep_is_refused(settings, tmp_path):
         run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
 
 
+def test_sweep_that_began_first_has_the_folder(settings, tmp_path, monkeypatch):
+    open_studies = sweep._open_studies
+
+    def late(*arguments):
+        monkeypatch.setattr(sweep, "_open_studies", open_studies)
+        run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
+        return open_studies(*arguments)
+
+    monkeypatch.setattr(sweep, "_open_studies", late)
+    with pytest.raises(ValueError, match="holds a sweep with other settings: seeds"):
+        run_sweep(Sweep(settings, {}, seeds=(2,)), tmp_path)
+
+
+def test_results_stay_where_their_study_is_gone(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    run_sweep(plan, tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    (tmp_path / "study.db").unlink()
+
+    def interrupted(self):
+        raise sweep.Stopped
+
+    monkeypatch.setattr(sweep._Worker, "work", interrupted)
+    run_sweep(plan, tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 @pytest.fixture
 def own_images(settings, images) -> dict:
     """The settings, on images that may be changed."""
