@@ -146,10 +146,11 @@ def train(
         require_attention(recipe, model, world.device)
         preprocessing = problem.preprocessing(recipe, model)
         train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
+        skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
-        used = world.from_main(lambda: digest_lists(recipe, splits))
+        used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
         facts = describe_run(problem, recipe, model, splits, preprocessing, world)
         facts["data"]["listed"] = {split: listed[split] for split in ("train", "val")}
         facts["data"]["used"] = {split: used[split] for split in ("train", "val")}
@@ -159,7 +160,6 @@ def train(
         val_batches: Source | None = None
         if val_images is not None:
             val_batches = problem.batches(val_images, preprocessing, recipe, world, train=False)
-        skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
         images_text = problem.describe_images(recipe, train_batches)
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 

@@ -18,8 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
-# By default, of images of one's own that are fewer than the method's batch: with one step an epoch, by a rate
-# for 2048 images, a linear probe of 240 digits ended below what it comes to with this.
+# By default, of images of one's own that are fewer than the method's batch: an epoch of one step, by a rate
+# that is meant for 2048 images, is neither's recipe.
 SMALL_SET_BATCH = 64
 NUM_PROMPTS = 10  # the length most VTAB-1k tasks chose for VPT-Deep
 PROMPT_KNOBS = (

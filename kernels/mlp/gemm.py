@@ -49,7 +49,7 @@ def _tma_config() -> dict[str, int]:
     return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
 
 
-# A program's tiles from which on half of the programs begin later: with fewer, what it costs once shows.
+# A program's tiles from which on half of the programs begin later: what it costs once is to come back.
 _TILES_TO_DELAY = 8
 
 # Bytes of shared memory that each of two programs on a processor may have, of sm_90 and sm_100.
@@ -131,7 +131,7 @@ class _TMALaunch:
         programs = min(num_tiles, _programs(config) * num_processors(device))
         options = _tma_options(kernel, config, pack, arch_of(device))
         if num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda":
-            config = {**config, "DELAY": 0}  # what it costs once would not come back
+            config = {**config, "DELAY": 0}
         self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
         self._blocks = _blocks(kernel, config, pack)
         self._is_empty = num_tiles == 0  # and so has no descriptor

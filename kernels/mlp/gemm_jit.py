@@ -219,7 +219,9 @@ def store_activation_tile(product, a, u, codes, m, n, N, KIND: tl.constexpr, FIR
     if FIRST and u is not None:
         u.store([m, n], rounded(product, u.dtype))
     value, slope = product, product
-    if n < N:  # Without a branch the assembler begins with all parts at once, with all registers there are.
+    # Always so but beyond the last column. Without a branch the assembler computes all parts before it stores
+    # the first, and holds them in registers.
+    if n < N:
         value, slope = activation(product, KIND, EXACT=False)
     if not FIRST and u is not None:
         u.store([m, n], rounded(product, u.dtype))
