@@ -56,8 +56,8 @@ class World:
             yield parallel
         finally:
             # Gone before the process group is: torch 2.11 may wait for ever where a Reducer is the last to
-            # hold it.
-            parallel.reducer = parallel.logger = None
+            # hold it, and a process that holds it to its end may abort there.
+            parallel.reducer = parallel.logger = parallel.process_group = None
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` returns in the main process, on all; its ValueError or OSError likewise."""
