@@ -6,7 +6,7 @@ in the block's input, m prompts that enter it anew, R rows that are read, of the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ M = 7
 class Block(NamedTuple):
     """What one block has to do. tokens: in its input; prompts: sets of m that are projected (0, 1, or B
     where each image has its own); rows, fresh: tokens and prompts whose output is read; below: whether the
-    tokens' gradient is wanted; trained: whether the block runs under autograd at all."""
+    tokens' gradient is wanted; trained: whether the block runs under autograd at all; formed: whether the
+    prompts are the block's own tensor, and not the parameter."""
 
     tokens: int
     prompts: int
@@ -35,6 +36,7 @@ class Block(NamedTuple):
     fresh: int
     below: bool
     trained: bool = True
+    formed: bool = False
 
 
 SETTINGS = {
@@ -67,9 +69,14 @@ WORK = {
         Block(N, 1, PATCHES, M, True),
     ],
     "deep_dropout_per_image": [
-        Block(N, BATCH, N, 0, False),
-        Block(N, BATCH, N, 0, True),
-        Block(N, BATCH, 1, 0, True),
+        Block(N, BATCH, N, 0, False, formed=True),
+        Block(N, BATCH, N, 0, True, formed=True),
+        Block(N, BATCH, 1, 0, True, formed=True),
+    ],
+    "deep_dropout_per_batch": [
+        Block(N, 1, N, 0, False, formed=True),
+        Block(N, 1, N, 0, True, formed=True),
+        Block(N, 1, 1, 0, True, formed=True),
     ],
     "shallow": [Block(N, 1, N, M, False), Block(ALL, 0, ALL, 0, True), Block(ALL, 0, 1, 0, True)],
     "first_two_flow": [Block(N, 1, N, 0, False), Block(N, 1, N, M, True), Block(ALL, 0, 1, 0, True)],
@@ -94,7 +101,7 @@ WORK = {
         Block(N, 0, 1, 0, True),
     ],
 }
-WORK["deep_dropout_per_batch"] = WORK["deep_shared"] = WORK["deep"]
+WORK["deep_shared"] = WORK["deep"]
 
 
 def linear(rows: int, inputs: int, outputs: int) -> int:
@@ -113,6 +120,18 @@ def forward_flops(block: Block) -> int:
         + linear(BATCH * rows, WIDTH, WIDTH)
         + 2 * linear(BATCH * rows, WIDTH, HIDDEN)
     )
+
+
+def projections_flops(block: Block) -> int:
+    """Of what "compact" projects anew: Q, K and V where x̂1 is kept for them, K and V of each image's own
+    prompts."""
+    total = 0
+    if block.below:
+        total += linear(BATCH * block.tokens, WIDTH, 2 * WIDTH) + linear(BATCH * block.rows, WIDTH, WIDTH)
+        total += linear(block.prompts * block.fresh, WIDTH, WIDTH)
+    if block.prompts > 1:
+        total += linear(block.prompts * M, WIDTH, 2 * WIDTH)
+    return total
 
 
 def backward_flops(block: Block) -> int:
@@ -137,21 +156,24 @@ def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
         return 0
     rows, image_keys = block.rows + block.fresh, block.below or block.fresh > 0
     per_image = block.prompts > 1
-    if memory == "recompute":  # the input; prompts that all images share are the parameter itself
-        return (BATCH * block.tokens + per_image * block.prompts * M) * WIDTH * size
+    if memory == "recompute":  # the input
+        return (BATCH * block.tokens + block.formed * block.prompts * M) * WIDTH * size
     compact = memory == "compact"
-    x_hat = WIDTH + 2 * size if compact else (WIDTH + 1) * size  # codes, scale and rstd, or x̂ and rstd
-    total = BATCH * rows * ((WIDTH + HEADS) * size + x_hat)  # Q, lse, x̂2
+    x_hat = (WIDTH + 1) * size  # and rstd
+    codes = WIDTH + 2 * size  # with scale and rstd
+    total = BATCH * rows * (HEADS * size + (codes if compact else x_hat))  # lse, x̂2
     if not (compact and block.below):
-        total += BATCH * rows * WIDTH * size  # O
+        total += 2 * BATCH * rows * WIDTH * size  # Q, O
+        if image_keys:
+            total += BATCH * block.tokens * 2 * WIDTH * size  # K, V
     if memory != "recompute_mlp":
         total += BATCH * rows * HIDDEN * (1 if compact else size)
-    if image_keys:
-        total += BATCH * block.tokens * 2 * WIDTH * size  # K, V
     if block.below:
         total += BATCH * block.tokens * x_hat  # x̂1
-    prompt_x_hat = x_hat if per_image else (WIDTH + 1) * size
-    return total + block.prompts * M * (prompt_x_hat + 2 * WIDTH * size)  # x̂, K, V of the prompts
+    total += block.prompts * M * x_hat
+    if not (compact and per_image):
+        total += block.prompts * M * 2 * WIDTH * size  # K, V of the prompts
+    return total
 
 
 class KeptBytes:
@@ -209,7 +231,9 @@ def test_backward_operations_equal_the_closed_form(setting: str) -> None:
     assert counter.get_total_flops() == sum(map(backward_flops, WORK[setting])) + head
 
 
-@pytest.mark.parametrize("setting", ["deep", "shallow", "last_two"])
+@pytest.mark.parametrize(
+    "setting", ["deep", "deep_dropout_per_image", "shallow", "first_two_flow", "last_two"]
+)
 @pytest.mark.parametrize("memory", ["compact", "recompute_mlp", "recompute"])
 def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(setting: str, memory: str) -> None:
     model = prompted(setting, memory=memory)
@@ -218,7 +242,7 @@ def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(settin
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     again = {
-        "compact": lambda block: 0,
+        "compact": projections_flops,
         "recompute_mlp": lambda block: linear(BATCH * (block.rows + block.fresh), WIDTH, HIDDEN),
         # what leaves the MLP is not needed again
         "recompute": lambda b: forward_flops(b) - linear(BATCH * (b.rows + b.fresh), HIDDEN, WIDTH),
@@ -233,7 +257,15 @@ MASKS = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batc
 CASES = [(setting, "exact", dtype) for setting in SETTINGS for dtype in (torch.float32, torch.float64)]
 CASES += [
     (setting, memory, torch.float32)
-    for setting in ("deep", "deep_dropout_per_image", "shallow", "first_two_flow", "last_two", "add_deep")
+    for setting in (
+        "deep",
+        "deep_dropout_per_image",
+        "deep_dropout_per_batch",
+        "shallow",
+        "first_two_flow",
+        "last_two",
+        "add_deep",
+    )
     for memory in ("compact", "recompute_mlp", "recompute")
 ]
 
@@ -264,6 +296,29 @@ def test_estimate_of_kept_bytes_equals_the_closed_form(setting: str, memory: str
     size = torch.float32.itemsize
     expected = sum(kept_bytes(block, size, memory) for block in WORK[setting]) + MASKS.get(setting, 0) * size
     assert model.estimate_training_bytes(BATCH)["kept"] == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(prompt_project=8),
+        dict(prompt_project=8, prompt_shared=True),
+        dict(prompt_project=8, prompt_shared=True, prompt_dropout=0.5, prompt_dropout_per="batch"),
+        dict(prompt_location="prepend-pixel", prompt_type="shallow"),
+    ],
+    ids=["projected", "projected_shared", "projected_shared_dropped", "pixels"],
+)
+def test_prompts_that_a_step_forms_are_in_the_estimate_of_recompute(settings: dict[str, Any]) -> None:
+    # Behind the blocks the same is kept under both; in the blocks of the second the prompts are not kept.
+    outside = []
+    for memory in ("recompute", "recompute_mlp"):
+        num_prompts = 8 if "prompt_location" in settings else M
+        model = PromptedViT(tiny_vit(dtype=torch.float32), CLASSES, num_prompts, memory=memory, **settings)
+        images, _ = random_batch(model.train(), BATCH, dtype=torch.float32)
+        with KeptBytes(model, images) as everything:
+            model(images)
+        outside.append(everything.total - model.estimate_training_bytes(BATCH)["kept"])
+    assert outside[0] == outside[1]
 
 
 @pytest.mark.parametrize("location", ["add", "add-1"])

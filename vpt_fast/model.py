@@ -303,6 +303,8 @@ class PromptedViT(PromptedClassifier):
         in_tokens = settings.prompt_location in IN_SEQUENCE
         below = self.backbone.trains_embedding
         below = below or (not in_tokens and settings.prompt_location not in ("add", "add-1"))
+        # Otherwise they are the parameter.
+        formed = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
             below = below or (not in_tokens and index in self._prompted)
@@ -319,7 +321,10 @@ class PromptedViT(PromptedClassifier):
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
                 )
-                kept = cost.kept_bytes(block, **call)
+                # What all blocks share is kept once, but what dropout leaves of it is each block's own.
+                is_first = not settings.prompt_shared or plan.prompt_index == 0
+                own_prompts = own and (settings.prompt_dropout > 0.0 or (formed and is_first))
+                kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)
                 if own or index in self._prompted:
                     kept += mask_bytes(settings, batch_size, self.embed_dim, self.prompts)
                 peak.add(kept, cost.workspace_bytes(block, **call))

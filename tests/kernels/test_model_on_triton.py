@@ -113,7 +113,7 @@ def test_forward_mode_differentiation_is_refused() -> None:
         model(fwAD.make_dual(images, torch.ones_like(images)))
 
 
-EXACT = [name for name, policy in POLICIES.items() if not policy.pack]
+EXACT = [name for name, policy in POLICIES.items() if not policy.compact]
 
 
 @pytest.mark.parametrize("memory", EXACT[1:])

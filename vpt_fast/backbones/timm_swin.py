@@ -211,7 +211,7 @@ class FrozenSwin(nn.Module):
             return 0
         stat = torch.promote_types(dtype, torch.float32).itemsize
         num_tokens, width = self.blocks[index].num_tokens, self.blocks[index - 1].proj_weight.shape[0]
-        size, per_row = (1, 2 * stat) if policy.pack else (dtype.itemsize, stat)
+        size, per_row = (1, 2 * stat) if policy.compact else (dtype.itemsize, stat)
         return batch_size * (
             num_tokens * (4 * width * size + per_row) + num_prompts * (width * size + per_row)
         )

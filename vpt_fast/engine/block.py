@@ -99,10 +99,21 @@ class _Call:
         return self.grad_tokens or self.num_fresh_rows > 0
 
     @property
+    def projects_tokens_anew(self) -> bool:
+        """Whether backward forms queries, keys and values again, from x̂1: where x̂1 is kept anyway, for the
+        tokens' gradient."""
+        return self.policy.compact and self.grad_tokens
+
+    def projects_prompts_anew(self, num_sets: int) -> bool:
+        """Whether backward forms the keys and values of so many sets of prompts again. Those of one set, for
+        all images, are too few to be worth a product."""
+        return self.policy.compact and num_sets > 1
+
+    @property
     def keeps_out(self) -> bool:
         """Whether attention's output is kept. Without it backward goes over all keys for every row, which
         it does anyway only where the tokens' gradient is wanted."""
-        return not self.policy.pack or not self.grad_tokens or self.ops.needs_out
+        return not self.policy.compact or not self.grad_tokens or self.ops.needs_out
 
 
 @dataclass(slots=True)
@@ -112,22 +123,21 @@ class _Kept:
     # Of a block that runs again in backward, and then all else is None until it has.
     tokens: torch.Tensor | None = None  # (B, N, d), the residual stream's sum
     prompts: torch.Tensor | None = None  # (1 or B, m, d)
-    # x̂ stands for itself with scale None, or for its int8 codes.
     x_hat1: torch.Tensor | None = None  # (B, N, d); None where the tokens' gradient is not wanted
-    scale1: torch.Tensor | None = None  # (B, N, 1)
     rstd1: torch.Tensor | None = None  # (B, N, 1)
+    # Queries, keys and values: None where backward projects anew.
     qkv: torch.Tensor | None = None  # (B, N, 3, H, D) where every image-side row and no other is read, else
     q: torch.Tensor | None = None  # (B, R, H, D) and
     kv: torch.Tensor | None = None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
     q_rstd: torch.Tensor | None = None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
     k_rstd: torch.Tensor | None = None  # (B, N, H, 1)
     prompt_x_hat: torch.Tensor | None = None  # (1 or B, m, d)
-    prompt_scale: torch.Tensor | None = None  # (1 or B, m, 1)
     prompt_rstd: torch.Tensor | None = None  # (1 or B, m, 1)
     prompt_kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
     prompt_k_rstd: torch.Tensor | None = None  # (1 or B, m, H, 1)
     out: torch.Tensor | None = None  # (B, R, H, D)
     lse: torch.Tensor | None = None  # (B, H, R); of attention in windows a prompt has W
+    # x̂ stands for itself with scale None, or for its int8 codes.
     x_hat2: torch.Tensor | None = None  # (B, R, d)
     scale2: torch.Tensor | None = None  # (B, R, 1)
     rstd2: torch.Tensor | None = None  # (B, R, 1)
@@ -392,7 +402,6 @@ def _enter(
     """All of the forward pass but fc2: the residual stream behind attention (B, R, d), fc2's input (B, R, h),
     which need not be formed where `activate` is False, and what is to be kept."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
-    heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
     (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
     kept = _Kept()
 
@@ -401,16 +410,121 @@ def _enter(
             for name, tensor in tensors.items():
                 setattr(kept, name, tensor)
 
-    x, x_hat, rstd, codes, scale = _normalize_stream(stream, call)
+    x, x_hat, rstd = _normalize_stream(stream, call)
     batch = x.shape[0]
     if keep is _Keep.INPUT:
         kept.tokens, kept.prompts = x, prompts
-
-    # Attention's inputs. One packed projection where its q, k and v are all needed again in backward; else
-    # apart, so that what is not needed is not kept alive by what is.
     if call.grad_tokens:
-        hold(x_hat1=x_hat if codes is None else codes, scale1=scale, rstd1=rstd)
-    qkv = kv = None
+        hold(x_hat1=x_hat, rstd1=rstd)
+    residual = x[:, call.image]
+    del x
+
+    prompt_x_hat, projected_prompts = None, _Prompts()
+    if prompts is not None:
+        prompt_x_hat, rstd, _, _ = ops.normalize(prompts, eps1, norm1, dtype)
+        projected_prompts = _project_prompts(prompt_x_hat, w, call)
+        hold(prompt_x_hat=prompt_x_hat, prompt_rstd=rstd)
+        if not call.projects_prompts_anew(prompts.shape[0]):
+            hold(prompt_kv=projected_prompts.kv, prompt_k_rstd=projected_prompts.k_rstd)
+        if call.num_fresh_rows:
+            fresh = prompts[:, call.fresh].to(residual.dtype)
+            residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
+    tokens = _project_tokens(x_hat, prompt_x_hat, rotation, w, call)
+    del x_hat, prompt_x_hat
+    if not call.projects_tokens_anew:
+        hold(qkv=tokens.qkv, q=None if call.packed else tokens.q)
+        if call.keeps_image_keys:
+            hold(kv=tokens.kv, q_rstd=tokens.q_rstd)
+        if call.grad_tokens:
+            hold(k_rstd=tokens.k_rstd)
+
+    q, k, prompt_k = _attention_operands(tokens, projected_prompts, rotation, w, call)
+    out, lse = _attend(call, q, k, tokens.v, prompt_k, projected_prompts.v)  # (B, R, H, D), (B, H, R)
+    hold(out=out if call.keeps_out else None, lse=lse)
+    del tokens, projected_prompts, q, k, prompt_k
+    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
+    del out
+    hidden, x_hat, rstd, codes, scale = ops.add_normalize(
+        residual, update, eps2, norm2, dtype, pack=policy.compact
+    )
+    del update, residual
+    hold(x_hat2=x_hat if codes is None else codes, scale2=scale, rstd2=rstd)
+
+    # The MLP's hidden layer. With a norm in it, and to pack the derivative, the activation is formed anyway.
+    activate = activate or policy.compact or spec.mlp_norm is not None
+    keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
+    activated = codes = scale = None
+    if ops.linear_activate is not None and activate:
+        activated, u, codes = ops.linear_activate(
+            x_hat, w.fc1_weight, w.fc1_bias, spec.activation, pack=policy.compact, keep=keeps_mlp
+        )
+        del x_hat
+    else:
+        u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
+        del x_hat
+        if activate and (spec.activation in PACKED or (keeps_mlp and not policy.compact)):
+            activated, codes, scale = ops.activate(u, spec.activation, pack=policy.compact)
+        elif activate:  # nobody will ask for u
+            activated, codes = u, ops.activate_(u, spec.activation, pack=policy.compact)
+    if keeps_mlp:
+        hold(mlp=u if codes is None else codes, mlp_scale=scale)
+    del u, codes
+    if spec.mlp_norm is not None:
+        norm3, eps3 = spec.mlp_norm
+        activated, rstd, codes, scale = ops.normalize(activated, eps3, norm3, dtype, pack=policy.compact)
+        if keeps_mlp:
+            hold(x_hat3=activated if codes is None else codes, scale3=scale, rstd3=rstd)
+    return hidden, activated, kept
+
+
+def _normalize_stream(stream: Stream, call: _Call) -> tuple[torch.Tensor, ...]:
+    """The stream's sum, and x̂ and rstd of the first norm."""
+    kind, eps = call.spec.norm1
+    if stream.update is None:
+        x_hat, rstd, _, _ = call.ops.normalize(stream.base, eps, kind, call.dtype)
+        return stream.base, x_hat, rstd
+    x, x_hat, rstd, _, _ = call.ops.add_normalize(stream.base, stream.update, eps, kind, call.dtype)
+    return x, x_hat, rstd
+
+
+class _Tokens(NamedTuple):
+    """Queries of the rows that are read, keys and values of the image-side tokens: views of one packed
+    projection (B, N, 3, H, D) where every image-side row and no other is read, else of their own, so that
+    what backward does not need is not kept alive by what it does.
+
+    q_rstd, k_rstd: with query-key normalisation, and q, k are then q̂, k̂.
+    """
+
+    qkv: torch.Tensor | None
+    q: torch.Tensor  # (B, R, H, D)
+    kv: torch.Tensor | None  # (B, N, 2, H, D)
+    k: torch.Tensor | None  # (B, N, H, D); k, v None where no gradient flows through them
+    v: torch.Tensor | None
+    q_rstd: torch.Tensor | None
+    k_rstd: torch.Tensor | None
+
+
+class _Prompts(NamedTuple):
+    """Keys and values of the prompts. k_rstd: with query-key normalisation, and k is then k̂."""
+
+    kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
+    k: torch.Tensor | None = None  # (1 or B, m, H, D)
+    v: torch.Tensor | None = None
+    k_rstd: torch.Tensor | None = None
+
+
+def _project_tokens(
+    x_hat: torch.Tensor,
+    prompt_x_hat: torch.Tensor | None,
+    rotation: Rotation | None,
+    w: BlockWeights,
+    call: _Call,
+) -> _Tokens:
+    """Projects x̂ (B, N, d) of the tokens, and for queries that (1 or B, m, d) of prompts whose outputs are
+    read."""
+    spec = call.spec
+    heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
+    qkv = kv = q_rstd = k_rstd = None
     if call.packed:
         qkv = F.linear(x_hat, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, *heads))
         q, k, v = _parts(qkv)
@@ -418,106 +532,52 @@ def _enter(
         q = _project(x_hat[:, call.image], w, 0, attn_dim).unflatten(-1, heads)
         kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
         k, v = _parts(kv)
-    del x_hat, codes
     if call.windows is not None and call.windows.pads is not None:
-        k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(dtype)
-
-    prompt_k = prompt_v = None
-    residual = x[:, call.image]
-    del x
-    if prompts is not None:
-        # Shared prompts are too few to be worth packing.
-        x_hat, rstd, codes, scale = ops.normalize(
-            prompts, eps1, norm1, dtype, pack=policy.pack and prompts.shape[0] > 1
-        )
-        prompt_kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, *heads))
-        prompt_k, prompt_v = _parts(prompt_kv)  # (1 or B, m, H, D)
-        if call.num_fresh_rows:
-            prompt_q = _project(x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
-            q = torch.cat((q, prompt_q.expand(batch, -1, -1, -1)), dim=1)  # (B, R, H, D)
-            fresh = prompts[:, call.fresh].to(residual.dtype)
-            residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
-        hold(
-            prompt_x_hat=x_hat if codes is None else codes,
-            prompt_scale=scale,
-            prompt_rstd=rstd,
-            prompt_kv=prompt_kv,
-        )
-        del x_hat, codes
-
-    q_in, k_in, prompt_k_in = q, k, prompt_k
+        k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(call.dtype)
+    if call.num_fresh_rows:
+        assert prompt_x_hat is not None
+        fresh_q = _project(prompt_x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
+        q = torch.cat((q, fresh_q.expand(x_hat.shape[0], -1, -1, -1)), dim=1)
     if spec.qk_norm is not None:
-        # q̂ and k̂ take the place of q and k in memory: backward needs nothing else of them.
         kind, q_eps, k_eps = spec.qk_norm
-        q_hat, q_rstd, _, _ = ops.normalize(q, q_eps, kind, dtype)
-        q = q.copy_(q_hat)
-        k_hat, k_rstd, _, _ = ops.normalize(k, k_eps, kind, dtype)
-        k.copy_(k_hat)
-        if call.keeps_image_keys:
-            hold(q_rstd=q_rstd)
-        if call.grad_tokens:
-            hold(k_rstd=k_rstd)
-        if prompt_k is not None:
-            prompt_k_hat, prompt_k_rstd, _, _ = ops.normalize(prompt_k, k_eps, kind, dtype)
-            prompt_k.copy_(prompt_k_hat)
-            hold(prompt_k_rstd=prompt_k_rstd)
-        del q_hat, k_hat
-        q_in = _affine(q, w.q_norm_weight, w.q_norm_bias)
-        k_in = _affine(k, w.k_norm_weight, w.k_norm_bias)
-        prompt_k_in = _affine(prompt_k, w.k_norm_weight, w.k_norm_bias)
+        q_rstd, k_rstd = _normalize_(q, q_eps, kind, call), _normalize_(k, k_eps, kind, call)
+    elif rotation is not None:
+        _rotate(call, rotation, q, k)
+    return _Tokens(qkv, q, kv, k, v, q_rstd, k_rstd)
+
+
+def _project_prompts(x_hat: torch.Tensor, w: BlockWeights, call: _Call) -> _Prompts:
+    """Projects x̂ (1 or B, m, d) of the prompts."""
+    spec = call.spec
+    attn_dim = spec.num_heads * spec.head_dim
+    kv = _project(x_hat, w, attn_dim, 3 * attn_dim).unflatten(-1, (2, spec.num_heads, spec.head_dim))
+    k, v = _parts(kv)
+    k_rstd = None
+    if spec.qk_norm is not None:
+        kind, _, k_eps = spec.qk_norm
+        k_rstd = _normalize_(k, k_eps, kind, call)
+    return _Prompts(kv, k, v, k_rstd)
+
+
+def _normalize_(x: torch.Tensor, eps: float, kind: str, call: _Call) -> torch.Tensor:
+    """Query-key normalisation: x̂ takes the place of x in memory, backward needs nothing else of it but the
+    rstd that is returned."""
+    x_hat, rstd, _, _ = call.ops.normalize(x, eps, kind, call.dtype)
+    x.copy_(x_hat)
+    return rstd
+
+
+def _attention_operands(
+    tokens: _Tokens, prompts: _Prompts, rotation: Rotation | None, w: BlockWeights, call: _Call
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Queries, keys and prompts' keys as attention takes them: of q̂ and k̂ the affine parts, then turned."""
+    if call.spec.qk_norm is None:
+        return tokens.q, tokens.k, prompts.k
+    q = _affine(tokens.q, w.q_norm_weight, w.q_norm_bias)
+    k = _affine(tokens.k, w.k_norm_weight, w.k_norm_bias)
     if rotation is not None:
-        _rotate(call, rotation, q_in, k_in)
-
-    out, lse = _attend(call, q_in, k_in, v, prompt_k_in, prompt_v)  # (B, R, H, D), (B, H, R)
-    hold(
-        qkv=qkv,
-        q=None if call.packed else q,
-        kv=kv if call.keeps_image_keys else None,
-        out=out if call.keeps_out else None,
-        lse=lse,
-    )
-    del q, k, v, qkv, kv, q_in, k_in
-    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
-    del out
-    hidden, x_hat, rstd, codes, scale = ops.add_normalize(
-        residual, update, eps2, norm2, dtype, pack=policy.pack
-    )
-    del update, residual
-    hold(x_hat2=x_hat if codes is None else codes, scale2=scale, rstd2=rstd)
-
-    # The MLP's hidden layer. With a norm in it, and to pack the derivative, the activation is formed anyway.
-    activate = activate or policy.pack or spec.mlp_norm is not None
-    keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
-    activated = codes = scale = None
-    if ops.linear_activate is not None and activate:
-        activated, u, codes = ops.linear_activate(
-            x_hat, w.fc1_weight, w.fc1_bias, spec.activation, pack=policy.pack, keep=keeps_mlp
-        )
-        del x_hat
-    else:
-        u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
-        del x_hat
-        if activate and (spec.activation in PACKED or (keeps_mlp and not policy.pack)):
-            activated, codes, scale = ops.activate(u, spec.activation, pack=policy.pack)
-        elif activate:  # nobody will ask for u
-            activated, codes = u, ops.activate_(u, spec.activation, pack=policy.pack)
-    if keeps_mlp:
-        hold(mlp=u if codes is None else codes, mlp_scale=scale)
-    del u, codes
-    if spec.mlp_norm is not None:
-        norm3, eps3 = spec.mlp_norm
-        activated, rstd, codes, scale = ops.normalize(activated, eps3, norm3, dtype, pack=policy.pack)
-        if keeps_mlp:
-            hold(x_hat3=activated if codes is None else codes, scale3=scale, rstd3=rstd)
-    return hidden, activated, kept
-
-
-def _normalize_stream(stream: Stream, call: _Call) -> tuple[torch.Tensor, ...]:
-    """The stream's sum, and what the first norm gives for it."""
-    (kind, eps), pack = call.spec.norm1, call.policy.pack and call.grad_tokens
-    if stream.update is None:
-        return stream.base, *call.ops.normalize(stream.base, eps, kind, call.dtype, pack=pack)
-    return call.ops.add_normalize(stream.base, stream.update, eps, kind, call.dtype, pack=pack)
+        _rotate(call, rotation, q, k)
+    return q, k, _affine(prompts.k, w.k_norm_weight, w.k_norm_bias)
 
 
 def _backward(
@@ -548,7 +608,7 @@ def _backward(
             grad_x_hat = grads.kv.flatten(2) @ w.qkv_weight[attn_dim:]
             grad_x_hat[:, call.image] += grads.q[:, :num_image].flatten(2) @ w.qkv_weight[:attn_dim]
         grad_tokens = ops.normalize_backward(
-            grad_x_hat, kept.x_hat1, kept.rstd1, kept.scale1, spec.norm1[0],
+            grad_x_hat, kept.x_hat1, kept.rstd1, None, spec.norm1[0],
             grad_hidden if call.packed else None, call.grad_dtype,
         )  # fmt: skip
         if not call.packed:
@@ -556,7 +616,7 @@ def _backward(
 
     grad_prompts = None
     if grad_prompts_wanted:
-        shared = kept.prompt_kv.shape[0] == 1
+        shared = kept.prompt_x_hat.shape[0] == 1
 
         def per_prompt(x: torch.Tensor) -> torch.Tensor:
             return x.sum(0, keepdim=True) if shared else x
@@ -567,7 +627,7 @@ def _backward(
             grad_fresh_q = grads.q[:, -call.num_fresh_rows :].flatten(2)
             grad_p_hat[:, call.fresh] += per_prompt(grad_fresh_q) @ w.qkv_weight[:attn_dim]
         grad_prompts = ops.normalize_backward(
-            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, kept.prompt_scale, spec.norm1[0]
+            grad_p_hat, kept.prompt_x_hat, kept.prompt_rstd, None, spec.norm1[0]
         )
         if call.num_fresh_rows:
             grad_prompts[:, call.fresh] += per_prompt(grad_hidden[:, num_image:].to(grad_prompts.dtype))
@@ -660,15 +720,9 @@ def _through_attention(
     # Attention's output: (B, R, d) -> (B, R, H, D)
     grad_out = (grad_hidden @ w.proj_weight).unflatten(-1, (spec.num_heads, spec.head_dim))
 
-    q, k, v = _unbind_kept(kept)
-    prompt_k, prompt_v = (None, None) if kept.prompt_kv is None else kept.prompt_kv.unbind(2)
-    q_hat, k_hat, prompt_k_hat = q, k, prompt_k
-    if spec.qk_norm is not None:
-        q = _affine(q_hat, w.q_norm_weight, w.q_norm_bias)
-        k = _affine(k_hat, w.k_norm_weight, w.k_norm_bias)
-        prompt_k = _affine(prompt_k_hat, w.k_norm_weight, w.k_norm_bias)
-        if rotation is not None:
-            _rotate(call, rotation, q, k)
+    tokens, prompts = _projections(kept, rotation, w, call)
+    q, k, prompt_k = _attention_operands(tokens, prompts, rotation, w, call)
+    v, prompt_v = tokens.v, prompts.v
 
     grad_q, grad_k, grad_prompt_kv = None, None, None
     if call.grad_tokens:
@@ -704,11 +758,11 @@ def _through_attention(
 
         if grad_q is not None:
             first = 0 if call.grad_tokens else num_image
-            through_norm(grad_q, w.q_norm_weight, q_hat[:, first:], kept.q_rstd[:, first:])
+            through_norm(grad_q, w.q_norm_weight, tokens.q[:, first:], tokens.q_rstd[:, first:])
         if call.grad_tokens:
-            through_norm(grad_k, w.k_norm_weight, k_hat, kept.k_rstd)
+            through_norm(grad_k, w.k_norm_weight, tokens.k, tokens.k_rstd)
         if grad_prompt_kv is not None:
-            through_norm(grad_prompt_kv[:, :, 0], w.k_norm_weight, prompt_k_hat, kept.prompt_k_rstd)
+            through_norm(grad_prompt_kv[:, :, 0], w.k_norm_weight, prompts.k, prompts.k_rstd)
     return grads
 
 
@@ -747,15 +801,25 @@ def _rotate(
         call.ops.rotate_(q[:, rows], sin[table], cos[table], inverse=inverse)
 
 
-def _unbind_kept(kept: _Kept) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    if kept.qkv is not None:
-        q, k, v = kept.qkv.unbind(2)
-        return q, k, v
-    assert kept.q is not None
-    if kept.kv is None:
-        return kept.q, None, None
-    k, v = kept.kv.unbind(2)
-    return kept.q, k, v
+def _projections(
+    kept: _Kept, rotation: Rotation | None, w: BlockWeights, call: _Call
+) -> tuple[_Tokens, _Prompts]:
+    """What the projections gave in forward, as it was kept or formed anew: by the same products, so that it
+    is what the log-sum-exp was made of to the last bit."""
+    if call.projects_tokens_anew:
+        tokens = _project_tokens(kept.x_hat1, kept.prompt_x_hat, rotation, w, call)
+    else:
+        if kept.qkv is not None:
+            q, k, v = kept.qkv.unbind(2)
+        else:
+            q, (k, v) = kept.q, (None, None) if kept.kv is None else kept.kv.unbind(2)
+        tokens = _Tokens(kept.qkv, q, kept.kv, k, v, kept.q_rstd, kept.k_rstd)
+    if kept.prompt_x_hat is None:
+        return tokens, _Prompts()
+    if call.projects_prompts_anew(kept.prompt_x_hat.shape[0]):
+        return tokens, _project_prompts(kept.prompt_x_hat, w, call)
+    k, v = kept.prompt_kv.unbind(2)
+    return tokens, _Prompts(kept.prompt_kv, k, v, kept.prompt_k_rstd)
 
 
 def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> torch.Tensor:

@@ -57,6 +57,7 @@ def kept_bytes(
     grad_tokens: bool,
     policy: MemoryPolicy,
     residual_dtype: torch.dtype | None = None,
+    prompts_formed: bool = False,
 ) -> int:
     """Bytes that one call of a block keeps for backward.
 
@@ -70,6 +71,8 @@ def kept_bytes(
         grad_tokens: whether anything below it is trained.
         policy: what is kept.
         residual_dtype: of the residual stream; None for float32 or more.
+        prompts_formed: whether prompts that all images share are a tensor of this call's own, such as dropout
+            gives, and not the parameter itself.
     """
     heads = block.spec.num_heads
     attn_dim = heads * block.spec.head_dim
@@ -80,48 +83,45 @@ def kept_bytes(
     stat = max(size, torch.float32.itemsize)  # of rstd and lse
     num_rows = rows[1] - rows[0]
     fresh_rows = max(rows[1] - max(num_tokens, rows[0]), 0)
-    packed = grad_tokens and rows == (0, num_tokens)
     image_keys = grad_tokens or fresh_rows > 0
 
     copies, m = prompt_shape or (0, 0)
 
-    if policy.recompute_block:  # tokens and prompts; prompts that all images share are the parameter itself
+    if policy.recompute_block:  # tokens and prompts
         residual = _residual_size(dtype, residual_dtype)
-        return (batch_size * num_tokens * residual + (copies * m if copies > 1 else 0) * stat) * embed_dim
+        own = copies * m if copies > 1 or prompts_formed else 0
+        return (batch_size * num_tokens * residual + own * stat) * embed_dim
 
-    def x_hat(num: int, packed: bool, width: int = embed_dim) -> int:
-        """x̂ and rstd of `num` rows; packed with a scale."""
-        return num * (width + 2 * stat if packed else width * size + stat)
+    def x_hat(num: int, width: int = embed_dim, *, codes: bool = False) -> int:
+        """x̂ and rstd of `num` rows; or codes, with a scale."""
+        return num * (width + 2 * stat if codes else width * size + stat)
 
     total = 0
     if grad_tokens:
-        total += x_hat(batch_size * num_tokens, policy.pack)
-    if packed:
-        total += batch_size * num_tokens * 3 * attn_dim * size  # q, k, v
-    else:
+        total += x_hat(batch_size * num_tokens)
+    if not (policy.compact and grad_tokens):
         total += batch_size * num_rows * attn_dim * size  # q
         if image_keys:
             total += batch_size * num_tokens * 2 * attn_dim * size  # k, v
+        if block.spec.qk_norm is not None:  # rstd of q and k
+            total += batch_size * (num_rows * image_keys + num_tokens * grad_tokens) * heads * stat
     total += batch_size * (num_rows + (block.num_windows - 1) * fresh_rows) * heads * stat  # lse
-    if not policy.pack or not grad_tokens or block.backend.needs_out:
+    if not policy.compact or not grad_tokens or block.backend.needs_out:
         total += batch_size * num_rows * attn_dim * size  # out
-    total += x_hat(batch_size * num_rows, policy.pack)
-    if policy.pack:
+    total += x_hat(batch_size * num_rows, codes=policy.compact)
+    if policy.compact:
         is_gated = block.spec.activation in PACKED
         total += batch_size * num_rows * (hidden_dim + (2 * stat if is_gated else 0))  # derivative
     elif not policy.recompute_mlp:
         total += batch_size * num_rows * hidden_dim * size  # u
     if block.spec.mlp_norm is not None and not policy.recompute_mlp:
-        total += x_hat(batch_size * num_rows, policy.pack, activated_dim)
+        total += x_hat(batch_size * num_rows, activated_dim, codes=policy.compact)
     if prompt_shape is not None:
-        total += x_hat(copies * m, policy.pack and copies > 1) + copies * m * 2 * attn_dim * size
-    if block.spec.qk_norm is not None:
-        if image_keys:
-            total += batch_size * num_rows * heads * stat
-        if grad_tokens:
-            total += batch_size * num_tokens * heads * stat
-        if prompt_shape is not None:
-            total += prompt_shape[0] * prompt_shape[1] * heads * stat
+        total += x_hat(copies * m)
+        if not (policy.compact and copies > 1):
+            total += copies * m * 2 * attn_dim * size  # k, v
+            if block.spec.qk_norm is not None:
+                total += copies * m * heads * stat
     return total
 
 
@@ -212,7 +212,9 @@ def workspace_bytes(
         hidden + grad,  # fc1
         2 * grad,  # the norm before it
     )
-    attention = grad + out + qkv + parts
+    # What is projected anew.
+    anew = qkv + (parts if copies > 1 else 0) if policy.compact else 0
+    attention = grad + out + anew + qkv + parts
     if grad_tokens:
         left = 0 if packed else qkv
         attention = max(

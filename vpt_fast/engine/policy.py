@@ -13,20 +13,21 @@ import torch
 class MemoryPolicy:
     """What is kept between forward and backward.
 
-    pack: x̂ before attention and before the MLP, and the activation's derivative, in 8 bits; attention's
-        output not at all. Forward is exact; gradients carry the rounding of the codes.
+    compact: x̂ before the MLP and the activation's derivative in 8 bits; of attention nothing behind its x̂:
+        backward projects queries, keys and values anew (one more product) and does without the output.
+        Forward is exact; gradients carry the rounding of the codes.
     recompute_mlp: the MLP's pre-activation is formed again in backward (one more fc1). Exact.
     recompute_block: only the block's inputs are kept; forward runs again in backward. Exact.
     """
 
-    pack: bool = False
+    compact: bool = False
     recompute_mlp: bool = False
     recompute_block: bool = False
 
 
 POLICIES = {
     "exact": MemoryPolicy(),
-    "compact": MemoryPolicy(pack=True),
+    "compact": MemoryPolicy(compact=True),
     "recompute_mlp": MemoryPolicy(recompute_mlp=True),
     "recompute": MemoryPolicy(recompute_block=True),
 }
@@ -61,7 +62,7 @@ def choose_policy(step_bytes: Callable[[str], int], dtype: torch.dtype, free: in
     if free is None:
         return "exact"
     for name, policy in POLICIES.items():
-        if policy.pack and dtype.itemsize > 2:
+        if policy.compact and dtype.itemsize > 2:
             continue
         if step_bytes(name) <= free * _USABLE_SHARE:
             return name

@@ -268,7 +268,7 @@ class _ReduceFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         kind, eps = norm
         with without_autocast(x.device.type):
-            x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=policy.pack)
+            x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=policy.compact)
             layer = _layer(weight, x.shape[-1], dtype)
             output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
         ctx.save_for_backward(weight, x_hat if codes is None else codes, rstd, scale)
