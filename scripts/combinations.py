@@ -161,26 +161,30 @@ def page(built: dict[str, tuple[Combination, TunedModel | ValueError]]) -> str:
         by_setting.append((f"`{setting_text(settings)}`", *cells))
     return f"""# What works on which backbone
 
-Written by `python scripts/combinations.py`, which builds every combination on a small backbone of each kind.
-`tests/test_combinations.py` holds this page to that, trains a step of each combination that works, and checks
-that each other raises a message that names both sides of it.
+Which tuning methods, and which settings of prompts, work on which kind of backbone.
 
-ViT is timm's `VisionTransformer`; DINOv3 and EVA are timm's `Eva`, with rotary positions
-([backbones.md](backbones.md)); [Swin](swin.md) is `SwinTransformer`; [ConvNeXt](convnets.md) stands for
-MetaNeXt (InceptionNeXt) too, and ConvNet, a ResNet here, for the other families there. Those of which several
-convolutions read the image, RepVGG and MobileOne, take no `concat-channel`.
+- ViT is timm's `VisionTransformer` ([prompts.md](prompts.md)).
+- DINOv3 and EVA are timm's `Eva`, with rotary positions ([backbones.md](backbones.md)).
+- Swin is `SwinTransformer` ([swin.md](swin.md)).
+- ConvNeXt also stands for MetaNeXt (InceptionNeXt), and ConvNet for the other families
+  ([convnets.md](convnets.md)); a ResNet is built for it. RepVGG and MobileOne, in which several convolutions
+  read the image, do not support `concat-channel`.
+
+`python scripts/combinations.py` writes this page by building every combination on a small backbone of each
+kind. `tests/test_combinations.py` trains a step of each combination that works and checks that each of the
+others raises an error that names both sides.
 
 ## Methods
 
-As `--method`, with its own defaults ([methods.md](methods.md)); of a ConvNet's prompts with
+`--method` with its own defaults ([methods.md](methods.md)). On a ConvNet, prompts have
 `prompt_location=pad`.
 
 {table(("method", *header), by_method)}
 
 ## Settings of prompted models
 
-Which of `vpt-deep` and `vpt-shallow` take a setting ([prompts.md](prompts.md)), all others being the defaults
-but `prompt_location=pad` on a ConvNet.
+Which of `vpt-deep` and `vpt-shallow` support each setting ([prompts.md](prompts.md)). All other settings are
+the defaults, except `prompt_location=pad` on a ConvNet.
 
 {table(("setting", *header), by_setting)}
 """

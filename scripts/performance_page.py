@@ -28,19 +28,19 @@ PAGE, README, ENGINE = Path("docs/performance.md"), Path("README.md"), Path("doc
 
 IN_WORDS = {
     "vpt_fast": "vpt_fast",
-    "vpt_fast_graphed": "vpt_fast, the step in one CUDA graph",
-    "vpt_fast_bfloat16_residual": "vpt_fast, residual stream in bfloat16",
+    "vpt_fast_graphed": "vpt_fast in a CUDA graph",
+    "vpt_fast_bfloat16_residual": "vpt_fast, bfloat16 residual stream",
     "vpt_fast_reduce_overhead": 'vpt_fast in `torch.compile(mode="reduce-overhead")`',
-    "vpt_fast_bfloat16_residual_graphed": "vpt_fast, the step in one CUDA graph, residual stream in bfloat16",
-    "concat_reference": "in the manner of the official code",
+    "vpt_fast_bfloat16_residual_graphed": "vpt_fast in a CUDA graph, bfloat16 residual stream",
+    "concat_reference": "concatenation as in the official code",
     "concat_timm": "timm blocks on the concatenated sequence",
     "concat_timm_compiled": "timm blocks on the concatenated sequence, compiled",
-    "concat_timm_compiled_graphed": "timm blocks on the concatenated sequence, compiled, in one CUDA graph",
+    "concat_timm_compiled_graphed": "timm blocks on the concatenated sequence, compiled, in a CUDA graph",
     "concat_timm_checkpointed": "timm blocks on the concatenated sequence, with activation checkpointing",
     "concat_timm_max_autotune": "timm blocks on the concatenated sequence, compiled with max-autotune",
     "concat_timm_amp": "timm blocks on the concatenated sequence, under autocast",
     "concat_timm_amp_compiled": "timm blocks on the concatenated sequence, under autocast, compiled",
-    "no_prompts": "for comparison: no prompts at all, same backward",
+    "no_prompts": "for comparison: timm blocks without prompts, backward through all of them",
 }
 IN_README = (
     "vpt_fast",
@@ -65,7 +65,19 @@ DETERMINISTIC = ("flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash")  # 
 USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
 MOST_KERNELS = 10  # of a profile
 
-UNGRAPHED = "In this run no concatenation was replayed from a CUDA graph."
+ROW_NAMES = (  # what the names of implementations say
+    "`vpt_fast` is this package. *Memory* names its memory policy ([engine.md](engine.md#keeping-less)), and "
+    "`bfloat16_residual` a residual stream in bfloat16.",
+    "`concat_timm` runs timm's blocks on the concatenated sequence; `concat_reference` does so without fused "
+    "attention, as in the official code.",
+    "`compiled` is `torch.compile`, `amp` autocast. `checkpointed` keeps only the input of each block, like "
+    "memory recompute.",
+    "`graphed` replays the whole step (forward, backward and optimizer) from one CUDA graph, by the same "
+    "code for vpt_fast and for concatenation.",
+    "`no_prompts`, a reference point, runs timm's blocks without prompts, with a backward pass through all "
+    "of them.",
+)
+UNGRAPHED = "Concatenation was not run in a CUDA graph in this measurement."
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -326,7 +338,7 @@ def throughput_section(group: Group) -> str:
         ("images/s (min–max)", spread("images_per_second")),
         ("× best concatenation", speed),
         ("gradient error", field("gradient_error", ".1e")),
-        ("kept, MiB an image", field("kept_mib_per_image")),
+        ("kept, MiB per image", field("kept_mib_per_image")),
         ("peak, MiB", field("peak_mib", ",.0f")),
         ("largest batch", field("largest_batch", "d")),
         ("essential TFLOP/s", field("essential_tflops")),
@@ -336,7 +348,7 @@ def throughput_section(group: Group) -> str:
     rows = sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
     source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
     if ceiling := group.report.content.get("ceiling_tflops"):
-        source += f"; the ceiling is that of one large product, {number(ceiling)} TFLOP/s"
+        source += f"; ceiling: one large matrix product, {number(ceiling)} TFLOP/s"
     parts = [f"#### {group.title()}", source, table(rows, columns)]
     slower = [
         f"{name_of(row)} ({group.ratio(row):.2f})"
@@ -383,8 +395,9 @@ def attention_section(report: Report) -> str:
     text = [
         "### Attention",
         paragraph(
-            f"Forward and backward of one layer, {report.content['dtype']}, each library with the",
-            "concatenation that it needs:",
+            f"Forward and backward of one attention layer, {report.content['dtype']}. The times of libraries",
+            "include concatenating prompts and image; *× without concatenation* compares with a library that",
+            "is given the concatenated keys and values. Measured with",
             f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
         ),
         table([row for row in report.rows if row["impl"] not in absent], columns),
@@ -393,9 +406,10 @@ def attention_section(report: Report) -> str:
     if timed := [f"`{name}`" for name in DETERMINISTIC if name in there]:
         text.append(
             paragraph(
-                f"In backward {' and '.join(timed)} ran in deterministic mode, in which vpt_fast trains with",
-                "it so that runs repeat bit for bit, as our kernels do. A library's own default mode, which",
-                "may be faster, was not timed. `sdpa_cudnn` has no deterministic mode.",
+                f"The backward pass of {' and '.join(timed)} was timed in deterministic mode, which vpt_fast",
+                "selects when it trains with these libraries, so that runs are reproducible bit for bit as",
+                "with our kernels. Their default mode may be faster and was not timed. `sdpa_cudnn` has no",
+                "deterministic mode.",
             )
         )
     text += [f"Not measured: `{name}`: {reason}." for name, reason in absent.items()]
@@ -424,7 +438,7 @@ def kernels_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### The other operations",
-            f"{report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
+            f"In {report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
             table(report.rows, columns),
             *lost(report.rows, "ratio", "the best other implementation"),
         ]
@@ -435,7 +449,7 @@ def lost(rows: list[Row], ratio: str, peer: str) -> list[str]:
     """How many of our kernels' rows are slower than their peer; nothing where none has a peer."""
     ours = [row for row in rows if row["impl"] in OUR_KERNELS and row.get(ratio) is not None]
     slower = sum(row[ratio] < 1 for row in ours)
-    return [f"Our kernels are slower than {peer} in {slower} of {len(ours)} rows."] if ours else []
+    return [f"Our implementation is slower than {peer} in {slower} of {len(ours)} rows."] if ours else []
 
 
 def recipe_section(report: Report) -> str:
@@ -450,9 +464,9 @@ def recipe_section(report: Report) -> str:
         ("implementation", name_of),
         ("training step, ms (min–max)", spread("train_ms")),
         ("inference batch, ms (min–max)", spread("inference_ms")),
-        ("sweep, h, extrapolated", hours("sweep_seconds")),
-        ("five runs, h, extrapolated", hours("runs_seconds")),
-        ("task, h, extrapolated", hours("task_seconds")),
+        ("sweep, h (extrapolated)", hours("sweep_seconds")),
+        ("five runs, h (extrapolated)", hours("runs_seconds")),
+        ("task, h (extrapolated)", hours("task_seconds")),
         ("× best concatenation", field("ratio", ".2f")),
         ("", lambda row: row["error"] or ("" if row["exact"] else "wrong gradients")),
     ]  # fmt: skip
@@ -470,10 +484,10 @@ def recipe_section(report: Report) -> str:
     text = [
         "### A whole task",
         paragraph(
-            f"The VTAB-1k protocol on {setting}: a sweep of {protocol['points']} points of",
+            f"The time of the VTAB-1k protocol on {setting}: a sweep of {protocol['points']} trials of",
             f"{protocol['epochs']} epochs on {protocol['sweep_train']} images, then",
-            f"{protocol['runs']} runs on {protocol['run_train']}, with",
-            f"{protocol['val']} images evaluated after every epoch and",
+            f"{protocol['runs']} final runs on {protocol['run_train']} images, evaluating",
+            f"{protocol['val']} images after every epoch and",
             f"{protocol['test']:,} at the end of a run. Extrapolated from",
             f"{sum(step['train_steps'] for step in steps)} measured training steps and",
             f"{sum(step['inference_batches'] for step in steps)} inference batches:",
@@ -483,7 +497,7 @@ def recipe_section(report: Report) -> str:
     ]
     if content["end_to_end"]:
         text += [
-            "Measured end to end, training on JPEG files of 400×300 pixels:",
+            "Measured end to end, including data loading, on JPEG files of 400×300 pixels:",
             table(content["end_to_end"], loading),
         ]
     return "\n\n".join(text)
@@ -493,7 +507,7 @@ def profile_section(report: Report) -> str:
     content = report.content
     step, kinds = content["step_ms"], content["kinds_ms"]
     spent = [{"kind": kind, "ms": ms} for kind, ms in kinds.items()]
-    spent.append({"kind": "nothing runs", "ms": max(0.0, step - sum(kinds.values()))})
+    spent.append({"kind": "idle", "ms": max(0.0, step - sum(kinds.values()))})
 
     def share(row: Row) -> str:
         return f"{100 * row['ms'] / step:.0f} %"
@@ -516,8 +530,8 @@ def profile_section(report: Report) -> str:
             "### Where a step's time goes",
             paragraph(
                 f"`{content['implementation']}`{memory}, {setting}:",
-                f"{number(step)} ms a step under the profiler; without it the host is busy for",
-                f"{number(content['host_ms'])} ms.",
+                f"{number(step)} ms per step under the profiler. Without the profiler the CPU is busy for",
+                f"{number(content['host_ms'])} ms per step.",
                 f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE, 'results')}).",
             ),
             table(spent, columns),
@@ -553,14 +567,14 @@ def tune_section(report: Report) -> str:
         ("kernel", field("kernel")),
         ("shape", field("shape")),
         ("launches tried", field("tried", "d")),
-        ("recorded", launch("recorded")),
+        ("used", launch("recorded")),
         ("ms (min–max)", ms("recorded")),
-        ("the fastest right one", launch("best")),
+        ("fastest with right results", launch("best")),
         ("ms (min–max) ", ms("best")),
     ]
     return "\n\n".join(
         [
-            "### How kernels are launched",
+            "### Launch settings of the kernels",
             f"`python benchmarks/tune.py` ({report.link(PAGE, 'results')}).",
             table(found, columns),
         ]
@@ -573,7 +587,7 @@ def suite_section(report: Report) -> str:
     columns: list[Column] = [("part", field("part")), ("", field("state")), ("s", field("seconds", ".0f"))]
     return "\n\n".join(
         [
-            "### The suite",
+            "### The GPU test suite",
             f"`make gpu`: {passed} of {len(parts)} parts passed ({report.link(PAGE, 'results')}).",
             table(parts, columns),
         ]
@@ -596,24 +610,28 @@ def performance_page(root: Path, reports: list[Report]) -> str:
         "<!-- Written by scripts/performance_page.py from benchmarks/results; changes here are lost. -->",
         "# Performance",
         paragraph(
-            "Every number here is from a file in [benchmarks/results](../benchmarks/results); the command",
-            "beside it measures it anew. Times are medians; what stands in one table ran in turn in one",
-            "process. The gradient error is the largest relative error of a trained tensor's gradient, from",
-            "concatenation (of a bound: from itself) in float64 on random weights, checked in the same run.",
-            "A row in which it is more than rounding is marked, and compared with nothing. Rows that lost",
-            "stand beside those that won.",
+            "All measurements of vpt_fast and of the implementations it is compared with: training steps,",
+            "attention and the other kernels, and whole tasks. Every number comes from a file in",
+            "[benchmarks/results](../benchmarks/results), linked beside the command that repeats the",
+            "measurement. Settings in which vpt_fast is slower are included.",
         ),
         paragraph(
-            "Of what is `graphed` the whole step, forward, backward and optimizer, is replayed from one CUDA",
-            "graph, by the same code for vpt_fast and for concatenation. `concat_timm_checkpointed` keeps",
-            "what enters a block and no more, as memory recompute does.",
+            "Times are medians. The rows of one table were measured in one process, in alternation. The",
+            "gradient error is the largest relative error over the trained tensors, against concatenation in",
+            "float64 on random weights (for `no_prompts`, against the same model in float64), and is checked",
+            "in the same run. A row whose error exceeds rounding is marked and left out of comparisons.",
+            "*Essential TFLOP/s* counts only the operations that the result requires; the ceiling is the",
+            "speed of one large matrix product.",
+        ),
+        "\n".join(
+            textwrap.fill(name, 120, initial_indent="- ", subsequent_indent="  ") for name in ROW_NAMES
         ),
     ]
     if not any(report.on_gpu for report in reports):
         text.append(
             paragraph(
-                "No GPU results are committed yet; `make gpu` measures on one. What follows ran on a CPU,",
-                "where the same block is plain PyTorch, not Triton's kernels.",
+                "No GPU results are committed yet; `make gpu` measures them. What follows was measured on a",
+                "CPU, where the engine runs in plain PyTorch, without the Triton kernels.",
             )
         )
     for device in dict.fromkeys(report.device for report in reports):
@@ -663,7 +681,7 @@ def readme_table(group: Group, rows: list[Row]) -> str:
         ("dtype", field("dtype") if len({row["dtype"] for row in rows}) > 1 else lambda row: ""),
         ("images/s", field("images_per_second")),
         ("relative to the best concatenation", lambda row: f"{group.ratio(row):.2f}"),
-        ("kept for backward, MiB an image", field("kept_mib_per_image")),
+        ("kept for backward, MiB per image", field("kept_mib_per_image")),
         ("peak, MiB", field("peak_mib", ",.0f")),
     ]
     return table(rows, columns)
@@ -700,29 +718,29 @@ def readme_block(reports: list[Report]) -> str:
     ]
     for other in candidates:
         if group.report.on_gpu and other["model"] != group["model"] and is_alike(other, group):
-            title = f"Of {other.title()} ({other.report.link(README, 'results')}):"
+            title = f"{other.title()} ({other.report.link(README, 'results')}):"
             text += [paragraph(title), readme_table(other, ends(other))]
     ours = next((row for row in shown if row["impl"] == "vpt_fast"), None)
     bound = next((row for row in shown if row["impl"] == "no_prompts"), None)
-    closing = ["The gradients of each were checked against float64 in the same run."]
+    closing = ["The gradients of every row were checked against float64 in the same run."]
     graphed = next((row for row in shown if row["impl"] == "vpt_fast_graphed"), None)
     if ours and graphed and graphed["images_per_second"] > 1.2 * ours["images_per_second"]:
         closing.append(
-            "Without the graph the GPU waits for the processor that launches its kernels, and the more the "
-            "slower that one is."
+            "Without a CUDA graph the GPU waits for the CPU to launch its kernels, so the speed depends on "
+            "the CPU."
         )
     if group.graphs_ours_alone:
         closing.append(UNGRAPHED)
     if ours and bound:
         share = ours["images_per_second"] / bound["images_per_second"]
-        closing.append(f"vpt_fast runs at {share:.2f} times the speed of no prompts at all.")
+        closing.append(f"vpt_fast runs at {share:.2f} times the speed of timm's blocks without prompts.")
     if not group.report.on_gpu:
         closing.append(
-            "On a CUDA GPU the same block runs on Triton kernels ([docs/kernels.md](docs/kernels.md)). They "
+            "On a CUDA GPU the engine runs on Triton kernels ([docs/kernels.md](docs/kernels.md)). They "
             "are checked in Triton's interpreter and built ahead of time; no GPU results are committed yet, "
-            "and `make gpu` measures on one."
+            "and `make gpu` measures them."
         )
-    closing.append(f"[{PAGE}]({PAGE}) has every setting that was measured, and what lost.")
+    closing.append(f"[{PAGE}]({PAGE}) has every measured setting, including those where vpt_fast is slower.")
     return "\n\n".join([*text, paragraph(*closing)])
 
 

@@ -15,12 +15,12 @@ from vpt_fast.flags import JsonFlag
 def backbones(
     as_json: JsonFlag = False,
     addresses: Annotated[
-        bool, typer.Option("--addresses", help="Where the files are published, too.")
+        bool, typer.Option("--addresses", help="Also print where each file is published.")
     ] = False,
 ) -> None:
-    """The paper's backbones by its names, for --backbone: architecture, file, whether timm has the weights.
+    """List the backbones of the VPT paper by the names that --backbone takes.
 
-    Every Vision Transformer and Swin of timm's goes by its own name too.
+    Every Vision Transformer, Swin and supported ConvNet of timm works too, by its timm name.
     """
     from vpt_fast.backbones.known import KNOWN
     from vpt_fast.backbones.resolve import table

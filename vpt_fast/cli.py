@@ -53,7 +53,7 @@ def root(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
     ] = False,
 ) -> None:
-    """Visual Prompt Tuning of a frozen Vision Transformer, without the dead work."""
+    """Visual Prompt Tuning of frozen vision transformers: train, evaluate and compare."""
     if version:
         from importlib.metadata import version as installed
 
@@ -73,21 +73,21 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file of these settings (a run's config.yaml is one); flags go over it.",
+            help="YAML file with any of these settings, such as a run's config.yaml; flags override it.",
             rich_help_panel="Run",
         ),
     ] = None,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Start over: remove the run that --out holds.", rich_help_panel="Run"),
+        typer.Option("--fresh", help="Delete the run in --out and start over.", rich_help_panel="Run"),
     ] = False,
     debug: DebugFlag = False,
     **flags: Any,
 ) -> None:
-    """Train visual prompts, or a linear probe, on a folder of images.
+    """Train prompts, or another tuning method, on a folder of images.
 
-    Ctrl-C stops after the step at hand; the same command goes on after the last completed epoch, to the
-    results of an uninterrupted run. Under torchrun, the processes share every batch.
+    Ctrl-C stops after the current step. The same command resumes after the last completed epoch and gives the
+    results of an uninterrupted run. Under torchrun, the processes share each batch.
 
     [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
     """
@@ -117,34 +117,32 @@ def train(
 @app.command("eval")
 def evaluate(
     run: RunArgument,
-    data: Annotated[str, typer.Option(help="Images, laid out as for train; for a task's run, its folder.")],
-    split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
+    data: Annotated[str, typer.Option(help="Images, as for train; for a benchmark task, its folder.")],
+    split: Annotated[Literal["val", "test"], typer.Option(help="Split to evaluate.")] = "val",
     as_json: JsonFlag = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Images per forward pass; of a segmentation run windows.",
-            show_default="64; 16 of a segmentation run",
+            help="Images per forward pass; windows for segmentation.",
+            show_default="64; 16 for segmentation",
         ),
     ] = None,
     multi_scale: Annotated[
         bool,
-        typer.Option(
-            "--multi-scale", help="Of a segmentation run: average over six scales, and mirrored images."
-        ),
+        typer.Option("--multi-scale", help="Segmentation: average over six scales, each also mirrored."),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads that decode images.", show_default="all cores")
+        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
     ] = None,
     data_root: Annotated[
         str | None,
-        typer.Option(help="Where a data set that timm names is kept.", show_default="the library's own"),
+        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
     ] = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Accuracy of a run on a split, of a segmentation run mIoU, for each class too (in fp32)."""
+    """Evaluate a run in fp32: accuracy, or mIoU for segmentation, overall and per class."""
     with one_line_errors(debug):
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
@@ -215,7 +213,7 @@ def _evaluate_scenes(
 def predict(
     run: RunArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or patterns.")
+        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or glob patterns.")
     ],
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Classes to print for each image.", show_default="1")
@@ -223,7 +221,7 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Of a segmentation run: folder for masks and overlays.",
+            help="Segmentation: folder for masks and overlays.",
             show_default="RUN/predictions",
             **PATH,
         ),
@@ -232,7 +230,7 @@ def predict(
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Classify images, or segment them; exits with 1 when one of them cannot be read."""
+    """Classify or segment images. The exit status is 1 if an image cannot be read."""
     with one_line_errors(debug):
         from vpt_fast.inference import Classifier, LoadedRun, expand_images
 
@@ -272,14 +270,14 @@ def predict(
 
 @app.command()
 def methods(
-    backbone: Annotated[str, typer.Option(help="timm name.")] = "vit_base_patch16_224",
+    backbone: Annotated[str, typer.Option(help="Backbone, as for train.")] = "vit_base_patch16_224",
     backbone_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="As for train.", show_default="none")
     ] = None,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """What each method trains and stores, and what the paper's 24 tasks come to, in backbones."""
+    """Count the parameters each method trains and stores, for one task and for the paper's 24 tasks."""
     with one_line_errors(debug):
         from vpt_fast.parameters import count_parameters, table
 
@@ -299,10 +297,10 @@ def methods(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for images and runs.", **PATH)] = Path("runs/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what is there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again even if the runs exist.")] = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Linear probe, VPT-Shallow and VPT-Deep on real handwritten digits, in under 3 minutes on two cores."""
+    """Compare linear probe, VPT-Shallow and VPT-Deep on handwritten digits, in under 3 minutes on 2 cores."""
     with one_line_errors(debug):
         from vpt_fast.demo import run_demo
 

@@ -17,26 +17,25 @@ if TYPE_CHECKING:  # torch: imported by the commands
     from vpt_fast.data import Splits
     from vpt_fast.data.check import SplitFound, TaskFound
 
-app = typer.Typer(
-    no_args_is_help=True, help="Benchmark tasks on disk: what is there, and making what is not."
-)
+app = typer.Typer(no_args_is_help=True, help="Check benchmark tasks on disk, or prepare them.")
 
 
 @app.command()
 def check(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds the tasks' folders.")],
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the folders of the tasks.")],
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Task, or vtab or fgvc for all of them; may be repeated.", show_default="what is there"
+            help="Task, or vtab or fgvc for a whole suite; may be repeated.",
+            show_default="all that are found",
         ),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Report images, classes and missing files of the tasks in DIR; exits with 1 when something is missing.
+    """Report images, classes and missing files of the tasks in DIR. The exit status is 1 if any are missing.
 
-    Lists are read and files are asked for; no image is decoded. A DIR with none of the tasks is reported as
-    train would read it.
+    Files are checked for existence; no image is decoded. A DIR without any task is reported as train would
+    read it.
     """
     with one_line_errors(debug):
         from vpt_fast.data import TASKS, DataError, find_task, open_splits
@@ -104,27 +103,27 @@ def _count(split: SplitFound) -> str:
 
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Option(help="Task of VTAB-1k, such as vtab/cifar.")],
+    task: Annotated[str, typer.Option(help="VTAB-1k task, such as vtab/cifar.")],
     source: Annotated[
         str,
         typer.Option(
             "--from",
             metavar="SOURCE",
-            help="The task's set in TensorFlow Datasets, such as tfds/cifar100, or a folder of shards, or of "
-            "the original files of CLEVR, KITTI, dSprites or smallNORB.",
+            help="The data set in TensorFlow Datasets, such as tfds/cifar100; or a folder with WebDataset "
+            "shards, or with the original files of CLEVR, KITTI, dSprites or smallNORB.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write the task's folder in.", **PATH)],
+    out: Annotated[Path, typer.Option(help="Folder in which the task's folder is written.", **PATH)],
     data_root: Annotated[
         str | None,
-        typer.Option(help="Where TensorFlow Datasets keeps its sets.", show_default="the library's own"),
+        typer.Option(help="Folder of TensorFlow Datasets.", show_default="the library's own"),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Make VTAB-1k's 800 + 200 training images and the test images of a task from its full data set.
+    """Write the VTAB-1k splits of a task (800 + 200 training images, and test) from its full data set.
 
-    Ctrl-C stops; the same command goes on. From TensorFlow Datasets the images are VTAB-1k's own; from shards
-    and original files they are a choice of the same form.
+    Ctrl-C stops; the same command resumes. From TensorFlow Datasets, the images are those of VTAB-1k. From
+    shards or original files, they are a different selection of the same kind.
     """
     with one_line_errors(debug):
         from vpt_fast.data import find_task

@@ -28,12 +28,15 @@ def _path(text: str) -> Path:
 # Of an option that names what is written: an empty text, as of a shell's variable that is not set, is none.
 PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}
 
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DeviceFlag = Annotated[
-    str | None, typer.Option(help="Such as cpu or cuda:0.", show_default="CUDA where there is a GPU")
+    str | None,
+    typer.Option(help="Device, such as cpu or cuda:0.", show_default="cuda if available, else cpu"),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder in one.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder inside it.")
+]
 
 
 @contextlib.contextmanager

@@ -15,11 +15,13 @@ from vpt_fast.recipe import Recipe, yaml_value
 
 
 def import_prompts(
-    file: Annotated[Path, typer.Argument(help="The official code's file: a whole model, or prompt_epN.pth.")],
-    backbone: Annotated[str, typer.Option(help="As for train: what the prompts were trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: settings, prompts and head.", **PATH)],
+    file: Annotated[
+        Path, typer.Argument(help="File saved by the official code: a whole model, or prompt_epN.pth.")
+    ],
+    backbone: Annotated[str, typer.Option(help="Backbone that the prompts were trained on, as for train.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.", **PATH)],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File to load the backbone's weights from.", show_default="none")
+        Path | None, typer.Option(help="File with the backbone's weights.", show_default="none")
     ] = None,
     pretrained: Annotated[
         bool | None,
@@ -36,17 +38,17 @@ def import_prompts(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Setting of MODEL.PROMPT that the tensors do not tell, such as VIT_POOL_TYPE=img_pool; may "
-            "be repeated.",
+            help="Official setting below MODEL.PROMPT that the file does not record, such as "
+            "VIT_POOL_TYPE=img_pool; may be repeated.",
             show_default="the official defaults",
         ),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Of a new head, for prompt_epN.pth, which has none.")
+        int | None, typer.Option(min=1, help="For prompt_epN.pth, which has no head: classes of the new one.")
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Turn prompts that the official code (KMnP/vpt) trained into a saved model of this package."""
+    """Convert prompts trained with the official code (KMnP/vpt) to a saved model of this package."""
     with one_line_errors(debug):
         from vpt_fast import official
 
@@ -95,12 +97,12 @@ def export_prompts(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="sup, mae or mocov3: the official class of the backbone.", show_default="by its name"
+            help="Official backbone class: sup, mae or mocov3.", show_default="by the backbone's name"
         ),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Write a saved model's prompts and head as the official code (KMnP/vpt) reads them."""
+    """Convert a saved model's prompts and head to a file for the official code (KMnP/vpt)."""
     with one_line_errors(debug):
         from vpt_fast import PromptedViT, load_pretrained, official
         from vpt_fast.swin import PromptedSwin

@@ -137,174 +137,185 @@ class Recipe:
 
     data: str = _knob(
         REQUIRED,
-        "Folder of class folders, or of train/, val/ (and test/) that hold them, or of WebDataset shards; "
-        "a data set by timm's name (torch/, hfds/, wds/, tfds/...); with --task, the folder that holds it.",
+        "Folder with one folder of images per class, or with train/, val/ and optionally test/ that "
+        "hold these or WebDataset shards; or a timm data set name (torch/, hfds/, wds/, tfds/...). With "
+        "--task, the folder of the task, or the one above it.",
         DATA,
         result=False,
     )
     task: str | None = _knob(
         None,
-        "Benchmark task in --data, such as vtab/cifar or fgvc/cub; it sets what follows. Or segmentation: of "
-        "a folder in ADE20k's layout.",
+        "Benchmark task, such as vtab/cifar or fgvc/cub, which sets the defaults of the flags below; or "
+        "segmentation, for --data in ADE20k's layout.",
         DATA,
         shown="none",
     )
     data_root: str | None = _knob(
-        None, "Where a data set that timm names is kept.", DATA, shown="the library's own", result=False
+        None, "Folder that holds timm data sets.", DATA, shown="the library's own", result=False
     )
     train_on: Literal["train", "train+val"] = _knob(
-        "train", "Images to train on; with train+val nothing is left to validate on.", DATA
+        "train", "Splits to train on. With train+val there is no validation.", DATA
     )
     test: bool = _knob(False, "Evaluate on the test images after the last epoch.", DATA, result=False)
     train_fraction: float = _knob(
-        1.0, "Share of each class's training images to use, drawn by the seed (the paper's Fig. 3).", DATA
+        1.0, "Fraction of each class's training images to use, drawn with --seed.", DATA
     )
     val_fraction: float = _knob(
-        0.2, "Share of each class held out for validation where there is no val/.", DATA
+        0.2, "Fraction of each class held out for validation if there is no val/.", DATA
     )
     ignore_zero: bool | None = _knob(
-        None, "Label 0 is no class (segmentation).", DATA, shown="on with 150 classes, as in ADE20k"
+        None,
+        "Segmentation: label 0 is no class, and label 1 the first.",
+        DATA,
+        shown="on with 150 classes, as in ADE20k",
     )
     normalization: Literal["backbone", "imagenet", "inception", "none"] | None = _knob(
-        None, "Mean and standard deviation of the images.", DATA, shown="the task's: imagenet; else backbone"
+        None,
+        "Mean and standard deviation to normalise images with.",
+        DATA,
+        shown="imagenet with a benchmark --task, else backbone",
     )
     augment: Literal["none", "flip", "crop_flip"] | None = _knob(
         None, "Augmentation of the training images.", DATA, shown="crop_flip for fgvc tasks, else none"
     )
     resize: Literal["squash", "shortest"] | None = _knob(
         None,
-        "Resize to the exact size, or to cover it with the shape kept and crop.",
+        "squash: resize to the model's input size. shortest: keep the aspect ratio, and crop.",
         DATA,
         shown="squash; shortest for fgvc tasks and with --augment crop_flip",
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = _knob(
-        None, "Filter that resizes.", DATA, shown="the backbone's own"
+        None, "Interpolation when resizing.", DATA, shown="the backbone's own"
     )
     resident: Literal["auto", "device", "host", "off"] = _knob(
         "auto",
-        "Where decoded images are kept: on the device, in the host's memory, or not; auto is what fits.",
+        "Where decoded images are cached: device or host memory, or nowhere (off); auto is by free memory.",
         DATA,
         result=False,
     )
     workers: int | None = _knob(
-        None, "Threads or processes that decode images.", DATA, shown="all cores", result=False
+        None, "Threads or processes for decoding images.", DATA, shown="all cores", result=False
     )
 
     backbone: str = _knob(
         REQUIRED,
-        "timm name of the Vision Transformer, Swin or ConvNet to tune, a name of the paper's "
-        "(vpt-fast backbones), or vpt_fast_demo.",
+        "timm name of a Vision Transformer, Swin or ConvNet; a name from the paper's code (see vpt-fast "
+        "backbones); or vpt_fast_demo.",
         MODEL,
     )
     method: str = _knob(
         "vpt-deep",
-        f"What is trained, besides the linear head: {', '.join(METHODS)} (K blocks, K layers).",
+        f"Tuning method: {', '.join(METHODS)}. K is the number of layers (mlp) or blocks (partial).",
         MODEL,
     )
     pretrained: bool | None = _knob(
         None, "Load the backbone's published weights.", MODEL, shown="on without --checkpoint"
     )
     checkpoint: str | None = _knob(
-        None, "File to load the backbone's weights from.", MODEL, shown="none", result=False
+        None, "File with the backbone's weights.", MODEL, shown="none", result=False
     )
     backbone_arg: dict[str, Any] = _knob(
         {},
-        "Keyword argument for timm's create_model, such as img_size=384; may be repeated.",
+        "Keyword argument for timm.create_model, such as img_size=384; may be repeated.",
         MODEL,
         shown="none",
         metavar="KEY=VALUE",
     )
     pool: Literal["cls", "image", "prompts", "image_and_prompts"] | None = _knob(
-        None, "Output tokens whose mean the head reads.", MODEL, shown="the backbone's own"
+        None, "Output tokens that are averaged for the head.", MODEL, shown="the backbone's own"
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = _knob(
         None, "Data type of the frozen weights.", MODEL, shown="the backbone's own"
     )
     residual_dtype: Literal["bfloat16"] | None = _knob(
         None,
-        "Data type of the tokens between blocks (vpt-deep and vpt-shallow on a Vision Transformer).",
+        "Data type of the residual stream (vpt-deep and vpt-shallow on a Vision Transformer).",
         MODEL,
         shown="float32",
     )
     backend: Literal["auto", "torch", "triton", "triton_fused_mlp"] = _knob(
-        "auto", "Implementation of the frozen blocks; auto is Triton's kernels on CUDA.", MODEL
+        "auto", "Implementation of the frozen blocks; auto uses Triton kernels on supported GPUs.", MODEL
     )
     attention: Literal[
         "auto", "flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash", "sdpa_cudnn", "sdpa_cpu"
-    ] = _knob("auto", "Attention: the backend's own, or a FlashAttention package by name.", MODEL)
+    ] = _knob("auto", "Attention implementation; auto is the backend's own.", MODEL)
     memory: Literal["auto", "exact", "compact", "recompute_mlp", "recompute"] = _knob(
-        "auto", "What is kept for backward; auto is the fastest that fits the free memory.", MODEL
+        "auto",
+        "Activations kept for the backward pass; auto is the fastest choice that fits in free memory.",
+        MODEL,
     )
 
-    head_channels: int = _knob(256, "Channels of the head's stages (segmentation).", MODEL)
-    aux_weight: float = _knob(0.4, "Weight of each auxiliary head's loss (segmentation).", MODEL)
-    adapter_reduction: int = _knob(8, "The backbone's width over the adapters' (adapter).", MODEL)
-    lora_rank: int = _knob(8, "Rank of the updates (lora).", MODEL)
+    head_channels: int = _knob(256, "Segmentation: channels of the head.", MODEL)
+    aux_weight: float = _knob(0.4, "Segmentation: weight of each auxiliary loss.", MODEL)
+    adapter_reduction: int = _knob(8, "adapter: ratio of the backbone's width to the bottleneck's.", MODEL)
+    lora_rank: int = _knob(8, "lora: rank of the updates.", MODEL)
 
     num_prompts: int | None = _knob(
         None,
-        "Prompts per prompted block (pixels of border for --prompt-location pad).",
+        "Prompts per prompted block; for --prompt-location pad the border in pixels, for concat-channel the "
+        "extra channels.",
         PROMPTS,
         shown=f"{NUM_PROMPTS}; derived for add and add-1",
     )
     prompt_layers: int | list[int] | None = _knob(
         None,
-        "Blocks with prompts of their own (vpt-deep): K the first K, -K the last K, I,J,... these indices.",
+        "vpt-deep: blocks that get prompts; K for the first K, -K for the last K, I,J,... by index from 0.",
         PROMPTS,
         shown="all",
         metavar="K|-K|I,J,...",
     )
     after_prompts: Literal["flow", "drop"] = _knob(
         "flow",
-        "After the last prompted block the prompts' outputs flow on as tokens, or are dropped.",
+        "Whether the prompts' outputs stay in the sequence (flow) or are dropped in later blocks without "
+        "prompts of their own.",
         PROMPTS,
     )
     prompt_location: Literal["prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel"] = _knob(
-        "prepend", "Where prompts enter (the paper's Fig. 5).", PROMPTS
+        "prepend", "Where prompts are inserted (the paper's Fig. 5).", PROMPTS
     )
-    prompt_shared: bool = _knob(False, "One set of prompts for all prompted blocks.", PROMPTS)
+    prompt_shared: bool = _knob(False, "Share one set of prompts between all prompted blocks.", PROMPTS)
     prompt_project: int | None = _knob(
         None,
-        "Prompts live in this many dimensions and a trained linear layer lifts them.",
+        "Dimension of the prompts before a trained linear layer projects them to the model's width.",
         PROMPTS,
         shown="off",
     )
     prompt_dropout: float | None = _knob(
-        None, "Dropout probability on prompts.", PROMPTS, shown="0.1 for deep prompts, else 0"
+        None, "Dropout probability of the prompts.", PROMPTS, shown="0.1 for deep prompts, else 0"
     )
     prompt_dropout_per: Literal["image", "batch"] = _knob(
-        "image", "One dropout mask for each image, or one for the whole batch.", PROMPTS
+        "image", "Draw a dropout mask per image, or one per batch.", PROMPTS
     )
 
     epochs: int = _knob(100, "Passes over the training images.", OPTIMISATION)
     warmup_epochs: int | None = _knob(
         None,
-        "Epochs of linear warm-up; the first of them has a learning rate of 0.",
+        "Epochs of linear warm-up; the first has a learning rate of 0.",
         OPTIMISATION,
-        shown="a tenth of the epochs, at most 10; with the methods of AdamW at most 5; 0 for segmentation",
+        shown="a tenth of the epochs, at most 10 (5 for methods that use AdamW); 0 for segmentation",
     )
     schedule: Literal["cosine", "poly"] | None = _knob(
         None,
-        "How the learning rate falls after warm-up: half a cosine, or a polynomial of power 0.9.",
+        "Learning rate decay after warm-up: cosine, or polynomial of power 0.9 (poly).",
         OPTIMISATION,
         shown="cosine; poly for segmentation",
     )
     base_lr: float | None = _knob(
         None,
-        "Learning rate for a batch of 256; scaled by batch_size / 256.",
+        "Base learning rate; the peak rate is base_lr * batch_size / 256.",
         OPTIMISATION,
-        shown="1; 0.001 with the methods of AdamW",
+        shown="1; 0.001 for methods that use AdamW",
     )
     batch_size: int | None = _knob(
         None,
-        "Images per optimizer step, over all processes; a smaller training set is one step, by the same "
-        "learning rate.",
+        "Images per optimizer step, over all processes. A smaller training set makes one step per epoch, at "
+        "the same learning rate.",
         OPTIMISATION,
-        shown="64 from 100 prompts on, else 128; 2048 for linear, 1280 for partial, of --data with fewer "
-        "images 64; 16 for segmentation",
+        shown="128, or 64 with 100 or more prompts; 2048 for linear, 1280 for partial; 16 for segmentation; "
+        "64 if it would exceed the number of training images and there is no --task",
     )
     accumulate: int = _knob(
-        1, "Parts a batch is split into to save memory; the gradient is the same.", OPTIMISATION
+        1, "Split each batch into this many parts to save memory; the gradient is the same.", OPTIMISATION
     )
     optimizer: Literal["sgd", "adamw"] | None = _knob(
         None,
@@ -312,37 +323,37 @@ class Recipe:
         OPTIMISATION,
         shown="sgd; adamw for full, partial, bias, vpt+bias, adapter and lora",
     )
-    momentum: float = _knob(0.9, "Momentum of SGD.", OPTIMISATION)
-    weight_decay: float = _knob(1e-4, "Weight decay; the head's bias has none.", OPTIMISATION)
-    label_smoothing: float = _knob(0.0, "Label smoothing of the cross entropy.", OPTIMISATION)
+    momentum: float = _knob(0.9, "SGD momentum.", OPTIMISATION)
+    weight_decay: float = _knob(1e-4, "Weight decay; not applied to the head's bias.", OPTIMISATION)
+    label_smoothing: float = _knob(0.0, "Label smoothing of the cross-entropy loss.", OPTIMISATION)
     class_weights: Literal["none", "balanced"] = _knob(
         "none",
-        "Weights of the classes in the training loss; balanced is images / (classes * images of the class).",
+        "Class weights in the training loss; balanced is images / (classes * images of the class).",
         OPTIMISATION,
     )
-    clip_grad_norm: float | None = _knob(None, "Largest norm of the gradient.", OPTIMISATION, shown="off")
+    clip_grad_norm: float | None = _knob(None, "Clip the gradient to this norm.", OPTIMISATION, shown="off")
     precision: Literal["fp32", "bf16", "fp16"] | None = _knob(
         None,
-        "Autocast precision; fp16 scales the loss.",
+        "Mixed precision (autocast); fp16 uses loss scaling.",
         OPTIMISATION,
-        shown="bf16 on CUDA, fp16 before Ampere, fp32 on a CPU",
+        shown="bf16 on CUDA (fp16 on GPUs without bf16), fp32 on a CPU",
     )
     seed: int = _knob(
-        42, "Seed of the split, the initialisation, the order of images and the dropout.", OPTIMISATION
+        42, "Random seed: validation split, initialisation, image order, dropout.", OPTIMISATION
     )
 
     cuda_graph: bool | None = _knob(
         None,
         "Capture the training step in a CUDA graph.",
         RUN,
-        shown="on where it can be: one CUDA process, accumulate 1, not fp16",
+        shown="on if possible: one CUDA process, accumulate 1, not fp16",
         result=False,
     )
     device: str | None = _knob(
-        None, "Such as cpu or cuda:0.", RUN, shown="CUDA where there is a GPU", result=False
+        None, "Device, such as cpu or cuda:0.", RUN, shown="cuda if available, else cpu", result=False
     )
     tensorboard: bool | None = _knob(
-        None, "Write TensorBoard events too.", RUN, shown="on where it is installed", result=False
+        None, "Write TensorBoard logs.", RUN, shown="on if tensorboard is installed", result=False
     )
 
     def __post_init__(self) -> None:

@@ -26,33 +26,37 @@ from vpt_fast.recipe import Recipe, read_yaml
 PANEL = "Sweep"
 
 ConfigFlag = Annotated[
-    Path | None, typer.Option(help="YAML file of these settings; flags go over it.", rich_help_panel="Run")
+    Path | None,
+    typer.Option(help="YAML file with any of these settings; flags override it.", rich_help_panel="Run"),
 ]
 OverFlag = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=A,B,C",
-        help="Search these values of a setting instead of the recipe's grid; may be repeated. A semicolon "
-        "parts values that hold commas.",
+        help="Search these values of a setting instead of the default grid; may be repeated. Use semicolons "
+        "between values that contain commas.",
         rich_help_panel=PANEL,
-        show_default="base_lr and weight_decay, by method",
+        show_default="the method's grid",
     ),
 ]
 SamplerFlag = Annotated[
     Literal["grid", "tpe", "random"],
-    typer.Option(help="Every combination, or as many as --trials of them, by Optuna.", rich_help_panel=PANEL),
+    typer.Option(
+        help="Try every combination (grid), or --trials of them with an Optuna sampler.",
+        rich_help_panel=PANEL,
+    ),
 ]
 TrialsFlag = Annotated[
     int | None,
     typer.Option(
-        help="How many combinations tpe and random try; they need it, and grid tries all.",
+        help="Number of trials; required for tpe and random.",
         rich_help_panel=PANEL,
         show_default=False,
     ),
 ]
 PrunerFlag = Annotated[
     Literal["none", "median", "hyperband"],
-    typer.Option(help="Whether trials that are behind are ended early, by Optuna.", rich_help_panel=PANEL),
+    typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
 SEEDS = "42,44,82,100,800"  # the paper's
 
@@ -77,7 +81,7 @@ def sweep(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="URL of an Optuna storage that several machines share.",
+            help="URL of an Optuna storage shared by several machines.",
             rich_help_panel=PANEL,
             show_default="a file in the sweep folder",
         ),
@@ -85,10 +89,10 @@ def sweep(
     debug: DebugFlag = False,
     **flags: Any,
 ) -> None:
-    """Search settings on val, then train with the best ones and several seeds and test.
+    """Search settings on val, then train with the best ones on several seeds, and test.
 
     The best trial has the highest val accuracy after the last epoch; ties go to the smaller base_lr. Ctrl-C
-    stops; the same command goes on. Started several times, on several GPUs (--device), it is shared.
+    stops; the same command resumes. To use several GPUs, start it once per GPU (--device).
 
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
@@ -128,7 +132,7 @@ def ablate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder.",
+            help="Ablation folder.",
             rich_help_panel="Run",
             show_default="runs/ablation-NAME-DATA-BACKBONE",
             **PATH,
@@ -136,20 +140,20 @@ def ablate(
     ] = None,
     config: ConfigFlag = None,
     methods: Annotated[
-        str, typer.Option(help="Lines of the picture, comma-separated.", show_default="by ablation")
+        str, typer.Option(help="Methods to compare, comma-separated.", show_default="by ablation")
     ] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of each point's runs.")] = SEEDS,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEEDS,
     search: Annotated[
-        bool, typer.Option("--sweep", help="Search each point's base_lr and weight_decay first.")
+        bool, typer.Option("--sweep", help="Search base_lr and weight_decay at each point first.")
     ] = False,
     debug: DebugFlag = False,
     **flags: Any,
 ) -> None:
-    """Vary one thing, as the paper's ablations do, and draw the accuracies.
+    """Run one of the paper's ablations and plot the accuracies.
 
-    Prompt length (Fig. 6), depth (Fig. 7), location (Fig. 5), what the head reads (output, Fig. 8), and the
-    share of the training images (data-size, Fig. 3). Every flag of train holds for all points. Ctrl-C stops;
-    the same command goes on.
+    Prompt length (Fig. 6), depth (Fig. 7), location (Fig. 5), what the head reads (output, Fig. 8), or the
+    fraction of the training images (data-size, Fig. 3). Flags of train apply to every point. Ctrl-C stops;
+    the same command resumes.
 
     [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
@@ -180,31 +184,31 @@ def ablate(
     console.print(f"picture: {folder / 'ablation.png'}")
 
 
-plot_app = typer.Typer(help="Pictures of a run.", no_args_is_help=True)
+plot_app = typer.Typer(help="Plot a run.", no_args_is_help=True)
 
 
 @plot_app.callback()
 def plot() -> None:
-    """Pictures of a run."""
+    """Plot a run."""
 
 
 @plot_app.command()
 def tsne(
     run: RunArgument,
     data: Annotated[str, typer.Option(help="Images, as for train.")],
-    split: Annotated[Literal["val", "test"], typer.Option(help="Which images.")] = "val",
+    split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
     data_root: Annotated[Path | None, typer.Option(help="As for train.", show_default="none")] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of t-SNE.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of t-SNE.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images.", show_default="one a core")
+        int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
     ] = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Draw what the head reads of a split in two dimensions, by class (Fig. 9)."""
+    """Plot the head's input features of a split with t-SNE, coloured by class (Fig. 9)."""
     with one_line_errors(debug):
         from vpt_fast.plots import plot_embedding
         from vpt_fast.tsne import embed_run
@@ -239,12 +243,12 @@ def table(
         list[Path], typer.Argument(metavar="RUNS...", help="Sweep folders, run folders, or folders of these.")
     ],
     form: Annotated[
-        Literal["markdown", "csv", "latex"], typer.Option("--format", help="Of the text.")
+        Literal["markdown", "csv", "latex"], typer.Option("--format", help="Output format.")
     ] = "markdown",
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="printed", **PATH)] = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Accuracies by task and group, as in the paper's Table 1, beside the published ones."""
+    """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
         from vpt_fast.run import write
         from vpt_fast.tables import format_table, read_entries
