@@ -142,6 +142,18 @@ def test_public_names():
     assert sorted(vpt_fast.__all__) == names
 
 
+def test_public_names_are_there_when_asked_for():
+    assert all(getattr(vpt_fast, name) for name in vpt_fast.__all__)
+    assert set(vpt_fast.__all__) <= set(dir(vpt_fast))
+    with pytest.raises(AttributeError, match="module 'vpt_fast' has no attribute 'PromptedVit'"):
+        vpt_fast.PromptedVit  # noqa: B018
+
+
+def test_commands_are_known_without_torch_and_timm():
+    code = "import sys, vpt_fast.cli; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_weights_of_the_demo_backbone_are_package_data():
     assert (Path(vpt_fast.__file__).parent / "backbones" / "demo.safetensors").is_file()
 
@@ -166,7 +178,7 @@ def state():
         "cuda": torch.cuda.is_initialized(),
     }
 before = state()
-import vpt_fast
+from vpt_fast import *
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, changed
@@ -179,5 +191,5 @@ def test_importing_changes_no_global_state():
 
 
 def test_importing_prints_nothing():
-    result = subprocess.run([sys.executable, "-c", "import vpt_fast"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", "from vpt_fast import *"], capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("", "")

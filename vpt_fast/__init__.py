@@ -6,16 +6,18 @@ tunes prompts through a frozen vision transformer (Jia et al., ECCV 2022) with t
 them to the sequence, at about the cost of a ViT without prompts.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from vpt_fast.backbones import demo as _demo  # registers vpt_fast_demo with timm
-from vpt_fast.convnet import PromptedConvNet
-from vpt_fast.graphed import GraphedStep
-from vpt_fast.model import PromptedViT
-from vpt_fast.pretrained import load_pretrained
-from vpt_fast.segmenter import PromptedSegmenter
-from vpt_fast.swin import PromptedSwin
-from vpt_fast.tuning.probes import LinearProbe
+if TYPE_CHECKING:
+    from vpt_fast.convnet import PromptedConvNet
+    from vpt_fast.graphed import GraphedStep
+    from vpt_fast.model import PromptedViT
+    from vpt_fast.pretrained import load_pretrained
+    from vpt_fast.segmenter import PromptedSegmenter
+    from vpt_fast.swin import PromptedSwin
+    from vpt_fast.tuning.probes import LinearProbe
 
 __version__ = version("vpt_fast")
 __all__ = [
@@ -29,4 +31,28 @@ __all__ = [
     "load_pretrained",
 ]
 
-del _demo, version
+# Each is imported when it is first asked for: torch and timm take seconds, which `vpt-fast --help` need not.
+_MODULES = {
+    "GraphedStep": "graphed",
+    "LinearProbe": "tuning.probes",
+    "PromptedConvNet": "convnet",
+    "PromptedSegmenter": "segmenter",
+    "PromptedSwin": "swin",
+    "PromptedViT": "model",
+    "load_pretrained": "pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+del version

@@ -37,14 +37,6 @@ if TYPE_CHECKING:
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(data_commands.app, name="data")
-app.command()(sweep_commands.sweep)
-app.command()(sweep_commands.ablate)
-app.command()(sweep_commands.table)
-app.add_typer(sweep_commands.plot_app, name="plot")
-app.command()(backbone_commands.backbones)
-app.command()(official_commands.import_prompts)
-app.command()(official_commands.export_prompts)
 
 
 @app.callback(invoke_without_command=True)
@@ -92,11 +84,11 @@ def train(
     [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
     """
     with one_line_errors(debug):
+        given = {name: value for name, value in flags.items() if value not in (None, [])}
+        recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
         from vpt_fast.loop import train as run_training
         from vpt_fast.run import default_run_folder
 
-        given = {name: value for name, value in flags.items() if value not in (None, [])}
-        recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
         console = LastingConsole(quiet=int(os.environ.get("RANK", 0)) != 0)  # torchrun's first process speaks
         result = run_training(recipe, out or default_run_folder(recipe), console=console, fresh=fresh)
     done, epochs = len(result.metrics), result.recipe.epochs
@@ -306,6 +298,17 @@ def demo(
 
         if not run_demo(out, console=LastingConsole(), fresh=fresh):
             raise typer.Exit(130)
+
+
+# --help shows the commands in this order, those above first.
+app.command()(sweep_commands.sweep)
+app.command()(sweep_commands.ablate)
+app.command()(sweep_commands.table)
+app.command()(backbone_commands.backbones)
+app.command()(official_commands.import_prompts)
+app.command()(official_commands.export_prompts)
+app.add_typer(data_commands.app, name="data")
+app.add_typer(sweep_commands.plot_app, name="plot")
 
 
 def main() -> None:

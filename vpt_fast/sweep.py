@@ -137,7 +137,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("optuna") is None:
-            raise ValueError("a sweep needs optuna, which is not installed; pip install 'vpt_fast[sweep]'")
+            raise ValueError("a sweep needs optuna, which is not installed; pip install optuna")
         for name, value, known in (("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")

@@ -21,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with timm
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 

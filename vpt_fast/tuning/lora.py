@@ -45,7 +45,7 @@ def _is_plain(module: nn.Module) -> bool:
 def require_peft() -> None:
     """Raises ValueError where peft is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("method lora needs the package peft; pip install peft, or vpt_fast[lora]")
+        raise ValueError("method lora needs the package peft; pip install peft")
 
 
 class LoRATuning(TimmClassifier):
