@@ -608,3 +608,19 @@ def test_frozen_weights_are_not_rounded_to_what_they_would_not_survive(dtype: to
     with pytest.raises(ValueError, match=f"dtype: got {dtype}, want a floating-point torch.dtype of 16 bits"):
         model.hold_frozen_weights_in(dtype)
     assert model.backbone.blocks[0].qkv_weight.dtype == torch.float32
+    @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+    def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(
+        self, kind, backbone, tmp_path: Path
+    ) -> None:
+        model = kind(backbone(torch.float32), 5, 4)
+        model.backbone.stem.norm.requires_grad_(True)
+        with torch.no_grad():
+            model.backbone.stem.norm.weight.mul_(2.0)
+        images, _ = random_batch(model, dtype=torch.float32)
+        for folder in ("trained", "frozen"):  # a model that was loaded and frozen is saved whole, too
+            model.save_pretrained(tmp_path / folder)
+            again = kind.from_pretrained(tmp_path / folder, backbone(torch.float32))
+            assert torch.equal(again(images), model(images))
+            assert again.backbone.stem.norm.weight.requires_grad
+            model = again.requires_grad_(False)
+

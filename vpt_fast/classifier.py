@@ -107,7 +107,7 @@ class _Built(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
-        model._built_to_train = {name for name, p in model.named_parameters() if p.requires_grad}
+        model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 
 
@@ -132,8 +132,8 @@ class TunedModel(nn.Module, metaclass=_Built):
     # What the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
     pool: str | None = None
 
-    # The names of the parameters that required a gradient when the model was built.
-    _built_to_train: set[str]
+    # The names of the parameters that required a gradient when the model was built, or are in its file.
+    _stored_names: set[str]
 
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
@@ -303,8 +303,8 @@ class TunedModel(nn.Module, metaclass=_Built):
     def _stored(self) -> dict[str, torch.Tensor]:
         """Name to tensor of all that is stored: what is trained, and what the class trains, though it may
         have been frozen since: a head that is kept, an average of models, a model at work."""
-        built = self._built_to_train
-        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in built}
+        names = self._stored_names
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in names}
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
@@ -438,6 +438,11 @@ class TunedModel(nn.Module, metaclass=_Built):
             The address of the commit.
         """
         api = huggingface_hub.HfApi(token=token)
+        # What a user had unfrozen beside what the class trains is so again: its tensors are there too.
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.requires_grad_(True)
+                model._stored_names.add(name)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)  # first, as it may raise
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
