@@ -188,6 +188,39 @@ def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
 
 
 @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_memory_is_refused_where_no_policy_would_be_read() -> None:
+    model = LinearProbe(tiny_vit(), 5)
+    with pytest.raises(ValueError, match="memory: got 'recompute' with LinearProbe, which has no memory"):
+        model.memory = "recompute"
+    assert not hasattr(model, "memory")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(prompt_type="shallow"), dict(pool="image_and_prompts"), dict(prompt_shared=True)],
+    ids=lambda settings: "-".join(settings),
+)
+def test_prompts_of_another_shape_in_place_of_the_models_are_refused(settings: dict) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), 5, 4, **settings)
+    images, _ = random_batch(model, dtype=torch.float32)
+    kept = model.prompts.shape
+    model.prompts = torch.nn.Parameter(torch.zeros(kept[0], 6, 32))
+    with pytest.raises(
+        ValueError, match=rf"prompts: got shape \({kept[0]}, 6, 32\), want \({kept[0]}, 4, 32\)"
+    ):
+        model(images)
+    model.prompts = torch.nn.Parameter(torch.zeros(kept))
+    assert model(images).shape == (2, 5)
+
+
+def test_prompts_of_another_shape_in_a_swin_are_refused() -> None:
+    model = PromptedSwin(tiny_swin(torch.float32), 5, 4)
+    model.prompts[1] = torch.nn.Parameter(torch.zeros(2, 6, 32))
+    images, _ = random_batch(model, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"prompts\.1: got shape \(2, 6, 32\), want \(2, 4, 32\)"):
+        model(images)
+
+
 def test_frozen_weights_that_want_a_gradient_are_refused(kind, backbone) -> None:
     model = kind(backbone(), 5, 5)
     images = torch.randn(1, model.backbone.in_chans, *model.image_size)

@@ -231,6 +231,18 @@ def test_estimate_counts_what_blocks_heads_and_loss_keep(memory: str) -> None:
     assert estimate == pytest.approx(kept.total, rel=1e-3)
 
 
+def test_memory_that_is_changed_is_the_encoders() -> None:
+    model = make("vpt-deep").train()
+    kept = {}
+    for memory in ("exact", "recompute"):
+        model.memory = memory
+        assert (model.memory, model.encoder.memory) == (memory, memory)
+        kept[memory] = model.estimate_training_bytes(2)["kept"]
+    assert kept["recompute"] < kept["exact"]
+    with pytest.raises(ValueError, match="memory: got 'recompute' with LinearProbe"):
+        make("linear").memory = "recompute"
+
+
 def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
     model = make("vpt-deep", memory="auto").train()
     blocks = sum(model.encoder._step_bytes(2, 17, torch.float32, POLICIES["exact"]))

@@ -178,6 +178,16 @@ class TunedModel(nn.Module, metaclass=_Built):
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
 
+    @property
+    def memory(self) -> str:
+        """What is kept for backward, where the class has a choice: else there is no such attribute."""
+        raise AttributeError("memory")
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        # Assigned to a model that does not read it, it would be an attribute without any effect.
+        raise ValueError(f"memory: got {memory!r} with {type(self).__name__}, which has no memory policies")
+
     def require_attention(self, device: torch.device) -> None:
         """Says before the first step what that would: that attention by name does not take this device, the
         dtype in force (the model's own, or autocast's) or the heads' width.

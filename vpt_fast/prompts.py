@@ -177,6 +177,15 @@ def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:
 
 
 def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:
+def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "prompts") -> None:
+    """Raises ValueError for prompts that a user put in place of the model's own, of another shape: which rows
+    are computed and read goes by how many there were."""
+    if prompts.shape != tuple(want):
+        raise ValueError(
+            f"{name}: got shape {tuple(prompts.shape)}, want {tuple(want)}, which the model was built for"
+        )
+
+
     """Dropout on prompts, in training: of one block at a time, since all blocks' at once, where every image
     has its own, would be there until the last block has run.
 

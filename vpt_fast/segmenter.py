@@ -181,6 +181,15 @@ class PromptedSegmenter(TunedModel):
         return self.encoder.backbone
 
     @property
+    def memory(self) -> str:
+        """What the encoder keeps for backward, see `PromptedViT`; may be changed at any time."""
+        return self.encoder.memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self.encoder.memory = memory
+
+    @property
     def undecayed(self) -> tuple[str, ...]:  # type: ignore[override]
         aux = [f"aux_heads.{index}" for index in range(len(self.aux_blocks))]
         return tuple(f"{head}.classifier.bias" for head in ("head", *aux))
