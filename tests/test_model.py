@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -187,7 +188,6 @@ def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
     assert model.memory == "exact"
 
 
-@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
 def test_memory_is_refused_where_no_policy_would_be_read() -> None:
     model = LinearProbe(tiny_vit(), 5)
     with pytest.raises(ValueError, match="memory: got 'recompute' with LinearProbe, which has no memory"):
@@ -221,6 +221,7 @@ def test_prompts_of_another_shape_in_a_swin_are_refused() -> None:
         model(images)
 
 
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
 def test_frozen_weights_that_want_a_gradient_are_refused(kind, backbone) -> None:
     model = kind(backbone(), 5, 5)
     images = torch.randn(1, model.backbone.in_chans, *model.image_size)
@@ -289,8 +290,11 @@ def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.Mon
         ("vit_base_patch16_225", "'vit_base_patch16_225'.*close names: vit_base_patch16_224"),
         ("swin_tiny_patch4_window7_224", "not a timm VisionTransformer"),
         ("resnet50", "not a timm VisionTransformer"),
-        (torch.nn.Linear(2, 2), "got a Linear"),
-        (None, "got a NoneType"),
+        (
+            torch.nn.Linear(2, 2),
+            r"got a torch\.nn\.modules\.linear\.Linear, want a timm name or a timm Vision",
+        ),
+        (None, r"got a builtins\.NoneType"),
     ],
 )
 def test_backbone_of_another_kind_is_refused(backbone, message: str) -> None:
@@ -466,6 +470,10 @@ class TestStorage:
             ({"backbone": 7}, r"config\.json: backbone is 7, want a mapping"),
             ({"options": ["pool"]}, r"config\.json: options is \['pool'\], want a mapping"),
             ({"model": ["PromptedViT"]}, r"config\.json: model is \['PromptedViT'\], want text"),
+            (
+                {"backbone": {}},
+                r"config\.json: lacks backbone\.fingerprint, backbone\.kwargs, backbone\.name",
+            ),
         ],
     )
     def test_settings_that_are_none_are_named(self, change, message: str, tmp_path: Path) -> None:
@@ -474,6 +482,39 @@ class TestStorage:
         path.write_text(json.dumps(change and {**json.loads(path.read_text()), **change}))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path, tiny_vit())
+
+    @pytest.mark.parametrize(
+        ("part", "change", "message"),
+        [
+            ("backbone", {"fingerprint": None}, r"config\.json: backbone\.fingerprint is None, want text"),
+            ("backbone", {"name": 7}, r"config\.json: backbone\.name is 7, want text or null"),
+            ("backbone", {"kwargs": None}, r"config\.json: backbone\.kwargs is None, want a mapping"),
+            ("backbone", {"revision": "x"}, r"config\.json: backbone has revision, want name, pretrained"),
+            ("options", {"dtype": "bfloat17"}, "dtype: got 'bfloat17', want a floating-point torch.dtype"),
+        ],
+    )
+    def test_setting_that_was_edited_is_named(self, part, change, message: str, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        settings = json.loads(path.read_text())
+        settings[part] |= change
+        path.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path, tiny_vit())
+
+    def test_settings_of_before_there_were_checkpoints_are_read(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        settings = json.loads(path.read_text())
+        del settings["backbone"]["checkpoint"]
+        path.write_text(json.dumps(settings))
+        assert load_pretrained(tmp_path, tiny_vit()).num_classes == 5
+
+    def test_numbers_of_numpy_are_saved(self, tmp_path: Path) -> None:
+        settings = dict(num_prompts=np.int64(4), prompt_dropout=np.float32(0.25))
+        PromptedViT(tiny_vit(), 5, **settings).save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, tiny_vit())
+        assert (again.prompt_settings.num_prompts, again.prompt_settings.prompt_dropout) == (4, 0.25)
 
     @pytest.mark.parametrize("kept", [0, 100])
     def test_truncated_tensors_are_named(self, kept: int, tmp_path: Path) -> None:
@@ -567,6 +608,22 @@ class TestStorage:
         images, _ = random_batch(model)
         assert torch.equal(again(images), model(images))
 
+    @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+    def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(
+        self, kind, backbone, tmp_path: Path
+    ) -> None:
+        model = kind(backbone(torch.float32), 5, 4)
+        model.backbone.stem.norm.requires_grad_(True)
+        with torch.no_grad():
+            model.backbone.stem.norm.weight.mul_(2.0)
+        images, _ = random_batch(model, dtype=torch.float32)
+        for folder in ("trained", "frozen"):  # a model that was loaded and frozen is saved whole, too
+            model.save_pretrained(tmp_path / folder)
+            again = kind.from_pretrained(tmp_path / folder, backbone(torch.float32))
+            assert torch.equal(again(images), model(images))
+            assert again.backbone.stem.norm.weight.requires_grad
+            model = again.requires_grad_(False)
+
     def test_a_frozen_model_takes_trained_tensors(self) -> None:
         model, frozen = PromptedViT(tiny_vit(), 5, 4), PromptedViT(tiny_vit(), 5, 4).requires_grad_(False)
         frozen.load_trainable_state_dict(model.trainable_state_dict())
@@ -641,19 +698,3 @@ def test_frozen_weights_are_not_rounded_to_what_they_would_not_survive(dtype: to
     with pytest.raises(ValueError, match=f"dtype: got {dtype}, want a floating-point torch.dtype of 16 bits"):
         model.hold_frozen_weights_in(dtype)
     assert model.backbone.blocks[0].qkv_weight.dtype == torch.float32
-    @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
-    def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(
-        self, kind, backbone, tmp_path: Path
-    ) -> None:
-        model = kind(backbone(torch.float32), 5, 4)
-        model.backbone.stem.norm.requires_grad_(True)
-        with torch.no_grad():
-            model.backbone.stem.norm.weight.mul_(2.0)
-        images, _ = random_batch(model, dtype=torch.float32)
-        for folder in ("trained", "frozen"):  # a model that was loaded and frozen is saved whole, too
-            model.save_pretrained(tmp_path / folder)
-            again = kind.from_pretrained(tmp_path / folder, backbone(torch.float32))
-            assert torch.equal(again(images), model(images))
-            assert again.backbone.stem.norm.weight.requires_grad
-            model = again.requires_grad_(False)
-

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -413,8 +413,8 @@ class TunedModel(nn.Module, metaclass=_Built):
                 )
             backbone = saved.name
         for name in ("dtype", "residual_dtype"):
-            if isinstance(options.get(name), str):
-                options[name] = getattr(torch, options[name])
+            if isinstance(options.get(name), str):  # what torch does not have the constructor refuses by name
+                options[name] = getattr(torch, options[name], options[name])
         if isinstance(backbone, str):
             options |= {"pretrained": saved.pretrained and not stores_backbone, **saved.kwargs}
             if saved.checkpoint is not None and not stores_backbone:
@@ -438,6 +438,11 @@ class TunedModel(nn.Module, metaclass=_Built):
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
+        # What a user had unfrozen beside what the class trains is so again: its tensors are there too.
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.requires_grad_(True)
+                model._stored_names.add(name)
         model.load_trainable_state_dict(tensors)
         return model
 
@@ -448,11 +453,6 @@ class TunedModel(nn.Module, metaclass=_Built):
             The address of the commit.
         """
         api = huggingface_hub.HfApi(token=token)
-        # What a user had unfrozen beside what the class trains is so again: its tensors are there too.
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.requires_grad_(True)
-                model._stored_names.add(name)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)  # first, as it may raise
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -792,14 +792,34 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")
-    missing = {field.name for field in fields(ClassifierConfig)} - settings.keys()
-    if missing:
-        raise ValueError(f"{folder / CONFIG_FILE}: lacks {', '.join(sorted(missing))}")
-    for name, kind in (("model", str), ("backbone", dict), ("options", dict)):
-        if not isinstance(settings[name], kind):
-            wanted = "text" if kind is str else "a mapping"
-            raise ValueError(f"{folder / CONFIG_FILE}: {name} is {settings[name]!r}, want {wanted}")
+    _check_settings(settings, folder / CONFIG_FILE)
     try:
         return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+
+
+# The kinds of values in config.json, and what a message calls them.
+_KINDS: dict[Any, str] = {
+    str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null"
+}  # fmt: skip
+_SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict}
+_BACKBONE: dict[str, Any] = {
+    "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str
+}  # fmt: skip
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Raises ValueError where what config.json holds is not what `save_pretrained` writes: that of another
+    version, say, or edited by hand."""
+    for config, where, kinds in ((ClassifierConfig, "", _SETTINGS), (BackboneConfig, "backbone.", _BACKBONE)):
+        found = settings[where.rstrip(".")] if where else settings
+        missing = {field.name for field in fields(config) if field.default is MISSING} - found.keys()
+        if missing:
+            raise ValueError(f"{file}: lacks {', '.join(where + name for name in sorted(missing))}")
+        for name, kind in kinds.items():
+            if name in found and not isinstance(found[name], kind):
+                raise ValueError(f"{file}: {where}{name} is {found[name]!r}, want {_KINDS[kind]}")
+    unknown = settings["backbone"].keys() - _BACKBONE.keys()
+    if unknown:
+        raise ValueError(f"{file}: backbone has {', '.join(sorted(unknown))}, want {', '.join(_BACKBONE)}")
