@@ -721,7 +721,7 @@ class PromptedClassifier(FrozenClassifier):
 
     def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
         """What a forward pass keeps."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return POLICIES["exact"]  # nothing, and the free memory is not looked at
         return POLICIES[self._policy_name(batch_size, num_tokens)]
 
