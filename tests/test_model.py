@@ -16,9 +16,17 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_swin, tiny_vit
 
-from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
+from vpt_fast import (
+    LinearProbe,
+    PromptedConvNet,
+    PromptedSegmenter,
+    PromptedSwin,
+    PromptedViT,
+    load_pretrained,
+)
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.files import replacing
+from vpt_fast.tuning.probes import MLPProbe
 
 
 class TestParameters:
@@ -70,6 +78,27 @@ class TestParameters:
         assert {t.dtype for t in model.trainable_state_dict().values()} == {torch.float32}
         logits = model(torch.randn(2, 3, 32, 32))
         assert logits.dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda: PromptedViT("vpt_fast_demo", 5, 3, prompt_project=8),
+            lambda: PromptedViT("vpt_fast_demo", 5, 4, "shallow", prompt_location="pad"),
+            lambda: MLPProbe("vpt_fast_demo", 5),
+            lambda: PromptedSegmenter("vpt_fast_demo", 5, num_prompts=3, head_channels=8),
+            lambda: PromptedConvNet("resnet10t", 5, 2, img_size=32),
+        ],
+        ids=["projected", "pad", "mlp", "segmenter", "convnet"],
+    )
+    def test_what_is_trained_is_float32_where_torchs_default_is_bfloat16(self, build) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = build().eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert next(model.backbone.stem.parameters()).dtype == torch.bfloat16
+        model(torch.randn(2, 3, *model.image_size)).sum().backward()
 
     def test_counts_of_parameters(self) -> None:
         vit = tiny_vit(num_classes=9)

@@ -103,10 +103,14 @@ class ClassifierConfig:
 
 
 class _Built(type):
-    """Notes in a model, when its constructor is through, what it trains."""
+    """Notes in a model, when its constructor is through, what it trains, in float32 or more: torch's default
+    dtype, in which layers are built, may be one of 16 bits."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 
