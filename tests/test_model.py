@@ -371,6 +371,12 @@ def test_images_that_cannot_be_normalised_are_refused(location: str, dtype: torc
         model(torch.zeros(2, 3, *model.image_size, dtype=dtype))
 
 
+@pytest.mark.parametrize("images", [[[0.0]], np.zeros((1, 3, 32, 32), np.float32)], ids=["list", "array"])
+def test_images_that_are_no_tensor_are_refused(images) -> None:
+    with pytest.raises(ValueError, match="images: got a (list|ndarray), want a torch.Tensor"):
+        PromptedViT(tiny_vit(), 5, 5)(images)
+
+
 @pytest.mark.parametrize("location", ["add", "pad", "concat-channel"])
 def test_prompts_made_for_one_image_size_refuse_another(location: str) -> None:
     settings = dict(prompt_type="shallow", prompt_location=location)

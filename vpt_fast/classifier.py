@@ -299,6 +299,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
         """Raises ValueError for images that the model does not take; `tied`: why it takes one size."""
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(f"images: got a {type(images).__name__}, want a torch.Tensor (batch, C, H, W)")
         if not images.is_floating_point():
             raise ValueError(f"images: got {images.dtype}, want normalised images, of a floating-point dtype")
         channels = self.backbone.in_chans

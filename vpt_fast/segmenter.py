@@ -153,7 +153,7 @@ class PromptedSegmenter(TunedModel):
         if aux_blocks is None:
             blocks = {max(round(share * encoder.num_blocks), 1) - 1 for share in _AUX_SHARES}
             aux_blocks = sorted(blocks - {encoder.num_blocks - 1})
-        encoder._check_blocks([*aux_blocks, encoder.num_blocks - 1])
+        _check_aux_blocks(aux_blocks, encoder.num_blocks - 1)
         super().__init__(encoder._backbone_config)
         encoder.head = nn.Identity()  # type: ignore[assignment]
         for module in (vit.stem.norm, vit.stem.fc_norm, vit.stem.attn_pool):
@@ -261,6 +261,16 @@ class PromptedSegmenter(TunedModel):
                 tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
                 F.cross_entropy(head(tokens, grid, size), labels)
         return [storage.nbytes() for storage in kept.values()]
+
+
+def _check_aux_blocks(blocks: Sequence[int], last: int) -> None:
+    """Raises ValueError for what is not blocks before the last one, which the head reads."""
+    wanted = sorted({*blocks} & {*range(last)})
+    if list(blocks) != wanted or not all(type(index) is int for index in blocks):
+        raise ValueError(
+            f"aux_blocks: got {list(blocks)}, want rising block indices below {last}, the last block, which "
+            "the head reads"
+        )
 
 
 def _check_patches(vit: FrozenViT) -> None:
