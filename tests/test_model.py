@@ -547,9 +547,13 @@ class TestStorage:
 
     def test_numbers_of_numpy_are_saved(self, tmp_path: Path) -> None:
         settings = dict(num_prompts=np.int64(4), prompt_dropout=np.float32(0.25))
-        PromptedViT(tiny_vit(), 5, **settings).save_pretrained(tmp_path)
+        PromptedViT(tiny_vit(), np.int64(5), **settings).save_pretrained(tmp_path)
         again = PromptedViT.from_pretrained(tmp_path, tiny_vit())
         assert (again.prompt_settings.num_prompts, again.prompt_settings.prompt_dropout) == (4, 0.25)
+        assert type(again.num_classes) is int
+        again.reset_classifier(np.int32(7))
+        again.save_pretrained(tmp_path)
+        MLPProbe(tiny_vit(), 5, np.int64(2)).save_pretrained(tmp_path)
 
     @pytest.mark.parametrize("kept", [0, 100])
     def test_truncated_tensors_are_named(self, kept: int, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -63,10 +64,16 @@ def check_arguments(
     get_backend(backend, attention)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError for what is no whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: Any) -> int:
+    """The value as an int, as JSON holds it: it may be NumPy's. Raises ValueError for what is no whole number
+    from 1."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
         raise ValueError(f"{name}: got {value!r}, want a whole number from 1")
+    return count
 
 
 def _check_dtype(dtype: Any, otherwise: str = "") -> None:
@@ -213,8 +220,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         Raises:
             ValueError: batch_size is not a whole number from 1.
         """
-        check_count("batch_size", batch_size)
-        return self._training_bytes(batch_size)
+        return self._training_bytes(check_count("batch_size", batch_size))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """What `estimate_training_bytes` gives."""
@@ -492,8 +498,8 @@ class TunedClassifier(TunedModel):
         super().__init__(BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint))
         self.backbone = backbone  # type: ignore[assignment]
         self.pool = pool
-        self.num_classes = num_classes
-        self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
+        self.num_classes = check_count("num_classes", num_classes)
+        self.head = nn.Linear(backbone.embed_dim, self.num_classes, device=backbone.device)
         _start_head(self.head)
 
     @property
@@ -517,7 +523,7 @@ class TunedClassifier(TunedModel):
         Raises:
             ValueError: num_classes is not a whole number from 1, or another pooling.
         """
-        check_arguments(num_classes, None)
+        num_classes = check_count("num_classes", num_classes)
         pool = self._pool_of_timm if self.pool is None else self.pool
         if global_pool not in (None, pool):
             raise ValueError(
@@ -720,9 +726,9 @@ class PromptedClassifier(FrozenClassifier):
         Raises:
             ValueError: one of them is not a whole number from 1.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         if num_tokens is not None:
-            check_count("num_tokens", num_tokens)
+            num_tokens = check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
     def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_arguments, check_count
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_count
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
@@ -136,10 +136,10 @@ class PromptedSegmenter(TunedModel):
         checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        check_arguments(num_classes, None)
+        num_classes = check_count("num_classes", num_classes)
         if method not in ENCODERS:
             raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
-        check_count("head_channels", head_channels)
+        head_channels = check_count("head_channels", head_channels)
         for name, wanted in (("pool", None), ("prompt_type", "deep"), ("prompt_location", "prepend")):
             if settings.get(name, wanted) != wanted:
                 raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
