@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_swin, tiny_vit
+from torch.nn.utils import parametrize
 
 from vpt_fast import (
     LinearProbe,
@@ -646,6 +647,17 @@ class TestStorage:
         again = PromptedViT.from_pretrained(tmp_path, vit).eval()
         images, _ = random_batch(model)
         assert torch.equal(again(images), model(images))
+
+    def test_model_whose_file_would_lack_the_prompts_is_not_saved(self, tmp_path: Path) -> None:
+        model = PromptedViT(tiny_vit(), 5, 4)
+        parametrize.register_parametrization(model, "prompts", torch.nn.Tanh())
+        with pytest.raises(ValueError, match="prompts: no parameter of the model any more"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        parametrize.remove_parametrizations(model, "prompts")
+        model.save_pretrained(tmp_path / "new")
+        again = PromptedViT.from_pretrained(tmp_path / "new", tiny_vit())
+        assert torch.equal(again.prompts, model.prompts)
 
     @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
     def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(

@@ -358,9 +358,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         alone. Files that are there already are replaced one by one, each complete or not at all.
 
         Raises:
-            ValueError: a keyword that went to timm cannot be written as JSON.
+            ValueError: a keyword that went to timm cannot be written as JSON, or what the class trains is no
+                parameter any more (after a parametrisation, say), so that the file would lack it.
         """
         directory = Path(directory)
+        lacking = self._stored_names - self._stored().keys()
+        if lacking:
+            raise ValueError(
+                f"{', '.join(sorted(lacking))}: no parameter of the model any more, which from_pretrained "
+                "would miss; want it back as one (parametrize.remove_parametrizations), or else to save "
+                "model.trainable_state_dict() yourself"
+            )
         settings = {"vpt_fast_version": version("vpt_fast"), **self.config.to_dict()}
         try:
             text = json.dumps(settings, indent=2) + "\n"
