@@ -510,6 +510,7 @@ EXPORTED = {
     "normalised queries": lambda: PromptedViT(tiny_vit(torch.float32, qk_norm=True), NUM_CLASSES, 3),
     "rotary": lambda: PromptedViT(tiny_eva(torch.float32), NUM_CLASSES, 3),
     "swin": lambda: PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3),
+    "memory by what is free": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, memory="auto"),
 }
 
 

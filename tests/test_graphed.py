@@ -181,6 +181,28 @@ def test_model_runs_under_autocast_and_the_loss_gets_float32() -> None:
     assert seen == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_autocast_around_the_step_that_it_does_not_follow_is_refused() -> None:
+    model = make_model()
+    batch = batches(1)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(
+            ValueError, match="autocast_dtype: got None .* want autocast_dtype=torch.bfloat16"
+        ):
+            GraphedStep(model, make_sgd(model), cross_entropy)(*batch)
+        GraphedStep(model, make_sgd(model), cross_entropy, autocast_dtype=torch.bfloat16)(*batch)
+
+
+def test_model_of_several_outputs_is_refused() -> None:
+    class Two(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+            return super().forward(x.flatten(1)), x
+
+    model = Two(12, 3)
+    with pytest.raises(ValueError, match="model: got a tuple from it, .* want one tensor of logits"):
+        train_step(model, torch.optim.SGD(model.parameters()), cross_entropy, *batches(1)[0])
+
+
 def test_loss_that_is_no_scalar_is_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"loss: got a value of shape \(5,\)"):

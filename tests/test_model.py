@@ -8,16 +8,26 @@ import math
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_swin, tiny_vit
+from torch.nn.utils import parametrize
 
-from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
+from vpt_fast import (
+    LinearProbe,
+    PromptedConvNet,
+    PromptedSegmenter,
+    PromptedSwin,
+    PromptedViT,
+    load_pretrained,
+)
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.files import replacing
+from vpt_fast.tuning.probes import MLPProbe
 
 
 class TestParameters:
@@ -69,6 +79,27 @@ class TestParameters:
         assert {t.dtype for t in model.trainable_state_dict().values()} == {torch.float32}
         logits = model(torch.randn(2, 3, 32, 32))
         assert logits.dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda: PromptedViT("vpt_fast_demo", 5, 3, prompt_project=8),
+            lambda: PromptedViT("vpt_fast_demo", 5, 4, "shallow", prompt_location="pad"),
+            lambda: MLPProbe("vpt_fast_demo", 5),
+            lambda: PromptedSegmenter("vpt_fast_demo", 5, num_prompts=3, head_channels=8),
+            lambda: PromptedConvNet("resnet10t", 5, 2, img_size=32),
+        ],
+        ids=["projected", "pad", "mlp", "segmenter", "convnet"],
+    )
+    def test_what_is_trained_is_float32_where_torchs_default_is_bfloat16(self, build) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = build().eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert next(model.backbone.stem.parameters()).dtype == torch.bfloat16
+        model(torch.randn(2, 3, *model.image_size)).sum().backward()
 
     def test_counts_of_parameters(self) -> None:
         vit = tiny_vit(num_classes=9)
@@ -187,6 +218,39 @@ def test_memory_policy_is_checked_when_it_is_changed(kind, backbone) -> None:
     assert model.memory == "exact"
 
 
+def test_memory_is_refused_where_no_policy_would_be_read() -> None:
+    model = LinearProbe(tiny_vit(), 5)
+    with pytest.raises(ValueError, match="memory: got 'recompute' with LinearProbe, which has no memory"):
+        model.memory = "recompute"
+    assert not hasattr(model, "memory")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(prompt_type="shallow"), dict(pool="image_and_prompts"), dict(prompt_shared=True)],
+    ids=lambda settings: "-".join(settings),
+)
+def test_prompts_of_another_shape_in_place_of_the_models_are_refused(settings: dict) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), 5, 4, **settings)
+    images, _ = random_batch(model, dtype=torch.float32)
+    kept = model.prompts.shape
+    model.prompts = torch.nn.Parameter(torch.zeros(kept[0], 6, 32))
+    with pytest.raises(
+        ValueError, match=rf"prompts: got shape \({kept[0]}, 6, 32\), want \({kept[0]}, 4, 32\)"
+    ):
+        model(images)
+    model.prompts = torch.nn.Parameter(torch.zeros(kept))
+    assert model(images).shape == (2, 5)
+
+
+def test_prompts_of_another_shape_in_a_swin_are_refused() -> None:
+    model = PromptedSwin(tiny_swin(torch.float32), 5, 4)
+    model.prompts[1] = torch.nn.Parameter(torch.zeros(2, 6, 32))
+    images, _ = random_batch(model, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"prompts\.1: got shape \(2, 6, 32\), want \(2, 4, 32\)"):
+        model(images)
+
+
 @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
 def test_frozen_weights_that_want_a_gradient_are_refused(kind, backbone) -> None:
     model = kind(backbone(), 5, 5)
@@ -256,8 +320,11 @@ def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.Mon
         ("vit_base_patch16_225", "'vit_base_patch16_225'.*close names: vit_base_patch16_224"),
         ("swin_tiny_patch4_window7_224", "not a timm VisionTransformer"),
         ("resnet50", "not a timm VisionTransformer"),
-        (torch.nn.Linear(2, 2), "got a Linear"),
-        (None, "got a NoneType"),
+        (
+            torch.nn.Linear(2, 2),
+            r"got a torch\.nn\.modules\.linear\.Linear, want a timm name or a timm Vision",
+        ),
+        (None, r"got a builtins\.NoneType"),
     ],
 )
 def test_backbone_of_another_kind_is_refused(backbone, message: str) -> None:
@@ -303,6 +370,12 @@ def test_images_that_cannot_be_normalised_are_refused(location: str, dtype: torc
     model = PromptedViT(tiny_vit(), 5, 4, "shallow", prompt_location=location)
     with pytest.raises(ValueError, match=f"images: got {dtype}, want normalised images"):
         model(torch.zeros(2, 3, *model.image_size, dtype=dtype))
+
+
+@pytest.mark.parametrize("images", [[[0.0]], np.zeros((1, 3, 32, 32), np.float32)], ids=["list", "array"])
+def test_images_that_are_no_tensor_are_refused(images) -> None:
+    with pytest.raises(ValueError, match="images: got a (list|ndarray), want a torch.Tensor"):
+        PromptedViT(tiny_vit(), 5, 5)(images)
 
 
 @pytest.mark.parametrize("location", ["add", "pad", "concat-channel"])
@@ -433,6 +506,10 @@ class TestStorage:
             ({"backbone": 7}, r"config\.json: backbone is 7, want a mapping"),
             ({"options": ["pool"]}, r"config\.json: options is \['pool'\], want a mapping"),
             ({"model": ["PromptedViT"]}, r"config\.json: model is \['PromptedViT'\], want text"),
+            (
+                {"backbone": {}},
+                r"config\.json: lacks backbone\.fingerprint, backbone\.kwargs, backbone\.name",
+            ),
         ],
     )
     def test_settings_that_are_none_are_named(self, change, message: str, tmp_path: Path) -> None:
@@ -441,6 +518,43 @@ class TestStorage:
         path.write_text(json.dumps(change and {**json.loads(path.read_text()), **change}))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path, tiny_vit())
+
+    @pytest.mark.parametrize(
+        ("part", "change", "message"),
+        [
+            ("backbone", {"fingerprint": None}, r"config\.json: backbone\.fingerprint is None, want text"),
+            ("backbone", {"name": 7}, r"config\.json: backbone\.name is 7, want text or null"),
+            ("backbone", {"kwargs": None}, r"config\.json: backbone\.kwargs is None, want a mapping"),
+            ("backbone", {"revision": "x"}, r"config\.json: backbone has revision, want name, pretrained"),
+            ("options", {"dtype": "bfloat17"}, "dtype: got 'bfloat17', want a floating-point torch.dtype"),
+        ],
+    )
+    def test_setting_that_was_edited_is_named(self, part, change, message: str, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        settings = json.loads(path.read_text())
+        settings[part] |= change
+        path.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path, tiny_vit())
+
+    def test_settings_of_before_there_were_checkpoints_are_read(self, tmp_path: Path) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        settings = json.loads(path.read_text())
+        del settings["backbone"]["checkpoint"]
+        path.write_text(json.dumps(settings))
+        assert load_pretrained(tmp_path, tiny_vit()).num_classes == 5
+
+    def test_numbers_of_numpy_are_saved(self, tmp_path: Path) -> None:
+        settings = dict(num_prompts=np.int64(4), prompt_dropout=np.float32(0.25))
+        PromptedViT(tiny_vit(), np.int64(5), **settings).save_pretrained(tmp_path)
+        again = PromptedViT.from_pretrained(tmp_path, tiny_vit())
+        assert (again.prompt_settings.num_prompts, again.prompt_settings.prompt_dropout) == (4, 0.25)
+        assert type(again.num_classes) is int
+        again.reset_classifier(np.int32(7))
+        again.save_pretrained(tmp_path)
+        MLPProbe(tiny_vit(), 5, np.int64(2)).save_pretrained(tmp_path)
 
     @pytest.mark.parametrize("kept", [0, 100])
     def test_truncated_tensors_are_named(self, kept: int, tmp_path: Path) -> None:
@@ -533,6 +647,33 @@ class TestStorage:
         again = PromptedViT.from_pretrained(tmp_path, vit).eval()
         images, _ = random_batch(model)
         assert torch.equal(again(images), model(images))
+
+    def test_model_whose_file_would_lack_the_prompts_is_not_saved(self, tmp_path: Path) -> None:
+        model = PromptedViT(tiny_vit(), 5, 4)
+        parametrize.register_parametrization(model, "prompts", torch.nn.Tanh())
+        with pytest.raises(ValueError, match="prompts: no parameter of the model any more"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        parametrize.remove_parametrizations(model, "prompts")
+        model.save_pretrained(tmp_path / "new")
+        again = PromptedViT.from_pretrained(tmp_path / "new", tiny_vit())
+        assert torch.equal(again.prompts, model.prompts)
+
+    @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+    def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(
+        self, kind, backbone, tmp_path: Path
+    ) -> None:
+        model = kind(backbone(torch.float32), 5, 4)
+        model.backbone.stem.norm.requires_grad_(True)
+        with torch.no_grad():
+            model.backbone.stem.norm.weight.mul_(2.0)
+        images, _ = random_batch(model, dtype=torch.float32)
+        for folder in ("trained", "frozen"):  # a model that was loaded and frozen is saved whole, too
+            model.save_pretrained(tmp_path / folder)
+            again = kind.from_pretrained(tmp_path / folder, backbone(torch.float32))
+            assert torch.equal(again(images), model(images))
+            assert again.backbone.stem.norm.weight.requires_grad
+            model = again.requires_grad_(False)
 
     def test_a_frozen_model_takes_trained_tensors(self) -> None:
         model, frozen = PromptedViT(tiny_vit(), 5, 4), PromptedViT(tiny_vit(), 5, 4).requires_grad_(False)

@@ -231,6 +231,18 @@ def test_estimate_counts_what_blocks_heads_and_loss_keep(memory: str) -> None:
     assert estimate == pytest.approx(kept.total, rel=1e-3)
 
 
+def test_memory_that_is_changed_is_the_encoders() -> None:
+    model = make("vpt-deep").train()
+    kept = {}
+    for memory in ("exact", "recompute"):
+        model.memory = memory
+        assert (model.memory, model.encoder.memory) == (memory, memory)
+        kept[memory] = model.estimate_training_bytes(2)["kept"]
+    assert kept["recompute"] < kept["exact"]
+    with pytest.raises(ValueError, match="memory: got 'recompute' with LinearProbe"):
+        make("linear").memory = "recompute"
+
+
 def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
     model = make("vpt-deep", memory="auto").train()
     blocks = sum(model.encoder._step_bytes(2, 17, torch.float32, POLICIES["exact"]))
@@ -250,8 +262,9 @@ def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
         (dict(pool="cls"), "pool: got 'cls' with a segmenter, want None"),
         (dict(prompt_type="shallow"), "prompt_type: got 'shallow' with a segmenter, want 'deep'"),
         (dict(prompt_location="pad"), "prompt_location: got 'pad' with a segmenter"),
-        (dict(aux_blocks=[2]), r"blocks: got \[2, 2\], want rising block indices from 0 to 2"),
-        (dict(aux_blocks=[1.0]), r"blocks: got \[1.0, 2\], want rising block indices from 0 to 2"),
+        (dict(aux_blocks=[2]), r"aux_blocks: got \[2\], want rising block indices below 2"),
+        (dict(aux_blocks=[1.0]), r"aux_blocks: got \[1.0\], want rising block indices below 2"),
+        (dict(aux_blocks=[1, 0]), r"aux_blocks: got \[1, 0\], want rising block indices below 2"),
         (dict(backbone=tiny_vit(patch_drop_rate=0.5)), "patch_drop_rate leaves patches out"),
         (dict(backbone=tiny_vit(dynamic_img_pad=True, dynamic_img_size=True)), "dynamic_img_pad pads images"),
     ],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,10 +64,16 @@ def check_arguments(
     get_backend(backend, attention)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError for what is no whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def check_count(name: str, value: Any) -> int:
+    """The value as an int, as JSON holds it: it may be NumPy's. Raises ValueError for what is no whole number
+    from 1."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
         raise ValueError(f"{name}: got {value!r}, want a whole number from 1")
+    return count
 
 
 def _check_dtype(dtype: Any, otherwise: str = "") -> None:
@@ -103,11 +110,15 @@ class ClassifierConfig:
 
 
 class _Built(type):
-    """Notes in a model, when its constructor is through, what it trains."""
+    """Notes in a model, when its constructor is through, what it trains, in float32 or more: torch's default
+    dtype, in which layers are built, may be one of 16 bits."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
-        model._built_to_train = {name for name, p in model.named_parameters() if p.requires_grad}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 
 
@@ -132,8 +143,8 @@ class TunedModel(nn.Module, metaclass=_Built):
     # What the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
     pool: str | None = None
 
-    # The names of the parameters that required a gradient when the model was built.
-    _built_to_train: set[str]
+    # The names of the parameters that required a gradient when the model was built, or are in its file.
+    _stored_names: set[str]
 
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
@@ -178,6 +189,16 @@ class TunedModel(nn.Module, metaclass=_Built):
             if isinstance(module, FrozenBlock):
                 module.hold_weights_in(dtype)
 
+    @property
+    def memory(self) -> str:
+        """What is kept for backward, where the class has a choice: else there is no such attribute."""
+        raise AttributeError("memory")
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        # Assigned to a model that does not read it, it would be an attribute without any effect.
+        raise ValueError(f"memory: got {memory!r} with {type(self).__name__}, which has no memory policies")
+
     def require_attention(self, device: torch.device) -> None:
         """Says before the first step what that would: that attention by name does not take this device, the
         dtype in force (the model's own, or autocast's) or the heads' width.
@@ -199,8 +220,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         Raises:
             ValueError: batch_size is not a whole number from 1.
         """
-        check_count("batch_size", batch_size)
-        return self._training_bytes(batch_size)
+        return self._training_bytes(check_count("batch_size", batch_size))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """What `estimate_training_bytes` gives."""
@@ -285,6 +305,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
         """Raises ValueError for images that the model does not take; `tied`: why it takes one size."""
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(f"images: got a {type(images).__name__}, want a torch.Tensor (batch, C, H, W)")
         if not images.is_floating_point():
             raise ValueError(f"images: got {images.dtype}, want normalised images, of a floating-point dtype")
         channels = self.backbone.in_chans
@@ -303,8 +325,8 @@ class TunedModel(nn.Module, metaclass=_Built):
     def _stored(self) -> dict[str, torch.Tensor]:
         """Name to tensor of all that is stored: what is trained, and what the class trains, though it may
         have been frozen since: a head that is kept, an average of models, a model at work."""
-        built = self._built_to_train
-        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in built}
+        names = self._stored_names
+        return {name: p for name, p in self.named_parameters() if p.requires_grad or name in names}
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
         """Name to tensor of everything that is trained, detached, sharing memory with the model."""
@@ -336,9 +358,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         alone. Files that are there already are replaced one by one, each complete or not at all.
 
         Raises:
-            ValueError: a keyword that went to timm cannot be written as JSON.
+            ValueError: a keyword that went to timm cannot be written as JSON, or what the class trains is no
+                parameter any more (after a parametrisation, say), so that the file would lack it.
         """
         directory = Path(directory)
+        lacking = self._stored_names - self._stored().keys()
+        if lacking:
+            raise ValueError(
+                f"{', '.join(sorted(lacking))}: no parameter of the model any more, which from_pretrained "
+                "would miss; want it back as one (parametrize.remove_parametrizations), or else to save "
+                "model.trainable_state_dict() yourself"
+            )
         settings = {"vpt_fast_version": version("vpt_fast"), **self.config.to_dict()}
         try:
             text = json.dumps(settings, indent=2) + "\n"
@@ -403,8 +433,8 @@ class TunedModel(nn.Module, metaclass=_Built):
                 )
             backbone = saved.name
         for name in ("dtype", "residual_dtype"):
-            if isinstance(options.get(name), str):
-                options[name] = getattr(torch, options[name])
+            if isinstance(options.get(name), str):  # what torch does not have the constructor refuses by name
+                options[name] = getattr(torch, options[name], options[name])
         if isinstance(backbone, str):
             options |= {"pretrained": saved.pretrained and not stores_backbone, **saved.kwargs}
             if saved.checkpoint is not None and not stores_backbone:
@@ -428,6 +458,11 @@ class TunedModel(nn.Module, metaclass=_Built):
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
+        # What a user had unfrozen beside what the class trains is so again: its tensors are there too.
+        for name, parameter in model.named_parameters():
+            if name in tensors:
+                parameter.requires_grad_(True)
+                model._stored_names.add(name)
         model.load_trainable_state_dict(tensors)
         return model
 
@@ -471,8 +506,8 @@ class TunedClassifier(TunedModel):
         super().__init__(BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint))
         self.backbone = backbone  # type: ignore[assignment]
         self.pool = pool
-        self.num_classes = num_classes
-        self.head = nn.Linear(backbone.embed_dim, num_classes, device=backbone.device)
+        self.num_classes = check_count("num_classes", num_classes)
+        self.head = nn.Linear(backbone.embed_dim, self.num_classes, device=backbone.device)
         _start_head(self.head)
 
     @property
@@ -496,7 +531,7 @@ class TunedClassifier(TunedModel):
         Raises:
             ValueError: num_classes is not a whole number from 1, or another pooling.
         """
-        check_arguments(num_classes, None)
+        num_classes = check_count("num_classes", num_classes)
         pool = self._pool_of_timm if self.pool is None else self.pool
         if global_pool not in (None, pool):
             raise ValueError(
@@ -699,14 +734,14 @@ class PromptedClassifier(FrozenClassifier):
         Raises:
             ValueError: one of them is not a whole number from 1.
         """
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         if num_tokens is not None:
-            check_count("num_tokens", num_tokens)
+            num_tokens = check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
     def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
         """What a forward pass keeps."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return POLICIES["exact"]  # nothing, and the free memory is not looked at
         return POLICIES[self._policy_name(batch_size, num_tokens)]
 
@@ -777,14 +812,34 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")
-    missing = {field.name for field in fields(ClassifierConfig)} - settings.keys()
-    if missing:
-        raise ValueError(f"{folder / CONFIG_FILE}: lacks {', '.join(sorted(missing))}")
-    for name, kind in (("model", str), ("backbone", dict), ("options", dict)):
-        if not isinstance(settings[name], kind):
-            wanted = "text" if kind is str else "a mapping"
-            raise ValueError(f"{folder / CONFIG_FILE}: {name} is {settings[name]!r}, want {wanted}")
+    _check_settings(settings, folder / CONFIG_FILE)
     try:
         return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+
+
+# The kinds of values in config.json, and what a message calls them.
+_KINDS: dict[Any, str] = {
+    str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null"
+}  # fmt: skip
+_SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict}
+_BACKBONE: dict[str, Any] = {
+    "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str
+}  # fmt: skip
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Raises ValueError where what config.json holds is not what `save_pretrained` writes: that of another
+    version, say, or edited by hand."""
+    for config, where, kinds in ((ClassifierConfig, "", _SETTINGS), (BackboneConfig, "backbone.", _BACKBONE)):
+        found = settings[where.rstrip(".")] if where else settings
+        missing = {field.name for field in fields(config) if field.default is MISSING} - found.keys()
+        if missing:
+            raise ValueError(f"{file}: lacks {', '.join(where + name for name in sorted(missing))}")
+        for name, kind in kinds.items():
+            if name in found and not isinstance(found[name], kind):
+                raise ValueError(f"{file}: {where}{name} is {found[name]!r}, want {_KINDS[kind]}")
+    unknown = settings["backbone"].keys() - _BACKBONE.keys()
+    if unknown:
+        raise ValueError(f"{file}: backbone has {', '.join(sorted(unknown))}, want {', '.join(_BACKBONE)}")

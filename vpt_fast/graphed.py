@@ -52,15 +52,16 @@ class GraphedStep:
         optimizer: ``torch.optim.SGD(..., fused=True)``, or ``Adam`` or ``AdamW`` with ``capturable=True``
             (with ``fused=True`` beside it they are faster).
         loss: maps (logits in at least float32, labels) to ().
-        autocast_dtype: run the model under autocast in this dtype; None: without. Not float16: the loss
-            scaling which that needs is not captured.
+        autocast_dtype: run the model under autocast in this dtype; None: without, and then the step is not to
+            be called under autocast. Not float16: the loss scaling which that needs is not captured.
         max_grad_norm: clip the norm of all gradients to it; None: do not.
 
     Raises:
         ValueError: an optimizer, model, device or dtype that cannot be captured. In a call: a batch of
-            another shape or dtype than the first, a loss that is not a scalar, a model in another mode, or
-            what is no longer as it was captured: tensors of the optimizer or their memory, the model's
-            weights' memory, settings of the optimizer other than its rates.
+            another shape or dtype than the first, a loss that is not a scalar, a model that gives more than
+            one tensor or is in another mode, or what is no longer as it was captured: tensors of the
+            optimizer or their memory, the model's weights' memory, settings of the optimizer other than its
+            rates.
         CaptureError: in the fourth call, where the step cannot be captured.
     """
 
@@ -100,6 +101,11 @@ class GraphedStep:
         It may be infinite or NaN: nothing here waits for the GPU to find out.
         """
         device = self._stream.device
+        if self.autocast_dtype is None and torch.is_autocast_enabled(device.type):
+            raise ValueError(
+                "autocast_dtype: got None where the step is called under autocast, which it does not follow; "
+                f"want autocast_dtype={torch.get_autocast_dtype(device.type)}"
+            )
         if self._inputs is None:
             self._inputs = torch.empty_like(images, device=device), torch.empty_like(labels, device=device)
             self._is_training = self.model.training
@@ -167,6 +173,11 @@ def train_step(
         images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
     ):
         logits = model(images)  # (b, classes)
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(
+            f"model: got a {type(logits).__name__} from it, as a segmenter gives in training; want one "
+            "tensor of logits"
+        )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     value = loss(logits, labels)
     if value.shape != ():

@@ -19,7 +19,16 @@ from vpt_fast.engine import cost
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
-from vpt_fast.prompts import IN_SEQUENCE, IN_TOKENS, PromptConfig, drop, init_bound, mask_bytes, pad_image
+from vpt_fast.prompts import (
+    IN_SEQUENCE,
+    IN_TOKENS,
+    PromptConfig,
+    drop,
+    init_bound,
+    mask_bytes,
+    pad_image,
+    require_shape,
+)
 
 # Not float16: large ViTs have activations in the residual stream that it cannot hold.
 RESIDUAL_DTYPES = (None, torch.bfloat16)
@@ -170,6 +179,7 @@ class PromptedViT(PromptedClassifier):
         bound = init_bound(self.patch_size, settings.prompt_project or embed_dim)
         low, high = (0.0, 1.0) if location == "pad" else (-bound, bound)
         self.prompts = nn.Parameter(torch.empty(shape, device=device).uniform_(low, high))
+        self._prompt_shape = shape
         self.prompt_projection: nn.Linear | None = None
         if settings.prompt_project is not None:
             self.prompt_projection = nn.Linear(settings.prompt_project, embed_dim, device=device)
@@ -243,6 +253,7 @@ class PromptedViT(PromptedClassifier):
         """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that
         are read; and N, the tokens of an image."""
         settings = self.prompt_settings
+        require_shape(self.prompts, self._prompt_shape)
         stream = Stream(self._tokens(images))
         batch_size, num_tokens = images.shape[0], stream.num_tokens
         num_prefix, num_prompts = self.backbone.num_prefix_tokens, settings.num_prompts or 0

@@ -93,6 +93,7 @@ class PromptConfig:
                 raise ValueError(f"num_prompts: got {self.num_prompts}, want 1 or more")
         if self.prompt_project is not None and self.prompt_project < 1:
             raise ValueError(f"prompt_project: got {self.prompt_project}, want 1 or more dimensions")
+        object.__setattr__(self, "prompt_dropout", float(self.prompt_dropout))  # as JSON holds it
         if self.prompt_type == "shallow":
             if self.prompt_layers is not None:
                 raise ValueError(
@@ -174,6 +175,15 @@ def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:
     Xavier's bound for a patch embedding's weight, the choice of the official implementation.
     """
     return math.sqrt(6.0 / (3 * patch_size[0] * patch_size[1] + prompt_dim))
+
+
+def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "prompts") -> None:
+    """Raises ValueError for prompts that a user put in place of the model's own, of another shape: which rows
+    are computed and read goes by how many there were."""
+    if prompts.shape != tuple(want):
+        raise ValueError(
+            f"{name}: got shape {tuple(prompts.shape)}, want {tuple(want)}, which the model was built for"
+        )
 
 
 def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_arguments, check_count
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_count
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
@@ -136,10 +136,10 @@ class PromptedSegmenter(TunedModel):
         checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        check_arguments(num_classes, None)
+        num_classes = check_count("num_classes", num_classes)
         if method not in ENCODERS:
             raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
-        check_count("head_channels", head_channels)
+        head_channels = check_count("head_channels", head_channels)
         for name, wanted in (("pool", None), ("prompt_type", "deep"), ("prompt_location", "prepend")):
             if settings.get(name, wanted) != wanted:
                 raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
@@ -153,7 +153,7 @@ class PromptedSegmenter(TunedModel):
         if aux_blocks is None:
             blocks = {max(round(share * encoder.num_blocks), 1) - 1 for share in _AUX_SHARES}
             aux_blocks = sorted(blocks - {encoder.num_blocks - 1})
-        encoder._check_blocks([*aux_blocks, encoder.num_blocks - 1])
+        _check_aux_blocks(aux_blocks, encoder.num_blocks - 1)
         super().__init__(encoder._backbone_config)
         encoder.head = nn.Identity()  # type: ignore[assignment]
         for module in (vit.stem.norm, vit.stem.fc_norm, vit.stem.attn_pool):
@@ -179,6 +179,15 @@ class PromptedSegmenter(TunedModel):
     @property
     def backbone(self) -> FrozenViT:  # type: ignore[override]
         return self.encoder.backbone
+
+    @property
+    def memory(self) -> str:
+        """What the encoder keeps for backward, see `PromptedViT`; may be changed at any time."""
+        return self.encoder.memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self.encoder.memory = memory
 
     @property
     def undecayed(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -252,6 +261,16 @@ class PromptedSegmenter(TunedModel):
                 tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
                 F.cross_entropy(head(tokens, grid, size), labels)
         return [storage.nbytes() for storage in kept.values()]
+
+
+def _check_aux_blocks(blocks: Sequence[int], last: int) -> None:
+    """Raises ValueError for what is not blocks before the last one, which the head reads."""
+    wanted = sorted({*blocks} & {*range(last)})
+    if list(blocks) != wanted or not all(type(index) is int for index in blocks):
+        raise ValueError(
+            f"aux_blocks: got {list(blocks)}, want rising block indices below {last}, the last block, which "
+            "the head reads"
+        )
 
 
 def _check_patches(vit: FrozenViT) -> None:

@@ -15,7 +15,7 @@ from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
-from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings
+from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings, require_shape
 
 POOLS = ("image", "prompts", "image_and_prompts")
 
@@ -106,9 +106,10 @@ class PromptedSwin(PromptedClassifier):
         # Of all stages' prompts, as of the official code's, the bound is that of the first stage's width.
         bound = init_bound(self.patch_size, self.backbone.stages[0][1])
         stages = self.backbone.stages if self._is_deep else ((1, self.backbone.stages[0][1]),)
+        self._prompt_shapes = [(depth, num_prompts, width) for depth, width in stages]
         self.prompts = nn.ParameterList(
-            torch.empty(depth, num_prompts, width, device=self.backbone.device).uniform_(-bound, bound)
-            for depth, width in stages
+            torch.empty(shape, device=self.backbone.device).uniform_(-bound, bound)
+            for shape in self._prompt_shapes
         )
 
     def _options(self) -> dict[str, Any]:
@@ -139,6 +140,8 @@ class PromptedSwin(PromptedClassifier):
 
     def _prompt_sets(self) -> list[torch.Tensor]:
         """New prompts (1, m, d) for each of the first blocks: deep, for all of them."""
+        for index, (stage, shape) in enumerate(zip(self.prompts, self._prompt_shapes, strict=True)):
+            require_shape(stage, shape, f"prompts.{index}")
         # unbind, not indexing: its backward is one stack
         return [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
 

@@ -243,6 +243,14 @@ def test_a_truncated_file_is_refused(suffix: str, tmp_path: Path) -> None:
         load_checkpoint(small_vit(), path)
 
 
+@pytest.mark.parametrize("content", [b"abc", b"Entry not found", b"\x80\x02.", b"GM_\xd0\xc7\t"])
+def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged, or none"):
+        load_checkpoint(small_vit(), path)
+
+
 def test_a_jax_file_with_damaged_values_is_refused(tmp_path: Path) -> None:
     path = save_jax(small_vit(), tmp_path / "ViT.npz")
     content = bytearray(path.read_bytes())

@@ -290,6 +290,10 @@ BAD = {
     "side": (lambda vit: SideTuning(vit, CLASSES), "images are 3x32x32, and the side network.* 63x63"),
     "pool": (lambda vit: FullTuning(vit, CLASSES, pool="prompts"), "pool: got 'prompts', and .* no prompts"),
     "num_prompts": (lambda vit: PromptAndBiasTuning(vit, CLASSES, 0), "num_prompts: got 0"),
+    "dtype": (
+        lambda _: FullTuning("vpt_fast_demo", CLASSES, dtype=torch.bfloat16),
+        "dtype: got torch.bfloat16 with FullTuning, whose modules run in float32 or more; want autocast",
+    ),
 }
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with timm
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
+from vpt_fast.backbones.layers import class_name
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def resolve_backbone(
             )
         return backbone, Origin(None, False, {})
     if not isinstance(backbone, str):
-        raise ValueError(f"backbone: got a {type(backbone).__name__}, want a timm name or {wanted}")
+        raise ValueError(f"backbone: got a {class_name(backbone)}, want a timm name or a timm {wanted}")
     known = KNOWN.get(backbone)
     timm_name = known.timm_name if known else backbone
     if not timm.is_model(timm_name):

@@ -76,7 +76,7 @@ class AdapterTuning(TimmClassifier):
         reduction: int = 8,
         **settings: Any,
     ) -> None:
-        check_count("reduction", reduction)
+        reduction = check_count("reduction", reduction)
         super().__init__(backbone, num_classes, **settings)
         is_whole = isinstance(self.backbone, WholeBackbone)
         is_swin = isinstance(self.backbone.stem, SwinTransformer)

@@ -70,7 +70,7 @@ class LoRATuning(TimmClassifier):
     kinds = (VIT, SWIN, CONVNET)
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, rank: int = 8, **settings: Any) -> None:
-        check_count("rank", rank)
+        rank = check_count("rank", rank)
         require_peft()
         import peft  # an optional dependency
 

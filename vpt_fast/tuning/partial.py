@@ -58,8 +58,7 @@ class PartialTuning(FrozenClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool, dtype, backend, attention)
-        k = num_tuned_blocks
-        check_count("num_tuned_blocks", k)
+        k = check_count("num_tuned_blocks", num_tuned_blocks)
         vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
         if k > len(vit.blocks):
             raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
@@ -138,7 +137,7 @@ class PartialNetworkTuning(TimmClassifier):
     def __init__(
         self, backbone: str | nn.Module, num_classes: int, num_tuned_blocks: int = 1, **settings: Any
     ) -> None:
-        check_count("num_tuned_blocks", num_tuned_blocks)
+        num_tuned_blocks = check_count("num_tuned_blocks", num_tuned_blocks)
         super().__init__(backbone, num_classes, **settings)
         self.num_tuned_blocks = num_tuned_blocks
         assert isinstance(self.backbone, WholeBackbone)

@@ -123,7 +123,7 @@ class MLPProbe(LinearProbe):
         num_layers: int = 3,
         **settings: Any,
     ) -> None:
-        check_count("num_layers", num_layers)
+        num_layers = check_count("num_layers", num_layers)
         super().__init__(backbone, num_classes, **settings)
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):

@@ -55,6 +55,13 @@ class TimmClassifier(TunedClassifier):
         **timm_kwargs: Any,
     ) -> None:
         check_arguments(num_classes, pool)
+        dtype = timm_kwargs.get("dtype")
+        if isinstance(dtype, torch.dtype) and dtype.itemsize < torch.float32.itemsize:
+            # timm would round the weights, and products would be in float32 all the same.
+            raise ValueError(
+                f"dtype: got {dtype} with {type(self).__name__}, whose modules run in float32 or more; want "
+                "autocast for products of 16 bits"
+            )
         kind = kind_of(backbone)
         if kind not in self.kinds:
             kind = self.kinds[0]  # which `resolve_backbone` then misses
