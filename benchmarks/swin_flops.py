@@ -1,6 +1,6 @@
 """The closed forms of flops.py, by the same names, for a Swin transformer with prompts in every window.
 
-Where windows reach past the image, every implementation computes the positions that hold no token, too.
+Where windows reach past the image, attention includes the positions that hold no token in all of them.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ MODELS = {
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
 DETERMINISTIC = ("flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash")  # as flash.py calls them
-USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
+USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's defaults
 MOST_KERNELS = 10  # of a profile
 
 UNGRAPHED = "In this run no concatenation was replayed from a CUDA graph."

@@ -172,7 +172,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name}: got stride {t.stride(3)} along the last dimension, want 1")
         if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(f"{name}: got strides {t.stride()}, want rows of an image within 2^31 elements")
-        # `jit.key_rows` tells the compiler so.
+        # `jit.key_rows` promises the compiler rows at multiples of 16 bytes.
         in_bytes = [
             stride * t.element_size() for n, stride in zip(t.shape, t.stride()[:3], strict=False) if n > 1
         ]
@@ -347,7 +347,8 @@ def _backward_launches(
         return cdiv(num_rows, tiles.block_m), num_heads, batch
 
     terms = grad_q = grad_kv = None
-    # Given O, the kernel for dQ computes the rows' terms too; otherwise they have a kernel of their own.
+    # Given O, the kernel for dQ computes the rows' terms too; without O or dQ they have a kernel of their
+    # own.
     if not (has_out and need_q):
         tiles = TERMS_TILES if has_out else grad_q_tiles(q.dtype, head_dim, num_rows, arch)
         terms = Launch(

@@ -66,7 +66,7 @@ class Rotation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call of a block is asked for.
+    """What one call of a block has to compute.
 
     image, fresh: the ranges of the N image-side tokens and of the m prompts whose output is read.
     dtype: of the matmuls, of what is kept and of the gradient of the block's output.
