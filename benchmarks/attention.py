@@ -3,12 +3,12 @@
     python benchmarks/attention.py
 
 times forward and backward at the shapes of ViT-B/16, L/16 and H/14, prints a table for each shape and writes
-results/attention-<device>-<date>.json as it goes. The libraries are timed twice: from our tensors, with the
-concatenation (and in backward the splitting) that they need, and given what is concatenated already.
-FlashAttention's backward is timed in its deterministic mode, which vpt_fast trains with so that runs repeat
-bit for bit, and not in its own default one, which may be faster; cuDNN's has no such mode. On a CPU it
-compares PyTorch's own, at small sizes. One whose output or gradients are wrong is marked, and not
-compared with. A sweep is one command too, and the same command goes on where it was interrupted:
+results/attention-<device>-<date>.json as it goes. Libraries are timed twice: from our tensors, with the
+concatenation (and in backward the splitting) that they need, and from tensors that are concatenated already.
+FlashAttention's backward is timed in its deterministic mode, with which vpt_fast trains so that runs repeat
+bit for bit; its default mode, which may be faster, is not timed. cuDNN has no such mode. On a CPU, PyTorch's
+own implementations are compared, at small sizes. An implementation whose output or gradients are wrong is
+marked, and not compared with. A sweep is one command too; the same command resumes one that was interrupted:
 
     python benchmarks/attention.py --head-dim 64,80 --num-tokens 197,577 --num-heads 12 --num-prompts 10,100
 """
@@ -47,7 +47,7 @@ MODELS = [(197, 12, 64), (197, 16, 64), (257, 16, 80)]
 
 @dataclass(frozen=True)
 class Shape:
-    """One image's N tokens (as many queries), m shared prompts, H heads of D, for B images."""
+    """B images of N tokens (and as many queries), m shared prompts, H heads of D."""
 
     batch_size: int
     num_tokens: int
@@ -56,12 +56,13 @@ class Shape:
     head_dim: int
 
     def forward(self, dtype: torch.dtype) -> Work:
-        """Q Kᵀ and P V. q, k, v, the prompts' k and v once for the batch; out and lse (float32)."""
+        """Operations of Q Kᵀ and P V; bytes of q, k, v, out, lse and, once, the prompts' k and v."""
         queries, prompts, lse = self._sizes(dtype)
         return Work(bytes=4 * queries + 2 * prompts + lse, flops=2 * self._product())
 
     def backward(self, dtype: torch.dtype) -> Work:
-        """Q Kᵀ, dO Vᵀ, dS K, dSᵀ Q, Pᵀ dO. dO, q, k, v, out, lse and the prompts; all gradients of them."""
+        """Operations of Q Kᵀ, dO Vᵀ, dS K, dSᵀ Q, Pᵀ dO; bytes of dO, q, k, v, out, lse, the prompts' k and
+        v, and all gradients."""
         queries, prompts, lse = self._sizes(dtype)
         return Work(bytes=8 * queries + 4 * prompts + lse, flops=5 * self._product())
 
@@ -82,9 +83,9 @@ class Row:
 
     Times are medians over rounds, with the fastest and the slowest round.
 
-    forward, backward: from our layout to our layout, whatever that takes. concatenated: a library that is
-    given keys and values concatenated already, and leaves their gradients so. Ratios are those of speed to
-    the best right library, with the concatenation and without it.
+    forward, backward: from our layout to our layout, including all copies. concatenated: a library that is
+    given concatenated keys and values, and leaves their gradients concatenated. Ratios: speed relative to the
+    fastest correct library, with its concatenation and without it.
     """
 
     batch_size: int
@@ -129,7 +130,7 @@ Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def functions_of(name: str) -> Functions:
-    """Forward and backward; ValueError where they are not to be had here."""
+    """Forward and backward; ValueError if they are not available here."""
     if name in OURS:
         ops = get_backend(name).other
     else:
@@ -176,7 +177,7 @@ def errors(functions: Functions, inputs: tuple[Tensor, ...]) -> tuple[float, flo
 def make_calls(
     name: str, functions: Functions, inputs: tuple[Tensor, ...]
 ) -> dict[str, Callable[[], object]]:
-    """What is timed of one implementation, by the field of its row."""
+    """The calls that are timed for one implementation, by the field of its row."""
     forward, backward = functions
     out, lse = forward(*inputs[:-1])
     calls = {
@@ -190,7 +191,7 @@ def make_calls(
             for prompts, x in ((prompt_k, k), (prompt_v, v))
         )
         calls["concatenated_forward_ms"] = lambda: forward(q, keys, values, None, None)
-        # A library forms dK and dV in any case. That they are not asked for leaves out copying them apart.
+        # Libraries always compute dK and dV; not asking for them only leaves out the copies that split them.
         calls["concatenated_backward_ms"] = partial(
             backward, grad, q, keys, values, None, None, out, lse, need_q=True, need_kv=False
         )
@@ -237,7 +238,7 @@ def fill_rates(row: Row, settings: Settings) -> None:
 
 
 def compare(rows: list[Row]) -> None:
-    """Fills in the ratios of the right rows to the best right library's times."""
+    """Fills in the correct rows' speed relative to the fastest correct library."""
     libraries = [row for row in rows if row.exact and row.impl in FLASH_BACKENDS]
     for part, row in itertools.product(("forward", "backward"), rows):
         own = getattr(row, f"{part}_ms")
@@ -286,7 +287,7 @@ def make_table(rows: list[Row]) -> Table:
 def choose_shapes(
     on_gpu: bool, num_tokens: str, num_heads: str, head_dim: str, num_prompts: str, batch_size: str
 ) -> list[Shape]:
-    """Those of the models; or, with tokens, heads or head dims given, all combinations with ViT-B/16's."""
+    """The models' shapes; or all combinations of what is given, the rest as in ViT-B/16."""
     models = MODELS if on_gpu else MODELS[:1]
     if num_tokens or num_heads or head_dim:
         asked = (num_tokens or "197", num_heads or "12", head_dim or "64")
@@ -328,7 +329,7 @@ def main(
     with Progress(console=console, transient=True) as progress:
         for shape in progress.track(shapes, description="shapes"):
             there = [row for row in rows if row.shape == shape and row.impl in names]
-            if len(there) < len(names):  # all of a shape anew, so that what is compared ran in turns
+            if len(there) < len(names):  # the whole shape again, so that compared rows ran in turns
                 others = [row.impl for row in rows if row.shape == shape and row.impl not in names]
                 there = measure_shape(shape, [*names, *others], settings)
                 rows = [row for row in rows if row.shape != shape] + there

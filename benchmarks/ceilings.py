@@ -1,7 +1,7 @@
-"""How fast the device multiplies matrices: what the share of the ceiling is a share of.
+"""How fast the device multiplies matrices: the ceilings that results are related to.
 
-Two ceilings, measured in the same run as the rows: one large product, which is as fast as the device gets,
-and products of a model's own shapes, as fast as its blocks could be if nothing but products took time.
+Two ceilings, measured in the same run as the rows: one large matmul, the fastest that the device gets, and
+matmuls of a model's own shapes, the speed of its blocks if nothing but matmuls took time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from flops import Product, product
 from measure import Stopwatch, empty_cache
 
 ROUNDS = 5  # after one of warm-up
-LARGE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large product, a fraction of a second
-CALLS = {"cuda": 20, "cpu": 1}  # in a round: a GPU is to be busy for much longer than an event takes
+LARGE = {"cuda": 8192, "cpu": 2048}  # rows and columns of the large matmul, a fraction of a second
+CALLS = {"cuda": 20, "cpu": 1}  # per round: keeps a GPU busy for much longer than an event takes
 
 
 def large_product(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square product, 8192 by 8192 on a GPU, 2048 by 2048 on a CPU.
+    """TFLOP/s of a square matmul, 8192 by 8192 on a GPU, 2048 by 2048 on a CPU.
 
     Args:
         device: where.
@@ -29,13 +29,13 @@ def large_product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def products(sizes: Sequence[Product], device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of products (rows, inputs) by (inputs, outputs), one after the other, in the fastest round: a
-    ceiling is what nothing else on the machine has slowed down. Each counts by its operations."""
+    """TFLOP/s of matmuls (rows, inputs) by (inputs, outputs), run one after the other, in the fastest round:
+    a ceiling is what nothing else on the machine has slowed down. Each is weighted by its operations."""
 
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
-    # weights lie as nn.Linear has them
+    # weights in nn.Linear's layout
     factors = {size: (random(size[0], size[1]), random(size[2], size[1]).T) for size in sizes}
     seconds = []
     for round_ in range(-1, ROUNDS):

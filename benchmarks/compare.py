@@ -2,9 +2,9 @@
 
     python benchmarks/compare.py OLD.json NEW.json
 
-Rows are matched by what was measured. A change counts where the ranges of the two files, smallest to largest
-of the repetitions, do not overlap; else it is within noise. `--fail-below 0.95` makes a row that is slower
-than that, beyond noise, an exit status of 1.
+Rows are matched by what was measured. A change counts if the ranges of the two files, smallest to largest of
+the repetitions, do not overlap; else it is within noise. With `--fail-below 0.95` the exit status is 1 if a
+row's speed fell below that ratio, beyond noise, or if a row is no longer measured.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes; the rows of one file only; and those of both that only one measured rightly, with the
-    other's reason."""
+    """All changes; the rows that only one file has; and those of both that only one measured correctly, with
+    the other's reason."""
 
     changes: list[Change]
     only_old: list[Key]
@@ -86,7 +86,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """A results file.
 
     Raises:
-        ValueError: it is no JSON object with a device and rows that were measured one by one.
+        ValueError: it is not a JSON object with a device and a list of rows.
     """
     try:
         report = json.loads(path.read_text())
@@ -98,8 +98,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def flat_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a report. Those of recipe.py hold what was measured one level down, and training with its
-    loading of images stands beside them."""
+    """The rows of a report. Those of recipe.py hold their measurements one level down, and the report's
+    end-to-end rows are a list of their own."""
     rows = [{**row, **(row.get("measured") or {})} for row in report["rows"]]
     return rows + report.get("end_to_end", [])
 
@@ -111,10 +111,10 @@ def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
         ValueError: two rows measured the same.
     """
     found: dict[Key, dict[str, Any]] = {}
-    common = {name: report.get(name) for name in IDENTITY}  # some files say a part once, for all rows
+    common = {name: report.get(name) for name in IDENTITY}  # some files state a part once, for all rows
     for row in flat_rows(report):
         fields = {**common, **row}
-        fields["launch"] = str(fields["launch"]) if fields["launch"] else None  # a table of its own
+        fields["launch"] = str(fields["launch"]) if fields["launch"] else None  # a dict, as hashable text
         key = tuple((name, fields[name]) for name in IDENTITY if fields.get(name) is not None)
         if key in found:
             raise ValueError(f"two rows of {label(key)}")
@@ -127,7 +127,7 @@ def label(key: Key) -> str:
 
 
 def measurements(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
-    """What a row has measured, by the field's name."""
+    """What a row measured, by the field's name."""
     for name, value in row.items():
         if HIGHER_IS_BETTER in row:
             measured = name == HIGHER_IS_BETTER  # and not its parts, in ms
@@ -138,7 +138,7 @@ def measurements(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:
 
 
 def failure(row: dict[str, Any]) -> str | None:
-    """Why a row's times say nothing; None where they do."""
+    """Why a row's times are not valid; None if they are."""
     if row.get("error"):
         return row["error"]
     if row.get("exact") is False:
@@ -155,7 +155,7 @@ def change(key: Key, metric: str, old: Measurement, new: Measurement) -> Change:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
-    """Everything that both files or one of them measured.
+    """Compares everything that either file measured.
 
     Raises:
         ValueError: two rows of one file measured the same.

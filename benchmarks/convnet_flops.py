@@ -1,7 +1,7 @@
-"""The forms of flops.py for a ConvNet whose image has a border of prompts, by the same names.
+"""The closed forms of flops.py, by the same names, for a ConvNet whose image has a border of prompts.
 
-A frozen convolution has the same operations in backward, for its input's gradient, as in forward. All pixels
-of the network's larger image are computed by every implementation: what differs is what is kept.
+A frozen convolution takes as many operations in backward, for its input's gradient, as in forward. Every
+implementation computes all pixels of the network's enlarged image; they differ in what they keep.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a ConvNet decides how much there is to compute.
+    """What determines how much a ConvNet computes.
 
     Attributes:
-        network: the model with tensors of no values, whose layers' outputs have shapes alone.
+        network: the model with tensors on "meta", so that layers' outputs have shapes and no values.
         image_size: (height, width) without the border.
         width: d of the features.
     """
@@ -41,14 +41,14 @@ def shape_of(convnet: nn.Module) -> Shape:
 
 
 def block_products(shape: Shape, batch_size: int) -> list[Product]:
-    """None: a convolution is no product of two matrices."""
+    """Empty: a convolution is not a matmul."""
     del shape, batch_size
     return []
 
 
 def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:
-    """The network forward, and backward to its input, on images with their border; and the head. vpt_fast and
-    `convnet_peers.ConcatTimm` do as much. Arguments as of `flops.essential`."""
+    """The network forward, and backward to its input, on images with their border; and the head: what
+    vpt_fast and `convnet_peers.ConcatTimm` do. Arguments as of `flops.essential`."""
     del prompt_type
     layers = _layers(shape, num_prompts, batch_size)
     return 2 * sum(layers) + 3 * product(batch_size, shape.width, num_classes)

@@ -1,6 +1,6 @@
 """What vpt_fast.PromptedConvNet is compared with: a border of pixels around the image, on timm's own network.
 
-Names and arguments are those of peers.py. The official code does the same, so there is no peer in its manner.
+Names and arguments are those of peers.py. The official code does the same, so it has no peer of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ConcatTimm(FrozenPeer):
         return self.classify(self.backbone(torch.cat([top, middle, bottom], dim=2)))
 
     def border(self, prompts: Tensor, x: Tensor) -> Tensor:
-        """Pixels in [0, 1] as every image's own, normalised, in the dtype of images x (B, 3, H, W)."""
+        """Pixels in [0, 1], normalised and expanded to all images x (B, 3, H, W), in their dtype."""
         return ((prompts - self.mean) / self.std).to(x.dtype).expand(len(x), -1, -1, -1)
 
 
@@ -71,7 +71,7 @@ class ConcatCheckpointed(ConcatTimm):
 class NoPrompts(FrozenPeer):
     """The bound: the frozen network on the image alone, with backward through all of it.
 
-    One trained number for each channel, added to every pixel, is what backward goes down to.
+    Backward goes down to one trained number per channel, which is added to every pixel.
     """
 
     def __init__(self, convnet: nn.Module, state: dict[str, Tensor]) -> None:

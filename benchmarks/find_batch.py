@@ -8,14 +8,14 @@ import torch
 from implementations import Start, random_batch
 from measure import Contender, empty_cache
 
-MOST = 2**16 - 1  # images, as many as a launch of attention's kernels takes; a search ends there
+MOST = 2**16 - 1  # images: the most that attention's kernels launch on, where a search ends
 
 
 def largest(fits: Callable[[int], bool], first: int) -> int:
     """The largest batch found that fits, 0 for none: by doubling from `first`, then by bisection.
 
-    It is exact below 64 and else at most a thirty-second too small: each try on a GPU takes seconds, and a
-    compiled model's a minute. No more than `MOST` are tried.
+    It is exact below 64 and else at most 1/32 too small, since each try takes seconds on a GPU, and a minute
+    with a compiled model. No more than `MOST` are tried.
     """
     low, high = 0, first
     while fits(high):
@@ -37,7 +37,7 @@ def largest_batch(
     device: torch.device,
     progress: Callable[[str], None] = lambda text: None,
 ) -> int:
-    """The largest batch that a contender takes training steps on, with nothing else on the device.
+    """The largest batch on which a contender can take training steps, with nothing else on the device.
 
     Args:
         build: makes the contender.
@@ -46,12 +46,12 @@ def largest_batch(
         progress: is told of each try.
 
     Raises:
-        RuntimeError: a step failed for another reason than want of memory.
+        RuntimeError: a step failed for another reason than lack of memory.
     """
 
     def fits(batch_size: int) -> bool:
         progress(f"batch {batch_size}")
-        torch.compiler.reset()  # every batch size is compiled, and how often that may happen is limited
+        torch.compiler.reset()  # every batch size is compiled, and recompilations are limited
         empty_cache(device)
         try:
             contender = build(start.copy_to(device))
@@ -71,6 +71,6 @@ def largest_batch(
 
 
 def ran_out_of_memory(error: str) -> bool:
-    """Whether a contender's error says so; cuBLAS, cuDNN and the driver have words of their own for it."""
+    """Whether a contender's error says so; cuBLAS, cuDNN and the driver word it differently."""
     words = ("OutOfMemoryError", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return any(word in error for word in words)

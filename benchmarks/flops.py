@@ -1,8 +1,8 @@
-"""Floating-point operations of one training step, in closed form: what has to be done, and what is done.
+"""Floating-point operations of one training step, in closed form: those needed, and those done.
 
-Counted are matrix products and attention's, two operations for each multiply-add; norms, activations and
+Matmuls, including attention's, are counted, with two operations for each multiply-add; norms, activations and
 softmax are not. A step is forward and backward on B images, without the optimizer. `tests/test_flops.py`
-holds every form against operations counted while the implementation runs.
+compares every form with operations counted while the implementation runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 Product = tuple[int, int, int]  # rows, inputs, outputs
 
-FLASH_BACKWARD = 5 / 2  # S, dP, dQ, dK, dV against forward's S and P V: probabilities are formed again
+FLASH_BACKWARD = 5 / 2  # S, dP, dQ, dK, dV against forward's S and P V: probabilities are recomputed
 
 
 def product(rows: int, inputs: int, outputs: int) -> int:
@@ -24,7 +24,7 @@ def product(rows: int, inputs: int, outputs: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a ViT decides how much there is to compute.
+    """What determines how much a ViT computes.
 
     Attributes:
         blocks: how many.
@@ -76,24 +76,24 @@ def shape_of(vit: VisionTransformer) -> Shape:
 
 
 def block_products(shape: Shape, batch_size: int) -> list[Product]:
-    """The four products of a block on B images without prompts, one after the other: queries, keys and
-    values; the projection; and the MLP's two."""
+    """The four matmuls of a block on B images without prompts, one after the other: queries, keys and values;
+    the projection; and the MLP's two."""
     rows, d, a = batch_size * shape.num_tokens, shape.width, shape.attention_width
     hidden = shape.mlp_weights // (2 * d)
     return [(rows, d, 3 * a), (rows, a, d), (rows, d, hidden), (rows, hidden, d)]
 
 
 def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:
-    """What exact prompt tuning cannot do without; vpt_fast does no more under the memory policy "exact".
+    """What exact prompt tuning needs; vpt_fast does no more under the memory policy "exact".
 
-    Prompts are keys and values, once for the batch. Blocks give the rows that are read further on: deep, all
-    tokens; shallow, the first block's prompts as well; and the last block those that the head reads. Below
-    the first block nothing is trained, so that its backward forms the prompts' gradients alone.
+    Prompts are keys and values, once for the batch. Blocks compute the rows that are read later: all tokens;
+    if shallow, the first block's prompts as well; in the last block only the rows that the head reads.
+    Nothing is trained below the first block, so its backward computes the prompts' gradients alone.
 
     Args:
         shape: of the model.
         num_prompts: m, for each prompted block.
-        prompt_type: "deep": every block has m of its own; "shallow": the first has, and they go on.
+        prompt_type: "deep": every block has m of its own; "shallow": only the first has, and they flow on.
         batch_size: B.
         num_classes: of the head.
     """
@@ -103,8 +103,8 @@ def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int,
         is_first, is_last = block == 0, block == shape.blocks - 1
         enters = m if is_first or prompt_type == "deep" else 0  # prompts that this block projects
         tokens = shape.num_tokens + (m if prompt_type == "shallow" and not is_first else 0)
-        fresh = m if prompt_type == "shallow" and is_first and not is_last else 0  # of them, that are read on
-        rows = shape.num_read if is_last else tokens  # tokens that are read on
+        fresh = m if prompt_type == "shallow" and is_first and not is_last else 0  # those that are read later
+        rows = shape.num_read if is_last else tokens  # tokens that are read later
         keys, all_rows = tokens + enters, rows + fresh
         attended = product(b * all_rows, a, d) + 2 * b * all_rows * shape.mlp_weights
         projected = product(enters, d, 2 * a) + product(fresh, d, a)
@@ -150,7 +150,7 @@ def full_finetuning(shape: Shape, batch_size: int, num_classes: int) -> int:
 
 
 def _ordinary(shape: Shape, num_tokens: int, batch_size: int, num_classes: int) -> int:
-    """Forward, and the gradients of all inputs, of a ViT of so many tokens whose head alone is trained."""
+    """Forward, and all inputs' gradients, of a ViT on `num_tokens` tokens whose head alone is trained."""
     rows = batch_size * num_tokens
     attention = 2 * product(rows, shape.attention_width, num_tokens)
     blocks = shape.blocks * (2 * _linears(shape, rows) + attention + int(FLASH_BACKWARD * attention))

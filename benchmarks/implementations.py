@@ -33,9 +33,9 @@ EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, other than by which implementation.
+    """What is measured, apart from the implementation.
 
-    dtype: "float32"; "bfloat16": frozen weights and matrix products in it, trainable tensors in float32;
+    dtype: "float32"; "bfloat16": frozen weights and matmuls in it, trainable tensors in float32;
     "amp": float32 weights under torch.autocast to bfloat16. Some implementations have one of their own.
     """
 
@@ -61,11 +61,11 @@ class Family:
     Attributes:
         prompted: vpt_fast's model.
         peers: the module that holds its plain implementations.
-        flops: the module that holds its forms of operations.
-        prompt_types: that it can have, the usual one first.
-        num_prompts: where nothing else is asked for.
+        flops: the module that holds its closed forms of operations.
+        prompt_types: those that it supports, the usual one first.
+        num_prompts: the default.
         memory: vpt_fast's policies.
-        lacks: implementations that there are not, with the reason.
+        lacks: implementations that do not exist for it, with the reason.
     """
 
     prompted: type
@@ -78,7 +78,7 @@ class Family:
 
 
 def _no_vit(reason: str) -> dict[str, str]:
-    """`Family.lacks` of every FlashAttention implementation, and of what there is for ViTs alone."""
+    """`Family.lacks` for every FlashAttention implementation, and for what only ViTs have."""
     residual = "the residual stream of a VisionTransformer alone may be in 16 bits"
     return {
         **dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason),
@@ -115,7 +115,7 @@ FAMILIES = {
 
 
 def family_of(model: str) -> Family:
-    """By timm's name.
+    """The family of a model, by timm's name.
 
     Raises:
         typer.BadParameter: a model of a kind without plain implementations.
@@ -128,8 +128,8 @@ def family_of(model: str) -> Family:
 
 
 def require_possible(setting: Setting, names: Sequence[str], memory: Sequence[str]) -> None:
-    """Raises typer.BadParameter for a prompt type, an implementation or a memory policy that there is not for
-    the setting's model, before anything is built."""
+    """Raises typer.BadParameter for a prompt type, an implementation or a memory policy that the setting's
+    model does not have, before anything is built."""
     family = family_of(setting.model)
     if setting.prompt_type not in family.prompt_types:
         wanted = " or ".join(family.prompt_types)
@@ -171,7 +171,7 @@ class Start:
 
     @property
     def shape(self) -> Any:
-        """What the family's forms of operations read; None where there are none."""
+        """What the family's closed forms read; None if there are none."""
         if getattr(self.backbone, "attn_pool", None) is not None:
             return None
         return self.family.flops.shape_of(self.backbone)
@@ -181,7 +181,7 @@ class Start:
         return self.state["head.bias"].device
 
     def copy_to(self, device: torch.device) -> Start:
-        """Copies of the weights on the device, which live no longer than what is made of them."""
+        """Copies of the weights on the device, which are freed together with what is made of them."""
         backbone = copy.deepcopy(self.backbone).to(device)
         is_one = self.peer_backbone is self.backbone
         peer_backbone = backbone if is_one else copy.deepcopy(self.peer_backbone).to(device)
@@ -217,7 +217,7 @@ def peer(
     Args:
         build: makes the model.
         compiled: the mode of torch.compile, or None for none.
-        graphed: replay its steps from a CUDA graph, in the way of vpt_fast's graphed ones.
+        graphed: replay its steps from a CUDA graph, as for vpt_fast's graphed ones.
         dtype: its own, as in `Setting.dtype`, or None for the setting's.
         full_precision_weights: run under autocast where the setting's dtype is "bfloat16".
     """
@@ -230,8 +230,8 @@ def peer(
         model = model.to(start.device).train()
         run = model
         if compiled is not None:
-            # Of static shapes, since all batches of a setting have one size. In one graph: a part that could
-            # not be compiled, or once too often, is an error and not a slow row.
+            # Static shapes, since all batches of a setting have one size. One graph, so that a graph break,
+            # or a recompilation too many, is an error and not a slow row.
             run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
         return Contender(name, model, run, autocast_dtype(own), graphed, compiled == "max-autotune")
 
@@ -312,7 +312,7 @@ def with_folded_weights(model: Any, start: Start) -> Any:
 
 
 DEFINITION = plain("ConcatTimm")
-"""What the gradients of every implementation but the bounds are held against, in float64."""
+"""What the gradients of every implementation but the bounds are compared with, in float64."""
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast": prompted(),
@@ -321,14 +321,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "vpt_fast_bfloat16_residual_graphed": prompted(residual_dtype=torch.bfloat16, graphed=True),
     "vpt_fast_fused_mlp": prompted(backend="triton_fused_mlp"),
     "vpt_fast_fused_mlp_graphed": prompted(backend="triton_fused_mlp", graphed=True),
-    # what one line of PyTorch's makes of launches, for those who keep their training loop
+    # one line of PyTorch's against launch overhead, for those who keep their training loop
     "vpt_fast_reduce_overhead": prompted(compiled="reduce-overhead"),
     "vpt_fast_torch": prompted(backend="torch"),
     **{f"vpt_fast_{attention}": prompted(attention=attention) for attention in ATTENTION[1:]},
     "concat_reference": peer(plain("ConcatReference"), dtype="float32"),  # as the official code runs
     "concat_timm": peer(DEFINITION),
     "concat_timm_compiled": peer(DEFINITION, compiled="default"),
-    # launches cost it as little as they cost vpt_fast_graphed
+    # its launches cost as little as those of vpt_fast_graphed
     "concat_timm_compiled_graphed": peer(DEFINITION, compiled="default", graphed=True),
     "concat_timm_max_autotune": peer(DEFINITION, compiled="max-autotune"),
     "concat_timm_checkpointed": peer(plain("ConcatCheckpointed")),
@@ -339,8 +339,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     # weights that are trained need more digits than bfloat16 has
     "full_finetuning": peer(peers.FullFineTuning, full_precision_weights=True),
 }
-# Where nothing else is asked for. On a CPU "torch" is what "auto" stands for, and there is no graph; on a GPU
-# max-autotune compiles for minutes, and of the FlashAttention of others PyTorch's own is always there.
+# Defaults. On a CPU "auto" is "torch", and there are no graphs. On a GPU max-autotune, which compiles for
+# minutes, is left out, and of others' FlashAttention only PyTorch's own is always there.
 ON_A_GPU = [
     "vpt_fast",
     "vpt_fast_graphed",
@@ -362,7 +362,7 @@ ON_A_GPU = [
 ]
 ON_A_CPU = ["vpt_fast", "concat_reference", "concat_timm", "concat_timm_compiled", "no_prompts"]
 
-# Another computation: rows to read the others by, not ways to tune prompts. Each with what defines it.
+# Other computations: references for the other rows, not ways to tune prompts. Each with its definition.
 BOUNDS: dict[str, Build] = {
     "no_prompts": plain("NoPrompts"),
     "linear_probe": peers.LinearProbe,

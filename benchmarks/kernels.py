@@ -1,12 +1,12 @@
-"""A block's operations but attention, alone: our kernels beside PyTorch, eager and compiled. One command:
+"""A block's operations except attention, alone: our kernels beside PyTorch, eager and compiled. One command:
 
     python benchmarks/kernels.py
 
-times them at the shapes of ViT-B/16, L/16 and H/14, each against its definition in PyTorch, the same
-compiled, and the least time that its bytes and products can take on this device; prints a table for each
-shape and writes results/kernels-<device>-<date>.json as it goes. Layer norm and GELU are measured at every
-shape, the other kinds at the first; `--kinds` names those to measure at all. An implementation that is wrong
-is marked, and not compared with. The same command goes on where it was interrupted.
+times them at the shapes of ViT-B/16, L/16 and H/14, each beside its definition in PyTorch, the same compiled,
+and the least time that its memory traffic and matmuls can take on this device; prints a table for each shape
+and writes results/kernels-<device>-<date>.json as it goes. Layer norm and GELU are measured at every shape,
+the other kinds at the first; `--kinds` names kinds to measure at every shape. A wrong implementation is
+marked, and not compared with. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ AT_EVERY_SHAPE = ("layer", "gelu")
 MLP_RATIO = 4
 MOST_HEAD_DIM = 64  # that of rotary ViTs, DINOv3's H too
 EPS = 1e-6
-CODES_ERROR_BELOW = 1e-3  # where float32 rounds otherwise than float64, a code is the next one
+CODES_ERROR_BELOW = 1e-3  # where float32 and float64 round differently, codes differ by one
 
 # Tokens and width of ViT-B/16, L/16 and H/14
 MODELS = ["197x768", "197x1024", "257x1280"]
@@ -54,8 +54,8 @@ class Case:
     """One operation at one shape.
 
     op: a key of `OPERATIONS`. kind: of the norm, the activation or the positions. codes: whether what
-    backward needs is kept in 8 bits (forward), or read from them (backward). Tensors are (B, N, width); the
-    MLP's between its layers 4 times as wide, and for SwiGLU that is gate and value together.
+    backward needs is kept in 8 bits (forward), or read in 8 bits (backward). Tensors are (B, N, width); the
+    MLP's pre-activation is 4 times as wide, for SwiGLU gate and value together.
     """
 
     op: str
@@ -87,13 +87,13 @@ class Case:
 
 
 class Operation(NamedTuple):
-    """How one kind of operation is fed, run and counted.
+    """How one operation gets its inputs, is run and is counted.
 
-    inputs(case, dtype, random): tensors whose first dimension is the batch, and those all images share.
-    run(ops, case, dtype, *inputs): by one implementation's list of operations.
-    work(case, itemsize): what cannot be done without.
-    fused(case, dtype, *inputs): as one product with its epilogue, or None where there is no product.
-    codes: whether it is measured without and with codes.
+    inputs(case, dtype, random): tensors whose first dimension is the batch, and those that all images share.
+    run(ops, case, dtype, *inputs): with one implementation's operations.
+    work(case, itemsize): the least work that it takes.
+    fused(case, dtype, *inputs): as one GEMM with its epilogue, or None if it has no GEMM.
+    codes: whether it is measured without codes, with them, or both.
     """
 
     kinds: tuple[str, ...]
@@ -104,7 +104,7 @@ class Operation(NamedTuple):
     codes: tuple[bool, ...] = (False, True)
 
 
-# Inputs. The residual stream is float32, whatever the dtype of the products; its gradient is in that.
+# Inputs. The residual stream is float32, whatever the matmuls' dtype; its gradient is in the latter.
 
 
 def normalize_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
@@ -124,7 +124,7 @@ def normalize_backward_inputs(case: Case, dtype: torch.dtype, random: Callable[.
 
 
 def rotate_inputs(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> tuple:
-    """Queries, where they stand in the packed projection, and one table for all heads."""
+    """Queries, as a view of the packed projection, and one table for all heads."""
     heads, head_dim = case.heads
     qkv = random(case.batch_size, case.num_tokens, 3, heads, head_dim).to(dtype)
     angles = random(case.num_tokens, 1, head_dim // 2)
@@ -161,7 +161,7 @@ def _kept(case: Case, dtype: torch.dtype, random: Callable[..., Tensor]) -> list
     return [codes] if scale is None else [codes, scale]
 
 
-# The operations, by a list of them.
+# The operations, with one implementation's `Ops`.
 
 
 def normalize(ops: Ops, case: Case, dtype: torch.dtype, x: Tensor) -> Any:
@@ -186,7 +186,7 @@ def normalize_backward(
 
 
 def rotate(ops: Ops, case: Case, dtype: torch.dtype, x: Tensor, sin: Tensor, cos: Tensor) -> Any:
-    """In place: every call turns x on."""
+    """In place: every call rotates x further."""
     ops.rotate_(x, sin, cos)
     return x
 
@@ -227,7 +227,7 @@ def fused_linear_activate_backward(
     return gemm.linear_activate_backward(grad, weight, kept, case.kind)
 
 
-# Bytes, in elements of `size` bytes for the products' dtype, 4 for float32 and 1 for codes.
+# Bytes: `size` per element in the matmuls' dtype, 4 in float32 and 1 for codes.
 
 
 def normalize_work(case: Case, size: int) -> Work:
@@ -279,7 +279,7 @@ def linear_activate_backward_work(case: Case, size: int) -> Work:
 
 
 def _code_bytes(case: Case) -> int:
-    """A byte an element; of a gated activation two float32 scales a row, too."""
+    """One byte per element; for a gated activation also two float32 scales per row."""
     return case.rows * (case.hidden + (8 if case.kind in PACKED else 0))
 
 
@@ -316,10 +316,10 @@ OPERATIONS = {
 class Row:
     """One implementation of one case; what is not known is None.
 
-    impl: ``triton``: our kernel, of a linear layer the product with its epilogue; ``torch``: the definition;
-    ``compiled``: the same by torch.compile; ``library_triton``: PyTorch's product, then our kernel.
+    impl: ``triton``: our kernel, for a linear layer the GEMM with its epilogue; ``torch``: the definition;
+    ``compiled``: the same by torch.compile; ``library_triton``: PyTorch's GEMM, then our kernel.
     ms: the median over rounds; ms_min, ms_max: the fastest and the slowest round.
-    ratio: speed relative to the best right one that is not ``triton``.
+    ratio: speed relative to the fastest correct one that is not ``triton``.
     """
 
     op: str
@@ -386,7 +386,7 @@ def check(call: Callable[..., Any], case: Case, inputs: tuple[list[Tensor], list
     first = (*(t[:1] for t in batched), *shared)
     wide = (t.double() if t.is_floating_point() else t for t in first)
     expected = OPERATIONS[case.op].run(TORCH_OPS, case, torch.float64, *wide)
-    actual = read(call(*batched, *shared))  # all of the batch: what is timed, and compiled once
+    actual = read(call(*batched, *shared))  # the whole batch, as it is timed, so that it is compiled once
     return operations.worst_error((t[:1] for t in actual), read(expected))
 
 
@@ -422,7 +422,7 @@ def implementations_of(op: str, names: Iterable[str]) -> list[str]:
 
 
 def compare(rows: list[Row]) -> None:
-    """Fills in the ratios of the right rows to the best right one that is not ours."""
+    """Fills in the correct rows' speed relative to the fastest correct one that is not ours."""
     others = [row.ms for row in rows if row.exact and row.impl != OURS]
     for row in rows:
         if row.exact and others:
@@ -455,9 +455,9 @@ def make_table(rows: list[Row]) -> Table:
 
 
 def choose_cases(shapes: list[tuple[int, int]], batch: int, ops: list[str], kinds: list[str]) -> list[Case]:
-    """Of every shape the kinds asked for; without any all of them at the first, and few at the others.
+    """The kinds that are asked for, at every shape; by default all at the first shape and few at the others.
 
-    Linear layers take seconds to build, so of them GELU alone, if nothing is asked for.
+    Linear layers take seconds to build, so by default they are measured with GELU alone.
     """
     return [
         Case(op, kind, codes, batch, tokens, width)
@@ -471,7 +471,7 @@ def choose_cases(shapes: list[tuple[int, int]], batch: int, ops: list[str], kind
 
 
 def parse_shapes(values: str) -> list[tuple[int, int]]:
-    """Of (tokens, width), such as 197x768; typer.BadParameter for anything else."""
+    """Pairs (tokens, width) from text such as 197x768; typer.BadParameter for anything else."""
     found = []
     for value in listed(values):
         tokens, _, width = value.partition("x")
@@ -527,7 +527,7 @@ def main(
             for case in of_shape:
                 wanted = implementations_of(case.op, names)
                 there = [row for row in rows if row.case == case and row.impl in wanted]
-                if len(there) < len(wanted):  # all of a case anew, so that what is compared ran in turns
+                if len(there) < len(wanted):  # the whole case again, so that compared rows ran in turns
                     others = [row.impl for row in rows if row.case == case and row.impl not in wanted]
                     there = measure_case(case, [*wanted, *others], settings)
                     rows = [row for row in rows if row.case != case] + there

@@ -35,12 +35,12 @@ def device_name(device: torch.device) -> str:
 
 
 def label(implementation: str, memory: str | None) -> str:
-    """How a row is called in tables and plots: "vpt_fast", "vpt_fast, compact"."""
+    """A row's name in tables and plots: "vpt_fast", "vpt_fast, compact"."""
     return implementation if memory in (None, "exact") else f"{implementation}, {memory}"
 
 
 def first_line(failure: Exception) -> str:
-    """What an exception says, as short as a row has room for."""
+    """An exception's type and first line, short enough for a row."""
     return f"{type(failure).__name__}: {failure}".splitlines()[0]
 
 
@@ -73,7 +73,7 @@ class Stopwatch:
             self.readings.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next."""
+        """Seconds between each mark and the next."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.events)]
@@ -88,9 +88,9 @@ class Contender:
         model: trained parameters have requires_grad set, all others not.
         run: what is called on images, and captured; the model itself or its compiled form.
         autocast: dtype to run under torch.autocast, or None.
-        graphed: whether timed steps are replayed from one CUDA graph each, whose parts have no times.
+        graphed: whether timed steps are replayed from a CUDA graph, whose parts have no times.
         captures: whether `run` captures CUDA graphs itself, as torch.compile's max-autotune does.
-        times: one entry a timed step.
+        times: one entry per timed step.
         kept_bytes: kept for backward, of one step; None until measured.
         peak_bytes, peak_reserved_bytes: of a step with only this model's weights counted; None on a CPU.
         gradient_error: None until checked.
@@ -119,10 +119,11 @@ class Contender:
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
-        """Steps are taken inside. What fails there is kept as this contender's error, and not raised.
+        """Context in which to take steps. An exception inside is kept as this contender's error, and not
+        raised.
 
-        Afterwards the contender holds weights and the optimizer's state alone, no gradient and no graph, and
-        what it left in the allocator's cache is given back.
+        Afterwards the contender holds only weights and the optimizer's state, no gradients and no graph, and
+        what it left in the allocator's cache is released.
         """
         try:
             yield
@@ -152,7 +153,8 @@ class Contender:
         return str(narrowest).removeprefix("torch.")
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        # Without the cache of cast weights where a graph has none; to a compiler that is another program.
+        # Graphed steps run without autocast's weight cache (`GraphedStep`): with it here, a model compiles
+        # twice.
         with torch.autocast(
             images.device.type,
             self.autocast,
@@ -168,7 +170,7 @@ class Contender:
     def step(self, images: Tensor, labels: Tensor) -> Stopwatch:
         """One training step, with marks before forward, backward and optimizer, and at the end.
 
-        Of a graphed one all marks but the first are at the end, so that all of its time counts as forward.
+        For a graphed step all marks but the first are at the end, so that all of its time counts as forward.
         """
         watch = Stopwatch(images.device)
         if self.graphed:
@@ -191,11 +193,11 @@ class Contender:
 
 
 def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward of one training step, which is taken.
+    """Bytes that autograd keeps between forward and backward of one training step, which it takes.
 
     Counted where autograd saves tensors (torch.autograd.graph.saved_tensors_hooks), by storage: one that is
     saved several times, or through several views, counts once and in full. Storages of parameters, buffers,
-    images and labels are left out: they are there anyway.
+    images and labels are left out: they exist anyway.
     """
     outside = {
         tensor.untyped_storage().data_ptr()
@@ -212,7 +214,7 @@ def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> i
     contender.optimizer.zero_grad(set_to_none=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = contender.loss(images, labels)
-    total = sum(kept.values())  # read while the graph still holds them all, so that no address was used twice
+    total = sum(kept.values())  # read while the graph still holds them all, so that no address was reused
     loss.backward()
     contender.optimizer.step()
     contender.optimizer.zero_grad(set_to_none=True)
@@ -222,9 +224,9 @@ def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> i
 def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
     """Records the peak of what a step allocates and reserves, plus the weights of this contender alone.
 
-    The weights of the others lie on the device too, so the allocator's own peak would count them. Call it
-    before a CUDA graph is captured: the steps up to the capture, and what the graph then holds, count as
-    well. Of a CPU, which has no such counters, nothing is recorded.
+    The others' weights are on the device too, so the allocator's own peak would count them. Call it before a
+    CUDA graph is captured: the steps up to the capture, and what the graph then holds, count as well. On a
+    CPU, which has no such counters, nothing is recorded.
     """
     device = images.device
     if device.type != "cuda":
@@ -239,7 +241,7 @@ def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own_tensors(contender)}
     own = sum(storages.values())
     contender.peak_bytes = torch.cuda.max_memory_allocated(device) - allocated + own
-    if contender.steps_to_settle > 1:  # what was reserved before the capture, replays do not need
+    if contender.steps_to_settle > 1:  # replays do not need what was reserved before the capture
         empty_cache(device)
         contender.peak_reserved_bytes = torch.cuda.memory_reserved(device) - reserved + own
     else:
@@ -247,7 +249,7 @@ def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives a GPU's memory back that nobody holds any more: one's leavings are not another's memory."""
+    """Releases a GPU's unused memory, so that what one contender left is not counted for another."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -268,15 +270,15 @@ def interleave(
     steps: int = 1,
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Times all contenders in one process, round-robin, so that what else the machine does hits all alike.
+    """Times all contenders in one process, round-robin, so that other load on the machine affects all alike.
 
-    First each is warmed up: a step for the bytes kept, which compiles, and those for the peak, where graphs
-    are captured. Then there are `repeats` rounds of `steps` steps each. Results are stored in the
-    contenders. One that fails (out of memory, no compiler, a kernel that does not build) keeps the message as
-    its error and sits out the rest.
+    First each is warmed up: by the step that counts the bytes kept, which compiles, and by those that measure
+    the peak, in which graphs are captured. Then there are `repeats` rounds of `steps` steps each. Results are
+    stored in the contenders. One that fails (out of memory, no compiler, a kernel that does not build) keeps
+    the message as its error and sits out the rest.
 
-    Between turns a contender holds its weights and momentum alone. On a GPU each turn begins with an emptied
-    cache and untimed steps, which reserve memory anew and capture a graph anew.
+    Between turns a contender holds only its weights and momentum. On a GPU each turn begins with an empty
+    cache and untimed steps, which reserve memory and capture a graph again.
     """
     for contender in contenders:
         if contender.error is None:
@@ -292,14 +294,13 @@ def interleave(
             with contender.turn(images.device):
                 for _ in range(contender.steps_to_settle if images.device.type == "cuda" else 0):
                     contender.step(images, labels)
-                # Read after the last one: a GPU is not made to wait between steps.
+                # Read after the last step, so that a GPU does not wait between steps.
                 watches = [contender.step(images, labels) for _ in range(steps)]
                 contender.times += [StepTimes(*watch.seconds()) for watch in watches]
 
 
 def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The gradient of every trained parameter, by name; of a contender whose steps are replayed from a CUDA
-    graph, as a replay leaves it."""
+    """The gradient of every trained parameter, by name; of a graphed contender, as a replay leaves it."""
     if contender.graphed:
         return replayed_gradients(contender, images, labels)
     for _ in range(contender.steps_to_settle if contender.captures else 1):
@@ -309,11 +310,11 @@ def gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str,
 
 
 def replayed_gradients(contender: Contender, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """`gradients` by a graph of its own, whose optimizer moves nothing where gradients are finite: weights
-    and the contender's optimizer stay as they are.
+    """`gradients` by a separate graph with a learning rate of 0: weights, if gradients are finite, and the
+    contender's optimizer stay as they are.
 
-    Before each step what the last one left is overwritten, so that a replay that writes nothing is not taken
-    for right.
+    Before each step the previous gradients are overwritten by NaN, so that a replay that writes nothing does
+    not pass as correct.
     """
     contender.optimizer.zero_grad(set_to_none=True)
     trained = [p for p in contender.model.parameters() if p.requires_grad]
@@ -323,11 +324,11 @@ def replayed_gradients(contender: Contender, images: Tensor, labels: Tensor) -> 
             if p.grad is not None:
                 p.grad.fill_(float("nan"))
         step(images, labels)
-    return take_gradients(contender)  # while the graph is there, in whose memory they lie
+    return take_gradients(contender)  # while the graph, which owns their memory, exists
 
 
 def take_gradients(contender: Contender) -> dict[str, Tensor]:
-    """Copies of what stands in `.grad`, zeros where nothing does; nothing is left there."""
+    """Copies of every `.grad`, zeros where there is none; then clears them."""
     found = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in contender.model.named_parameters()
@@ -338,8 +339,8 @@ def take_gradients(contender: Contender) -> dict[str, Tensor]:
 
 
 def gradient_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative error, by norm, of any trained tensor's gradient; infinite if one is missing. Zero
-    is right where nothing else is: a residual branch may begin with a scale of zero."""
+    """The largest relative error, by norm, of any trained tensor's gradient; infinite if one is missing. An
+    expected zero is matched by zero alone: a residual branch may begin with a scale of zero."""
     if actual.keys() != expected.keys():
         return float("inf")
     errors = []

@@ -1,4 +1,4 @@
-"""What the benchmarks of single operations share: how a call is timed, and how fast it could be at most."""
+"""What the benchmarks of single operations share: how a call is timed, and the bounds on its speed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation cannot do without.
+    """The least work that an operation takes.
 
-    bytes: every input read once and every output written once. flops: of its matrix products.
+    bytes: every input read once and every output written once. flops: of its matmuls.
     """
 
     bytes: int
@@ -39,13 +39,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the device was seen to do: bytes a second of a large copy, TFLOP/s of a large product."""
+    """Measured speed of the device: GB/s of a large copy, TFLOP/s of a large matmul."""
 
     gb_per_second: float
     tflops: float
 
     def share(self, work: Work, seconds: float) -> float:
-        """The least time that the work can take, by the tighter of both bounds, over the time it took."""
+        """The least time for the work, by the tighter of both bounds, divided by the time it took."""
         return max(work.bytes / (self.gb_per_second * 1e9), work.flops / (self.tflops * 1e12)) / seconds
 
 
@@ -62,12 +62,12 @@ class Settings:
     """How a case is measured."""
 
     device: torch.device
-    dtype: torch.dtype  # of the matrix products
+    dtype: torch.dtype  # of the matmuls
     repeats: int
     bounds: Bounds
 
     def times(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
-        """Of each of some calls from `prepare`."""
+        """Times of calls from `prepare`, by name."""
         samples = 10 if self.device.type == "cuda" else 1
         rounds = time_calls(calls, self.device, repeats=self.repeats, samples=samples)
         return {
@@ -77,10 +77,10 @@ class Settings:
 
 
 class Report:
-    """A results file that is written as it grows, and that the same command goes on with.
+    """A results file that is written as it grows; the same command resumes it.
 
     Attributes:
-        rows: what an earlier run of this machine, versions, day and settings left there.
+        rows: those of an earlier run with the same machine, versions, day and settings.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], fresh: bool) -> None:
@@ -108,10 +108,10 @@ def start(
     output: Path | None,
     fresh: bool,
 ) -> tuple[Settings, Report]:
-    """Reads the flags that both benchmarks have, says what is measured on, and measures the bounds.
+    """Reads the flags that these benchmarks share, prints the device, and measures its bounds.
 
     Raises:
-        typer.BadParameter: a device or dtype that is not known or not there, an output that is no report or
+        typer.BadParameter: an unknown or missing device, an unknown dtype, an output that is not a report or
             cannot be written.
     """
     where = choose_device(device)
@@ -128,7 +128,7 @@ def start(
 
 
 def choose_device(device: str) -> torch.device:
-    """The device of a flag, which may be empty; typer.BadParameter for one that is not known or not there."""
+    """The device of a flag, which may be empty; typer.BadParameter for one that is unknown or missing."""
     one_of("device", device or "cpu", ("cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device: got 'cuda', and there is no CUDA device here; want cpu")
@@ -136,7 +136,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def measure_bounds(device: torch.device, dtype: torch.dtype, repeats: int) -> Bounds:
-    # Zeros that nobody wrote may be one page of memory over and over.
+    # Unwritten zeros may all be mapped to one page of memory.
     source = torch.full((_COPY_BYTES[device.type],), 1, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = prepare(lambda: target.copy_(source), device)
@@ -148,7 +148,7 @@ class Replay:
     """A call that was captured in a CUDA graph.
 
     Replaying it costs the host one launch, whatever is in it, so that a short kernel's time is not that of
-    the Python that launches it. The graph reads the call's tensors where they lay: they live as long as it.
+    the Python that launches it. The graph holds addresses of the call's tensors, so this keeps them alive.
     """
 
     def __init__(self, call: Callable[[], object], device: torch.device) -> None:
@@ -168,7 +168,7 @@ class Replay:
 
 
 def prepare(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """What is timed of a call: itself, compiled by then; on a GPU its `Replay`."""
+    """What is timed for a call: the call itself, compiled by a first run; on a GPU its `Replay`."""
     if device.type == "cuda":
         return Replay(call, device)
     call()
@@ -180,9 +180,9 @@ def time_calls(
 ) -> dict[str, list[float]]:
     """Seconds of single calls with cold caches, the median of `samples` in each of `repeats` rounds.
 
-    All take turns in a round. Before each call a buffer larger than the caches is read, so that they hold
-    nothing of the call's and owe memory nothing; on a GPU that takes long enough for the host to have queued
-    the call before the device is there.
+    All calls take turns in a round. Before each call a buffer larger than the caches is read, so that they
+    hold none of the call's data and nothing that is still to be written back; on a GPU that takes long enough
+    for the host to queue the call before the device reaches it.
 
     Args:
         calls: from `prepare`.
@@ -211,7 +211,7 @@ def worst_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def finite(value: float | None) -> float | None:
-    """None for what JSON has no number for."""
+    """The value; None for what JSON cannot represent."""
     return value if value is not None and value < float("inf") else None
 
 
@@ -231,5 +231,5 @@ def verdict(failure: str | None, is_right: bool, error: float | None) -> str:
 
 
 def failures(errors: Mapping[str, str | None]) -> str | None:
-    """A table's caption: why what failed did."""
+    """A table's caption: why implementations failed."""
     return "\n".join(f"{name}: {error}" for name, error in errors.items() if error) or None

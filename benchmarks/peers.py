@@ -1,8 +1,8 @@
 """What vpt_fast is compared with: visual prompts by concatenation, and the bounds on either side of it.
 
 Every peer reads a timm VisionTransformer; swin_peers.py and convnet_peers.py have those of other backbones,
-by the same names. Those by concatenation share its frozen weights and train `prompts` and `head`, so that one
-set of trainable tensors goes into all of them. They import nothing of vpt_fast.
+by the same names. Peers that concatenate share its frozen weights and train `prompts` and `head`, so that one
+set of trainable tensors fits all of them. Nothing here imports vpt_fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def initial_state(
 
 
 def prompt_bound(patch_size: tuple[int, int], width: int) -> float:
-    """Of the uniform distribution that prompts are drawn from."""
+    """The bound of the uniform distribution that prompts are drawn from."""
     return math.sqrt(6 / (3 * math.prod(patch_size) + width))
 
 
@@ -69,12 +69,12 @@ def pools_first_token(vit: VisionTransformer) -> bool:
 
 
 def dtype_of(backbone: nn.Module) -> torch.dtype:
-    """Of its weights."""
+    """The dtype of its weights."""
     return next(backbone.parameters()).dtype
 
 
 class FrozenPeer(nn.Module):
-    """Common to the peers that train nothing of the backbone: it, and a head in float32 or more.
+    """Base of the peers that train nothing of the backbone: the backbone, and a head in float32 or more.
 
     Args:
         backbone: a timm model of any kind; read, not modified; its weights are shared.
@@ -96,7 +96,7 @@ class FrozenPeer(nn.Module):
 
 
 class FrozenViT(FrozenPeer):
-    """Common to those of a ViT."""
+    """Base of those for a ViT."""
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block, (B, N, d)."""
@@ -106,7 +106,7 @@ class FrozenViT(FrozenPeer):
 
 
 class Concatenation(FrozenViT):
-    """Common to the concatenating peers: a frozen ViT, with prompts in float32 or more."""
+    """Base of the concatenating peers: a frozen ViT, with prompts in float32 or more."""
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(vit, state)
@@ -118,7 +118,7 @@ class Concatenation(FrozenViT):
 
 
 class ConcatReference(Concatenation):
-    """In the official code's manner: prompts after the prefix tokens, attention from single operations."""
+    """As in the official code: prompts after the prefix tokens, attention from separate operations."""
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(vit, state)
@@ -139,10 +139,10 @@ class ConcatReference(Concatenation):
 
 
 class ConcatTimm(Concatenation):
-    """As a good engineer writes it today: fused attention, and the final norm on no more than is read.
+    """As a good engineer writes it today: fused attention, and the final norm only on rows that are read.
 
-    Prompts stand at the end, since attention does not see the order: joining is one concatenation and leaving
-    is a view.
+    Prompts come last, since attention does not depend on the order: adding them is one concatenation, and
+    removing them is a view.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class ConcatTimm(Concatenation):
 
 class ConcatCheckpointed(ConcatTimm):
     """The same with activation checkpointing: each block's input is kept, and the block runs again in
-    backward. Nothing in a frozen block is random, so no state of a generator is stored and restored."""
+    backward. Nothing in a frozen block is random, so no RNG state is saved and restored."""
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
@@ -170,7 +170,7 @@ class ConcatCheckpointed(ConcatTimm):
 class NoPrompts(FrozenViT):
     """The bound: the frozen ViT at its own length, with backward through every block and no prompt at all.
 
-    One trained vector, added to every token, is what backward goes down to; it costs next to nothing.
+    Backward goes down to one trained vector, which is added to every token; it costs next to nothing.
     """
 
     def __init__(self, vit: VisionTransformer, state: dict[str, Tensor]) -> None:

@@ -38,13 +38,13 @@ MARKERS = "os^DvP*X<>hd"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Rows of one model that differ in one number and in the implementation alone.
+    """Rows of one model that differ only in one number and in the implementation.
 
     Attributes:
         axis: a key of `AXES`.
-        other: the number that the other axis is held at.
-        rows: right ones that have a speed.
-        left_out: the labels of those that have no right row.
+        other: the value at which the other axis is held.
+        rows: correct rows that have a speed.
+        left_out: the labels of implementations that have none.
     """
 
     axis: str
@@ -154,7 +154,7 @@ def main(
         report = read_report(results)
     except ValueError as error:
         raise typer.BadParameter(f"results: {error}") from None
-    # Other benchmarks' rows say less of what was measured.
+    # Rows of other benchmarks lack some of these fields.
     rows = [row for row in report["rows"] if row.keys() >= {*FIXED, *AXES}]
     found = list(sweeps(rows))
     if not found:

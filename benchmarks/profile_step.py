@@ -4,8 +4,8 @@
 
 prints what a step spends in matrix products, attention, normalisation, activations and the rest, the kernels
 that take longest, and how long the host needs to launch them, and writes
-results/profile-<implementation>[-<memory>]-<setting>-<device>-<date>.json. Under the profiler a step takes
-longer than it does alone, so that throughput is measured by throughput.py.
+results/profile-<implementation>[-<memory>]-<setting>-<device>-<date>.json. A step takes longer under the
+profiler than alone, so throughput is measured by throughput.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from vpt_fast.engine.policy import MEMORY, POLICIES
 
 WARM_UP = 3
 
-# What a kernel (on a CPU an operation of PyTorch's) is for, by its name; the first that matches.
+# What a kernel (on a CPU an operator of PyTorch's) is for, by its name; the first match counts.
 KINDS = {
     "attention": r"attention|terms_kernel|grad_q_kernel|grad_kv_kernel|flash|fmha|sdpa|softmax|window",
     "normalisation": r"normalize|layer_?norm|rms_?norm",
@@ -71,8 +71,8 @@ def kind_of(name: str) -> str:
 
 
 def profile_steps(contender: Contender, batch: tuple[Any, Any], steps: int) -> tuple[list[Entry], float]:
-    """What runs on the batch's device in one of some steps, the longest first, and the milliseconds that a
-    step takes under the profiler, device idle or not."""
+    """What runs on the batch's device in a step, on average, the longest first; and the milliseconds that a
+    step takes under the profiler, including the device's idle time."""
     device = batch[0].device
     on_gpu = device.type == "cuda"
     for _ in range(WARM_UP + contender.steps_to_settle):
@@ -102,8 +102,8 @@ def profile_steps(contender: Contender, batch: tuple[Any, Any], steps: int) -> t
 
 
 def host_ms(contender: Contender, batch: tuple[Any, Any], steps: int) -> float:
-    """Milliseconds for which the host is busy with a step while the device has nothing else to do, the median
-    of some: a GPU's step cannot take less. On a CPU, the step itself."""
+    """Milliseconds for which the host is busy with a step if the device is idle before it, the median of
+    `steps`: a GPU's step cannot take less. On a CPU, the step itself."""
     found = []
     for _ in range(steps):
         _wait(batch[0].device)
@@ -120,7 +120,7 @@ def _wait(device: torch.device) -> None:
 
 
 def by_kind(entries: list[Entry]) -> dict[str, float]:
-    """Milliseconds of a step, the longest first."""
+    """Milliseconds of a step by kind, the longest first."""
     total: dict[str, float] = defaultdict(float)
     for entry in entries:
         total[entry.kind] += entry.ms

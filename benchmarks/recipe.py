@@ -2,11 +2,11 @@
 
     python benchmarks/recipe.py
 
-measures training steps and inference batches of each implementation in turn, and multiplies them out to the
-sweep of 40 points and the five runs of the protocol: extrapolated, and labelled so. Then it trains on JPEG
-files that it writes into a temporary folder, with the pixels kept on the device, and with processes that
-decode them in every epoch; and compares with the same steps on one batch that is there already. It prints
-tables and writes results/recipe-<setting>-<device>-<date>.json next to this file.
+measures training steps and inference batches of each implementation in turn, and extrapolates them to the
+protocol's sweep of 40 points and its five runs, labelled as such. Then it trains on JPEG files that it writes
+into a temporary folder, with the pixels kept on the device, and with processes that decode them in every
+epoch; and compares both with the same steps on one batch that is on the device already. It prints tables and
+writes results/recipe-<setting>-<device>-<date>.json next to this file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Protocol:
         return epochs * math.ceil(self.sweep_train / batch_size), epochs * math.ceil(self.val / batch_size)
 
     def run_batches(self, batch_size: int) -> tuple[int, int]:
-        """The same of all runs with the settings that were chosen."""
+        """The same for all runs with the chosen settings."""
         epochs = self.runs * self.epochs
         test = self.runs * math.ceil(self.test / batch_size)
         return (
@@ -105,7 +105,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """Seconds on the device that the protocol takes, from the medians; data loading is not among them."""
+    """Seconds on the device that the protocol takes, from the medians, without data loading."""
 
     sweep_seconds: float
     runs_seconds: float
@@ -136,13 +136,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Loading:
-    """End to end: one implementation with one way to get at the pixels.
+    """End to end: one implementation with one source of pixels.
 
     Attributes:
         pixels: "resident": kept decoded on the device; "decoded": from the files, in every epoch.
         workers: processes that decode; 0 where nothing is decoded.
         images_per_second: the median of the epochs, and the smallest and largest.
-        without_loading: images per second of the same steps on one batch that is there already.
+        without_loading: images per second of the same steps on one batch that is on the device already.
         share_lost: 1 - images_per_second / without_loading; below 0 is noise.
     """
 
@@ -252,8 +252,8 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (300, 400)) -
 
 
 def time_epoch(contender: Contender, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Seconds, by the clock, of training on all batches, from asking for the first to the end of the last."""
-    if torch.cuda.is_available():  # whatever was asked for before is done
+    """Wall-clock seconds of training on all batches, from requesting the first to the end of the last."""
+    if torch.cuda.is_available():  # waits for all earlier work
         torch.cuda.synchronize()
     start = time.perf_counter()
     for images, labels in batches:
@@ -276,11 +276,11 @@ def measure_loading(
 ) -> tuple[list[Loading], float]:
     """Trains on the images in every way, in turn; also the seconds that decoding them once took.
 
-    `random` is the batch that is there already. The number of images is a multiple of the batch size, so that
-    all ways take the same steps.
+    `random` is the batch that is on the device already. The number of images is a multiple of the batch size,
+    so that all ways take the same steps.
 
     Raises:
-        RuntimeError: a contender cannot do here what it could with random images.
+        RuntimeError: a contender fails here that did not with random images.
     """
     device = random[0].device
     progress(f"decoding {len(images)} images once")

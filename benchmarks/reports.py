@@ -1,4 +1,4 @@
-"""What all benchmarks write and read alike: results files, and lists on the command line."""
+"""What all benchmarks share: results files, and lists on the command line."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def listed(values: str, known: list[str] | None = None) -> list[str]:
 
 
 def positive_numbers(values: str) -> list[int]:
-    """The numbers in a comma-separated flag, each once; typer.BadParameter for what is none of at least 1."""
+    """The numbers in a comma-separated flag, each once; typer.BadParameter unless all are at least 1."""
     names = listed(values)
     if not all(name.isdecimal() and int(name) > 0 for name in names):
         raise typer.BadParameter(f"got {values!r}, want a comma-separated list of numbers of at least 1")

@@ -1,6 +1,6 @@
-"""The forms of flops.py for a Swin transformer with prompts in every window, by the same names.
+"""The closed forms of flops.py, by the same names, for a Swin transformer with prompts in every window.
 
-Where windows reach past the image, the places that hold no token are computed by all of them.
+Where windows reach past the image, attention includes the positions that hold no token in all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Stage:
     Attributes:
         blocks: how many.
         num_tokens: of the image, H·W.
-        num_windows, window_area: W windows of T places.
+        num_windows, window_area: W windows of T positions.
         width: d of the tokens.
         attention_width: of queries, keys and values, over all heads.
         mlp_weights: entries in one block's MLP matrices.
@@ -40,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a Swin decides how much there is to compute; patch_values: numbers in one patch."""
+    """What determines how much a Swin computes; patch_values: numbers in one patch."""
 
     stages: tuple[Stage, ...]
     patch_values: int
@@ -68,7 +68,7 @@ def shape_of(swin: SwinTransformer) -> Shape:
 
 
 def block_products(shape: Shape, batch_size: int) -> list[Product]:
-    """The four products of every block on B images without prompts, one after the other."""
+    """The four matmuls of every block on B images without prompts, one after the other."""
     found = []
     for stage in shape.stages:
         rows, d, a = batch_size * stage.num_places, stage.width, stage.attention_width
@@ -79,9 +79,9 @@ def block_products(shape: Shape, batch_size: int) -> list[Product]:
 
 
 def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:
-    """What exact prompt tuning cannot do without, as of a ViT: prompts are keys and values of all windows,
-    once for the batch; their outputs' mean is formed before the projection, where it is read at all; of patch
-    merging's four copies one is computed. Arguments as of `flops.essential`."""
+    """What exact prompt tuning needs, as for a ViT: prompts are keys and values in all windows, once for the
+    batch; their outputs are averaged before the projection, if they are read at all; of the four copies in
+    patch merging one is computed. Arguments as of `flops.essential`."""
     b, m, index = batch_size, num_prompts, 0
     num_blocks = sum(stage.blocks for stage in shape.stages)
     total = _around(shape, b, num_classes)
@@ -114,7 +114,7 @@ def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int,
 
 
 def concatenation(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:
-    """What `swin_peers.ConcatTimm` does: every block on all places and prompts of all windows, and backward
+    """What `swin_peers.ConcatTimm` does: every block on all positions and all windows' prompts, and backward
     through all of it."""
     return _ordinary(shape, num_prompts, prompt_type == "shallow", batch_size, num_classes)
 
@@ -137,8 +137,8 @@ def linear_probe(shape: Shape, batch_size: int, num_classes: int) -> int:
 
 
 def full_finetuning(shape: Shape, batch_size: int, num_classes: int) -> int:
-    """What `peers.FullFineTuning` does: beside every input's gradient, every weight's. The scores are kept,
-    since their gradient is their bias's, and not formed again."""
+    """What `peers.FullFineTuning` does: beside every input's gradient, every weight's. The scores are kept
+    and not recomputed, since their bias needs their gradient."""
     b = batch_size
     weights = product(b * shape.stages[0].num_tokens, shape.patch_values, shape.stages[0].width)
     again = 0

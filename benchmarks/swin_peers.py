@@ -1,7 +1,8 @@
 """What vpt_fast.PromptedSwin is compared with: prompts concatenated in every window, on timm's own layers.
 
-Names and arguments are those of peers.py. Prompts come after the tokens, which attention does not see; one
-has an output in each window, and theirs is the mean over the windows of the image.
+Names and arguments are those of peers.py. Prompts come after the tokens, since attention does not depend on
+the order. A prompt has an output in each window, and their mean over the image's windows is the prompt's
+output.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def initial_state(
 
 
 class FrozenSwin(FrozenPeer):
-    """Common to those of a Swin."""
+    """Base of those for a Swin."""
 
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block, (B, height, width, d)."""
@@ -51,8 +52,8 @@ class FrozenSwin(FrozenPeer):
 
 
 class Concatenation(FrozenSwin):
-    """Common to the concatenating peers: a frozen Swin, with prompts in float32 or more, and all of a block
-    but the attention in its windows."""
+    """Base of the concatenating peers: a frozen Swin, with prompts in float32 or more, and all of a block
+    except the attention in its windows."""
 
     def __init__(self, swin: SwinTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(swin, state)
@@ -118,7 +119,7 @@ class Concatenation(FrozenSwin):
 
 
 class ConcatReference(Concatenation):
-    """In the official code's manner: attention from single operations, and the bias made anew each time."""
+    """As in the official code: attention from separate operations, and the bias rebuilt every time."""
 
     def attention(self, block: nn.Module, qkv: Tensor, num_windows: int) -> Tensor:
         q, k, v = qkv.unbind(0)
@@ -133,7 +134,7 @@ class ConcatReference(Concatenation):
 
 
 class ConcatTimm(Concatenation):
-    """As a good engineer writes it today: fused attention, with bias and mask of each block made once."""
+    """As a good engineer writes it today: fused attention, with bias and mask of each block built once."""
 
     def __init__(self, swin: SwinTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(swin, state)
@@ -146,7 +147,7 @@ class ConcatTimm(Concatenation):
             block.register_buffer("prompted_bias", F.pad(bias, grown))
 
     def attention(self, block: nn.Module, qkv: Tensor, num_windows: int) -> Tensor:
-        # Where windows have masks of their own they stand beside the heads: the masks are all images' own.
+        # If windows have masks, they are folded into the heads, since all images have the same masks.
         heads_of = num_windows if block.attn_mask is not None else 1
         q, k, v = qkv.unflatten(1, (-1, heads_of)).flatten(2, 3).unbind(0)  # (.., W·H or H, T + m, D)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=block.prompted_bias.to(q.dtype))
@@ -154,19 +155,19 @@ class ConcatTimm(Concatenation):
 
 
 class ConcatCheckpointed(ConcatTimm):
-    """The same with activation checkpointing, as of a ViT."""
+    """The same with activation checkpointing, as for a ViT."""
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(super().run_block, block, x, use_reentrant=False, preserve_rng_state=False)
 
 
 class NoPrompts(FrozenSwin):
-    """The bound: the frozen Swin, with backward through every block and no prompt at all, as of a ViT."""
+    """The bound: the frozen Swin, with backward through every block and no prompt at all, as for a ViT."""
 
     def __init__(self, swin: SwinTransformer, state: dict[str, Tensor]) -> None:
         super().__init__(swin, state)
         for block in (block for stage in self.backbone.layers for block in stage.blocks):
-            block.attn.fused_attn = True  # timm's own default is single operations
+            block.attn.fused_attn = True  # timm's own default is separate operations
         self.offset = nn.Parameter(torch.zeros(swin.embed_dim, dtype=state["head.bias"].dtype))
 
     def forward(self, images: Tensor) -> Tensor:

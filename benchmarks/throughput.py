@@ -5,7 +5,7 @@
 measures a sensible setting for the device at hand, prints a table and writes
 results/<dtype>-<device>-<date>.json next to this file. `--help` lists the flags; benchmarks/plots.py draws
 what was written. Every implementation starts from the same weights and the same trainable tensors; one whose
-gradients are not those of concatenation in float64 is marked and not ranked.
+gradients differ from those of concatenation in float64 is marked and not ranked.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class Row:
         dtype: of this implementation: "float32", "bfloat16" or "amp".
         memory: the memory policy of vpt_fast.
         exact: whether its gradients were right.
-        error: why it failed; why its gradients could not be checked, where it has a speed.
-        rank: among right implementations of the same setting, by images per second; bounds have none.
-        essential_gflop_per_image: work that cannot be left out, forward and backward. It is the same for all
-            rows of a setting, since it is the task's and not the implementation's; a bound has its own. None
-            for models that pool by attention.
+        error: why it failed, or, if it has a speed, why its gradients could not be checked.
+        rank: among correct implementations of the same setting, by images per second; bounds have none.
+        essential_gflop_per_image: the work that is needed, forward and backward. It is the same for all
+            rows of a setting, since it is the task's and not the implementation's; a bound has its own.
+            None for models that pool by attention.
         essential_tflops: that work over the time.
         share_of_ceiling: of the report's `ceiling_tflops`.
-        shapes_tflops: the ceiling for products of the model's own shapes; None of convolutions.
-        share_of_shapes: of that.
+        shapes_tflops: the ceiling for matmuls of the model's own shapes; None for ConvNets.
+        share_of_shapes: of `shapes_tflops`.
         largest_batch: with --find-batch, in the rows of the first batch size.
     """
 
@@ -106,7 +106,7 @@ class Row:
         return Entrant(self.impl, self.memory)
 
     def is_of(self, setting: Setting) -> bool:
-        """Whether it was measured at this setting; the rest of it is common to all rows of a file."""
+        """Whether it was measured at this setting, whose other fields are common to all rows of a file."""
         names = ("model", "num_prompts", "batch_size", "prompt_type")
         return all(getattr(self, name) == getattr(setting, name) for name in names)
 
@@ -135,8 +135,8 @@ def entrants(implementations: list[str], memory: list[str]) -> list[Entrant]:
 
 
 def chosen_entrants(names: list[str], memory: list[str], family: Family, on_gpu: bool) -> list[Entrant]:
-    """The implementations and policies that were asked for. Where none were, those that a family has: on a
-    GPU vpt_fast under every policy, its variants under the first one."""
+    """The implementations and policies that were asked for. By default those that a family has: on a GPU
+    vpt_fast under every policy, its variants under "exact"."""
     usual = [name for name in (ON_A_GPU if on_gpu else ON_A_CPU) if name not in family.lacks]
     if names or memory or not on_gpu:
         return entrants(names or usual, memory or ["exact"])
@@ -146,10 +146,10 @@ def chosen_entrants(names: list[str], memory: list[str], family: Family, on_gpu:
 
 def check_gradients(contenders: list[Contender], start: Start) -> None:
     """Fills in every contender's gradient error, from its definition in float64: concatenation, or a bound's
-    own. Where there was no memory for a definition, say, those of it are `unchecked`.
+    own. If a definition fails, for lack of memory, say, its contenders are `unchecked`.
 
-    Contenders run on a batch of the setting's size, which is what is timed, made of one or two images over
-    and over. The mean loss of these alone has the same gradient, and is all that float64 has to run on.
+    Contenders run on a batch of the setting's size, which is what is timed, made of one or two repeated
+    images. The mean loss of these images alone has the same gradient, so that float64 runs on no more.
     """
     batch_size = start.setting.batch_size
     distinct = 2 if batch_size % 2 == 0 else 1
@@ -157,7 +157,7 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
     definitions = {contender.name: BOUNDS.get(contender.name, DEFINITION) for contender in contenders}
     expected: dict[Build, dict[str, Tensor]] = {}
     reasons: dict[Build, str] = {}
-    # All of them first, so that nothing of float64 is on the device beside a contender.
+    # All definitions first, so that nothing in float64 is on the device beside a contender.
     for build in dict.fromkeys(definitions.values()):
         try:
             expected[build] = definition_gradients(build, start, few_images, few_labels)
@@ -177,7 +177,7 @@ def check_gradients(contenders: list[Contender], start: Start) -> None:
 
 
 def definition_gradients(build: Build, start: Start, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of a definition in float64, by parameter; on the CPU, for they may be as large as the model."""
+    """Gradients of a definition in float64, by parameter; on the CPU: they may be as large as the model."""
     backbone = copy.deepcopy(start.backbone).double()
     state = {name: tensor.double() for name, tensor in start.state.items()}
     exact = build(backbone, state).double().to(start.device)
@@ -186,7 +186,7 @@ def definition_gradients(build: Build, start: Start, images: Tensor, labels: Ten
 
 
 def essential_flops(implementation: str, start: Start) -> int | None:
-    """Operations of a step that cannot be left out; None where there is no closed form."""
+    """Operations that a step needs; None if there is no closed form."""
     setting, shape, forms = start.setting, start.shape, start.family.flops
     if shape is None:
         return None
@@ -214,7 +214,7 @@ def make_row(entrant: Entrant, start: Start, repeats: int) -> Row:
 def fill_in(
     row: Row, contender: Contender, start: Start, ceiling_tflops: float | None, shapes_tflops: float | None
 ) -> None:
-    """Takes over what was measured of a contender."""
+    """Copies a contender's measurements into its row."""
     batch_size, error = start.setting.batch_size, contender.gradient_error
     row.dtype, row.error = contender.precision, contender.error or contender.unchecked
     row.exact = error is not None and error <= EXACT_BELOW[row.dtype]
@@ -244,7 +244,7 @@ def fill_in(
 
 
 def rank(rows: list[Row]) -> list[Row]:
-    """Numbers the rows of one setting by speed, fastest first; not wrong ones, failed ones or bounds."""
+    """Numbers the rows of one setting by speed, fastest first, except wrong ones, failed ones and bounds."""
     for row in rows:
         row.rank = None
     able = [row for row in rows if row.exact and row.images_per_second is not None and row.impl not in BOUNDS]
@@ -255,7 +255,7 @@ def rank(rows: list[Row]) -> list[Row]:
 
 
 def product_dtype(dtype: str) -> torch.dtype:
-    """Of the matrix products under a `Setting.dtype`."""
+    """The matmuls' dtype under a `Setting.dtype`."""
     return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
@@ -283,7 +283,7 @@ def measure_setting(
             row = make_row(entrant, start, repeats)
             try:
                 contenders[index] = entrant.build(start)
-            except (ValueError, torch.OutOfMemoryError) as failure:  # a library that is not there
+            except (ValueError, torch.OutOfMemoryError) as failure:  # a missing library
                 row.error = measure.first_line(failure)
             rows.append(row)
         images, labels = random_batch(start, setting.batch_size, device)
@@ -297,7 +297,7 @@ def measure_setting(
 
 
 def find_batches(rows: list[Row], setting: Setting, device: torch.device, console: Console) -> None:
-    """Fills in the largest batch of every row that did not fail for another reason than want of memory."""
+    """Fills in the largest batch of every row, unless it failed for another reason than lack of memory."""
     start = make_start(setting, torch.device("cpu"))
     with console.status("largest batch") as status:
         for row in rows:
@@ -361,7 +361,7 @@ def make_table(rows: list[Row], dtype: str) -> Table:
 
 
 def place(row: Row) -> str:
-    """What stands in the column of ranks."""
+    """The cell in the column of ranks."""
     if row.error is not None:
         return "failed" if row.images_per_second is None else "unchecked"
     if not row.exact:
@@ -370,18 +370,18 @@ def place(row: Row) -> str:
 
 
 class Report:
-    """The results file: rows of other settings stay there. One that a run was interrupted at is gone on with;
-    what a finished one holds of this run's settings is measured anew.
+    """The results file, which keeps its rows of other settings. An interrupted run is resumed; in a finished
+    file, this run's settings are measured again.
 
     Args:
         path: None for results/<dtype>[-<image size>-pixels]-<device>-<date>.json.
-        header: the machine, versions, day and what all settings have in common; only a file of the same is
-            kept.
+        header: the machine, versions, day and what all settings have in common; only a file with the same
+            header is kept.
         asked: what this run is to measure.
 
     Attributes:
-        entrants: by setting, what was asked for and what the file has of it beside that: what is compared
-            runs in turns.
+        entrants: by setting, what was asked for and what else the file has of it, since compared rows run in
+            turns.
     """
 
     def __init__(

@@ -1,13 +1,12 @@
-"""How kernels are best launched on this GPU: every candidate timed beside what is recorded. One command:
+"""How kernels are best launched on this GPU: times every candidate beside the recorded launch. One command:
 
     python benchmarks/tune.py
 
-launches attention's kernels, and the products with an activation, at the shapes of ViT-B/16, L/16 and H/14
-with each of the tiles, warps and stages below, prints a table for each and writes
+launches attention's kernels, and the GEMMs with an activation, at the shapes of ViT-B/16, L/16 and H/14 with
+each of the tiles, warps and stages below, prints a table for each and writes
 results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
-cores. The same command goes on where it was interrupted. What is recorded in `kernels` is changed by hand,
-where a candidate is right and faster beyond the spread of its rounds (green): using the kernels searches
-nothing.
+cores. The same command resumes an interrupted run. The launches recorded in `kernels` are changed by hand, if
+a candidate is correct and faster beyond the spread of its rounds (green): nothing is searched at run time.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ Launch = dict[str, Any]
 
 @dataclass
 class Row:
-    """One launch of one kernel at one shape. Times are of the whole call that the kernel is launched by.
+    """One launch of one kernel at one shape. Times are of the whole call that launches the kernel.
 
-    exact: whether what it computes is right. error: why it did not run.
+    exact: whether its result is correct. error: why it did not run.
     """
 
     kernel: str
@@ -55,17 +54,17 @@ class Row:
     ms: float | None = None
     ms_min: float | None = None
     ms_max: float | None = None
-    ratio: float | None = None  # of speed to the recorded launch's
+    ratio: float | None = None  # speed relative to the recorded launch
     error: str | None = None
 
 
 class Target(NamedTuple):
-    """A kernel at a shape, and how to launch it otherwise.
+    """A kernel at a shape, and how to launch it differently.
 
-    module, function: what says how it is launched, and is replaced while a candidate runs.
-    of_launch: a launch to what that function returns.
-    recorded: the launch as it is.
-    call: what is timed. error: the relative error of what it computes, from float64.
+    module, function: the function that chooses its launch, which is replaced while a candidate runs.
+    of_launch: converts a launch to what that function returns.
+    recorded: the current launch.
+    call: what is timed. error: the relative error of its result, from float64.
     """
 
     kernel: str
@@ -88,8 +87,8 @@ def area(launch: Launch) -> int:
     return launch["BLOCK_M"] * launch["BLOCK_N"]
 
 
-# Larger tiles' accumulators leave no registers for the rest. The first dimension of a product on sm_90 has 64
-# rows or more: the queries', and of dK and dV the keys', for which fewer queries waste less of the last tile.
+# Larger tiles' accumulators leave no registers for the rest. On sm_90 a matmul's first dimension has 64 rows
+# or more: the queries, and for dK and dV the keys, where fewer queries waste less of the last tile.
 ATTENTION_LAUNCHES = [
     launch
     for launch in launches(
@@ -97,7 +96,7 @@ ATTENTION_LAUNCHES = [
         BLOCK_N=(32, 64, 128),
         num_warps=(4, 8),
         num_stages=(2, 3),
-        maxnreg=(None, 128),  # so few that two programs of eight warps fit on a processor
+        maxnreg=(None, 128),  # so few that two programs of eight warps fit on an SM
     )
     if area(launch) <= 128 * 64 and (launch["maxnreg"] is None or launch["num_warps"] == 8)
 ]
@@ -108,11 +107,11 @@ LINEAR_LAUNCHES = [
     )
     if 64 * 128 <= area(launch) <= 4096 * launch["num_warps"]
 ]
-DELAYS = (0, 1500, 3000, 6000)  # nanoseconds that two programs of a processor are apart, where there are two
+DELAYS = (0, 1500, 3000, 6000)  # nanoseconds between the starts of two programs on an SM
 
 
 def tma_launches() -> list[Launch]:
-    """Of the products by descriptors."""
+    """Candidates for the GEMMs with descriptors."""
     from vpt_fast.kernels.mlp import gemm
 
     found = []
@@ -130,7 +129,7 @@ KERNELS = (*ATTENTION_KERNELS, *LINEAR_KERNELS)
 
 
 def attention_targets(shape: attention.Shape, names: list[str], settings: Settings) -> list[Target]:
-    """Forward; and backward, with the launch of dQ replaced or with that of dK and dV."""
+    """Forward, and backward with the launch of dQ, or that of dK and dV, replaced."""
     from vpt_fast.kernels.launch import arch_of
     from vpt_fast.kernels.prompted_attention import ops
 
@@ -157,7 +156,7 @@ def attention_targets(shape: attention.Shape, names: list[str], settings: Settin
 
 
 def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
-    """A product with GELU or its derivative."""
+    """A GEMM with GELU or its derivative."""
     from vpt_fast.kernels.mlp import gemm
 
     by_descriptors = gemm.has_descriptors(settings.device, settings.dtype)
@@ -180,7 +179,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
 
 @contextmanager
 def launched(target: Target, launch: Launch) -> Iterator[None]:
-    """The kernel is launched so inside."""
+    """Inside, the target's kernel is launched this way."""
     from vpt_fast.kernels.checks import forget_layouts
 
     recorded = getattr(target.module, target.function)
@@ -195,7 +194,7 @@ def launched(target: Target, launch: Launch) -> Iterator[None]:
 
 def build(group: Callable[[], list[Target]], part: int, parts: int) -> None:
     """Launches one of `parts` shares of the group's candidates, so that Triton's cache holds their builds.
-    What fails says so where it is measured."""
+    Failures are reported when they are measured."""
     for target in group():
         for launch in [target.recorded, *target.candidates][part::parts]:
             with launched(target, launch), suppress(Exception):
@@ -203,7 +202,7 @@ def build(group: Callable[[], list[Target]], part: int, parts: int) -> None:
 
 
 def build_all(groups: list[Callable[[], list[Target]]], processes: int, progress: Progress) -> None:
-    """Builds the candidates of all groups, side by side: a build takes a second or more, and one core."""
+    """Builds the candidates of all groups in parallel: a build takes a second or more, and one core."""
     if not groups:
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -223,7 +222,7 @@ def measure_target(target: Target, settings: Settings) -> list[Row]:
             with launched(target, launch):
                 row.exact = target.error() < ERROR_BELOW[settings.dtype]
                 calls[len(rows) - 1] = operations.prepare(target.call, settings.device)
-        except Exception as failure:  # shared memory or registers that the device has not got
+        except Exception as failure:  # more shared memory or registers than the device has
             row.error = operations.message(failure)
     times = settings.times({str(index): call for index, call in calls.items()})
     for index, seconds in times.items():
@@ -236,7 +235,7 @@ def measure_target(target: Target, settings: Settings) -> list[Row]:
 
 
 def make_table(rows: list[Row], most: int = 8) -> Table:
-    """The recorded launch, and the fastest of the others that are right."""
+    """The recorded launch, and the fastest of the others that are correct."""
     recorded, *others = rows
     fastest = sorted((row for row in others if row.exact and row.ms is not None), key=lambda row: row.ms)
     table = Table(title=f"{recorded.kernel}: {recorded.shape}", box=box.SIMPLE, caption_justify="left")

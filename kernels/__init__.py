@@ -1,8 +1,8 @@
 """The tensor operations a frozen transformer block is made of.
 
-Every operation has one plain-PyTorch definition (`reference.py` in its folder), which runs on any device
-and is what faster implementations are held against. `dispatch.get_backend` hands the engine one complete
-list of them; the engine knows no other way to reach an operation.
+Every operation has one plain-PyTorch definition (`reference.py` in its folder), which runs on any device and
+which faster implementations are tested against. `dispatch.get_backend` gives the engine a complete set of
+implementations; the engine reaches operations in no other way.
 
 Installed as ``vpt_fast.kernels``; imports torch (and, for GPU kernels, triton) only.
 """

@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU that need not be there: built ahead of time, read from its machine code."""
+"""The GPU resources that kernels use, read from machine code that is built ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 from vpt_fast.kernels.build import Build
 
-# Bytes of shared memory that one program may have; neither a build nor its machine code enforces it. What is
-# launched on sm_80 is on sm_86, sm_89 and sm_120 too, which have the least: 99 KiB.
+# Bytes of shared memory available to one program; neither a build nor its machine code enforces it. Builds
+# for sm_80 also run on sm_86, sm_89 and sm_120, which have the least: 99 KiB.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-# Columns of tensor memory that one program may have (sm_100 only), and that all on a processor have.
+# Columns of tensor memory available to one program, and to all programs on an SM together (sm_100 only).
 TMEM_LIMIT = 512
-# What programs on one processor share: registers, given to a thread by eights, and threads. Its shared memory
-# is what one program may have and 1 KiB, which each takes beside what it asks for.
+# What the programs on an SM share: registers, allocated to a thread in units of 8, and threads. The SM's
+# shared memory is one program's limit plus 1 KiB; every program takes 1 KiB beyond what it requests.
 REGISTERS, REGISTER_UNIT = 65_536, 8
 THREADS = {80: 1536, 90: 2048, 100: 2048}
 SHARED_OVERHEAD = 1024
 
-# "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;": the name of the instruction is what is wanted.
+# Captures the instruction's name in "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;".
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-# What waits for wgmma, and a product in Triton's own language that becomes wgmma.
+# The instruction that waits for wgmma; an operation in Triton's IR that is compiled to one or more wgmma.
 WGMMA_WAIT = "WARPGROUP.DEPBAR.LE"
 PRODUCT = re.compile(r"ttng\.warp_group_dot ")
 WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
@@ -38,23 +38,23 @@ WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
 
 @dataclass(frozen=True)
 class Resources:
-    """What one build takes.
+    """Resources of one build.
 
     Attributes:
         registers: per thread.
-        spill_bytes: bytes that the stores to local memory in its code (STL) write, per thread. That is the
-            "spill stores" of ptxas -v to the byte, except that a local array (as sin's range reduction has)
-            counts too: no kernel here should have one. The stack's size would say less: one slot serves
-            many spills.
+        spill_bytes: bytes that a thread stores to local memory (STL), counted in the machine code. That is
+            the "spill stores" of ptxas -v to the byte, except that a local array (such as that of sin's range
+            reduction) counts too; no kernel here should have one. The stack size would say less, since one
+            slot serves many spills.
         shared_bytes: shared memory of one program.
-        programs: how many of them one processor holds at once; while one waits, the others work.
-        tmem_columns: tensor memory of one program; 0 but on sm_100.
-        wgmma, tcgen05, mma_sync: matrix instructions of sm_90 (HGMMA), sm_100 (UTCHMMA) and of all (HMMA), as
-            written in its code. Products in float32 ("ieee") have none of them.
-        serialized: whether each of its wgmma is waited for before the next begins, though products have
-            several: ptxas does so where it must move accumulators in between, and says no more than a remark.
-        global_loads: how many of its loads from global memory are so many bits wide, per thread. Those of
-            TMA are not among them.
+        programs: how many of them fit on an SM at once; while one waits, the others work.
+        tmem_columns: tensor memory of one program; 0 except on sm_100.
+        wgmma, tcgen05, mma_sync: matrix instructions in its code: of sm_90 (HGMMA), of sm_100 (UTCHMMA) and
+            of every architecture (HMMA). Matmuls in float32 ("ieee") use none of them.
+        serialized: whether every wgmma is waited for before the next is issued, although a matmul has
+            several: ptxas does so if it has to move accumulators in between, and says it in a remark only.
+        global_loads: number of loads from global memory by width in bits, per thread; TMA loads are not
+            counted.
     """
 
     registers: int
@@ -83,10 +83,10 @@ class Resources:
 
 
 def measure(build: Build, arch: int) -> Resources:
-    """Builds for sm_`arch` (80, 90 or 100) and reads what that takes.
+    """Compiles for sm_`arch` (80, 90 or 100) and reads the resources that the build uses.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, so that there is nothing to build.
+        RuntimeError: Triton's interpreter is on, under which nothing is compiled.
     """
     compiled = compile_build(build, arch)
     registers, instructions = read_code(compiled)
@@ -119,7 +119,7 @@ def measure(build: Build, arch: int) -> Resources:
 
 
 def count_programs(arch: int, threads: int, registers: int, shared_bytes: int, tmem_columns: int) -> int:
-    """How many programs of so many threads one processor of sm_`arch` holds at once."""
+    """How many programs with these resources fit on one SM of sm_`arch` at once."""
     registers += -registers % REGISTER_UNIT
     limits = [
         THREADS[arch] // threads,
@@ -150,9 +150,9 @@ def compile_build(build: Build, arch: int) -> Any:
 
 
 def read_code(compiled: Any) -> tuple[int, dict[str, int]]:
-    """Registers per thread, and how often each instruction (``"STL.64"``) is written in the machine code.
+    """Registers per thread, and how often each instruction (``"STL.64"``) occurs in the machine code.
 
-    Disassembling takes as long as compiling; the answer stands beside the code in Triton's cache.
+    Disassembling takes as long as compiling, so the result is stored beside the code in Triton's cache.
     """
     cache = get_cache_manager(compiled.hash)
     file = cache.get_file("instructions.json")
@@ -181,6 +181,6 @@ def disassemble(cubin: bytes) -> str:
 
 
 def width(instruction: str) -> int:
-    """Bits that a load or store moves: LDG.E.128, STL.S16; 32 where the name does not say."""
+    """Bits that a load or store moves: LDG.E.128, STL.S16; 32 if the name does not say."""
     widths = [int(m[1]) for part in instruction.split(".") if (m := WIDTH.fullmatch(part))]
     return widths[-1] if widths else 32

@@ -1,4 +1,4 @@
-"""One kernel in one configuration, to be built ahead of time for a GPU that need not be there."""
+"""A kernel in one configuration, to be built ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler needs to know, as a launcher would tell it.
+    """What the compiler needs to know, as a launcher would pass it.
 
     Attributes:
         kernel: the `triton.jit` function.
-        config: what tells this build from others of the kernel, for a reader: ``"bf16 D64 64x128"``.
-        signature: for every argument that is not a constexpr its Triton type, ``"*bf16"``, ``"i32"``,
-            ``"i64"``, ``"fp32"``.
-        constexprs: the value of every constexpr argument, and None for every pointer that is absent.
+        config: distinguishes this build from the kernel's others, for a reader: ``"bf16 D64 64x128"``.
+        signature: Triton type of every argument that is not a constexpr: ``"*bf16"``, ``"i32"``, ``"i64"``,
+            ``"fp32"``.
+        constexprs: value of every constexpr argument; None for every absent pointer.
         divisible: names of arguments (pointers, strides) that are multiples of 16.
-        num_warps, num_stages, max_registers: as launched; None leaves registers to the assembler.
-        wgmma: whether its matrix products have 64 or more rows, so that on sm_90 they must be wgmma.
+        num_warps, num_stages, max_registers: as launched; None leaves the number of registers to ptxas.
+        wgmma: whether its matmuls have 64 or more rows, so that on sm_90 they must use wgmma.
 
     Raises:
-        ValueError: an argument of the kernel left out or named twice, or a name that it does not have.
+        ValueError: an argument of the kernel is missing or given twice, or a name is none of its arguments.
     """
 
     kernel: Any

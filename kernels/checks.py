@@ -1,4 +1,4 @@
-"""Checks of the arguments of GPU kernels beyond those on a single tensor; each error names the argument."""
+"""Checks of GPU kernels' arguments, done once for each layout of tensors; each error names the argument."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from vpt_fast.kernels.launch import LEAST_CAPABILITY, takes_kernels
 
 Found = TypeVar("Found")
 
-MOST_LAYOUTS = 1024  # that one function remembers
+MOST_LAYOUTS = 1024  # cached per function
 
 _memories: list[dict[Hashable, Any]] = []
 
 
 def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
-    """Remembers what `function` found for tensors of a layout, such as how to launch a kernel on them: a step
-    asks for the same ones over and over, and finding it takes longer than the launch.
+    """Caches what `function` returns by the tensors' layout, such as how to launch a kernel on them: a step
+    asks for the same layouts over and over, and finding the answer takes longer than the launch.
 
-    It may depend on the positional arguments, which are hashable; of tensors, which are given by name, on
-    dtype, device, shape, strides, address modulo 16 bytes and whether they require a gradient; on whether
-    gradients are formed; and, with tensors that are not on a CUDA device, on whether Triton interprets.
+    The result may depend on the positional arguments, which must be hashable; on dtype, device, shape,
+    strides, address modulo 16 bytes and requires_grad of the tensors, which are passed by keyword; on whether
+    grad mode is enabled; and, for tensors that are not on a CUDA device, on whether Triton's interpreter is
+    on.
     """
     known: dict[Hashable, Found] = {}
     _memories.append(known)
@@ -45,7 +46,7 @@ def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
 
 
 def forget_layouts() -> None:
-    """Lets every function find anew what it remembers, for whoever changes what it depends on."""
+    """Empties all of these caches, for callers that change something else that cached results depend on."""
     for known in _memories:
         known.clear()
 
@@ -56,8 +57,8 @@ def _layout(t: torch.Tensor) -> Hashable:
 
 
 def require_device(**tensors: torch.Tensor | None) -> None:
-    """Every tensor on one CUDA device, or on the CPU in Triton's interpreter, and none to be differentiated
-    by; ValueError otherwise."""
+    """Raises ValueError unless all tensors are on one CUDA device that runs the kernels (or on the CPU in
+    Triton's interpreter), and unless, in grad mode, none of them requires a gradient."""
     wanted = None
     is_grad_enabled = torch.is_grad_enabled()
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Which implementation of the operations a block runs on."""
+"""Which implementation of the operations a block uses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ATTENTION = ("auto", *FLASH_BACKENDS)
 class Ops(NamedTuple):
     """One complete implementation of the block's operations.
 
-    The signatures and their meaning are those of the functions in the `reference` modules.
+    Signatures and semantics are those of the functions in the `reference` modules.
 
-    linear_activate, linear_activate_backward: of `mlp.gemm`, where the MLP's products hold the activation and
-        its derivative; None: a product of PyTorch's and then `activate`, or before `activate_backward`.
-    needs_out: attention's backward cannot do without attention's output.
-    forms_window_scores: attention in windows forms the scores of all of them.
+    linear_activate, linear_activate_backward: from `mlp.gemm`, the MLP's GEMMs with the activation or its
+        derivative in the epilogue; None: a GEMM of PyTorch's, then `activate` or `activate_backward`.
+    needs_out: attention's backward needs attention's output.
+    forms_window_scores: attention in windows materialises the scores of all windows.
     """
 
     name: str
@@ -68,18 +68,18 @@ TORCH_OPS = Ops(
 
 @torch.compiler.assume_constant_result
 def fused_mlp_pays(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `Ops.linear_activate` is faster than cuBLAS with a kernel beside it. On an H200 it was, forward
-    and backward together, with 64 images at the widths of ViT-B, L and H in bfloat16 (benchmarks/kernels.py
-    times both), before its kernels were changed last (docs/kernels.md). Of other devices it is not known, and
-    in float32 it is not."""
+    """Whether `Ops.linear_activate` is faster than a cuBLAS GEMM followed by our elementwise kernel. On an
+    H200 it was, forward and backward together, with 64 images at the widths of ViT-B, L and H in bfloat16
+    (benchmarks/kernels.py times both), before the last change to its kernels (docs/kernels.md). On other
+    devices it has not been measured; in float32 it is not faster."""
     return device.type == "cuda" and dtype.itemsize == 2 and arch_of(device) == 90
 
 
 class Backend(NamedTuple):
-    """What a backend's name stands for on each kind of device.
+    """The operations that a backend's name stands for, by kind of device.
 
-    cuda: for float32, bfloat16 and float16 on a CUDA device that takes the kernels. other: for all else.
-    fused: in place of `cuda` where the MLP's products had better hold the activation; None: never.
+    cuda: for float32, bfloat16 and float16 on a CUDA device that runs the kernels. other: for everything
+    else. fused: instead of `cuda` where fusing the activation into the MLP's GEMMs is faster; None: never.
     """
 
     cuda: Ops
@@ -98,10 +98,10 @@ class Backend(NamedTuple):
 
         Args:
             device: of the tensors.
-            dtype: of the matrix products.
+            dtype: of the matmuls.
             head_dim: D.
             in_windows: whether tokens attend in windows.
-            is_gated: whether the MLP's activation is.
+            is_gated: whether the MLP's activation is gated.
         """
         head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
         if device.type != "cuda" or dtype == torch.float64 or head_dim not in head_dims:
@@ -114,8 +114,9 @@ class Backend(NamedTuple):
         return self.cuda
 
     def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-        """Raises ValueError where a FlashAttention implementation takes no tensors like these: it is tried
-        with a few rows. The backends' own attention takes what they take."""
+        """Raises ValueError if a FlashAttention implementation does not support such tensors, found by
+        calling it on a few rows. A backend's own attention is not tried: it supports whatever the backend
+        does."""
         if self.needs_out:
             rows = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device=device)  # (B, N, H, D)
             self.ops(device, dtype, head_dim).attention(rows, rows, rows, None, None)
@@ -127,7 +128,7 @@ class Backend(NamedTuple):
 
     @property
     def always_fuses_mlp(self) -> bool:
-        """Whether the MLP's products hold the activation and its derivative on every device."""
+        """Whether the MLP's GEMMs include the activation and its derivative on every device."""
         return self.other.linear_activate is not None
 
 
@@ -136,13 +137,13 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
 
     Args:
         backend: ``"torch"``: plain PyTorch, any device. ``"triton"``: Triton's kernels, always; what they do
-            not support raises. On GPUs of compute capability 9.0 and in 16 bits, where that is known to be
-            faster, the products on both sides of the MLP's activation are among them: they hold it and its
-            derivative, and the pre-activation's gradient is the only tensor of the hidden width that backward
-            writes. ``"triton_fused_mlp"``: so they are everywhere. Not for gated activations. ``"auto"``:
-            ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the dtypes and head dims that
-            it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and 64), and PyTorch for all
-            else.
+            not support raises. In 16 bits on GPUs of compute capability 9.0, where that is known to be
+            faster, these include the GEMMs on both sides of the MLP's activation, with it or its derivative
+            in the epilogue, so that the pre-activation's gradient is the only tensor of the hidden width that
+            backward writes. ``"triton_fused_mlp"``: includes those GEMMs everywhere; not for gated
+            activations. ``"auto"``: ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the
+            dtypes and head dims that it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and
+            64), and PyTorch for everything else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.
@@ -180,8 +181,8 @@ def _has_triton_and_cuda() -> bool:
 
 
 def _triton_ops(backend: str) -> tuple[Ops, Ops]:
-    """With products of PyTorch's around the MLP's activation, and with our own that hold it. Imported when
-    they are asked for: not every platform has Triton, and importing it takes a second."""
+    """Triton's operations, with PyTorch's GEMMs around the MLP's activation and with our GEMMs that include
+    it. Imported on demand: not every platform has Triton, and importing it takes a second."""
     try:
         import triton
     except ImportError:

@@ -1,5 +1,5 @@
-"""What launchers of GPU kernels share: which dtypes they take, what builds call them, which GPU it is, and
-how a kernel is launched over and over."""
+"""What the launchers of GPU kernels share: supported dtypes and Triton's names of them, properties of the
+GPU, and how to launch a kernel repeatedly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPE_NAMES = {
 """Triton's names of dtypes."""
 
 
-# Triton's own two are for kernels as well, and take microseconds to find out that they are not in one.
+# Triton's own versions also work inside kernels, and take microseconds to find out that they are not in one.
 
 
 def cdiv(n: int, size: int) -> int:
@@ -29,18 +29,18 @@ def cdiv(n: int, size: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of 2 that is not below n, from 1."""
+    """The smallest power of 2 that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
 LEAST_CAPABILITY = (8, 0)
-"""Compute capability of the oldest NVIDIA GPUs that Triton takes: Ampere's."""
+"""Compute capability of the oldest NVIDIA GPUs that Triton supports: Ampere."""
 
 
 @torch.compiler.assume_constant_result
 def takes_kernels(device: torch.device) -> bool:
-    """Whether the kernels run on this CUDA device. AMD's GPUs, which PyTorch calls CUDA devices too, have
-    less shared memory, and nothing here has been built for them."""
+    """Whether the kernels run on this CUDA device. AMD GPUs, which PyTorch also calls CUDA devices, have less
+    shared memory, and no kernel here has been built for them."""
     return torch.version.hip is None and _capability(device) >= LEAST_CAPABILITY
 
 
@@ -50,8 +50,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def arch_of(device: torch.device) -> int:
-    """80, 90 or 100: which of the tables of tiles is for this device. Consumer GPUs of any generation have
-    neither wgmma nor tensor memory, so that theirs is 80's."""
+    """80, 90 or 100: the architecture whose tables of tiles apply to this device. Consumer GPUs of any
+    generation have neither wgmma nor tensor memory, so they use those of 80."""
     if device.type != "cuda":
         return 90
     return {9: 90, 10: 100}.get(_capability(device)[0], 80)
@@ -59,7 +59,7 @@ def arch_of(device: torch.device) -> int:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors of the device; in the interpreter, on the CPU, one."""
+    """Number of SMs; 1 on the CPU, in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -70,17 +70,17 @@ MAX_ALONG_AXIS = 65535
 
 
 class Launch:
-    """A kernel with everything but its tensors: where it runs, its grid and all other arguments.
+    """A kernel bound to everything but its tensors: device, grid and all other arguments.
 
-    Triton looks at each argument of each call anew to find the build that is for them, which takes longer
-    than the launch. Whoever holds one of these has found the tensors to be alike already
-    (`checks.once_per_layout`), so that the build which the first call was given is the one for all.
+    On every call, Triton inspects each argument to find the matching build, which takes longer than the
+    launch. A caller that holds one of these has already found the tensors' layouts to be equal
+    (`checks.once_per_layout`), so the build found by the first call serves all.
 
     Args:
         kernel: a `triton.jit` function whose pointers come first and constexprs last.
         device: of the tensors.
-        grid: how many programs there are, or how many along each of three axes, of which the last two take no
-            more than `MAX_ALONG_AXIS`; with 0 nothing is launched.
+        grid: the number of programs, or their numbers along three axes, the last two at most
+            `MAX_ALONG_AXIS`; with 0 nothing is launched.
         *scalars: the arguments between pointers and constexprs, in the kernel's order.
         **options: constexprs, num_warps, num_stages, maxnreg.
     """
@@ -109,11 +109,11 @@ class Launch:
         self._scalars, self._options = scalars, options
         self._constexprs = tuple(options[name] for name in kernel.arg_names if name in options)
         self._kinds: tuple[object, ...] | None = None
-        self._run: Any = None  # of the build; never in Triton's interpreter, which has none
+        self._run: Any = None  # the build's launcher; stays None in Triton's interpreter, which has no builds
 
     def __call__(self, *pointers: Any) -> None:
-        """Launches on tensors, or Triton's descriptors of them, whose dtypes, strides and alignment are those
-        of the first call; None for one that is absent."""
+        """Launches on tensors, or on Triton's descriptors of them, with the dtypes, strides and alignment of
+        the first call; None for one that is absent."""
         if 0 in self._grid:
             return
         if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
@@ -126,8 +126,8 @@ class Launch:
         if self._run is not None:
             self._run(*pointers, *self._scalars, *self._constexprs)
             return
-        # The interpreter comes here every time, so that with it this is checked of every call.
-        tensors = [getattr(p, "base", p) for p in pointers]  # a descriptor's
+        # The interpreter takes this path on every call, so there every call is checked.
+        tensors = [getattr(p, "base", p) for p in pointers]  # of a descriptor: its tensor
         kinds = tuple(None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
         self._kinds = self._kinds or kinds
         assert kinds == self._kinds, f"{self._kernel.__name__}: got {kinds}, want {self._kinds} as at first"

@@ -1,9 +1,9 @@
-"""Builds every kernel ahead of time, in every configuration that may be launched, and says what each takes.
+"""Builds every kernel in every configuration that may be launched, and reports the resources of each build.
 
     python -m vpt_fast.kernels.report --arch 90 [--json FILE] [--filter NAME] [--jobs N]
 
-Needs no GPU. Exits with 1 where a kernel spills registers, takes more shared memory than there is, lacks
-wgmma where its products are large enough for it, or does not compile: each such row says so.
+Needs no GPU. Exits with 1 if a kernel spills registers, uses more shared or tensor memory than a program may
+have, lacks wgmma although its matmuls are large enough for it, or does not compile; its row says which.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int) -> list[
         for place in places:
             finish(place, *build_row(*place, arch))
     else:
-        # Builds go by their place: a kernel cannot be pickled. Spawned: a fork would inherit torch's threads.
+        # Workers get a build's index, since kernels cannot be pickled. Spawned: forking is unsafe beside
+        # torch's threads.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(places) or 1), mp_context=context) as pool:
             futures: dict[Future, tuple[str, int]] = {
@@ -141,11 +142,11 @@ def build_row(module: str, index: int, arch: int) -> tuple[dict[str, Any], float
     }
     start = time.perf_counter()
     try:
-        # Triton prints the whole kernel where its assembler fails; stdout is the table's.
+        # Triton prints the whole kernel if ptxas fails; stdout is for the table.
         with contextlib.redirect_stdout(sys.stderr):
             resources = measure(build, arch)
-    except Exception as error:  # whatever the compiler raises is this row's result, not the end of the others
-        # Triton says where in the first line and why in the last; the kernel's source stands between.
+    except Exception as error:  # whatever the compiler raises is this row's result; others go on
+        # Triton's first line says where, the last one why; between them is the kernel's source.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row["problems"] = [" ".join(["does not compile:", type(error).__name__, *lines[:1], *lines[1:][-1:]])]
     else:

@@ -1,4 +1,4 @@
-"""Rows of tensors whose leading dimensions have free strides: where one starts, and 8-bit codes of it."""
+"""Rows of tensors whose leading dimensions may have any strides: their offsets, and their 8-bit codes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton.language as tl
 
 
 class Rows(NamedTuple):
-    """All dimensions but the last of several tensors of one leading shape, as at most three.
+    """All dimensions but the last of tensors with the same leading shape, merged into at most three.
 
     Attributes:
-        sizes: of the three dimensions, outermost first; dimensions that do not exist come last, with size 1,
+        sizes: of the three dimensions, outermost first; missing dimensions come last, with size 1,
             so that Triton's specialisation on 1 removes their arithmetic.
         strides: for each tensor, its strides along those three dimensions, in elements.
     """
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 def leading_rows(**tensors: torch.Tensor) -> Rows:
-    """Merges neighbouring leading dimensions wherever every tensor allows it.
+    """Merges neighbouring leading dimensions wherever the strides of every tensor allow it.
 
     Raises:
         ValueError: a last dimension that is not contiguous, leading shapes that differ, or more than three
@@ -60,12 +60,12 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
 
 # Adding 1.5 · 2^23 to a float32 of magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to
 # the nearest integer, ties to even, and its lowest bits are that integer in two's complement. Converting
-# through the bits so costs one addition, where the hardware's conversions run at a quarter of that rate.
+# through the bits thus costs one addition; the hardware's conversions run at a quarter of that rate.
 _INTEGER = tl.constexpr(12582912.0)
 _INTEGER_BITS = tl.constexpr(0x4B400000)
 
-_STEPS = tl.constexpr(200.0)  # codes of a derivative: this many steps to 1 ...
-_ZERO = tl.constexpr(27.0)  # ... and this code for 0
+_STEPS = tl.constexpr(200.0)  # codes of a derivative: steps per unit ...
+_ZERO = tl.constexpr(27.0)  # ... and the code of 0
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
 
 @triton.jit
 def symmetric_scale(largest):
-    """Of int8 codes of values of magnitude up to `largest`; 0 where its inverse would overflow."""
+    """The scale of int8 codes for magnitudes up to `largest`; 0 where its inverse would overflow."""
     scale = largest * (1.0 / 127.0)
     return tl.where(scale > 1.2e-38, scale, 0.0)
 
@@ -100,7 +100,7 @@ def decode_symmetric(codes, scale):
 def encode_derivative(derivative):
     """uint8 codes round(200 · derivative) + 27: steps of 0.005, with 0 and 1 exact.
 
-    Derivatives of the activations here lie in [-0.13, 1.13], which is from code 1 to 253: nothing to clamp.
+    Derivatives of the activations here lie in [-0.13, 1.13], codes 1 to 253, so nothing needs clamping.
     """
     return (derivative * _STEPS + (_INTEGER + _ZERO)).to(tl.int32, bitcast=True).to(tl.uint8)
 

@@ -1,8 +1,8 @@
-"""Steps that kernels share: reading a row of D elements as two power-of-two parts, and products over them.
+"""Tile operations that kernels share: loads of rows as two power-of-two parts, and matmuls over both parts.
 
-`tl.arange` and `tl.dot` take powers of two, and head dims such as 80 and 96 are none. Such a row is D1 + D2
-= 64 + 16 or 64 + 32 elements, in two tiles, so that nothing is padded to 128. Where D is a power of two, D2
-is 0 and the second tile stands for nothing: it is the first one again, and no product reads it.
+`tl.arange` and `tl.dot` need powers of two, which head dims such as 80 and 96 are not. Such a row of D
+elements is two tiles, D1 + D2 = 64 + 16 or 64 + 32, instead of being padded to 128. If D is a power of two,
+D2 is 0 and the second tile is a placeholder: it is the first one again, and nothing reads it.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(rows, mask, D1: tl.constexpr, D2: tl.constexpr):
-    """Pointers to the first elements of n rows, and which of them exist (None: all), to tiles (n, D1) and
-    (n, D2)."""
+    """Loads tiles (n, D1) and (n, D2). rows: pointers to the first elements of n rows; mask: which of them
+    exist, None for all."""
     first_pointers = rows[:, None] + tl.arange(0, D1)[None, :]
     second_pointers = rows[:, None] + (D1 + tl.arange(0, D2 if D2 > 0 else D1))[None, :]
     if mask is None:
@@ -26,7 +26,7 @@ def load_rows(rows, mask, D1: tl.constexpr, D2: tl.constexpr):
 
 @triton.jit
 def store_rows(rows, first, second, mask, D1: tl.constexpr, D2: tl.constexpr):
-    """Tiles (n, D1) and (n, D2) to the n rows that the pointers and the mask name, in the pointers' dtype."""
+    """Stores tiles (n, D1) and (n, D2) in the n rows, where the mask allows, in the pointers' dtype."""
     dtype = rows.dtype.element_ty
     tl.store(rows[:, None] + tl.arange(0, D1)[None, :], first.to(dtype), mask=mask[:, None])
     if D2 > 0:
@@ -44,7 +44,7 @@ def dot_rows(a1, a2, b1, b2, D2: tl.constexpr):
 
 @triton.jit
 def sum_rows(a1, a2, b1, b2, D2: tl.constexpr):
-    """rowsum(A ∘ B): twice (n, D) -> (n,) in float32."""
+    """rowsum(A ∘ B): (n, D) and (n, D) -> (n,) in float32."""
     total = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
     if D2 > 0:
         total += tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)

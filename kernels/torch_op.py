@@ -1,4 +1,4 @@
-"""How a launcher becomes one of PyTorch's operations, which torch.compile traces as one."""
+"""Registers launchers as PyTorch operators, each of which torch.compile traces as a single node."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 
 import torch
 
-# Never let go of: with it PyTorch would forget the operations.
+# Never freed: PyTorch would unregister the operators with it.
 _LIBRARY = torch.library.Library("vpt_fast", "FRAGMENT")
 
-# How many dispatch modes are on. Nothing public says it: a PyTorch without this is one that always looks on.
+# Number of active dispatch modes. There is no public API for it; without this one, calls always go through
+# PyTorch's dispatcher.
 _num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
-# A tensor of another class may dispatch by itself, and need not have memory of its own (FakeTensor, DTensor).
+# Tensors of other classes may override dispatch, and need not have memory of their own (FakeTensor, DTensor).
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
 
 
 def torch_op(
     name: str, *, schema: str | None = None, mutates_args: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the function below as the operation ``vpt_fast::name``, on every device.
+    """Registers the decorated function as the operator ``vpt_fast::name``, on every device.
 
-    The same as torch.library.custom_op but for what that puts around each call, which takes longer than
-    launching the kernel: a training step of a ViT-B makes some 120 calls. Where nobody looks on, neither a
-    compiler nor a tracer nor a dispatch mode nor a tensor's class, not even PyTorch's dispatcher is asked,
-    and the function is called itself.
-    custom_op refuses to differentiate; here `checks.require_device` does. What the operation returns without
-    running, in torch.compile, is registered beside it with torch.library.register_fake.
+    The same as torch.library.custom_op without its overhead per call, which takes longer than launching the
+    kernel: a training step of a ViT-B makes some 120 calls. If nothing observes the call (no compiler,
+    tracer, dispatch mode or tensor subclass), the function is called directly, without PyTorch's dispatcher.
+    custom_op refuses to differentiate; here `checks.require_device` does. What the operator returns without
+    running, under torch.compile, is registered beside it with torch.library.register_fake.
 
     Args:
         name: without the namespace.
-        schema: "(Tensor x, ...) -> ..."; None: from the function's annotations.
-        mutates_args: names of the arguments that it writes into, and then calls `mark_changed` on; others it
-            must not change or return.
+        schema: "(Tensor x, ...) -> ..."; None: inferred from the function's annotations.
+        mutates_args: names of the arguments that the function writes to, and then calls `mark_changed` on; it
+            must not change or return any other.
 
     Returns:
-        What is called in the function's place.
+        A decorator, which returns what is to be called instead of the function.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ def torch_op(
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether somebody wants to see operations on these."""
+    """Whether something observes operators that are called with these arguments."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -66,7 +66,6 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
 
 
 def mark_changed(tensor: torch.Tensor) -> None:
-    """Tells autograd that an operation has written into the tensor, so that what was saved of it before is
-    not taken for what it was."""
+    """Tells autograd that the tensor was written to, so that backward refuses values saved of it before."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)

@@ -1,4 +1,4 @@
-"""Draws docs/engine/dead-work.png: what each block computes for which token, and what that comes to.
+"""Draws docs/engine/dead-work.png: what each block computes for which token, and the total work.
 
 python scripts/draw_dead_work.py
 """
@@ -32,7 +32,7 @@ SHADES = {NOTHING: "white", ONCE: "#9ecae1", EVERY: "#225ea8"}
 WORDS = {EVERY: "for every image", ONCE: "once for the batch", NOTHING: "left out"}
 
 Cells = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-"""By row: what is computed forward and backward, by operation."""
+"""By row: what is computed in forward and in backward, by operation."""
 
 _ALL, _NONE = (EVERY,) * 6, (NOTHING,) * 6
 _PROMPTS = ((ONCE, NOTHING, ONCE, NOTHING, NOTHING, NOTHING),) * 2

@@ -2,11 +2,11 @@
 
     python scripts/gpu_suite.py
 
-The tests of tests/gpu are a part, spread over the processor's cores, since building kernels keeps one busy;
-beside them what the benchmarks compile is compiled, so that they find it in the compiler's cache. Then every
-benchmark is a part, alone on the GPU. What became of a part is written at once, to
-benchmarks/results/gpu-suite-<device>-<date>.json. The same command goes on with what has not passed, as long
-as sources, versions and device are the same. The output of every part is kept in build/gpu-suite.
+The tests in tests/gpu are a part, spread over the CPU's cores, since building a kernel keeps a core busy.
+Beside them run parts that compile what the benchmarks need, so that these find it in the compilers' caches.
+Then every benchmark is a part, alone on the GPU. Each part's outcome is written at once, to
+benchmarks/results/gpu-suite-<device>-<date>.json. The same command continues with what has not passed, as
+long as sources, versions and device are the same. The output of every part is kept in build/gpu-suite.
 
 Exit status: 0 all passed, 1 something failed, 2 it cannot run here, 3 parts are left: run it again.
 """
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LOGS = ROOT / "build" / "gpu-suite"
 SOURCES = ("kernels/**/*.py", "vpt_fast/**/*.py", "benchmarks/*.py", "tests/gpu/*.py", "tests/*.py")
-"""What a result depends on; of tests/ itself only what is no test, since tests/gpu imports it."""
+"""What a result depends on; in tests/ itself not the tests, only the modules that tests/gpu imports."""
 MODELS = {"vit_base_patch16_224": 87, "vit_large_patch16_224": 80, "vit_huge_patch14_224": 100}
 """Model -> seconds that its throughput takes, about. There is no time for others: throughput.py --models."""
 OURS = ("vpt_fast_graphed", "vpt_fast_bfloat16_residual_graphed")
@@ -44,10 +44,10 @@ COMPILED = ("concat_timm_compiled",)
 ALIKE = ("concat_timm_compiled_graphed", "concat_timm_checkpointed")
 OF_THE_SMALLEST = ("vpt_fast", "concat_timm", *ALIKE, "concat_timm_amp_compiled")
 MEMORY = ("exact", "compact", "recompute")
-"""What throughput.py measures here, and of ViT-B alone; by itself it measures more. `ALIKE` are the peers
-that are spared launches as `OURS` are, and that recompute as memory "recompute" does. What is compiled under
-autocast was the slower one on an H200, and to compile takes longest of all."""
-MOST_AT_ONCE = 16  # processes beside each other, a core each
+"""What throughput.py measures here (`OF_THE_SMALLEST` with ViT-B alone); by itself it measures more. `ALIKE`
+are the peers that are spared launches, as `OURS` are, or recompute, as memory "recompute" does. The peer that
+is compiled under autocast was the slower one on an H200, and takes longest of all to compile."""
+MOST_AT_ONCE = 16  # concurrent processes, a core each
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0  # seconds; what takes that long hangs
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
@@ -61,8 +61,8 @@ class Part:
 
     Attributes:
         command: run in the repository's root; exit status 0 means passed.
-        seconds: what it takes, about; it is not started with less time left. Where an earlier run took
-            longer, that counts instead.
+        seconds: about what it takes; it is not started with less time left. If an earlier run took longer,
+            that counts instead.
         limit: seconds after which it is stopped and has failed.
         alone: whether nothing may run beside it.
         on_request: whether it runs only where --parts names it.
@@ -81,7 +81,7 @@ class Outcome:
     """What became of a part.
 
     Attributes:
-        state: "passed", "failed", or "unfinished" where the time of the whole suite was up first.
+        state: "passed", "failed", or "unfinished" if the suite's time was up or it was interrupted first.
         seconds: how long it ran.
         exit_status: the process's own; negative: the signal that ended it.
         tail: the last lines of its output.
@@ -94,7 +94,7 @@ class Outcome:
 
 
 def parts_of(header: Mapping[str, Any]) -> list[Part]:
-    """The suite, in the order in which it runs: what matters most comes first, should the time not do."""
+    """The suite, in the order in which it runs: what matters most comes first, in case time runs out."""
     logs = str(LOGS.relative_to(ROOT))
 
     def script(name: str, *arguments: str) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
         return Part(name, command or script(name), seconds, BENCHMARK_LIMIT, alone=True)
 
     def compilation(name: str, command: tuple[str, ...]) -> Part:
-        """Runs a benchmark once, for what is left in the compilers' caches."""
+        """Runs a benchmark once, to fill the compilers' caches."""
         output = f"--output={logs}/compile-{name}.json"
         return Part(f"compile-{name}", (*command, "--repeats=1", output), 100, BENCHMARK_LIMIT, alone=False)
 
@@ -114,7 +114,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     rows = {model: (*OURS, *COMPILED, *(OF_THE_SMALLEST if i == 0 else ())) for i, model in enumerate(MODELS)}
     compilations = [
         *(
-            # What is graphed, too, is compiled to the same.
+            # The graphed ones compile to the same.
             compilation(
                 model, throughput(model, *(name for name in rows[model] if name.endswith("compiled")))
             )
@@ -151,8 +151,8 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
 
 
 def on_request(header: Mapping[str, Any]) -> list[Part]:
-    """What nine minutes have no room for: the largest batches, curves over prompts and batches, of ViT-B; and
-    how kernels could be launched otherwise."""
+    """Parts that nine minutes have no room for: for ViT-B the largest batches and curves over prompts and
+    batches; and other launches of kernels."""
     model = next(iter(MODELS))
     rows = f"--implementations={','.join((*OURS, *COMPILED, *ALIKE))}"
 
@@ -179,7 +179,7 @@ def file_name(header: Mapping[str, Any], prefix: str) -> str:
 
 
 def digest(root: Path, header: Mapping[str, Any]) -> str:
-    """A hash of the sources and of what they run on: what was found under another one counts for nothing."""
+    """A hash of the sources and of what they run on: outcomes under another one do not count."""
     total = hashlib.sha256()
     versions = {key: value for key, value in header.items() if key != "date"}
     total.update(json.dumps(versions, sort_keys=True).encode())
@@ -192,11 +192,11 @@ def digest(root: Path, header: Mapping[str, Any]) -> str:
 
 
 class Record:
-    """The results file: opened where the same sources have one, else begun anew.
+    """The results file: an existing one of the same sources, else a new one.
 
     Attributes:
-        outcomes: by part, as they have been found under this digest.
-        earlier_seconds: by part, what it took in the newest file there is, of whatever sources.
+        outcomes: by part, as found under this digest.
+        earlier_seconds: by part, what it took in the newest file that has it, whatever the sources.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], sources: str) -> None:
@@ -246,7 +246,7 @@ class Running:
             )
 
     def poll(self) -> Outcome | None:
-        """What became of it, once it has ended; it is ended where its time is up."""
+        """Its outcome, once it has ended; stops it if its time is up."""
         status = self.process.poll()
         if status is not None:
             self.stop()  # what it may have left behind
@@ -273,7 +273,7 @@ class Running:
         return self._outcome(UNFINISHED, "stopped: interrupted")
 
     def _outcome(self, state: str, note: str | None = None) -> Outcome:
-        # Results are committed: where the project lies on somebody's machine is nobody's business.
+        # Results are committed, so paths of the local machine are removed.
         text = self.log.read_text(errors="replace").replace(f"{self.root}{os.sep}", "")
         lines = text.splitlines()[-TAIL_LINES:]
         seconds = round(time.monotonic() - self.started, 1)
@@ -292,12 +292,12 @@ def run(
 ) -> list[Part]:
     """Runs the parts that have not passed, and records each as it ends.
 
-    Those that have failed before come last: they must not keep the others from their turn for ever.
+    Those that have failed before come last, so that they cannot keep the others from running.
 
     Args:
         deadline: of time.monotonic(); nothing runs after it. The first part starts even if it took longer
             before: it will never have more time than now.
-        cores: processor cores to share out.
+        cores: CPU cores to distribute.
 
     Returns:
         The parts for which there was no time.
@@ -332,7 +332,7 @@ def run(
                     started = True
                     threads = cores if part.alone else max(1, cores // most)
                     running.append(Running(part, root, logs, deadline, threads))
-                    if not console.is_terminal:  # which shows what is running all the time
+                    if not console.is_terminal:  # a terminal shows what is running all the time
                         console.print(f"started    {part.name}")
                 names = ", ".join(job.part.name for job in running)
                 remaining = max(0, deadline - time.monotonic())
@@ -404,7 +404,7 @@ print(json.dumps(make_header(torch.device("cuda"))))
 
 
 def read_header(root: Path) -> dict[str, Any]:
-    """The device and the versions, found in another process: this one must not hold memory of the GPU.
+    """The device and the versions, found in another process: this one must not hold GPU memory.
 
     Raises:
         RuntimeError: there is no CUDA device, or the project cannot be imported.
@@ -424,7 +424,7 @@ def main(
     header: Callable[[Path], dict[str, Any]] = read_header,
     suite: Callable[[Mapping[str, Any]], list[Part]] = parts_of,
 ) -> int:
-    """The command; returns its exit status. What is not an argument of the command is there for its tests."""
+    """The command; returns its exit status. The other parameters are there for its tests."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command (default: 9)")
     parser.add_argument(
@@ -471,6 +471,6 @@ def main(
 
 
 if __name__ == "__main__":
-    # What ends this process must end the parts as well: they are in process groups of their own.
+    # What ends this process must end the parts as well, which are in process groups of their own.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

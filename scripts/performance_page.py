@@ -2,9 +2,9 @@
 
     python scripts/performance_page.py
 
-makes docs/performance.md anew from benchmarks/results/*.json, and what stands between the markers
+regenerates docs/performance.md from benchmarks/results/*.json, and the text between the markers
 `<!-- performance -->` in README.md and `<!-- memory policies -->` in docs/engine.md. With `--check` it
-changes nothing; where they do not match it prints the differences and exits with 1.
+changes nothing; if they do not match, it prints the differences and exits with 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ MODELS = {
 SETTING = ("model", "prompt_type", "num_prompts", "batch_size", "image_size")
 OUR_KERNELS = ("triton", "vpt_fast")
 DETERMINISTIC = ("flash_attn", "flash_attn_3", "flash_attn_4", "sdpa_flash")  # as flash.py calls them
-USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's, where nothing else is asked for
+USUAL_BATCH = {"gpu": 64, "cpu": 4}  # throughput.py's defaults
 MOST_KERNELS = 10  # of a profile
 
 ROW_NAMES = (  # what the names of implementations say
@@ -97,7 +97,7 @@ class Report:
 
     @property
     def subject(self) -> tuple[Any, ...]:
-        """What it is about, so that a newer file on the same takes its place."""
+        """What it is about: a newer file on the same subject replaces it."""
         names = ("implementation", "memory", *SETTING, "dtype")
         return self.device, self.kind, *map(self.content.get, names)
 
@@ -141,7 +141,7 @@ class Group:
         return any(row.get("largest_batch") is not None for row in self.rows)
 
     def precedence(self) -> tuple[str, int]:
-        """The larger, the sooner shown of what was measured at one setting."""
+        """Of the groups measured at one setting, the one with the largest is shown."""
         return self.report.content["date"], len(self.rows)
 
     @property
@@ -170,7 +170,7 @@ class Group:
         return f"{model_name(self['model'])} with {prompts}, batch {self['batch_size']}{dtype}"
 
     def command(self) -> str:
-        """Measures these rows anew."""
+        """The command that measures these rows again."""
         content = self.report.content
         flags = {
             "models": self["model"],
@@ -187,8 +187,8 @@ class Group:
         return f"python benchmarks/throughput.py {' '.join(words)}"
 
     def chosen_rows(self) -> dict[str, str]:
-        """The flags that name them. Where not all of vpt_fast's are under the same policies, which no flags
-        ask for, they are those of no flags."""
+        """The flags that select these rows. If vpt_fast's implementations have different policies, which no
+        flags can ask for, these are the rows without flags."""
         there = [(row["impl"], row.get("memory")) for row in self.rows]
         names = list(dict.fromkeys(impl for impl, _ in there))
         policies = list(dict.fromkeys(memory for _, memory in there if memory)) or [None]
@@ -215,7 +215,7 @@ def name_of(row: Row) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """To so many significant digits, thousands separated; nothing for None."""
+    """The value to `digits` significant digits, with thousands separated; empty for None."""
     if value is None:
         return ""
     if value == 0:
@@ -241,7 +241,7 @@ def percent(name: str) -> Callable[[Row], str]:
 
 
 def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
-    """Markdown; a column in which nothing stands is left out."""
+    """A Markdown table without its empty columns."""
     cells = [[show(row) for _, show in columns] for row in rows]
     kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     lines = [
@@ -291,8 +291,8 @@ def all_groups(reports: Iterable[Report]) -> list[Group]:
 
 
 def preferred(those: Iterable[Group]) -> list[Group]:
-    """Of one setting measured twice on a device the newest, and of one day the one with the most rows: a
-    curve over batches has fewer than the table, and comes before it by name."""
+    """For a setting measured more than once on a device, the newest group, and of one day the one with the
+    most rows: a curve over batches has fewer than the table, and comes before it by name."""
     found: dict[tuple[Any, ...], Group] = {}
     for group in those:
         usual = next((row["dtype"] for row in group.rows if row["impl"].startswith("vpt_fast")), None)
@@ -669,7 +669,7 @@ def is_alike(group: Group, other: Group) -> bool:
 
 
 def readme_table(group: Group, rows: list[Row]) -> str:
-    """The fastest first, and last what is no way to tune prompts."""
+    """The fastest first, and last `no_prompts`, which is no way to tune prompts."""
     rows = sorted(rows, key=lambda row: (row["impl"] == "no_prompts", -row["images_per_second"]))
 
     def words(row: Row) -> str:
@@ -688,7 +688,7 @@ def readme_table(group: Group, rows: list[Row]) -> str:
 
 
 def readme_block(reports: list[Report]) -> str:
-    """What README.md says is saved: on the newest GPU, or where there is none on a CPU."""
+    """What README.md says is saved: on the newest GPU, or on a CPU if there are no GPU results."""
 
     def rank(group: Group) -> tuple[Any, ...]:
         usual = (

@@ -1,7 +1,8 @@
-"""fc1 with its activation, and the gradient through fc2 with the activation's derivative, as one product.
+"""fc1 with its activation, and the gradient through fc2 with the activation's derivative, as one GEMM each.
 
-They save the round trip of the pre-activation (forward) or of its gradient (backward) through memory. Where
-that beats a library's product with `ops` beside it is `dispatch.fused_mlp_pays`'s to say.
+This saves the round trip through memory of the pre-activation (forward) or of the gradient of the
+activation's output (backward). `dispatch.fused_mlp_pays` says where it beats a library's GEMM followed by the
+kernels in `ops`.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from vpt_fast.kernels.torch_op import torch_op
 
 _MAX_SIDE = (
     2**31 - 2**10
-)  # rows and columns are numbered in 32 bits, those of the last tile beyond the end too
+)  # rows and columns have int32 indices, including those of the last tile that are past the end
 
 
 def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """Tiles, warps, stages of the kernels by pointers.
+    """Tiles, warps and stages of the kernels that use pointers.
 
-    Three stages of 16-bit tiles are 96 KiB, so that two programs fit on one processor of sm_90 and one's
-    epilogue runs beside the other's products. float32 has no tensor cores at full precision, and what is not
-    aligned is read element by element, each with an address of its own: small tiles, or registers spill.
+    Three stages of 16-bit tiles take 96 KiB, so two programs fit on an SM of sm_90 and the epilogue of one
+    overlaps with the main loop of the other; not in backward from u, whose 165 registers (Triton 3.8) leave
+    room for one. float32 has no tensor cores at full precision, and unaligned operands are loaded element by
+    element, each with its own address: both need small tiles, or registers spill.
     """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "num_stages": 3}
@@ -43,23 +45,23 @@ def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
 
 
 def _tma_config() -> dict[str, int]:
-    """Of those by descriptors, in 16 bits. Two programs on a processor here too: larger tiles, with one, were
-    slower on an H200. DELAY is about what one's epilogue takes, by its instructions: not timed yet, and
-    benchmarks/tune.py tries others and none."""
+    """The same for the kernels that use descriptors, in 16 bits. Two programs per SM here too: larger tiles,
+    with one, were slower on an H200. DELAY, in ns, is about what an epilogue takes, judged from its
+    instructions: not timed yet; benchmarks/tune.py tries other delays, and none."""
     return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
 
 
-# A program's tiles from which on half of the programs begin later: what it costs once is to come back.
+# Half of the programs start later only if each has at least this many tiles, to win back the delay.
 _TILES_TO_DELAY = 8
 
-# Bytes of shared memory that each of two programs on a processor may have, of sm_90 and sm_100.
+# Bytes of shared memory that each of two programs on an SM may have, on sm_90 and sm_100.
 _SHARED_OF_TWO = 228 * 1024 // 2 - 1024
 
 
 def _programs(config: dict[str, int]) -> int:
-    """How many programs of a kernel by descriptors a processor is to hold: two where each thread can have 128
-    registers, half of them accumulators, and there is shared memory for both, so that one's epilogue runs
-    beside the other's products."""
+    """How many programs of a kernel with descriptors an SM is to hold: two if every thread can have 128
+    registers, half of them for accumulators, and shared memory suffices for both. The epilogue of one then
+    overlaps with the main loop of the other."""
     threads, (m, n, k) = 32 * config["num_warps"], (config[f"BLOCK_{side}"] for side in "MNK")
     shared = 2 * (config["num_stages"] * (m + n) * k + m * n // 2)  # operands, and half a tile of results
     is_small = m * n <= 64 * threads and shared <= _SHARED_OF_TWO and not config["FLATTEN"]
@@ -67,28 +69,28 @@ def _programs(config: dict[str, int]) -> int:
 
 
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
-    """Whether sizes, strides and addresses are all multiples of 16: then Triton reads 16 bytes at once."""
+    """Whether sizes, strides and addresses are all multiples of 16, so that Triton uses 16-byte loads."""
     strides = [stride for of_tensor in rows.strides for stride in of_tensor]
     addresses = [tensor.data_ptr() for tensor in (weight, *tensors)]
     return not any(number % 16 for number in (*weight.shape, weight.stride(0), *strides, *addresses))
 
 
 def has_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tensors of this dtype are moved by descriptors on the device, where their layout allows it."""
+    """Whether tensors of this dtype are moved by descriptors on this device, if their layout allows it."""
     return arch_of(device) >= 90 and dtype.itemsize == 2
 
 
 def _takes_descriptors(rows: Rows, weight: torch.Tensor) -> bool:
-    """Whether what is aligned is moved by descriptors: rows that are one dimension."""
+    """Whether aligned tensors are moved by descriptors: only if their rows form a single dimension."""
     is_matrix = rows.sizes[1:] == (1, 1) and 0 not in weight.shape
     return is_matrix and has_descriptors(weight.device, weight.dtype)
 
 
 def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """(.., columns), whose leading dimensions are one, for a kernel that moves such blocks of it."""
+    """Descriptor of (.., columns), whose leading dimensions can be one, in blocks of this shape."""
     columns = t.shape[-1]
     num_rows = t.numel() // columns
-    # Along a dimension of one element a stride may be anything.
+    # The stride of a dimension of size 1 is arbitrary.
     steps = [stride for n, stride in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
     return TensorDescriptor(t, [num_rows, columns], [steps[-1] if steps else columns, 1], list(block))
 
@@ -107,7 +109,7 @@ def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
 
 
 class _TMALaunch:
-    """A launch of a kernel that takes descriptors, from tensors.
+    """A launch, from tensors, of a kernel that takes descriptors.
 
     Args:
         kernel, device: as of `Launch`.
@@ -134,8 +136,8 @@ class _TMALaunch:
             config = {**config, "DELAY": 0}
         self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
         self._blocks = _blocks(kernel, config, pack)
-        self._is_empty = num_tiles == 0  # and so has no descriptor
-        self._forms: list[Any] | None = None  # descriptors without a tensor; None for what has none
+        self._is_empty = num_tiles == 0  # an empty tensor has no descriptor
+        self._forms: list[Any] | None = None  # descriptors without a tensor; None for arguments without one
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         if self._is_empty:
@@ -154,7 +156,7 @@ class _TMALaunch:
 
 
 def _with_base(descriptor: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
-    """The same of another tensor of the same layout, which need not be checked again."""
+    """The same descriptor for another tensor of the same layout, which is not checked again."""
     found = object.__new__(TensorDescriptor)
     found.__dict__.update(descriptor.__dict__)
     found.base = base
@@ -162,15 +164,16 @@ def _with_base(descriptor: TensorDescriptor, base: torch.Tensor | None) -> Tenso
 
 
 def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
-    """Of a tile of the result, that the epilogue works on at a time. What it stores passes through shared
-    memory; with codes beside it, half as many columns leave room for a second program."""
+    """Columns of a result's tile that the epilogue processes at a time. Its stores pass through shared
+    memory; if codes are stored too, half as many columns leave room for a second program."""
     parts = 4 if pack and kernel is linear_activate_tma_kernel else 2
     return config["BLOCK_N"] // parts
 
 
 def _tma_options(kernel: Any, config: dict[str, int], pack: bool, arch: int) -> dict[str, int | None]:
-    """How the kernel is launched beside its config. Left to itself the assembler takes up to 190 registers,
-    by Triton's version, and a second program has no room; on sm_100 backward would spill."""
+    """Launch options beyond the config. Left to itself, ptxas takes up to 190 registers, depending on
+    Triton's version, which leaves no room for a second program. The limit is for sm_90: on sm_100 it would
+    make backward spill."""
     options: dict[str, int | None] = {"maxnreg": 128 if _programs(config) == 2 and arch == 90 else None}
     if kernel is linear_activate_tma_kernel:
         options["COLUMNS"] = _columns(kernel, config, pack)
@@ -178,7 +181,8 @@ def _tma_options(kernel: Any, config: dict[str, int], pack: bool, arch: int) -> 
 
 
 def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, int] | None]:
-    """What the kernel moves at a time of each of its tensors, in its order; None: it takes a pointer."""
+    """The block that the kernel moves at a time, for each of its tensors in order; None: it takes a
+    pointer."""
     m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     of_results = (m, _columns(kernel, config, pack))
     if kernel is linear_activate_tma_kernel:
@@ -264,7 +268,7 @@ def _backward_launch(
 
 
 def _empty_forward(x: torch.Tensor, weight: torch.Tensor, pack: bool, keep: bool) -> list[torch.Tensor]:
-    """a, and with `keep` u or, to pack, codes."""
+    """a; with `keep` also u, or codes if packed."""
     shape = (*x.shape[:-1], weight.shape[0])
     outputs = [x.new_empty(shape)]
     if keep:
@@ -322,11 +326,11 @@ def linear_activate(
         bias: (n,), any of those dtypes, or None.
         kind: an activation that is not gated.
         pack: keep the derivative in 8 bits, as `ops.activate` codes it, not the pre-activation.
-        keep: False for neither.
+        keep: False keeps neither.
 
     Returns:
         a (..., n) in x's dtype; the pre-activation u (..., n) in x's dtype, or None; codes (..., n), uint8,
-        or None. Both a and codes come from u in float32.
+        or None. Both a and codes are computed from u in float32.
 
     Raises:
         ValueError: an activation, dtype, shape, device or stride that it does not take.
@@ -338,7 +342,7 @@ def linear_activate(
 def linear_activate_backward(
     grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str
 ) -> torch.Tensor:
-    """(grad weight) · act'(u): the gradient of the pre-activation from that of the next layer's output.
+    """(grad weight) · act'(u): the pre-activation's gradient from that of the next layer's output.
 
     Args:
         grad: (..., k), bfloat16, float16 or float32.
@@ -356,10 +360,10 @@ def linear_activate_backward(
 
 
 def builds(arch: int) -> list[Build]:
-    """GELU in bfloat16, packed and not, with a ragged k and not aligned too, and the longest in other dtypes;
-    on sm_90 and newer those by descriptors as well.
+    """GELU in bfloat16, with u and with codes, for even and ragged k, and for unaligned tensors; the longest
+    variants in other dtypes; on sm_90 and newer also the kernels with descriptors.
 
-    `arch` makes no other difference to the launch but the limit of registers. Other activations change a few
+    `arch` makes no other difference to the launch than the limit of registers. Other activations change a few
     instructions of the epilogue, and GELU's is the longest.
     """
     bf16 = torch.bfloat16

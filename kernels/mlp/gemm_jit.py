@@ -1,18 +1,18 @@
-"""Matrix products of the MLP with the activation, or its derivative, in the epilogue.
+"""The MLP's GEMMs with the activation, or its derivative, in the epilogue.
 
-Tiles are taken in groups of GROUP rows of tiles, column by column, so that the tiles in flight share what
-they read through the L2 cache.
+Tiles are processed in groups of GROUP rows of tiles, column by column, so that concurrent tiles share their
+operands through the L2 cache.
 
-Each product is here twice. Kernels that end in `_tma_kernel` are for sm_90 and newer: an engine of the
-processor's moves whole tiles, by tensor descriptors, and knows where a tensor ends: what lies beyond reads as
-0 and is not stored. As many programs as the device holds at once take one tile after the other, so that one's
-epilogue runs beside another's products. With FLATTEN the loops over tiles and depth become one, which copies
-the next tile's first operands during the epilogue. The other kernels compute every address; rows beyond the
-end read the last row and are not stored.
+Each GEMM has two kernels. Those that end in `_tma_kernel` are for sm_90 and newer: TMA moves whole tiles by
+tensor descriptors and checks bounds; elements past the end read as 0 and are not stored. They are persistent:
+as many programs as the device holds at once process one tile after the other, so that the epilogue of one
+overlaps with the main loop of another. With FLATTEN the loops over tiles and over k become one, which loads
+the next tile's first operands during the epilogue. The other kernels compute every address; rows past the end
+read the last row and are not stored.
 
-Two programs on a processor that begin together, with equal work, would stay together: both in their products,
-at half the speed each, and then both in their epilogues, while the tensor cores wait. So half of the programs
-begin DELAY nanoseconds later.
+Two programs on an SM that start together, with equal work, would stay in step: both in their main loops, at
+half the speed each, and then both in their epilogues, while the tensor cores idle. So half of the programs
+start DELAY nanoseconds later.
 """
 
 import triton
@@ -24,7 +24,7 @@ from vpt_fast.kernels.rows import decode_derivative, encode_derivative, row_offs
 
 @triton.jit
 def grouped_tile(tile, num_m, num_n, GROUP: tl.constexpr):
-    """Where tile number `tile` stands: its row and its column of tiles."""
+    """Row and column of tile number `tile` in the grid of tiles."""
     group = tile // (GROUP * num_n)
     first = group * GROUP
     rows = tl.minimum(num_m - first, GROUP)
@@ -36,8 +36,8 @@ def grouped_tile(tile, num_m, num_n, GROUP: tl.constexpr):
 def add_product(product, left, right):
     """product + left · right.
 
-    In float32, without tensor cores, what is added to an accumulator is one chain as long as K, whose error
-    grows with its root: each tile's own sum comes first. The bound on it keeps Triton from merging the two.
+    In float32, without tensor cores, an accumulator would be one chain of K additions, whose error grows with
+    √K; so each tile is summed on its own first. max_num_imprecise_acc keeps Triton from merging the two sums.
     """
     if left.dtype == tl.float32:
         return product + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
@@ -52,8 +52,8 @@ def split_columns(product, BLOCK_M: tl.constexpr, half: tl.constexpr):
 
 @triton.jit
 def rounded(u, DTYPE: tl.constexpr):
-    """A pre-activation as it is kept. Beyond float16 it is the largest number there, since no activation has
-    a derivative at infinity, while its value, from float32, may well be finite."""
+    """A pre-activation as it is kept. Out of float16's range it becomes the largest finite number: no
+    activation has a derivative at infinity, although its value, computed from float32, may well be finite."""
     if DTYPE == tl.float16:
         u = tl.where(u > 65504.0, 65504.0, tl.where(u < -65504.0, -65504.0, u))
     return u.to(DTYPE)
@@ -61,7 +61,7 @@ def rounded(u, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_activation(product, bias, a, u, codes, m, n, M, N, KIND: tl.constexpr, EXACT: tl.constexpr):
-    """Of rows m and columns n: the activation, and what is kept of the pre-activation."""
+    """Stores rows m and columns n of the activation, and of u or codes."""
     if bias is not None:
         product += tl.load(bias + n, n < N, other=0.0).to(tl.float32)[None, :]
     value, slope = activation(product, KIND, EXACT)
@@ -76,7 +76,7 @@ def store_activation(product, bias, a, u, codes, m, n, M, N, KIND: tl.constexpr,
 
 @triton.jit
 def store_gradient(product, kept_rows, grad_u, m, n, M, N, KIND: tl.constexpr):
-    """Of rows m, whose kept rows start at `kept_rows`, and columns n: the product times the derivative."""
+    """Stores rows m and columns n of product times derivative. kept_rows: pointers to the kept rows."""
     mask = (m < M)[:, None] & (n < N)[None, :]
     saved = tl.load(kept_rows[:, None] + n[None, :], mask, other=0)
     if kept_rows.dtype.element_ty == tl.uint8:
@@ -133,7 +133,7 @@ def linear_activate_kernel(
         x_at += BLOCK_K
         weight_at += BLOCK_K
 
-    # In halves, so that the epilogue's registers leave room for a second program on the processor.
+    # In halves, so that the epilogue's registers leave room for a second program on the SM.
     half: tl.constexpr = BLOCK_N // 2
     left, right = split_columns(product, BLOCK_M, half)
     n = tile_n * BLOCK_N + tl.arange(0, half)
@@ -201,7 +201,7 @@ def linear_activate_backward_kernel(
 
 @triton.jit
 def begin_apart(DELAY: tl.constexpr):
-    """Waits in the second half of the programs: a device places one on each processor before another."""
+    """Delays the second half of the programs: the GPU places one on every SM before it places a second."""
     if DELAY > 0:
         if 2 * tl.program_id(0) >= tl.num_programs(0):
             start = globaltimer()
@@ -211,16 +211,17 @@ def begin_apart(DELAY: tl.constexpr):
 
 @triton.jit
 def store_activation_tile(product, a, u, codes, m, n, N, KIND: tl.constexpr, FIRST: tl.constexpr):
-    """`store_activation` by descriptors, of a tile with its bias whose first row is m and first column n.
+    """`store_activation` by descriptors, of a part of a tile, bias included, from row m and column n on.
 
-    What is stored passes through shared memory, and must have been read from there before the next may come.
-    So the activation is computed between two of them: FIRST, of a program's tile, behind u, then before.
+    Stores pass through one buffer in shared memory, which must have been read before the next store may fill
+    it. So the activation is computed between two stores: in the tile's FIRST part after the store of u, in
+    the others before it.
     """
     if FIRST and u is not None:
         u.store([m, n], rounded(product, u.dtype))
     value, slope = product, product
-    # Always so but beyond the last column. Without a branch the assembler computes all parts before it stores
-    # the first, and holds them in registers.
+    # True except past the last column. Without the branch, ptxas computes all parts before it stores the
+    # first, and holds them in registers.
     if n < N:
         value, slope = activation(product, KIND, EXACT=False)
     if not FIRST and u is not None:
@@ -236,7 +237,7 @@ def store_activation_half(
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
-    """`store_activation_tile` of HALF columns, COLUMNS at a time: those or half of those."""
+    """`store_activation_tile` of HALF columns, COLUMNS at a time: all of them, or half."""
     if COLUMNS == HALF:
         store_activation_tile(product, a, u, codes, m, n, N, KIND, FIRST)
     else:
@@ -247,7 +248,7 @@ def store_activation_half(
 
 @triton.jit
 def times_slope(product, saved, KIND: tl.constexpr):
-    """The product times the derivative, which `saved` holds in 8 bits or is the pre-activation of."""
+    """The product times the derivative. saved: uint8 codes of the derivative, or the pre-activation."""
     if saved.dtype == tl.uint8:
         slope = decode_derivative(saved)
     else:
@@ -255,7 +256,7 @@ def times_slope(product, saved, KIND: tl.constexpr):
     return product * slope
 
 
-# One build serves all numbers of rows, and all depths: descriptors say what is aligned.
+# One build serves every M and K: with descriptors, alignment does not depend on them.
 @triton.jit(do_not_specialize=["M", "K"])
 def linear_activate_tma_kernel(
     x,  # (M, K)
@@ -284,7 +285,7 @@ def linear_activate_tma_kernel(
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if bias is not None:
-            # Where sums begin, so that nobody waits for it: it comes with the first operands.
+            # Sums start from the bias: it loads with the first operands, and no epilogue waits for it.
             columns = n + tl.arange(0, BLOCK_N)
             product += tl.load(bias + columns, columns < N, other=0.0).to(tl.float32)[None, :]
         for k in range(0, K, BLOCK_K):

@@ -1,6 +1,6 @@
-"""Elementwise kernels of the MLP's activation, forward and backward, and the steps that GEMM epilogues share.
+"""Elementwise kernels of the MLP's activation, forward and backward, and the functions that epilogues share.
 
-A program works on a block of one row. Where a tensor is contiguous the launcher calls all of it one row.
+A program processes a block of one row. The launcher treats a contiguous tensor as a single row.
 """
 
 import triton
@@ -21,18 +21,18 @@ _DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 _LOG2_DENSITY_AT_0 = tl.constexpr(-1.3257480647361592)
 _TANH_CUBIC = tl.constexpr(0.044715)
 _QUICK_SLOPE = tl.constexpr(1.702)
-# Elements that a thread takes side by side: 16 bytes of 16 bits. Left alone Triton takes 16 for the sake of
-# 8-bit codes, and moves what is 16 bits wide through shared memory to store it.
+# Contiguous elements per thread: 16 bytes in 16-bit dtypes. By itself Triton chooses 16, for the 8-bit codes,
+# and moves 16-bit tensors through shared memory to store them.
 _AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
 def sigmoid(x, SCALE: tl.constexpr, EXACT: tl.constexpr):
-    """s = sigmoid(SCALE x) and its derivative s (1 - s), neither of which loses small values or overflows.
+    """s = sigmoid(SCALE x) and its derivative s (1 - s), without overflow or loss of small values.
 
-    Not EXACT, for results that are rounded to 16 bits: wrong by at most 4e-7. The reciprocal is the square of
-    an inverse root, which is one instruction: a division brings eight more for numbers that are too large or
-    too small, and 1 + e is none but where it is infinite, and s is 0.
+    Without EXACT, for results that are rounded to 16 bits, the error is at most 4e-7. The reciprocal is the
+    square of rsqrt, a single instruction: a division takes eight more to handle numbers that are too large or
+    too small, and 1 + e is neither unless it is infinite, where s is 0.
     """
     if EXACT:
         x = x * SCALE
@@ -49,14 +49,15 @@ def sigmoid(x, SCALE: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def normal_cdf(u, EXACT: tl.constexpr):
-    """The standard normal distribution and its density at u, float32.
+    """The standard normal CDF and density at u, float32.
 
-    Not EXACT, for results that are rounded to 16 bits: the tail beyond |u| is 2^p(|u|), whose logarithm is
-    nearly a polynomial: one exponential, no reciprocal, and half the instructions. p, of degree 7, was fitted
-    by linear programming on a dense grid of [0, 5.5] for the least largest error of the tail, absolute in
-    units of 1e-6 or relative in units of 3e-5, whichever is more. It is right at 0.75179, where GELU's
-    derivative is 0, and falls from 0 to infinity, so that nothing need be clamped. Evaluated in float32 the
-    tail is wrong by at most 6e-7, up to 5.5 by 2e-5 of itself, and 0 from 14.3 on.
+    Without EXACT, for results that are rounded to 16 bits, the tail beyond |u| is 2^p(|u|), since its
+    logarithm is nearly a polynomial: one exponential, no reciprocal, and half the instructions. p, of degree
+    7, was fitted by linear programming on a dense grid of [0, 5.5] to minimise the tail's largest error,
+    absolute in units of 1e-6 or relative in units of 3e-5, whichever is larger. It is exact at 0.75179, where
+    GELU's derivative is 0, and p decreases on all of [0, ∞), so nothing needs clamping. Evaluated in float32,
+    the tail's absolute error is at most 6e-7, its relative error at most 2e-5 up to |u| = 5.5, and from 14.3
+    on it is 0.
     """
     if EXACT:
         cdf = 0.5 + 0.5 * tl.erf(u * _SQRT_HALF)
@@ -87,7 +88,7 @@ def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
         # (1 + tanh(z)) / 2 = sigmoid(2 z)
         s, ds = sigmoid(u + u * u * u * _TANH_CUBIC, 2.0 * _SQRT_2_OVER_PI, EXACT)
         value = u * s
-        square = tl.minimum(u * u, 1e30)  # ds, 0 long before, times infinity would not be 0
+        square = tl.minimum(u * u, 1e30)  # by then ds is 0, and 0 times infinity would be NaN
         slope = s + u * ds * ((1.0 + square * (3.0 * _TANH_CUBIC)) * (2.0 * _SQRT_2_OVER_PI))
     elif KIND == "quick_gelu":
         s, ds = sigmoid(u, _QUICK_SLOPE, EXACT)
@@ -99,16 +100,16 @@ def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
         slope = s + u * ds
     else:
         tl.static_assert(KIND == "relu")
-        value = tl.where(u < 0.0, 0.0, u)  # of NaN NaN
+        value = tl.where(u < 0.0, 0.0, u)  # NaN stays NaN
         slope = tl.where(u > 0.0, 1.0, 0.0)
     return value, slope
 
 
 @triton.jit
 def row_and_start(width, BLOCK: tl.constexpr, ONE_ROW: tl.constexpr):
-    """This program's row and the first column of its block; int64, for one row may be a whole tensor.
+    """This program's row and the first column of its block, int64, since one row may be a whole tensor.
 
-    Finding the row takes a division, which is what ONE_ROW saves: some forty instructions.
+    ONE_ROW saves the division that finds the row, some forty instructions.
     """
     if ONE_ROW:
         return tl.full((), 0, tl.int64), tl.program_id(0).to(tl.int64) * BLOCK

@@ -1,7 +1,7 @@
 """The MLP's activation, forward and backward, in Triton.
 
-The functions have the signatures and the meaning of their twins in `reference`. Leading dimensions may have
-any strides; the last one is contiguous. Arithmetic is in float32.
+Signatures and semantics are those of `reference`. Leading dimensions may have any strides; the last one is
+contiguous. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
 ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
-"""Of a gated unit whose derivatives are packed: its row of scales is found in one program."""
+"""Largest width of a gated unit whose derivatives are packed: one program finds the scales of a row."""
 MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
-_BLOCK = 2048  # with 4 warps sixteen elements to a thread, eight at a time: 16-byte accesses of 16 bits
+_BLOCK = 2048  # with 4 warps, 16 elements per thread, 8 at a time: 16-byte accesses in 16-bit dtypes
 _GATED_BLOCK = 1024
 
 
@@ -37,7 +37,7 @@ def check_kind(kind: str, wanted: tuple[str, ...]) -> None:
 
 
 def _packed_launch(width: int) -> tuple[int, int]:
-    """Block and warps of a program that holds a whole gated row, eight elements of each half to a thread."""
+    """Block and warps of a program that holds a whole gated row, eight elements of each half per thread."""
     block = max(_GATED_BLOCK, next_power_of_2(width))
     return block, block // 256
 
@@ -97,7 +97,7 @@ def _backward_launch(
 
 
 def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
-    """A contiguous tensor, or several of one shape, is a single row."""
+    """Rows and their width; tensors that are all contiguous, of one shape, count as a single row."""
     first = next(iter(tensors.values()))
     if all(tensor.is_contiguous() for tensor in tensors.values()):
         return leading_rows(**{name: tensor.view(1, -1) for name, tensor in tensors.items()}), first.numel()
@@ -114,7 +114,7 @@ def _num_programs(rows: Rows, width: int, block: int) -> int:
 
 
 def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
-    """a, and with `pack` codes and, of a gated unit, scale."""
+    """a; with `pack` also codes and, for a gated unit, scale."""
     if kind != "swiglu":
         return [u.new_empty(u.shape), *_empty_codes(u, pack)]
     outputs = [u.new_empty((*u.shape[:-1], u.shape[-1] // 2))]
@@ -208,12 +208,12 @@ def activate_(u: torch.Tensor, kind: str, *, pack: bool = False) -> torch.Tensor
 def activate_backward(
     grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str
 ) -> torch.Tensor:
-    """`reference.activate_backward` in one pass over all that it reads."""
+    """`reference.activate_backward` in one pass over its inputs."""
     return _activate_backward(grad, kept, scale, kind)
 
 
 def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
-    """`reference.activate_backward_` in one pass over all that it reads."""
+    """`reference.activate_backward_` in one pass over its inputs."""
     _activate_backward_(grad, kept, kind)
 
 
@@ -230,14 +230,14 @@ def builds(arch: int) -> list[Build]:
 
 
 def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
-    """With codes forward and without them backward, the longer of each: of rows, and of one row."""
+    """Forward with codes and backward without, the longer variants, for many rows and for one row."""
     floats = f"*{TYPE_NAMES[dtype]}"
     forward = {"u": floats, "a": floats, "codes": "*u8"}
     backward = {"grad": floats, "kept": floats, "grad_u": floats}
     found = []
     for one_row in (False, True):
         config = f"{TYPE_NAMES[dtype]} {kind}{' one row' if one_row else ''}"
-        # Triton takes integers that are 1 for constants: a single row is as it is launched.
+        # Triton specialises on integers that are 1, as they are for a single row.
         constexprs = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": one_row}
         constexprs |= {"size1": 1, "size2": 1} if one_row else {}
         found += [
@@ -248,7 +248,7 @@ def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
 
 
 def _gated_builds(dtype: torch.dtype) -> list[Build]:
-    """With codes, of the widest row that is taken, and without."""
+    """Without codes, and with codes for the widest supported row."""
     floats = f"*{TYPE_NAMES[dtype]}"
     name = TYPE_NAMES[dtype]
     forward, codes = {"u": floats, "a": floats}, {"codes": "*i8", "scale": "*fp32"}

@@ -1,10 +1,10 @@
 """MLP activations, forward and backward, in plain PyTorch.
 
-`PACKED` activations are gated linear units: they take (..., 2h), gate before value, and give (..., h).
+`PACKED` activations are gated linear units: they take (..., 2h), gate before value, and return (..., h).
 
 For backward either the pre-activation is kept, or its local derivative in 8 bits. An activation's derivative
-lies in about [-0.13, 1.13], so it gets uniform codes with a step of 1/200 in which 0 and 1 are exact; the
-two derivatives of a gated unit have no bounds, so each gets a scale a row.
+lies in about [-0.13, 1.13], so its codes are uniform, in steps of 1/200, with 0 and 1 exact. The two
+derivatives of a gated unit are unbounded, so each gets one scale per row.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def activate(
     Args:
         u: (..., h), or (..., 2h) for a gated kind.
         kind: one of `ACTIVATIONS`.
-        pack: also give the local derivative in 8 bits, for backward.
+        pack: also return the local derivative in 8 bits, for backward.
 
     Returns:
-        (..., h), dtype of `u`. With `pack` the derivative's codes, of u's shape, uint8; of a gated kind
-        int8, and then a scale (..., 2) in at least float32 for the halves of each row; else None.
+        The activation's output (..., h) in u's dtype; with `pack` the derivative's codes, of u's shape,
+        uint8, else None; for a gated kind the codes are int8, with a scale (..., 2) in at least float32 for
+        the two halves of each row, else None.
 
     Raises:
         ValueError: an unknown kind.
@@ -76,7 +77,7 @@ def activate_(u: torch.Tensor, kind: str, *, pack: bool = False) -> torch.Tensor
 
     Args:
         u: contiguous (..., h).
-        kind, pack: as of `activate`; not of a gated kind, whose input is wider than its output.
+        kind, pack: as of `activate`; not a gated kind, whose input is wider than its output.
 
     Returns:
         With `pack` the derivative's codes, else None.
@@ -135,11 +136,11 @@ def activate_backward(
 
 
 def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
-    """`activate_backward` in place: the gradient of the activation's output becomes that of its input.
+    """`activate_backward` in place: overwrites the gradient of the activation's output by that of its input.
 
     Args:
         grad: contiguous (..., h).
-        kept, kind: as of `activate_backward`; not of a gated kind, whose input is wider than its output.
+        kept, kind: as of `activate_backward`; not a gated kind, whose input is wider than its output.
 
     Raises:
         ValueError: an unknown or a gated kind.

@@ -43,7 +43,7 @@ def normalize_kernel(
             row_offset(row, size1, size2, update_stride0, update_stride1, update_stride2)[:, None] + col
         )
         h += tl.load(update + update_at, mask, other=0.0).to(tl.float32)
-        # What is normalised is what is stored: in the residual's dtype.
+        # The sum is normalised as it is stored, rounded to the residual's dtype.
         stored = h.to(hidden.dtype.element_ty)
         tl.store(hidden + at, stored, mask)
         h = stored.to(tl.float32)

@@ -1,7 +1,7 @@
 """Normalisation over the last dimension, forward and backward, in Triton.
 
-The functions have the signatures and the meaning of their twins in `reference`. Leading dimensions may have
-any strides; the last one is contiguous. Sums run in float32.
+Signatures and semantics are those of `reference`. Leading dimensions may have any strides; the last one is
+contiguous. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from vpt_fast.kernels.rows import leading_rows
 from vpt_fast.kernels.torch_op import torch_op
 
 MAX_WIDTH = 8192
-_MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
+_MAX_ROWS = 2**31 - 2**11  # row indices are int32, including the last program's rows past the end
 
 
 def _config(d: int) -> dict[str, int]:
-    """Sixteen elements to a thread: two loads of 16 bytes each where an element has two."""
+    """Sixteen elements per thread: two 16-byte loads in 16-bit dtypes."""
     block_d = max(16, next_power_of_2(d))
     return {
         "BLOCK_ROWS": max(1, 2048 // block_d),
@@ -33,7 +33,7 @@ def _config(d: int) -> dict[str, int]:
 
 @once_per_layout
 def _forward_launch(eps: float, kind: str, dtype: torch.dtype, pack: bool, **inputs: torch.Tensor) -> Launch:
-    """Of x, or of residual and update; raises ValueError for what the kernel does not take."""
+    """inputs: x, or residual and update. Raises ValueError for what the kernel does not take."""
     first = next(iter(inputs.values()))
     require_device(**inputs)
     require_dtype(DTYPES, **{name: tensor.dtype for name, tensor in inputs.items()}, dtype=dtype)
@@ -68,7 +68,7 @@ def _backward_launch(
     scale: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> Launch:
-    """Of grad, x_hat and residual, or grad again; raises ValueError for what the kernel does not take."""
+    """Without a residual, grad's strides stand in. Raises ValueError for what the kernel does not take."""
     require_device(grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
     require_dtype(DTYPES, grad=grad.dtype, dtype=dtype)
     require_dtype(DTYPES if scale is None else (torch.int8,), x_hat=x_hat.dtype)
@@ -160,7 +160,7 @@ def _normalize_backward(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    # As the kernel reads them; no copies of what a block holds.
+    # As the kernel reads them; what a block keeps is contiguous already and not copied.
     rstd, scale = rstd.contiguous(), None if scale is None else scale.contiguous()
     launch = _backward_launch(kind, dtype, grad=grad, x_hat=x_hat, rstd=rstd, scale=scale, residual=residual)
     dx = grad.new_empty(grad.shape, dtype=dtype)
@@ -212,19 +212,19 @@ def normalize_backward(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`reference.normalize_backward` in one pass over all that it reads."""
+    """`reference.normalize_backward` in one pass over its inputs."""
     return _normalize_backward(grad, x_hat, rstd, scale, kind, residual, dtype or rstd.dtype)
 
 
-# One width of every class that the launcher makes a difference for: rows to a program, warps, ragged or not.
+# One width for every case that the launcher distinguishes: rows per program, warps, ragged or not.
 _BUILD_WIDTHS = (64, 768, 1280, 3072, 8192)
 
 
 def builds(arch: int) -> list[Build]:
-    """Both kernels at every class of widths in bfloat16, and in the other dtypes at one.
+    """Both kernels at all `_BUILD_WIDTHS` in bfloat16, and at one width in the other dtypes.
 
-    `arch` (80, 90, 100) makes no difference here. Forward is built with all that it can do, the addition and
-    the codes; backward with a residual, from x̂ and from codes.
+    `arch` (80, 90, 100) makes no difference here. Forward is built with all its options, the addition and the
+    codes; backward with a residual, from x̂ and from codes.
     """
     cases = [(d, torch.bfloat16) for d in _BUILD_WIDTHS] + [(768, torch.float16), (768, torch.float32)]
     found = []

@@ -7,7 +7,7 @@ import torch
 KINDS = ("layer", "rms")
 
 CODE_MAX = 127
-"""Packed x̂ is int8: codes from -127 to 127 and one scale a row."""
+"""Packed x̂ is int8: codes from -127 to 127 and one scale per row."""
 
 
 def normalize(
@@ -20,12 +20,12 @@ def normalize(
         eps: added to the variance (layer) or the mean square (rms).
         kind: ``"layer"`` or ``"rms"``.
         dtype: of the x̂ that is returned.
-        pack: also give x̂ in 8 bits, for backward.
+        pack: also return x̂ in 8 bits, for backward.
 
     Returns:
-        x̂ (..., d) in `dtype`, and rstd (..., 1) in at least float32: all that backward needs. With `pack`
-        codes (..., d), int8, and scale (..., 1) in at least float32, x̂ ≈ codes · scale, the largest of a
-        row being ±127; else None and None.
+        x̂ (..., d) in `dtype` and rstd (..., 1) in at least float32, which are all that backward needs. With
+        `pack` also codes (..., d), int8, and scale (..., 1) in at least float32, where x̂ ≈ codes · scale and
+        the largest code of a row is ±127; else None and None.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if kind == "layer":
@@ -57,7 +57,7 @@ def add_normalize(
         eps, kind, dtype, pack: as for `normalize`.
 
     Returns:
-        hidden (..., d) in residual's dtype, and what `normalize` gives for it.
+        hidden (..., d) in residual's dtype, and what `normalize` returns for it.
     """
     hidden = (residual + update).to(residual.dtype)
     return hidden, *normalize(hidden, eps, kind, dtype, pack=pack)

@@ -8,4 +8,4 @@ HEAD_DIMS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 
 """Head dims that the Triton kernels support, each as the two power-of-two tiles that a row is read in."""
 
 WINDOW_HEAD_DIMS = (32, 64)
-"""Those that they support in windows: every published Swin has 32."""
+"""Head dims that they support in windows; every published Swin has 32."""

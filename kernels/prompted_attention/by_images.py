@@ -1,7 +1,7 @@
-"""The definition for a few images at a time: what `backend="torch"` runs.
+"""The definition applied to a few images at a time: what `backend="torch"` runs.
 
-The scores of a whole batch are its largest tensors by far: 2.5 GB for 64 images of 729 tokens with 100
-prompts and 16 heads, twice in backward. An image's own are few enough for a CPU's caches.
+The scores of a whole batch would be its largest tensors by far: 2.5 GB for 64 images of 729 tokens with 100
+prompts and 16 heads, twice in backward. Those of a few images can fit a CPU's caches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from vpt_fast.kernels.prompted_attention import reference
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 
-# In float32 4 MiB on a CPU, for its caches' sake, and 512 MiB on other devices, for their memory's.
+# Scores, in elements. In float32 4 MiB on a CPU, to fit its caches, and 512 MiB on other devices, to save
+# memory.
 SCORES_AT_ONCE = {"cpu": 2**20}
 SCORES_AT_ONCE_ELSEWHERE = 2**27
 
@@ -52,8 +53,8 @@ def attention_backward(
     need_kv: bool,
     packed: bool = False,
 ) -> AttentionGrads:
-    """`reference.attention_backward`. Gradients of shared prompts are rounded to q's dtype for every share of
-    the batch, and these are summed in at least float32."""
+    """`reference.attention_backward`. Gradients of shared prompts are rounded to q's dtype for each part of
+    the batch, and the parts are summed in at least float32."""
     wanted = dict(need_q=need_q, need_kv=need_kv, packed=packed)
     batch = q.shape[0]
     at_once = _images_at_once(q, _num_rows(prompt_k) + _num_rows(k))
@@ -80,7 +81,7 @@ def attention_backward(
 
 
 def _images_at_once(q: torch.Tensor, num_keys: int) -> int:
-    """All where somebody compiles, who may not know how many there are."""
+    """Images to process at a time; under a compiler all, since the batch size may be unknown."""
     batch, num_rows, num_heads, _ = q.shape
     if torch.compiler.is_compiling():
         return batch

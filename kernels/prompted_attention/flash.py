@@ -1,9 +1,9 @@
-"""Prompted attention by the FlashAttention kernels of others, each selectable by its name.
+"""Prompted attention by other libraries' FlashAttention kernels, each selectable by its name.
 
-They know one sequence of keys and values, so prompts are concatenated to the image's: once in forward, and
-again in backward, so that nothing is kept twice. They need attention's output in backward. Where only the
-prompts' gradients are wanted they are given the prompts alone: they form P = exp(S - lse) and rowsum(dO ∘ O)
-from the kept lse and output, which hold the sums over all keys, so each key's gradient stands for itself.
+They take one sequence of keys and values, so prompts are concatenated to the image's: in forward, and again
+in backward, so that no second copy is kept. In backward they need attention's output. If only the prompts'
+gradients are wanted, backward gets the prompts alone: they compute P = exp(S - lse) and rowsum(dO ∘ O) from
+the kept lse and output, which already cover all keys, so each key's gradient is independent of the others.
 
 | name         | what it runs                                              | head dims      |
 | ------------ | --------------------------------------------------------- | -------------- |
@@ -14,7 +14,7 @@ from the kept lse and output, which hold the sums over all keys, so each key's g
 | sdpa_cudnn   | cuDNN, through PyTorch                                    | 8, 16, ... 128 |
 | sdpa_cpu     | PyTorch's kernel for CPUs                                 | any            |
 
-All but the last take float16 and bfloat16 on a CUDA device. All but ``sdpa_cudnn`` repeat bit for bit:
+All but the last take float16 and bfloat16 on a CUDA device. All but ``sdpa_cudnn`` are bitwise reproducible:
 PyTorch has no deterministic cuDNN backward.
 """
 
@@ -39,8 +39,8 @@ aten = torch.ops.aten
 class _Library:
     """Attention with a softmax scale of 1 and no mask, on tensors (B, rows, H, D).
 
-    forward(q, k, v) gives out (B, R, H, D) and lse (B, H, R), in natural logarithms;
-    backward(grad_out, q, k, v, out, lse) gives dQ, dK and dV.
+    forward(q, k, v) returns out (B, R, H, D) and lse (B, H, R), in natural logarithms;
+    backward(grad_out, q, k, v, out, lse) returns dQ, dK and dV.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -59,7 +59,7 @@ def get_flash(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
     if name not in _LIBRARIES:
         raise ValueError(f"attention: got {name!r}, want one of {', '.join(map(repr, _LIBRARIES))}")
-    _LIBRARIES[name]()  # what is not installed is said before any work
+    _LIBRARIES[name]()  # raises before any work if the package is missing
     return partial(_attention, name), partial(_attention_backward, name)
 
 
@@ -120,7 +120,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# One operation for all libraries, so that torch.compile traces through whatever Python they are made of.
+# One operator for all libraries, so that torch.compile need not trace into their Python.
 
 
 @torch_op(
@@ -165,10 +165,10 @@ def _flash_attention_backward(
     need_kv: bool,
     packed: bool,
 ) -> list[torch.Tensor]:
-    """As `empty_grads`."""
+    """Returns the gradients that are wanted, in the order of `empty_grads`."""
     m = 0 if prompt_k is None else prompt_k.shape[1]
     if not (need_q or need_kv):
-        k = v = q[:, :0]  # the prompts' own columns are enough
+        k = v = q[:, :0]  # no image keys: the prompts' columns are enough
     keys, values = _extend(prompt_k, k), _extend(prompt_v, v)  # (B, m + N, H, D)
     grad_q, grad_k, grad_v = _LIBRARIES[name]().backward(
         grad_out.contiguous(), q, keys, values, out.contiguous(), lse.contiguous()
@@ -315,7 +315,7 @@ def _sdpa_flash() -> _Library:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        # What dropout would have drawn from; with none it is not read.
+        # The state of dropout's generator, which is not read without dropout.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         offset = torch.empty((), dtype=torch.uint64, device=q.device)
         grad_out, q, k, v, out = _swap_heads(grad_out, q, k, v, out)
@@ -371,7 +371,7 @@ def _sdpa_cudnn() -> _Library:
 def _two_rows(x: torch.Tensor) -> torch.Tensor:
     """A single row twice: cuDNN's backward does not take one (github.com/pytorch/pytorch/issues/138529).
 
-    It is harmless in backward: a second query brings no gradient, and a second key takes none from the first.
+    This is harmless in backward: the second query has dO = 0, and the second key's gradient is dropped.
     """
     return torch.cat((x, x), dim=1) if x.shape[1] == 1 else x
 
@@ -409,19 +409,19 @@ def _swap_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 _mode_lock = threading.Lock()
 _mode_users: list[
     tuple[int, bool]
-] = []  # what stood there before the first of those within, for each of them
+] = []  # for each thread inside, the settings from before the first one entered
 
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's kernels have no argument for it; the mode holds for the process, other threads included,
-    until the last of those that are within at once has left: autograd has a thread for each GPU."""
+    """Turns on PyTorch's deterministic mode, since its kernels have no argument for it. The mode is global,
+    and autograd has a thread for each GPU, so it stays on until the last thread inside has left."""
     settings: Any = torch.utils.deterministic
     with _mode_lock:
         now = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
         _mode_users.append(_mode_users[0] if _mode_users else now)
         torch.set_deterministic_debug_mode("error")
-        settings.fill_uninitialized_memory = False  # would cost a kernel for each tensor
+        settings.fill_uninitialized_memory = False  # would launch a kernel for each tensor
     try:
         yield
     finally:

@@ -1,28 +1,27 @@
 """Prompted attention on the GPU. Symbols as in `reference`: S = Q Kᵀ, P = softmax(S), O = P V.
 
-Keys are one sequence of m + N rows with two homes: row j lies in the prompts' tensor while j < m and in the
-image's after that. A tile of keys takes each row's pointer from the home that it has, so that nothing is
-concatenated, no tile ends at the seam, and one loop goes over all keys. Prompts that are the same for every
-image have batch stride 0 and stay in L2.
+Keys are one sequence of m + N rows stored in two tensors: row j is in the prompts' tensor if j < m, else in
+the image's. Each row of a tile of keys gets its pointer from the tensor that holds it, so nothing is
+concatenated, tiles may span the seam, and one loop covers all keys. Prompts that all images share have batch
+stride 0 and stay in L2.
 
-With WINDOWS a sequence is one window of T tokens of an image, see `window_reference`: its rows are its own
-tokens and then the prompts whose output is read, if any, and its keys are its own tokens and then the
-prompts, so that tiles of the bias start where its rows do, at multiples of 16 bytes. Without, an image is one
-sequence.
+With WINDOWS a sequence is one window of T tokens of an image, see `window_reference`. Its rows are its own
+tokens, then the prompts whose output is read, if any. Its keys are its own tokens, then the prompts, so that
+tiles of the bias start where its rows do, at multiples of 16 bytes. Without WINDOWS an image is one sequence.
 
-Backward reads two numbers of each row, its terms (.., 2, rows) in float32: lse · log2 e, which is what
-exp2 wants, and δ. They are one tensor because a tile of 64 rows of it has as many numbers as four warps have
-threads: a tile of fewer Triton 3.6 does not share, and each thread copies for itself all that it needs.
+Backward reads two numbers per row, its terms (.., 2, rows) in float32: lse · log2 e, as exp2 needs it, and δ.
+They are one tensor because a tile of 64 rows of it has as many elements as four warps have threads: Triton
+3.6 does not split the loads of a smaller tile, and each thread loads all that it needs itself.
 
-Loops test whether keys exist in the last tile alone, by a branch that all threads take together: at head dim
-64 that test would be a sixth of a tile's instructions.
+Loops mask scores in the last tile of keys alone, by a branch that all threads take together: at head dim 64
+the mask would be a sixth of a tile's instructions.
 
-CLS beside n x n patches leaves few rows beside tiles of 64, 5 of 197 and 1 of 257: dK and dV take those
-first, in a tile of TAIL rows, and the tiles that their loop reads are full, so that none of it is tested.
-TAIL is 0 where no rows are left, or more.
+CLS beside n x n patches leaves few rows after whole tiles of 64: 5 of 197, and 1 of 257. The kernel for dK
+and dV takes those first, in a tile of TAIL rows, so that all tiles of its loop are full and need no mask.
+TAIL is 0 if no rows are left, or too many.
 
-The index of an image is int64, since its offset may pass 2³¹ elements; offsets within one are int32, which
-launchers check.
+The index of an image is int64, since its offset may exceed 2³¹ elements; offsets within an image are int32,
+which launchers check.
 """
 
 import triton
@@ -30,11 +29,11 @@ import triton.language as tl
 from vpt_fast.kernels.prompted_attention.window_reference import MASKED
 from vpt_fast.kernels.tile import accumulate, dot_rows, load_rows, store_rows, sum_rows
 
-# exp(x) = 2^(x · log2 e), and exp2 is the instruction.
+# exp(x) = 2^(x · log2 e); the hardware has an instruction for exp2.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-# One build serves all sizes: whether 197 is a multiple of 16 makes no better code.
+# One build serves all sizes: specialising on multiples of 16 makes no better code.
 SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys", "num_windows", "num_fresh"]
 
 APART: tl.constexpr = tl.constexpr(MASKED)
@@ -45,10 +44,10 @@ def key_rows(
     prompt, image, stride_prompt, stride_image, keys, num_prompts, num_keys,
     PROMPTS: tl.constexpr, IMAGE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which homes there are.
+    """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which of the two tensors exist.
 
-    Choosing among pointers hides from the compiler that they are multiples of 16 bytes; unless told, it would
-    load element by element, and not through the pipeline.
+    Selecting between pointers hides from the compiler that they are multiples of 16 bytes; without the hint
+    it would load element by element, outside the software pipeline.
     """
     if PROMPTS and IMAGE:
         if WINDOWS:
@@ -69,10 +68,10 @@ def key_rows(
 
 @triton.jit
 def find_program(num_heads, WINDOWS: tl.constexpr):
-    """This program's tile of a sequence and head; the head; the sequence's image, int64, and window of it.
+    """This program's tile of a sequence and head, the head, and the sequence's image (int64) and window.
 
-    The grid is (tiles, heads or windows times heads, images): finding one's place along a single axis took
-    divisions that all loads waited for.
+    The grid is (tiles, heads or windows times heads, images): with a single axis, all loads waited for the
+    divisions that find these.
     """
     tile, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     if WINDOWS:
@@ -83,7 +82,7 @@ def find_program(num_heads, WINDOWS: tl.constexpr):
 
 @triton.jit
 def count_rows(num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
-    """Rows that an image has in Q and O, and in lse and the terms, where a sequence has `num_rows`."""
+    """Rows of an image in Q and O, and in lse and the terms, if a sequence has `num_rows`."""
     if WINDOWS:
         return num_windows * (num_rows - num_fresh) + num_fresh, num_windows * num_rows
     else:
@@ -92,9 +91,9 @@ def count_rows(num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
 
 @triton.jit
 def find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS: tl.constexpr):
-    """Where the rows of a sequence stand in Q and O, and where in lse and the terms.
+    """Positions of a sequence's rows in Q and O, and in lse and the terms.
 
-    All have the tokens first, window by window; then Q and O the prompts, the others each window's prompts.
+    All have the tokens first, window by window. Then Q and O have the prompts once, the others per window.
     """
     if WINDOWS:
         num_tokens = num_rows - num_fresh
@@ -111,9 +110,10 @@ def store_terms(
     terms, rows_of_lse, lse, delta, rows, rows_exist, statistics, num_tokens, num_windows,
     WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Of rows that stand at `statistics` in the `rows_of_lse` of their head. Gives the first term of each."""
+    """Stores the terms of rows at positions `statistics` in the head's `rows_of_lse`; returns the first
+    ones."""
     if WINDOWS:
-        # A prompt's output is the mean over the windows, so that each gets a W-th of its gradient:
+        # A prompt's output is the mean over the windows, so each window gets 1/W of its gradient:
         # exp(S - lse - log W) is P / W.
         lse += tl.where(rows < num_tokens, 0.0, tl.log(num_windows.to(tl.float32)))
     first = lse * LOG2_E
@@ -131,7 +131,7 @@ def enter_sequence(
     stride_pvb, stride_pvh, stride_bias,
     image, window, head, window_size, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to a sequence's first key and value of the head and to the prompts', and, of a window, to the
+    """Pointers to the head's first key and value of the sequence and of the prompts; for a window also to the
     head's bias and the window's regions."""
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
@@ -150,13 +150,13 @@ def enter_sequence(
 def add_bias(
     scores, bias, regions, stride_bias, queries, keys, num_queries, window_size, SHIFTED: tl.constexpr
 ):
-    """S with what a window adds between its tokens number `queries` and `keys`, two index tensors that
-    broadcast to S; those past the last are prompts' or nobody's. Columns of the bias past the last are zero,
-    and the mask lets whole vectors of them through.
+    """S plus what a window adds between its tokens. queries, keys: index tensors that broadcast to S; indices
+    past the last token are those of prompts, or of nothing. Columns of the bias past the last token are zero,
+    so the mask admits whole vectors of them.
 
-    An fma by 1 is the sum, and Triton leaves it alone. S + bias it would make a product that starts from the
-    bias, whose registers are then written while the product of the tile before is still under way, and ptxas
-    would let no two products be.
+    The sum is an fma by 1, which Triton leaves alone. It would turn S + bias into a matmul whose accumulator
+    starts from the bias: those registers would be written while the matmul of the tile before is still in
+    flight, and ptxas would serialize every wgmma.
     """
     between = tl.load(
         bias + queries * stride_bias + keys, mask=(queries < num_queries) & (keys < stride_bias), other=0.0
@@ -189,7 +189,7 @@ def score_rows(
 def store_fresh_rows(
     fresh, first, second, rows, rows_exist, num_tokens, num_heads, head, D1: tl.constexpr, D2: tl.constexpr
 ):
-    """What prompts' rows got in one window, (f, H, D): the sum or mean over the windows is the launcher's."""
+    """Stores the prompts' rows of one window, (f, H, D); the launcher sums or averages over the windows."""
     place = (rows - num_tokens) * num_heads + head
     store_rows(fresh + place * (D1 + D2), first, second, rows_exist & (rows >= num_tokens), D1, D2)
 
@@ -411,8 +411,8 @@ def add_rows_to_keys(
     rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
     D1: tl.constexpr, D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a tile of keys with what a tile of query rows adds. planes: pointers (2, 1) to the terms;
-    rows_exist: None where all do."""
+    """Adds a tile of query rows to dK and dV of a tile of keys. planes: pointers (2, 1) to the terms;
+    rows_exist: None if all do."""
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
     q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
     g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
@@ -451,9 +451,9 @@ def grad_kv_kernel(
 ):  # fmt: skip
     """dK = dSᵀ Q and dV = Pᵀ dO of BLOCK_N keys of one sequence and head.
 
-    Everything is transposed, keys by rows, so that Pᵀ and dSᵀ go from registers straight into their products.
-    The prompts' gradients are this image's own (B, m, 2, H, D): summing them, where images share the prompts,
-    is the launcher's, in a fixed order. Without IMAGE the keys are the prompts alone.
+    Everything is transposed, keys by rows, so that Pᵀ and dSᵀ feed their matmuls straight from registers. The
+    prompts' gradients are per image, (B, m, 2, H, D); if images share the prompts, the launcher sums them, in
+    a fixed order. Without IMAGE the keys are the prompts alone.
     """
     tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window

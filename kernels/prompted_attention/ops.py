@@ -1,4 +1,4 @@
-"""Prompted attention by Triton kernels; the functions and their meaning are those of `reference`."""
+"""Prompted attention in Triton, with the signatures and semantics of `reference`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vpt_fast.kernels.torch_op import torch_op
 class Tiles(NamedTuple):
     """BLOCK_M query rows by BLOCK_N keys, and how they are launched.
 
-    max_registers: that the assembler may give a thread; None leaves it to that.
+    max_registers: per thread; None leaves the number to ptxas.
     """
 
     block_m: int
@@ -42,17 +42,17 @@ class Tiles(NamedTuple):
         }
 
 
-# The tables below were chosen by what Triton 3.6 and 3.8 build of them: no spills; wgmma on sm_90; two
-# programs or more on a processor, so that one works while another waits; few instructions a score; and three
-# stages, since with two the copy of a tile is waited for as soon as it is under way. In the last block rows
-# are few (CLS alone): a tile of 16 wastes least. Of sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100,
-# bfloat16) were then timed on an H200 beside all the candidates of benchmarks/tune.py: none was worth a
-# change. Those of sm_80 and sm_100 have not been timed.
+# The tables below were chosen by what Triton 3.6 and 3.8 compile: no spills; wgmma on sm_90; two or more
+# programs per SM, so that one works while another waits; few instructions per score; and three stages, since
+# with two the copy of a tile is waited for as soon as it is issued. In the last block few rows are read (CLS
+# alone): a tile of 16 wastes least. On sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100, bfloat16) were
+# then timed on an H200 beside all candidates of benchmarks/tune.py: none was worth a change. Those of sm_80
+# and sm_100 have not been timed.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
-    if dtype == torch.float32:  # no tensor cores: the operands of every product are in registers
+    if dtype == torch.float32:  # no tensor cores: the operands of every matmul are in registers
         if head_dim > 64:
             return Tiles(16, 32, 8 if head_dim > 96 else 4, 1)
         return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 8, 1)
@@ -63,12 +63,12 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     widest_in_128_rows = {80: 32, 90: 64, 100: 128}[arch]
     if (num_rows <= 64 and head_dim <= 64) or head_dim > widest_in_128_rows:
         return Tiles(64, 64, 4, 3)
-    # Left to itself the assembler takes up to five more, and a second program has no room.
+    # Left to itself, ptxas takes up to five more, which leaves no room for a second program.
     return Tiles(128, 64, 8, 3, max_registers=128 if arch == 90 else None)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of dQ, and of the terms from the scores, which read the same."""
+    """Tiles of dQ, and of the terms from the scores, which have the same operands."""
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
@@ -82,7 +82,7 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
 
 
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
-    """Tiles of dK and dV, whose products' first dimension is that of the keys."""
+    """Tiles of dK and dV, in whose matmuls the keys are the first dimension."""
     if dtype == torch.float32:
         return Tiles(16, 32, 8 if head_dim > 64 else 4, 1)
     if num_rows <= 16:
@@ -99,14 +99,14 @@ _TAIL = 16  # rows of the smallest tile that tensor cores take
 
 
 def tail_rows(tiles: Tiles, num_rows: int) -> int:
-    """Rows of a smaller tile for what is left over where tiles of `block_m` are filled: CLS beside n x n
-    patches, for one. 0 where that is nothing, or too much for it."""
+    """Rows of a smaller tile for what is left after whole tiles of `block_m`, such as CLS beside n x n
+    patches. 0 if nothing is left, or too much for it."""
     return _TAIL if 0 < num_rows % tiles.block_m <= _TAIL < tiles.block_m else 0
 
 
-TERMS_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over two rows, without products
+TERMS_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over dO and O, without matmuls
 
-_ONE_SEQUENCE = (1, 0)  # windows of an image, and prompts with a row in each
+_ONE_SEQUENCE = (1, 0)  # num_windows and num_fresh, which only windows have
 
 
 def attention(
@@ -138,10 +138,10 @@ def attention_backward(
     need_kv: bool,
     packed: bool = False,
 ) -> AttentionGrads:
-    """See `reference.attention_backward`. The same bits every time.
+    """See `reference.attention_backward`. Bitwise reproducible.
 
     Raises:
-        ValueError: as `attention`; or image keys that are wanted are not given.
+        ValueError: as `attention`; or the image's keys are needed and not given.
     """
     if k is None and (need_q or need_kv or out is None):
         raise ValueError("k: got None, and the gradients that are wanted need the image's keys")
@@ -154,7 +154,7 @@ def attention_backward(
 
 
 def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """In the custom ops, where tensors have addresses even when what calls them is being compiled."""
+    """Called inside the operators, where tensors have addresses even if the caller is being compiled."""
     require_device(**tensors)
     q = tensors["q"]
     require_dtype(DTYPES, q=q.dtype)
@@ -172,7 +172,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name}: got stride {t.stride(3)} along the last dimension, want 1")
         if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(f"{name}: got strides {t.stride()}, want rows of an image within 2^31 elements")
-        # Kernels that choose among pointers to keys tell the compiler so.
+        # `jit.key_rows` promises the compiler rows at multiples of 16 bytes.
         in_bytes = [
             stride * t.element_size() for n, stride in zip(t.shape, t.stride()[:3], strict=False) if n > 1
         ]
@@ -185,8 +185,8 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
 
 
 def check_shapes(inputs: Inputs, **of_queries: torch.Tensor | None) -> None:
-    """ValueError for keys, values or prompts of another batch or number than belong together, which kernels
-    would read past the end of; and for tensors `of_queries` that are not q's shape."""
+    """ValueError for keys, values or prompts whose batch or number of rows does not match, since kernels
+    would read past their end; and for tensors `of_queries` that are not of q's shape."""
     batch, _, *heads = inputs.q.shape
     require_shape(inputs.q.shape, **of_queries)
     if (inputs.k is None) != (inputs.v is None) or (inputs.prompt_k is None) != (inputs.prompt_v is None):
@@ -198,7 +198,7 @@ def check_shapes(inputs: Inputs, **of_queries: torch.Tensor | None) -> None:
 
 
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
-    """Strides of images, rows and heads; those of images are 0 where one is shared by all."""
+    """Strides of images, rows and heads; that of images is 0 if all share the tensor."""
     if t is None:
         return 0, 0, 0
     return 0 if shared else t.stride(0), t.stride(1), t.stride(2)
@@ -210,7 +210,7 @@ def prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
 
 class Inputs(NamedTuple):
     """What every kernel reads: q (B, R, H, D), k and v (B, N, H, D), prompt_k and prompt_v (1 or B, m, H, D),
-    and of attention in windows a `WindowBias`."""
+    and in windows the fields of a `WindowBias`."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -222,7 +222,7 @@ class Inputs(NamedTuple):
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:
-        """For a tensor that is absent q stands, and no kernel looks at it."""
+        """q stands in for absent tensors, which no kernel reads."""
         return tuple(self.q if t is None else t for t in self)
 
     @property
@@ -234,7 +234,7 @@ class Inputs(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Constexprs that say which tensors there are, and of what head dim."""
+        """Constexprs: the head dim's two tiles, and which tensors there are."""
         d1, d2 = HEAD_DIMS[self.q.shape[3]]
         return dict(
             D1=d1,
@@ -299,7 +299,7 @@ def _(q, k, v, prompt_k, prompt_v):
 
 
 def grad_pointers(q: torch.Tensor, grads: AttentionGrads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK and dV as the kernels write them; for one that is not wanted q stands."""
+    """dQ, dK and dV as the kernels write them; q stands in for those that are not wanted."""
     if grads.qkv is not None:
         return grads.qkv.unbind(2)
     grad_k, grad_v = (q, q) if grads.kv is None else grads.kv.unbind(2)
@@ -307,13 +307,13 @@ def grad_pointers(q: torch.Tensor, grads: AttentionGrads) -> tuple[torch.Tensor,
 
 
 def packed_strides(num_rows: int, parts: int, num_heads: int, head_dim: int) -> tuple[int, int, int]:
-    """Strides of images, rows and heads of one of the parts of (B, rows, parts, H, D)."""
+    """Strides of images, rows and heads of one part of (B, rows, parts, H, D)."""
     row = parts * num_heads * head_dim
     return num_rows * row, row, head_dim
 
 
 class _BackwardLaunches(NamedTuple):
-    """Those that there are, in this order."""
+    """The launches that are needed, in this order."""
 
     terms: Launch | None
     grad_q: Launch | None
@@ -347,7 +347,8 @@ def _backward_launches(
         return cdiv(num_rows, tiles.block_m), num_heads, batch
 
     terms = grad_q = grad_kv = None
-    # The rows' terms come from the kernel for dQ, which has dO at hand, or where they cannot, from their own.
+    # Given O, the kernel for dQ computes the rows' terms too; without O or dQ they have a kernel of their
+    # own.
     if not (has_out and need_q):
         tiles = TERMS_TILES if has_out else grad_q_tiles(q.dtype, head_dim, num_rows, arch)
         terms = Launch(
@@ -367,10 +368,10 @@ def _backward_launches(
 
 
 def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch:
-    """Of dK and dV, and of the prompts' own for each image.
+    """The launch for dK and dV, and for each image's gradients of the prompts.
 
-    parts: of the packed tensor that dK and dV go into; with 0 the keys are the prompts alone: the rows' terms
-        already hold all keys.
+    parts: of the packed tensor that dK and dV are written to; with 0 the keys are the prompts alone, since
+        the rows' terms already cover all keys.
     """
     q = inputs.q
     batch, num_rows, num_heads, head_dim = q.shape
@@ -431,21 +432,21 @@ def _attention_backward(
 
 
 def empty_terms(lse: torch.Tensor) -> torch.Tensor:
-    """Where the rows' terms go: see `jit`."""
+    """An empty tensor for the rows' terms, see `jit`."""
     batch, num_heads, num_rows = lse.shape
     return lse.new_empty((batch, num_heads, 2, num_rows))
 
 
 def empty_per_image(q: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> torch.Tensor:
-    """Where each image's gradient of the prompts goes: (B, m, 2, H, D) of its own where the images share
-    them, else the gradient itself; q where there are none."""
+    """The tensor for each image's gradient of the prompts: a new one (B, m, 2, H, D) if the images share
+    them, else the gradient itself; q if there are none."""
     if grad_prompt_kv is None or grad_prompt_kv.shape[0] != 1:
         return q if grad_prompt_kv is None else grad_prompt_kv
     return q.new_empty((q.shape[0], *grad_prompt_kv.shape[1:]))
 
 
 def sum_over_images(per_image: torch.Tensor, grad_prompt_kv: torch.Tensor | None) -> None:
-    """Where images share prompts: in a fixed order, and in float32 at least."""
+    """Sums the gradients of prompts that images share, in a fixed order and in at least float32."""
     if grad_prompt_kv is not None and grad_prompt_kv.shape[0] == 1:
         torch.sum(per_image, 0, keepdim=True, out=grad_prompt_kv)
 
@@ -458,8 +459,8 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
 def builds(arch: int) -> list[Build]:
     """Every kernel in every configuration that these launchers choose on sm_`arch` (80, 90, 100).
 
-    float16 differs from bfloat16 in no more than the type of its products: one head dim stands for all; and
-    float32's head dims lie between its smallest and its largest tiles.
+    float16 differs from bfloat16 only in its matmuls' type, so one head dim stands for all; three head dims
+    cover all of float32's tiles.
     """
     requests = [(torch.bfloat16, head_dim, rows) for head_dim in HEAD_DIMS for rows in (1, 64, 197)]
     requests += [(torch.float16, 64, 197)]
@@ -492,13 +493,13 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
 def make_build(
     kernel: Any, dtype: torch.dtype, head_dim: int, tiles: Tiles, variant: str, **flags: bool
 ) -> Build:
-    """A kernel as it is launched, with prompts and without windows where `flags` does not say otherwise."""
+    """A kernel as it is launched, with prompts and without windows unless `flags` says otherwise."""
     d1, d2 = HEAD_DIMS[head_dim]
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
     signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
     is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
     has_products = kernel is not terms_kernel or not flags["HAS_OUT"]
-    first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its products
+    first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its matmuls
     return Build(
         kernel=kernel,
         config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),

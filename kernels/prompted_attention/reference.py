@@ -6,7 +6,7 @@ With K = [K_P; K_I] and V = [V_P; V_I], prompt rows before image rows, per image
     P = softmax(S)   lse = log Σ exp(S)
     O = P V
 
-All sums are formed in at least float32, whatever the tensors' dtype.
+All sums are computed in at least float32, whatever the tensors' dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attention(
     queries, keys, values = _heads_first(q), _extend(prompt_k, k), _extend(prompt_v, v)
     scores = torch.matmul(queries, keys.transpose(-1, -2))  # (B, H, R, m + N)
     row_max = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(row_max).exp_()  # softmax but for its denominator
+    weights = scores.sub_(row_max).exp_()  # softmax without its denominator
     row_sum = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights, values).div_(row_sum)  # (B, H, R, D)
     lse = (row_max + row_sum.log()).squeeze(-1)
@@ -61,7 +61,8 @@ def empty_grads(
     need_kv: bool,
     packed: bool,
 ) -> list[torch.Tensor]:
-    """Of `AttentionGrads` those that are wanted, in its order, to be written: what an operation returns."""
+    """Empty tensors for the gradients that are wanted, in the order of `AttentionGrads`, as operators
+    return."""
     batch, num_rows, *heads = q.shape
     shapes: list[tuple[int, ...]] = []
     if packed:
@@ -77,7 +78,7 @@ def empty_grads(
 
 
 def name_grads(grads: list[torch.Tensor], *, need_q: bool, need_kv: bool, packed: bool) -> AttentionGrads:
-    """The same by their names."""
+    """These gradients by name."""
     left = iter(grads)
     return AttentionGrads(
         qkv=next(left) if packed else None,
@@ -104,17 +105,18 @@ def attention_backward(
     """Gradients of `attention`, only those that are wanted.
 
     With δ = rowsum(dO ∘ O):  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - δ),  dQ = dS K,  dK = dSᵀ Q.
-    Prompt gradients are always formed where there are prompts; those of shared prompts (batch dimension 1)
+    Prompt gradients are always computed if there are prompts; those of shared prompts (batch dimension 1)
     are summed over the batch. With neither `need_q` nor `need_kv` (the first prompted block) only the
     prompts' columns of S are computed, and `k` and `v` may be None.
 
     Args:
         grad_out: dO (B, R, H, D).
         q, k, v, prompt_k, prompt_v: as given to `attention`.
-        out, lse: as it returned them. Without `out`, δ is formed as rowsum(P ∘ dO Vᵀ), which takes all keys.
-        need_q: form dQ.
-        need_kv: form dK and dV of the image-side tokens.
-        packed: give dQ, dK and dV as one tensor; needs both, and R = N.
+        out, lse: as it returned them. Without `out`, δ is computed as rowsum(P ∘ dO Vᵀ), which needs all
+        keys.
+        need_q: compute dQ.
+        need_kv: compute dK and dV of the image-side tokens.
+        packed: return dQ, dK and dV as one tensor; requires `need_q`, `need_kv` and R = N.
     """
     m = 0 if prompt_k is None else prompt_k.shape[1]
     queries, grad = _heads_first(q), _heads_first(grad_out)
@@ -157,7 +159,7 @@ def attention_backward(
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) -> (B, H, N, D), contiguous for the batched products, in at least float32."""
+    """(B, N, H, D) -> (B, H, N, D), contiguous for the batched matmuls, in at least float32."""
     return x.transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 

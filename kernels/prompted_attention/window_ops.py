@@ -1,5 +1,4 @@
-"""Prompted attention in windows by Triton kernels; the functions and their meaning are those of
-`window_reference`."""
+"""Prompted attention in windows in Triton, with the signatures and semantics of `window_reference`."""
 
 from __future__ import annotations
 
@@ -37,9 +36,9 @@ from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
 from vpt_fast.kernels.torch_op import torch_op
 
-# As in `ops`: what builds without spills and, on sm_90, with wgmma. A tile of 64 rows holds a window of 7x7
-# tokens, three of them one of 12x12; the bias takes registers, so that tiles have 32 keys, and a third stage
-# of the forward pass is for sm_90 alone.
+# As in `ops`: no spills and, on sm_90, wgmma. A tile of 64 rows holds a window of 7x7 tokens, three of them
+# one of 12x12. The bias takes registers, so forward and dQ have tiles of 32 keys, and forward has a third
+# stage on sm_90 alone.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
@@ -50,14 +49,14 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
-    """Tiles of dQ, and of the terms from the scores, which read the same."""
+    """Tiles of dQ, and of the terms from the scores, which have the same operands."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
     return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 3)
 
 
 def grad_kv_tiles(dtype: torch.dtype, arch: int) -> Tiles:
-    """Tiles of dK and dV, whose products' first dimension is that of the keys."""
+    """Tiles of dK and dV, in whose matmuls the keys are the first dimension."""
     if dtype == torch.float32:
         return Tiles(16, 32, 4, 1)
     return Tiles(32, 32 if arch == 80 else 64, 4, 3)
@@ -98,17 +97,17 @@ def window_attention_backward(
     need_kv: bool,
     packed: bool = False,
 ) -> AttentionGrads:
-    """See `window_reference.window_attention_backward`. The same bits every time.
+    """See `window_reference.window_attention_backward`. Bitwise reproducible.
 
     Raises:
-        ValueError: as `window_attention`; or keys of tokens that are needed are not given.
+        ValueError: as `window_attention`; or the tokens' keys are needed and not given.
     """
     if k is None and (need_q or need_kv or out is None or num_fresh):
         raise ValueError("k: got None, and the gradients that are wanted need the tokens' keys")
     if packed and not (need_q and need_kv and num_fresh == 0 and q.shape[1] == k.shape[1]):
         raise ValueError("packed: wanted without all of dQ, dK and dV, or with other queries than tokens'")
     if not (need_q or need_kv or num_fresh) and out is not None:
-        # Prompts have no bias: to them the windows' rows are those of one sequence.
+        # Prompts have no bias, so for their keys all windows are one sequence of rows.
         return attention_backward(
             grad_out, q, None, None, prompt_k, prompt_v, out, lse, need_q=False, need_kv=False
         )
@@ -119,8 +118,8 @@ def window_attention_backward(
 
 
 class _Sizes(NamedTuple):
-    """window_size: tokens of a window, T. num_windows: of an image, W. num_rows: of a window that are wanted,
-    T or 0, and f."""
+    """window_size: tokens of a window, T. num_windows: of an image, W. num_rows: rows of a window that are
+    wanted, T or 0, plus f."""
 
     window_size: int
     num_windows: int
@@ -214,7 +213,8 @@ def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
 
 
 class _BackwardLaunches(NamedTuple):
-    """Those that there are, in this order; the prompts' gradients have one of their own."""
+    """The launches that are needed, in this order; the prompts' gradients have their own
+    (`_prompts_launch`)."""
 
     sizes: _Sizes
     terms: Launch | None
@@ -274,7 +274,7 @@ def _backward_launches(
 
 @once_per_layout
 def _prompts_launch(*, grad_out: torch.Tensor, **tensors: torch.Tensor) -> Launch:
-    """Prompts have no bias: to them the windows' rows are those of one sequence."""
+    """Prompts have no bias, so for their keys all windows are one sequence of rows."""
     return grad_kv_launch(grad_out, 0, Inputs(k=None, v=None, **tensors))
 
 
@@ -296,7 +296,7 @@ def _window_attention_backward(
     packed: bool,
 ) -> list[torch.Tensor]:
     bias, regions = _as_read(bias, regions)
-    # Of a prompt only the mean of its outputs is known, and each window's δ takes that window's own.
+    # Only the mean of a prompt's outputs is known, and each window's δ needs that window's own output.
     out = None if num_fresh else out
     (_, num_windows, _), *launches = _backward_launches(
         num_fresh, need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v,
@@ -336,12 +336,12 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh,
 
 
 def _as_read(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """By kernels; no copies of what a block holds in float32."""
+    """Bias and regions as kernels read them; what a block holds in float32 is not copied."""
     return bias.float().contiguous(), None if regions is None else regions.contiguous()
 
 
 def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
-    """(B, W, f, H, D) float32, for what prompts' rows get in each window."""
+    """An empty (B, W, f, H, D) in float32 for the prompts' rows of every window."""
     shape = (q.shape[0], num_windows, num_fresh, *q.shape[2:])
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
@@ -349,8 +349,8 @@ def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
 def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
     """The rows' terms as if prompts had one row for all windows, (B, H, 2, N + f).
 
-    Between prompts S is the same in every window w, so that with t_w = lse_w + log W the weights of the mean
-    output are
+    Between prompts, S is the same in every window w. With t_w = lse_w + log W, the weights of the mean output
+    are
 
         Σ exp(S - t_w) = exp(S - l),  l = -log Σ exp(-t_w),
 
@@ -367,8 +367,8 @@ def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torc
 
 def builds(arch: int) -> list[Build]:
     """The kernels of windows, shifted and with prompts, in the configurations that these launchers choose on
-    sm_`arch` (80, 90, 100). float16 differs from bfloat16 in no more than the type of its products, float32's
-    smaller head dim from the larger in less work."""
+    sm_`arch` (80, 90, 100). float16 differs from bfloat16 only in its matmuls' type, and float32's smaller
+    head dim from the larger in less work."""
     requests = [(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 64)]
     return [build for request in requests for build in _builds_of(*request, arch)]
 

@@ -11,7 +11,7 @@ The bias is the relative position bias, and -100 where two tokens of a shifted w
 sides of the image (Liu et al., Swin Transformer, ICCV 2021, sec. 3.2). To and from prompts it is zero. A
 prompt whose output is read has a row in every window; its output is the mean over the windows.
 
-All sums are formed in at least float32, whatever the tensors' dtype.
+All sums are computed in at least float32, whatever the tensors' dtype.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 # What timm and the original authors add to the scores of tokens that must not see each other.
 MASKED = -100.0
 
-# Rows of the bias are filled up to a multiple of so many columns, so that kernels read them in whole vectors.
+# Rows of the bias are padded to a multiple of this many columns, so that kernels load whole vectors.
 BIAS_COLUMNS = 16
 
 
 class WindowBias(NamedTuple):
     """What attention in windows adds to the scores.
 
-    bias: (H, T, T'), relative position bias of query and key, in at least float32; T' is T up to the next
+    bias: (H, T, T'), relative position bias of query and key, in at least float32; T' is T rounded up to a
         multiple of `BIAS_COLUMNS`, and columns past T are zero.
     regions: (W, T) int32, the side of the image that each token of each window comes from, or None where the
         windows are not shifted: tokens of different regions do not see each other.
@@ -59,16 +59,16 @@ def window_attention(
         k, v: (B, N, H, D), keys and values of the tokens, window by window.
         prompt_k, prompt_v: (1 or B, m, H, D), or None where the block has no prompts.
         bias: what is added to the scores.
-        num_fresh: prompts among the rows.
+        num_fresh: number of prompts among the rows.
 
     Returns:
-        O (B, R, H, D) in q's dtype, of prompts the mean over the windows; and lse in at least float32, (B, H,
-        R - num_fresh + W·num_fresh): of the tokens, then of the prompts, window by window.
+        O (B, R, H, D) in q's dtype, for prompts the mean over the windows; and lse in at least float32, (B,
+        H, R - num_fresh + W·num_fresh): of the tokens, then of the prompts, window by window.
     """
     scores = _scores(q, k, prompt_k, bias, num_fresh)  # (B, W, H, T + f, m + T)
     values = _extend(prompt_v, v, scores.shape[1])
     row_max = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(row_max).exp_()  # softmax but for its denominator
+    weights = scores.sub_(row_max).exp_()  # softmax without its denominator
     row_sum = weights.sum(-1, keepdim=True)
     out = torch.matmul(weights, values).div_(row_sum)  # (B, W, H, T + f, D)
     lse = (row_max + row_sum.log()).squeeze(-1)
@@ -98,7 +98,7 @@ def window_attention_backward(
 
     Gradients of prompts are summed over the windows, and over the batch where all images share them. With
     neither `need_q` nor `need_kv` (the first prompted block) only the prompts' columns of S are computed, and
-    `k` and `v` may be None; there may be no prompts among the rows then.
+    `k` and `v` may be None; `num_fresh` must then be 0.
     """
     m = 0 if prompt_k is None else prompt_k.shape[1]
     window_size = bias.bias.shape[1]
@@ -125,7 +125,7 @@ def window_attention_backward(
     probabilities.sub_(window_lse.unsqueeze(-1)).exp_()
     grad_scores = torch.matmul(grad, values.transpose(-1, -2))
 
-    # δ = rowsum(dO ∘ O). Of a prompt only the mean of its outputs is known, so δ is rowsum(P ∘ dO Vᵀ) there.
+    # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so there δ is rowsum(P ∘ dO Vᵀ).
     known = num_rows // num_windows if out is not None else 0
     delta = (probabilities[..., known:, :] * grad_scores[..., known:, :]).sum(-1, keepdim=True)
     if out is not None and known:
@@ -162,7 +162,7 @@ def window_attention_backward(
 def _scores(
     q: torch.Tensor, k: torch.Tensor | None, prompt_k: torch.Tensor | None, bias: WindowBias, num_fresh: int
 ) -> torch.Tensor:
-    """S (B, W, H, T + f, m + T), without the T rows where no token's output is wanted."""
+    """S (B, W, H, T + f, m + T), without the T rows if no token's output is wanted."""
     assert k is not None
     window_size = bias.bias.shape[1]
     num_windows = k.shape[1] // window_size
@@ -178,7 +178,7 @@ def _scores(
 
 
 def _queries(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
-    """(B, N + f, H, D) -> (B, W, H, T + f, D): each window's own rows, and then the prompts, in each anew."""
+    """(B, N + f, H, D) -> (B, W, H, T + f, D): each window's own rows, then a copy of the prompts."""
     num_rows = q.shape[1] - num_fresh
     parts = []
     if num_rows:
@@ -199,12 +199,12 @@ def _extend(prompts: torch.Tensor | None, x: torch.Tensor | None, num_windows: i
 
 
 def _windows(x: torch.Tensor, num_windows: int) -> torch.Tensor:
-    """(B, N, H, D) -> (B, W, H, T, D), contiguous for the batched products, in at least float32."""
+    """(B, N, H, D) -> (B, W, H, T, D), contiguous for the batched matmuls, in at least float32."""
     return _wide(x.unflatten(1, (num_windows, -1)).transpose(2, 3)).contiguous()
 
 
 def _rows_first(windows: torch.Tensor, prompts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, W, H, T, D) and of prompts (B, H, f, D) -> (B, N + f, H, D) in `dtype`."""
+    """Tokens (B, W, H, T, D) and prompts (B, H, f, D) -> (B, N + f, H, D) in `dtype`."""
     tokens = windows.transpose(2, 3).flatten(1, 2).to(dtype)
     if not prompts.shape[2]:
         return tokens

@@ -1,1 +1,1 @@
-"""Rotary positions: queries and keys turned by angles that depend on where a patch stands."""
+"""Rotary positions: queries and keys rotated by angles that depend on a patch's position."""

@@ -1,4 +1,4 @@
-"""The kernel that rotates queries or keys in place, forward and backward in one: by the sign of the sine."""
+"""The kernel that rotates queries or keys in place; backward differs from forward in the sine's sign."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def rotate_kernel(
     x_stride1,
     x_stride2,
     INVERSE: tl.constexpr,
-    HALF: tl.constexpr,  # not a number at run time, so that reads of any multiple of 8 are wide
+    HALF: tl.constexpr,  # a constexpr, so that accesses are wide for any multiple of 8
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):

@@ -1,7 +1,7 @@
 """Rotation of queries and keys by their positions, in Triton.
 
-The function has the signature and the meaning of its twin in `reference`. Leading dimensions of x may have
-any strides; the last one is contiguous. Arithmetic is in float32.
+Signature and semantics are those of `reference`. Leading dimensions of x may have any strides; the last one
+is contiguous. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
 from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
-_MAX_ROWS = 2**31 - 2**11  # row numbers are 32 bits wide, the last program's rows beyond the end too
+_MAX_ROWS = 2**31 - 2**11  # row indices are int32, including the last program's rows past the end
 _NUM_WARPS = 4
 
 
 def _config(half: int) -> dict[str, int]:
-    """Eight elements of each half to a thread: one access of 16 bytes where an element has two."""
+    """Eight elements of each half per thread: one 16-byte access in 16-bit dtypes."""
     block_half = next_power_of_2(half)
     return {"HALF": half, "BLOCK_ROWS": 1024 // block_half, "BLOCK_HALF": block_half}
 

@@ -1,9 +1,9 @@
 """Rotation of queries and keys by their positions (Su et al., RoFormer, 2021), in plain PyTorch.
 
-Of a head's D dimensions, i and i + D/2 are the two coordinates of a point in a plane. A patch turns the point
-by an angle that depends on the patch's place and on i. Products of queries and keys then depend on where the
-two stand to each other. Other layouts, with i and i + 1 as a pair, are brought into this one where the
-frozen projection is read: products do not depend on the order of the dimensions.
+Dimensions i and i + D/2 of a head are the two coordinates of a point in a plane. A patch rotates the point by
+an angle that depends on the patch's position and on i, so that dot products of queries and keys depend on
+their relative positions. Other layouts, which pair i and i + 1, are converted to this one when the frozen
+projection is read: dot products do not depend on the order of the dimensions.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 
 
 def rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, *, inverse: bool = False) -> None:
-    """Turns the rows of x in place, computed in at least float32.
+    """Rotates the rows of x in place, computed in at least float32.
 
-    With x = [x1, x2]:  x1 ← x1 · cos - x2 · sin,  x2 ← x2 · cos + x1 · sin.  The gradient of x is that of
-    the result, turned back.
+    With x = [x1, x2]:  x1 ← x1 · cos - x2 · sin,  x2 ← x2 · cos + x1 · sin.  The gradient of x is that of the
+    result, rotated back.
 
     Args:
         x: (B, P, H, D), queries or keys of P patches, in any strides.
         sin, cos: (P, 1 or H, D/2), of the angles; the same for all heads, or each head's own.
-        inverse: turn by the opposite angles.
+        inverse: rotate by the opposite angles.
     """
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]  # chunk's views must not be written to where autograd looks
+    first, second = x[..., :half], x[..., half:]  # in grad mode, chunk's views must not be written to
     if inverse:
         sin = -sin
     turned = first * cos - second * sin

@@ -1,17 +1,17 @@
 """The frozen, prompted transformer block: the unit of work.
 
 One block is one `torch.autograd.Function` with its forward and backward written out, so that what is
-computed and what is kept for backward are decided in one place. Of the dead work of an ordinary block on a
-concatenated sequence it does none:
+computed and what is kept for backward are decided in one place. It does none of the dead work that an
+ordinary block does on the concatenated sequence:
 
-- prompts enter as keys and values; their queries, attention rows and MLP exist only where their outputs go
-  on (`rows` reaches past the image-side tokens);
+- prompts enter as keys and values; they have queries, attention rows and an MLP only where their outputs are
+  read (`rows` reaches past the image-side tokens);
 - prompts that are the same for every image are normalised and projected once for the batch;
 - only the rows in `rows` get a query, an attention row, a projection and an MLP;
-- no gradient of a frozen weight is formed; where nothing below is trained, neither is the gradient of the
+- gradients of frozen weights are not computed; where nothing below is trained, neither is the gradient of the
   image-side tokens, and nothing is kept for it.
 
-What is kept for all that is left is the memory policy's choice (`engine.policy`).
+The memory policy (`engine.policy`) decides what is kept for the rest.
 
 Shapes: B images, N image-side tokens (CLS, registers, patches), m prompts, R rows that are read, d width,
 H heads of D, h MLP width.
@@ -39,11 +39,11 @@ from vpt_fast.kernels.prompted_attention.window_reference import WindowBias
 
 
 class Windows(NamedTuple):
-    """The windows that a block's tokens attend in: they come window by window, W times T.
+    """The windows that a block's tokens attend in. The tokens are ordered window by window, W times T.
 
     bias: what attention adds to the scores.
-    pads, pad_kv: where the windows reach past the image, the places (P,) among the N that hold no token, and
-        the key and value that stand there, (2, H, D); else None.
+    pads, pad_kv: where the windows reach past the image, the positions (P,) among the N that hold no token,
+        and the key and value (2, H, D) there; else None.
     """
 
     bias: WindowBias
@@ -55,8 +55,8 @@ class Rotation(NamedTuple):
     """Rotary positions of a block's P patches, see `kernels.rotation.reference`. All other tokens, and all
     prompts, have none.
 
-    sin, cos: (P, 1 or H, D/2), of the angles by which queries and keys are turned.
-    start: of the patches among the N tokens.
+    sin, cos: (P, 1 or H, D/2), of the angles by which queries and keys are rotated.
+    start: index of the first patch among the N tokens.
     """
 
     sin: torch.Tensor
@@ -66,10 +66,10 @@ class Rotation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call of a block is asked for.
+    """What one call of a block has to compute.
 
     image, fresh: the ranges of the N image-side tokens and of the m prompts whose output is read.
-    dtype: of the matrix products, of what is kept and of the gradient of the block's output.
+    dtype: of the matmuls, of what is kept and of the gradient of the block's output.
     grad_tokens: whether anything below is trained. grad_dtype: of the tokens' gradient.
     """
 
@@ -94,25 +94,25 @@ class _Call:
 
     @property
     def keeps_image_keys(self) -> bool:
-        """Whether the image's keys and values are needed again: a gradient flows through them into the
-        tokens, or into the queries of prompts whose outputs are read."""
+        """Whether backward needs the image's keys and values: a gradient flows through them into the tokens,
+        or into the queries of prompts whose outputs are read."""
         return self.grad_tokens or self.num_fresh_rows > 0
 
     @property
     def projects_tokens_anew(self) -> bool:
-        """Whether backward forms queries, keys and values again, from x̂1: where x̂1 is kept anyway, for the
+        """Whether backward recomputes queries, keys and values from x̂1: where x̂1 is kept anyway, for the
         tokens' gradient."""
         return self.policy.compact and self.grad_tokens
 
     def projects_prompts_anew(self, num_sets: int) -> bool:
-        """Whether backward forms the keys and values of so many sets of prompts again. Those of one set, for
-        all images, are too few to be worth a product."""
+        """Whether backward recomputes the keys and values of `num_sets` sets of prompts. Those of a single
+        set, which all images share, are too few to be worth a matmul."""
         return self.policy.compact and num_sets > 1
 
     @property
     def keeps_out(self) -> bool:
-        """Whether attention's output is kept. Without it backward goes over all keys for every row, which
-        it does anyway only where the tokens' gradient is wanted."""
+        """Whether attention's output is kept. Without it, backward needs all keys for every row, which it
+        otherwise does only where the tokens' gradient is wanted."""
         return not self.policy.compact or not self.grad_tokens or self.ops.needs_out
 
 
@@ -120,13 +120,13 @@ class _Call:
 class _Kept:
     """What backward needs, and nothing else."""
 
-    # Of a block that runs again in backward, and then all else is None until it has.
+    # For a block that is recomputed in backward; until then all other fields are None.
     tokens: torch.Tensor | None = None  # (B, N, d), the residual stream's sum
     prompts: torch.Tensor | None = None  # (1 or B, m, d)
     x_hat1: torch.Tensor | None = None  # (B, N, d); None where the tokens' gradient is not wanted
     rstd1: torch.Tensor | None = None  # (B, N, 1)
-    # Queries, keys and values: None where backward projects anew.
-    qkv: torch.Tensor | None = None  # (B, N, 3, H, D) where every image-side row and no other is read, else
+    # Queries, keys and values: None where backward recomputes them.
+    qkv: torch.Tensor | None = None  # (B, N, 3, H, D) of a call that is `packed`, else
     q: torch.Tensor | None = None  # (B, R, H, D) and
     kv: torch.Tensor | None = None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
     q_rstd: torch.Tensor | None = None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
@@ -136,14 +136,14 @@ class _Kept:
     prompt_kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
     prompt_k_rstd: torch.Tensor | None = None  # (1 or B, m, H, 1)
     out: torch.Tensor | None = None  # (B, R, H, D)
-    lse: torch.Tensor | None = None  # (B, H, R); of attention in windows a prompt has W
-    # x̂ stands for itself with scale None, or for its int8 codes.
+    lse: torch.Tensor | None = None  # (B, H, R); in windows a prompt has W of them
+    # With scale None x̂ itself, else its int8 codes.
     x_hat2: torch.Tensor | None = None  # (B, R, d)
     scale2: torch.Tensor | None = None  # (B, R, 1)
     rstd2: torch.Tensor | None = None  # (B, R, 1)
     mlp: torch.Tensor | None = None  # (B, R, h): the MLP's pre-activation, or codes of the derivative there
     mlp_scale: torch.Tensor | None = None  # (B, R, 2), of a gated activation's codes
-    x_hat3: torch.Tensor | None = None  # (B, R, h), h/2 of a gated activation: only with a norm behind it
+    x_hat3: torch.Tensor | None = None  # (B, R, h), h/2 of a gated activation: only with a norm after it
     scale3: torch.Tensor | None = None  # (B, R, 1)
     rstd3: torch.Tensor | None = None  # (B, R, 1)
 
@@ -152,7 +152,8 @@ class _Kept:
         return tuple(getattr(self, name) for name in self.__slots__)
 
     def release_mlp(self) -> None:
-        """Lets go of what the MLP's half alone needs: of a recomputed block, since nobody else holds it."""
+        """Drops what the MLP's half alone needs. This frees it in a recomputed block: nothing else holds
+        it."""
         self.x_hat2 = self.scale2 = self.rstd2 = self.mlp = self.mlp_scale = None
         self.x_hat3 = self.scale3 = self.rstd3 = None
 
@@ -197,11 +198,11 @@ class FrozenBlock(nn.Module):
             self.register_parameter(name, parameter)
 
     def hold_weights_in(self, dtype: torch.dtype) -> None:
-        """Rounds the weights to `dtype` for good, as autocast to it does in every call, forward and backward;
-        float64 stays, as it does there.
+        """Rounds the weights to `dtype` permanently, as autocast does in every call, forward and backward;
+        float64 weights stay, as they do under autocast.
 
         Raises:
-            ValueError: they do not survive in `dtype`.
+            ValueError: the weights do not survive in `dtype`.
         """
         self.spec.require_dtype(dtype)
         for name in BlockWeights._fields:
@@ -210,8 +211,8 @@ class FrozenBlock(nn.Module):
                 weight.data = weight.data.to(dtype)
 
     def require_attention(self, device: torch.device) -> None:
-        """Raises ValueError where attention by name does not take what it would get on this device, in the
-        dtype in force (the weights' own, or autocast's)."""
+        """Raises ValueError if attention that was chosen by name does not support this device in the current
+        compute dtype (the weights' own, or autocast's)."""
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
         self.backend.require_attention(device, dtype, self.spec.head_dim)
 
@@ -246,7 +247,7 @@ class FrozenBlock(nn.Module):
             (B, R, d), with an update.
 
         Raises:
-            ValueError: a weight requires a gradient, or does not survive in the products' dtype.
+            ValueError: a weight requires a gradient, or does not survive in the matmuls' dtype.
         """
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         require_frozen(*weights)
@@ -269,7 +270,7 @@ class FrozenBlock(nn.Module):
             dtype=dtype,
             grad_tokens=grad_tokens,
             grad_dtype=differentiable.dtype,
-            policy=policy if is_kept else MemoryPolicy(),  # no codes where nobody reads them
+            policy=policy if is_kept else MemoryPolicy(),  # no codes where no backward reads them
             windows=windows,
         )
         if prompts is not None:
@@ -290,12 +291,12 @@ class FrozenBlock(nn.Module):
 
 _NO_ROTATION = (None, None, 0)
 
-# Nothing public says it: in a PyTorch without this its own error stands, which names no way out.
+# There is no public API for it; a PyTorch without this one raises its own error, which names no way out.
 _is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 def require_plain_autograd(*, recorded: bool) -> None:
-    """Raises NotImplementedError where a `torch.autograd.Function` as they are written here cannot be called.
+    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called.
 
     Args:
         recorded: whether its gradient is wanted.
@@ -315,8 +316,8 @@ def require_plain_autograd(*, recorded: bool) -> None:
 
 
 def _require_no_forward_ad() -> None:
-    """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not carry on."""
-    # Nothing public says it: a PyTorch without this is one that always is outside.
+    """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not propagate."""
+    # There is no public API for it; a PyTorch without this one counts as never in forward mode.
     if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         raise NotImplementedError(
             "backbone: forward-mode differentiation is not there in Triton's kernels; want backend='torch'"
@@ -342,10 +343,10 @@ class _FrozenBlockFunction(torch.autograd.Function):
             output, kept = _forward(Stream(base, update), prompts, rotation, w, call, keep=True)
         ctx.call, ctx.start, ctx.has_update = call, start, update is not None
         ctx.mark_non_differentiable(output.base)
-        if not torch.compiler.is_compiling():  # it does not know the method, and drops what nobody reads
-            ctx.set_materialize_grads(False)  # for base zeros would be written, as many as it has numbers
+        if not torch.compiler.is_compiling():  # Dynamo does not know the method, and drops what is unread
+            ctx.set_materialize_grads(False)  # else base's gradient would be written, as zeros
         # Through save_for_backward, so that saved_tensors_hooks see (and may move) every byte. The weights
-        # go in as they came: a copy cast for autocast would be a second backbone.
+        # are saved as they were passed: copies cast for autocast would be a second backbone.
         ctx.save_for_backward(sin, cos, *weights, *kept.tensors())
         return output.base, output.update
 
@@ -355,10 +356,10 @@ class _FrozenBlockFunction(torch.autograd.Function):
         num_weights = len(BlockWeights._fields)
         if grad is None:  # nothing above depends on the block
             return (None,) * (7 + num_weights)
-        # Autograd gives a gradient of any strides, as a decoder's transposition leaves it.
+        # Autograd may pass a gradient with any strides, such as a decoder's transposition leaves.
         grad = grad.contiguous()
         call = ctx.call
-        sin, cos, *saved = ctx.saved_tensors  # once: every look unpacks them all anew
+        sin, cos, *saved = ctx.saved_tensors  # once: every access unpacks all of them
         rotation = _rotation(sin, cos, ctx.start)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
@@ -383,7 +384,7 @@ def _forward(
     *,
     keep: bool,
 ) -> tuple[Stream, _Kept]:
-    """The block's output, and what backward needs; without `keep` that is not complete."""
+    """The block's output, and what backward needs, which is incomplete without `keep`."""
     what = (_Keep.INPUT if call.policy.recompute_block else _Keep.ALL) if keep else _Keep.NOTHING
     hidden, activated, kept = _enter(stream, prompts, rotation, w, call, what, activate=True)
     return Stream(hidden, F.linear(activated, w.fc2_weight, w.fc2_bias)), kept
@@ -399,8 +400,8 @@ def _enter(
     *,
     activate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, _Kept]:
-    """All of the forward pass but fc2: the residual stream behind attention (B, R, d), fc2's input (B, R, h),
-    which need not be formed where `activate` is False, and what is to be kept."""
+    """The forward pass without fc2: the residual stream after attention (B, R, d); fc2's input (B, R, h),
+    which may be None if `activate` is False; and what is to be kept."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
     (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
     kept = _Kept()
@@ -450,7 +451,7 @@ def _enter(
     del update, residual
     hold(x_hat2=x_hat if codes is None else codes, scale2=scale, rstd2=rstd)
 
-    # The MLP's hidden layer. With a norm in it, and to pack the derivative, the activation is formed anyway.
+    # The MLP's hidden layer. With a norm in it, or to pack the derivative, the activation is needed anyway.
     activate = activate or policy.compact or spec.mlp_norm is not None
     keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
     activated = codes = scale = None
@@ -464,7 +465,7 @@ def _enter(
         del x_hat
         if activate and (spec.activation in PACKED or (keeps_mlp and not policy.compact)):
             activated, codes, scale = ops.activate(u, spec.activation, pack=policy.compact)
-        elif activate:  # nobody will ask for u
+        elif activate:  # u is not needed again
             activated, codes = u, ops.activate_(u, spec.activation, pack=policy.compact)
     if keeps_mlp:
         hold(mlp=u if codes is None else codes, mlp_scale=scale)
@@ -489,8 +490,8 @@ def _normalize_stream(stream: Stream, call: _Call) -> tuple[torch.Tensor, ...]:
 
 class _Tokens(NamedTuple):
     """Queries of the rows that are read, keys and values of the image-side tokens: views of one packed
-    projection (B, N, 3, H, D) where every image-side row and no other is read, else of their own, so that
-    what backward does not need is not kept alive by what it does.
+    projection (B, N, 3, H, D) of a call that is `packed`, else separate tensors, so that what backward needs
+    does not keep alive what it does not.
 
     q_rstd, k_rstd: with query-key normalisation, and q, k are then q̂, k̂.
     """
@@ -520,8 +521,8 @@ def _project_tokens(
     w: BlockWeights,
     call: _Call,
 ) -> _Tokens:
-    """Projects x̂ (B, N, d) of the tokens, and for queries that (1 or B, m, d) of prompts whose outputs are
-    read."""
+    """Projects x̂ of the tokens (B, N, d) and, for queries of prompts whose outputs are read, x̂ of the
+    prompts (1 or B, m, d)."""
     spec = call.spec
     heads, attn_dim = (spec.num_heads, spec.head_dim), spec.num_heads * spec.head_dim
     qkv = kv = q_rstd = k_rstd = None
@@ -560,8 +561,7 @@ def _project_prompts(x_hat: torch.Tensor, w: BlockWeights, call: _Call) -> _Prom
 
 
 def _normalize_(x: torch.Tensor, eps: float, kind: str, call: _Call) -> torch.Tensor:
-    """Query-key normalisation: x̂ takes the place of x in memory, backward needs nothing else of it but the
-    rstd that is returned."""
+    """Query-key normalisation in place: backward needs only x̂ and the rstd that is returned, not x."""
     x_hat, rstd, _, _ = call.ops.normalize(x, eps, kind, call.dtype)
     x.copy_(x_hat)
     return rstd
@@ -570,7 +570,7 @@ def _normalize_(x: torch.Tensor, eps: float, kind: str, call: _Call) -> torch.Te
 def _attention_operands(
     tokens: _Tokens, prompts: _Prompts, rotation: Rotation | None, w: BlockWeights, call: _Call
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Queries, keys and prompts' keys as attention takes them: of q̂ and k̂ the affine parts, then turned."""
+    """Queries, keys and prompts' keys as attention takes them: q̂ and k̂ get affine parts, then rotation."""
     if call.spec.qk_norm is None:
         return tokens.q, tokens.k, prompts.k
     q = _affine(tokens.q, w.q_norm_weight, w.q_norm_bias)
@@ -588,8 +588,8 @@ def _backward(
     call: _Call,
     grad_prompts_wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the block's tokens and prompts. What is large lives no longer than it is needed: the most
-    that is there at once, beside what was kept, is what limits the batch (`engine.cost`)."""
+    """Gradients of the block's tokens and prompts. Large tensors are freed as soon as they are no longer
+    needed: the peak of temporaries, beside what was kept, limits the batch (`engine.cost`)."""
     spec, ops = call.spec, call.ops
     attn_dim = spec.num_heads * spec.head_dim
     num_image = call.num_image_rows
@@ -635,12 +635,12 @@ def _backward(
 
 
 ROWS_AT_ONCE = 4096
-"""Tokens that a recomputed block forms anew at a time, at least. Fewer would leave multiprocessors of a large
-GPU idle in the narrowest product: 4096 x 768 are 192 tiles of 128 x 128, for an H100's 132."""
+"""Tokens that a recomputed block processes at a time, at least. Fewer would leave SMs of a large GPU idle in
+the narrowest GEMM: 4096 x 768 are 192 tiles of 128 x 128, for an H100's 132."""
 
 
 def images_at_once(batch_size: int, num_tokens: int) -> int:
-    """How many images of a batch, of so many tokens each, a recomputed block takes at a time."""
+    """How many images, of `num_tokens` tokens each, a recomputed block processes at a time."""
     parts = max(1, batch_size * num_tokens // ROWS_AT_ONCE)
     return max(1, -(-batch_size // parts))
 
@@ -653,8 +653,8 @@ def _backward_anew(
     call: _Call,
     grad_prompts_wanted: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`_backward` where only the block's input was kept. All else is formed anew of a few images at a time:
-    of a large batch at once it would be more than what all blocks keep."""
+    """`_backward` where only the block's input was kept. All else is recomputed for a few images at a time:
+    for a large batch at once it would be more than what all blocks keep."""
     tokens, prompts = kept.tokens, kept.prompts
     assert tokens is not None
     batch_size = tokens.shape[0]
@@ -712,9 +712,9 @@ def _grad_of_hidden(grad: torch.Tensor, kept: _Kept, w: BlockWeights, call: _Cal
 def _through_attention(
     grad_hidden: torch.Tensor, kept: _Kept, rotation: Rotation | None, w: BlockWeights, call: _Call
 ) -> AttentionGrads:
-    """From the gradient of the residual stream behind attention to those of the projections' outputs: packed,
-    or of the queries and of the image's keys and values; and of the prompts' keys and values. Where nothing
-    below is trained the only queries are those of prompts whose outputs are read."""
+    """From the gradient of the residual stream after attention to those of the projections' outputs: packed,
+    or of the queries and of the image's keys and values; and of the prompts' keys and values. If nothing
+    below is trained, the only queries with a gradient are those of prompts whose outputs are read."""
     spec, ops = call.spec, call.ops
     num_image = call.num_image_rows
     # Attention's output: (B, R, d) -> (B, R, H, D)
@@ -733,8 +733,8 @@ def _through_attention(
         grad_prompt_kv = grads.prompt_kv
         grad_q, grad_k = grads.qkv.unbind(2)[:2] if call.packed else (grads.q, grads.kv[:, :, 0])
     else:
-        # The image's rows send a gradient to the prompts' keys and values alone; prompts whose outputs are
-        # read send one to their own queries too, through all of the keys.
+        # From the image's rows, gradients flow into the prompts' keys and values alone; from prompts whose
+        # outputs are read, into their own queries too, through all keys.
         for part, need_q in ((slice(0, num_image), False), (slice(num_image, None), True)):
             if grad_out[:, part].shape[1] == 0:
                 continue
@@ -788,12 +788,12 @@ def _rotate(
     *,
     inverse: bool = False,
 ) -> None:
-    """Turns the patches' rows of q (B, R, H, D) and k (B, N, H, D), or of their gradients, in place."""
+    """Rotates the patches' rows of q (B, R, H, D) and k (B, N, H, D), or of their gradients, in place."""
     sin, cos, start = rotation
     stop = start + sin.shape[0]
     if k is not None:
         call.ops.rotate_(k[:, start:stop], sin, cos, inverse=inverse)
-    # Of the queries there are those of the image-side tokens in `call.image`.
+    # Of the image-side tokens, only those in `call.image` have queries.
     first, last = max(start, call.image.start), min(stop, call.image.stop)
     if first < last:
         rows = slice(first - call.image.start, last - call.image.start)
@@ -804,8 +804,8 @@ def _rotate(
 def _projections(
     kept: _Kept, rotation: Rotation | None, w: BlockWeights, call: _Call
 ) -> tuple[_Tokens, _Prompts]:
-    """What the projections gave in forward, as it was kept or formed anew: by the same products, so that it
-    is what the log-sum-exp was made of to the last bit."""
+    """The projections' outputs in forward, kept or recomputed: by the same matmuls, so that they are bit for
+    bit what the log-sum-exp was computed from."""
     if call.projects_tokens_anew:
         tokens = _project_tokens(kept.x_hat1, kept.prompt_x_hat, rotation, w, call)
     else:
@@ -831,7 +831,7 @@ def _project(x_hat: torch.Tensor, w: BlockWeights, start: int, stop: int) -> tor
 def _parts(packed: torch.Tensor) -> list[torch.Tensor]:
     """(B, N, n, H, D) -> n views (B, N, H, D) that may be written to."""
     if torch.compiler.is_compiling():
-        # Where autograd looks, as it does while torch.export traces, unbind's views must not be.
+        # In grad mode, as while torch.export traces, unbind's views must not be written to.
         return [packed.select(2, i) for i in range(packed.shape[2])]
     return list(packed.unbind(2))
 
@@ -843,19 +843,19 @@ def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) 
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """The block casts by itself what is to be cast."""
+    """Turns autocast off: the block does its own casts."""
     if _is_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # which takes no time
 
 
 def _is_autocast(device_type: str) -> bool:
-    # PyTorch raises where it is asked for a device without autocast: that of tensors without values.
+    # PyTorch raises if asked about a device without autocast, such as "meta".
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products: the weights' own, or autocast's, which leaves float64 alone."""
+    """The dtype of the matmuls: the weights' own, or autocast's, which leaves float64 alone."""
     if _is_autocast(device_type) and weight_dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return weight_dtype

@@ -16,7 +16,7 @@ from vpt_fast.kernels.mlp.reference import PACKED
 
 class TrainingBytes(TypedDict):
     """Bytes of a training step. weights: all parameters, and gradient and momentum of the trained ones.
-    kept: for backward, exact for the blocks. workspace: what temporaries add to it at most, an estimate."""
+    kept: for backward, exact for the blocks. workspace: what temporaries add at the peak, an estimate."""
 
     weights: int
     kept: int
@@ -24,7 +24,7 @@ class TrainingBytes(TypedDict):
 
 
 class Peak:
-    """Adds up what the calls of a step's blocks keep, one after the other, and finds the most that there is.
+    """Adds up what the calls of a step's blocks keep, one after the other, and finds the peak.
 
     Attributes:
         kept: bytes for backward, of all calls so far.
@@ -35,14 +35,14 @@ class Peak:
         self._most = 0
 
     def add(self, kept: int, workspace: int) -> None:
-        """The next call's `kept_bytes` and `workspace_bytes`; what it keeps is let go of once it has run
-        backward, before those below it do."""
+        """The next call's `kept_bytes` and `workspace_bytes`. What it keeps is freed after its backward,
+        before the calls below run theirs."""
         self.kept += kept
         self._most = max(self._most, self.kept + workspace)
 
     @property
     def workspace(self) -> int:
-        """What temporaries add to all that is kept."""
+        """Bytes that temporaries add at the peak to all that is kept."""
         return max(0, self._most - self.kept)
 
 
@@ -63,7 +63,7 @@ def kept_bytes(
 
     Args:
         block: the block.
-        dtype: of its matrix products.
+        dtype: of its matmuls.
         batch_size: B.
         num_tokens: N, the tokens in its input.
         rows: the half-open range of rows that it computes.
@@ -71,8 +71,8 @@ def kept_bytes(
         grad_tokens: whether anything below it is trained.
         policy: what is kept.
         residual_dtype: of the residual stream; None for float32 or more.
-        prompts_formed: whether prompts that all images share are a tensor of this call's own, such as dropout
-            gives, and not the parameter itself.
+        prompts_formed: whether prompts that all images share are a new tensor of this call, such as dropout
+            returns, and not the parameter itself.
     """
     heads = block.spec.num_heads
     attn_dim = heads * block.spec.head_dim
@@ -135,10 +135,10 @@ def forward_bytes(
     policy: MemoryPolicy | None,
     residual_dtype: torch.dtype | None = None,
 ) -> int:
-    """The most bytes that temporaries take while one call of a block runs forward, its input and output among
-    them; an estimate, as `workspace_bytes` is.
+    """Peak bytes of temporaries while one call of a block runs forward, including its input and output; an
+    estimate, as `workspace_bytes` is.
 
-    Args: as of `kept_bytes`; `policy` None where nothing is kept, since nothing is trained.
+    Args: as of `kept_bytes`; `policy` is None where nothing is kept, since nothing is trained.
     """
     size = dtype.itemsize
     wide = _residual_size(dtype, residual_dtype)
@@ -146,13 +146,13 @@ def forward_bytes(
     num_rows = batch_size * (rows[1] - rows[0])
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
-    # Of a gated activation, narrower than its input; others take its place, unless it is kept.
+    # u beside a gated activation's output, which is narrower; others overwrite it. A kept u is not temporary.
     is_gated = block.spec.activation in PACKED
     u = hidden if is_gated and policy != MemoryPolicy() else 0
     tokens = batch_size * num_tokens * embed_dim
     return (
-        tokens * (wide + size)  # the input, as it came
-        + residual  # behind attention
+        tokens * (wide + size)  # the input: base and update
+        + residual  # after attention
         + max(tokens * wide + update, u + activated, activated + update)
     )
 
@@ -169,11 +169,11 @@ def workspace_bytes(
     policy: MemoryPolicy,
     residual_dtype: torch.dtype | None = None,
 ) -> int:
-    """The most bytes that temporaries take while one call of a block runs forward or backward, the gradient
-    that backward is given and what recomputing forms anew among them.
+    """Peak bytes of temporaries while one call of a block runs forward or backward, including the gradient
+    that backward is given and what it recomputes.
 
-    An estimate: up to statistics of rows it is what the operations in Triton take; those in plain PyTorch
-    have temporaries of their own, attention's scores for one.
+    An estimate: up to statistics of rows, it is what the Triton operations allocate; those in plain PyTorch
+    have further temporaries, such as attention's scores.
 
     Args: as of `kept_bytes`.
     """
@@ -189,30 +189,30 @@ def workspace_bytes(
 
     # Gradients of the block's output and input, of all images.
     given, result = batch_size * num_rows * embed_dim * size, batch_size * num_tokens * embed_dim * size
-    # Of those images that backward takes at a time, the same, and of the MLP's hidden layer; of attention's
-    # output, queries, keys and values.
+    # The same for the images that backward processes at a time; then the gradients of their MLP's hidden
+    # layer, and of attention's output, queries, keys and values.
     images = images_at_once(batch_size, num_tokens) if policy.recompute_block else batch_size
     tokens, grad = images * num_tokens * embed_dim * size, images * num_rows * embed_dim * size
     hidden = images * num_rows * hidden_dim * size
     activated = images * num_rows * block.fc2_weight.shape[1] * size
     out = images * num_rows * attn_dim * size
     qkv = out + images * num_tokens * 2 * attn_dim * size if grad_tokens else 0
-    # Prompts that all images share get one from each of them first.
+    # Prompts that all images share first get a gradient from each image.
     parts = images * m * 2 * attn_dim * size
     prompt_kv = 0 if copies == 1 else parts
 
     # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
-    # of its output; others, and the product that holds one, take its place.
+    # of its output; for other activations one overwrites the other, or a fused GEMM writes the first alone.
     is_gated = block.spec.activation in PACKED
     through_activation = hidden + activated if is_gated else activated
     if block.spec.mlp_norm is not None:
         through_activation = max(through_activation, 2 * activated)
     mlp = max(
-        (hidden if policy.recompute_mlp else 0) + through_activation,  # with u formed anew
+        (hidden if policy.recompute_mlp else 0) + through_activation,  # with u recomputed
         hidden + grad,  # fc1
         2 * grad,  # the norm before it
     )
-    # What is projected anew.
+    # Recomputed queries, keys and values.
     anew = qkv + (parts if copies > 1 else 0) if policy.compact else 0
     attention = grad + out + anew + qkv + parts
     if grad_tokens:
@@ -231,7 +231,7 @@ def workspace_bytes(
             **call | {"batch_size": images},
         )
         mlp += formed
-        attention += formed - (hidden + grad)  # u and x̂ of the MLP are no longer there
+        attention += formed - (hidden + grad)  # the MLP's u and x̂ have been freed
     if images < batch_size and grad_tokens:
         given += result
     return max(forward_bytes(block, policy=policy, **call), given + mlp, given + attention)

@@ -1,9 +1,9 @@
 """Which rows each block has to compute.
 
 The sequence a block works on is its N image-side tokens (CLS and registers first, then patches) followed by
-its prompts. A block's outputs are read by the next block or, after the last, by the head; all others are
-dead. `plan_blocks` decides this once, when the model is built; `row_range` turns a decision into indices for
-the sizes at hand, which may change from batch to batch.
+its prompts. An output that neither the next block nor, after the last, the head reads is dead work.
+`plan_blocks` decides this once, when the model is built; `row_range` turns a decision into indices for the
+sizes at hand, which may change from batch to batch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plan_blocks(
     Args:
         num_blocks: L.
         prompted: indices of the blocks that have prompts of their own.
-        after_prompts: what a block without prompts of its own, after one with, gets: ``"flow"``: the
+        after_prompts: what a block without prompts of its own gets after one with prompts: ``"flow"``: the
             prompts' outputs, as ordinary tokens; ``"drop"``: no prompts.
         head_reads: the rows that the head reads after the last block.
 
@@ -65,7 +65,7 @@ def plan_blocks(
         own = block in order
         present = own or prompts_in
         last = block == num_blocks - 1
-        # Prompts that the next block replaces by its own are thrown away: their rows need no output.
+        # Prompts that the next block replaces by its own are discarded: their rows need no output.
         goes_on = present and flows and not last and block + 1 not in order
         if last:
             if head_reads.prompts and not present:

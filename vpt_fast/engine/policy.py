@@ -13,10 +13,10 @@ import torch
 class MemoryPolicy:
     """What is kept between forward and backward.
 
-    compact: x̂ before the MLP and the activation's derivative in 8 bits; of attention nothing behind its x̂:
-        backward projects queries, keys and values anew (one more product) and does without the output.
-        Forward is exact; gradients carry the rounding of the codes.
-    recompute_mlp: the MLP's pre-activation is formed again in backward (one more fc1). Exact.
+    compact: x̂ before the MLP and the activation's derivative in 8 bits; of attention only its x̂ and
+        log-sum-exp: backward recomputes queries, keys and values (one more matmul) and does without the
+        output. Forward is exact; gradients carry the rounding of the codes.
+    recompute_mlp: the MLP's pre-activation is recomputed in backward (one more fc1). Exact.
     recompute_block: only the block's inputs are kept; forward runs again in backward. Exact.
     """
 
@@ -35,7 +35,7 @@ POLICIES = {
 
 MEMORY = ("auto", *POLICIES)
 
-# Of the free memory; the rest is left to the allocator's rounding, the optimizer and cuBLAS's workspace.
+# Share of the free memory; the rest is for the allocator's rounding, the optimizer and cuBLAS's workspace.
 _USABLE_SHARE = 0.9
 
 
@@ -48,12 +48,12 @@ def check_memory(memory: str) -> None:
 def choose_policy(step_bytes: Callable[[str], int], dtype: torch.dtype, free: int | None) -> str:
     """The name of the fastest policy whose step fits.
 
-    ``"compact"`` is a candidate for 16-bit products only: their own rounding hides its codes', which in
+    ``"compact"`` is a candidate for 16-bit matmuls only: their own rounding hides that of the codes, which in
     float32 would be by far the largest error.
 
     Args:
         step_bytes: bytes that a training step takes under the policy of this name.
-        dtype: of the matrix products.
+        dtype: of the matmuls.
         free: bytes that are free, or None where that is not known, which gives ``"exact"``.
 
     Returns:
@@ -70,7 +70,7 @@ def choose_policy(step_bytes: Callable[[str], int], dtype: torch.dtype, free: in
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a step may take on this device, the allocator's own unused ones included, or None."""
+    """Bytes that a step may take on this device, including the allocator's unused ones; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,7 +81,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _available() -> int | None:
-    """Of the machine, without swapping."""
+    """Bytes that the machine has left without swapping."""
     try:
         with open("/proc/meminfo") as lines:
             sizes = dict(line.split(":") for line in lines)
@@ -94,8 +94,8 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def _left_to_container() -> int | None:
-    """Of what a container may take, by its control group (version 2); pages of files that can be dropped
-    count as free, as they do in MemAvailable."""
+    """Bytes that a container has left, by its control group (version 2); reclaimable pages of files count as
+    free, as they do in MemAvailable."""
     try:
         limit = int((_CONTROL_GROUP / "memory.max").read_text())  # or "max"
         used = int((_CONTROL_GROUP / "memory.current").read_text())

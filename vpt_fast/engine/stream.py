@@ -8,14 +8,14 @@ import torch
 
 
 class Stream(NamedTuple):
-    """The sum base + update, which is left to the block that reads it: its first norm forms it on the way.
+    """The sum base + update, which the block that reads it computes, in its first norm.
 
-    Where there is an update, its gradient is the stream's, and base is a constant to autograd. So gradients
-    go from block to block in the dtype of the matrix products, which read them as they are, while the stream
-    itself may be wider.
+    If there is an update, its gradient is the stream's, and base is a constant to autograd. So gradients go
+    from block to block in the dtype of the matmuls, which read them without a cast, while the stream itself
+    may be wider.
 
     base: (B, N, d), in the residual stream's dtype.
-    update: (B, N, d), in the dtype of the matrix products: what an MLP adds; None before the first block.
+    update: (B, N, d), in the dtype of the matmuls: what an MLP adds; None before the first block.
     """
 
     base: torch.Tensor
@@ -32,7 +32,7 @@ class Stream(NamedTuple):
         return (self.base + self.update).to(self.base.dtype)
 
     def split(self, num_fresh: int) -> tuple[Stream, Stream]:
-        """All rows but the last `num_fresh`, and those."""
+        """All rows but the last `num_fresh`, and those last ones."""
         # split, not two slices: its backward is one cat
         sizes = (self.num_tokens - num_fresh, num_fresh)
         updates = (None, None) if self.update is None else self.update.split(sizes, dim=1)

@@ -20,7 +20,7 @@ import torch
 
 
 def require_frozen(*weights: torch.Tensor | None) -> None:
-    """Raises ValueError where a gradient of a frozen weight is asked for, which nothing here forms."""
+    """Raises ValueError if a frozen weight requires a gradient, which nothing here computes."""
     if torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights):
         raise ValueError(
             "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
@@ -30,7 +30,7 @@ def require_frozen(*weights: torch.Tensor | None) -> None:
 
 @dataclass(frozen=True)
 class NormParts:
-    """A normalisation layer as it stands in a checkpoint.
+    """A normalisation layer as stored in a checkpoint.
 
     kind: ``"layer"`` or ``"rms"``; weight, bias: (d,) or None.
     """
@@ -43,7 +43,7 @@ class NormParts:
 
 @dataclass(frozen=True)
 class LinearParts:
-    """A linear layer as it stands in a checkpoint: weight (out, in), bias (out,) or None."""
+    """A linear layer as stored in a checkpoint: weight (out, in), bias (out,) or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -51,11 +51,11 @@ class LinearParts:
 
 @dataclass(frozen=True)
 class BlockParts:
-    """One pre-norm transformer block as it stands in a checkpoint, before folding.
+    """One pre-norm transformer block as stored in a checkpoint, before folding.
 
     `scale1`, `scale2` are the LayerScale vectors (d,) or None; `q_norm`, `k_norm` normalise each head's
     queries and keys over the head dimension; `activation` is one of `kernels.mlp.reference.ACTIVATIONS`,
-    with fc1 giving the gate before the value where it is packed; `mlp_norm` normalises what it gives.
+    with fc1 giving the gate before the value if it is gated; `mlp_norm` normalises the activation's output.
     """
 
     num_heads: int
@@ -76,8 +76,8 @@ class BlockParts:
 @dataclass(frozen=True)
 class BlockSpec:
     """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps), `mlp_norm` None
-    or (kind, eps); `float16_error` is how far rounding to float16 moves a matrix that LayerScale is folded
-    into, of its norm."""
+    or (kind, eps); `float16_error` is the largest error of rounding a matrix that holds a LayerScale to
+    float16, relative to its norm."""
 
     num_heads: int
     head_dim: int
@@ -89,7 +89,7 @@ class BlockSpec:
     float16_error: float = 0.0
 
     def require_dtype(self, dtype: torch.dtype) -> None:
-        """Raises ValueError for products in a dtype that the folded weights do not survive."""
+        """Raises ValueError for matmuls in a dtype that the folded weights do not survive."""
         if dtype == torch.float16 and self.float16_error > _MOST_ROUNDING:
             raise ValueError(
                 "dtype: got float16, whose smallest number is 6e-8, and which rounds matrices that hold a "
@@ -98,7 +98,7 @@ class BlockSpec:
             )
 
 
-# About what bfloat16, which has float32's range, rounds a matrix by.
+# About the relative error of rounding a matrix to bfloat16, which has float32's range.
 _MOST_ROUNDING = 2.0**-9
 
 
@@ -135,7 +135,7 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         The block's constants and its folded weights, each a tensor of its own.
 
     Raises:
-        ValueError: one of two norms of queries and keys, or two kinds; weights that `dtype` would lose.
+        ValueError: only queries or only keys have a norm, or two kinds; weights that `dtype` would lose.
     """
     if (parts.q_norm is None) != (parts.k_norm is None):
         raise ValueError("q_norm and k_norm: got one without the other, want both or neither")
@@ -186,8 +186,8 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
 
 
 def _float16_error(weight: torch.Tensor) -> float:
-    """How far rounding to float16 moves a matrix, of its norm, by a hundred of its rows or more; of one
-    without values 0."""
+    """The error of rounding a matrix to float16, relative to its norm, from a hundred of its rows or more; 0
+    for one without values."""
     if weight.is_meta:
         return 0.0
     weight = weight[:: max(1, weight.shape[0] // 100)]  # all of a ViT-H's would take seconds
@@ -205,7 +205,7 @@ def _affine(norm: NormParts, ones: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def after_norm(norm: NormParts, linear: LinearParts) -> LinearParts:
-    """The linear layer that takes x̂ and gives W (x̂ · w + β) + b."""
+    """The linear layer that takes x̂ and returns W (x̂ · w + β) + b."""
     weight = _wide(linear.weight)
     bias = None if linear.bias is None else _wide(linear.bias)
     if norm.bias is not None:
@@ -217,7 +217,7 @@ def after_norm(norm: NormParts, linear: LinearParts) -> LinearParts:
 
 
 def _before_scale(linear: LinearParts, scale: torch.Tensor | None) -> LinearParts:
-    """The linear layer that gives γ · (W x + b)."""
+    """The linear layer that returns γ · (W x + b)."""
     weight = _wide(linear.weight)
     bias = None if linear.bias is None else _wide(linear.bias)
     if scale is not None:

@@ -1,11 +1,12 @@
 """Blocks whose tokens attend in windows (Liu et al., Swin Transformer, ICCV 2021), and the moves between.
 
-Such a block takes its tokens window by window, so that all it does is a block's ordinary work. Between two
-blocks the tokens are brought from the one's order into the other's, in one pass that holds partition, shift
-and padding, and the gathering of patch merging too.
+Such a block takes its tokens window by window, so that it is an ordinary block in all else. Between two
+blocks, one gather brings the tokens from the first one's order into the second one's: it includes partition,
+shift, padding, and patch merging's gather.
 
-An order is a tensor (N,) of the tokens' indices in the image, row by row; -1 where a place holds no token.
-Orders are made on the CPU, whatever device a model is built on: "meta" has no indices to find places by.
+An order is a tensor (N,) of the tokens' indices in the image, row by row; -1 where a position holds no token.
+Orders are made on the CPU, whatever device a model is built on: tensors on "meta" have no values to look
+positions up by.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def window_regions(size: Size, window: Size, shift: Size) -> torch.Tensor | None
     sides = []
     for length, side, step in zip(size, window, shift, strict=True):
         length += -length % side
-        sides.append(torch.arange(length, device="cpu") >= length - step)  # what came around the edge
+        sides.append(torch.arange(length, device="cpu") >= length - step)  # what was rolled around the edge
     regions = 2 * sides[0].int().unsqueeze(1) + sides[1].int().unsqueeze(0)
     return _partition(regions, window)
 
 
 def merge_order(size: Size, after: torch.Tensor) -> torch.Tensor:
-    """The tokens that are merged, four by four: (4·N',).
+    """The order of the tokens that are merged, in groups of four: (4·N',).
 
     Args:
         size: (height, width) of the image in tokens, before merging.
@@ -73,7 +74,7 @@ def merge_order(size: Size, after: torch.Tensor) -> torch.Tensor:
     tokens = raster_order(size).view(size)
     tokens = F.pad(tokens, (0, size[1] % 2, 0, size[0] % 2), value=-1)
     height, width = (side // 2 for side in tokens.shape)
-    # Column before row, as timm and the original authors lay the four side by side.
+    # Column by column, as timm and the original authors concatenate the four.
     fours = tokens.view(height, 2, width, 2).permute(0, 2, 3, 1).reshape(-1, 4)
     return torch.where((after >= 0).unsqueeze(1), fours[after.clamp(min=0)], -1).flatten()
 
@@ -85,7 +86,7 @@ def _partition(x: torch.Tensor, window: Size) -> torch.Tensor:
 
 
 def relative_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`WindowBias.bias` of a table ((2h - 1)·(2w - 1), H), and the rows in it of pairs of tokens (T, T)."""
+    """`WindowBias.bias` from a table ((2h - 1)·(2w - 1), H) and each token pair's row in it (T, T)."""
     bias = table.detach()[index].permute(2, 0, 1).to(torch.promote_types(table.dtype, torch.float32))
     return F.pad(bias, (0, -bias.shape[-1] % BIAS_COLUMNS)).contiguous()
 
@@ -96,8 +97,8 @@ class FrozenWindowBlock(FrozenBlock):
     Args:
         spec, weights, backend: as for `FrozenBlock`.
         relative_bias: `WindowBias.bias`.
-        pad_kv: (2, H, D), the key and value where windows reach past the image: timm pads what attention's
-            projection is given with zeros, so they are its bias.
+        pad_kv: (2, H, D), the key and value where windows reach past the image: timm pads the projection's
+            input with zeros, so they are its bias.
         size, window, shift: (height, width) in tokens, of the image, a window, and the shift.
     """
 
@@ -132,7 +133,7 @@ class FrozenWindowBlock(FrozenBlock):
 
     @property
     def num_tokens(self) -> int:
-        """N: the tokens of all windows, with the places that hold none."""
+        """N: the positions of all windows, including those that hold no token."""
         return len(self.order)
 
     @property
@@ -146,7 +147,7 @@ class FrozenWindowBlock(FrozenBlock):
 
 
 class Move(nn.Module):
-    """Brings the stream (B, N, d) from one order into another; places that hold no token are zero.
+    """Brings the stream (B, N, d) from one order into another; positions that hold no token are zero.
 
     Args:
         current, wanted: the two orders.
@@ -171,7 +172,7 @@ class Move(nn.Module):
 
 
 class _MoveFunction(torch.autograd.Function):
-    """Backward is a move, too: autograd's own, of an index, would add into zeros."""
+    """Backward is a gather, too: autograd's own backward of an index would add into zeros."""
 
     @staticmethod
     def forward(
@@ -198,24 +199,24 @@ def _gather(x: torch.Tensor, index: torch.Tensor, holes: torch.Tensor | None) ->
 
 
 def _places(current: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Where in the order `current` each token of `wanted` stands; -1 where it does not, or there is none."""
+    """The position in the order `current` of each token of `wanted`; -1 where it has none, or is no token."""
     place = torch.full((int(max(current.max(), wanted.max())) + 2,), -1, device="cpu")
     is_token = current >= 0
     place[current[is_token]] = torch.arange(len(current), device="cpu")[is_token]
-    return place[wanted]  # place[-1] is no token's
+    return place[wanted]  # place[-1] belongs to no token
 
 
 class FrozenMerge(nn.Module):
-    """Patch merging: the norm of four neighbours side by side, and a linear layer from 4d to 2d.
+    """Patch merging: the norm of four concatenated neighbours, and a linear layer from 4d to 2d.
 
-    Of prompts the four are the same prompt, so that the norm of one is the norm of the four, and the layer is
-    the sum of its four parts: a quarter of the work.
+    For prompts the four are copies of one prompt, so the norm of one is the norm of the four, and the layer
+    is the sum of its four parts: a quarter of the work.
 
     Args:
-        norm, reduction: as they stand in a checkpoint; they are folded into one layer.
-        move: from the order of the stage before to the merged tokens' four by four.
+        norm, reduction: as stored in a checkpoint; they are folded into one layer.
+        move: from the order of the previous stage to the merged tokens' groups of four.
         dtype: of the folded weights; None keeps the layer's own.
-        backend, head_dim: it runs on the operations that blocks with heads of this size do.
+        backend, head_dim: it uses the operations of blocks with this head dim.
     """
 
     weight: torch.Tensor
@@ -253,7 +254,7 @@ class FrozenMerge(nn.Module):
 
 
 class _ReduceFunction(torch.autograd.Function):
-    """Of four neighbours (..., 4d), or of prompts (..., d). Keeps x̂, or its codes, and rstd."""
+    """Norm and layer, of four neighbours (..., 4d) or prompts (..., d). Keeps x̂ or its codes, and rstd."""
 
     @staticmethod
     def forward(
@@ -288,14 +289,14 @@ class _ReduceFunction(torch.autograd.Function):
 def _returned(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The output of a Function's forward pass, in this dtype.
 
-    Compiled by torch 2.11, a Function has gradients of zero, in silence, where it returns what its last
-    operation was given: what that changed in place, or what it cast to the dtype that it had.
+    Compiled by torch 2.11, a Function silently gets gradients of zero if it returns the very tensor that its
+    last operation was given: one that was changed in place, or cast to the dtype that it had.
     """
     return output if output.dtype == dtype else output.to(dtype)
 
 
 def _layer(weight: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """(2d, 4d) as it is for rows of that width; for prompts the sum of its four parts, (2d, d)."""
+    """The weight (2d, 4d) as it is for rows of width 4d; for prompts the sum of its four parts, (2d, d)."""
     return (weight if weight.shape[1] == width else weight.unflatten(1, (4, width)).sum(1)).to(dtype)
 
 
@@ -305,6 +306,6 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
 
 
 def _register_table(module: nn.Module, name: str, table: torch.Tensor | None) -> None:
-    """Integers, as a buffer and not a Parameter, unlike weights: who averages a model's parameters
+    """Registers integers as a buffer and not, like weights, as a Parameter: averaging a model's parameters
     (torch.optim.swa_utils.AveragedModel) would round the average of a number and itself to the one below."""
     module.register_buffer(name, table)
