@@ -177,11 +177,15 @@ class RunFolder:
         """Removes an earlier run where there is one, and nothing else that the folder may hold."""
         if not self.config.exists():
             return
-        for path in (self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint):
+        # What config.yaml says that there is goes before it: stopped on the way, what is left is still this
+        # run, and no run that begins here later takes its checkpoint or results for its own.
+        for path in (self.results, self.checkpoint, self.metrics, self.curves):
             path.unlink(missing_ok=True)
         for path in (self.prompts, self.tensorboard):
             if path.is_dir():
                 shutil.rmtree(path)
+        for path in (self.config, self.facts):
+            path.unlink(missing_ok=True)
 
     def read(self) -> Begun | None:
         """The run in this folder, None where there is none; RunError for a broken file."""
