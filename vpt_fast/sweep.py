@@ -846,9 +846,7 @@ class _Display:
 
     def end(self, params: Params, outcome: str) -> None:
         seconds = time.perf_counter() - self._started
-        self._console.print(
-            f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False, markup=False
-        )
+        self._console.print(f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False)
         left = self._total - self._done - 1
         if self._first_seconds is None and left > 0:
             self._first_seconds = seconds

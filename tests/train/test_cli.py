@@ -60,6 +60,21 @@ def test_train_says_what_where_and_at_what_cost(command, color_images, tmp_path)
         assert text in result.output
 
 
+def test_names_with_brackets_and_long_paths_are_printed_as_they_are(command, images, tmp_path):
+    data = images.rename(images.with_name("colors[v2]"))
+    out = tmp_path / ("long-" * 12) / "run[v2]"
+    result = command(*train_arguments(data, out, epochs=1))
+    assert "colors[v2]: 3 classes" in "".join(line.strip() for line in result.stdout.splitlines())
+    assert result.stdout.splitlines()[-1].endswith(f"after 1 epochs; run folder {out}")
+
+
+def test_an_epoch_is_one_line(command, color_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    result = command(*train_arguments(color_images, tmp_path / "run", epochs=2))
+    lines = [line for line in result.stdout.splitlines() if "images/s" in line]
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]
+
+
 def test_run_folder_holds_config_prompts_metrics_and_curves(run):
     folder = RunFolder(run)
     assert folder.read().recipe.precision == "fp32"
