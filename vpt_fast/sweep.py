@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import statistics
 import time
 import warnings
@@ -551,8 +552,12 @@ def _open_studies(
     from sqlalchemy.exc import SQLAlchemyError  # what Optuna's storage is made of
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    # Not by a URL of its own: a folder's name may hold what means something in one, or to Optuna ({}).
+    path = (out / "study.db").resolve()
+    url = storage or "sqlite:///study.db"
+    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    if storage is None:
+        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
     with _lock(out), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -570,7 +575,8 @@ def _open_studies(
         final = optuna.create_study(
             storage=opened, study_name=f"{name}-final", direction="maximize", load_if_exists=True
         )
-    seed += len(search.trials)  # a sampler that goes on would draw again what it drew at first
+    # A sampler that goes on would draw again what it drew at first; numpy's seeds have 32 bits.
+    seed = (seed + len(search.trials)) % 2**32
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     if sweep.sampler in samplers:
         search.sampler = samplers[sweep.sampler](seed=seed)

@@ -184,6 +184,12 @@ def test_storage_that_cannot_be_opened_is_refused_without_its_url(settings, tmp_
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_study_lies_in_the_folder_whatever_that_is_called(settings, tmp_path):
+    folder = tmp_path / "{x} 50%25?y#z"
+    run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), folder)
+    assert (folder / "study.db").stat().st_size > 0 and list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize(
     "text", ["{}", "{axes: 5, settings: 3, seeds: x}", "{axes: {}, seeds: [1], newer: 1}"]
 )
@@ -370,6 +376,11 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
     )
     found = run_sweep(plan, tmp_path)
     assert found["finished"] and 1 <= len(found["trials"]) <= 2
+
+
+def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
+    plan = Sweep({**settings, "seed": 2**40}, {"base_lr": (0.5, 0.1)}, seeds=(1,), sampler="tpe", trials=1)
+    assert run_sweep(plan, tmp_path)["finished"]
 
 
 def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
