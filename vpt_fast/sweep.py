@@ -26,6 +26,7 @@ import shutil
 import socket
 import sqlite3
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -246,6 +247,7 @@ def run_sweep(
     storage: str | None = None,
     console: Console | None = None,
     cache: TrainingCache | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Works through what is not done yet of `sweep` in the folder `out`; returns what results.json holds.
 
@@ -255,6 +257,7 @@ def run_sweep(
     Args:
         storage: URL of an Optuna storage that several machines share; None for a file in `out`.
         cache: shared with other sweeps of this process.
+        stop: set by these signals, for whoever has other sweeps to run.
 
     Raises:
         ValueError: `out` holds another sweep, the data cannot be used, there is no model for one of the
@@ -262,6 +265,7 @@ def run_sweep(
     """
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
+    stop = stop or threading.Event()
     require_trials(sweep, cache)
     plan = _FinalPlan.of(sweep, cache)
     inputs = digest_inputs(sweep, cache)
@@ -291,6 +295,7 @@ def run_sweep(
                     cache=cache,
                     display=display,
                     after=lambda: _tidy(_collect(sweep, plan, search, final, out), out),
+                    stop=stop,
                 ).work()
         results = _collect(sweep, plan, search, final, out)
         if sweep.axes and results["best"] is None:
@@ -311,6 +316,7 @@ def run_sweep(
                 cache=cache,
                 display=display,
                 after=lambda: _collect(sweep, plan, search, final, out),
+                stop=stop,
             ).work()
     except Stopped:
         pass
@@ -614,6 +620,7 @@ class _Worker:
     cache: TrainingCache
     display: _Display
     after: Callable[[], Any]
+    stop: threading.Event
 
     def work(self) -> None:
         while True:
@@ -641,6 +648,8 @@ class _Worker:
     def _take_one(self) -> None:
         self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
         self.after()
+        if self.stop.is_set():  # too late for the trial, which came to its end
+            raise Stopped
 
     def _objective(self, trial: Trial) -> float:
         import optuna
@@ -666,7 +675,7 @@ class _Worker:
 
         self.display.begin(params)
         try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch)
+            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")

@@ -196,6 +196,16 @@ def test_other_ablation_in_the_same_folder_is_refused_and_replaces_nothing(
     assert (ablated / "results.json").read_bytes() == written
 
 
+def test_ctrl_c_that_is_too_late_for_a_point_stops_the_ablation_behind_it(
+    settings, tmp_path, monkeypatch, late_ctrl_c
+) -> None:
+    monkeypatch.setattr(ablations, "LENGTHS", (1, 2))
+    points = plan_ablation("length", settings, seeds=(1,))
+    first = run_ablation("length", points, tmp_path / "a")
+    assert not first["finished"] and len(first["points"]) == 1
+    assert run_ablation("length", points, tmp_path / "a")["finished"]
+
+
 def test_ablation_may_be_given_more_points(settings, ablated) -> None:
     points = plan_ablation("length", settings, methods=["vpt-deep", "vpt-shallow"], seeds=(1,))
     assert len(run_ablation("length", points, ablated)["points"]) == 4

@@ -127,6 +127,16 @@ def test_ctrl_c_gives_the_trial_back_and_its_run_goes_on(settings, tmp_path, mon
     assert finished == run_sweep(plan, tmp_path / "whole")
 
 
+def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
+    settings, tmp_path, late_ctrl_c, trained
+):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1, 2))
+    for done in (1, 2, 3, 4):
+        found = run_sweep(plan, tmp_path)
+        assert len(trained) == done and found["finished"] == (done == 4)
+    assert len(set(trained)) == 4 and len(found["trials"]) == 2
+
+
 def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     inputs = digest_inputs(plan, TrainingCache())
