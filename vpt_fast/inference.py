@@ -62,7 +62,7 @@ class LoadedRun:
         Raises ValueError when there is none, or when the backbone is not the one that it was trained on.
         """
         folder = RunFolder(run).prompts
-        if (run / LABELS_FILE).exists():
+        if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
             folder = run
         elif not folder.exists() and RunFolder(run).config.exists():
             if RunFolder(run).checkpoint.exists():

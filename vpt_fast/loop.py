@@ -415,11 +415,10 @@ def restore_prompts(
 
     Raises RunError where backbone or classes are not those that the run was begun with.
     """
-    if begun.checkpoint is None:
-        if not folder.prompts.exists():
-            console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
-        return
     if folder.holds_prompts_of(begun.checkpoint):
+        return
+    if begun.checkpoint is None:
+        console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
         return
     model = build_seeded(recipe, splits, cache)
     checks = (

@@ -40,8 +40,8 @@ from vpt_fast.recipe import SEGMENTATION, Recipe
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"
 PROMPTS_GONE = (
-    "its prompts are gone, and so is the checkpoint that they could be written from (of a sweep's trials the "
-    "best one's are kept); --fresh trains it again"
+    "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a sweep's "
+    "trials the best one's are kept); --fresh trains it again"
 )
 
 
@@ -236,8 +236,8 @@ class RunFolder:
         model.save_pretrained(self.prompts)
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 
-    def holds_prompts_of(self, checkpoint: Checkpoint) -> bool:
-        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint``."""
+    def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
+        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint``, where there is one."""
         try:
             if not self.prompts.is_dir():  # which would be taken for a name on the hub
                 return False
@@ -245,6 +245,8 @@ class RunFolder:
             _, saved = read_pretrained(self.prompts)
         except (ValueError, OSError):
             return False
+        if checkpoint is None:
+            return True
         wanted = checkpoint.trainable
         return saved.keys() == wanted.keys() and all(
             saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor)

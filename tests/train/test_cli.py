@@ -230,6 +230,18 @@ def test_train_of_a_finished_run_without_prompts_says_that_they_are_gone(
     assert "its prompts are gone" in output and "holds this run, finished" in output
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "labels.json", "config.json"])
+def test_train_of_a_finished_run_without_its_checkpoint_says_that_its_prompts_are_damaged(
+    command, run, color_images, tmp_path, name
+):
+    folder = RunFolder(Path(shutil.copytree(run, tmp_path / "damaged")))
+    folder.checkpoint.unlink()
+    same = train_arguments(color_images, folder.path)
+    assert "damaged" not in command(*same).stdout.replace(str(folder.path), "")
+    (folder.prompts / name).write_bytes((folder.prompts / name).read_bytes()[:-20])
+    assert "its prompts are gone or damaged" in command(*same).stdout
+
+
 def test_going_on_removes_what_a_killed_process_left(command, run, color_images, tmp_path):
     folder = RunFolder(Path(shutil.copytree(run, tmp_path / "killed")))
     left = [
@@ -300,7 +312,8 @@ def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, co
 
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
-    assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
+    assert result.exit_code == 2
+    assert f"{tmp_path} is neither a run folder nor its prompts folder" in result.stderr
 
 
 @pytest.mark.parametrize(
