@@ -40,8 +40,8 @@ from vpt_fast.recipe import SEGMENTATION, Recipe
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"
 PROMPTS_GONE = (
-    "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a sweep's "
-    "trials the best one's are kept); --fresh trains it again"
+    "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
+    "sweep's trials the best one's are kept); --fresh trains it again"
 )
 
 
@@ -237,7 +237,7 @@ class RunFolder:
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 
     def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
-        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint``, where there is one."""
+        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint`` if there is one."""
         try:
             if not self.prompts.is_dir():  # which would be taken for a name on the hub
                 return False
