@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -223,6 +224,16 @@ def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> No
     (axes,) = drawn[0].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cls", "image"]
     assert sorted(bar.get_height() for bar in axes.patches) == [0.4, 0.5, 0.6]
+
+
+def test_names_of_locations_stand_side_by_side(tmp_path, drawn) -> None:
+    lines = {
+        method: dict.fromkeys(locations, (0.5, None)) for method, locations in ablations.LOCATIONS.items()
+    }
+    plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+    figure = drawn[-1]
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_more_lines_than_styles_are_refused(tmp_path) -> None:
