@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vpt_fast import loop
@@ -282,6 +283,19 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
     (prompts / "config.json").write_text(json.dumps(config))
     result = command("eval", prompts, "--data", color_images)
     assert result.exit_code == 2 and "fingerprint" in result.stderr
+
+
+def test_run_on_a_backbone_that_its_seed_drew_is_evaluated(command, color_images, tmp_path):
+    flags = dict(backbone="test_vit", seed=7, epochs=1)
+    trained = command(*train_arguments(color_images, tmp_path / "run", **flags), "--no-pretrained")
+    assert trained.exit_code == 0, trained.output
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    result = command("eval", tmp_path / "run", "--data", color_images, "--json")
+    assert result.exit_code == 0, result.stderr
+    known = json.loads((tmp_path / "run" / "results.json").read_text())["val_accuracy"]
+    assert json.loads(result.stdout)["accuracy"] == known
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's draws are its own
 
 
 def test_run_trained_with_kernels_by_name_is_evaluated_where_these_are_not(
