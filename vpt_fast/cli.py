@@ -84,7 +84,7 @@ def train(
     debug: DebugFlag = False,
     **flags: Any,
 ) -> None:
-    """Train visual prompts, or a linear probe, on a folder of images.
+    """Train visual prompts, or what else --method names, on a folder of images.
 
     Ctrl-C stops after the step at hand; the same command goes on after the last completed epoch, to the
     results of an uninterrupted run. Under torchrun, the processes share every batch.
