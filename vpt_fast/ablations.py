@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,7 +207,7 @@ def run_ablation(
     """
     _require_same_ablation(name, points, out)
     console = console or Console(quiet=True)
-    ablation, cache = ABLATIONS[name], TrainingCache()
+    ablation, cache, stop = ABLATIONS[name], TrainingCache(), threading.Event()
     for point in points:
         try:
             require_trials(point.sweep, cache)
@@ -217,7 +218,7 @@ def run_ablation(
     for point in points:
         console.rule(f"{point.line}: {ablation.x_label} {point.value}")
         folder = out / point.line.replace(", ", "-").replace(" ", "-") / str(point.value)
-        found = run_sweep(point.sweep, folder, console=console, cache=cache)
+        found = run_sweep(point.sweep, folder, console=console, cache=cache, stop=stop)
         if not found["finished"]:
             return {"ablation": name, "points": rows, "finished": False}
         final = found["final"]
@@ -237,6 +238,8 @@ def run_ablation(
         results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
         write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         _draw(ablation, rows, out / "ablation.png")
+        if stop.is_set():  # too late for this point
+            break
     return results
 
 

@@ -152,6 +152,7 @@ def prepare(
     console.print(f"{prepared.images:,} images: {prepared.folder}", highlight=False)
     if not prepared.is_published:
         console.print(
-            "[yellow]The training images are a choice of the same form, not those that VTAB-1k published:[/] "
-            "results are not comparable to published ones image by image."
+            "The training images are a choice of the same form, not those that VTAB-1k published: "
+            "results are not comparable to published ones image by image.",
+            style="yellow",
         )

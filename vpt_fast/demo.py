@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
     known = json.loads(results_file.read_text()) if results_file.exists() and not fresh else {}
     results: dict[str, dict[str, Any]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
+    stop = threading.Event()
     for recipe in demo_recipes(digits):
         name, run = NAMES[recipe.method], out / recipe.method
         console.rule(name)
-        result = train(recipe, run, console=console, fresh=fresh)
-        if not result.is_finished:
+        result = train(recipe, run, console=console, fresh=fresh, stop=stop)
+        if not result.is_finished or stop.is_set():
             console.print(f"Stopped after epoch {len(result.metrics)}; the same command goes on from there.")
             return False
         curves[name] = result.metrics

@@ -65,7 +65,14 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 class LastingConsole(Console):
     """Stdout of a command that does long work: once nobody reads it (`vpt-fast train ... | head`), it
-    falls silent and the work goes on."""
+    falls silent and the work goes on.
+
+    Brackets and colons of a path are no markup to it, and a line stays one where it is long, so that paths
+    can be copied and logs be searched.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, soft_wrap=True, **settings)
 
     def on_broken_pipe(self) -> None:
         # The process's own, not this console's alone: Python flushes at its end what could not be written.

@@ -62,7 +62,7 @@ class LoadedRun:
         Raises ValueError when there is none, or when the backbone is not the one that it was trained on.
         """
         folder = RunFolder(run).prompts
-        if (run / LABELS_FILE).exists():
+        if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
             folder = run
         elif not folder.exists() and RunFolder(run).config.exists():
             if RunFolder(run).checkpoint.exists():
@@ -75,7 +75,11 @@ class LoadedRun:
         settings, _ = read_pretrained(folder)
         # Here may be neither the device nor the precision that the run's kernels were named for.
         kernels = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
-        return cls(load_pretrained(folder, **kernels).to(chosen).eval(), labels, chosen)
+        with torch.random.fork_rng(devices=[]):
+            # A backbone that nobody published weights of was drawn by the run's seed, and nothing before it.
+            torch.manual_seed(labels.seed)
+            model = load_pretrained(folder, **kernels)
+        return cls(model.to(chosen).eval(), labels, chosen)
 
 
 @dataclass(frozen=True)

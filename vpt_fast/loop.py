@@ -89,12 +89,14 @@ def train(
     fresh: bool = False,
     cache: TrainingCache | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains ``recipe`` in the run folder ``out``, going on from where an earlier call with it was stopped.
 
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
     first. ``cache`` spares a run what an earlier one of this process loaded. ``on_epoch`` is called with the
-    row of each epoch that this call completed and saved; what it raises ends the call.
+    row of each epoch that this call completed and saved; what it raises ends the call. ``stop`` is set by the
+    first of these signals, which may come too late to stop this run: whoever has others to train looks at it.
 
     Raises:
         ValueError: what was asked for cannot be had (RunError for the folder, DataError for the data).
@@ -206,7 +208,8 @@ def train(
                 folder.save_prompts(model, labels)
         events = open_events(recipe, folder, world, done)
 
-        stop = stack.enter_context(stop_signals())
+        stop = stop or threading.Event()
+        stack.enter_context(stop_signals(stop))
         progress = stack.enter_context(Progress(console, recipe.epochs, len(train_batches), done=done))
         for epoch in range(done, recipe.epochs):
             lr = recipe.learning_rate(epoch)
@@ -412,11 +415,10 @@ def restore_prompts(
 
     Raises RunError where backbone or classes are not those that the run was begun with.
     """
-    if begun.checkpoint is None:
-        if not folder.prompts.exists():
-            console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
-        return
     if folder.holds_prompts_of(begun.checkpoint):
+        return
+    if begun.checkpoint is None:
+        console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
         return
     model = build_seeded(recipe, splits, cache)
     checks = (
@@ -669,9 +671,8 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second interrupts at once."""
-    stop = threading.Event()
+def stop_signals(stop: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets ``stop``; the second interrupts at once."""
     process = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
@@ -686,11 +687,11 @@ def stop_signals() -> Iterator[threading.Event]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield stop
+        yield
         return
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

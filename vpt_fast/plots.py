@@ -90,10 +90,11 @@ def plot_ablation(
     """
     if len(lines) > len(STYLES):
         raise ValueError(f"lines: got {len(lines)}, want at most {len(STYLES)}, which can be told apart")
-    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=120)
-    axes = figure.subplots()
     values = list(dict.fromkeys(value for line in lines.values() for value in line))
     is_numeric = all(isinstance(value, int | float) for value in values)
+    width = 6.4 if is_numeric else max(6.4, 2.4 + 1.1 * len(values))  # names stand side by side
+    figure = Figure(figsize=(width, 4), layout="constrained", dpi=120)
+    axes = figure.subplots()
     for i, ((name, line), style) in enumerate(zip(lines.items(), STYLES, strict=False)):
         means = [mean for mean, _ in line.values()]
         errors = [math.nan if deviation is None else deviation for _, deviation in line.values()]

@@ -74,7 +74,7 @@ def print_start(
     table.add_row("run folder", str(out))
     console.print(table, highlight=False)
     if free is not None and expected > free:
-        console.print("[yellow]More memory is expected than is free: --accumulate splits a batch.[/]")
+        console.print("More memory is expected than is free: --accumulate splits a batch.", style="yellow")
     print_skipped(console, skipped)
 
 
@@ -82,9 +82,9 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
     """The images that were left out, the first few by name."""
     if not skipped:
         return
-    console.print(f"[yellow]{len(skipped)} images cannot be read and are left out:[/]")
+    console.print(f"{len(skipped)} images cannot be read and are left out:", style="yellow")
     for image in skipped[:NAMES_SHOWN]:
-        console.print(f"  {image.path}: {image.reason}", highlight=False, markup=False)
+        console.print(f"  {image.path}: {image.reason}", highlight=False)
     if len(skipped) > NAMES_SHOWN:
         console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
 

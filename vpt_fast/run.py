@@ -40,8 +40,8 @@ from vpt_fast.recipe import SEGMENTATION, Recipe
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"
 PROMPTS_GONE = (
-    "its prompts are gone, and so is the checkpoint that they could be written from (of a sweep's trials the "
-    "best one's are kept); --fresh trains it again"
+    "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
+    "sweep's trials the best one's are kept); --fresh trains it again"
 )
 
 
@@ -177,11 +177,15 @@ class RunFolder:
         """Removes an earlier run where there is one, and nothing else that the folder may hold."""
         if not self.config.exists():
             return
-        for path in (self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint):
+        # What config.yaml says that there is goes before it: stopped on the way, what is left is still this
+        # run, and no run that begins here later takes its checkpoint or results for its own.
+        for path in (self.results, self.checkpoint, self.metrics, self.curves):
             path.unlink(missing_ok=True)
         for path in (self.prompts, self.tensorboard):
             if path.is_dir():
                 shutil.rmtree(path)
+        for path in (self.config, self.facts):
+            path.unlink(missing_ok=True)
 
     def read(self) -> Begun | None:
         """The run in this folder, None where there is none; RunError for a broken file."""
@@ -232,8 +236,8 @@ class RunFolder:
         model.save_pretrained(self.prompts)
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 
-    def holds_prompts_of(self, checkpoint: Checkpoint) -> bool:
-        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint``."""
+    def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
+        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint`` if there is one."""
         try:
             if not self.prompts.is_dir():  # which would be taken for a name on the hub
                 return False
@@ -241,6 +245,8 @@ class RunFolder:
             _, saved = read_pretrained(self.prompts)
         except (ValueError, OSError):
             return False
+        if checkpoint is None:
+            return True
         wanted = checkpoint.trainable
         return saved.keys() == wanted.keys() and all(
             saved[name].dtype == tensor.dtype and torch.equal(saved[name], tensor)

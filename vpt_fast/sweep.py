@@ -24,7 +24,9 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -245,6 +247,7 @@ def run_sweep(
     storage: str | None = None,
     console: Console | None = None,
     cache: TrainingCache | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Works through what is not done yet of `sweep` in the folder `out`; returns what results.json holds.
 
@@ -254,6 +257,7 @@ def run_sweep(
     Args:
         storage: URL of an Optuna storage that several machines share; None for a file in `out`.
         cache: shared with other sweeps of this process.
+        stop: set by these signals, for whoever has other sweeps to run.
 
     Raises:
         ValueError: `out` holds another sweep, the data cannot be used, there is no model for one of the
@@ -261,6 +265,7 @@ def run_sweep(
     """
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
+    stop = stop or threading.Event()
     require_trials(sweep, cache)
     plan = _FinalPlan.of(sweep, cache)
     inputs = digest_inputs(sweep, cache)
@@ -290,6 +295,7 @@ def run_sweep(
                     cache=cache,
                     display=display,
                     after=lambda: _tidy(_collect(sweep, plan, search, final, out), out),
+                    stop=stop,
                 ).work()
         results = _collect(sweep, plan, search, final, out)
         if sweep.axes and results["best"] is None:
@@ -310,6 +316,7 @@ def run_sweep(
                 cache=cache,
                 display=display,
                 after=lambda: _collect(sweep, plan, search, final, out),
+                stop=stop,
             ).work()
     except Stopped:
         pass
@@ -551,8 +558,12 @@ def _open_studies(
     from sqlalchemy.exc import SQLAlchemyError  # what Optuna's storage is made of
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = storage or f"sqlite:///{(out / 'study.db').resolve()}"
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    # Not by a URL of its own: a folder's name may hold what means something in one, or to Optuna ({}).
+    path = (out / "study.db").resolve()
+    url = storage or "sqlite:///study.db"
+    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    if storage is None:
+        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
     with _lock(out), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -570,7 +581,8 @@ def _open_studies(
         final = optuna.create_study(
             storage=opened, study_name=f"{name}-final", direction="maximize", load_if_exists=True
         )
-    seed += len(search.trials)  # a sampler that goes on would draw again what it drew at first
+    # A sampler that goes on would draw again what it drew at first; numpy's seeds have 32 bits.
+    seed = (seed + len(search.trials)) % 2**32
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     if sweep.sampler in samplers:
         search.sampler = samplers[sweep.sampler](seed=seed)
@@ -608,6 +620,7 @@ class _Worker:
     cache: TrainingCache
     display: _Display
     after: Callable[[], Any]
+    stop: threading.Event
 
     def work(self) -> None:
         while True:
@@ -635,6 +648,8 @@ class _Worker:
     def _take_one(self) -> None:
         self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
         self.after()
+        if self.stop.is_set():  # too late for the trial, which came to its end
+            raise Stopped
 
     def _objective(self, trial: Trial) -> float:
         import optuna
@@ -660,7 +675,7 @@ class _Worker:
 
         self.display.begin(params)
         try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch)
+            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -846,9 +861,7 @@ class _Display:
 
     def end(self, params: Params, outcome: str) -> None:
         seconds = time.perf_counter() - self._started
-        self._console.print(
-            f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False, markup=False
-        )
+        self._console.print(f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False)
         left = self._total - self._done - 1
         if self._first_seconds is None and left > 0:
             self._first_seconds = seconds

@@ -77,6 +77,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
     for path in (found for folder in folders for found in _find(folder)):
+        if not (path / "results.json").exists():
+            notes.append(f"{path}: the run is not finished; left out")
+            continue
         results = _read(path / "results.json")
         if results.get("kind") == "sweep":
             _require(path / "results.json", results, *SWEEP_KEYS)
@@ -138,12 +141,13 @@ def _require(path: Path, values: dict[str, Any], *keys: str) -> None:
 
 
 def _find(folder: Path) -> list[Path]:
+    """The folders of results that there are, and runs that have none yet."""
     if (folder / "results.json").exists():
         return [folder]
-    below = sorted(path.parent for path in folder.glob("*/results.json"))
-    if not below:
+    if not any(folder.glob("*/results.json")):
         raise ValueError(f"{folder}: no results.json there or in a folder below; the runs must be finished")
-    return below
+    files = ("results.json", RunFolder(folder).config.name)
+    return sorted({path.parent for name in files for path in folder.glob(f"*/{name}")})
 
 
 def _task(values: dict[str, Any]) -> str:
@@ -355,7 +359,7 @@ def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> s
     if form not in FORMATS:
         raise ValueError(f"format is {form!r}; it must be one of {', '.join(FORMATS)}")
     if not entries:
-        raise ValueError("there are no finished runs to tabulate")
+        raise ValueError("; ".join(["there are no finished runs to tabulate", *notes]))
     rows, more = make_rows(entries)
     if form == "csv":
         return _csv(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from vpt_fast.data import export_digits
 from vpt_fast.recipe import Recipe
+from vpt_fast.run import RunFolder
 
 CLASSES = ("blue", "green", "red")
 
@@ -88,3 +90,15 @@ def command():
     from vpt_fast.cli import app
 
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def late_ctrl_c(monkeypatch) -> None:
+    """Sends this process SIGINT when a run has come to its end, and nothing of it is left to stop."""
+    original = RunFolder.save_results
+
+    def save_results(folder, results):
+        original(folder, results)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "save_results", save_results)

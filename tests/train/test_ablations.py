@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -196,6 +197,16 @@ def test_other_ablation_in_the_same_folder_is_refused_and_replaces_nothing(
     assert (ablated / "results.json").read_bytes() == written
 
 
+def test_ctrl_c_that_is_too_late_for_a_point_stops_the_ablation_behind_it(
+    settings, tmp_path, monkeypatch, late_ctrl_c
+) -> None:
+    monkeypatch.setattr(ablations, "LENGTHS", (1, 2))
+    points = plan_ablation("length", settings, seeds=(1,))
+    first = run_ablation("length", points, tmp_path / "a")
+    assert not first["finished"] and len(first["points"]) == 1
+    assert run_ablation("length", points, tmp_path / "a")["finished"]
+
+
 def test_ablation_may_be_given_more_points(settings, ablated) -> None:
     points = plan_ablation("length", settings, methods=["vpt-deep", "vpt-shallow"], seeds=(1,))
     assert len(run_ablation("length", points, ablated)["points"]) == 4
@@ -213,6 +224,16 @@ def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> No
     (axes,) = drawn[0].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cls", "image"]
     assert sorted(bar.get_height() for bar in axes.patches) == [0.4, 0.5, 0.6]
+
+
+def test_names_of_locations_stand_side_by_side(tmp_path, drawn) -> None:
+    lines = {
+        method: dict.fromkeys(locations, (0.5, None)) for method, locations in ablations.LOCATIONS.items()
+    }
+    plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+    figure = drawn[-1]
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_more_lines_than_styles_are_refused(tmp_path) -> None:

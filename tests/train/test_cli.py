@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vpt_fast import loop
@@ -58,6 +59,21 @@ def test_train_says_what_where_and_at_what_cost(command, color_images, tmp_path)
         str(tmp_path / "run"),
     ):
         assert text in result.output
+
+
+def test_names_with_brackets_and_long_paths_are_printed_as_they_are(command, images, tmp_path):
+    data = images.rename(images.with_name("colors[v2]"))
+    out = tmp_path / ("long-" * 12) / "run[v2]"
+    result = command(*train_arguments(data, out, epochs=1))
+    assert "colors[v2]: 3 classes" in "".join(line.strip() for line in result.stdout.splitlines())
+    assert result.stdout.splitlines()[-1].endswith(f"after 1 epochs; run folder {out}")
+
+
+def test_an_epoch_is_one_line(command, color_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    result = command(*train_arguments(color_images, tmp_path / "run", epochs=2))
+    lines = [line for line in result.stdout.splitlines() if "images/s" in line]
+    assert [line.split()[:2] for line in lines] == [["epoch", "1/2"], ["epoch", "2/2"]]
 
 
 def test_run_folder_holds_config_prompts_metrics_and_curves(run):
@@ -218,6 +234,18 @@ def test_train_of_a_finished_run_without_prompts_says_that_they_are_gone(
     assert "its prompts are gone" in output and "holds this run, finished" in output
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "labels.json", "config.json"])
+def test_train_of_a_finished_run_without_its_checkpoint_says_that_its_prompts_are_damaged(
+    command, run, color_images, tmp_path, name
+):
+    folder = RunFolder(Path(shutil.copytree(run, tmp_path / "damaged")))
+    folder.checkpoint.unlink()
+    same = train_arguments(color_images, folder.path)
+    assert "damaged" not in command(*same).stdout.replace(str(folder.path), "")
+    (folder.prompts / name).write_bytes((folder.prompts / name).read_bytes()[:-20])
+    assert "its prompts are gone or damaged" in command(*same).stdout
+
+
 def test_going_on_removes_what_a_killed_process_left(command, run, color_images, tmp_path):
     folder = RunFolder(Path(shutil.copytree(run, tmp_path / "killed")))
     left = [
@@ -260,6 +288,19 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
     assert result.exit_code == 2 and "fingerprint" in result.stderr
 
 
+def test_run_on_a_backbone_that_its_seed_drew_is_evaluated(command, color_images, tmp_path):
+    flags = dict(backbone="test_vit", seed=7, epochs=1)
+    trained = command(*train_arguments(color_images, tmp_path / "run", **flags), "--no-pretrained")
+    assert trained.exit_code == 0, trained.output
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    result = command("eval", tmp_path / "run", "--data", color_images, "--json")
+    assert result.exit_code == 0, result.stderr
+    known = json.loads((tmp_path / "run" / "results.json").read_text())["val_accuracy"]
+    assert json.loads(result.stdout)["accuracy"] == known
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's draws are its own
+
+
 def test_run_trained_with_kernels_by_name_is_evaluated_where_these_are_not(
     command, run, color_images, tmp_path
 ):
@@ -288,7 +329,8 @@ def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, co
 
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
-    assert result.exit_code == 2 and "neither a run folder nor its prompts folder" in result.stderr
+    assert result.exit_code == 2
+    assert f"{tmp_path} is neither a run folder nor its prompts folder" in result.stderr
 
 
 @pytest.mark.parametrize(

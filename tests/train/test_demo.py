@@ -57,6 +57,14 @@ def test_second_demo_prints_the_same_table_and_trains_nothing(small_demo, comman
     assert table_of(again.stdout) == table_of(first.stdout)
 
 
+def test_ctrl_c_that_is_too_late_for_a_method_stops_the_demo_behind_it(
+    small_demo, command, tmp_path, late_ctrl_c
+):
+    result = command("demo", "--out", tmp_path / "demo")
+    assert result.exit_code == 130 and "the same command goes on" in result.stdout
+    assert (tmp_path / "demo" / "linear").exists() and not (tmp_path / "demo" / "vpt-shallow").exists()
+
+
 def test_fresh_demo_trains_again(small_demo, command, tmp_path):
     command("demo", "--out", tmp_path / "demo")
     result = command("demo", "--out", tmp_path / "demo", "--fresh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -242,6 +243,35 @@ def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
     with pytest.raises(ValueError, match="img_size"):
         train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run", fresh=True)
     assert train(recipe, tmp_path / "run").metrics == old.metrics
+
+
+@pytest.mark.parametrize("removals", range(7))
+def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
+    recipe, tmp_path, monkeypatch, removals
+):
+    train(dataclasses.replace(recipe, tensorboard=False), tmp_path / "run")
+    unlink, rmtree, done = Path.unlink, shutil.rmtree, []
+
+    def until_stopped(remove):
+        def call(path, **arguments):
+            if len(done) == removals:
+                raise KeyboardInterrupt
+            done.append(path)
+            remove(path, **arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", until_stopped(unlink))
+        patch.setattr(shutil, "rmtree", until_stopped(rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            RunFolder(tmp_path / "run").clear()
+    assert len(done) == removals
+    other = dataclasses.replace(recipe, base_lr=0.5)
+    fresh = (tmp_path / "run" / "config.yaml").exists()  # else there is no run to be seen
+    interrupt_at_step(monkeypatch, 1)
+    train(other, tmp_path / "run", fresh=fresh)
+    require_equal(train(other, tmp_path / "run"), train(other, tmp_path / "alone"))
 
 
 def test_fresh_removes_nothing_that_is_not_of_a_run(recipe, tmp_path):

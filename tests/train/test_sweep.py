@@ -127,6 +127,16 @@ def test_ctrl_c_gives_the_trial_back_and_its_run_goes_on(settings, tmp_path, mon
     assert finished == run_sweep(plan, tmp_path / "whole")
 
 
+def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
+    settings, tmp_path, late_ctrl_c, trained
+):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1, 2))
+    for done in (1, 2, 3, 4):
+        found = run_sweep(plan, tmp_path)
+        assert len(trained) == done and found["finished"] == (done == 4)
+    assert len(set(trained)) == 4 and len(found["trials"]) == 2
+
+
 def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     inputs = digest_inputs(plan, TrainingCache())
@@ -182,6 +192,12 @@ def test_storage_that_cannot_be_opened_is_refused_without_its_url(settings, tmp_
     with pytest.raises(ValueError, match="storage cannot be opened") as raised:
         run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path, storage=storage)
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_study_lies_in_the_folder_whatever_that_is_called(settings, tmp_path):
+    folder = tmp_path / "{x} 50%25?y#z"
+    run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), folder)
+    assert (folder / "study.db").stat().st_size > 0 and list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(
@@ -370,6 +386,11 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
     )
     found = run_sweep(plan, tmp_path)
     assert found["finished"] and 1 <= len(found["trials"]) <= 2
+
+
+def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
+    plan = Sweep({**settings, "seed": 2**40}, {"base_lr": (0.5, 0.1)}, seeds=(1,), sampler="tpe", trials=1)
+    assert run_sweep(plan, tmp_path)["finished"]
 
 
 def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):

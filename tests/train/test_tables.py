@@ -212,6 +212,14 @@ def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
     assert entries == [] and "not finished" in notes[0]
 
 
+def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):
+    for seed in (1, 2, 3):
+        run(f"seed-{seed}", seed=seed, test_accuracy=0.5)
+    (tmp_path / "seed-3" / "results.json").unlink()
+    (entry,), notes = read_entries([tmp_path])
+    assert entry.runs == 2 and notes == [f"{tmp_path / 'seed-3'}: the run is not finished; left out"]
+
+
 def test_folder_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json there"):
         read_entries([tmp_path])
@@ -299,6 +307,7 @@ def test_table_command_writes_a_file(command, sweep, tmp_path):
 def test_table_of_nothing_finished_is_refused(command, sweep):
     result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
     assert result.exit_code == 2 and "no finished runs" in result.stderr
+    assert "the sweep is not finished; left out" in result.stderr
 
 
 def test_backbone_without_weights_is_held_against_nothing_published(sweep):
