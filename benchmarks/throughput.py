@@ -51,6 +51,8 @@ from torch import Tensor
 
 from vpt_fast.engine.policy import POLICIES
 
+TABLE_WIDTH = 180  # that of a GPU's longest names beside every column is 168
+
 
 @dataclass
 class Row:
@@ -469,7 +471,7 @@ def main(
             require_possible(setting, names, policies)
             settings[setting] = chosen_entrants(names, policies, family, on_gpu)
     console = Console()
-    console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
+    console.width = max(console.width, TABLE_WIDTH)  # a table cut to a pipe's 80 columns says nothing
     steps = steps or (10 if on_gpu else 1)
     common = {"dtype": dtype, "image_size": image_size, "repeats": repeats, "steps": steps}
     report = Report(output, {**make_header(where), **common}, settings)

@@ -253,6 +253,20 @@ def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.Monkey
     assert "WRONG" in line and "5.0e-03" in line
 
 
+def test_a_gpus_longest_row_is_printed_whole() -> None:
+    name = max(implementations.ON_A_GPU, key=len)
+    row = make_row(
+        name, memory="recompute_mlp", dtype="amp", exact=True, rank=10, images_per_second=10_000.0,
+        images_per_second_min=10_000.0, images_per_second_max=10_000.0, forward_ms=100.0, backward_ms=100.0,
+        optimizer_ms=100.0, peak_mib=100_000.0, kept_mib_per_image=1000.0, largest_batch=65_535,
+        share_of_ceiling=0.5, gradient_error=1e-2,
+    )  # fmt: skip
+    text = io.StringIO()
+    Console(file=text, width=throughput.TABLE_WIDTH).print(throughput.make_table([row], "bfloat16"))
+    assert f"{name}, recompute_mlp, amp" in text.getvalue()
+    assert "…" not in text.getvalue()
+
+
 class GraphOnCPU:
     """In GraphedStep's place: ordinary steps, three of them, and then `replay`, an ordinary one, too.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from graph_on_cpu import CPUStream, capture_on_cpu
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -26,25 +27,9 @@ from vpt_fast.recipe import Recipe
 RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.3)  # as a scheduler would assign them, past the warm-up
 
 
-class CPUStream:
-    """In place of CUDA's: a replay that runs the captured step again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.captures = 0
-
-    def run(self, step: Callable[[], None]) -> None:
-        step()
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        self.captures += 1
-        return step
-
-
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "_CaptureStream", CPUStream)
-    monkeypatch.setattr(graphed, "_device_of", lambda model, optimizer: torch.device("cpu"))
+    capture_on_cpu(monkeypatch)
 
 
 def make_model() -> nn.Module:

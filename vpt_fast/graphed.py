@@ -345,7 +345,7 @@ class _CaptureStream:
 @contextmanager
 def _without_stale_streams() -> Iterator[None]:
     """Lets a capture pass by the default stream, which autograd remembers of a parameter for as long as the
-    loss of an ordinary step is alive (in a notebook, for one). PyTorch 2.11 and newer can."""
+    loss of an ordinary step is alive (in a notebook, for one). PyTorch 2.11 cannot, 2.14 can."""
     set_override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
     if set_override is None:
         yield

@@ -216,7 +216,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             seed_epoch(recipe.seed, epoch, world.rank)
-            model.train()
+            network.train()  # which evaluation left in eval mode; the model is in it
             started = time.perf_counter()
             totals = train_epoch(epoch, step, train_batches, recipe, optimizer, world, stop, progress)
             if totals is None:  # asked to stop: what this epoch had done is dropped

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from graph_on_cpu import capture_on_cpu
 from safetensors.torch import load_file, save_file
 
 from vpt_fast import load_pretrained, loop
@@ -79,6 +80,18 @@ def test_training_set_that_is_smaller_than_the_batch_is_one_step_by_the_batch_s_
     one_step = dataclasses.replace(small, batch_size=27, base_lr=0.5 * 128 / 27)
     assert found.metrics[0]["lr"] == pytest.approx(0.5 * 128 / 256)
     require_equal(found, train(one_step, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])  # of which one is trained on cached features
+def test_captured_steps_go_on_after_an_evaluation(recipe, tmp_path, monkeypatch, method):
+    prompts = {} if method == "vpt-deep" else dict(num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(recipe, method=method, batch_size=4, epochs=2, **prompts)
+    eager = train(recipe, tmp_path / "eager")
+    capture_on_cpu(monkeypatch)
+    monkeypatch.setattr(loop, "captures_steps", lambda *_: True)
+    captured = train(recipe, tmp_path / "captured")
+    for ours, theirs in zip(captured.metrics, eager.metrics, strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
