@@ -253,6 +253,34 @@ def test_a_failing_gradient_check_takes_the_rank_away(monkeypatch: pytest.Monkey
     assert "WRONG" in line and "5.0e-03" in line
 
 
+@pytest.mark.parametrize(
+    ("implementation", "values", "is_ours"),
+    [
+        ("vpt_fast_graphed", dict(images_per_second=1.0, exact=False), True),
+        ("vpt_fast", dict(images_per_second=1.0, exact=True), False),
+        ("vpt_fast", dict(images_per_second=1.0, exact=False, error="not checked: no definition"), False),
+        ("vpt_fast", dict(exact=False, error="CUDA out of memory"), False),
+        ("concat_timm", dict(images_per_second=1.0, exact=False), False),
+    ],
+)
+def test_wrong_gradients_of_vpt_fast_are_a_failure(implementation, values, is_ours) -> None:
+    assert throughput.is_our_mistake(make_row(implementation, **values)) == is_ours
+
+
+def test_the_command_fails_where_vpt_fast_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceilings.LARGE, "cpu", 128)
+    wrong = implementations.peer(WrongGradient)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "vpt_fast_wrong", wrong)
+    arguments = "--models test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 1 --device cpu"
+    app = throughput.typer.Typer()
+    app.command()(throughput.main)
+    chosen = ["--implementations", "vpt_fast_wrong,concat_timm", "--output", str(tmp_path / "report.json")]
+    result = CliRunner().invoke(app, [*arguments.split(), *chosen])
+    assert result.exit_code == 1
+    assert "wrong gradients: vpt_fast_wrong" in result.output
+    assert json.loads((tmp_path / "report.json").read_text())["finished"] is True
+
+
 def test_a_gpus_longest_row_is_printed_whole() -> None:
     name = max(implementations.ON_A_GPU, key=len)
     row = make_row(
