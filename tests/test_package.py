@@ -37,6 +37,7 @@ LAYERS = {
     "train": [
         "methods",
         "parameters",
+        "failures",
         "recipe",
         "world",
         "plots",

@@ -96,7 +96,7 @@ def train(
         console.print(f"Stopped after epoch {done} of {epochs}; the same command goes on from there.")
         raise typer.Exit(130)
     if result.new_epochs == 0:
-        console.print(f"{result.path} holds this run, finished; --fresh trains it again.")
+        console.print(f"{result.path} holds this run, trained to its end; --fresh trains it again.")
     found = [
         f"{split} {called} {value:.2%}"
         for split in ("val", "test")

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.recipe import Recipe
 
 
@@ -45,8 +46,6 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    from vpt_fast.loop import SavingFailed, TrainingDiverged
-
     try:
         yield
     except (TrainingDiverged, SavingFailed) as error:

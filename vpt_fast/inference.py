@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from vpt_fast.classification import Evaluation, evaluate
 from vpt_fast.classifier import TunedClassifier, TunedModel, read_pretrained
@@ -29,7 +30,7 @@ from vpt_fast.data.images import require_utf8
 from vpt_fast.pretrained import load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
-from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder
+from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder, list_digest
 from vpt_fast.world import World, find_device
 
 BATCH_SIZE = 64
@@ -219,7 +220,17 @@ def open_split(
         other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
         raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
     images = splits.test if split == "test" else splits.val
-    with checking_images(console or Console(quiet=True), len(images)) as advance:
+    console = console or Console(quiet=True)
+    if split == "val" and splits.val_is_drawn and labels.val_listed is not None:
+        if list_digest(str(data), images) != labels.val_listed:
+            console.print(
+                f"[yellow]note:[/] val is drawn from {escape(str(data))} by the run's seed, and is not what "
+                "the run held out: images were added or removed since, or these are others. The run may have "
+                "been trained on some of them.",
+                highlight=False,
+                soft_wrap=True,
+            )
+    with checking_images(console, len(images)) as advance:
         checked = check_images(
             images,
             workers=workers,

@@ -29,6 +29,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH, Classification
 from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
 from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
+from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.graphed import CaptureError, GraphedStep
 from vpt_fast.methods import build_model
 from vpt_fast.plots import plot_curves
@@ -50,14 +51,6 @@ from vpt_fast.segmentation import Segmentation
 from vpt_fast.world import World, join_world
 
 CHECK_EVERY = 16  # steps between looks at the loss: each look makes the CPU wait for a GPU
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or a parameter stopped being a finite number."""
-
-
-class SavingFailed(OSError):
-    """The run folder could not be written; it holds the last good state."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +195,7 @@ def train(
                 folder.clear()
                 folder.begin(recipe, facts)
         done = len(rows)
-        labels = labels_of(recipe, splits, preprocessing)
+        labels = labels_of(recipe, splits, preprocessing, listed["val"])
         if done == recipe.epochs and world.is_main:
             with saving(folder, "the prompts"):  # which may be damaged, and no epoch is left to write them
                 folder.save_prompts(model, labels)
@@ -432,15 +425,17 @@ def restore_prompts(
         )
     model.load_trainable_state_dict(begun.checkpoint.trainable)
     with saving(folder, "the prompts"):
-        folder.save_prompts(model, labels_of(recipe, splits, problem.preprocessing(recipe, model)))
+        val_listed = begun.facts["data"].get("listed", {}).get("val")
+        preprocessing = problem.preprocessing(recipe, model)
+        folder.save_prompts(model, labels_of(recipe, splits, preprocessing, val_listed))
     console.print(f"{folder.prompts} was damaged, and is written again from the checkpoint.", highlight=False)
 
 
-def labels_of(recipe: Recipe, splits: Any, preprocessing: Any) -> Labels:
+def labels_of(recipe: Recipe, splits: Any, preprocessing: Any, val_listed: str | None) -> Labels:
     """What is saved beside the prompts of a resolved recipe's run."""
     return Labels(
         splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on,
-        recipe.ignore_zero,
+        recipe.ignore_zero, val_listed,
     )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class Labels:
     task: str | None = None
     train_on: str = "train"
     ignore_zero: bool | None = None  # of a segmenter's data
+    val_listed: str | None = None  # `list_digest` of val; None of a run without, or older than this field
 
     def to_json(self) -> str:
         return _json(
@@ -85,6 +86,7 @@ class Labels:
                     "val_fraction": self.val_fraction,
                     "seed": self.seed,
                     "ignore_zero": self.ignore_zero,
+                    "val_listed": self.val_listed,
                 },
             }
         )

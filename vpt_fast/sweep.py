@@ -45,7 +45,8 @@ from vpt_fast.backbones.resolve import sharing_backbones
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.loop import TrainingDiverged, graph_obstacle, require_attention, train
+from vpt_fast.failures import TrainingDiverged
+from vpt_fast.loop import graph_obstacle, require_attention, train
 from vpt_fast.methods import build_model_without_values
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write

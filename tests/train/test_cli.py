@@ -87,7 +87,7 @@ def test_run_folder_holds_config_prompts_metrics_and_curves(run):
 
 def test_finished_run_says_so(command, run, color_images):
     result = command(*train_arguments(color_images, run))
-    assert result.exit_code == 0 and "holds this run, finished" in result.output
+    assert result.exit_code == 0 and "holds this run, trained to its end" in result.output
 
 
 def test_eval_counts_each_class(command, run, color_images):
@@ -231,7 +231,7 @@ def test_train_of_a_finished_run_without_prompts_says_that_they_are_gone(
     command, without_prompts, color_images
 ):
     output = " ".join(command(*train_arguments(color_images, without_prompts)).output.split())
-    assert "its prompts are gone" in output and "holds this run, finished" in output
+    assert "its prompts are gone" in output and "holds this run, trained to its end" in output
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "labels.json", "config.json"])
@@ -500,6 +500,24 @@ def test_folder_without_val_is_split_the_same_way_by_eval(command, images, tmp_p
     found = json.loads(command("eval", tmp_path / "run", "--data", images / "train", "--json").stdout)
     assert found["images"] == 6
     assert found["accuracy"] == RunFolder(tmp_path / "run").read().metrics[-1]["val_accuracy"]
+
+
+def test_eval_says_that_a_folder_whose_val_is_drawn_has_other_images_now(command, images, tmp_path):
+    assert command(*train_arguments(images / "train", tmp_path / "run", epochs=1)).exit_code == 0
+    arguments = ("eval", tmp_path / "run", "--data", images / "train")
+    note = "note: val is drawn from"
+    assert note not in command(*arguments).stderr
+    extra = next((images / "val" / "red").iterdir())
+    extra.rename(images / "train" / "red" / f"0{extra.name}")  # before the others: another val is drawn
+    result = command(*arguments)
+    assert result.exit_code == 0
+    assert note in result.stderr and "may have been trained on some of them" in result.stderr
+
+
+def test_eval_says_nothing_of_other_data_with_a_val_of_their_own(command, run, images):
+    next((images / "val" / "red").iterdir()).unlink()
+    result = command("eval", run, "--data", images)
+    assert result.exit_code == 0 and "note" not in result.stderr
 
 
 def test_version(command):

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.loop import SavingFailed, TrainingDiverged, build_optimizer, train
+from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.loop import build_optimizer, train
 from vpt_fast.methods import build_model
 from vpt_fast.run import RunError, RunFolder
 

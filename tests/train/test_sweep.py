@@ -18,7 +18,7 @@ from rich.console import Console
 
 from vpt_fast import loop, sweep
 from vpt_fast.cache import TrainingCache
-from vpt_fast.loop import TrainingDiverged
+from vpt_fast.failures import TrainingDiverged
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import (
@@ -621,5 +621,5 @@ def test_sweeps_that_cannot_be_are_refused(settings, changes, reason):
 
 def test_missing_optuna_is_named(settings, monkeypatch):
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"optuna, which is not installed; pip install 'vpt_fast\[sweep\]'"):
+    with pytest.raises(ValueError, match=r"optuna, which is not installed; pip install optuna"):
         Sweep(settings, {})

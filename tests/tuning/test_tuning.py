@@ -287,6 +287,7 @@ BAD = {
         "reduction: got 33, want at most",
     ),
     "rank": (lambda vit: LoRATuning(vit, CLASSES, 0), "rank: got 0, want a whole number from 1"),
+    "large_rank": (lambda vit: LoRATuning(vit, CLASSES, 33), "rank: got 33, want at most .*width, 32"),
     "side": (lambda vit: SideTuning(vit, CLASSES), "images are 3x32x32, and the side network.* 63x63"),
     "pool": (lambda vit: FullTuning(vit, CLASSES, pool="prompts"), "pool: got 'prompts', and .* no prompts"),
     "num_prompts": (lambda vit: PromptAndBiasTuning(vit, CLASSES, 0), "num_prompts: got 0"),

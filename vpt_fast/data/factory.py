@@ -78,7 +78,7 @@ def open_factory(
         if train.classes[: len(test.classes)] != test.classes:
             raise DataError(f"{name}: the test split has other classes than train")
         test = ImageList(test.items, test.labels, train.classes)
-    return Splits(train, val, test)
+    return Splits(train, val, test, val_is_drawn=True)
 
 
 def open_set(name: str, root: str | None, split: str, label_field: str | None = None) -> Any:

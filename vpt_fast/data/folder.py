@@ -44,7 +44,7 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     folders = _split_folders(root)
     if not folders:
         train, val = hold_out(_list_images(root), val_fraction, seed, where=root)
-        return Splits(train, val, None)
+        return Splits(train, val, None, val_is_drawn=True)
     if "train" not in folders:
         raise DataError(f"{root}: found {some_names(_visible_folders(root))} but no train folder; {LAYOUTS}")
 
@@ -52,9 +52,9 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     _require_same_classes(folders, listed)
     found = {split: _relabel(images, listed["train"].classes) for split, images in listed.items()}
     train, val = found["train"], found.get("val")
-    if val is None:
+    if is_drawn := val is None:
         train, val = hold_out(train, val_fraction, seed, where=folders["train"])
-    return Splits(train, val, found.get("test"))
+    return Splits(train, val, found.get("test"), is_drawn)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -75,11 +75,15 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Splits:
-    """What `open_splits` found. All lists share `classes`; None where there is no such split."""
+    """What `open_splits` found. All lists share `classes`; None where there is no such split.
+
+    val_is_drawn: whether val was held out of the training images by a seed.
+    """
 
     train: ImageList
     val: ImageList | None
     test: ImageList | None
+    val_is_drawn: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -55,9 +55,9 @@ def open_shards(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     """
     found = read_shards(root)
     train, val = found["train"], found.get("val")
-    if val is None:
+    if is_drawn := val is None:
         train, val = hold_out(train, val_fraction, seed, where=root)
-    return Splits(train, val, found.get("test"))
+    return Splits(train, val, found.get("test"), is_drawn)
 
 
 def read_shards(root: Path) -> dict[str, ImageList]:

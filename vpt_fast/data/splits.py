@@ -61,7 +61,7 @@ def open_splits(
     train, val = splits.train, splits.val
     if train_on == "train+val" and val is not None:  # the data have a val of their own
         train, val = train + val, None
-    return Splits(take_fraction(train, train_fraction, seed), val, splits.test)
+    return Splits(take_fraction(train, train_fraction, seed), val, splits.test, splits.val_is_drawn)
 
 
 def _open(

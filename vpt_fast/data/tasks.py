@@ -325,10 +325,10 @@ class TaskFiles:
             labels = tuple(label_of[class_id] for *_, class_id in listed.entries)
             found[split] = ImageList(items, labels, self.classes)
         train, val = found["train"], found.get("val")
-        if val is None:
+        if is_drawn := val is None:
             where = self.lists["train"].path.parent
             train, val = hold_out(train, FGVC_VAL_FRACTION if holds_out else None, seed, where=where)
-        return Splits(train, val, found.get("test"))
+        return Splits(train, val, found.get("test"), is_drawn)
 
 
 def read_task(task: Task, folder: Path) -> TaskFiles:

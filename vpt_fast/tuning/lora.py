@@ -75,8 +75,10 @@ class LoRATuning(TimmClassifier):
         import peft  # an optional dependency
 
         super().__init__(backbone, num_classes, **settings)
-        self.rank = rank
         network, targets = self.backbone, _ATTENTION
+        if rank > network.embed_dim:
+            raise ValueError(f"rank: got {rank}, want at most the backbone's width, {network.embed_dim}")
+        self.rank = rank
         if isinstance(network, WholeBackbone) and not isinstance(network.stem, SwinTransformer):
             names = plain_layers(network)
             if not names:
