@@ -47,9 +47,9 @@ class PromptedViT(PromptedClassifier):
         num_classes: outputs of the head.
         num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
         prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
-        pool: what the head reads after the final norm: ``"cls"``; the mean over the patches, ``"image"``;
-            over ``"prompts"``; or over both, ``"image_and_prompts"`` (Fig. 8). None: the backbone's own
-            pooling, or the paper's for a name in `backbones.known`.
+        pool: what the head reads after the final norm: ``"cls"``, or the mean over the patches
+            (``"image"``), the prompts (``"prompts"``) or both (``"image_and_prompts"``; Fig. 8). None: the
+            backbone's own pooling, or the paper's choice for a name in `backbones.known`.
         dtype: of the frozen weights, the matrix products and what is kept for backward; None for the
             backbone's own. Prompts and head are at least float32.
         residual_dtype: of the residual stream (the tokens between blocks): None for at least float32.

@@ -65,8 +65,8 @@ class UpsamplingHead(nn.Module):
                 channels if index else embed_dim, channels, 3, padding=1, bias=False, device=device
             )
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            # Not BatchNorm, as in SETR: the gradients of micro-batches, or of processes, would no longer add
-            # up to that of the whole batch.
+            # Not SETR's BatchNorm: the gradients of micro-batches, or of processes, would no longer add up to
+            # that of the whole batch.
             norm = nn.GroupNorm(math.gcd(_MOST_GROUPS, channels), channels, device=device)
             stages.append(nn.Sequential(conv, norm, nn.ReLU(inplace=True)))
         self.stages = nn.ModuleList(stages)
@@ -148,7 +148,7 @@ class PromptedSegmenter(TunedModel):
                 raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
         constructor: Any = ENCODERS[method]
         encoder: TunedClassifier = constructor(
-            # Of a linear head for one class, which is removed below.
+            # One class and this pooling are for the linear head, which is removed below.
             backbone, 1, pool="image", pretrained=pretrained, checkpoint=checkpoint, **settings,
         )  # fmt: skip
         vit = encoder.backbone

@@ -38,8 +38,8 @@ class PromptedSwin(PromptedClassifier):
         prompt_type, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
         pool: the tokens whose mean the head reads, after the final norm: None for ``"image_and_prompts"``,
             as in the official code; ``"image"``; ``"prompts"``.
-        dtype, memory: as for `PromptedViT`. Patch merging keeps its input in 8 bits under ``"compact"``, and
-            is never recomputed.
+        dtype, memory: as for `PromptedViT`. Patch merging keeps its normalised input, in 8 bits under
+            ``"compact"``, and is never recomputed.
         backend: see `kernels.get_backend`.
         attention: ``"auto"``: no FlashAttention implementation supports the windows' bias.
         pretrained: load the published weights (only with a name).
