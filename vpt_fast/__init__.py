@@ -2,8 +2,8 @@
 
     model = vpt_fast.PromptedViT("vit_base_patch16_224", num_classes=200, num_prompts=50, pretrained=True)
 
-tunes prompts through a frozen vision transformer (Jia et al., ECCV 2022) with the results of concatenating
-them to the sequence, at about the cost of a ViT without prompts.
+tunes prompts on a frozen vision transformer (Jia et al., ECCV 2022). The results equal those of concatenating
+the prompts to the sequence, at about the cost of a ViT without prompts.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ __all__ = [
     "load_pretrained",
 ]
 
-# Each is imported when it is first asked for: torch and timm take seconds, which `vpt-fast --help` need not.
+# Imported on first access: importing torch and timm takes seconds, and `vpt-fast --help` needs neither.
 _MODULES = {
     "GraphedStep": "graphed",
     "LinearProbe": "tuning.probes",

@@ -1,4 +1,4 @@
-"""A backbone and what is trained on it: what every tuned model here is, and how it is stored."""
+"""Base classes of all tuned models, which save and load them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from vpt_fast.kernels import get_backend
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
-# Bias of the head at the start: every class at probability 1/100, the choice of the official code.
+# Initial bias of the head: its sigmoid is 1/100 for every class, as in the official code.
 _HEAD_BIAS = -math.log(99.0)
 
 _Model = TypeVar("_Model", bound="TunedModel")
@@ -51,7 +51,7 @@ def check_arguments(
     backend: str = "auto",
     attention: str = "auto",
 ) -> None:
-    """What can be checked before a backbone is built or downloaded.
+    """Checks arguments before a backbone is built or downloaded.
 
     Raises:
         ValueError: an argument out of range or not supported; the message names it.
@@ -65,8 +65,8 @@ def check_arguments(
 
 
 def check_count(name: str, value: Any) -> int:
-    """The value as an int, as JSON holds it: it may be NumPy's. Raises ValueError for what is no whole number
-    from 1."""
+    """The value as a plain int, which JSON can hold (it may be NumPy's). Raises ValueError unless it is a
+    whole number of at least 1."""
     try:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -77,7 +77,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def _check_dtype(dtype: Any, otherwise: str = "") -> None:
-    """Raises ValueError for what no matrix product here is formed in, as 8-bit numbers are not."""
+    """Raises ValueError for a dtype without matrix products here, such as an 8-bit one."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(
             f"dtype: got {dtype!r}, want a floating-point torch.dtype of 16 bits or more{otherwise}"
@@ -86,16 +86,16 @@ def _check_dtype(dtype: Any, otherwise: str = "") -> None:
 
 @dataclass(frozen=True)
 class BackboneConfig(Origin):
-    """Which backbone a model stands on: where it came from, and the SHA-256 of its weights."""
+    """A model's backbone: where it came from, and the SHA-256 of its weights."""
 
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What is needed, beside the trained tensors and the backbone, to build a model again.
+    """What is needed to rebuild a model, besides its trained tensors and backbone.
 
-    options: the keywords of the class's constructor beside these, as JSON holds them.
+    options: the other keyword arguments of the class's constructor, as JSON holds them.
     """
 
     model: str  # the class's name
@@ -110,8 +110,8 @@ class ClassifierConfig:
 
 
 class _Built(type):
-    """Notes in a model, when its constructor is through, what it trains, in float32 or more: torch's default
-    dtype, in which layers are built, may be one of 16 bits."""
+    """After a model's constructor, records which parameters it trains, and converts them to at least float32:
+    layers are created in torch's default dtype, which may have 16 bits."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__call__(*args, **kwargs)
@@ -123,20 +123,20 @@ class _Built(type):
 
 
 class TunedModel(nn.Module, metaclass=_Built):
-    """All that training and storing need to know of a model; subclasses say what is trained, and what is
+    """The interface that training, saving and loading use. Subclasses define what is trained and what is
     computed.
 
     Args:
-        backbone_config: which backbone it stands on.
+        backbone_config: identifies the backbone.
     """
 
-    # Whether what is stored holds all of the backbone, so that its published weights are not needed again.
+    # Whether saved files hold the whole backbone, so that loading needs no published weights.
     stores_backbone = False
 
-    # The trained tensors that have no weight decay.
+    # Names of the trained tensors without weight decay.
     undecayed: tuple[str, ...] = ()
 
-    # Or, where a class takes one, a FrozenSwin, FrozenConvNet or WholeBackbone: typed as what is usual.
+    # In some classes a FrozenSwin, FrozenConvNet or WholeBackbone; annotated as the usual case.
     backbone: FrozenViT
     num_classes: int
 
@@ -162,27 +162,27 @@ class TunedModel(nn.Module, metaclass=_Built):
         )
 
     def _options(self) -> dict[str, Any]:
-        """The keywords of the class's constructor beside those that all have, as JSON holds them."""
+        """The constructor's keyword arguments that not all classes share, as JSON holds them."""
         return {}
 
     @classmethod
     def _stores_backbone(cls, options: dict[str, Any]) -> bool:
-        """`stores_backbone` of a model that is built with these keywords."""
+        """`stores_backbone` of a model built with these options."""
         del options
         return cls.stores_backbone
 
     def hold_frozen_weights_in(self, dtype: torch.dtype) -> None:
-        """Rounds the weights of the folded blocks to `dtype` once.
+        """Rounds the weights of the folded blocks to `dtype`, permanently.
 
-        For a model that always runs under autocast to `dtype`: results are the same, bit for bit, the blocks
-        take half the memory of float32 ones, and no weight is cast in a step any more. What is saved does
-        not change. Blocks that are timm's own stay as they are.
+        For a model that always runs under autocast to `dtype`: results are bit-identical, the blocks take
+        half the memory of float32 ones, and no step casts a weight. Saved files do not change. Blocks that
+        are timm's own are left alone.
 
         Args:
-            dtype: that of autocast.
+            dtype: autocast's.
 
         Raises:
-            ValueError: weights would not survive in this dtype.
+            ValueError: the weights do not survive in this dtype.
         """
         _check_dtype(dtype)
         for module in self.backbone.modules():
@@ -191,17 +191,17 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     @property
     def memory(self) -> str:
-        """What is kept for backward, where the class has a choice: else there is no such attribute."""
+        """What is kept for backward; AttributeError in classes that have no choice."""
         raise AttributeError("memory")
 
     @memory.setter
     def memory(self, memory: str) -> None:
-        # Assigned to a model that does not read it, it would be an attribute without any effect.
+        # Without this property, an assignment would create an attribute that has no effect.
         raise ValueError(f"memory: got {memory!r} with {type(self).__name__}, which has no memory policies")
 
     def require_attention(self, device: torch.device) -> None:
-        """Says before the first step what that would: that attention by name does not take this device, the
-        dtype in force (the model's own, or autocast's) or the heads' width.
+        """Checks before the first step that an attention implementation chosen by name supports this device,
+        the compute dtype (the model's own, or autocast's) and the head dimension.
 
         Raises:
             ValueError: it does not.
@@ -211,24 +211,24 @@ class TunedModel(nn.Module, metaclass=_Built):
                 module.require_attention(device)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory that a training step takes at the model's own image size: counted, or where blocks are
-        timm's own estimated, see `cost.TrainingBytes`.
+        """Memory of a training step at the model's own image size: counted, or estimated where blocks are
+        timm's own; see `cost.TrainingBytes`.
 
         Args:
-            batch_size: images a step.
+            batch_size: images per step.
 
         Raises:
-            ValueError: batch_size is not a whole number from 1.
+            ValueError: batch_size is not a whole number of at least 1.
         """
         return self._training_bytes(check_count("batch_size", batch_size))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """What `estimate_training_bytes` gives."""
+        """Implements `estimate_training_bytes`."""
         raise NotImplementedError
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images that the model takes."""
+        """(height, width) of the model's input images."""
         return self.backbone.image_size
 
     @property
@@ -248,7 +248,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's description of the backbone's weights, where `timm.data.resolve_data_config` looks."""
+        """timm's description of the backbone's weights, under the name that `timm.data.resolve_data_config`
+        reads."""
         return getattr(self.backbone.stem, "pretrained_cfg", {})
 
     @property
@@ -258,19 +259,19 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     @property
     def num_backbone_parameters(self) -> int:
-        """Parameters of the backbone as it came, without a classifier."""
+        """Parameters of the original backbone, without a classifier."""
         return self.backbone.num_parameters
 
     @property
     def num_trainable_parameters(self) -> int:
-        """Parameters that are trained, and stored."""
+        """Parameters that are trained and saved."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
-    @torch.inference_mode(False)  # whatever the caller's mode is: nothing is kept in it
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
     def _counted_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The memory of a training step: what is kept is counted in a pass over tensors without values, in
-        the weights' own dtype; the temporaries are an estimate: three of the largest tensor that is kept or
-        that a layer gives."""
+        """Memory of a training step. What is kept is counted in a forward pass on the meta device, in the
+        weights' own dtype; temporaries are estimated as three times the largest tensor that is kept or that
+        a layer returns."""
         meta = copy.deepcopy(self).to("meta")
         sizes = [0]
 
@@ -300,11 +301,11 @@ class TunedModel(nn.Module, metaclass=_Built):
         )
 
     def _weight_bytes(self) -> int:
-        """All parameters, and gradient and momentum of the trained ones."""
+        """Bytes of all parameters, and of gradient and momentum of the trained ones."""
         return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in self.parameters())
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
-        """Raises ValueError for images that the model does not take; `tied`: why it takes one size."""
+        """Raises ValueError for unsuitable images; `tied`: why only the model's own size is accepted."""
         if not isinstance(images, torch.Tensor):
             raise ValueError(f"images: got a {type(images).__name__}, want a torch.Tensor (batch, C, H, W)")
         if not images.is_floating_point():
@@ -323,13 +324,13 @@ class TunedModel(nn.Module, metaclass=_Built):
             raise ValueError(f"images: got {got[0]}x{got[1]}, want a multiple of {patch[0]}x{patch[1]}")
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """Name to tensor of all that is stored: what is trained, and what the class trains, though it may
-        have been frozen since: a head that is kept, an average of models, a model at work."""
+        """Name to tensor of everything that is saved: what requires a gradient, and what the class trains
+        even if it has been frozen since (a fixed head, an average of models, a model in use)."""
         names = self._stored_names
         return {name: p for name, p in self.named_parameters() if p.requires_grad or name in names}
 
     def trainable_state_dict(self) -> dict[str, torch.Tensor]:
-        """Name to tensor of everything that is trained, detached, sharing memory with the model."""
+        """Name to tensor of everything that is trained; detached, sharing memory with the model."""
         return {name: tensor.detach() for name, tensor in self._stored().items()}
 
     @torch.no_grad()
@@ -337,7 +338,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Copy trained tensors into the model.
 
         Raises:
-            ValueError: a name is missing or unknown, or a shape differs; nothing is changed then.
+            ValueError: a name is missing or unknown, or a shape differs; the model is unchanged then.
         """
         own = self._stored()
         missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
@@ -352,14 +353,14 @@ class TunedModel(nn.Module, metaclass=_Built):
             tensor.copy_(tensors[name])
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write what was trained, and how to build the model again, to a folder.
+        """Write the trained tensors, and what is needed to rebuild the model, to a folder.
 
-        config.json holds the settings and the backbone's fingerprint, model.safetensors the trained tensors
-        alone. Files that are there already are replaced one by one, each complete or not at all.
+        config.json holds the settings and the backbone's fingerprint, model.safetensors only the trained
+        tensors. Existing files are replaced one by one, each completely or not at all.
 
         Raises:
-            ValueError: a keyword that went to timm cannot be written as JSON, or what the class trains is no
-                parameter any more (after a parametrisation, say), so that the file would lack it.
+            ValueError: a keyword passed to timm cannot be written as JSON, or a trained tensor is no longer
+                a parameter (after a parametrisation, say), so that the file would lack it.
         """
         directory = Path(directory)
         lacking = self._stored_names - self._stored().keys()
@@ -389,17 +390,18 @@ class TunedModel(nn.Module, metaclass=_Built):
         backbone: str | TimmViT | None = None,
         **overrides: Any,
     ) -> _Model:
-        """Build a saved model again.
+        """Rebuild a saved model.
 
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
-            backbone: where the saved one has no timm name, or comes from elsewhere: what to stand on.
-            overrides: `checkpoint`, where the file of the backbone's weights has moved; `dtype`, `backend`,
-                `attention` and `residual_dtype`, if other than the saved ones, where the class has them.
+            backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere.
+            overrides: `checkpoint`, if the file of the backbone's weights has moved; `dtype`, `backend`,
+                `attention`, `residual_dtype`: replace the saved values, in classes that have them.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ValueError: the folder holds another class, or the backbone's weights are not there, or not those
+            TypeError: an override that the class does not have.
+            ValueError: the folder holds another class, or the backbone's weights are missing or not those
                 that the model was trained on.
         """
         settings, tensors = read_pretrained(path)
@@ -433,7 +435,7 @@ class TunedModel(nn.Module, metaclass=_Built):
                 )
             backbone = saved.name
         for name in ("dtype", "residual_dtype"):
-            if isinstance(options.get(name), str):  # what torch does not have the constructor refuses by name
+            if isinstance(options.get(name), str):  # an unknown name reaches the constructor, which raises
                 options[name] = getattr(torch, options[name], options[name])
         if isinstance(backbone, str):
             options |= {"pretrained": saved.pretrained and not stores_backbone, **saved.kwargs}
@@ -447,7 +449,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         options |= overrides
         if settings["pool"] is not None:
             options["pool"] = settings["pool"]
-        # The subclass's constructor, which takes the backbone in any form.
+        # The subclass's constructor, which takes a name or an instance.
         constructor: Any = cls
         model = constructor(backbone, settings["num_classes"], **options)
         got = model.backbone.fingerprint
@@ -458,7 +460,7 @@ class TunedModel(nn.Module, metaclass=_Built):
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
-        # What a user had unfrozen beside what the class trains is so again: its tensors are there too.
+        # What a user had unfrozen in addition was saved too, and is unfrozen again.
         for name, parameter in model.named_parameters():
             if name in tensors:
                 parameter.requires_grad_(True)
@@ -470,7 +472,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub.
 
         Returns:
-            The address of the commit.
+            The commit's URL.
         """
         api = huggingface_hub.HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
@@ -483,13 +485,13 @@ class TunedModel(nn.Module, metaclass=_Built):
 
 
 class TunedClassifier(TunedModel):
-    """Backbone and linear head; subclasses say what is trained beside the head, and how the logits are
-    computed.
+    """A backbone with a linear head. Subclasses define what is trained besides the head, and how the logits
+    are computed.
 
     Args:
-        backbone: everything frozen; what a subclass trains of it, it unfreezes.
+        backbone: frozen; a subclass unfreezes what it trains.
         origin: where the backbone came from.
-        num_classes: of the head.
+        num_classes: outputs of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
     """
 
@@ -512,7 +514,7 @@ class TunedClassifier(TunedModel):
 
     @property
     def num_features(self) -> int:
-        """d, as timm calls it."""
+        """d, under timm's name."""
         return self.embed_dim
 
     def get_classifier(self) -> nn.Module:
@@ -520,16 +522,16 @@ class TunedClassifier(TunedModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Puts a new head in place, at its start, for another number of classes; prompts and all else that is
-        trained stay. Without a head: `image_features`.
+        """Replaces the head by a newly initialised one; prompts and everything else that is trained are kept.
+        For features without a head, call `image_features`.
 
         Args:
-            num_classes: of the head.
-            global_pool: None, or the pooling that the model has, by timm's name or by that of `pool`: which
-                rows are read is part of how the model was built.
+            num_classes: outputs of the new head.
+            global_pool: None, or the model's own pooling: `pool`, or if that is None timm's name. It cannot
+                be changed, since the model was built to compute only the rows that it reads.
 
         Raises:
-            ValueError: num_classes is not a whole number from 1, or another pooling.
+            ValueError: num_classes is not a whole number of at least 1, or another pooling.
         """
         num_classes = check_count("num_classes", num_classes)
         pool = self._pool_of_timm if self.pool is None else self.pool
@@ -545,14 +547,14 @@ class TunedClassifier(TunedModel):
 
     @property
     def _pool_of_timm(self) -> str | None:
-        """timm's name of the backbone's own pooling; a ConvNet's is that of its pooling layer."""
+        """timm's name of the backbone's own pooling; for a ConvNet, of its pooling layer."""
         layers = [m.pool_type for m in self.backbone.modules() if isinstance(m, SelectAdaptivePool2d)]
         return layers[-1] if layers else self.backbone.stem.global_pool
 
     @property
     def _feature_dtype(self) -> torch.dtype:
-        """That of what the head is given: its own, or where it has no weights the backbone's, in float32 or
-        more."""
+        """dtype of the head's input: that of its weights, or the backbone's, at least float32, if it has
+        none."""
         backbone = dtype_of(self.backbone, default=torch.float32)
         return dtype_of(self.head, default=torch.promote_types(backbone, torch.float32))
 
@@ -571,39 +573,39 @@ class TunedClassifier(TunedModel):
         """Normalised images (B, C, H, W) to logits (B, num_classes).
 
         Raises:
-            ValueError: images of another shape than the model takes.
+            ValueError: images of the wrong shape.
         """
         return self.head(self.image_features(images))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to what the head reads (B, d), in its dtype: one vector an image, to
-        search images by, or for another classifier.
+        """Normalised images (B, C, H, W) to the head's input (B, d), in its dtype: one vector per image, for
+        image retrieval, say, or another classifier.
 
         Raises:
-            ValueError: images of another shape than the model takes.
+            ValueError: images of the wrong shape.
         """
         raise NotImplementedError
 
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows that pooling reads, after the last block (B, R, d), to what the head reads (B, d)."""
+        """The rows that pooling reads, after the last block (B, R, d), to the head's input (B, d)."""
         return self.backbone.features(rows, self.pool).to(self._feature_dtype)
 
     def _features_of_tokens(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
-        """All tokens after the last block (B, N, d) to what the head reads (B, d)."""
+        """All tokens after the last block (B, N, d) to the head's input (B, d)."""
         rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
-        # A copy, so that rows that nobody reads are not kept alive by those that the final norm keeps.
+        # A copy: the final norm keeps its input, and a view would keep the unread rows alive too.
         return self._features(tokens[:, slice(*rows)].contiguous())
 
     @property
     def feature_shape(self) -> tuple[int, ...] | None:
-        """Shape of one image's `frozen_features` at the model's own image size; None for a model that
-        has none: whose trained part needs the images."""
+        """Shape of one image's `frozen_features` at the model's own image size; None if the model has none,
+        because its trained part needs the images."""
         return None
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to what the trained part reads, (B, *feature_shape), in float32 or
-        more: the same in every epoch, so that it may be computed once. It has a gradient where the images
-        want one, or what a user has unfrozen before."""
+        """Normalised images (B, C, H, W) to the input of the trained part (B, *feature_shape), at least
+        float32. It is the same in every epoch, so it may be computed once and cached. It requires a gradient
+        if the images do, or if a user has unfrozen parameters before it."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
@@ -611,21 +613,21 @@ class TunedClassifier(TunedModel):
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
-        """Normalised images (B, C, H, W) to the patches' tokens after some blocks, before the final norm.
+        """Normalised images (B, C, H, W) to the patch tokens after the given blocks, before the final norm.
 
-        What is trained beside the head has gradients through all of them. Prefix tokens and prompts are left
-        out, and so is the work for them in the last block that is named; no block after it is run.
+        Gradients flow through all of them to whatever is trained besides the head. Prefix tokens and prompts
+        are left out, and so is the work for them in the last given block; no later block runs.
 
         Args:
-            images: as `forward` takes them.
-            blocks: indices from 0, in rising order.
+            images: as for `forward`.
+            blocks: indices from 0, in ascending order.
 
         Returns:
-            (B, patches, d) for each of the blocks, in the residual stream's dtype, row by row of the image.
+            (B, patches, d) for each block, in the residual stream's dtype; patches in row-major order.
 
         Raises:
-            ValueError: images of another shape than the model takes, or no such blocks.
-            NotImplementedError: the class has none.
+            ValueError: images of the wrong shape, or no such blocks.
+            NotImplementedError: the class has no patch tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} gives no patch tokens")
 
@@ -637,10 +639,10 @@ class TunedClassifier(TunedModel):
             )
 
     def _patches(self, tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """The patches of a block's output, which starts with all `num_tokens` tokens, or is patches alone."""
+        """The patches of a block's output, which starts with all `num_tokens` tokens, or is patches only."""
         if tokens.shape[1] == num_tokens - self.backbone.num_prefix_tokens:
             return tokens
-        # A copy, so that the other rows are not kept alive by what is kept of these.
+        # A copy: if it is kept for backward, a view would keep the other rows alive too.
         return tokens[:, self.backbone.num_prefix_tokens : num_tokens].contiguous()
 
 
@@ -650,17 +652,16 @@ def _start_head(head: nn.Linear) -> None:
 
 
 class FrozenClassifier(TunedClassifier):
-    """A model whose frozen blocks run on the engine, folded.
+    """A model whose frozen blocks are folded and run on the engine.
 
     Args:
         model, origin: from `backbones.resolve.resolve_backbone`.
-        num_classes: of the head.
+        num_classes: outputs of the head.
         pool: what the head reads: None for the backbone's own pooling, or a name in `timm_vit.POOLS`.
-        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32.
+        dtype: of the frozen weights; None for the backbone's own. Trained parameters are at least float32.
         backend, attention: see `kernels.get_backend`.
-        timm_blocks: how many of the last blocks are timm's own instead, for what trains in them; of a Swin
-            none.
-        residual_dtype: see `timm_vit.FrozenViT`; of a Swin or ConvNet None.
+        timm_blocks: how many of the last blocks stay timm's own, for methods that train them; 0 for a Swin.
+        residual_dtype: see `timm_vit.FrozenViT`; None for a Swin or ConvNet.
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -696,17 +697,18 @@ class FrozenClassifier(TunedClassifier):
 
 
 class PromptedClassifier(FrozenClassifier):
-    """A FrozenClassifier whose blocks keep for backward what a memory policy says.
+    """A FrozenClassifier with a memory policy, which selects what blocks keep for backward.
 
     Args:
-        memory: a name in `engine.policy.MEMORY`; the others are those of `FrozenClassifier`.
+        memory: a name in `engine.policy.MEMORY`.
+        args, kwargs: see `FrozenClassifier`.
     """
 
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        self.bytes_beside = 0  # kept for each image outside of the blocks, which "auto" leaves room for
-        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" came to
+        self.bytes_beside = 0  # kept per image outside the blocks; "auto" leaves room for them
+        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" has chosen
 
     @property
     def memory(self) -> str:
@@ -719,20 +721,20 @@ class PromptedClassifier(FrozenClassifier):
         self._memory = memory
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's name for ``memory = "recompute"``, or ``"exact"``."""
+        """timm's name for ``memory = "recompute"``, or ``"exact"`` if not `enable`."""
         self.memory = "recompute" if enable else "exact"
 
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
-        """The name of the policy of a training step: `memory`, or what ``"auto"`` comes to.
+        """Name of the policy that a training step uses: `memory`, or what ``"auto"`` chooses.
 
-        ``"auto"`` looks at the free memory once for each batch size, and stays with its choice.
+        ``"auto"`` checks the free memory once for each batch size, N and compute dtype, and keeps its choice.
 
         Args:
-            batch_size: images a step.
+            batch_size: images per step.
             num_tokens: N; None for the model's own image size.
 
         Raises:
-            ValueError: one of them is not a whole number from 1.
+            ValueError: one of them is not a whole number of at least 1.
         """
         batch_size = check_count("batch_size", batch_size)
         if num_tokens is not None:
@@ -740,13 +742,13 @@ class PromptedClassifier(FrozenClassifier):
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
     def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
-        """What a forward pass keeps."""
+        """The policy of a forward pass."""
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
-            return POLICIES["exact"]  # nothing, and the free memory is not looked at
+            return POLICIES["exact"]  # nothing is kept, so the free memory need not be checked
         return POLICIES[self._policy_name(batch_size, num_tokens)]
 
     def _policy_name(self, batch_size: int, num_tokens: int) -> str:
-        """`memory_policy`, for a batch without images too, and for sizes that a compiler stands in for."""
+        """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
         key = (batch_size, num_tokens, self._compute_dtype)
@@ -767,7 +769,7 @@ class PromptedClassifier(FrozenClassifier):
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the dtype in force (the model's own, or autocast's) and under the model's memory policy."""
+        """In the compute dtype (the model's own, or autocast's) and under the model's memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
@@ -776,12 +778,12 @@ class PromptedClassifier(FrozenClassifier):
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward, and those of the largest temporaries."""
+        """Bytes kept for backward, and bytes that temporaries add at the peak."""
         raise NotImplementedError
 
 
 class TrainedPart(nn.Module):
-    """A model's trained part as a network of its own: `frozen_features` to logits, by the same parameters."""
+    """A model's trained part as a module: `frozen_features` to logits, with the same parameters."""
 
     def __init__(self, model: TunedClassifier) -> None:
         super().__init__()
@@ -819,7 +821,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
 
 
-# The kinds of values in config.json, and what a message calls them.
+# Types of the values in config.json, and their names in error messages.
 _KINDS: dict[Any, str] = {
     str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null"
 }  # fmt: skip
@@ -830,8 +832,8 @@ _BACKBONE: dict[str, Any] = {
 
 
 def _check_settings(settings: dict[str, Any], file: Path) -> None:
-    """Raises ValueError where what config.json holds is not what `save_pretrained` writes: that of another
-    version, say, or edited by hand."""
+    """Raises ValueError if config.json does not have the form that `save_pretrained` writes, because another
+    version wrote it, say, or someone edited it."""
     for config, where, kinds in ((ClassifierConfig, "", _SETTINGS), (BackboneConfig, "backbone.", _BACKBONE)):
         found = settings[where.rstrip(".")] if where else settings
         missing = {field.name for field in fields(config) if field.default is MISSING} - found.keys()

@@ -1,4 +1,4 @@
-"""PromptedConvNet: visual prompts, as pixels, through a frozen ConvNet."""
+"""PromptedConvNet: visual prompt tuning of a frozen ConvNet, with pixels as prompts."""
 
 from __future__ import annotations
 
@@ -34,22 +34,24 @@ class PromptedConvNet(FrozenClassifier):
     Args:
         backbone: a timm name, or a timm ConvNet of a family in `resolve.CONVNET`, whose weights are used as
             they are and which is not changed.
-        num_classes: of the head.
+        num_classes: outputs of the head.
         num_prompts: m: pixels of border on each side (pad), or extra input channels (concat-channel).
         prompt_type: ``"shallow"``: prompts are part of the image.
         prompt_location: ``"pad"``: a border of pixels around the image; ``"concat-channel"``: extra input
             channels, with the whole first convolution trained.
-        pool: None, the backbone's own.
-        dtype: of the frozen weights; None keeps the backbone's own. Prompts and head are float32 or more.
-        backend, attention, memory: ``"auto"`` or ``"torch"``; ``"auto"``; ``"auto"`` or ``"exact"``.
-        pretrained: load timm's published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name).
-        timm_kwargs: go to timm.create_model (only with a name), but img_size, the image's size without the
-            border, and the other settings of `prompts.PromptConfig`, which are refused unless they are the
-            defaults.
+        pool: None, the backbone's own pooling.
+        dtype: of the frozen weights; None for the backbone's own. Prompts and head are at least float32.
+        backend: ``"auto"`` or ``"torch"``.
+        attention: ``"auto"``.
+        memory: ``"auto"`` or ``"exact"``, which mean the same here.
+        pretrained: load the published weights (only with a name).
+        checkpoint: load the weights from this file instead (only with a name).
+        timm_kwargs: passed to timm.create_model (only with a name), except img_size, the image's size
+            without the border, and the other settings of `prompts.PromptConfig`, which must have their
+            default values.
 
     Attributes:
-        prompts, prompts_sides: as of `PromptedViT`, of ``pad`` and of ``concat-channel``.
+        prompts, prompts_sides: as in `PromptedViT` for ``pad`` and ``concat-channel``.
         head: nn.Linear, from d features to logits.
 
     Raises:
@@ -103,7 +105,7 @@ class PromptedConvNet(FrozenClassifier):
 
     @property
     def memory(self) -> str:
-        """What is kept for backward: one thing, by either name."""
+        """What is kept for backward; both names mean the same here."""
         return self._memory
 
     @memory.setter
@@ -130,10 +132,10 @@ class PromptedConvNet(FrozenClassifier):
         self.prompts = nn.Parameter(torch.empty(1, m, height, width, device=device).uniform_(-bound, bound))
 
     def _widen_first_convolution(self, extra: int) -> float:
-        """Let the first convolution take `extra` more channels, and train all of it, in float32 or more.
+        """Adds `extra` input channels to the first convolution and trains all of it, in at least float32.
 
         Returns:
-            The bound of what is new.
+            Bound of the uniform distribution that initialises the new weights.
         """
         first = self.backbone.stem.get_submodule(self.backbone.first_name)
         frozen: nn.Conv2d = first.conv if isinstance(first, FrozenConv2d) else first
@@ -174,12 +176,12 @@ def _check_memory(memory: str) -> None:
 
 
 def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """`prompts` and `prompts_sides`, a border of so many pixels around the images of a ConvNet: what
-    `prompts.pad_image` takes, uniform in [0, 1] as in the official code.
+    """`prompts` and `prompts_sides` for a border of `border` pixels around a ConvNet's images, as
+    `prompts.pad_image` takes them; uniform in [0, 1], as in the official code.
 
     Raises:
-        ValueError: a backbone whose images are not RGB, or that takes none of their size with the border:
-            some take multiples of 32 pixels alone.
+        ValueError: the backbone's images are not RGB, or it does not accept their size with the border: some
+            accept only multiples of 32 pixels.
     """
     if backbone.in_chans != 3:
         raise ValueError(
@@ -200,8 +202,8 @@ def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tupl
 
 
 def _refusal(backbone: FrozenConvNet | WholeBackbone, channels: int, size: tuple[int, int]) -> str | None:
-    """What the network says to images of so many channels and this (height, width), tried without values;
-    None where it takes them."""
+    """The network's error for images with this many channels and this (height, width), found by running it
+    on the meta device; None if it accepts them."""
     hollow: Any = copy.deepcopy(backbone).to("meta")
     image = torch.empty(1, channels, *size, device="meta", dtype=dtype_of(hollow, default=torch.float32))
     try:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk leaves the last good one."""
+"""Writing files so that a crash or a full disk leaves the previous version intact."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of an empty temporary file beside `path` that takes its place when the block ends well.
+    """Yields the path of an empty temporary file beside `path`, which replaces `path` if the block succeeds.
 
-    When the block raises, `path` is as it was and the temporary file is gone. The file is flushed to disk
-    before it is renamed: a rename that outlives its contents would be an empty file after a power cut.
+    If the block raises, `path` is unchanged and the temporary file is deleted. The file is flushed to disk
+    before it is renamed: if only the rename reached the disk before a power cut, `path` would be empty.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    except OSError as error:  # that names what was asked for, and not the temporary file
+    except OSError as error:  # raised again with the caller's path instead of the temporary file's
         raise type(error)(error.errno, error.strerror, str(path)) from None
     os.close(descriptor)
     temporary = Path(name)
@@ -31,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files private; these are the user's to share
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files private; these get the usual permissions
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,7 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def unfinished(path: str | os.PathLike[str]) -> list[Path]:
-    """The temporary files of `replacing` beside `path`: of a process that writes it now, or was killed."""
+    """The temporary files of `replacing` for `path`, left by a killed process or being written now."""
     path = Path(path)
     name, suffix = glob.escape(path.name), glob.escape(path.suffix)
     return sorted(path.parent.glob(f".{name}.{'?' * 8}{suffix}"))

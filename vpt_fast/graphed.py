@@ -1,7 +1,7 @@
-"""A whole training step, forward, backward and optimizer, as one CUDA graph.
+"""A whole training step (forward, backward and optimizer) as one CUDA graph.
 
-At the sizes of ViT-B a step is hundreds of short kernels, and launching them one by one is a large part of
-its time. A graph is launched once.
+At ViT-B's size a step is hundreds of short kernels, and launching them one by one takes a large part of its
+time. A graph is launched once.
 """
 
 from __future__ import annotations
@@ -16,53 +16,52 @@ from torch.nn.parallel import DistributedDataParallel
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-WARM_UP = 3  # steps before the capture: they compile kernels, and create workspaces and the optimizer's state
+WARM_UP = 3  # steps before the capture: they compile kernels, create workspaces and the optimizer's state
 
 
 class CaptureError(RuntimeError):
-    """CUDA or a library did something in a step that cannot be captured. The model is as it was before that
-    step; the process should not go on, since what a broken capture leaves behind (the state of random
-    numbers, for one) is undefined."""
+    """CUDA or a library did something in a step that cannot be captured. The model is unchanged by that step,
+    but the process should end, since a failed capture leaves undefined state (of random number generators,
+    for example)."""
 
 
 class GraphedStep:
     """``loss_value = step(images, labels)``: one training step, replayed from a CUDA graph.
 
-    The first three steps are ordinary ones (on a stream of their own); the fourth is captured, and from then
-    on every call copies its batch into the graph's own tensors and replays it. So nothing is computed only to
-    warm up, and a run is bit for bit that of the same steps without a graph, taken by an optimizer with the
-    same flags and its learning rates in float32 tensors.
+    The first three steps run normally (on a stream of their own). The fourth is captured; from then on every
+    call copies its batch into the graph's input tensors and replays the graph. So no step is spent on warm-up
+    alone, and a run is bit-identical to the same steps without a graph, by an optimizer with the same flags
+    and its learning rates in float32 tensors.
 
     - The learning rate may change between steps: assign a float to ``group["lr"]``, or use a scheduler. Each
       group's rate is kept in a tensor that the graph reads.
     - Random numbers (prompt dropout) come from torch's CUDA generator, which every replay advances: each step
-      has masks of its own.
-    - ``.grad`` is that of the last step and lies in the graph's memory.
-    - ``logits``, (b, classes) and detached, are those of the last step; the next one overwrites them.
-    - Between steps parameters may be changed in place, and other code may run forward and backward passes.
-      What moves or replaces them (``model.cpu()`` and back, a new head) asks for a new GraphedStep, as other
-      settings of the optimizer than its rates do: a scheduler that turns momentum too, say.
-    - Everything else is as it was when the step was captured: which parameters are trained, the modes of
-      modules within the model, a memory policy.
+      has new masks.
+    - ``.grad`` holds the last step's gradients, in the graph's memory.
+    - ``logits``, (b, classes) and detached, are the last step's; the next step overwrites them.
+    - Between steps, parameters may be changed in place, and other code may run forward and backward passes.
+      Moving or replacing parameters (``model.cpu()`` and back, a new head) requires a new GraphedStep, as
+      does changing an optimizer setting other than the learning rate (a scheduler that changes momentum).
+    - Everything else is fixed at the capture: which parameters are trained, the modes of modules within the
+      model, the memory policy.
 
     Args:
-        model: maps images to logits (b, classes); on one CUDA device. Its Python code runs only until the
-            capture, so nothing in it may depend on the values of tensors. It has to stay in the mode of the
-            first step, train or eval.
+        model: maps images to logits (b, classes); on one CUDA device. Its Python code does not run after the
+            capture, so nothing in it may depend on the values of tensors. It must stay in the mode (train or
+            eval) of the first step.
         optimizer: ``torch.optim.SGD(..., fused=True)``, or ``Adam`` or ``AdamW`` with ``capturable=True``
-            (with ``fused=True`` beside it they are faster).
+            (faster with ``fused=True`` as well).
         loss: maps (logits in at least float32, labels) to ().
-        autocast_dtype: run the model under autocast in this dtype; None: without, and then the step is not to
-            be called under autocast. Not float16: the loss scaling which that needs is not captured.
-        max_grad_norm: clip the norm of all gradients to it; None: do not.
+        autocast_dtype: run the model under autocast in this dtype; None: no autocast, and the step must not
+            be called under it. Not float16: its loss scaling is not captured.
+        max_grad_norm: clip the norm of all gradients to this; None: no clipping.
 
     Raises:
-        ValueError: an optimizer, model, device or dtype that cannot be captured. In a call: a batch of
-            another shape or dtype than the first, a loss that is not a scalar, a model that gives more than
-            one tensor or is in another mode, or what is no longer as it was captured: tensors of the
-            optimizer or their memory, the model's weights' memory, settings of the optimizer other than its
-            rates.
-        CaptureError: in the fourth call, where the step cannot be captured.
+        ValueError: an optimizer, model, device or dtype that cannot be captured. When called: a batch whose
+            shape or dtype differs from the first one's, a loss that is not a scalar, a model that returns
+            anything but one tensor or is in another mode; or after the capture, replaced parameters or
+            optimizer state, weights in other memory, changed optimizer settings other than the learning rate.
+        CaptureError: in the fourth call, if the step cannot be captured.
     """
 
     _loss_value: torch.Tensor
@@ -96,9 +95,9 @@ class GraphedStep:
         self._captured: _Captured | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One step on images (b, ...) and labels (b, ...), from any device; returns the loss, detached ().
+        """One step on images (b, ...) and labels (b, ...), on any device; returns the loss (), detached.
 
-        It may be infinite or NaN: nothing here waits for the GPU to find out.
+        The loss may be infinite or NaN: checking it would have to wait for the GPU.
         """
         device = self._stream.device
         if self.autocast_dtype is None and torch.is_autocast_enabled(device.type):
@@ -117,13 +116,13 @@ class GraphedStep:
             try:
                 self._stream.run(self._step)
             except BaseException:
-                if self._steps == 0:  # a batch that fails is none to hold others to
+                if self._steps == 0:  # later batches need not have the shape of one that failed
                     self._inputs = None
                 raise
             self._steps += 1
         else:
             if self._replay is None:
-                self.optimizer.zero_grad(set_to_none=True)  # for the graph to make them in its own memory
+                self.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates .grad in its memory
                 self._captured = _Captured.now(self.model, self.optimizer)
                 try:
                     self._replay = self._stream.capture(self._step)
@@ -168,7 +167,7 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward, backward and optimizer step; returns the loss () and the logits (b, classes), detached."""
     optimizer.zero_grad(set_to_none=True)
-    # No cache of cast weights: what was cast before a capture would not be cast again in a replay.
+    # No cache of cast weights: a cast made before the capture would not be repeated in a replay.
     with torch.autocast(
         images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
     ):
@@ -191,9 +190,9 @@ def train_step(
 
 
 class LearningRates:
-    """Keeps every group's learning rate in a float32 tensor () of its own.
+    """Keeps every group's learning rate in a float32 tensor ().
 
-    The tensor stands in ``group["lr"]``. A captured step reads it, so it is never replaced.
+    The tensor is ``group["lr"]`` itself. A captured step reads it, so it is never replaced.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -202,7 +201,7 @@ class LearningRates:
         self.follow()
 
     def follow(self) -> None:
-        """Takes over what was assigned to ``group["lr"]`` since: a number, or another tensor."""
+        """Copies what has been assigned to ``group["lr"]``, a number or another tensor, into the tensor."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.tensors):
             raise ValueError(
@@ -216,7 +215,7 @@ class LearningRates:
 
 
 def require_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError when the optimizer's step would wait for the GPU, naming what to take instead."""
+    """Raises ValueError if the optimizer's step would wait for the GPU; the message says what to use."""
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.SGD):
         flag = "fused"
@@ -242,12 +241,12 @@ def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.devi
 
 
 class _Captured(NamedTuple):
-    """What a graph knows by its address, or has the value of built in.
+    """What the graph refers to by address or contains as a constant.
 
-    state: all tensors that the optimizer's step reads and writes, parameters and state.
-    modules: of the model: where each is looked up, by what name, and what is found there.
-    held: the same of its parameters and buffers, and where the numbers of each lie.
-    settings: of each of the optimizer's groups, without its parameters and its rate.
+    state: all tensors that the optimizer's step writes, parameters and state.
+    modules: of the model: for each, the dictionary that holds it, its name there, and the module.
+    held: the same for parameters and buffers, with each one's data pointer.
+    settings: of each of the optimizer's groups, without parameters and learning rate.
     """
 
     state: list[torch.Tensor]
@@ -268,7 +267,7 @@ class _Captured(NamedTuple):
         return cls(_state_tensors(optimizer), modules, held, _settings(optimizer))
 
     def require_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises ValueError where a replay would read or write what is no longer there, or ignore what is."""
+        """Raises ValueError if a replay would use tensors that were replaced, or ignore changed settings."""
         now = _state_tensors(optimizer)
         if len(now) != len(self.state) or any(a is not b for a, b in zip(now, self.state, strict=True)):
             raise ValueError(
@@ -292,8 +291,8 @@ class _Captured(NamedTuple):
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Those that a step reads, but rates."""
-    others = ("params", "lr", "initial_lr")  # the last is a scheduler's
+    """Each group's settings that a step reads, except learning rates."""
+    others = ("params", "lr", "initial_lr")  # a scheduler adds the last
     return [
         {name: value for name, value in group.items() if name not in others}
         for group in optimizer.param_groups
@@ -301,7 +300,7 @@ def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Equal, or the same tensor, whose value a graph reads."""
+    """Whether two settings are equal, or for a tensor, identical: a graph reads its current value."""
     return one is other if isinstance(one, torch.Tensor) else bool(one == other)
 
 
@@ -317,7 +316,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 class _CaptureStream:
-    """The stream on which steps are warmed up and captured: captures cannot be on the default one."""
+    """The stream for warm-up steps and the capture: the default stream does not allow captures."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -331,9 +330,10 @@ class _CaptureStream:
         caller.wait_stream(self.stream)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """What replays the step; capturing it runs nothing."""
+        """Captures the step, without running it, and returns the function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls may break the capture: others, such as one that pins batches, go on.
+        # Only this thread's calls can invalidate the capture: other threads, such as one that pins batches,
+        # may continue.
         with (
             _without_stale_streams(),
             torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
@@ -344,13 +344,14 @@ class _CaptureStream:
 
 @contextmanager
 def _without_stale_streams() -> Iterator[None]:
-    """Lets a capture pass by the default stream, which autograd remembers of a parameter for as long as the
-    loss of an ordinary step is alive (in a notebook, for one). PyTorch 2.11 cannot, 2.14 can."""
+    """Lets a capture override the default stream, which autograd remembers for a parameter as long as the
+    loss of an ordinary step is alive (in a notebook, for example). Does nothing where PyTorch cannot, as 2.11
+    cannot; 2.14 can."""
     set_override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
     if set_override is None:
         yield
         return
-    # Nothing public says what it was; without this it is taken to be as where a process begins.
+    # There is no public getter; without the private one, the initial value is assumed.
     before = getattr(torch._C, "_override_stale_capture_stream", lambda: False)()
     set_override(True)
     try:

@@ -1,4 +1,4 @@
-"""PromptedViT: visual prompts through a frozen vision transformer."""
+"""PromptedViT: visual prompt tuning of a frozen vision transformer."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ from vpt_fast.prompts import (
     require_shape,
 )
 
-# Not float16: large ViTs have activations in the residual stream that it cannot hold.
+# Not float16: the residual streams of large ViTs exceed its range.
 RESIDUAL_DTYPES = (None, torch.bfloat16)
 
 
 class PromptedViT(PromptedClassifier):
     """A frozen vision transformer tuned by visual prompts (Jia et al., ECCV 2022).
 
-    Same logits, loss and gradients as concatenating the prompts to the sequence of an ordinary ViT, without
-    the work that concatenation does for nothing (see `engine`).
+    Logits, loss and gradients equal those of an ordinary ViT with the prompts concatenated to its sequence,
+    without the unnecessary work of concatenation (see `engine`).
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, whose weights
-            are used as they are and which is not changed. With ``pad`` a name's image size is that of the
-            image without its border, and an instance must have been built for the image with its border.
-        num_classes: of the head.
+            are used as they are and which is not changed. With ``pad``, the image size of a named backbone
+            excludes the border; an instance must have been built for the size that includes it.
+        num_classes: outputs of the head.
         num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
         prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
-        pool: what the head reads, after the final norm: None for the backbone's own pooling, or the paper's
-            for a backbone by its name there; ``"cls"``; ``"image"``, the mean over the patches;
-            ``"prompts"``; ``"image_and_prompts"`` (Fig. 8).
-        dtype: of the frozen weights, of the matrix products and of what is kept for backward; None keeps
-            the backbone's own. Prompts and head are float32 or more.
-        residual_dtype: of the residual stream, the tokens between blocks: None for float32 or more.
-            ``torch.bfloat16`` rounds it after every block, as a model that is all in bfloat16 does, and
-            halves what it moves, and what ``memory="recompute"`` keeps.
+        pool: what the head reads after the final norm: ``"cls"``, or the mean over the patches
+            (``"image"``), the prompts (``"prompts"``) or both (``"image_and_prompts"``; Fig. 8). None: the
+            backbone's own pooling, or the paper's choice for a name in `backbones.known`.
+        dtype: of the frozen weights, the matrix products and what is kept for backward; None for the
+            backbone's own. Prompts and head are at least float32.
+        residual_dtype: of the residual stream (the tokens between blocks): None for at least float32.
+            ``torch.bfloat16`` rounds it after every block, as in a model that is all in bfloat16; this
+            halves its memory traffic and what ``memory="recompute"`` keeps.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"triton_fused_mlp"``, see `kernels.get_backend`.
         attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`.
         memory: what is kept for backward: ``"exact"``, ``"compact"`` (gradients carry the rounding of 8-bit
             codes), ``"recompute_mlp"``, ``"recompute"``, see `engine.policy.MemoryPolicy`; ``"auto"``: the
-            fastest of them that fits the memory free at the first step with a batch of that size
+            fastest of them that fits the memory free at the first step with that batch size
             (``"compact"`` only with 16-bit products). May be changed at any time.
         pretrained: load the published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
-        timm_kwargs: go to timm.create_model (only with a name).
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
+        timm_kwargs: passed to timm.create_model (only with a name).
 
     Attributes:
-        prompts: what is trained: (prompted blocks, m, d), (1, m, d) when shallow or shared; with
-            `prompt_project` p, (.., m, p); ``add``: m is the number of tokens; ``add-1``: 1;
-            ``prepend-pixel``: (1, 3, patch height, m · patch width); ``pad``: (1, 3, 2m, W + 2m), the rows
-            above and then those below; ``concat-channel``: (1, m, H, W).
-        prompts_sides: (``pad`` only) (1, 3, H, 2m), the columns on the left and then those on the right.
+        prompts: the trained prompts: (prompted blocks, m, d); (1, m, d) if shallow or shared; (.., m, p)
+            with `prompt_project` p. ``add``: m is the number of tokens; ``add-1``: 1; ``prepend-pixel``:
+            (1, C, patch height, m · patch width); ``pad``: (1, 3, 2m, W + 2m), the rows above the image,
+            then those below; ``concat-channel``: (1, m, H, W).
+        prompts_sides: (``pad`` only) (1, 3, H, 2m), the columns left of the image, then those right of it.
         prompt_projection: (with `prompt_project` only) nn.Linear from p to d dimensions.
         head: nn.Linear, from d features to logits.
 
@@ -175,7 +175,7 @@ class PromptedViT(PromptedClassifier):
         else:  # concat-channel
             shape = (1, m, height, width)
             self._widen_patch_embedding(m)
-        # Where prompts are embeddings the bound is theirs; where they are pixels, the model's width is.
+        # The bound depends on the prompts' own width, or on the model's width if prompts are pixels.
         bound = init_bound(self.patch_size, settings.prompt_project or embed_dim)
         low, high = (0.0, 1.0) if location == "pad" else (-bound, bound)
         self.prompts = nn.Parameter(torch.empty(shape, device=device).uniform_(low, high))
@@ -186,7 +186,7 @@ class PromptedViT(PromptedClassifier):
             nn.init.kaiming_normal_(self.prompt_projection.weight, a=0, mode="fan_out")
 
     def _widen_patch_embedding(self, extra: int) -> None:
-        """Let the patch embedding take `extra` more channels, and train all of it, in float32."""
+        """Adds `extra` input channels to the patch embedding and trains all of it, in at least float32."""
         frozen = self.backbone.stem.patch_embed.proj
         require_no_hooks(frozen, "backbone: patch_embed.proj")
         trained = nn.Conv2d(
@@ -212,7 +212,7 @@ class PromptedViT(PromptedClassifier):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images that the model takes: without the border, where prompts are one."""
+        """(height, width) of the model's input images, without the border of ``pad``."""
         height, width = self.backbone.image_size
         border = self.prompt_settings.border
         return height - 2 * border, width - 2 * border
@@ -222,15 +222,15 @@ class PromptedViT(PromptedClassifier):
         return self._features(rows)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to the tokens after the final norm, prompts left out.
+        """Normalised images (B, C, H, W) to the tokens after the final norm, without the prompts.
 
-        What timm's `forward_features` gives for the backbone, with the prompts in effect.
+        Like timm's `forward_features` of the backbone, but influenced by the prompts.
 
         Returns:
             (B, prefix tokens + patches, d), in the residual stream's dtype.
 
         Raises:
-            ValueError: images of another shape than the model takes.
+            ValueError: images of the wrong shape.
         """
         last = self.num_blocks - 1
         (x,), _ = self._outputs(images, self._plans_to(last, Read.TOKENS), (last,))
@@ -242,7 +242,7 @@ class PromptedViT(PromptedClassifier):
         return [self._patches(x, num_tokens) for x in outputs]
 
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
-        """The plans of the blocks up to `last`, of which `read` is read."""
+        """The plans of the blocks up to `last`; `read`: which rows of its output are read."""
         in_sequence = self.prompt_settings.prompt_location in IN_SEQUENCE
         prompted = [index for index in self._prompted if index <= last] if in_sequence else []
         return plan_blocks(last + 1, prompted, self.prompt_settings.after_prompts, read)
@@ -250,8 +250,8 @@ class PromptedViT(PromptedClassifier):
     def _outputs(
         self, images: torch.Tensor, plans: Sequence[BlockPlan], wanted: Sequence[int]
     ) -> tuple[list[torch.Tensor], int]:
-        """Images through the blocks that have a plan: of each block that is wanted the rows (B, R, d) that
-        are read; and N, the tokens of an image."""
+        """Runs images through the blocks that have a plan. Returns the rows (B, R, d) that are read of each
+        block in `wanted`, and N, the number of an image's tokens."""
         settings = self.prompt_settings
         require_shape(self.prompts, self._prompt_shape)
         stream = Stream(self._tokens(images))
@@ -281,9 +281,9 @@ class PromptedViT(PromptedClassifier):
         return outputs, num_tokens
 
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W), with the prompts that are part of them, to tokens (B, N, d)."""
+        """Images (B, C, H, W), combined with prompts that are pixels, to tokens (B, N, d)."""
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
-        is_tied = location in ("add", "pad", "concat-channel")  # their prompts are made for one image size
+        is_tied = location in ("add", "pad", "concat-channel")  # the prompts' shape depends on the image's
         self._check_images(images, f"prompt_location={location!r} is tied to one size" if is_tied else None)
         if location == "pad":
             images = pad_image(images, self.prompts, self.prompts_sides, m)
@@ -292,21 +292,21 @@ class PromptedViT(PromptedClassifier):
         return self.backbone.embed(images)
 
     def _prompt_sets(self) -> tuple[torch.Tensor, ...]:
-        """One set of prompts (1, m, d) for every prompted block, where they are tokens."""
+        """One set of prompts (1, m, d) for every prompted block; none if prompts are not tokens."""
         settings = self.prompt_settings
         if settings.prompt_location == "prepend-pixel":
             return (self.backbone.embed_pixel_prompts(self.prompts),)
         if settings.prompt_location not in IN_TOKENS:
             return ()
         prompts = self.prompts if self.prompt_projection is None else self.prompt_projection(self.prompts)
-        # unbind, not indexing: its backward is one stack, where each index's would be a whole tensor of zeros
+        # unbind, not indexing: its backward is one stack, where each index would fill a full-size zero tensor
         sets = prompts.unsqueeze(1).unbind(0)
         return sets * len(self._prompted) if settings.prompt_shared else sets
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks, and what temporaries add to them at most."""
+        """Bytes kept for backward by all blocks, and bytes that temporaries add at the peak."""
         settings = self.prompt_settings
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
@@ -314,7 +314,7 @@ class PromptedViT(PromptedClassifier):
         in_tokens = settings.prompt_location in IN_SEQUENCE
         below = self.backbone.trains_embedding
         below = below or (not in_tokens and settings.prompt_location not in ("add", "add-1"))
-        # Otherwise they are the parameter.
+        # Otherwise the prompts are views of the parameter, not new tensors.
         formed = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
@@ -332,7 +332,7 @@ class PromptedViT(PromptedClassifier):
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
                 )
-                # What all blocks share is kept once, but what dropout leaves of it is each block's own.
+                # Shared prompts are kept once, but after dropout every block keeps its own.
                 is_first = not settings.prompt_shared or plan.prompt_index == 0
                 own_prompts = own and (settings.prompt_dropout > 0.0 or (formed and is_first))
                 kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)

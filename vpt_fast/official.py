@@ -1,8 +1,8 @@
-"""Prompts trained with the official code (KMnP/vpt), read and written.
+"""Importing and exporting prompts in the format of the official code (KMnP/vpt).
 
-The official code's settings are those of its configuration's MODEL.PROMPT, by their names there. Its files
-hold a whole model under "model" (`enc.transformer.prompt_embeddings`, `head.last_layer.weight`, ..., with its
-frozen backbone), or the prompts alone (`prompt_epN.pth`, with "shallow_prompt" and "deep_prompt" as arrays).
+"Official settings" are the fields of MODEL.PROMPT in its configuration. Its files hold a whole model under
+"model" (`enc.transformer.prompt_embeddings`, `head.last_layer.weight`, ..., with its frozen backbone), or the
+prompts alone (`prompt_epN.pth`, with "shallow_prompt" and "deep_prompt" as arrays).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vpt_fast.swin import PromptedSwin
 VIT_ENCODERS = ("sup", "mae", "mocov3")  # the official code's classes of ViTs
 
 DEFAULTS: dict[str, Any] = {
-    "NUM_TOKENS": None,  # read off the tensors
+    "NUM_TOKENS": None,  # taken from the tensors
     "LOCATION": "prepend",
     "INITIATION": "random",
     "CLSEMB_FOLDER": "",
@@ -43,21 +43,21 @@ DEFAULTS: dict[str, Any] = {
     "DROPOUT": 0.0,
     "SAVE_FOR_EACH_EPOCH": False,
 }
-_TOKEN_LOCATIONS = ("prepend", "add", "add-1")  # the ones that may be deep and may be projected
+_TOKEN_LOCATIONS = ("prepend", "add", "add-1")  # locations that may be deep or projected
 _LOCATIONS = {
     "prepend": "prepend",
     "add": "add",
     "add-1": "add-1",
     "prepend-pixel": "prepend-pixel",
-    "prepend-pixel-gaussian": "prepend-pixel",  # differs in how it starts
+    "prepend-pixel-gaussian": "prepend-pixel",  # only its initialisation differs
     "pad": "pad",
     "below": "concat-channel",
 }
 _POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "image_and_prompts"}
-_STAGE = "deep_prompt_embeddings_"  # and a stage of a Swin, from 0
+_STAGE = "deep_prompt_embeddings_"  # followed by the index of a Swin's stage
 _PATCH_EMBEDDING = "backbone.stem.patch_embed.proj"  # trained with concat-channel
 
-# What numpy's arrays are pickled with, under its names before and since version 2.
+# The types in a pickled NumPy array, under the module names before and since NumPy 2.
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]
 _ARRAY_TYPES = [
     np.ndarray,
@@ -67,7 +67,7 @@ _ARRAY_TYPES = [
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
 ]
 
-# Frozen tensors that tell backbones apart: timm's name, and the official one after "enc.".
+# Frozen tensors that identify a backbone: timm's name, and the official names after "enc.".
 _FROZEN = {
     "cls_token": ("transformer.embeddings.cls_token", "cls_token"),
     "norm.weight": ("transformer.encoder.encoder_norm.weight", "norm.weight"),
@@ -75,19 +75,19 @@ _FROZEN = {
 
 
 class Unmapped(ValueError):
-    """Official settings or tensors that have no counterpart here, or that the official code gets wrong."""
+    """Official settings or tensors without a counterpart here, or which the official code gets wrong."""
 
 
 def mapped_settings(
     prompt: Mapping[str, Any], *, encoder: str, depth: int, num_prompts: int
 ) -> dict[str, Any]:
-    """The keyword arguments of PromptedViT that mean what official settings mean.
+    """The keyword arguments of PromptedViT or PromptedSwin that correspond to official settings.
 
     Args:
-        prompt: official settings; those left out have the official defaults.
+        prompt: official settings; missing ones have the official defaults.
         encoder: ``"sup"``, ``"mae"``, ``"mocov3"`` or ``"swin"``.
         depth: blocks of the backbone.
-        num_prompts: as the trained tensors have it.
+        num_prompts: number of prompts in the trained tensors.
 
     Raises:
         Unmapped: settings without a counterpart, with the reason.
@@ -147,7 +147,7 @@ def mapped_settings(
         raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
     if first is not None:
         settings["prompt_layers"] = first
-    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path never looks at it
+    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path ignores it
     settings["after_prompts"] = "drop" if drop else "flow"
     if drop and first is not None and first < depth:
         if pool in ("img_pool", "prompt_pool"):
@@ -155,14 +155,15 @@ def mapped_settings(
                 f"FORWARD_DEEP_NOEXPAND with {pool}: the official code counts num_prompts rows that are "
                 "gone, so it pools the wrong patches"
             )
-        if pool == "imgprompt_pool":  # no prompt is left: all but CLS are the patches
+        if pool == "imgprompt_pool":  # no prompt is left: all tokens but CLS are patches
             settings["pool"] = "image"
     return settings
 
 
 def _mapped_other_settings(prompt: Mapping[str, Any], encoder: str, num_prompts: int) -> dict[str, Any]:
-    """The official MAE, MoCo v3 and Swin read DEEP and LOCATION alone, the MAE VIT_POOL_TYPE too; MAE and
-    Swin pool prompts by default. What else is set there changes nothing, but Swin's other prompts do."""
+    """`mapped_settings` for MAE, MoCo v3 and Swin. Besides the number of prompts and dropout, the official
+    code reads only DEEP and LOCATION there, and for MAE VIT_POOL_TYPE; it ignores the rest, except the
+    settings of a Swin's other prompts. MAE and Swin pool prompts by default."""
     if encoder == "swin" and (prompt["NUM_DEEP_LAYERS"] or prompt["PROJECT"] > -1 or prompt["DEEP_SHARED"]):
         raise Unmapped("NUM_DEEP_LAYERS, PROJECT and DEEP_SHARED: PromptedSwin has no such prompts")
     if prompt["LOCATION"] != "prepend":
@@ -178,7 +179,7 @@ def _mapped_other_settings(prompt: Mapping[str, Any], encoder: str, num_prompts:
 def to_our_names(
     official: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Official tensors of the trained parameters under PromptedViT's names for them.
+    """Renames the official trained tensors to PromptedViT's or PromptedSwin's names.
 
     Args:
         official: by their names after ``enc.`` and ``transformer.``; those of the head may be missing.
@@ -193,7 +194,7 @@ def to_our_names(
         if f"head.last_layer.{part}" in tensors:
             ours[f"head.{part}"] = tensors.pop(f"head.last_layer.{part}")
     stages = sorted(name for name in tensors if name.startswith(_STAGE))
-    if stages:  # a Swin's: of the first block, and then of all others by stages
+    if stages:  # a Swin: "prompt_embeddings" is the first block's, the others are by stage
         first, *others = (tensors.pop(name) for name in stages)
         sets = [torch.cat((tensors.pop("prompt_embeddings"), first)), *others]
         ours |= {f"prompts.{stage}": prompts for stage, prompts in enumerate(sets)}
@@ -201,7 +202,7 @@ def to_our_names(
     shallow = tensors.pop("prompt_embeddings", None)
     deep = tensors.pop("deep_prompt_embeddings", None)
     if settings.get("prompt_shared") or settings["prompt_type"] == "shallow":
-        deep = None  # there, but never used
+        deep = None  # in the file, but never used
     sets = [tensor for tensor in (shallow, deep) if tensor is not None]  # REVERSE_DEEP has no shallow ones
     if sets:
         ours["prompts"] = torch.cat(sets)
@@ -222,7 +223,7 @@ def to_our_names(
 def to_official_names(
     ours: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """PromptedViT's trained tensors under the official names, without prefix; `to_our_names` undoes it."""
+    """The inverse of `to_our_names`: trained tensors under the official names, without prefix."""
     tensors = dict(ours)
     official = {f"head.last_layer.{part}": tensors.pop(f"head.{part}") for part in ("weight", "bias")}
     if "prompts.0" in tensors:
@@ -260,18 +261,20 @@ def import_prompts(
     checkpoint: str | os.PathLike[str] | None = None,
     **timm_kwargs: Any,
 ) -> PromptedViT | PromptedSwin:
-    """A model with prompts, and head where there is one, that the official code trained.
+    """Builds a model with prompts (and head, if the file has one) that the official code trained.
 
     Args:
-        path: a file with the whole model, or prompt_epN.pth, which has no head: a new one is drawn.
-        backbone, pretrained, checkpoint, timm_kwargs: as for PromptedViT: what they were trained on.
-        prompt: official settings (MODEL.PROMPT). What the tensors tell (DEEP, PROJECT, NUM_TOKENS, the number
-            of deep layers, locations in pixel space) and what `export_prompts` recorded need not be given.
-        num_classes: of the new head; None where the file has one.
+        path: a file with the whole model, or prompt_epN.pth, which has no head: a new one is initialised.
+        backbone, pretrained, checkpoint, timm_kwargs: the backbone that the prompts were trained on, as for
+            PromptedViT.
+        prompt: official settings (MODEL.PROMPT). Those that the tensors imply (DEEP, PROJECT, NUM_TOKENS, the
+            number of deep layers, locations in pixel space) or `export_prompts` recorded may be left out.
+        num_classes: of the new head; None if the file has one.
 
     Raises:
-        Unmapped: settings or tensors that have no counterpart here, with the reason.
-        ValueError: a file that cannot be read, one of another backbone or method, or shapes that do not fit.
+        Unmapped: settings or tensors without a counterpart here, with the reason.
+        ValueError: a file that cannot be read or is for another backbone or method, or shapes that do not
+            fit.
     """
     path = Path(path)
     content = read_tensors(path, _ARRAY_TYPES)
@@ -283,7 +286,7 @@ def import_prompts(
         )
         raise ValueError(f"num_classes: got {num_classes}, and {path} {state}")
     kind = kind_of(backbone)
-    built, _ = resolve_backbone(backbone, False, timm_kwargs, kind=kind)  # for its sizes alone
+    built, _ = resolve_backbone(backbone, False, timm_kwargs, kind=kind)  # only for its sizes
     if kind is SWIN:
         encoder, depth = "swin", sum(len(stage.blocks) for stage in built.layers)
     elif any(name.startswith("transformer.") for name in trained):
@@ -315,22 +318,24 @@ def import_prompts(
 def export_prompts(
     model: PromptedViT | PromptedSwin, path: str | os.PathLike[str], *, encoder: str | None = None
 ) -> dict[str, Any]:
-    """Write prompts and head as the official code's checkpoints hold them (its MODEL.WEIGHT_PATH reads it).
+    """Write prompts and head in the format of the official code's checkpoints (for its MODEL.WEIGHT_PATH).
 
-    The file has no backbone, which the official code loads first. Beside "model" it holds the settings under
-    "prompt", which the official code does not look at.
+    The file has no backbone: the official code loads its own first. Besides "model" it holds the settings
+    under "prompt", which the official code ignores.
 
     Args:
-        model: whose prompts.
-        path: the file; one that is there is replaced, whole or not at all.
-        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``: the official class of a ViT; None for what its name
-            says, or else ``"mae"`` where it norms after pooling and ``"sup"`` where not. None for a Swin.
+        model: the model to export.
+        path: the file; an existing one is replaced completely or not at all.
+        encoder: ``"sup"``, ``"mae"`` or ``"mocov3"``: the official class of a ViT. None: ``"mocov3"`` if the
+            backbone's name says so, else ``"mae"`` if it has a norm after pooling, else ``"sup"``. None for
+            a Swin.
 
     Returns:
-        The official settings (MODEL.PROMPT) that mean what the model is.
+        The official settings (MODEL.PROMPT) that describe the model.
 
     Raises:
         Unmapped: the official code has no such model, or gets it wrong.
+        ValueError: encoder is not one of those named.
     """
     stem = model.backbone.stem
     wanted = ("swin",) if isinstance(model, PromptedSwin) else VIT_ENCODERS
@@ -346,7 +351,7 @@ def export_prompts(
     prompt = _official_settings(model, encoder)
     num_prompts = int(prompt["NUM_TOKENS"])
     mapped = mapped_settings(prompt, encoder=encoder, depth=model.num_blocks, num_prompts=num_prompts)
-    # What the official settings come to here must be this very model.
+    # The official settings, mapped back, must give this very model.
     for name, value in mapped.items():
         own = _own_pool(model) if name == "pool" else getattr(options, name)
         if name == "pool" and value is None:
@@ -368,9 +373,9 @@ def export_prompts(
 
 
 def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
-    """The model's pooling by name, its backbone's own too."""
+    """The name of the model's pooling, even if it is the backbone's own; None if it has no name."""
     if isinstance(model, PromptedSwin):
-        # Its "original", which for the ViT is CLS, is the mean over patches and prompts.
+        # "original" stands for CLS on a ViT, and for the mean over patches and prompts on a Swin.
         return "cls" if model.pool in (None, "image_and_prompts") else model.pool
     if model.pool is not None:
         return model.pool
@@ -381,7 +386,7 @@ def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
 
 
 def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[str, Any]:
-    """The official settings that come nearest to the model."""
+    """The official settings closest to the model."""
     options, depth = model.prompt_settings, model.num_blocks
     layers = options.prompt_layers
     if isinstance(layers, tuple):
@@ -398,7 +403,7 @@ def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[
         raise Unmapped("pool None: the official code has no such pooling as the backbone's own")
     drops = options.after_prompts == "drop"
     if drops and layers is not None and pool == "img_pool":
-        pool = "imgprompt_pool"  # which means this there: no prompt is left
+        pool = "imgprompt_pool"  # pools only patches then: no prompt is left
     prompt = {
         "NUM_TOKENS": options.num_prompts or model.trainable_state_dict()["prompts"].shape[1],
         "LOCATION": {ours: official for official, ours in reversed(_LOCATIONS.items())}[
@@ -423,7 +428,7 @@ def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[
 
 
 def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The trained tensors, by their names after "enc.", and the backbone's."""
+    """The trained tensors, and the backbone's, both by their names after "enc."."""
     if "shallow_prompt" in content:
         names = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
         return {f"transformer.{names[n]}": torch.as_tensor(content[n]) for n in names if n in content}, {}
@@ -448,14 +453,14 @@ def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tens
             frozen[name] = tensor
     if widened and not any(
         name.endswith("patch_embeddings.weight") and tensor.shape[1] > 3 for name, tensor in trained.items()
-    ):  # a strip of pixels, and a patch embedding that is the backbone's own
+    ):  # prepend-pixel: the patch embedding is the backbone's own, frozen
         moved = [name for name in trained if "embeddings.patch_embeddings." in name]
         frozen |= {name: trained.pop(name) for name in moved}
     return trained, frozen
 
 
 def _told_settings(trained: Mapping[str, torch.Tensor], depth: int, patch_width: int) -> dict[str, Any]:
-    """The official settings that the tensors tell by being there and by their shapes."""
+    """The official settings that the tensors' presence and shapes imply."""
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in trained.items()}
     deep, prompts = tensors.get("deep_prompt_embeddings"), tensors.get("prompt_embeddings")
     told: dict[str, Any] = {}
@@ -472,12 +477,12 @@ def _told_settings(trained: Mapping[str, torch.Tensor], depth: int, patch_width:
         if prompts is not None and deep.shape[0] + 1 != depth:
             told["NUM_DEEP_LAYERS"] = deep.shape[0] + 1
     first = prompts if prompts is not None else deep
-    assert first is not None  # _split saw to it
+    assert first is not None  # ensured by _split
     return told | {"NUM_TOKENS": first.shape[1]}
 
 
 def _check_frozen(frozen: Mapping[str, torch.Tensor], vit: VisionTransformer, path: Path) -> None:
-    """Whether the backbone in the file, where there is one, is this."""
+    """Raises ValueError if the file holds a backbone other than this one."""
     own = vit.state_dict()
     for name, officials in _FROZEN.items():
         for official in officials:

@@ -1,4 +1,4 @@
-"""The precision that a recipe names, as autocast."""
+"""Autocast for the precisions that a recipe may name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_precision(device_type: str) -> str:
-    """What a recipe that names none is trained in: bf16 on a CUDA device that computes in it, fp16 on an
-    older one, and fp32 elsewhere."""
+    """The precision of a recipe that names none: bf16 on a CUDA device with native support, fp16 on an older
+    one, fp32 elsewhere."""
     if device_type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -1,4 +1,4 @@
-"""Loading whatever kind of model a folder holds."""
+"""Loading a saved model of any class."""
 
 from __future__ import annotations
 
@@ -52,9 +52,18 @@ MODELS: dict[str, type[TunedModel]] = {
 def load_pretrained(
     path: str | os.PathLike[str], backbone: str | TimmViT | None = None, **overrides: Any
 ) -> TunedModel:
-    """Build the saved model in a folder or hub repository again, of whichever class it is.
+    """Rebuild a saved model of any class, from a folder or a repository on the Hugging Face hub.
 
-    Args and errors are those of `PromptedViT.from_pretrained`.
+    Args:
+        path: a folder that `save_pretrained` wrote, or a repository's name.
+        backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere.
+        overrides: settings that replace the saved ones, see `PromptedViT.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file.
+        TypeError: an override that the class does not have.
+        ValueError: the folder holds an unknown class, or the backbone's weights are missing or not those that
+            the model was trained on.
     """
     settings, _ = read_pretrained(path)
     kind = settings["model"]

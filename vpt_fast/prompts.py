@@ -1,7 +1,7 @@
-"""Where prompts live, how many there are, how they start, and what dropout does to them.
+"""The settings of prompts (location, number, blocks), their initialisation and dropout.
 
-Paper: Jia et al., Visual Prompt Tuning, ECCV 2022. Deep prompts (eq. 6 to 7) enter every block anew, shallow
-ones (eq. 4 to 5) the first block only; Fig. 5 compares where they are put, Fig. 7 in which blocks, Fig. 8
+Paper: Jia et al., Visual Prompt Tuning, ECCV 2022. Deep prompts are new in every block (eq. 6 to 7), shallow
+ones enter the first block only (eq. 4 to 5). Fig. 5 compares locations, Fig. 7 the choice of blocks, Fig. 8
 what the head reads.
 """
 
@@ -22,38 +22,38 @@ LOCATIONS = ("prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel"
 AFTER_PROMPTS = ("flow", "drop")
 DROPOUT_PER = ("image", "batch")
 
-IN_TOKENS = ("prepend", "add", "add-1")  # locations that deep prompts, shared ones and projections exist for
+IN_TOKENS = ("prepend", "add", "add-1")  # locations that support deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 
-# The border prompts of `pad` are pixels in [0, 1], normalised as ImageNet images are.
+# The border prompts of `pad` are pixels in [0, 1], normalised like ImageNet images.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Everything about the prompts of one model.
+    """All prompt settings of a model.
 
     Attributes:
         num_prompts: m: prompts per prompted block (prepend, prepend-pixel), pixels of border on each side
-            (pad), extra input channels (concat-channel). ``add`` has one prompt for every token and
-            ``add-1`` has one: None there, or that number.
-        prompt_type: ``"deep"``: blocks get prompts of their own; ``"shallow"``: the first block does.
-        prompt_layers: which blocks get prompts of their own (deep): None for all, k > 0 for the first k,
-            k < 0 for the last -k, or the blocks' indices from 0.
-        after_prompts: what a block without prompts of its own gets when an earlier block had some:
+            (pad), extra input channels (concat-channel). ``add`` has one prompt per token and ``add-1``
+            one in all: None there, or that number.
+        prompt_type: ``"deep"``: blocks get prompts of their own; ``"shallow"``: only the first block does.
+        prompt_layers: (deep only) which blocks get prompts of their own: None for all, k > 0 for the first
+            k, k < 0 for the last -k, or the blocks' indices from 0.
+        after_prompts: what a block without prompts of its own gets if an earlier block had some:
             ``"flow"``: their outputs, as ordinary tokens (as in shallow prompting); ``"drop"``: nothing.
         prompt_location: ``"prepend"``: tokens beside the image's (the paper's choice); ``"add"``: added to
             the tokens, one prompt for every position; ``"add-1"``: one prompt added to every token;
-            ``"prepend-pixel"``: patches of pixels beside the image's, with no position; ``"pad"``: a
-            border of pixels around the image; ``"concat-channel"``: extra input channels, with the whole
-            patch embedding trained.
+            ``"prepend-pixel"``: patches of pixels beside the image's, without position embedding;
+            ``"pad"``: a border of pixels around the image; ``"concat-channel"``: extra input channels,
+            with the whole patch embedding trained.
         prompt_shared: one set of prompts for all prompted blocks.
-        prompt_project: prompts live in this many dimensions, and one trained linear layer lifts them to
-            the model's width; None for none.
+        prompt_project: prompts have this many dimensions, and one trained linear layer projects them to
+            the model's width; None: no projection.
         prompt_dropout: probability that an element of a prompt is dropped in training.
-        prompt_dropout_per: ``"image"``: a mask for every image (the standard recipe); ``"batch"``: one for
-            the batch, which is cheaper and another regulariser.
+        prompt_dropout_per: ``"image"``: a mask per image (the standard recipe); ``"batch"``: one for the
+            whole batch, which is cheaper but a different regulariser.
     """
 
     num_prompts: int | None
@@ -133,7 +133,7 @@ class PromptConfig:
         """The indices of the blocks that get prompts of their own, in order.
 
         Raises:
-            ValueError: prompt_layers names a block that is not there, one twice, or none.
+            ValueError: prompt_layers names a block that does not exist, a block twice, or no block.
         """
         layers = self.prompt_layers
         if self.prompt_type == "shallow":
@@ -156,11 +156,15 @@ class PromptConfig:
 
 
 def refuse_settings(keywords: dict[str, Any], what: str) -> None:
-    """Takes settings of `PromptConfig` that a model does not have out of its constructor's keywords. As they
-    are by default they may be given, as the recipe does.
+    """Removes from a constructor's keyword arguments the `PromptConfig` settings that its model does not
+    support. Their default values are accepted, since the recipe passes them.
+
+    Args:
+        keywords: the keyword arguments, which are changed.
+        what: names the model in the message.
 
     Raises:
-        ValueError: one that is not the default; the message names it and `what` does not have it.
+        ValueError: a setting that is not the default; the message names it.
     """
     defaults = {field.name: field.default for field in fields(PromptConfig)}
     others = {name: keywords.pop(name) for name in defaults if name in keywords}
@@ -170,16 +174,16 @@ def refuse_settings(keywords: dict[str, Any], what: str) -> None:
 
 
 def init_bound(patch_size: tuple[int, int], prompt_dim: int) -> float:
-    """Bound of the uniform distribution that prompts start from: √(6 / (3·patch area + prompt dim)).
+    """Bound of the uniform distribution that initialises prompts: √(6 / (3·patch area + prompt dim)).
 
-    Xavier's bound for a patch embedding's weight, the choice of the official implementation.
+    It is Xavier's bound for a patch embedding's weight, as in the official implementation.
     """
     return math.sqrt(6.0 / (3 * patch_size[0] * patch_size[1] + prompt_dim))
 
 
 def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "prompts") -> None:
-    """Raises ValueError for prompts that a user put in place of the model's own, of another shape: which rows
-    are computed and read goes by how many there were."""
+    """Raises ValueError if a user has replaced the model's prompts by some of another shape: the rows to
+    compute and read were planned for the original number."""
     if prompts.shape != tuple(want):
         raise ValueError(
             f"{name}: got shape {tuple(prompts.shape)}, want {tuple(want)}, which the model was built for"
@@ -187,15 +191,16 @@ def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "promp
 
 
 def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:
-    """Dropout on prompts, in training: of one block at a time, since all blocks' at once, where every image
-    has its own, would be there until the last block has run.
+    """Dropout on the prompts of one block. Applied to all blocks at once with a mask per image, the results
+    would stay in memory until the last block has run.
 
     Args:
         prompts: (1, m, d).
-        config: the probability of dropping an element, the others being scaled by 1 / (1 - p); and whether
-            every image has a mask, so that the result is (B, m, d), or the batch has one: (1, m, d).
+        config: `prompt_dropout`, the probability p of dropping an element (the others are scaled by
+            1 / (1 - p)); `prompt_dropout_per`, which makes the result (B, m, d) for a mask per image, or
+            (1, m, d).
         batch_size: B.
-        training: without, nothing is dropped.
+        training: if False, nothing is dropped.
     """
     if config.prompt_dropout == 0.0 or not training:
         return prompts
@@ -208,11 +213,11 @@ def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch
     """Bytes that `drop` keeps for the backward pass of one block's prompts.
 
     Args:
-        config: how they are dropped.
+        config: see `drop`.
         batch_size: B.
         width: d.
-        prompts: their parameter (.., m, width of any kind): on a CUDA device a bool is kept for each element,
-            elsewhere a factor.
+        prompts: the parameter (.., m, any width). On a CUDA device a bool is kept per element, elsewhere a
+            factor in its dtype.
     """
     if config.prompt_dropout == 0.0:
         return 0
@@ -233,7 +238,7 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
     Returns:
         (B, 3, H + 2·border, W + 2·border).
     """
-    # In the prompts' dtype: images of 16 bits would round both.
+    # In the prompts' dtype: that of 16-bit images would round both.
     batch = images.shape[0]
     left, right = _as_imagenet(sides).expand(batch, -1, -1, -1).split(border, dim=3)
     top, bottom = _as_imagenet(rows).expand(batch, -1, -1, -1).split(border, dim=2)
@@ -242,8 +247,8 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
 
 
 def _as_imagenet(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (1, 3, H, W) normalised. By numbers and not tensors, whose copy to a GPU would have to be waited
-    for, which a CUDA graph does not allow."""
+    """Normalises pixels (1, 3, H, W). Mean and deviation are Python numbers: copying tensors to the GPU would
+    synchronise, which a CUDA graph does not allow."""
     channels = zip(pixels.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 

@@ -24,7 +24,7 @@ from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import LinearProbe
 
-# What gives the patch tokens, by the name of the method that trains it.
+# Classes that compute the patch tokens, by the method that trains them.
 ENCODERS: dict[str, type[TunedClassifier]] = {
     "vpt-deep": PromptedViT,
     "vpt+bias": PromptAndBiasTuning,
@@ -33,24 +33,25 @@ ENCODERS: dict[str, type[TunedClassifier]] = {
     "full": FullTuning,
 }
 
-# The blocks whose tokens auxiliary heads read, as shares of the depth: 10, 15 and 20 of ViT-L's 24.
+# The blocks that auxiliary heads read, as fractions of the depth: 10, 15 and 20 of ViT-L's 24.
 _AUX_SHARES = (10 / 24, 15 / 24, 20 / 24)
 _CLASSIFIER_STD = 0.01
-_MOST_GROUPS = 32  # of GroupNorm, its paper's default
+_MOST_GROUPS = 32  # GroupNorm's default in its paper
 
 
 class UpsamplingHead(nn.Module):
-    """SETR-PUP: patch tokens to logits at the image's size, in stages of a 3×3 convolution, a norm, a ReLU
-    and a bilinear upsampling each, and a 1×1 convolution.
+    """SETR-PUP: patch tokens to logits at the image's size, by stages that each consist of a 3×3 convolution,
+    a norm, a ReLU and bilinear upsampling, and by a 1×1 convolution.
 
-    The stages enlarge by the same factor each: 2 for four stages from patches of 16 pixels. Both ends are
-    reached exactly whatever the patch size is.
+    All stages upsample by about the same factor: 2 for four stages and patches of 16 pixels. The output has
+    exactly the image's size, whatever the patch size.
 
     Args:
         embed_dim: d of the tokens.
         num_classes: C.
-        channels: of the stages.
-        num_stages: how many there are.
+        channels: output channels of each stage.
+        num_stages: number of stages.
+        device: of the parameters.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class UpsamplingHead(nn.Module):
                 channels if index else embed_dim, channels, 3, padding=1, bias=False, device=device
             )
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            # Not BatchNorm, SETR's: parts of a batch, and processes, would no longer add up to the batch.
+            # Not SETR's BatchNorm: the gradients of micro-batches, or of processes, would no longer add up to
+            # that of the whole batch.
             norm = nn.GroupNorm(math.gcd(_MOST_GROUPS, channels), channels, device=device)
             stages.append(nn.Sequential(conv, norm, nn.ReLU(inplace=True)))
         self.stages = nn.ModuleList(stages)
@@ -84,44 +86,45 @@ class UpsamplingHead(nn.Module):
                 size = [round(p * (n / p) ** share) for p, n in zip(grid, image_size, strict=True)]
                 x = F.interpolate(x, size, mode="bilinear")
             x = stage(x)
-        # The 1×1 convolution before the last upsampling and not after it: the two commute, since
-        # interpolation's weights sum to 1, and here it has fewer pixels to go over.
+        # The 1×1 convolution comes before the last upsampling, where there are fewer pixels: the two commute,
+        # since the weights of an interpolation sum to 1.
         logits = self.classifier(x)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.interpolate(logits.to(wide), image_size, mode="bilinear")
 
 
 class PromptedSegmenter(TunedModel):
-    """A vision transformer tuned by visual prompts or in another way, and a trained SETR-PUP head on its
-    patch tokens.
+    """Semantic segmentation: a vision transformer tuned by visual prompts or another method, and a trained
+    SETR-PUP head on its patch tokens.
 
-    The head reads the last block's tokens; while training, auxiliary heads of two stages (from patches of 16
-    pixels) read those of earlier blocks. None reads the CLS token or a prompt, nor the final norm: each
-    head has a LayerNorm of its own, which is trained. What runs before the heads is the same engine as
-    PromptedViT's, without the same dead work.
+    The head reads the last block's patch tokens. In training, auxiliary heads read those of earlier blocks;
+    they have two stages for patches of 16 pixels. No head reads the CLS token, prompts or the final norm's
+    output: each has its own trained LayerNorm. ``"vpt-deep"`` and ``"linear"`` run the engine's blocks, the
+    other methods timm's own.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is not
-            changed. With a name, ``img_size=512`` among the settings resamples its position embedding as
+            changed. With a name, ``img_size=512`` among the settings resamples the position embedding as
             timm does.
         num_classes: C.
-        method: what is trained beside the heads: ``"vpt-deep"``: deep prompts; ``"vpt+bias"``: these and
-            every bias of the backbone; ``"linear"``: nothing; ``"bias"``; ``"full"``: the whole backbone.
-        head_channels: of the heads' stages.
+        method: what is trained besides the heads: ``"vpt-deep"``: deep prompts; ``"vpt+bias"``: deep prompts
+            and every bias of the backbone; ``"linear"``: nothing; ``"bias"``: every bias of the backbone;
+            ``"full"``: the whole backbone.
+        head_channels: output channels of the heads' stages.
         aux_blocks: indices from 0 of the blocks that auxiliary heads read; None for those at 10/24, 15/24
-            and 20/24 of the depth (SETR's of ViT-L), () for none.
+            and 20/24 of the depth (as in SETR on ViT-L), () for none.
         pretrained, checkpoint: see `PromptedViT`.
-        settings: of the class that the method names in `ENCODERS`, such as num_prompts, prompt_dropout,
-            dtype, memory; the others go to timm.create_model (only with a name).
+        settings: arguments of the method's class in `ENCODERS`, such as num_prompts, prompt_dropout, dtype,
+            memory; the others are passed to timm.create_model (only with a name).
 
     Attributes:
-        encoder: the model of that class; its own linear head is gone.
+        encoder: the model that computes the patch tokens, of the method's class, without its linear head.
         head: UpsamplingHead.
         aux_heads: an UpsamplingHead for each of aux_blocks.
 
     Raises:
-        ValueError: an argument out of range, a method that there is not for segmentation, or a part of the
-            backbone that is not supported; the message names it.
+        ValueError: an argument out of range, a method without segmentation, or a part of the backbone that
+            is not supported; the message names it.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class PromptedSegmenter(TunedModel):
                 raise ValueError(f"{name}: got {settings[name]!r} with a segmenter, want {wanted!r}")
         constructor: Any = ENCODERS[method]
         encoder: TunedClassifier = constructor(
-            # A linear head reads one vector an image; it goes when the model is built.
+            # One class and this pooling are for the linear head, which is removed below.
             backbone, 1, pool="image", pretrained=pretrained, checkpoint=checkpoint, **settings,
         )  # fmt: skip
         vit = encoder.backbone
@@ -158,7 +161,7 @@ class PromptedSegmenter(TunedModel):
         encoder.head = nn.Identity()  # type: ignore[assignment]
         for module in (vit.stem.norm, vit.stem.fc_norm, vit.stem.attn_pool):
             if module is not None:
-                module.requires_grad_(False)  # nobody reads it
+                module.requires_grad_(False)  # the heads do not read its output
         self.encoder = encoder
         self.method, self.num_classes = method, num_classes
         self.head_channels, self.aux_blocks = head_channels, tuple(aux_blocks)
@@ -167,7 +170,7 @@ class PromptedSegmenter(TunedModel):
         enlarged = math.log2(max(vit.patch_size))
 
         def head(most: int) -> UpsamplingHead:
-            """One whose stages enlarge by at most `most`."""
+            """A head whose stages upsample by a factor of at most `most`."""
             stages = max(math.ceil(enlarged / math.log2(most)), 1)
             return UpsamplingHead(vit.embed_dim, num_classes, head_channels, stages, vit.device)
 
@@ -208,10 +211,10 @@ class PromptedSegmenter(TunedModel):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Normalised images (B, C, H, W) to logits (B, num_classes, H, W); in training to a tuple of these
-        and of those of each auxiliary head, in the order of `aux_blocks`.
+        and each auxiliary head's logits, in the order of `aux_blocks`.
 
         Raises:
-            ValueError: images of another shape than the model takes.
+            ValueError: images of the wrong shape.
         """
         size, patch = images.shape[-2:], self.patch_size
         grid = size[0] // patch[0], size[1] // patch[1]
@@ -226,8 +229,8 @@ class PromptedSegmenter(TunedModel):
         )
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """The encoder's, by its own estimate; and what heads and cross entropy keep, counted on tensors
-        without values, in the head's dtype (under autocast it is less)."""
+        """The encoder's own estimate, plus what heads and cross entropy keep, counted on the meta device in
+        the heads' dtype (under autocast it is less)."""
         kept, workspace = 0, self.backbone.folded_workspace(batch_size)
         if self.method != "linear":
             encoder = self.encoder._training_bytes(batch_size)
@@ -239,9 +242,9 @@ class PromptedSegmenter(TunedModel):
             workspace=max(workspace, 2 * batch_size * max(sizes)),
         )
 
-    @torch.inference_mode(False)  # whatever the caller's mode is: nothing is kept in it
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
     def _head_bytes(self) -> list[int]:
-        """Bytes of the tensors that heads and loss keep for backward for an image of the model's own size."""
+        """Bytes of each tensor that heads and loss keep for backward, for one image of the model's size."""
         vit, size = self.backbone, self.image_size
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
         heads = copy.deepcopy(nn.ModuleList([self.head, *self.aux_heads])).to("meta")
@@ -264,7 +267,7 @@ class PromptedSegmenter(TunedModel):
 
 
 def _check_aux_blocks(blocks: Sequence[int], last: int) -> None:
-    """Raises ValueError for what is not blocks before the last one, which the head reads."""
+    """Raises ValueError unless these are ascending indices of blocks before the last one."""
     wanted = sorted({*blocks} & {*range(last)})
     if list(blocks) != wanted or not all(type(index) is int for index in blocks):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""PromptedSwin: visual prompts through a frozen Swin transformer."""
+"""PromptedSwin: visual prompt tuning of a frozen Swin transformer."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ POOLS = ("image", "prompts", "image_and_prompts")
 class PromptedSwin(PromptedClassifier):
     """A frozen Swin transformer tuned by visual prompts (Jia et al., ECCV 2022).
 
-    The prompts stand beside the tokens of every window, with no relative position bias and no mask; a
-    prompt's output is the mean over the windows of its image. Shallow prompts enter the first block and go
-    through all of them, and through patch merging as four copies of themselves side by side; deep ones are
-    new in every block. Same logits, loss and gradients as concatenating them in every window, without the
-    work that this does for nothing (see `engine.windows`), and each image for itself: the official code gives
-    the shallow prompts of one image to windows of others.
+    Prompts join the tokens of every window, without relative position bias or mask; a prompt's output is the
+    mean over its image's windows. Deep prompts are new in every block. Shallow ones enter the first block and
+    pass through all others; patch merging concatenates four copies of a prompt. Logits, loss and gradients
+    equal those of concatenation in every window, without its unnecessary work (see `engine.windows`). Each
+    image is computed on its own, whereas the official code passes the shallow prompts of one image to windows
+    of others.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer, whose weights are used
             as they are and which is not changed.
-        num_classes: of the head.
+        num_classes: outputs of the head.
         num_prompts: m: prompts of each block that gets new ones.
         prompt_type, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
         pool: the tokens whose mean the head reads, after the final norm: None for ``"image_and_prompts"``,
-            the official choice; ``"image"``; ``"prompts"``.
-        dtype, memory: as for `PromptedViT`; what patch merging keeps is packed or not, and never recomputed.
+            as in the official code; ``"image"``; ``"prompts"``.
+        dtype, memory: as for `PromptedViT`. Patch merging keeps its normalised input, in 8 bits under
+            ``"compact"``, and is never recomputed.
         backend: see `kernels.get_backend`.
-        attention: ``"auto"``: no FlashAttention takes the bias of windows.
+        attention: ``"auto"``: no FlashAttention implementation supports the windows' bias.
         pretrained: load the published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
-        timm_kwargs: go to timm.create_model (only with a name), but the other settings of
-            `prompts.PromptConfig`, which are refused unless they are the defaults.
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
+        timm_kwargs: passed to timm.create_model (only with a name), except the other settings of
+            `prompts.PromptConfig`, which must have their default values.
 
     Attributes:
-        prompts: what is trained: a tensor (blocks, m, d) for every stage; when shallow one, (1, m, d).
+        prompts: the trained prompts: a tensor (blocks, m, d) per stage; if shallow, one tensor (1, m, d).
         head: nn.Linear, from d features of the last stage to logits.
 
     Raises:
-        ValueError: an argument out of range, a setting of prompts that PromptedSwin does not have, or a part
-            of the backbone that is not supported; the message names it.
+        ValueError: an argument out of range, a prompt setting that PromptedSwin does not have, or a part of
+            the backbone that is not supported; the message names it.
     """
 
     backbone: FrozenSwin  # type: ignore[assignment]
@@ -103,7 +104,7 @@ class PromptedSwin(PromptedClassifier):
         )
         self.prompt_settings = settings
         self._is_deep = prompt_type == "deep"
-        # Of all stages' prompts, as of the official code's, the bound is that of the first stage's width.
+        # As in the official code, the first stage's width gives the bound for all stages.
         bound = init_bound(self.patch_size, self.backbone.stages[0][1])
         stages = self.backbone.stages if self._is_deep else ((1, self.backbone.stages[0][1]),)
         self._prompt_shapes = [(depth, num_prompts, width) for depth, width in stages]
@@ -133,20 +134,20 @@ class PromptedSwin(PromptedClassifier):
             if num_fresh:
                 stream, flowed = stream.split(num_fresh)
                 prompts = flowed.sum()
-                del flowed  # a view, which would hold this block's output while the next one runs
+                del flowed  # a view, which would keep this block's output alive while the next one runs
         tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
         read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
         return self._features(read)
 
     def _prompt_sets(self) -> list[torch.Tensor]:
-        """New prompts (1, m, d) for each of the first blocks: deep, for all of them."""
+        """New prompts (1, m, d) for each block that gets some: all blocks if deep, else the first."""
         for index, (stage, shape) in enumerate(zip(self.prompts, self._prompt_shapes, strict=True)):
             require_shape(stage, shape, f"prompts.{index}")
         # unbind, not indexing: its backward is one stack
         return [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
 
     def _rows(self, index: int) -> tuple[int, int]:
-        """The rows of a block's output that are read, of its N tokens and then its m prompts."""
+        """Half-open range of the rows that are read of a block's output: N tokens, then m prompts."""
         num_tokens, m = self.backbone.blocks[index].num_tokens, self.prompt_settings.num_prompts or 0
         if index < self.num_blocks - 1:
             return 0, num_tokens + (0 if self._is_deep else m)
@@ -158,8 +159,8 @@ class PromptedSwin(PromptedClassifier):
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks and merges, and what temporaries add to them at most."""
-        del num_tokens  # of the one image size that there is
+        """Bytes kept for backward by all blocks and merges, and bytes that temporaries add at the peak."""
+        del num_tokens  # fixed: a Swin has one image size
         settings = self.prompt_settings
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"

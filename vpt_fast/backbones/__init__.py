@@ -1,1 +1,1 @@
-"""Backbones: reading a timm model into frozen blocks, and the small one that the package carries."""
+"""Backbones: converting a timm model into frozen blocks, loading weights, and the small packaged backbone."""

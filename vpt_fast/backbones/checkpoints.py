@@ -1,8 +1,8 @@
-"""Reading weights from a file into a timm model: the files that backbones' authors publish, and timm's own.
+"""Loading weights into a timm model, from the files that backbones' authors publish and from timm's own.
 
-timm converts names and interpolates positions. Here is what it leaves open: every tensor of the model must be
-in the file and fit, nothing in the file may be left over but what the format is known to carry beside a
-backbone, and nothing is unpickled but tensors and plain values.
+timm converts names and interpolates position embeddings. This module checks what timm does not: every tensor
+of the model must be in the file and fit; nothing in the file may be left over except what the format is known
+to hold besides a backbone; and only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-# MAE's fine-tuned files hold their command line; an object without behaviour.
+# MAE's fine-tuned files hold their command line, in an object that runs no code.
 _PLAIN_TYPES = (argparse.Namespace,)
 
-# JAX ViT .npz: name in timm, after blocks.N., to the name after Transformer/encoderblock_N/.
+# JAX ViT .npz: timm's name after blocks.N. to the name after Transformer/encoderblock_N/.
 _JAX_BLOCK = {
     "norm1": "LayerNorm_0",
     "attn.qkv": "MultiHeadDotProductAttention_1",
@@ -37,7 +37,7 @@ _JAX_BLOCK = {
     "mlp.fc1": "MlpBlock_3/Dense_0",
     "mlp.fc2": "MlpBlock_3/Dense_1",
 }
-_JAX_OUTSIDE = {  # what has the same shape in both
+_JAX_OUTSIDE = {  # outside the blocks, where shapes are the same
     "cls_token": "cls",
     "patch_embed.proj.bias": "embedding/bias",
     "norm.weight": "Transformer/encoder_norm/scale",
@@ -45,7 +45,7 @@ _JAX_OUTSIDE = {  # what has the same shape in both
 }
 _JAX_POSITIONS = "Transformer/posembed_input/pos_embedding"
 _JAX_LEFT_OUT = ("head/", "pre_logits/")  # classifiers
-_JAX_PREFIX = "opt/target/"  # of files that were written with the optimizer's state
+_JAX_PREFIX = "opt/target/"  # in files that include the optimizer's state
 
 
 def load_checkpoint(
@@ -55,18 +55,17 @@ def load_checkpoint(
     may_lack: tuple[str, ...] = (),
     leaves_out: tuple[str, ...] = (),
 ) -> None:
-    """Fill a model, all but its classifier, with the weights in a file.
+    """Load the weights in a file into a model, except its classifier.
 
     Formats: the JAX ViT's .npz; .pth and .pth.tar of MAE, MoCo v3 (pre-training, linear probe), Swin,
-    ConvNeXt, torchvision's ResNet and timm's own; .safetensors. Position embeddings, and Swin's tables of
-    relative positions, are interpolated to the model's image size as timm does it.
+    ConvNeXt, torchvision's ResNet and timm's own; .safetensors. Position embeddings, and Swin's relative
+    position bias tables, are interpolated to the model's image size as timm does.
 
     Args:
         model: built by timm with num_classes=0.
         path: the file.
-        may_lack: prefixes of the model's tensors that the file need not hold; they stay as they are.
-        leaves_out: prefixes of tensors in the file (in timm's names) that the model has no place for, beside
-            the format's own.
+        may_lack: prefixes of the model's tensors that may be missing in the file; they are left unchanged.
+        leaves_out: prefixes (in timm's names) of tensors in the file to ignore, besides the format's own.
 
     Raises:
         ValueError: a file that cannot be read, is damaged or holds objects that would have to be unpickled,
@@ -84,7 +83,7 @@ def load_checkpoint(
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
     for name, tensor in wanted.items():
         if name not in state:
-            # Torchvision's older files lack BatchNorm's count of batches, which inference does not read.
+            # Older torchvision files lack BatchNorm's num_batches_tracked, which inference does not use.
             if name.startswith(may_lack) or name.endswith(".num_batches_tracked"):
                 continue
             raise _misfit(path, model, f"it lacks {name}")
@@ -96,11 +95,11 @@ def load_checkpoint(
 
 
 def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
-    """What a .pth or .safetensors file holds; of objects only tensors, plain values and the types in `also`
-    (as torch.serialization.safe_globals takes them).
+    """The content of a .pth or .safetensors file. Only tensors, plain values and the types in `also` (as for
+    torch.serialization.safe_globals) are unpickled.
 
     Raises:
-        ValueError: the file is damaged, holds other objects, or no mapping.
+        ValueError: the file is damaged, holds other objects, or is not a mapping.
     """
     try:
         if path.suffix == ".safetensors":
@@ -115,9 +114,7 @@ def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
             f"checkpoint: {path} holds an object of {refused[1]}; only tensors and plain values are read, "
             "since unpickling anything else can run code"
         ) from None
-    except (
-        Exception
-    ) as error:  # torch's unpickler raises whatever a damaged byte, or a page of text, leads to
+    except Exception as error:  # torch's unpickler may raise anything on a damaged or unrelated file
         raise ValueError(f"checkpoint: {path} is damaged, or none: {_first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint: {path} holds a {type(content).__name__}, want a mapping of names")
@@ -125,7 +122,7 @@ def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
 
 
 def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The backbone's tensors under their names in the authors' model, without what was trained beside it."""
+    """The backbone's tensors under the authors' names, without modules that were only used in training."""
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
@@ -144,7 +141,7 @@ def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tens
 
 
 def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors under timm's names, positions interpolated."""
+    """The tensors under timm's names, with interpolated position embeddings."""
     convert: Callable[..., Any] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
     )
@@ -161,20 +158,20 @@ def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> 
     error = failure(state)
     if error is None:
         return convert(dict(state), model)
-    # timm's converters take the right architecture for granted: ask for the first name that one fails on.
+    # timm's converters assume the right architecture: find the first tensor that this one fails on.
     culprit = next((name for name, tensor in state.items() if failure({name: tensor})), None)
     where = "" if culprit is None else f"{culprit} does not fit: "
     raise _misfit(path, model, f"{where}{_first_line(error)}")
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's tensors in timm's names."""
+    """Prefixes of the classifier's tensors, in timm's names."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 def _check_patch_size(state: Mapping[str, torch.Tensor], model: nn.Module, path: Path) -> None:
-    # timm would resample the kernel, which gives another model than the one that was trained.
+    # timm would resample the kernel, which makes it a different model from the one that was trained.
     name = "patch_embed.proj.weight"
     kernel, own = state.get(name), model.state_dict().get(name)
     if kernel is not None and own is not None and kernel.ndim == 4 and kernel.shape[2:] != own.shape[2:]:
@@ -209,7 +206,7 @@ def _load_jax(model: nn.Module, path: Path) -> None:
 
 
 def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every array in an .npz file, read from the headers alone."""
+    """Name to shape of every array in an .npz file, read from the headers only."""
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -230,11 +227,11 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_jax_shapes(vit: VisionTransformer, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Whether arrays of these names and shapes are the weights of this model, in the layout of the JAX ViT
+    """Checks that arrays with these names and shapes are this model's weights in the layout of the JAX ViT
     (google-research/vision_transformer).
 
     Raises:
-        ValueError: the first array that is missing, of another shape, or left over.
+        ValueError: an array is missing, has another shape or is left over; the message names the first one.
     """
     prefix = _JAX_PREFIX if f"{_JAX_PREFIX}cls" in shapes else ""
     wanted: dict[str, tuple[int, ...] | None] = {}
@@ -245,7 +242,7 @@ def check_jax_shapes(vit: VisionTransformer, shapes: Mapping[str, tuple[int, ...
         if prefix + name not in shapes:
             raise _misfit(path, vit, f"it lacks {prefix}{name}")
         got = shapes[prefix + name]
-        if want is None:  # positions, of any number
+        if want is None:  # position embeddings, of any number
             want = (1, got[1] if len(got) == 3 else 1, vit.embed_dim)
         _check_shape(prefix + name, got, want, path, vit)
     for name in shapes:
@@ -258,8 +255,8 @@ def check_jax_shapes(vit: VisionTransformer, shapes: Mapping[str, tuple[int, ...
 def _jax_arrays(
     name: str, shape: tuple[int, ...], vit: VisionTransformer, path: Path
 ) -> dict[str, tuple[int, ...] | None]:
-    """The arrays that one of the model's tensors is made of, name to shape; None where the number of
-    positions is free."""
+    """Name to shape of the arrays that make up one of the model's tensors; None if the number of positions is
+    arbitrary."""
     if name == "pos_embed":
         return {_JAX_POSITIONS: None}
     if name == "patch_embed.proj.weight":

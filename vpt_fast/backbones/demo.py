@@ -1,7 +1,7 @@
-"""The backbone that the package carries: `timm.create_model("vpt_fast_demo")`, a ViT for 32x32 images.
+"""The packaged backbone: `timm.create_model("vpt_fast_demo")`, a ViT for 32x32 images.
 
-It exists only as the weights in demo.safetensors beside this file, so its entry point always loads them, with
-no network and whatever `pretrained` says. scripts/pretrain_demo_backbone.py made them and keeps its log.
+Its entry point always loads the weights, from demo.safetensors beside this file, without network access and
+whatever `pretrained` says. scripts/pretrain_demo_backbone.py produces them and a training log.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ default_cfgs = generate_default_cfgs(
 
 
 def demo_metadata() -> dict[str, str]:
-    """What demo.safetensors says of itself: sizes, num_parameters, accuracy (%), held_out_images, epochs."""
+    """The metadata of demo.safetensors: sizes, num_parameters, accuracy (%), held_out_images, epochs."""
     with safe_open(WEIGHTS, framework="pt") as file:
         return file.metadata()
 
 
 @register_model
 def vpt_fast_demo(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
-    """The packaged ViT, in fp32, with its weights; takes timm's VisionTransformer arguments.
+    """The packaged ViT in fp32, with its weights. kwargs: of timm's VisionTransformer.
 
-    With num_classes > 0 the classifier is new and random: the file has none.
+    With num_classes > 0 the classifier is initialised at random: the file has none.
     """
     metadata = demo_metadata()
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")

@@ -1,7 +1,7 @@
-"""Backbones by the names that the official code of the VPT paper (KMnP/vpt) has for them.
+"""Backbones under the names of the VPT paper's official code (KMnP/vpt).
 
-Each is a timm architecture with weights that their authors publish as a file, and that timm's hub mostly has
-too. Sources of names and addresses: the official code's README, and timm's own settings of its weights.
+Each is a timm architecture with weights that their authors publish as a file; timm's hub has most of them
+too. Sources of names and addresses: the official code's README, and timm's configuration of its weights.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class KnownBackbone:
 
     Attributes:
         name: the official code's (DATA.FEATURE).
-        objective: what it was trained with.
-        timm_name: the architecture; with a tag where timm's hub holds the very weights of the file.
-        address: where its authors publish the file.
-        normalization: mean and deviation of the images that it was trained on.
-        arguments: of timm's model, beside the architecture's own.
-        pool: what the head reads where there are prompts; None for the backbone's own pooling.
-        may_lack: prefixes of the model's tensors that the file need not hold; they keep the values that timm
-            starts them with.
-        leaves_out: prefixes of the file's tensors that the model has no place for.
+        objective: how it was pre-trained.
+        timm_name: the architecture; with a tag if timm's hub holds the same weights as the file.
+        address: URL of the authors' file.
+        normalization: mean and standard deviation of its input images.
+        arguments: of timm's model, besides the architecture's own.
+        pool: what the head reads if there are prompts; None for the backbone's own pooling.
+        may_lack: prefixes of the model's tensors that may be missing in the file; they keep timm's initial
+            values.
+        leaves_out: prefixes of the file's tensors to ignore.
     """
 
     name: str
@@ -57,19 +57,19 @@ class KnownBackbone:
 
     @property
     def hub(self) -> str | None:
-        """The repository on the Hugging Face hub that holds the same weights; None where there is none."""
+        """The repository on the Hugging Face hub that holds the same weights, or None."""
         return f"timm/{self.timm_name}" if "." in self.timm_name else None
 
     @property
     def pretrained_cfg_overlay(self) -> dict[str, Any]:
-        """The part of timm's description of the weights that says how images are normalised."""
+        """The fields of timm's description of the weights that specify the images' normalisation."""
         mean, std = _NORMALIZATIONS[self.normalization]
         return {"mean": mean, "std": std}
 
 
 def _supervised(name: str, timm_name: str, file: str) -> KnownBackbone:
     # The first ImageNet-21k weights of Google's JAX code. timm's default for these architectures, augreg, was
-    # trained later by another recipe.
+    # trained later with another recipe.
     return KnownBackbone(
         name=name,
         objective="supervised, ImageNet-21k",
@@ -80,8 +80,8 @@ def _supervised(name: str, timm_name: str, file: str) -> KnownBackbone:
 
 
 def _mae(name: str, timm_name: str, size: str) -> KnownBackbone:
-    # The official code norms after pooling, with a norm that the file does not hold and that stays as it
-    # starts (1, 0), and pools the prompts too.
+    # The official code pools the prompts too, and normalises after pooling, with a norm that is not in the
+    # file and keeps its initial weight 1 and bias 0.
     return KnownBackbone(
         name=name,
         objective="MAE, ImageNet-1k",
@@ -175,7 +175,7 @@ KNOWN: dict[str, KnownBackbone] = {
 
 
 def find_known(backbone: str) -> KnownBackbone | None:
-    """The backbone of this name, or whose weights timm has by this name; None where there is none. A timm
-    name without a tag says nothing of the weights."""
+    """The backbone with this name, or with the weights of this timm name; None if there is none. A timm name
+    without a tag does not identify weights."""
     by_timm = {known.timm_name: known for known in KNOWN.values() if known.hub is not None}
     return KNOWN.get(backbone) or by_timm.get(backbone)

@@ -1,7 +1,7 @@
-"""What the engine may read of a layer in place of calling it: a weight that is all that a call would use.
+"""Checks that a layer's weights determine what it computes, so that the engine may read them and not call it.
 
-A subclass, a wrapper (peft's), a hook or a forward put in the place of the class's computes more, which
-reading drops in silence; so all of them raise. Parametrisations and pruning change the weight alone.
+A subclass, a wrapper (peft's), a hook or a replaced forward computes something else, which the engine would
+silently drop; so all of these raise. Parametrisations and pruning only change the weight, which is allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HOOKS = {
 
 
 def class_name(module: Any) -> str:
-    """The full name of its class."""
+    """The qualified name of the module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -39,9 +39,11 @@ def is_of_peft(module: Any) -> bool:
 
 
 def require_plain(layer: Any, kind: type[nn.Module], where: str) -> None:
-    """Raises ValueError for a layer of another class, parametrisations aside: a subclass too.
+    """Raises ValueError unless the layer's class is `kind` itself (not a subclass), before parametrisation.
 
     Args:
+        layer: the layer.
+        kind: a class of torch.nn.
         where: the layer's path in the backbone.
     """
     if parametrize.type_before_parametrizations(layer) is not kind:
@@ -52,23 +54,24 @@ def require_plain(layer: Any, kind: type[nn.Module], where: str) -> None:
 
 
 def merge_hint(layer: Any) -> str:
-    """What a message adds where the layer is one of peft's."""
+    """A hint that error messages add for a layer of peft's."""
     return " (peft's updates merged into it first: merge_and_unload())" if is_of_peft(layer) else ""
 
 
 def linear_parts(linear: Any, where: str) -> LinearParts:
-    """An nn.Linear as it stands in a checkpoint.
+    """The weight and bias of an nn.Linear.
 
     Raises:
-        ValueError: another layer, whose weight is not all that it computes.
+        ValueError: a layer of another class, which may compute something else.
     """
     require_plain(linear, nn.Linear, where)
     return LinearParts(current(linear, "weight"), current(linear, "bias"))
 
 
 def current(layer: nn.Module, name: str) -> Any:
-    """A parameter as the layer's next call would compute it, where pruning or the older weight_norm does
-    so in a hook: the attribute is that of the last call, before an optimizer's step or a loaded state."""
+    """A parameter's value in the layer's next call. Pruning and the older weight_norm compute it in a hook;
+    until then the attribute holds the last call's value, which an optimizer step or a loaded state outdates.
+    """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
             return hook.apply_mask(layer)
@@ -78,7 +81,7 @@ def current(layer: nn.Module, name: str) -> Any:
 
 
 def own_call(module: nn.Module) -> str | None:
-    """What a call of the module runs beside its class's forward and its weights; None: nothing."""
+    """What a call of the module runs besides its class's forward; None if nothing."""
     if "forward" in vars(module):
         return "forward of its own"
     for attribute, label in _HOOKS.items():
@@ -89,16 +92,17 @@ def own_call(module: nn.Module) -> str | None:
 
 
 def is_read(layer: nn.Module) -> bool:
-    """Whether the layer's weights as they stand are all that its call would use, with no hook of any kind."""
+    """Whether a call of the layer would only use its weights as they are, without any hook."""
     return own_call(layer) is None and not layer._forward_pre_hooks
 
 
 def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> None:
-    """Raises ValueError for a module that runs more when it is called than its class says.
+    """Raises ValueError for a module with hooks or a replaced forward.
 
     Args:
+        module: the module.
         where: the module's path in the backbone.
-        below: look at all modules in it too.
+        below: check its submodules too.
     """
     for name, found in module.named_modules() if below else (("", module),):
         label = own_call(found)
@@ -111,8 +115,8 @@ def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> No
 
 
 def require_embedding(embedding: Any) -> None:
-    """Raises ValueError for a patch embedding that is not timm's PatchEmbed of one convolution: a hybrid one
-    has a network in it, of other widths and strides than its patches, and with BatchNorm."""
+    """Raises ValueError for a patch embedding that is not timm's PatchEmbed with one convolution. A hybrid
+    one contains a network with BatchNorm, whose widths and strides do not match the patches."""
     if not isinstance(embedding, PatchEmbed) or type(embedding).forward is not PatchEmbed.forward:
         raise ValueError(
             f"backbone: patch_embed is a {class_name(embedding)}, which is not supported; want timm's "

@@ -1,4 +1,4 @@
-"""Which backbone is meant: from what a user names, or built, to a timm model and where it came from."""
+"""From a backbone's name, or an instance, to a timm model and a record of where it came from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vpt_fast.backbones.layers import class_name
 
 @dataclass(frozen=True)
 class Kind:
-    """Classes of timm models, the modules in which timm defines models of them, and what they are called."""
+    """Classes of timm models, the modules in which timm defines them, and their name in messages."""
 
     model: type[nn.Module] | tuple[type[nn.Module], ...]
     modules: tuple[str, ...]
@@ -45,13 +45,13 @@ SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",), "SwinTransformer
 
 
 def _convnets(**classes: str) -> Kind:
-    """timm's modules and the class in each."""
+    """The Kind of ConvNets. classes: a module of timm.models to the class of its networks."""
     modules = {f"timm.models.{module}": name for module, name in classes.items()}
     found = [getattr(importlib.import_module(module), name) for module, name in modules.items()]
     return Kind(tuple(dict.fromkeys(found)), tuple(modules), "ConvNet")
 
 
-# Whose last feature map is (B, C, H, W), and which run their own convolutions as modules.
+# Networks whose last feature map is (B, C, H, W), and which call their convolutions as modules.
 CONVNET = _convnets(
     byobnet="ByobNet", convmixer="ConvMixer", convnext="ConvNeXt", cspnet="CspNet", densenet="DenseNet",
     dla="DLA", dpn="DPN", efficientnet="EfficientNet", fasternet="FasterNet", ghostnet="GhostNet",
@@ -66,8 +66,7 @@ CONVNET = _convnets(
 
 
 def kind_of(backbone: Any) -> Kind:
-    """SWIN or CONVNET for one of these, by name or built; all else is taken for a VisionTransformer
-    or Eva."""
+    """SWIN or CONVNET for one of these, by name or as an instance; VIT for anything else."""
     if not isinstance(backbone, str):
         return next((kind for kind in (SWIN, CONVNET) if isinstance(backbone, kind.model)), VIT)
     known = KNOWN.get(backbone)
@@ -80,8 +79,8 @@ def kind_of(backbone: Any) -> Kind:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a backbone came from: its name, or None for an instance that the user built; whether published
-    weights were loaded; the keywords that went to timm; and the file that its weights were read from."""
+    """Where a backbone came from: its name, or None for an instance; whether published weights were loaded;
+    the keyword arguments passed to timm; and the file that its weights were read from."""
 
     name: str | None
     pretrained: bool
@@ -90,8 +89,8 @@ class Origin:
 
     @property
     def prompted_pool(self) -> str | None:
-        """What the head reads of a prompted model by default: the paper's choice for this backbone, or None
-        for the backbone's own pooling."""
+        """The default pooling of a prompted model: the paper's choice for this backbone, or None for the
+        backbone's own."""
         known = KNOWN.get(self.name or "")
         return known.pool if known and "global_pool" not in self.kwargs else None
 
@@ -104,21 +103,24 @@ def resolve_backbone(
     checkpoint: str | os.PathLike[str] | None = None,
     kind: Kind = VIT,
 ) -> tuple[Any, Origin]:
-    """The model that the user means.
+    """Creates the backbone that a user names, or checks a given instance.
 
     Args:
         backbone: a timm name, with or without a pretrained tag, a name in `known.KNOWN`, or an instance.
         pretrained: load the published weights (only with a name).
-        kwargs: go to timm.create_model (only with a name).
+        kwargs: passed to timm.create_model (only with a name).
         border: pixels to add on each side of a named model's image size.
-        checkpoint: a file to load the weights from, see `checkpoints.load_checkpoint` (only with a name, and
+        checkpoint: load the weights from this file, see `checkpoints.load_checkpoint` (only with a name, and
             instead of `pretrained`).
-        kind: what the model has to be.
+        kind: the kind that the model must have.
+
+    Returns:
+        The timm model, and where it came from.
 
     Raises:
-        ValueError: no such model in timm, one of another kind, an img_size that the patch size does not
-            divide, keywords beside an instance, both pretrained and a checkpoint, published weights that
-            timm's hub does not have, or a checkpoint that does not fit.
+        ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
+            divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
+            that timm's hub does not have, or a checkpoint that does not fit.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -149,7 +151,7 @@ def resolve_backbone(
     if pretrained:
         require_published(backbone, kwargs)
     build_kwargs = dict(kwargs)
-    if kind is CONVNET and "img_size" in kwargs:  # nothing in it is built for a size
+    if kind is CONVNET and "img_size" in kwargs:  # its constructor takes no size, only its description does
         size = to_2tuple(build_kwargs.pop("img_size"))
         build_kwargs["pretrained_cfg_overlay"] = {
             **(known.pretrained_cfg_overlay if known else {}),
@@ -174,23 +176,23 @@ def resolve_backbone(
                 f"img_size: got {size[0]}x{size[1]}{with_border}, want a multiple of the patch size "
                 f"{patch[0]}x{patch[1]}"
             )
-    # The absolute path: what is saved may be read from another folder.
+    # The absolute path: a saved model may be loaded from another working directory.
     path = None if checkpoint is None else os.path.abspath(checkpoint)
     return vit, Origin(backbone, pretrained, dict(kwargs), checkpoint=path)
 
 
 def is_supported(timm_name: str, *kinds: Kind) -> bool:
-    """Whether a model of timm's may be of one of these kinds.
+    """Whether a timm model may be of one of these kinds.
 
-    Known from its module's name alone, before any weights are downloaded. Models that others register with
-    timm have modules of their own, and are looked at when they are built.
+    Decided by the name of its module alone, before any weights are downloaded. Models that others have
+    registered with timm pass here and are checked when they are created.
     """
     module = timm.models.model_entrypoint(timm_name).__module__
     return any(module in kind.modules for kind in kinds) or not module.startswith("timm.")
 
 
 def table() -> list[tuple[str, ...]]:
-    """`KNOWN` as text, a header first."""
+    """`KNOWN` as rows of text; the first is the header."""
     header = ("name", "trained", "timm name", "normalisation", "file", "timm has it", "tuned here")
     return [
         header,
@@ -211,23 +213,23 @@ def table() -> list[tuple[str, ...]]:
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Models built within it are on the meta device: nothing is computed, and no memory taken."""
+    """A context in which models are created on the meta device: nothing is computed or allocated."""
     with torch.device("meta"), warnings.catch_warnings():
-        # The packaged backbone brings its weights with it, which have no place to go to here.
+        # The packaged backbone always loads its weights, which a meta model cannot hold.
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield
 
 
-_Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after it was built
+_Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after its creation
 _shared: ContextVar[dict[Hashable, _Built] | None] = ContextVar("shared_backbones", default=None)
 
 
 @contextlib.contextmanager
 def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
-    """Within it, a backbone by name is taken from `built`, which keeps the last one.
+    """A context in which a named backbone is taken from the cache `built`, which holds the last one created.
 
-    Weights that are drawn at random depend on torch's generator, and what is drawn after them on how far they
-    moved it: both are what they would be without.
+    Randomly initialised weights depend on torch's generator and advance it; both the weights and the
+    generator's state afterwards are the same as without the cache.
     """
     token = _shared.set(built)
     try:
@@ -237,8 +239,8 @@ def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
 
 
 def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError where there are no published weights of the backbone of this name, built by timm with
-    these keywords."""
+    """Raises ValueError if the backbone with this name and these timm keyword arguments has no published
+    weights."""
     known = KNOWN.get(name)
     if known is not None:
         if known.hub is None:
@@ -253,7 +255,7 @@ def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
         raise ValueError(f"backbone: got {name!r}: {error}") from None
     is_timms = timm.model_entrypoint(name).__module__.startswith("timm.")
     if not is_timms or {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
-        return  # somebody else's may bring weights, and these may say where they are
+        return  # a model of another package may have weights, and these arguments may say where they are
     if settings is None or not settings.has_weights:
         raise ValueError(
             f"pretrained: timm has no published weights of {name}; want pretrained=False, or a checkpoint"
@@ -292,6 +294,6 @@ def _build(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str 
 
 
 def _from_hub(known: KnownBackbone) -> str:
-    """The path of timm's copy of the weights, downloaded where it is not yet."""
+    """The path of timm's copy of the weights, downloaded unless it is cached."""
     assert known.hub is not None
     return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")

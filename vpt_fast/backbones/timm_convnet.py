@@ -1,6 +1,6 @@
-"""Reading a timm ConvNet: the frozen network, which keeps for backward what an input's gradient needs.
+"""Converting a timm ConvNet into a frozen network that keeps only what the input's gradient needs.
 
-PyTorch's convolution keeps its input even where its weight is frozen, and its BatchNorm does in eval mode.
+PyTorch's convolution keeps its input even if its weight is frozen, and so does its BatchNorm in eval mode.
 Neither is needed for the gradient of the input.
 """
 
@@ -23,7 +23,7 @@ from vpt_fast.engine.weights import require_frozen
 
 
 class _FrozenConvolution(torch.autograd.Function):
-    """A convolution that keeps its weight alone: the gradient of the input."""
+    """A convolution that is differentiated with respect to its input only, and keeps only its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
@@ -35,7 +35,7 @@ class _FrozenConvolution(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         conv = ctx.conv
-        # Autocast's products are in another dtype than the weights.
+        # Under autocast the gradient's dtype is not the weight's.
         grad_input = conv2d_input(
             ctx.shape,
             weight.to(grad.dtype),
@@ -49,7 +49,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
 
 class FrozenConv2d(nn.Module):
-    """nn.Conv2d of a frozen weight: images (B, C, H, W) to (B, C', H', W')."""
+    """An nn.Conv2d with frozen weight: (B, C, H, W) to (B, C', H', W')."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class FrozenConv2d(nn.Module):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """nn.BatchNorm2d in eval mode, as the scale and the shift of each channel that it is, and the activation
-    that timm's own adds to it: (B, C, H, W) to the same shape."""
+    """nn.BatchNorm2d in eval mode, as a scale and a shift per channel, followed by the activation that timm's
+    BatchNorms include: (B, C, H, W) to the same shape."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -92,18 +92,19 @@ class FrozenConvNet(nn.Module):
     """A timm ConvNet without its classifier, frozen.
 
     The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
-    eval mode whatever `train` is called with: BatchNorm has the statistics that it came with. Convolutions
-    whose weight is computed anew in every call, those with padding by name or by the image's size (of timm's
-    tf_ models), and what has hooks, are timm's own and keep their inputs.
+    eval mode whatever `train` is called with, so BatchNorm's statistics are not updated. These layers stay
+    timm's own and keep their inputs: convolutions that recompute their weight in every call, those whose
+    padding is given by name or depends on the image's size (timm's tf_ models), and layers with hooks.
 
     Args:
         model: the model to read: one of `resolve.CONVNET`.
-        dtype: of the frozen weights; None keeps the model's own.
-        backend, attention: ``"auto"`` or ``"torch"``, and ``"auto"``: a ConvNet has no attention.
+        dtype: of the frozen weights; None for the model's own.
+        backend: ``"auto"`` or ``"torch"``.
+        attention: ``"auto"``: a ConvNet has no attention.
 
     Raises:
-        ValueError: a backend or an attention that there is not for ConvNets, or a model with layers of peft's
-            or hooks of its own.
+        ValueError: a backend or attention that ConvNets do not support, or a model that contains layers of
+            peft's or has hooks itself.
     """
 
     takes_any_size = False
@@ -161,7 +162,7 @@ class FrozenConvNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights, which the first convolution wants of its images."""
+        """The dtype of the weights, which the first convolution's input must have."""
         return dtype_of(self.stem, default=torch.float32)
 
     @property
@@ -171,7 +172,7 @@ class FrozenConvNet(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: img_size, or that of the weights' description."""
+        """(height, width) in pixels: img_size, or the size in timm's description of the weights."""
         return tuple(self.data_config["input_size"][1:])
 
     @property
@@ -195,13 +196,13 @@ class FrozenConvNet(nn.Module):
 
     @staticmethod
     def head_reads_of_image(pool: str | None) -> Read:
-        """Raises ValueError for another pooling than the backbone's own."""
+        """Raises ValueError unless `pool` is None, the backbone's own pooling."""
         if pool is not None:
             raise ValueError(f"pool: got {pool!r} with a ConvNet, which has no tokens; want None")
         return Read.PATCHES
 
     def folded_workspace(self, batch_size: int) -> int:
-        """An estimate of the temporaries while it runs: three of the largest feature map."""
+        """Estimated bytes of temporaries in a forward pass: three times the largest feature map."""
         sizes = [0]
         meta = copy.deepcopy(self).to("meta")
         for module in meta.modules():
@@ -214,8 +215,8 @@ class FrozenConvNet(nn.Module):
 
 
 def _check(model: nn.Module) -> None:
-    """Raises ValueError for layers of peft's, which read the weights of the convolutions in them, and for
-    hooks of the model as a whole, which is not called."""
+    """Raises ValueError for layers of peft's, which read the weights of the convolutions that they wrap, and
+    for hooks of the model as a whole, which is not called."""
     require_no_hooks(model, f"backbone: {type(model).__name__}", below=False)
     for name, module in model.named_modules():
         if is_of_peft(module):

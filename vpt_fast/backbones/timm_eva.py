@@ -1,7 +1,7 @@
-"""Reading a timm Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary positions.
+"""Converting a timm Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary positions.
 
-Queries and keys of the patches are turned by where the patches stand; CLS, registers and prompts are not.
-What timm can build and this file does not know raises; nothing is approximated.
+Queries and keys of the patches are rotated according to their positions; those of CLS, registers and prompts
+are not. Variants of timm's that are not supported raise; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_
 TimmViT = VisionTransformer | Eva
 """The timm models that `frozen_vit` reads."""
 
-_MAX_TABLES = 16  # image sizes whose tables are kept, of training at several scales, say
+_MAX_TABLES = 16  # tables to cache, as for several image sizes in multi-scale training
 
 _ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
 
 def frozen_vit(vit: TimmViT, *args: Any, **settings: Any) -> FrozenViT:
-    """The FrozenViT that reads this model; the others are its arguments."""
+    """The FrozenViT of this model. args, settings: see `FrozenViT`."""
     if isinstance(vit, Eva):
         return FrozenEva(vit, *args, **settings)
     return FrozenViT(vit, *args, **settings)
@@ -57,8 +57,9 @@ class FrozenEva(FrozenViT):
     """A timm Eva with frozen, folded blocks and no classifier. Args and errors are those of `FrozenViT`.
 
     Attributes:
-        rope: timm's own rotary positions; None where the model has none, or they are not needed again.
-        sin, cos: of the angles at the model's own image size, (1 or blocks, P, 1 or H, D/2); None without.
+        rope: timm's rotary position module; None if the model has none or does not need it any more.
+        sin, cos: of the angles at the model's own image size, (1 or blocks, P, 1 or H, D/2), for the folded
+            blocks; None without rotary positions or folded blocks.
     """
 
     rope: Any
@@ -77,8 +78,8 @@ class FrozenEva(FrozenViT):
         if timm_blocks == len(vit.blocks):
             _check_training(vit)
         super().__init__(vit, dtype, backend, attention, timm_blocks, residual_dtype)  # type: ignore[arg-type]
-        # Beside the stem, which then gives tokens alone and computes no positions that nobody reads; and in
-        # at least float32 whatever `dtype` is: a rounded frequency is wrong by whole angles far out.
+        # Held outside the stem, which then returns tokens only and computes no unused rotary positions; in at
+        # least float32 whatever `dtype` is: at large coordinates a rounded frequency gives wrong angles.
         self.stem.rope = None
         wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         self.rope = copy.deepcopy(vit.rope)
@@ -91,10 +92,10 @@ class FrozenEva(FrozenViT):
                 sin, cos = (nn.Parameter(table, requires_grad=False) for table in self._angles(self._grid()))
                 self.sin, self.cos = sin, cos
             if not timm_blocks and not self.takes_any_size:
-                self.rope = None  # nobody asks it again, and its own tables are buffers
+                self.rope = None  # not needed any more, and its tables are buffers
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FrozenEva:
-        """Rotary positions follow to a device, but into no dtype of 16 bits."""
+        """Moves rotary positions to a device too, but does not cast them to a 16-bit dtype."""
 
         def widely(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -102,7 +103,7 @@ class FrozenEva(FrozenViT):
                 return moved
             return tensor.to(moved.device, torch.promote_types(tensor.dtype, torch.float32))
 
-        # Kept where nothing moves: a CUDA graph that was captured with them reads them where they are.
+        # Cached tables are dropped only if they move: a captured CUDA graph reads them at their address.
         if any(widely(table) is not table for tables in self._tables.values() for table in tables):
             self._tables.clear()
         for child in self.children() if recurse else ():
@@ -139,28 +140,28 @@ class FrozenEva(FrozenViT):
         return [] if self.rope is None else list(self.rope.parameters())
 
     def _grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """(height, width) in patches of an image of this size; None for the model's own."""
+        """(height, width) in patches of an image of this size; None for the model's own image size."""
         return self.stem.patch_embed.dynamic_feat_size(image_size or self.image_size)
 
     def _timm_angles(self, grid: tuple[int, int]) -> torch.Tensor:
-        """timm's sines and cosines, side by side: (P, 2D), or for every block and head (L, H, P, 2D)."""
+        """timm's sines and cosines, concatenated: (P, 2D), or per block and head (L, H, P, 2D)."""
         return self.rope.get_embed(shape=grid)
 
     def _kept(
         self, name: str, make: Callable[[tuple[int, int]], tuple[torch.Tensor, ...]], grid: tuple[int, int]
     ) -> tuple[torch.Tensor, ...]:
-        """What `make` gives for a grid, made once: timm builds DINOv3's tables on the CPU, and a copy from
-        there waits for a GPU and is in no CUDA graph. Frequencies that are parameters may change, and are
-        read anew."""
-        # While compiling or tracing sizes and tensors are stand-ins.
+        """`make(grid)`, cached: timm creates DINOv3's tables on the CPU, and copying them to a GPU
+        synchronises, which a CUDA graph does not allow. Tables of frequencies that are parameters, which may
+        change, are not cached."""
+        # While compiling or tracing, sizes and tensors are symbolic.
         if self._rope_parameters() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return make(grid)
         key = (name, grid, self.device)
         if key not in self._tables:
             with torch.inference_mode(False), torch.no_grad():
                 made = make(grid)
-            # Not those of a FakeTensorMode, say, nor those that have no values before a graph is replayed;
-            # and none is dropped for another, since a captured graph may read it.
+            # Not cached: fake tensors (FakeTensorMode), and tensors made during a capture, which have no
+            # values until the replay. No entry is evicted, since a captured graph may read it.
             is_real = all(type(table) is torch.Tensor for table in made) and not _is_capturing()
             if not is_real or len(self._tables) == _MAX_TABLES:
                 return made
@@ -172,7 +173,7 @@ class FrozenEva(FrozenViT):
         tables = self._timm_angles(grid).detach()
         tables = tables.transpose(1, 2) if tables.ndim == 4 else tables.unsqueeze(1).unsqueeze(0)
         sin, cos = tables.chunk(2, dim=-1)
-        # timm holds each angle twice, where its two coordinates are.
+        # timm holds each angle twice, once for each of the two dimensions that it rotates.
         half = sin.shape[-1] // 2
         once = slice(half) if _pairs_halves(self.rope) else slice(0, None, 2)
         return sin[..., once].contiguous(), cos[..., once].contiguous()
@@ -184,7 +185,7 @@ class FrozenEva(FrozenViT):
         sin, cos = self.sin, self.cos
         if image_size != self.image_size:
             sin, cos = self._kept("engine", self._angles, self._grid(image_size))
-        own = len(sin) > 1  # every block's
+        own = len(sin) > 1  # whether every block has its own table
         return [
             Rotation(sin[index * own], cos[index * own], self.num_prefix_tokens)
             for index in range(self.num_folded)
@@ -229,7 +230,7 @@ class FrozenEva(FrozenViT):
 
 
 def _check_training(vit: Eva) -> None:
-    """Raises ValueError for what changes positions in training, where timm's own modules are trained."""
+    """Raises ValueError for settings that drop patches or change positions in training."""
     if vit.patch_drop is not None:
         raise ValueError("patch_drop_rate: dropping patches in training is not supported with an Eva; want 0")
     if vit.rope is not None and vit.rope.aug_active:
@@ -244,7 +245,7 @@ def _is_capturing() -> bool:
 
 
 def _pairs_halves(rope: Any) -> bool:
-    """Whether a head's dimensions i and i + D/2 are a point's coordinates, and not 2i and 2i + 1."""
+    """Whether a head's dimensions i and i + D/2 are rotated together, rather than 2i and 2i + 1."""
     return getattr(rope, "rotate_half", isinstance(rope, RotaryEmbeddingMRope))
 
 
@@ -263,8 +264,8 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
     q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
     k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
     if not attn.rotate_half:
-        # Products of queries and keys do not depend on the order of a head's dimensions, as long as it is
-        # one for both: the engine knows one.
+        # The engine rotates i and i + D/2 together. Reordering a head's dimensions does not change the
+        # products of queries and keys, as long as both have the same order.
         qkv = _reordered(qkv, attn.num_heads)
         q_norm, k_norm = (_reordered_norm(norm) for norm in (q_norm, k_norm))
     return BlockParts(
@@ -282,7 +283,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
 
 
 def _qkv_parts(attn: Any, where: str) -> LinearParts:
-    """The packed projection, whether timm holds it packed or apart, with a bias on all, some or none."""
+    """The packed qkv projection; timm's may be packed or separate, with bias on all, some or none."""
     if attn.qkv is None:
         names = ("q_proj", "k_proj", "v_proj")
         return join(*(linear_parts(getattr(attn, name), f"{where}.{name}") for name in names))
@@ -293,7 +294,7 @@ def _qkv_parts(attn: Any, where: str) -> LinearParts:
 
 
 def _reordered(qkv: LinearParts, num_heads: int) -> LinearParts:
-    """The projection that gives each head's queries and keys as (0, 2, 4, .., 1, 3, 5, ..)."""
+    """The projection with the dimensions of each head's queries and keys in the order 0, 2, .., 1, 3, .."""
     values = qkv.weight.shape[0] * 2 // 3
     head_dim = values // (2 * num_heads)
     order = torch.arange(qkv.weight.shape[0], device=qkv.weight.device)

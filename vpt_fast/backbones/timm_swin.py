@@ -1,6 +1,6 @@
-"""Reading a timm SwinTransformer: the frozen blocks, and everything before, between and after them.
+"""Converting a timm SwinTransformer: the frozen blocks, and everything before, between and after them.
 
-What timm can build and this file does not know raises; nothing is approximated.
+Variants of timm's that are not supported raise; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class FrozenSwin(nn.Module):
     """A timm SwinTransformer with frozen, folded blocks and no classifier.
 
     The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
-    eval mode whatever `train` is called with. Images are of the model's own size.
+    eval mode whatever `train` is called with. Images must have the model's own size.
 
     Args:
         swin: the model to read.
-        dtype: of the frozen weights; None keeps the model's own.
+        dtype: of the frozen weights; None for the model's own.
         backend: see `kernels.get_backend`.
         attention: ``"auto"``.
 
@@ -70,8 +70,8 @@ class FrozenSwin(nn.Module):
         blocks: all stages' blocks, in order.
 
     Raises:
-        ValueError: an implementation of attention by name, none of which takes a bias, or a part of the
-            model that is not supported; the message names it.
+        ValueError: an attention implementation chosen by name (none supports a bias), or a part of the model
+            that is not supported; the message names it.
     """
 
     num_prefix_tokens = 0
@@ -95,7 +95,7 @@ class FrozenSwin(nn.Module):
         check_swin(swin)
         require_embedding(swin.patch_embed)
         require_no_hooks(swin.layers, "backbone: layers")
-        # Everything but stages and classifier, in one deep copy.
+        # A deep copy of everything except stages and classifier.
         self.stem: Any = copy.deepcopy(
             swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
         )
@@ -110,7 +110,7 @@ class FrozenSwin(nn.Module):
             for index, stage in enumerate(stages)
             for place, block in enumerate(stage.blocks)
         ]
-        # Typed as what they hold.
+        # ModuleLists, annotated with what they contain.
         self.blocks: list[FrozenWindowBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
             self._make_entries(stages, dtype, operations)
@@ -127,7 +127,8 @@ class FrozenSwin(nn.Module):
     def _make_entries(
         self, stages: Iterable[SwinTransformerStage], dtype: torch.dtype | None, backend: Backend
     ) -> list[nn.Module]:
-        """For each block, what brings tokens from the order before it into its own."""
+        """For each block, the module that reorders the preceding output into the block's order, with patch
+        merging at a new stage."""
         device = self.device
         entries: list[nn.Module] = []
         index, order, size = 0, raster_order(self.blocks[0].size), self.blocks[0].size
@@ -161,12 +162,12 @@ class FrozenSwin(nn.Module):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether anything that makes the tokens before the first block wants a gradient."""
+        """Whether any parameter that the tokens before the first block depend on requires a gradient."""
         return any(p.requires_grad for p in self.stem.patch_embed.parameters())
 
     @property
     def num_tokens(self) -> int:
-        """N of the first stage, with the places that hold no token."""
+        """N of the first stage, including window positions that hold no token."""
         return self.blocks[0].num_tokens
 
     @property
@@ -176,7 +177,7 @@ class FrozenSwin(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the windows were made for."""
+        """(height, width) in pixels that the windows are for."""
         return tuple(self.stem.patch_embed.img_size)
 
     @property
@@ -188,15 +189,15 @@ class FrozenSwin(nn.Module):
         return tuple(self.stem.patch_embed.patch_size)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) -> tokens (B, N, d), row by row, in at least float32."""
+        """(B, C, height, width) -> tokens (B, N, d) in row-major order, in at least float32."""
         x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj)).flatten(1, 2)
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def enter(
         self, index: int, stream: Stream, prompts: torch.Tensor | None, policy: MemoryPolicy
     ) -> tuple[Stream, torch.Tensor | None]:
-        """The stream (B, N, d), and prompts (B, m, d) where some come along, as they left what was before, to
-        what the block `index` takes: in its order, merged where it is a stage's first."""
+        """Brings the stream (B, N, d), and prompts (B, m, d) that flow on, from the previous output to the
+        input of block `index`: in the block's order, and merged if it is the first of a later stage."""
         entry = self._enter[index]
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
@@ -206,7 +207,8 @@ class FrozenSwin(nn.Module):
     def kept_on_entering(
         self, index: int, batch_size: int, num_prompts: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> int:
-        """Bytes that `enter` keeps for backward: where it merges, normalised rows and one statistic each."""
+        """Bytes that `enter` keeps for backward: if it merges, the normalised rows with one statistic each,
+        or their 8-bit codes with a scale too."""
         if not isinstance(self._enter[index], FrozenMerge):
             return 0
         stat = torch.promote_types(dtype, torch.float32).itemsize
@@ -217,21 +219,21 @@ class FrozenSwin(nn.Module):
         )
 
     def leave(self, stream: Stream) -> torch.Tensor:
-        """The stream as it left the last block to the image's tokens, row by row (B, N, d)."""
+        """The last block's output to the image's tokens (B, N, d) in row-major order."""
         return self._leave(stream).sum()
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
-        """The rows that `pool` reads, after the last block (B, R, d), to features (B, d): the mean of the
-        normalised rows, whichever they are."""
+        """The rows (B, R, d) of the last block's output that `pool` reads, to features (B, d): the mean of
+        the normalised rows, whatever `pool` is."""
         del pool
         norm = self.stem.norm
         return norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1)
 
     def head_reads_of_image(self, pool: str | None) -> Read:
-        """What pooling reads in a model without prompts.
+        """The rows that `pool` reads in a model without prompts.
 
         Raises:
-            ValueError: a pool that this model has no tokens for.
+            ValueError: a pool whose tokens this model does not have.
         """
         if pool not in (None, "image"):
             raise ValueError(
@@ -241,9 +243,9 @@ class FrozenSwin(nn.Module):
         return Read.PATCHES
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
-        """Images (B, C, height, width) through all blocks, without prompts, to the last one's output
-        (B, N', d')."""
-        del last  # as head_reads_of_image says: all of them
+        """Runs images (B, C, height, width) through all blocks, without prompts, and returns the last one's
+        output (B, N', d')."""
+        del last  # always all rows, see head_reads_of_image
         policy, stream = POLICIES["exact"], Stream(self.embed(images))
         for index, block in enumerate(self.blocks):
             stream, _ = self.enter(index, stream, None, policy)
@@ -251,7 +253,7 @@ class FrozenSwin(nn.Module):
         return self.leave(stream)
 
     def folded_workspace(self, batch_size: int) -> int:
-        """Bytes of temporaries while a block runs, nothing being trained."""
+        """Bytes of temporaries while a block runs and nothing is kept for backward."""
         return max(
             self._scores_bytes(block, batch_size, 0, 0)
             + cost.forward_bytes(
@@ -275,7 +277,7 @@ class FrozenSwin(nn.Module):
         prompt_shape: tuple[int, int] | None,
         **call: Any,
     ) -> int:
-        """`cost.workspace_bytes` of one of the blocks, and what attention in windows forms beside."""
+        """`cost.workspace_bytes` of one of the blocks, plus the temporaries of window attention."""
         num_prompts = 0 if prompt_shape is None else prompt_shape[1]
         num_fresh = max(rows[1] - block.num_tokens, 0)
         return self._scores_bytes(block, batch_size, num_prompts, num_fresh) + cost.workspace_bytes(
@@ -285,8 +287,8 @@ class FrozenSwin(nn.Module):
     def _scores_bytes(
         self, block: FrozenWindowBlock, batch_size: int, num_prompts: int, num_fresh: int
     ) -> int:
-        """What attention in windows forms in float32 or more: three times the scores of all windows, or by
-        kernels what each of the `num_fresh` prompts whose output is read gets in each window."""
+        """Bytes of window attention's temporaries, in at least float32: three times the scores of all
+        windows; in kernels, the outputs in each window of the `num_fresh` prompts whose output is read."""
         dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
         heads, head_dim = block.spec.num_heads, block.spec.head_dim
         ops = block.backend.ops(self.device, dtype, head_dim, in_windows=True)
@@ -299,15 +301,15 @@ class FrozenSwin(nn.Module):
 
 
 def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:
-    # Places that hold no token have keys and values of their own; the gradient of those that a block computed
-    # there ends where a move finds no token.
+    # Equal orders need a move too if they have positions without a token: it stops the gradient there, since
+    # the block takes constant keys and values at such positions.
     if torch.equal(current, wanted) and bool((wanted >= 0).all()):
         return nn.Identity()
     return Move(current, wanted)
 
 
 def check_swin(swin: SwinTransformer) -> None:
-    """Raises ValueError for a part that is not timm's usual one; the message names it."""
+    """Raises ValueError for an unsupported part; the message names it."""
     for method in ("forward_features", "forward_head"):
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
@@ -345,18 +347,19 @@ def check_swin(swin: SwinTransformer) -> None:
 def prompted_attention_branch(
     block: Any, x: torch.Tensor, prompts: torch.Tensor, *, reads_prompts: bool
 ) -> torch.Tensor:
-    """What one of timm's blocks adds in attention, by its own modules, where each window attends to prompts
-    too, which have no relative position bias and no mask; a prompt's output is the mean over its image's
-    windows.
+    """What one of timm's blocks adds after attention, computed by its own modules, if each window also
+    attends to prompts. Prompts have no relative position bias and no mask; a prompt's output is the mean over
+    its image's windows.
 
     Args:
-        block: a SwinTransformerBlock whose table of relative position biases is frozen.
+        block: a SwinTransformerBlock whose relative position bias table is frozen.
         x: tokens (B, height, width, d).
         prompts: (1 or B, m, d).
-        reads_prompts: whether prompts' outputs are read; else they are keys and values and nothing else.
+        reads_prompts: whether prompts' outputs are read; otherwise only their keys and values are computed.
 
     Returns:
-        (B, N, d), of the tokens row by row; with those of the prompts behind them (B, N + m, d).
+        (B, N, d), for the tokens in row-major order; with `reads_prompts` followed by the prompts:
+        (B, N + m, d).
     """
     attn = block.attn
     windows = _in_windows(block, block.norm1(x))  # (B, W, T, d)
@@ -367,18 +370,19 @@ def prompted_attention_branch(
     heads = (attn.num_heads, attn_dim // attn.num_heads)
 
     def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
-        """Queries, keys or values, as many as the part of the projection gives: (B, W, H, rows, D) each."""
+        """The queries, keys or values that this part of the projection gives, (B, W, H, rows, D) each."""
         bias = None if layer.bias is None else layer.bias[part]
         y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads)).transpose(2, 4)
         return y.expand(batch_size, num_windows, -1, -1, -1, -1).unbind(3)
 
-    # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
+    # Queries are projected separately: as views of one packed tensor they would keep keys and values alive
+    # after these have been concatenated.
     reading = (windows, prompt_rows) if reads_prompts else (windows,)
     queries = [q for rows in reading for q in project(rows, slice(attn_dim))]
     keys, values = zip(
         *(project(rows, slice(attn_dim, None)) for rows in (windows, prompt_rows)), strict=True
     )
-    # Heads of all windows side by side, so that one bias is that of every image.
+    # Windows and heads in one dimension, so that one bias serves every image.
     q, k, v = (torch.cat(parts, dim=3).flatten(1, 2) for parts in (queries, keys, values))
     bias = attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)  # (H, T, T)
     bias = bias.expand(num_windows, -1, -1, -1)
@@ -396,7 +400,7 @@ def prompted_attention_branch(
 
 
 def _in_windows(block: Any, x: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, height, width, d) to those of each window (B, W, T, d), shifted and padded by zeros."""
+    """Tokens (B, height, width, d), shifted and padded with zeros, to each window's tokens (B, W, T, d)."""
     shift, window = block.shift_size, block.window_size
     if any(shift):
         x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))

@@ -1,6 +1,6 @@
-"""Reading a timm VisionTransformer: the frozen blocks, and everything before and after them.
+"""Converting a timm VisionTransformer: the frozen blocks, and everything before and after them.
 
-What timm can build and this file does not know raises; nothing is approximated.
+Variants of timm's that are not supported raise; nothing is approximated.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 from vpt_fast.kernels import get_backend
 
-# The keywords that one of timm's own blocks takes beside its tokens, and those of several blocks.
+# The keyword arguments of one of timm's own blocks, and of several blocks.
 Position = dict[str, torch.Tensor]
 Positions = Sequence[Position]
 
-# Pooling by name: the mean over these rows, after the final norm (Fig. 8).
+# The rows that each pooling averages, after the final norm (Fig. 8).
 POOLS = {
     "cls": Read.CLS,
     "image": Read.PATCHES,
@@ -49,8 +49,8 @@ POOLS = {
 
 
 def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
-    """SHA-256 over the names, shapes and float32 values of every weight but those of the module `classifier`;
-    on the meta device, where there are no values, over names and shapes."""
+    """SHA-256 of the names, shapes and float32 values of all weights except those of the module `classifier`;
+    on the meta device, where there are no values, of names and shapes."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if classifier is not None and name.startswith(f"{classifier}."):
@@ -65,16 +65,16 @@ class FrozenViT(nn.Module):
     """A timm VisionTransformer with frozen, folded blocks and no classifier.
 
     The given model is read and not changed: the blocks' weights are folded copies, the rest is copied.
-    Every parameter has requires_grad False, and the module stays in eval mode whatever `train` is called
-    with, since a frozen backbone has no dropout to switch on; timm's own blocks alone do not.
+    Every parameter has requires_grad False. The module stays in eval mode whatever `train` is called with,
+    since a frozen backbone has no dropout to enable; only timm's own blocks change mode.
 
     Args:
         vit: the model to read.
-        dtype: of the frozen weights; None keeps the model's own.
+        dtype: of the frozen weights; None for the model's own.
         backend, attention: see `kernels.get_backend`.
         timm_blocks: how many of the last blocks are copies of timm's own and not folded, for methods that
-            train in them. They and what stands behind them are in float32 or more, whatever `dtype` is.
-        residual_dtype: of the residual stream, the tokens between blocks: None for float32 or more.
+            train them. They and the modules after them are at least float32, whatever `dtype` is.
+        residual_dtype: of the residual stream (the tokens between blocks): None for at least float32.
 
     Raises:
         ValueError: the model has a part that is not supported; the message names it.
@@ -93,7 +93,7 @@ class FrozenViT(nn.Module):
         operations = get_backend(backend, attention)
         self._check(vit)
         self.residual_dtype = residual_dtype
-        # Everything but blocks and classifier, in one deep copy.
+        # A deep copy of everything except blocks and classifier.
         self.stem: VisionTransformer = copy.deepcopy(
             vit, memo={id(vit.blocks): nn.Identity(), id(vit.head): nn.Identity()}
         )
@@ -110,7 +110,7 @@ class FrozenViT(nn.Module):
                 blocks.append(FrozenBlock(*fold(parts, dtype), operations))
             else:
                 blocks.append(_at_least_float32(copy.deepcopy(block)))
-        # A ModuleList, typed as what it holds most often.
+        # A ModuleList, annotated with what it usually contains.
         self.blocks: Sequence[FrozenBlock] = nn.ModuleList(blocks).requires_grad_(False)  # type: ignore
         if timm_blocks:
             for name in ("norm", "attn_pool", "fc_norm"):
@@ -118,7 +118,7 @@ class FrozenViT(nn.Module):
                     module = _at_least_float32(copy.deepcopy(getattr(vit, name)))
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
-        # Read off the model as it came: folding and dtype do not change which backbone it is.
+        # Of the given model: folding and dtype do not change which backbone it is.
         self.fingerprint = fingerprint(vit)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(
@@ -126,7 +126,7 @@ class FrozenViT(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
-        """Puts timm's own blocks in this mode; all else stays in eval mode."""
+        """Sets the mode of timm's own blocks; everything else stays in eval mode."""
         super().train(False)
         for block in self.timm_blocks:
             block.train(mode)
@@ -139,12 +139,12 @@ class FrozenViT(nn.Module):
 
     @property
     def timm_blocks(self) -> Sequence[Block]:
-        """The last blocks, as far as they are timm's own."""
+        """The last blocks, which are timm's own; there may be none."""
         return self.blocks[self.num_folded :]  # type: ignore[return-value]
 
     @property
     def is_rotary(self) -> bool:
-        """Whether queries and keys are turned by positions."""
+        """Whether queries and keys have rotary positions."""
         return False
 
     @property
@@ -153,7 +153,7 @@ class FrozenViT(nn.Module):
 
     @property
     def trains_embedding(self) -> bool:
-        """Whether anything that makes the tokens before the first block wants a gradient."""
+        """Whether any parameter that the tokens before the first block depend on requires a gradient."""
         behind = ("norm.", "fc_norm.", "attn_pool.")
         return any(p.requires_grad for name, p in self.stem.named_parameters() if not name.startswith(behind))
 
@@ -172,17 +172,17 @@ class FrozenViT(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the position embedding was made for."""
+        """(height, width) in pixels that the position embedding is for."""
         return tuple(self.stem.patch_embed.img_size)
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images, before any that prompts add."""
+        """Channels of the images, without those that prompts add."""
         return self.stem.in_chans
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether images may be of another size than `image_size` (timm's dynamic_img_size)."""
+        """Whether images may have a size other than `image_size` (timm's dynamic_img_size)."""
         return not self.stem.patch_embed.strict_img_size
 
     @property
@@ -197,47 +197,47 @@ class FrozenViT(nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> tokens before the first block (B, N, d), in `residual_dtype`.
 
-        Float32 costs no memory but under the policy "recompute", since else the residual stream is not kept
-        for backward; it costs time, since every block reads and writes it.
+        The residual stream is kept for backward only under the policy "recompute", so float32 costs memory
+        only there; it costs time, since every block reads and writes the stream.
         """
         x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj))
         x = self._norm_pre(self._add_positions(x))
-        # Without a prefix token nothing has copied a convolution's channels to the end yet.
+        # Without prefix tokens, nothing has yet copied a convolution's output to channels-last.
         return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Prompts given as a strip of patches: (1, C, p, p·m) -> (1, m, d), with no position added."""
+        """Prompts that are a strip of patches: (1, C, p, p·m) -> (1, m, d), without position embedding."""
         patch_embed = self.stem.patch_embed
         x = patch_embed.proj(as_input(pixels, patch_embed.proj)).flatten(2).transpose(1, 2)
         x = self._norm_pre(patch_embed.norm(x))
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
-        """What each folded block takes as rotary positions of an image of this (height, width)."""
+        """Each folded block's rotary positions for an image of this (height, width)."""
         del image_size
         return (None,) * self.num_folded
 
     def timm_positions(self, image_size: tuple[int, int]) -> Positions:
-        """The keywords that each of timm's own blocks takes beside the tokens of an image of this size."""
+        """The keyword arguments of each of timm's own blocks for an image of this (height, width)."""
         del image_size
         return ({},) * len(self.timm_blocks)
 
     def for_timm_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, d) in the dtype of timm's own blocks: that of `embed`, unless somebody has brought
-        the whole model into one of 16 bits."""
+        """Tokens (B, N, d) in the dtype of timm's own blocks: that of `embed`, unless the whole model was
+        cast to a 16-bit dtype."""
         return x.to(dtype_of(self.timm_blocks[0], default=x.dtype))
 
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
-        """Images (B, C, height, width) through the folded blocks, without prompts, to the rows of the last
-        one's output that `last` names (B, R, d)."""
+        """Runs images (B, C, height, width) through the folded blocks, without prompts. Returns the rows
+        (B, R, d) of the last one's output that `last` names."""
         if self.num_folded == 0:
             return self.embed(images)
         return self.folded_outputs(images, (self.num_folded - 1,), last)[0]
 
     def folded_outputs(self, images: torch.Tensor, wanted: Sequence[int], last: Read) -> list[torch.Tensor]:
-        """Images (B, C, height, width) through the folded blocks up to the last one that is wanted, without
-        prompts: what each of those gives, all tokens (B, N, d), and the last one the rows that `last` names
-        (B, R, d)."""
+        """Runs images (B, C, height, width) through the folded blocks up to the last one in `wanted`, without
+        prompts. Returns the output of each block in `wanted`: all tokens (B, N, d), except for the last one,
+        of which it returns the rows (B, R, d) that `last` names."""
         stream = Stream(self.embed(images))
         num_tokens, rotations = stream.num_tokens, self.rotations(size_of(images))
         outputs = []
@@ -250,7 +250,8 @@ class FrozenViT(nn.Module):
         return outputs
 
     def folded_workspace(self, batch_size: int) -> int:
-        """Bytes of temporaries while a folded block runs, nothing being trained; 0 without any."""
+        """Bytes of temporaries while a folded block runs and nothing is kept for backward; 0 if there are no
+        folded blocks."""
         return max(
             (
                 cost.forward_bytes(
@@ -269,7 +270,7 @@ class FrozenViT(nn.Module):
 
     @staticmethod
     def _check(vit: Any) -> None:
-        """Raises ValueError for a model with a part that is not supported, its blocks aside."""
+        """Raises ValueError for a model with an unsupported part outside its blocks."""
         check_methods(vit, VisionTransformer)
         check_ends(vit)
 
@@ -278,12 +279,12 @@ class FrozenViT(nn.Module):
         return _block_parts(block, index)
 
     def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
-        """Patches as they leave the patch embedding to all tokens with their positions."""
+        """The patch embedding's output to all tokens with position embeddings."""
         return self.stem.patch_drop(self.stem._pos_embed(x))
 
     @property
     def _pools_prefix_tokens(self) -> bool:
-        """Whether the model's own pooling, if it is not CLS, reads CLS and registers too."""
+        """Whether the model's own pooling, if it is not CLS, includes CLS and registers."""
         return self.stem.pool_include_prefix
 
     def attention_branch(self, block: Any, x: torch.Tensor, position: Position) -> torch.Tensor:
@@ -293,21 +294,22 @@ class FrozenViT(nn.Module):
     def prompted_attention_branch(
         self, block: Any, x: torch.Tensor, prompts: torch.Tensor, position: Position
     ) -> torch.Tensor:
-        """The same where x (B, N, d) attends to prompts (1 or B, m, d) too, which are keys and values and
-        nothing else: what timm's attention gives for the rows of x in the joined sequence."""
+        """Like `attention_branch`, but x (B, N, d) also attends to prompts (1 or B, m, d), which only have
+        keys and values: what timm's attention gives for the rows of x in the concatenated sequence."""
         attn = block.attn
         layer, batch_size = self._qkv_parts(attn), x.shape[0]
         attn_dim = layer.weight.shape[0] // 3
         heads = (attn.num_heads, attn_dim // attn.num_heads)
 
         def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
-            """Queries, keys or values, as many as the part of the projection gives: (.., H, rows, D) each."""
+            """The queries, keys or values that this part of the projection gives, (.., H, rows, D) each."""
             bias = None if layer.bias is None else layer.bias[part]
             y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads))
             return y.transpose(1, 3).unbind(2)
 
         x_hat = block.norm1(x)
-        # Queries apart: they would hold on to keys and values, which the joined ones take the place of.
+        # Queries are projected separately: as views of one packed tensor they would keep the image's keys and
+        # values alive after these have been concatenated with the prompts'.
         (q,) = project(x_hat, slice(attn_dim))
         k, v = project(x_hat, slice(attn_dim, None))
         prompt_k, prompt_v = project(block.norm1(prompts), slice(attn_dim, None))
@@ -322,7 +324,7 @@ class FrozenViT(nn.Module):
 
     @staticmethod
     def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
-        """Through the LayerScale, where the block has one."""
+        """Applies the block's LayerScale, if it has one."""
         return block.ls1(update)
 
     @staticmethod
@@ -333,26 +335,26 @@ class FrozenViT(nn.Module):
     def _turn(
         attn: Any, q: torch.Tensor, k: torch.Tensor, position: Position
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k (B, H, N, D) with the positions that they get in attention."""
+        """Applies rotary positions, if there are any, to q and k (B, H, N, D)."""
         del attn, position
         return q, k
 
     def num_layer_scales(self, block: Any) -> int:
-        """How many LayerScales one of timm's blocks has."""
+        """The number of LayerScales in one of timm's blocks."""
         return sum(isinstance(scale, LayerScale) for scale in (block.ls1, block.ls2))
 
     def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        """What it adds after the MLP."""
+        """What one of timm's blocks adds after its MLP, before stochastic depth."""
         return block.ls2(block.mlp(block.norm2(x)))
 
     def _norm_pre(self, x: torch.Tensor) -> torch.Tensor:
         return self.stem.norm_pre(x.to(dtype_of(self.stem.norm_pre, default=x.dtype)))
 
     def head_reads(self, pool: str | None) -> Read:
-        """The rows that pooling by `pool` reads; None is the model's own pooling.
+        """The rows that `pool` reads; None is the model's own pooling.
 
         Raises:
-            ValueError: a pool that this model has no tokens for.
+            ValueError: a pool whose tokens this model does not have.
         """
         if pool is None:
             if self.stem.attn_pool is None and self.stem.global_pool == "token":
@@ -366,7 +368,7 @@ class FrozenViT(nn.Module):
         """`head_reads` for a model without prompts.
 
         Raises:
-            ValueError: a pool that this model has no tokens for.
+            ValueError: a pool whose tokens this model does not have.
         """
         reads = self.head_reads(pool)
         if reads.prompts:
@@ -374,11 +376,11 @@ class FrozenViT(nn.Module):
         return reads
 
     def normalize(self, rows: torch.Tensor) -> torch.Tensor:
-        """The final norm, of rows after the last block (B, R, d)."""
+        """Applies the final norm to rows (B, R, d) of the last block's output."""
         return self.stem.norm(rows.to(dtype_of(self.stem.norm, default=rows.dtype)))
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
-        """The rows that `head_reads(pool)` names, after the last block (B, R, d), to features (B, d)."""
+        """The rows (B, R, d) of the last block's output that `head_reads(pool)` names, to features (B, d)."""
         stem = self.stem
         x = stem.norm(rows.to(dtype_of(stem.norm, stem.fc_norm, stem.attn_pool, default=rows.dtype)))
         if pool is not None:
@@ -401,7 +403,8 @@ def _at_least_float32(module: nn.Module) -> nn.Module:
 
 
 def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
-    """The dtype of the first weight in the modules, which is what their input must have."""
+    """The dtype of the first parameter in the modules, which their input must have; `default` if none has
+    any."""
     for module in modules:
         for parameter in () if module is None else module.parameters():
             return parameter.dtype
@@ -414,15 +417,15 @@ def size_of(images: torch.Tensor) -> tuple[int, int]:
 
 
 def check_methods(vit: nn.Module, timm_class: type[nn.Module]) -> None:
-    """Raises ValueError for a subclass of one of timm's classes that computes something else."""
+    """Raises ValueError for a subclass of `timm_class` that overrides part of the forward pass."""
     for method in ("forward_features", "_pos_embed", "pool", "forward_head"):
         if getattr(type(vit), method) is not getattr(timm_class, method):
             raise ValueError(f"backbone: {type(vit).__name__} has its own {method}, which is not supported")
 
 
 def check_ends(vit: Any) -> None:
-    """Raises ValueError for a patch embedding or a pooling that is not supported, no blocks between, or hooks
-    of the model and of the blocks as a whole, neither of which is called."""
+    """Raises ValueError for an unsupported patch embedding or pooling, a model without blocks, or hooks of
+    the model or of its blocks as a whole, neither of which is called."""
     require_no_hooks(vit, f"backbone: {type(vit).__name__}", below=False)
     require_no_hooks(vit.blocks, "backbone: blocks", below=False)
     if len(vit.blocks) == 0:
@@ -471,8 +474,8 @@ def norm_parts(norm: nn.Module, where: str) -> NormParts:
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
         return NormParts("layer", norm.eps, current(norm, "weight"), current(norm, "bias"))
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
-        # torch's RMSNorm reads eps None as the machine epsilon of its input, which here is in float32, or in
-        # float64 where the weights are.
+        # For eps None, torch's RMSNorm uses the machine epsilon of its input's dtype, here float32, or
+        # float64 if the weights are.
         wide = torch.promote_types(dtype_of(norm, default=torch.float32), torch.float32)
         eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
         return NormParts("rms", eps, current(norm, "weight"), None)
@@ -507,7 +510,7 @@ def _activation(act: Any, where: str) -> str:
 
 
 class MLPParts(TypedDict):
-    """The MLP's share of `BlockParts`, fc1 with the gate before the value where there is one."""
+    """The MLP's fields of `BlockParts`. In fc1 a gate, if there is one, comes before the value."""
 
     fc1: LinearParts
     activation: str
@@ -547,7 +550,7 @@ def _half(linear: LinearParts, half: int) -> LinearParts:
 
 
 def join(*layers: LinearParts) -> LinearParts:
-    """Linear layers of one input as one; where some have no bias, theirs is zero."""
+    """Joins linear layers with the same input into one; if only some have a bias, the others' is zero."""
     bias = None
     if any(layer.bias is not None for layer in layers):
         bias = torch.cat(

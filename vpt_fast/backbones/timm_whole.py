@@ -1,4 +1,4 @@
-"""A timm Swin or ConvNet as it is, for methods that train in its own modules."""
+"""A timm Swin or ConvNet left as it is, for methods that train timm's own modules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 
 
 class WholeBackbone(nn.Module):
-    """A copy of a timm Swin or ConvNet without its classifier, of timm's own modules, in float32 or more.
+    """A copy of a timm Swin or ConvNet without its classifier, in timm's own modules and at least float32.
 
-    Every parameter has requires_grad False until a method unfreezes it. Dropout acts in training; BatchNorm
-    keeps the statistics that it came with.
+    Every parameter has requires_grad False until a method unfreezes it. Dropout is active in training;
+    BatchNorm's statistics are not updated.
 
     Args:
         model: the model to copy, which is not changed.
@@ -40,7 +40,7 @@ class WholeBackbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> WholeBackbone:
-        """Puts all but BatchNorm in this mode."""
+        """Sets the mode of everything except BatchNorm, which stays in eval mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -58,10 +58,10 @@ class WholeBackbone(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: what a Swin's windows were made for; of a ConvNet img_size, or that of
-        the weights' description."""
+        """(height, width) in pixels: for a Swin, the size that its windows are for; for a ConvNet, img_size
+        or the size in timm's description of the weights."""
         embedding = getattr(self.stem, "patch_embed", None)
-        # A FasterNet's patch embedding is for no size.
+        # A FasterNet has a patch embedding without img_size.
         return tuple(getattr(embedding, "img_size", self.data_config["input_size"][1:]))
 
     @property
@@ -70,19 +70,20 @@ class WholeBackbone(nn.Module):
         return self._first_kernel  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[list[str]]:
-        """The names of the network's parameters in timm's groups (`group_matcher`: what layer-wise learning
-        rates go by), in the network's order: its stem, its blocks, what stands behind them."""
+        """The names of the network's parameters by timm's groups (`group_matcher`, as for layer-wise learning
+        rates), in the network's order: the stem, the blocks, the layers after them."""
         groups = group_parameters(self.stem, self.stem.group_matcher(coarse=False))
         return [groups[index] for index in sorted(groups)]
 
     def last_blocks(self, k: int) -> list[nn.Parameter]:
-        """The parameters of the last k blocks and of all that stands behind the first of these.
+        """The parameters of the last k blocks and of all layers after them.
 
-        Blocks are timm's `parameter_groups`: a residual block, with the downsampling before it; of other
-        networks a cell or a convolution. What has norms alone counts as the block before it.
+        A block is one of `parameter_groups`: a residual block with the downsampling before it, or in other
+        networks a cell or a convolution. A group without matrices, such as a norm, belongs to the block
+        before it.
 
         Raises:
-            ValueError: there are not so many blocks.
+            ValueError: the backbone has fewer blocks.
         """
         blocks: list[list[nn.Parameter]] = []
         for group in self.parameter_groups():
@@ -96,7 +97,7 @@ class WholeBackbone(nn.Module):
         return [parameter for block in blocks[-k:] for parameter in block]
 
     def check_pool(self, pool: str | None, pools: tuple[str, ...]) -> None:
-        """Raises ValueError for another pooling than the default and those named."""
+        """Raises ValueError unless `pool` is None or one of `pools`."""
         if pool not in (None, *pools):
             wanted = " or ".join(["None", *map(repr, pools)])
             raise ValueError(
@@ -108,5 +109,5 @@ class WholeBackbone(nn.Module):
         return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
 
     def cast(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in the dtype that the first layer wants."""
+        """Images in the dtype of the first layer's weights."""
         return images.to(dtype_of(self.stem, default=images.dtype))

@@ -1,1 +1,1 @@
-"""The other ways to tune, beside prompts: a module each."""
+"""Tuning methods other than prompts, mostly one per module."""

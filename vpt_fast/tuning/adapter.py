@@ -1,4 +1,4 @@
-"""AdapterTuning: a small bottleneck behind every MLP of a vision transformer, Swin or ConvNeXt."""
+"""AdapterTuning: a small bottleneck after every MLP of a vision transformer, Swin, ConvNeXt or MetaNeXt."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
-_INIT_STD = 0.02  # of the down projection, as of a ViT's own linear layers
+_INIT_STD = 0.02  # of the down projection, as in a ViT's linear layers
 
 
 class Adapter(nn.Module):
-    """x + up(gelu(down(x))) (Houlsby et al., 2019), down from d to d // r dimensions and up back to d.
+    """x + up(gelu(down(x))) (Houlsby et al., 2019): down projects from d to d // r dimensions, up back to d.
 
-    Up starts at zero, so that the adapter starts as the identity, and down from N(0, 0.02²), so that up has
-    a gradient: with both at zero none of the two would ever get one.
+    up is initialised at zero, so that the adapter starts as the identity, and down's weight from N(0, 0.02²):
+    with both at zero, neither weight would ever get a gradient.
     """
 
     def __init__(self, embed_dim: int, reduction: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -42,25 +42,25 @@ class Adapter(nn.Module):
 
 
 class MapAdapter(Adapter):
-    """The same of a feature map (B, d, H, W), at every place."""
+    """An Adapter applied at every position of a feature map (B, d, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class AdapterTuning(TimmClassifier):
-    """One adapter in every block of a frozen vision transformer, Swin, ConvNeXt or MetaNeXt, behind the MLP
-    and before its residual sum (Pfeiffer et al., 2020), and the head. Where the block has a LayerScale, the
-    adapter follows it.
+    """Trains one adapter in every block of a frozen vision transformer, Swin, ConvNeXt or MetaNeXt, and the
+    head. The adapter follows the MLP, and its LayerScale if there is one, and precedes the residual addition
+    (Pfeiffer et al., 2020).
 
     Args:
-        reduction: r: the adapter's inner width is d // r, of a network with stages for its stage's d. The VPT
-            paper chose 8, 64 or 256 task by task.
-        The others are those of `TimmClassifier`.
+        backbone, num_classes, settings: see `TimmClassifier`.
+        reduction: r: the adapter's inner width is d // r, with d the width of its stage. The VPT paper chose
+            8, 64 or 256 per task.
 
     Attributes:
-        adapters: an Adapter for each block of a vision transformer. A Swin's stand in its blocks, ``mlp[1]``,
-            and a ConvNet's, ``drop_path[0]``.
+        adapters: an Adapter for each block of a vision transformer. In a Swin they are the blocks'
+            ``mlp[1]``, in a ConvNet ``drop_path[0]``.
 
     Raises:
         ValueError: as `TimmClassifier`, for a reduction out of range, and for a ConvNet whose blocks have no
@@ -85,16 +85,16 @@ class AdapterTuning(TimmClassifier):
         if reduction > min(widths):
             raise ValueError(f"reduction: got {reduction}, want at most the backbone's width {min(widths)}")
         self.reduction = reduction
-        # In the dtype of timm's blocks, between which they stand: float64 where those are.
+        # In the dtype of timm's blocks, which may be float64.
         placed: Any = dict(device=self.backbone.device, dtype=dtype_of(self.backbone, default=torch.float32))
         if not is_whole:
-            for index, vit_block in enumerate(self.backbone.timm_blocks):  # of which the parts are called
+            for index, vit_block in enumerate(self.backbone.timm_blocks):  # only their parts are called
                 require_no_hooks(vit_block, f"backbone: blocks.{index}", below=False)
             self.adapters = nn.ModuleList(Adapter(width, reduction, **placed) for width in widths)
         for block, width in blocks:
             if is_swin:
                 block.mlp = nn.Sequential(block.mlp, Adapter(width, reduction, **placed))
-            else:  # scales what the MLP gives itself, and hands it to drop_path
+            else:  # the block itself scales the MLP's output, then passes it to drop_path
                 block.drop_path = nn.Sequential(MapAdapter(width, reduction, **placed), block.drop_path)
 
     def _options(self) -> dict[str, Any]:
@@ -113,10 +113,10 @@ class AdapterTuning(TimmClassifier):
 
 
 def _blocks_with_mlp(network: nn.Module) -> list[tuple[Any, int]]:
-    """The residual blocks of a Swin or ConvNet that end in an MLP, in the network's order, and the width that
-    each gives.
+    """The residual blocks of a Swin or ConvNet that end in an MLP, in the network's order, each with its
+    output width.
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are none.
     """
     classes = (SwinTransformerBlock, ConvNeXtBlock, MetaNeXtBlock)
     blocks: list[Any] = [module for module in network.modules() if isinstance(module, classes)]
@@ -129,5 +129,5 @@ def _blocks_with_mlp(network: nn.Module) -> list[tuple[Any, int]]:
 
 
 def _width(last: nn.Linear | nn.Conv2d) -> int:
-    """Of what a block gives, by the last layer of its MLP, which may be a 1x1 convolution."""
+    """A block's output width: that of its MLP's last layer, which may be a 1x1 convolution."""
     return last.out_features if isinstance(last, nn.Linear) else last.out_channels

@@ -1,5 +1,5 @@
-"""BiasTuning: the biases of a backbone. PromptAndBiasTuning, PromptAndBiasSwinTuning and
-PromptAndBiasConvNetTuning: prompts too, of a vision transformer, a Swin and a ConvNet."""
+"""BiasTuning trains the biases of a backbone; PromptAndBiasTuning, PromptAndBiasSwinTuning and
+PromptAndBiasConvNetTuning also train prompts, of a vision transformer, a Swin and a ConvNet."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
 class BiasTuning(TimmClassifier):
-    """Every bias of a vision transformer, Swin or ConvNet trained, and the head: BitFit (Ben Zaken et al.,
+    """Trains every bias of a vision transformer, Swin or ConvNet, and the head: BitFit (Ben Zaken et al.,
     ACL 2022).
 
-    A bias's gradient is a sum of output gradients, so that nothing is kept beside what the gradient of the
+    A bias's gradient is a sum of output gradients, so nothing is kept besides what the gradient of the
     residual stream needs.
 
     Args and errors are those of `TimmClassifier`.
@@ -40,7 +40,7 @@ class BiasTuning(TimmClassifier):
 
 
 class _PromptAndBiasTuning(BiasTuning):
-    """What both kinds of backbone with prompts among their tokens have in common."""
+    """Common base for vision transformers and Swins, whose prompts are tokens."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class _PromptAndBiasTuning(BiasTuning):
         self._make_prompts(num_prompts)
 
     def _make_prompts(self, num_prompts: int) -> None:
-        """Sets `prompts`."""
+        """Creates `prompts`."""
         raise NotImplementedError
 
     def _options(self) -> dict[str, Any]:
@@ -69,16 +69,16 @@ class _PromptAndBiasTuning(BiasTuning):
 
 
 class PromptAndBiasTuning(_PromptAndBiasTuning):
-    """Deep prompts in every block and every bias of the vision transformer trained: VPT + bias of the VPT
-    paper.
+    """Trains deep prompts in every block, every bias of the vision transformer, and the head: VPT + bias of
+    the VPT paper.
 
-    Prompts are keys and values, for all images at once where they are the same, and nothing else of them is
-    computed: what concatenation computes beside has no part in the loss, nor in any bias's gradient.
+    Only the prompts' keys and values are computed, once for all images where the prompts are the same. What
+    else concatenation computes for prompts affects neither the loss nor any bias's gradient.
 
     Args:
-        num_prompts: m, prompts of each block; the standard start, see `prompts.init_bound`.
+        backbone, num_classes, settings: see `TimmClassifier`.
+        num_prompts: m: prompts of each block, initialised as `prompts.init_bound` says.
         prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
-        The others are those of `TimmClassifier`.
 
     Attributes:
         prompts: (L, m, d).
@@ -116,21 +116,20 @@ class PromptAndBiasTuning(_PromptAndBiasTuning):
 
 
 class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
-    """Deep prompts in every window of every block and every bias of a Swin trained: VPT + bias of the VPT
-    paper, with prompts as in `PromptedSwin`. Tables of relative position biases are no biases, and frozen.
+    """Trains deep prompts in every window of every block, every bias of a Swin, and the head: VPT + bias of
+    the VPT paper, with prompts as in `PromptedSwin`. Relative position bias tables stay frozen.
 
-    Prompts are keys and values, projected for all windows and images at once where they are the same. What
-    else concatenation computes of them has no part in the loss, but in the last block where the head reads
-    their outputs.
+    Only the prompts' keys and values are computed, once for all windows and images where the prompts are the
+    same. What else concatenation computes for prompts does not affect the loss, except in the last block if
+    the head reads their outputs.
 
     Args:
-        num_prompts: m, prompts of each block; the standard start, see `prompts.init_bound`.
+        backbone, num_classes, settings: see `TimmClassifier`; `pool` as for `PromptedSwin`.
+        num_prompts: m: prompts of each block, initialised as `prompts.init_bound` says.
         prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.
-        pool: as for `PromptedSwin`.
-        The others are those of `TimmClassifier`.
 
     Attributes:
-        prompts: a tensor (blocks, m, d) for every stage.
+        prompts: a tensor (blocks, m, d) per stage.
 
     Raises:
         ValueError: as `TimmClassifier`, and for prompt settings out of range.
@@ -148,7 +147,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
                 _check_read_attention(block, where)
                 linear_parts(block.attn.qkv, f"{where}.attn.qkv")
         stages = [(len(stage.blocks), int(stage.blocks[0].dim)) for stage in swin.layers]
-        bound = init_bound(self.patch_size, stages[0][1])  # of all stages, as in `PromptedSwin`
+        bound = init_bound(self.patch_size, stages[0][1])  # for all stages, as in `PromptedSwin`
         self.prompts = nn.ParameterList(
             torch.empty(depth, num_prompts, width, device=self.backbone.device).uniform_(-bound, bound)
             for depth, width in stages
@@ -168,7 +167,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
     def _run_swin_block(
         self, block: Any, x: torch.Tensor, prompts: torch.Tensor, *, is_last: bool
     ) -> torch.Tensor:
-        """Tokens (B, height, width, d) and prompts (1, m, d) to tokens; of the last block to the R rows that
+        """Tokens (B, height, width, d) and prompts (1, m, d) to tokens; in the last block, to the R rows that
         the head reads (B, 1, R, d)."""
         size = x.shape[1:3]
         prompts = drop(prompts.to(x.dtype), self.prompt_settings, x.shape[0], training=self.training)
@@ -185,26 +184,27 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
 
 
 def _check_read_attention(block: Any, where: str) -> None:
-    """Raises ValueError for hooks of what prompts take the place of calling: the block and its attention."""
+    """Raises ValueError for hooks of the block or its attention, which prompted attention does not call."""
     require_no_hooks(block, where, below=False)
     require_no_hooks(block.attn, f"{where}.attn")
 
 
 class PromptAndBiasConvNetTuning(BiasTuning):
-    """Prompts as a border of pixels around the image, and every bias of the ConvNet trained: VPT + bias of
-    the VPT paper, with prompts as in `PromptedConvNet`.
+    """Trains prompts that are a border of pixels around the image, every bias of the ConvNet, and the head:
+    VPT + bias of the VPT paper, with prompts as in `PromptedConvNet`.
 
     Args:
-        num_prompts: m, pixels of border on each side.
-        The others are those of `TimmClassifier`; the settings of `prompts.PromptConfig` that pixels do not
-            have are refused unless they are the defaults.
+        backbone, num_classes: see `TimmClassifier`.
+        num_prompts: m: pixels of border on each side.
+        settings: see `TimmClassifier`; other settings of `prompts.PromptConfig` must have their default
+            values.
 
     Attributes:
-        prompts, prompts_sides: as of `PromptedViT` with ``pad``.
+        prompts, prompts_sides: as in `PromptedViT` with ``pad``.
 
     Raises:
-        ValueError: as `TimmClassifier`, for prompt settings out of range, and for a backbone that takes no
-            images with such a border.
+        ValueError: as `TimmClassifier`, for prompt settings out of range, and for a backbone that does not
+            accept images of the size with the border.
     """
 
     kinds = (CONVNET,)

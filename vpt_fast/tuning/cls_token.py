@@ -1,4 +1,4 @@
-"""ClsTokenTuning: the CLS token of a vision transformer."""
+"""ClsTokenTuning trains the CLS token of a vision transformer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from vpt_fast.engine.policy import POLICIES
 
 
 class ClsTokenTuning(FrozenClassifier):
-    """The CLS token that enters the first block and the head trained, through frozen blocks.
+    """Trains the CLS token that enters the first block, and the head; all blocks are frozen.
 
-    Args and errors are those of `LinearProbe`; a backbone without a CLS token raises too.
+    Args and errors are those of `LinearProbe` with a vision transformer; one without a CLS token raises
+    ValueError too.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ClsTokenTuning(FrozenClassifier):
         return self._features(self.backbone.run_folded(images, self._reads))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the dtype in force."""
+        """In the compute dtype."""
         num_tokens = self.backbone.num_tokens
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):

@@ -1,4 +1,4 @@
-"""FullTuning: all weights of a backbone."""
+"""FullTuning trains all weights of a backbone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
 class FullTuning(TimmClassifier):
-    """Fine-tuning of a whole vision transformer, Swin or ConvNet, and the head.
+    """Fine-tunes a whole vision transformer, Swin or ConvNet, and the head.
 
-    All weights are stored, so a saved model needs no published ones again; with them BatchNorm's statistics,
-    which stay as they came.
+    All weights are saved, so loading needs no published ones. BatchNorm's statistics are not updated, and are
+    saved too.
 
     Args and errors are those of `TimmClassifier`.
     """
@@ -31,7 +31,7 @@ class FullTuning(TimmClassifier):
         self._freeze_what_is_not_read()
 
     def _num_kept_beside(self) -> int:
-        """Pixels, patch by patch: what the patch embedding's weights are multiplied by."""
+        """The pixels, which are the patch embedding's input."""
         return self.backbone.in_chans * math.prod(self.backbone.image_size)
 
     def _stored(self) -> dict[str, torch.Tensor]:

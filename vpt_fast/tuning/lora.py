@@ -1,4 +1,4 @@
-"""LoRATuning: low-rank updates of attention's matrices, or of a ConvNet's convolutions, through peft."""
+"""LoRATuning: low-rank updates of attention's matrices or a ConvNet's layers, by peft."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
-# In a block; the projections to queries, keys and values, packed or apart, and attention's output projection.
+# In a block: the query, key and value projections, packed or separate, and attention's output projection.
 _ATTENTION = r"(.+\.)?\d+\.attn\.(qkv|[qkv]_proj|proj)"
 
 
 def plain_layers(backbone: WholeBackbone) -> list[str]:
-    """The names of a ConvNet's layers whose update in peft is W + B A: nn.Linear, and nn.Conv2d without
-    groups or dilation that pads with zeros, but no subclass of them. Those of the stem, timm's first group of
-    parameters, are left out.
+    """The names of a ConvNet's layers for which peft's update is W + B A: nn.Linear, and nn.Conv2d with zero
+    padding and no groups or dilation, but no subclasses. The stem (timm's first parameter group) is left out.
 
-    peft builds A and B of the layer's own class: where that standardises its weights, as in NFNets, the
-    update is not B A. It leaves out dilation, and has no merged weight for groups.
+    peft makes A and B instances of the layer's own class: if that standardises its weights, as in NFNets, the
+    update is not B A. It also drops dilation, and cannot merge the update of a grouped convolution.
     """
     _, *behind = backbone.parameter_groups()
     weights = {name for group in behind for name in group}
@@ -43,28 +42,28 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def require_peft() -> None:
-    """Raises ValueError where peft is not installed."""
+    """Raises ValueError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("method lora needs the package peft; pip install peft")
 
 
 class LoRATuning(TimmClassifier):
-    """W + B A trained for attention's matrices of a frozen vision transformer or Swin, or for a ConvNet's
-    linear layers and convolutions, and the head (Hu et al., ICLR 2022).
+    """Trains low-rank updates W + B A of the attention matrices of a frozen vision transformer or Swin, or of
+    a ConvNet's linear layers and convolutions, and the head (Hu et al., ICLR 2022).
 
-    peft puts the updates in and starts them: A random, B at zero. Their scale is 1 (peft's lora_alpha is the
-    rank), and they have no dropout. Where qkv is one matrix in timm, queries, keys and values share an A.
+    peft inserts the updates and initialises them: A random, B at zero. Their scale is 1 (peft's lora_alpha is
+    the rank), and they have no dropout. Where timm has one qkv matrix, queries, keys and values share an A.
 
-    Of a convolution A is one of the same kernel, stride and padding to `rank` channels, and B a 1x1
-    convolution. Which layers of a ConvNet have an update is said by `plain_layers`; the others stay frozen.
+    For a convolution, A is a convolution with the same kernel, stride and padding to `rank` channels, and B a
+    1x1 convolution. In a ConvNet only `plain_layers` are updated; all others stay frozen.
 
     Args:
+        backbone, num_classes, settings: see `TimmClassifier`.
         rank: r: rows of A, columns of B.
-        The others are those of `TimmClassifier`.
 
     Raises:
         ValueError: as `TimmClassifier`, for a rank out of range, for a ConvNet without `plain_layers`, and
-            where peft is not installed.
+            if peft is not installed.
     """
 
     kinds = (VIT, SWIN, CONVNET)
@@ -87,11 +86,11 @@ class LoRATuning(TimmClassifier):
                     f"backbone: got {got}, which has no plain nn.Linear or nn.Conv2d (no subclass, groups or "
                     "dilation) behind its stem; want one that has, as lora updates these alone"
                 )
-            # One pattern of all, since peft takes a list of names for the ends of names.
+            # One pattern for all: peft would match a list of names as suffixes.
             targets = "|".join(re.escape(f"stem.{name}") for name in names)
         for module in network.modules():
             if isinstance(module, EvaAttention):
-                # Else it reads qkv's weight, past what peft puts around the layer.
+                # Otherwise it reads qkv's weight directly and bypasses peft's wrapper.
                 module.qkv_bias_separate = True
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         peft.inject_adapter_in_model(config, network)
@@ -100,7 +99,7 @@ class LoRATuning(TimmClassifier):
         return {**super()._options(), "rank": self.rank}
 
     def _num_kept_beside(self) -> int:
-        # The inputs of qkv's A, of both B and of proj's A: attention's output with its heads side by side.
+        # The inputs of qkv's A, of both B, and of proj's A (attention's output with concatenated heads).
         attn: Any = self.backbone.timm_blocks[0].attn
         per_token = self.embed_dim + attn.proj.in_features + 2 * self.rank
         return self.num_blocks * self.backbone.num_tokens * per_token

@@ -1,5 +1,5 @@
-"""The last blocks of a backbone on frozen ones. PartialTuning: of a vision transformer; PartialNetworkTuning:
-of a Swin or ConvNet."""
+"""Training the last blocks of a backbone: PartialTuning for a vision transformer, PartialNetworkTuning for a
+Swin or ConvNet."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from vpt_fast.tuning.timm_blocks import TimmClassifier, timm_block_bytes
 
 
 class PartialTuning(FrozenClassifier):
-    """The last k blocks of a vision transformer, the final norm and the head trained; partial-k of the VPT
-    paper's Table 1.
+    """Trains the last k blocks of a vision transformer, the final norm and the head: partial-k in Table 1 of
+    the VPT paper.
 
-    The blocks below run frozen, without autograd. What they give, the residual stream before the first
-    trained block, is always in float32 or more, so that nothing is lost when it is kept over the epochs.
-    An attention-pool head stays frozen.
+    The blocks before them run frozen, without autograd. Their output, the residual stream before the first
+    trained block, is always at least float32, so that caching it across epochs loses no precision. An
+    attention-pool head stays frozen.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is
             not changed.
-        num_classes: of the head.
+        num_classes: outputs of the head.
         num_tuned_blocks: k, from 1 to the number of blocks.
         pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
-        dtype: of the frozen weights; None keeps the backbone's own. What is trained is float32 or more.
+        dtype: of the frozen weights; None for the backbone's own. Trained parameters are at least float32.
         backend, attention: of the frozen blocks, see `kernels.get_backend`.
         pretrained: load the published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
-        timm_kwargs: go to timm.create_model (only with a name).
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
+        timm_kwargs: passed to timm.create_model (only with a name).
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -89,7 +89,7 @@ class PartialTuning(FrozenClassifier):
         return self.backbone.run_folded(images, Read.TOKENS)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Tokens before the first trained block, of images of the model's own size (B, N, d), to logits
+        """Tokens before the first trained block (B, N, d), of images of the model's own size, to logits
         (B, num_classes)."""
         return self.head(self._run_trained(features, self.image_size))
 
@@ -97,7 +97,7 @@ class PartialTuning(FrozenClassifier):
         return self._run_trained(self.frozen_features(images), size_of(images))
 
     def _run_trained(self, x: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Tokens before the first trained block (B, N, d) to what the head reads (B, d)."""
+        """Tokens before the first trained block (B, N, d) to the head's input (B, d)."""
         x, positions = self.backbone.for_timm_blocks(x), self.backbone.timm_positions(image_size)
         for block, position in zip(self.backbone.timm_blocks, positions, strict=True):
             x = block(x, **position)
@@ -114,21 +114,21 @@ class PartialTuning(FrozenClassifier):
 
 
 class PartialNetworkTuning(TimmClassifier):
-    """The last k blocks of a Swin or ConvNet, what stands behind them, and the head trained; partial-k of the
-    VPT paper's Tables 4 and 5.
+    """Trains the last k blocks of a Swin or ConvNet, the layers after them, and the head: partial-k in Tables
+    4 and 5 of the VPT paper.
 
-    What stands before runs without autograd, and without dropout. It runs anew in every epoch: its outputs
-    are not kept. BatchNorm keeps its statistics in the trained blocks too.
+    The layers before them run without autograd and without dropout, in every epoch: their outputs are not
+    cached. BatchNorm's statistics are not updated, in the trained blocks either.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer or ConvNet, which is not
             changed.
-        num_classes: of the head.
-        num_tuned_blocks: k, from 1; see `WholeBackbone.last_blocks` for what counts as a block.
-        settings: those of `TimmClassifier`.
+        num_classes: outputs of the head.
+        num_tuned_blocks: k, at least 1; see `WholeBackbone.last_blocks` for what counts as a block.
+        settings: see `TimmClassifier`.
 
     Raises:
-        ValueError: as `TimmClassifier`, and for more blocks than there are.
+        ValueError: as `TimmClassifier`, and for more blocks than the backbone has.
     """
 
     trains_weights = True
@@ -148,7 +148,7 @@ class PartialNetworkTuning(TimmClassifier):
         return {**super()._options(), "num_tuned_blocks": self.num_tuned_blocks}
 
     def train(self, mode: bool = True) -> PartialNetworkTuning:
-        """Puts what is trained in this mode; what is frozen stays in eval mode."""
+        """Sets the mode of what is trained; what is frozen stays in eval mode."""
         super().train(mode)
         for module in self.backbone.modules():
             parameters = list(module.parameters())

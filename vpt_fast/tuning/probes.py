@@ -1,4 +1,4 @@
-"""LinearProbe and MLPProbe: a classifier on the features of a frozen vision transformer."""
+"""LinearProbe and MLPProbe: a classifier on the features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from vpt_fast.engine.plan import Read
 
 
 class LinearProbe(FrozenClassifier):
-    """A linear head on the features of a frozen vision transformer or Swin.
+    """A linear head on the features of a frozen vision transformer, Swin or ConvNet.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva or
-            SwinTransformer, whose weights are used as they are and which is not changed.
-        num_classes: of the head.
-        pool: None for the backbone's own pooling; ``"cls"`` (not of a Swin) or ``"image"``.
-        dtype: of the frozen weights; None keeps the backbone's own.
-        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"triton_fused_mlp"``, see `kernels.get_backend`.
-        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`. A Swin
-            takes ``"auto"``.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva, SwinTransformer
+            or ConvNet of a family in `resolve.CONVNET`, whose weights are used as they are and which is not
+            changed.
+        num_classes: outputs of the head.
+        pool: None for the backbone's own pooling; ``"cls"`` (vision transformers) or ``"image"`` (these and
+            Swins).
+        dtype: of the frozen weights; None for the backbone's own.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"triton_fused_mlp"``, see `kernels.get_backend`;
+            for a ConvNet ``"auto"`` or ``"torch"``.
+        attention: ``"auto"`` or a FlashAttention implementation by name, see `kernels.get_backend`; for a
+            Swin or ConvNet ``"auto"``.
         pretrained: load the published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
-        timm_kwargs: go to timm.create_model (only with a name).
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
+        timm_kwargs: passed to timm.create_model (only with a name).
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
@@ -92,24 +95,23 @@ class LinearProbe(FrozenClassifier):
         )
 
     def _num_kept(self) -> int:
-        """Numbers kept for backward for each image."""
+        """Values kept for backward per image."""
         return self.embed_dim
 
 
 class MLPProbe(LinearProbe):
-    """A multi-layer perceptron on the features of a frozen vision transformer: mlp-k of the VPT paper's
-    Table 1.
+    """A multi-layer perceptron on the features of a frozen backbone: mlp-k in Table 1 of the VPT paper.
 
-    k linear layers in all, each but the last from d to d dimensions and followed by a ReLU: k - 1 of them
-    hold d² + d parameters each.
+    It has k linear layers. All but the last map d to d dimensions, have d² + d parameters each, and are
+    followed by a ReLU.
 
     Args:
-        num_layers: k, from 1, which is a linear probe.
-        The others are those of `LinearProbe`.
+        num_layers: k, at least 1, which is a linear probe.
+        backbone, num_classes, settings: see `LinearProbe`.
 
     Attributes:
-        hidden: the first k - 1 layers. Their weights start from He's normal distribution (He et al., 2015),
-            their biases at zero.
+        hidden: the first k - 1 layers. Their weights are initialised from He's normal distribution (He et
+            al., 2015), their biases at zero.
         head: nn.Linear, the last layer.
 
     Raises:
@@ -149,4 +151,4 @@ class MLPProbe(LinearProbe):
         return self.hidden(self.frozen_features(images))
 
     def _num_kept(self) -> int:
-        return self.num_layers * self.embed_dim  # a ReLU keeps its output, which the next layer keeps too
+        return self.num_layers * self.embed_dim  # a ReLU and the next layer keep the same tensor

@@ -23,18 +23,19 @@ _SIDE_FEATURES = 256 * 6 * 6  # after AlexNet's average pool
 class SideTuning(FrozenClassifier):
     """A side network trained beside the frozen backbone (Zhang et al., ECCV 2020; the VPT paper's Sidetune).
 
-    The head reads α · backbone(x) + (1 - α) · side(x), where α is the sigmoid of one trained number that
-    starts at 0. The side network is AlexNet's convolutions and average pool (torchvision) and one linear
-    layer from their 9216 features to d. It sees the images as the backbone does, normalised for that.
+    The head reads α · backbone(x) + (1 - α) · side(x), where α is the sigmoid of one trained scalar that
+    starts at 0. The side network consists of AlexNet's convolutions and average pool (torchvision) and one
+    linear layer from their 9216 features to d. Its input is normalised for the backbone.
 
     Args:
-        side_pretrained: start the side network from AlexNet's ImageNet weights, which torchvision publishes;
-            where they cannot be had, a warning says so and it starts random.
-        The others are those of `LinearProbe`.
+        backbone, num_classes, pool, dtype, backend, attention, pretrained, checkpoint, timm_kwargs: see
+            `LinearProbe`.
+        side_pretrained: initialise the side network with torchvision's ImageNet weights of AlexNet; if they
+            cannot be downloaded, it is initialised at random, with a warning.
 
     Attributes:
         side: nn.Sequential, images to (B, d).
-        alpha: (), α before its sigmoid.
+        alpha: (), α before the sigmoid.
 
     Raises:
         ValueError: as `LinearProbe`, and for images that are not RGB or are too small for AlexNet.
@@ -84,8 +85,8 @@ class SideTuning(FrozenClassifier):
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """An estimate."""
-        # Of AlexNet's first convolution, the largest: output, kept once for the ReLU in place and the pool;
-        # all the others together keep about as much again.
+        # AlexNet's first convolution has the largest output, kept once for the in-place ReLU and the pool;
+        # all other layers together keep about as much again.
         height, width = self.image_size
         first: Any = self.side.get_submodule("0.0")
         per_image = 2 * first.out_channels * (height // first.stride[0]) * (width // first.stride[1])

@@ -1,4 +1,4 @@
-"""TimmClassifier: what is common to the models that train in timm's own modules, and what those keep."""
+"""TimmClassifier, the base class of models that run timm's own modules, and estimates of their memory."""
 
 from __future__ import annotations
 
@@ -19,29 +19,28 @@ from vpt_fast.engine.block import compute_dtype
 
 
 class TimmClassifier(TunedClassifier):
-    """A model that runs a copy of timm's own modules, in float32 or more; subclasses unfreeze what is
-    trained.
+    """A model that runs a copy of timm's own modules, in at least float32; subclasses unfreeze what they
+    train.
 
-    Autograd keeps nothing for what is frozen: not the inputs of frozen linear layers, and nothing of what
-    stands before the first trained tensor.
+    Autograd keeps neither the inputs of frozen linear layers nor anything before the first trained tensor.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, or a model
-            of another of the class's `kinds`, which is not changed.
-        num_classes: of the head.
-        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
+        backbone: a timm name, a name in `backbones.known`, or a timm model of one of the class's `kinds`
+            (VisionTransformer or Eva, if not said otherwise), which is not changed.
+        num_classes: outputs of the head.
+        pool: None for the backbone's own pooling; for a vision transformer also ``"cls"`` or ``"image"``.
         pretrained: load the published weights (only with a name).
-        checkpoint: a file to load the weights from instead (only with a name), see docs/backbones.md.
-        timm_kwargs: go to timm.create_model (only with a name). Dropout rates act in training.
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
+        timm_kwargs: passed to timm.create_model (only with a name). Dropout is active in training.
 
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
     """
 
-    # Whether matrices of the blocks are trained, whose inputs are then kept.
+    # Whether the blocks' matrices are trained, so that their inputs are kept.
     trains_weights = False
-    kinds: tuple[Kind, ...] = (VIT,)  # of backbones that it takes
-    # What the head may read of a Swin or ConvNet, beside what None stands for.
+    kinds: tuple[Kind, ...] = (VIT,)  # supported backbones
+    # Values of `pool` besides None for a Swin or ConvNet.
     pools_of_whole: tuple[str, ...] = ()
 
     def __init__(
@@ -57,14 +56,14 @@ class TimmClassifier(TunedClassifier):
         check_arguments(num_classes, pool)
         dtype = timm_kwargs.get("dtype")
         if isinstance(dtype, torch.dtype) and dtype.itemsize < torch.float32.itemsize:
-            # timm would round the weights, and products would be in float32 all the same.
+            # timm would round the weights, but products would be in float32 all the same.
             raise ValueError(
                 f"dtype: got {dtype} with {type(self).__name__}, whose modules run in float32 or more; want "
                 "autocast for products of 16 bits"
             )
         kind = kind_of(backbone)
         if kind not in self.kinds:
-            kind = self.kinds[0]  # which `resolve_backbone` then misses
+            kind = self.kinds[0]  # so that `resolve_backbone` raises
         model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
         if kind is not VIT:
             whole = WholeBackbone(model)
@@ -77,7 +76,7 @@ class TimmClassifier(TunedClassifier):
         self._reads = frozen.head_reads_of_image(pool)
 
     def train(self, mode: bool = True) -> TimmClassifier:
-        """Dropout of timm's acts in training, before the blocks too."""
+        """Sets the mode of timm's modules, those before the blocks too: dropout is active in training."""
         super().train(mode)
         if isinstance(self.backbone, FrozenViT):
             self.backbone.stem.train(mode)
@@ -101,12 +100,12 @@ class TimmClassifier(TunedClassifier):
         return self._outputs(self.backbone.for_timm_blocks(self.backbone.embed(images)), positions, wanted)
 
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
-        """Tokens (B, N, d) before the first block to those after each block that is wanted.
+        """Tokens (B, N, d) before the first block to those after each block in `wanted`.
 
         Args:
             x: the tokens.
-            positions: what each block takes beside them, of `FrozenViT.timm_positions`.
-            wanted: indices of blocks, in rising order; no block after the last of them is run.
+            positions: each block's other arguments, from `FrozenViT.timm_positions`.
+            wanted: indices of blocks, in ascending order; no later block runs.
         """
         outputs = []
         for index in range(wanted[-1] + 1):
@@ -120,7 +119,7 @@ class TimmClassifier(TunedClassifier):
         return self.backbone.timm_blocks[index](x, **position)
 
     def _freeze_what_is_not_read(self) -> None:
-        """Freezes what gets no gradient: the attention-pool head, where another pooling takes its place."""
+        """Freezes the attention-pool head if another pooling replaces it: it would get no gradient."""
         attn_pool = getattr(self.backbone.stem, "attn_pool", None)  # a Swin or ConvNet has none
         if self.pool is not None and attn_pool is not None:
             attn_pool.requires_grad_(False)
@@ -137,17 +136,17 @@ class TimmClassifier(TunedClassifier):
         )
 
     def _num_kept_beside(self) -> int:
-        """Numbers that the method keeps for each image beside what the blocks keep, over all blocks."""
+        """Values that the method keeps per image besides what the blocks keep, over all blocks."""
         return 0
 
 
 def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool) -> tuple[int, int]:
-    """Bytes for one image that a block of timm's keeps for backward, and those of its temporaries: estimates
-    for the dtype in force, of a block with something trained in or below it.
+    """Estimated bytes per image that one of timm's blocks keeps for backward, and of its temporaries, in the
+    compute dtype, for a block with something trained in or below it.
 
     Args:
-        vit: its last block is looked at.
-        trains_weights: whether its matrices are trained.
+        vit: its last block stands for all.
+        trains_weights: whether the blocks' matrices are trained.
     """
     block: Any = vit.timm_blocks[-1]
     dtype = compute_dtype(vit.device.type, block.attn.proj.weight.dtype)
@@ -155,9 +154,9 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool) -> tuple[int, int]
     embed_dim, attn_dim = vit.embed_dim, block.attn.proj.in_features
     activated = block.mlp.fc2.in_features
     is_gated = hasattr(block.mlp, "fc1_g") or block.mlp.fc1.out_features != activated
-    # Attention's query, key, value and output; the activation's input; of a gate, both factors too.
+    # Attention's query, key, value and output; the activation's input; for a gate, both factors too.
     narrow = 4 * attn_dim + activated * (4 if is_gated else 1)
-    # Query and key normalised or turned, beside those as projected, which the value keeps alive with itself.
+    # Query and key after norm or rotation; the projected ones are alive too, in one tensor with the value.
     if block.attn.qkv is not None and (vit.is_rotary or not isinstance(block.attn.q_norm, nn.Identity)):
         narrow += 2 * attn_dim
     if not isinstance(block.mlp.norm, nn.Identity):
@@ -165,8 +164,8 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool) -> tuple[int, int]
     if trains_weights:  # the inputs of qkv, proj, fc1 and fc2, and of LayerScale
         narrow += 2 * embed_dim + attn_dim + activated
         narrow += embed_dim * vit.num_layer_scales(block)
-    # The residual stream before both norms, their means and deviations, the rows' log-sum-exp.
+    # The residual stream before both norms, their means and deviations, and the rows' log-sum-exp.
     per_token = narrow * dtype.itemsize + (2 * embed_dim + 4 + block.attn.num_heads) * wide
-    # Gradients of the hidden layer and of attention's tensors, a few copies of the residual stream.
+    # Gradients of the hidden layer and of attention's tensors, and a few copies of the residual stream.
     workspace = (2 * activated + 4 * attn_dim) * dtype.itemsize + 4 * embed_dim * wide
     return vit.num_tokens * per_token, vit.num_tokens * workspace
