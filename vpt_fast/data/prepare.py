@@ -218,8 +218,8 @@ def _png_writer(image: Image.Image) -> Callable[[Path], None]:
 
 
 def _read_files(task: Task, files: SetFiles) -> _Source:
-    """The ranges of `TFDS_RANGES`, of each part's images in a random order: original files are sorted, and
-    the first of them may all be alike."""
+    """The ranges of `TFDS_RANGES`, of each part's images in a random order: in the original order the first
+    images may all be alike."""
     rule, generator = LABEL_RULES[task.name], np.random.default_rng(0)
     parts = {part: generator.permutation(files.parts[part]) for part in sorted(files.parts)}
     samples: dict[str, Iterator[_Sample]] = {}
