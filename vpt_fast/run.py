@@ -72,7 +72,7 @@ class Labels:
     seed: int
     task: str | None = None
     train_on: str = "train"
-    ignore_zero: bool | None = None  # for segmentation
+    ignore_zero: bool | None = None  # of a segmenter's data
 
     def to_json(self) -> str:
         return _json(

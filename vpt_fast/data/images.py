@@ -75,7 +75,7 @@ class ImageList:
 
 @dataclass(frozen=True)
 class Splits:
-    """What `open_splits` found. All lists have the same `classes`; a split that does not exist is None."""
+    """What `open_splits` found. All lists share `classes`; None where there is no such split."""
 
     train: ImageList
     val: ImageList | None
