@@ -1,10 +1,10 @@
-"""Write docs/combinations.md: which method, and which setting of prompts, works on which kind of backbone.
+"""Write docs/combinations.md: which methods and prompt settings work on which kinds of backbones.
 
     python scripts/combinations.py
 
-Every combination is built, as `vpt-fast train` does it, on a small backbone of the kind; where that raises
-there is none. `tests/test_combinations.py` trains a step of each that is built, and reads the message of each
-that is not.
+Every combination is built, as in `vpt-fast train`, on a small backbone of the kind; if that raises, it is not
+supported. `tests/test_combinations.py` trains a step of each supported one, and checks the error message of
+each other one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from vpt_fast.recipe import METHODS, Recipe
 
 PAGE = Path("docs/combinations.md")
 NUM_CLASSES = 3
-NUM_PROMPTS = 8  # twice that, as a border, is a patch
+NUM_PROMPTS = 8  # for "pad": the borders on both sides add up to a whole number of patches
 
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """A kind of backbone, and a small one of it.
+    """A kind of backbone, and a small example of it.
 
-    label: its column. called: what messages call it. prompts: the settings without which it takes no prompts.
+    label: heading of its column. called: its name in error messages. prompts: settings that it needs for
+    prompts.
     """
 
     label: str
@@ -77,7 +78,7 @@ SETTING_ROWS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Combination:
-    """A method and settings of it on a kind of backbone."""
+    """A method with settings on a kind of backbone."""
 
     method: str
     kind: BackboneKind
@@ -88,10 +89,10 @@ class Combination:
         return f"{self.method} {self.kind.label} {setting_text(self.settings)}".strip()
 
     def build(self) -> TunedModel:
-        """The model, its weights random.
+        """The model, with random weights.
 
         Raises:
-            ValueError: there is no such combination.
+            ValueError: the combination is not supported.
         """
         settings = dict(self.settings)
         if self.method in PROMPTED:
@@ -113,7 +114,7 @@ class Combination:
 
 
 def combinations() -> Iterator[Combination]:
-    """All that the page has a cell for, kind by kind."""
+    """The combinations of all cells of the page, kind by kind."""
     for kind in KINDS:
         for method in METHOD_ROWS:
             yield Combination(method, kind)
@@ -123,12 +124,12 @@ def combinations() -> Iterator[Combination]:
 
 
 def build_all() -> dict[str, tuple[Combination, TunedModel | ValueError]]:
-    """Every combination by name, and the model or why there is none."""
+    """Every combination by name, with its model or the error."""
     built: dict[str, tuple[Combination, TunedModel | ValueError]] = {}
     with sharing_backbones({}):
         for combination in combinations():
             result: TunedModel | ValueError
-            torch.manual_seed(0)  # the same backbone for all, so that it is made once
+            torch.manual_seed(0)  # so that all share one backbone, which is built once
             try:
                 result = combination.build()
             except ValueError as error:

@@ -1,12 +1,11 @@
-"""Pre-train the backbone that the package carries, `vpt_fast_demo`, on the CIFAR-10 training images.
+"""Pre-train the packaged backbone, `vpt_fast_demo`, on the CIFAR-10 training images.
 
     python scripts/pretrain_demo_backbone.py cifar10-train-jpg.tar.gz --minutes 60
 
-The archive holds one folder per class with JPEGs of 32x32. A ViT with a CLS token is trained with labels;
-2,000 images chosen by the seed are never trained on and give the accuracy in the log. The learning rate and
-the share of patches that are dropped follow the time spent training out of `--minutes`, so that the run ends
-when it was told to, however busy the machine is. The same command goes on from the last whole epoch if
-interrupted.
+The archive holds one folder per class with 32x32 JPEGs. A ViT with a CLS token is trained with labels; 2,000
+images chosen by the seed are held out for the accuracy in the log. The schedules of learning rate and patch
+dropout follow the fraction of `--minutes` spent training, so that the run ends in time however busy the
+machine is. After an interruption, the same command resumes from the last completed epoch.
 
 Written at the end: vpt_fast/backbones/demo.safetensors (fp16, no classifier) and the log beside this script.
 """
@@ -52,12 +51,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the backbone is trained. Shares of the run are shares of its wall-clock time."""
+    """How the backbone is trained. Fractions of the run are fractions of its wall-clock time."""
 
     batch_size: int = 256
     held_out: int = 2000
     warmup: float = 0.03
-    # (from this share of the run on, rate): a step costs in proportion to the tokens it keeps.
+    # (from this fraction of the run on, drop rate): a step's cost is proportional to the tokens it keeps.
     patch_drop: tuple[tuple[float, float], ...] = ((0.0, 0.7), (0.35, 0.5), (0.75, 0.0))
     muon_lr: float = 3e-3  # weight matrices of the blocks; scaled to the size of an AdamW step
     adamw_lr: float = 1.5e-3  # everything else
@@ -66,7 +65,7 @@ class Recipe:
     crop_padding: int = 4  # pixels
     brightness: float = 0.3
     contrast: float = 0.3
-    # The features should serve more than photographs: scans and handwriting are grey, often light on dark.
+    # The features should suit more than photographs: scans and handwriting are grey, often light on dark.
     grey: float = 0.15  # probability
     invert: float = 0.1  # probability
 
@@ -74,9 +73,9 @@ class Recipe:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) with Nesterov momentum and decoupled weight decay, in fp32.
 
-    timm's and torch's own optimizers orthogonalise in bfloat16, which a CPU without bfloat16 emulates
-    more than ten times slower than fp32. Each parameter is `parts` matrices stacked by rows (a fused QKV has
-    three); all matrices of one shape are orthogonalised in one batch.
+    timm's and torch's own implementations orthogonalise in bfloat16, which CPUs without bfloat16 emulate at
+    less than a tenth of fp32's speed. Each parameter consists of `parts` matrices stacked by rows (three for
+    a fused QKV); all parameters of one shape are orthogonalised in one batch.
     """
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -142,7 +141,7 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
 
 
 def split_photographs(num_images: int, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images that are never trained on, and of the others."""
+    """Indices of the held-out images, and of the training images."""
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
     return order[: recipe.held_out], order[recipe.held_out :]
 
@@ -167,14 +166,14 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     rows = top + torch.arange(h)  # (b, h)
     columns = left + torch.arange(w)  # (b, w)
     columns = torch.where(uniform(0, 1).view(b, 1) < 0.5, columns.flip(1), columns)
-    # Indices on both sides of the channel slice put the channels last.
+    # Index tensors on both sides of the channel slice put the channels last.
     x = padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     x = normalise(x)
     x = torch.where(uniform(0, 1) < recipe.grey, x.mean(1, keepdim=True), x)
     centre = x.mean((1, 2, 3), keepdim=True)
     x = (x - centre) * uniform(1 - recipe.contrast, 1 + recipe.contrast) + centre
     x = x + uniform(-recipe.brightness, recipe.brightness)
-    # The input range is symmetric about zero, so the negative of a photograph is minus the photograph.
+    # The input range is symmetric about zero, so negation inverts an image.
     x = torch.where(uniform(0, 1) < recipe.invert, -x, x)
     return x.clamp(-1, 1)
 
@@ -192,7 +191,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def schedule(progress: float, recipe: Recipe) -> tuple[float, float]:
-    """The factor on the learning rates and the patch drop rate at this share of the run."""
+    """The learning rate factor and the patch drop rate after this fraction of the run."""
     if progress < recipe.warmup:
         factor = (progress + 1e-3) / (recipe.warmup + 1e-3)
     else:
@@ -253,7 +252,7 @@ def main(
         task = bar.add_task("starting", total=minutes * 60)
         while spent < minutes * 60:
             generator = torch.Generator().manual_seed(seed * 10_000 + epoch + 1)
-            torch.manual_seed(seed * 10_000 + epoch + 1)  # timm's patch dropout draws from the global one
+            torch.manual_seed(seed * 10_000 + epoch + 1)  # timm's patch dropout uses the global generator
             shuffled = train[torch.randperm(len(train), generator=generator)]
             began, total_loss, seen, drop, lr = time.monotonic(), 0.0, 0, 0.0, 0.0
             for rows in shuffled.split(recipe.batch_size):

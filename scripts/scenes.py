@@ -1,13 +1,12 @@
-"""Draw small scenes with a label for every pixel, and report what a segmentation run made of them.
+"""Draw small scenes with a label for every pixel, and report the results of a segmentation run on them.
 
     python scripts/scenes.py draw runs/scenes
     vpt-fast train --task segmentation --data runs/scenes --backbone vpt_fast_demo ...
     python scripts/scenes.py report RUN runs/scenes --out docs/segmentation
 
-A scene is sky above ground, with a wavy horizon between them, and on it houses (boxes with a gable), trees
-(three triangles on a trunk) and balls. Brightness and colours of all of them are drawn at random out of
-ranges that overlap, so that colour alone does not tell the classes. The layout is ADE20k's. Pixels along
-edges have label 255, no class.
+A scene is sky above ground with a wavy horizon, and on the ground houses (boxes with a gable), trees (three
+triangles on a trunk) and balls. Their brightness and colours are random within overlapping ranges, so that
+colour alone does not identify a class. The layout is ADE20k's. Pixels along edges have label 255, no class.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ CLASSES = ("sky", "ground", "house", "tree", "ball")
 SKY, GROUND, HOUSE, TREE, BALL = range(len(CLASSES))
 NO_CLASS = 255
 HEIGHT, WIDTH = 64, 96  # pixels
-FINE = 4  # scenes are drawn this much larger, and made smaller to smooth their edges
-SHOWN = 4  # validation images in the report's picture
+FINE = 4  # scenes are drawn this much larger and downsampled, for smooth edges
+SHOWN = 4  # validation images in the report's plot
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """An image in RGB, and its labels (HEIGHT, WIDTH) uint8."""
+    """An RGB image, and its labels (HEIGHT, WIDTH) uint8."""
     height, width = HEIGHT * FINE, WIDTH * FINE
     x = np.linspace(0, 1, width)
-    level = np.full(width, rng.uniform(0.35, 0.65))  # where ground begins, in units of the image's height
+    level = np.full(width, rng.uniform(0.35, 0.65))  # the horizon, in units of the image's height
     for n in (1, 2, 3):
         level += rng.uniform(-0.06, 0.06) * np.sin(2 * math.pi * (n * x + rng.random()))
     is_ground = np.arange(height)[:, None] / height >= level
@@ -51,7 +50,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     pens = ImageDraw.Draw(picture), ImageDraw.Draw(labels)
 
     def polygon(corners: list[tuple[float, float]], kind: int, color: np.ndarray) -> None:
-        """Corners in pixels of the finished image."""
+        """Fills a polygon in image and labels; corners are in pixels of the downsampled image."""
         scaled = [(px * FINE, py * FINE) for px, py in corners]
         pens[0].polygon(scaled, fill=tuple(int(c) for c in color))
         pens[1].polygon(scaled, fill=kind)
@@ -97,7 +96,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
 
 
 def write_scenes(out: Path, counts: dict[str, int], seed: int) -> None:
-    """Writes the folder, which appears complete or not at all; one that is there stays as it is."""
+    """Writes the folder completely or not at all; an existing one is left as it is."""
     if out.exists():
         return
     out.parent.mkdir(parents=True, exist_ok=True)

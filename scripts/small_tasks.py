@@ -2,17 +2,17 @@
 
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
 
-The pattern is VTAB-1k's: natural images, and structured tasks whose labels are about where, how turned and
-how many. Each is a folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
+As in VTAB-1k, there are natural images, and structured tasks whose labels are positions, orientations and
+counts. Each is a folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
 
     digits         10 classes: the handwritten digits that scikit-learn ships (real scans)
-    photo_turn      4 classes: by which quarter turn a photograph was turned (real, and not among those that
-                    the backbone was trained on; only with --photographs, the archive that those are in)
-    shape_position  8 classes: in which eighth of the image's width a shape's middle lies
-    shape_turn      8 classes: in which eighth of a whole turn a shape points
-    shape_count     6 classes: how many shapes there are, 1 to 6
+    photo_turn      4 classes: the quarter turns by which a photograph was rotated (real ones that the
+                    backbone was not trained on; only with --photographs, the archive that holds them)
+    shape_position  8 classes: the eighth of the range of horizontal positions that a shape's centre lies in
+    shape_turn      8 classes: the eighth of a full turn in which a shape points
+    shape_count     6 classes: the number of shapes, 1 to 6
 
-Shapes are drawn in the manner of dSprites: white on black, of random kind, size, place and turn.
+Shapes are drawn like dSprites: white on black, with random kind, size, position and orientation.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vpt_fast.data import export_digits
 
 SPLITS = {"train": 800, "val": 200, "test": 1000}
 SIZE = 32
-FINE = 8  # shapes are drawn this much larger, and made smaller to smooth their edges
+FINE = 8  # shapes are drawn this much larger and downsampled, for smooth edges
 NUM_POSITIONS = 8
 NUM_TURNS = 8
 MOST_SHAPES = 6
@@ -43,7 +43,7 @@ Labelled = tuple[Image.Image, int]
 
 
 def arrow() -> np.ndarray:
-    """A shape that looks the same only after a whole turn: corners (n, 2) in the unit circle."""
+    """A shape without rotational symmetry: corners (n, 2) in the unit circle."""
     return np.array([(1.0, 0.0), (-0.7, 0.7), (-0.3, 0.0), (-0.7, -0.7)])
 
 
@@ -63,7 +63,7 @@ SHAPES: tuple[Callable[[], np.ndarray], ...] = (arrow, heart, egg)
 
 
 def draw(shapes: list[tuple[int, float, float, float, float]]) -> Image.Image:
-    """Shapes (kind, x, y, radius, turn in radians), in units of the image's side, on black."""
+    """Draws shapes (kind, x, y, radius, angle in radians), in units of the image's side, on black."""
     side = SIZE * FINE
     canvas = Image.new("L", (side, side))
     pen = ImageDraw.Draw(canvas)
@@ -87,7 +87,7 @@ def shape_turn(rng: np.random.Generator, label: int) -> Image.Image:
 
 
 def shape_count(rng: np.random.Generator, label: int) -> Image.Image:
-    """Shapes in different cells of a grid of 3 by 3, so that none covers another."""
+    """Shapes in different cells of a 3 by 3 grid, so that none covers another."""
     shapes = []
     for cell in rng.choice(9, size=label + 1, replace=False).tolist():
         x, y = ((place + rng.uniform(0.4, 0.6)) / 3 for place in (cell % 3, cell // 3))
@@ -101,11 +101,11 @@ DRAWN: dict[str, tuple[int, Callable[[np.random.Generator, int], Image.Image]]] 
     "shape_turn": (NUM_TURNS, shape_turn),
     "shape_count": (MOST_SHAPES, shape_count),
 }
-"""Name -> the number of classes, and what draws an image of one."""
+"""Name -> the number of classes, and a function that draws an image of a class."""
 
 
 def drawn_images(name: str, split: str, seed: int) -> Iterator[Labelled]:
-    """A split of a drawn task: as many of each class as there can be."""
+    """A split of a drawn task, with the classes as balanced as possible."""
     num_classes, image_of = DRAWN[name]
     rng = np.random.default_rng([seed, list(DRAWN).index(name), list(SPLITS).index(split)])
     for i in range(SPLITS[split]):
@@ -113,7 +113,7 @@ def drawn_images(name: str, split: str, seed: int) -> Iterator[Labelled]:
 
 
 def turned_photographs(held_out: np.ndarray, seed: int) -> dict[str, list[Labelled]]:
-    """Photographs (n, 32, 32, 3), each in one split and under one turn."""
+    """Rotates photographs (n, 32, 32, 3); each is in one split only, with one rotation."""
     order = iter(np.random.default_rng(seed).permutation(len(held_out)).tolist())
     found: dict[str, list[Labelled]] = {split: [] for split in SPLITS}
     for split, count in SPLITS.items():
@@ -126,7 +126,7 @@ def turned_photographs(held_out: np.ndarray, seed: int) -> dict[str, list[Labell
 
 
 def write_task(folder: Path, splits: dict[str, Iterator[Labelled]]) -> None:
-    """Writes the folder, which appears complete or not at all; one that is there stays as it is."""
+    """Writes the folder completely or not at all; an existing one is left as it is."""
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def main(
         write_task(out / name, {split: drawn_images(name, split, seed) for split in SPLITS})
     if photographs is not None:
         images, _, _ = read_archive(photographs, out / "photographs.safetensors")
-        held_out, _ = split_photographs(len(images), Recipe(), seed=0)  # the seed that it was trained with
+        held_out, _ = split_photographs(len(images), Recipe(), seed=0)  # the backbone's training seed
         pixels = images[held_out].permute(0, 2, 3, 1).numpy()
         splits = turned_photographs(pixels, seed)
         write_task(out / "photo_turn", {split: iter(found) for split, found in splits.items()})

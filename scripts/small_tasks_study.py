@@ -1,10 +1,10 @@
-"""Search and test on the small tasks as the paper does: on val, then five seeds on train and val, then test.
+"""The paper's protocol on the small tasks: search on val, then train five seeds on train and val, and test.
 
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
-    python scripts/small_tasks_study.py tasks runs/small-tasks            # hours; again, to go on
+    python scripts/small_tasks_study.py tasks runs/small-tasks            # takes hours; repeat to resume
 
-Every task is tuned by six methods. Several processes may do it together, each with tasks of its own
-(`--tasks digits,shape_position`). When they are done, `--docs docs` adds them to
+Six methods are tuned on every task. Several processes may share the work, each with its own tasks
+(`--tasks digits,shape_position`). When they are done, `--docs docs` adds the results to
 docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into docs/small-tasks.md.
 """
 
@@ -27,8 +27,8 @@ from vpt_fast.sweep import Sweep, run_sweep
 MARKER = "small tasks"
 TASKS = ("digits", "photo_turn", "shape_position", "shape_count")
 
-# What the demo's methods were tuned to on digits: small batches and AdamW, since the time is short for the
-# standard recipe's SGD through 100 epochs, and what keeps 800 images from being learned by heart.
+# As tuned for the demo on digits: AdamW and small batches, since there is no time for the standard recipe's
+# 100 epochs of SGD; label smoothing and weight decay against memorising 800 images.
 COMMON: dict[str, Any] = dict(
     backbone="vpt_fast_demo",
     optimizer="adamw",
@@ -39,9 +39,9 @@ COMMON: dict[str, Any] = dict(
 TRAINED: dict[str, Any] = dict(epochs=6, batch_size=16)
 PROMPTS: dict[str, Any] = dict(prompt_dropout=0.0, **TRAINED)
 
-# Each method's settings, and the base learning rates to choose from, a factor of three or four between
-# neighbours. All are larger than is usual, since there are 300 steps in which to learn a head too, by the
-# same rate. The linear probe's features are computed once, so that it has time for more epochs.
+# Each method's settings, and base learning rates to search, spaced by factors of three to four. All are
+# larger than usual, since 300 steps have to train the head too, at the same rate. The linear probe's features
+# are computed once, so that there is time for more epochs.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "linear": (dict(epochs=100, batch_size=128), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "bias": (TRAINED, (0.08, 0.3, 1.2)),
@@ -58,10 +58,10 @@ def plan(tasks: Path, task: str, method: str) -> Sweep:
 
 
 def collect(out: Path, tasks: list[str]) -> dict[str, Any]:
-    """What docs/small-tasks/results.json holds of the sweeps' folders.
+    """The contents of docs/small-tasks/results.json, from the sweeps' folders.
 
     Raises:
-        typer.BadParameter: a sweep has not come to its end.
+        typer.BadParameter: a sweep is not finished.
     """
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
@@ -88,7 +88,7 @@ def collect(out: Path, tasks: list[str]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line for each method, a column for each task and their mean, in Markdown; the best in bold."""
+    """A Markdown table: a row for each method, columns for each task and the mean; the best in bold."""
     tasks = results["tasks"]
     methods = list(next(iter(tasks.values())))
     means = {method: sum(task[method]["mean"] for task in tasks.values()) / len(tasks) for method in methods}
@@ -108,7 +108,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_docs(results: dict[str, Any], docs: Path) -> None:
-    """The results beside those of other tasks that are there, their picture, and the table in
+    """Writes results.json, keeping the results of other tasks in it, the plot, and the table in
     docs/small-tasks.md."""
     folder, page = docs / "small-tasks", docs / "small-tasks.md"
     if (folder / "results.json").exists():

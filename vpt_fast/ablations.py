@@ -2,7 +2,7 @@
 
 An ablation's folder:
 
-    <line>/<value>/    a sweep's folder (`vpt_fast.sweep`) for each point: without axes, final runs alone
+    <line>/<value>/    a sweep's folder (`vpt_fast.sweep`) for each point; only final runs unless it searches
     results.json       every point: its settings, mean and standard deviation over the seeds
     ablation.png
 """
@@ -28,25 +28,25 @@ from vpt_fast.run import write
 from vpt_fast.sweep import Sweep, default_axes, require_trials, run_sweep
 
 LENGTHS = (1, 10, 50, 100, 200)
-DEPTHS = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 1.0)  # of the blocks: 1, 3, 6, 9, 12 of ViT-B's
+DEPTHS = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 1.0)  # share of the blocks: 1, 3, 6, 9 and 12 of ViT-B's
 FRACTIONS = (0.1, 0.3, 0.5, 0.8, 1.0)
 POOLS = ("cls", "image", "prompts", "image_and_prompts")
 LOCATIONS = {
     "vpt-shallow": ("prepend", "add", "add-1", "prepend-pixel", "concat-channel", "pad"),
-    "vpt-deep": ("prepend", "add", "add-1"),  # prompts that are pixels exist once
+    "vpt-deep": ("prepend", "add", "add-1"),  # prompts in pixel space are at the input only
 }
 KNOBS = {knob for rule in METHODS.values() for knob in rule.knobs}
-EXTRA_CHANNELS = 3  # of concat-channel where no number is given: as many as an image has
+EXTRA_CHANNELS = 3  # for concat-channel: as many as an image has
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is varied, and how its picture is labelled.
+    """What is varied, and how the plot is labelled.
 
     Attributes:
-        title, x_label: of the picture.
-        methods: a line each, where the user names none.
-        varied: the settings that points set themselves.
+        title, x_label: of the plot.
+        methods: default methods, one line each.
+        varied: the settings that the points set.
         points: (method, recipe) -> {line: {value: settings}}.
     """
 
@@ -71,7 +71,7 @@ def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, A
 
 
 def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
-    # A border as wide as a patch, half of it on each side, keeps the padded image a whole number of patches.
+    # Half a patch of border on each side keeps the padded image a whole number of patches.
     counts = {
         "add": None,
         "add-1": None,
@@ -116,9 +116,9 @@ ABLATIONS = {
 
 
 def _shape(recipe: Recipe, *kinds: Kind) -> Any:
-    """The backbone's modules: nothing is computed or downloaded.
+    """The backbone's modules without weights: nothing is computed or downloaded.
 
-    Raises ValueError where it is of none of `kinds`.
+    Raises ValueError if it is of none of `kinds`.
     """
     found = kind_of(recipe.backbone)
     kind = found if found in kinds else VIT
@@ -143,19 +143,19 @@ def plan_ablation(
     seeds: Sequence[int],
     search: bool = False,
 ) -> list[Point]:
-    """The sweeps of an ablation; every one is checked.
+    """The sweeps of an ablation, with their settings checked.
 
     Args:
         name: in `ABLATIONS`.
-        settings: of the recipe, as `Recipe.from_dict` takes them, for all points; one that only some methods
-            have, such as num_prompts, for the methods that have it.
+        settings: of the recipe, as `Recipe.from_dict` takes them, for all points. A setting that only some
+            methods have, such as num_prompts, is passed to these.
         methods: instead of the ablation's own.
         seeds: of each point's final runs.
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: no such ablation; a setting that it varies or searches itself is given, or one that a
-            point refuses.
+        ValueError: there is no such ablation, a given setting is one that it varies or searches, or a point
+            refuses a setting.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -198,12 +198,12 @@ def plan_ablation(
 def run_ablation(
     name: str, points: Sequence[Point], out: Path, *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Works through the points of `plan_ablation` that are not done yet; returns what results.json holds.
+    """Runs the points of `plan_ablation` that are not done yet; returns the contents of results.json.
 
-    The picture is drawn after each point. `finished` is False after SIGINT or SIGTERM; the same call goes on.
+    The plot is drawn after each point. `finished` is False after SIGINT or SIGTERM; the same call resumes.
 
     Raises:
-        ValueError: as `run_sweep`, or `out` holds another ablation.
+        ValueError: as for `run_sweep`, or `out` holds another ablation.
     """
     _require_same_ablation(name, points, out)
     console = console or Console(quiet=True)
@@ -238,15 +238,16 @@ def run_ablation(
         results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
         write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         _draw(ablation, rows, out / "ablation.png")
-        if stop.is_set():  # too late for this point
+        if stop.is_set():  # after this point had finished
             break
     return results
 
 
 def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> None:
-    """Raises ValueError where results.json holds what these points would replace and not come to again.
+    """Raises ValueError if results.json is of another ablation, or has points that would be lost because
+    they are not among `points`.
 
-    What else differs is for the points' own folders to refuse.
+    Other differences are refused by the points' own folders.
     """
     path = out / "results.json"
     if not path.exists():
@@ -269,7 +270,7 @@ def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> Non
 def _draw(ablation: Ablation, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     lines: dict[str, dict[Any, tuple[float, float | None]]] = {}
     for row in rows:
-        if row["mean"] is not None:  # None where every seed diverged
+        if row["mean"] is not None:  # None if every seed diverged
             line = lines.setdefault(row["line"], {})
             line[row["value"]] = row["mean"], row["standard_deviation"]
     if lines:

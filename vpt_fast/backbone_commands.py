@@ -1,4 +1,4 @@
-"""vpt-fast backbones: what the names of the paper's backbones stand for."""
+"""vpt-fast backbones: the names of the paper's backbones and what they stand for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def backbones(
 ) -> None:
     """List the backbones of the VPT paper by the names that --backbone takes.
 
-    Every Vision Transformer, Swin and supported ConvNet of timm works too, by its timm name.
+    Every Vision Transformer, Swin and supported ConvNet of timm works too,
+    by its timm name.
     """
     from vpt_fast.backbones.known import KNOWN
     from vpt_fast.backbones.resolve import table
@@ -39,7 +40,7 @@ def backbones(
         return
     shown = Table()
     for name in header:
-        shown.add_column(name, overflow="fold", no_wrap=name == "name")  # names are to be copied
+        shown.add_column(name, overflow="fold", no_wrap=name == "name")  # so that names can be copied
     for row in rows:
         shown.add_row(*row)
     console = Console()

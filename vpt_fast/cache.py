@@ -1,4 +1,4 @@
-"""What several runs of one process share: backbones that were loaded, images that were decoded, features."""
+"""What several runs in one process share: loaded backbones, decoded images, features."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from vpt_fast.backbones.resolve import sharing_backbones
 
-KEPT = 4  # of a kind: train and val of a search, train+val and test of the runs that follow it
+KEPT = 4  # per kind: train and val of a search, train+val and test of the final runs
 
 _Value = TypeVar("_Value")
 
 
 class TrainingCache:
-    """Handed to `vpt_fast.loop.train` for run after run, it spares them what they would all load or compute.
+    """Passed to `vpt_fast.loop.train` for several runs, so that what they share is loaded or computed once.
 
-    A run's results do not depend on it. Of a kind of things the `kept` that were used last are held in
-    memory; 0 holds nothing.
+    A run's results do not depend on it. The `kept` most recently used values of each kind are held in memory;
+    0 caches nothing, backbones included.
     """
 
     def __init__(self, kept: int = KEPT) -> None:
@@ -27,7 +27,7 @@ class TrainingCache:
         self._backbones: dict[Hashable, Any] = {}
 
     def get(self, kind: str, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """What is held under `key`, else what `make` gives."""
+        """The cached value of `key`, or that of `make()`, which is then cached."""
         if not self._kept:
             return make()
         values = self._values.setdefault(kind, OrderedDict())
@@ -40,6 +40,6 @@ class TrainingCache:
 
     @contextlib.contextmanager
     def backbones(self) -> Iterator[None]:
-        """Models built within it take their backbone from here."""
+        """Models built in this context share the cached backbones."""
         with sharing_backbones(self._backbones) if self._kept else contextlib.nullcontext():
             yield

@@ -1,4 +1,4 @@
-"""Classification: labels for whole images, by cross entropy."""
+"""Classification: labels for whole images, trained with cross-entropy."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.run import describe_data
 from vpt_fast.world import World
 
-FORWARD_BATCH = 64  # images in a pass with no backward
+FORWARD_BATCH = 64  # images in a forward pass without backward
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Of logits (b, classes) and labels (b,); a class's weight does not change what the sum is divided by."""
+    """Of logits (b, classes) and labels (b,). With class weights too, the mean divides by the image count."""
 
     label_smoothing: float
     class_weights: torch.Tensor | None  # (classes,)
@@ -56,7 +56,7 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy, and counts per class in the order of the classes."""
+    """Mean cross-entropy, and counts per class in the order of the classes."""
 
     loss: float
     correct: tuple[int, ...]
@@ -86,7 +86,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss and accuracy over all processes' batches; leaves ``network`` in eval mode.
 
-    ``progress`` is called with the number of images, of all processes, after each step.
+    ``progress`` is called after each step with its number of images over all processes.
     """
     network.eval()
     loss = torch.zeros(1, device=world.device)
@@ -108,10 +108,10 @@ def evaluate(
 
 
 def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor | None:
-    """The weight of each class in the training loss (classes,), None where all weigh the same.
+    """The weight of each class in the training loss (classes,), None if all weigh the same.
 
-    Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class weighs the same
-    in an epoch and an image 1 on average.
+    Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class has the same
+    total weight in an epoch and the mean weight of an image is 1.
     """
     if recipe.class_weights == "none":
         return None
@@ -158,7 +158,7 @@ class Classification:
         cache: TrainingCache,
         progress: Callable[[int, int], None],
     ) -> CheckedImages:
-        """The images that can be decoded; where they are few, decoded."""
+        """The images that can be decoded, with their decoded pixels if these fit in memory."""
         return cache.get(
             "images",
             (images, preprocessing, recipe.resident),
@@ -182,7 +182,7 @@ class Classification:
     ) -> Batches:
         """This process's share of the recipe's batches, or batches to evaluate on."""
         assert recipe.batch_size is not None, "resolve the recipe first"
-        share = math.ceil(recipe.batch_size / world.size)  # uneven only where a process has fewer images
+        share = math.ceil(recipe.batch_size / world.size)  # uneven only if one batch holds the whole set
         return Batches(
             images,
             preprocessing if train else preprocessing.for_evaluation(),
@@ -211,7 +211,7 @@ class Classification:
         return evaluate(network, batches, num_classes, world, precision, progress)
 
     def describe_images(self, recipe: Recipe, batches: Batches) -> str:
-        """What is done to the training images, and where they are kept."""
+        """The preprocessing of the training images, and where they are kept."""
         made = batches.preprocessing
         height, width = made.image_size
         kept = "decoded in each epoch"

@@ -1,4 +1,4 @@
-"""vpt-fast data: what is there of the benchmark tasks, and making a task's lists from a full data set."""
+"""vpt-fast data: check benchmark tasks on disk, or prepare a task's lists from a full data set."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def check(
 ) -> None:
     """Report images, classes and missing files of the tasks in DIR. The exit status is 1 if any are missing.
 
-    Files are checked for existence; no image is decoded. A DIR without any task is reported as train would
-    read it.
+    Files are checked for existence; no image is decoded. A DIR without any
+    task is reported as train would read it.
     """
     with one_line_errors(debug):
         from vpt_fast.data import TASKS, DataError, find_task, open_splits
@@ -94,7 +94,7 @@ def _table(found: list[TaskFound]) -> Table:
 
 
 def _count(split: SplitFound) -> str:
-    if split.expected == 0:  # a tenth of train is held out in its place
+    if split.expected == 0:  # val is a tenth of train
         return "of train"
     if split.images == split.expected:
         return f"{split.images:,}"
@@ -122,8 +122,9 @@ def prepare(
 ) -> None:
     """Write the VTAB-1k splits of a task (800 + 200 training images, and test) from its full data set.
 
-    Ctrl-C stops; the same command resumes. From TensorFlow Datasets, the images are those of VTAB-1k. From
-    shards or original files, they are a different selection of the same kind.
+    Ctrl-C stops; the same command resumes. From TensorFlow Datasets, the
+    images are those of VTAB-1k. From shards or original files, they are a
+    different selection of the same kind.
     """
     with one_line_errors(debug):
         from vpt_fast.data import find_task

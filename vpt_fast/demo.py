@@ -1,4 +1,4 @@
-"""The demo: three ways to teach one frozen backbone handwritten digits."""
+"""The demo: three ways to tune one frozen backbone for handwritten digits."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ NAMES = {"linear": "linear probe", "vpt-shallow": "VPT-Shallow", "vpt-deep": "VP
 
 
 def demo_recipes(digits: Path) -> list[Recipe]:
-    """One recipe but for the method, its epochs and its base learning rate.
+    """The recipes of the three methods, which differ in epochs, base learning rate and prompts.
 
-    The standard recipe takes SGD through 100 epochs. The demo has time for as many of the linear probe, whose
-    features are computed once; for prompts it has time for 13, so it takes small batches, AdamW, no warm-up
-    and no prompt dropout. 800 digits are few enough to be learned by heart: label smoothing and weight decay
-    keep all three methods from it.
+    The standard recipe is 100 epochs of SGD. The demo has time for as many epochs of the linear probe, whose
+    features are computed once, but only for 13 with prompts; hence small batches, AdamW, no warm-up and no
+    prompt dropout. 800 digits are few enough to be memorised; label smoothing and weight decay counteract
+    that for all three methods.
 
-    Chosen by val accuracy, a tie going to the smaller rate: of 0.25, 0.5, 1, 2 and 4 for the linear probe, of
-    1 and 2 for VPT-Shallow, of 0.5, 1, 1.5 and 2 for VPT-Deep; of 10 and 20 deep prompts.
+    Base learning rates were chosen by val accuracy, with ties going to the smaller one, from 0.25, 0.5, 1, 2
+    and 4 for the linear probe, 1 and 2 for VPT-Shallow, and 0.5, 1, 1.5 and 2 for VPT-Deep; the number of
+    deep prompts from 10 and 20.
     """
     common: dict[str, Any] = dict(
         data=str(digits),
@@ -52,7 +53,7 @@ def demo_recipes(digits: Path) -> list[Recipe]:
 
 
 def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
-    """Trains what is not trained yet, then prints the table; False when it was stopped on the way.
+    """Trains what is not trained yet, then prints the table; returns False if it was stopped before.
 
     Raises what :func:`vpt_fast.loop.train` raises.
     """
@@ -89,7 +90,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
     plot_comparison(curves, {name: found["test_accuracy"] for name, found in results.items()}, plot)
     write(results_file, (json.dumps(results, indent=2) + "\n").encode())
 
-    folder = Column("run folder", overflow="fold")  # a path cut short leads nowhere
+    folder = Column("run folder", overflow="fold")  # a truncated path is useless
     table = Table("method", "epochs", "stored parameters", "test accuracy", "images/s", folder)
     for name, found in results.items():
         table.add_row(

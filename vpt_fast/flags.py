@@ -1,4 +1,4 @@
-"""What the commands share: flags, those of the recipe among them, and how errors end a command."""
+"""What the commands share: flags, including those of the recipe, and error handling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-# Of an option that names what is written: an empty text, as of a shell's variable that is not set, is none.
+# For options that name an output path: an empty value, as from an unset shell variable, is refused.
 PATH: dict[str, Any] = {"parser": _path, "metavar": "PATH"}
 
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
@@ -42,7 +42,7 @@ RunArgument = Annotated[
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Ends the program with one red line for what a user can put right; anything else is a bug."""
+    """Ends the program with one red line for errors that a user can fix; other exceptions are bugs."""
     if debug:
         yield
         return
@@ -55,26 +55,26 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         fail(error, 2)
     except BrokenPipeError:
-        raise  # whoever reads the output has seen enough: nothing to say, and nobody to say it to
-    except OSError as error:  # a full disk, a file system that went away
+        raise  # the reader of the output has closed it: there is nothing to report
+    except OSError as error:  # such as a full disk or a lost file system
         fail(error, 1)
     except KeyboardInterrupt:
         fail("stopped", 130)
 
 
 class LastingConsole(Console):
-    """Stdout of a command that does long work: once nobody reads it (`vpt-fast train ... | head`), it
-    falls silent and the work goes on.
+    """Stdout of a long-running command: if its reader closes it (`vpt-fast train ... | head`), further output
+    is discarded and the work goes on.
 
-    Brackets and colons of a path are no markup to it, and a line stays one where it is long, so that paths
-    can be copied and logs be searched.
+    Brackets and colons in paths are not interpreted as markup, and long lines are not wrapped, so that paths
+    can be copied and logs searched.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, soft_wrap=True, **settings)
 
     def on_broken_pipe(self) -> None:
-        # The process's own, not this console's alone: Python flushes at its end what could not be written.
+        # The process's stdout, not only this console: Python flushes unwritten output at exit.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -85,7 +85,7 @@ def fail(error: Exception | str, code: int) -> None:
 
 
 def require_place(name: str, path: Path) -> None:
-    """Raises ValueError where no file can be written at ``path``, before the work that it is to hold."""
+    """Raises ValueError if no file can be written at ``path``; called before the work starts."""
     if path.is_dir():
         raise ValueError(f"{name} is {path}, a folder; it must be a file")
     if not path.parent.is_dir():
@@ -93,13 +93,13 @@ def require_place(name: str, path: Path) -> None:
 
 
 def refuse(run: str, **flags: Any) -> None:
-    """Raises ValueError for the flags that were given and that this kind of run does not have."""
+    """Raises ValueError for given flags that this kind of run does not have."""
     if given := [name for name, value in flags.items() if value not in (None, False)]:
         raise ValueError(f"{', '.join(given)}: {run} has no such choice; leave it out")
 
 
 def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag not given is None."""
+    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag left out is None."""
     hints = get_type_hints(Recipe)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = []
@@ -127,7 +127,7 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def flag_type(name: str, hint: Any) -> tuple[str, Any]:
-    """A field's flag and the type that typer parses; what typer has no type for, Recipe parses."""
+    """A field's flag and its type for typer; Recipe parses what typer has no type for."""
     flag = "--" + name.replace("_", "-")
     if name == "backbone_arg":
         return flag, list[str]

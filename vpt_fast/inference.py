@@ -38,7 +38,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model, in eval mode, with what it needs to read image files."""
+    """A trained model, in eval mode, with the classes and preprocessing to use it on image files."""
 
     model: TunedModel
     labels: Labels
@@ -60,7 +60,7 @@ class LoadedRun:
     def load(cls, run: Path, device: str | None = None) -> LoadedRun:
         """From a run folder or its prompts folder.
 
-        Raises ValueError when there is none, or when the backbone is not the one that it was trained on.
+        Raises ValueError if it is neither, or if the backbone is not the one that it was trained on.
         """
         folder = RunFolder(run).prompts
         if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
@@ -74,10 +74,10 @@ class LoadedRun:
         labels = Labels.read(folder)
         chosen = find_device(device)
         settings, _ = read_pretrained(folder)
-        # Here may be neither the device nor the precision that the run's kernels were named for.
+        # The run's kernels may have been chosen for a device or precision that is not used here.
         kernels = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
         with torch.random.fork_rng(devices=[]):
-            # A backbone that nobody published weights of was drawn by the run's seed, and nothing before it.
+            # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
             model = load_pretrained(folder, **kernels)
         return cls(model.to(chosen).eval(), labels, chosen)
@@ -85,7 +85,7 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained model with what it needs to classify image files."""
+    """A trained model with the classes and preprocessing to classify image files."""
 
     model: TunedClassifier
     labels: Labels
@@ -136,7 +136,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class SplitAccuracy:
-    """An evaluation of ``split``, and the files that were left out of it."""
+    """The result of an evaluation on ``split``, and the files that were left out."""
 
     split: str
     classes: tuple[str, ...]
@@ -170,9 +170,9 @@ def evaluate_run(
     console: Console | None = None,
 ) -> SplitAccuracy:
     """Accuracy of a run on the val or test split of ``data``, which is split as in training: by the run's
-    task, or where there is no val by its seed.
+    task, or by its seed if there is no val split.
 
-    ``console`` shows how far it is.
+    ``console`` shows progress.
 
     Raises ValueError as Classifier.load and open_split do.
     """
@@ -199,11 +199,11 @@ def open_split(
     data_root: str | None = None,
     console: Console | None = None,
 ) -> tuple[Batches, tuple[SkippedImage, ...]]:
-    """Batches of the val or test split of ``data`` in its order, which is split as in training, and the
+    """Batches of the val or test split of ``data``, split as in training and in the split's order, and the
     images that cannot be decoded.
 
-    Raises ValueError when the data has no such split or other classes, or when the model was trained on its
-    val images.
+    Raises ValueError if the data have no such split or other classes, or if the split is val and the model
+    was trained on it.
     """
     labels = classifier.labels
     if split == "val" and labels.train_on == "train+val":
@@ -253,19 +253,19 @@ def open_split(
 def expand_images(arguments: Sequence[str]) -> list[Path]:
     """Files as they are, folders as the visible images below them, patterns as their matches.
 
-    Links to folders are followed, as for training; those that lead nowhere are among the images.
+    Links to folders are followed, as for training; dangling links with an image's name are included.
 
-    Raises ValueError where there are none, or for a link back to a folder that it lies in.
+    Raises ValueError if an argument yields no images, or for a link back to a folder that it lies in.
     """
     found: list[Path] = []
     for argument in arguments:
-        if not argument:  # to pathlib the working directory
+        if not argument:  # pathlib takes "" to be the working directory
             raise ValueError("images is ''; it must be a file, a folder or a pattern")
         path = Path(argument)
         if path.is_dir():
             images = sorted(Path(folder, name) for folder, name in images_below(path))
         elif path.exists() or not glob.has_magic(argument):
-            images = [path]  # a missing file is reported like any other that cannot be read
+            images = [path]  # a missing file is reported later, like any other unreadable one
         else:
             images = [
                 Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()

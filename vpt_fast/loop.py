@@ -1,6 +1,6 @@
 """The training loop, from the recipe to the run folder.
 
-:func:`train` reads top to bottom; the pieces it names follow in the order of their use.
+:func:`train` reads top to bottom; the functions that it calls follow in the order of their use.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from vpt_fast.run import (
 from vpt_fast.segmentation import Segmentation
 from vpt_fast.world import World, join_world
 
-CHECK_EVERY = 16  # steps between looks at the loss: each look makes the CPU wait for a GPU
+CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What became of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
+    """The outcome of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
 
-    The last ``new_epochs`` rows are from this call. ``results``, what results.json holds, is None until the
-    last epoch is done: {val,test}_{accuracy,loss,images}, of a segmenter miou too, each None where there was
-    no such evaluation.
+    The last ``new_epochs`` rows are from this call. ``results``, the contents of results.json, is None until
+    the last epoch is done: {val,test}_{accuracy,loss,images}, for segmentation also miou, each None if there
+    was no such evaluation.
     """
 
     path: Path
@@ -84,23 +84,24 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     stop: threading.Event | None = None,
 ) -> TrainResult:
-    """Trains ``recipe`` in the run folder ``out``, going on from where an earlier call with it was stopped.
+    """Trains ``recipe`` in the run folder ``out``, resuming an earlier call that was stopped.
 
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
-    first. ``cache`` spares a run what an earlier one of this process loaded. ``on_epoch`` is called with the
-    row of each epoch that this call completed and saved; what it raises ends the call. ``stop`` is set by the
-    first of these signals, which may come too late to stop this run: whoever has others to train looks at it.
+    first. ``cache`` holds what earlier runs in this process loaded. ``on_epoch`` is called with the row of
+    each epoch that this call completed and saved; an exception that it raises ends the call. ``stop`` is set
+    by the first of these signals. The signal may come too late to stop this run, so a caller with further
+    runs has to check it.
 
     Raises:
-        ValueError: what was asked for cannot be had (RunError for the folder, DataError for the data).
+        ValueError: the request cannot be met (RunError for the folder, DataError for the data).
         TrainingDiverged: the loss is not finite; the folder keeps the last good state.
-        SavingFailed: the folder cannot be written any more; it keeps the last good state.
+        SavingFailed: the folder can no longer be written; it keeps the last good state.
     """
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(recipe.device))
         console = console if console is not None and world.is_main else Console(quiet=True)
 
-        # What can be refused at once is refused before a folder is made or an image is read.
+        # Whatever can be refused at once is refused before a folder is created or an image is read.
         if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
         cache = cache or TrainingCache(kept=0)
@@ -110,7 +111,7 @@ def train(
             num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
         )
 
-        # The run folder: a new one, or one that this very recipe began.
+        # The run folder: a new one, or one begun with this recipe.
         folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
         if fresh:
             world.from_main(folder.require_clearable)
@@ -158,7 +159,7 @@ def train(
         images_text = problem.describe_images(recipe, train_batches)
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
-        # What is trained, and the network it is trained through: that part alone where its inputs stay.
+        # The network to train: with cached features, the trained part alone.
         optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
@@ -182,7 +183,7 @@ def train(
             parallel, recipe, optimizer, scaler, objective, num_images=num_images, is_graphed=is_graphed
         )
 
-        # Begin, or go on after the last completed epoch.
+        # Begin, or resume after the last completed epoch.
         rows: list[dict[str, Any]] = []
         if begun and begun.checkpoint:
             model.load_trainable_state_dict(begun.checkpoint.trainable)
@@ -197,7 +198,7 @@ def train(
         done = len(rows)
         labels = labels_of(recipe, splits, preprocessing, listed["val"])
         if done == recipe.epochs and world.is_main:
-            with saving(folder, "the prompts"):  # which may be damaged, and no epoch is left to write them
+            with saving(folder, "the prompts"):  # they may be damaged, and no epoch is left to write them
                 folder.save_prompts(model, labels)
         events = open_events(recipe, folder, world, done)
 
@@ -212,7 +213,7 @@ def train(
             network.train()  # which evaluation left in eval mode; the model is in it
             started = time.perf_counter()
             totals = train_epoch(epoch, step, train_batches, recipe, optimizer, world, stop, progress)
-            if totals is None:  # asked to stop: what this epoch had done is dropped
+            if totals is None:  # asked to stop: the incomplete epoch is dropped
                 break
             seconds = time.perf_counter() - started + feature_seconds
             feature_seconds = 0.0
@@ -245,8 +246,8 @@ def train(
                     scaler=scaler.state_dict(),
                 )
                 with saving(folder, f"epoch {epoch + 1}"):
-                    # The checkpoint last: killed in between, the run does this epoch again and writes the
-                    # same. After it, the last epoch's prompts would never be written.
+                    # The checkpoint comes last: if the process is killed before it, the epoch is repeated
+                    # with the same result. Prompts saved after it could be missing for the last epoch.
                     folder.save_prompts(model, labels)
                     folder.save_epoch(rows, state)
             if events is not None:
@@ -265,7 +266,7 @@ def train(
         results = None
         if len(rows) == recipe.epochs:
             test = None
-            progress.close()  # the test images have a bar of their own
+            progress.close()  # the test images have their own progress bar
             if recipe.test:
                 test = evaluate_test(
                     problem, model, splits, preprocessing, recipe, world, console, cache, stop
@@ -278,19 +279,19 @@ def train(
 
 
 def problem_of(recipe: Recipe) -> Problem:
-    """What the recipe's task asks for."""
+    """The problem that the recipe's task poses."""
     return Segmentation() if recipe.task == SEGMENTATION else Classification()
 
 
 def build_seeded(recipe: Recipe, splits: Any, cache: TrainingCache) -> TunedModel:
-    """The model as training begins with it: what is random in it, the backbone too, is drawn by the seed."""
+    """The model before training. All random initialisation, also the backbone's, uses the recipe's seed."""
     torch.manual_seed(recipe.seed)
     with cache.backbones():
         return build_model(recipe, len(splits.classes))
 
 
 def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
-    """Raises ValueError where attention by name is none for the run's precision or device."""
+    """Raises ValueError if attention that was chosen by name does not support the precision or device."""
     try:
         with autocast(recipe.precision, device):
             model.require_attention(device)
@@ -299,7 +300,7 @@ def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -
 
 
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
-    """Raises RunError when the folder's run was begun with settings that give other results."""
+    """Raises RunError if the folder's run was begun with settings that give other results."""
     if differences := recipe.differences(begun.recipe):
         listed = ", ".join(
             f"{name} ({theirs} there, {ours} now)" for name, (ours, theirs) in differences.items()
@@ -311,8 +312,8 @@ def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None
 
 
 def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
-    """Raises RunError when backbone, images or processes are not those that the run was begun with."""
-    is_recorded = "used" in begun.facts["data"]  # not so in runs of earlier versions
+    """Raises RunError if backbone weights, images or number of processes changed since the run began."""
+    is_recorded = "used" in begun.facts["data"]  # not in runs of earlier versions
     checks = (
         ("the backbone's weights", lambda of: of["backbone"]["fingerprint"]),
         ("the images", lambda of: of["data"].get("used") if is_recorded else of["data"]["digest"]),
@@ -327,7 +328,7 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
 
 
 def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
-    """What tells the images of each split from others."""
+    """A digest of each split's list of images; None for a split that does not exist."""
     lists = {"train": splits.train, "val": splits.val, "test": splits.test}
     return {
         split: None if images is None else list_digest(recipe.data, images) for split, images in lists.items()
@@ -342,21 +343,21 @@ def require_same_images(
     listed: dict[str, str | None],
     folder: RunFolder,
 ) -> None:
-    """Raises RunError when a finished run's results are not of the images that the recipe names, none of
-    which is decoded."""
+    """Raises RunError if a finished run's results are for other images than the recipe names. No image is
+    decoded."""
     theirs = begun.facts["data"]
     ours = problem.describe_data(Path(recipe.data).expanduser(), splits)
     changed = None
     if ours["classes"] != theirs["classes"]:
         changed = "classes"
     elif "listed" in theirs:
-        # What could not be decoded may have been removed since.
+        # Images that could not be decoded may have been removed since.
         for split in ("train", "val"):
             if listed[split] not in (theirs["listed"][split], theirs["used"][split]):
                 changed = "images"
     elif ours["digest"] != theirs["digest"]:
-        # Of a run begun before lists were recorded: what could not be decoded is not in its digest, and is
-        # listed now.
+        # The run was begun before lists were recorded. Its digest lacks images that could not be decoded,
+        # which are listed now.
         pairs = [(ours[split], theirs[split]) for split in ("train", "val")]
         if not any(one and other and one["images"] > other["images"] for one, other in pairs):
             changed = "images"
@@ -373,11 +374,11 @@ def require_same_images(
 def require_same_weights(
     recipe: Recipe, begun: Begun, splits: Any, cache: TrainingCache, folder: RunFolder
 ) -> None:
-    """Raises RunError when a finished run's backbone had not the weights that the recipe names; ValueError
-    where there are none.
+    """Raises RunError if a finished run's backbone had other weights than the recipe names; ValueError if the
+    recipe's checkpoint does not exist.
 
-    They are read where the file is another one than the run's, or was written after the run began; of the
-    run's own nothing is needed any more.
+    The weights are read only if the file is another one than the run's, or was written after the run began;
+    the run's own file need not exist any more.
     """
     ours, theirs = (of.checkpoint and Path(of.checkpoint).resolve() for of in (recipe, begun.recipe))
     is_there = ours is None or ours.is_file()
@@ -403,10 +404,10 @@ def restore_prompts(
     cache: TrainingCache,
     console: Console,
 ) -> None:
-    """Writes prompts/ of a finished run anew from its checkpoint, where it is damaged or gone; says so where
-    both are.
+    """Restores prompts/ of a finished run from its checkpoint if it is damaged or gone; prints a message if
+    the checkpoint is gone too.
 
-    Raises RunError where backbone or classes are not those that the run was begun with.
+    Raises RunError if the backbone's weights or the classes changed since the run began.
     """
     if folder.holds_prompts_of(begun.checkpoint):
         return
@@ -448,7 +449,7 @@ def read_images(
     console: Console,
     cache: TrainingCache,
 ) -> tuple[Any, Any]:
-    """What the problem's check lets through of train, and of val or None where there is none."""
+    """The results of the problem's `check` of train and of val; None for val if there is none."""
     lists = [images for images in (splits.train, splits.val) if images is not None]
     with checking_images(console, sum(map(len, lists))) as advance:
         train, *val = (
@@ -476,9 +477,9 @@ def evaluate_test(
     cache: TrainingCache,
     stop: threading.Event,
 ) -> Evaluated:
-    """Loss and scores on the test images; those that cannot be decoded are named and left out.
+    """Loss and scores on the test images; those that cannot be decoded are reported and left out.
 
-    Raises KeyboardInterrupt when it is asked to stop; training is saved, so the same command comes back here.
+    Raises KeyboardInterrupt if asked to stop; training is saved, so the same command resumes here.
     """
 
     def unless_stopped(advance: Callable[..., None]) -> Callable[..., None]:
@@ -504,7 +505,7 @@ def evaluate_test(
 def summarise(
     problem: Problem, last: dict[str, Any], splits: Any, test: Evaluated | None, test_listed: str | None
 ) -> dict[str, Any]:
-    """What results.json holds, from the last epoch's row and the evaluation on test."""
+    """The contents of results.json, from the last epoch's row and the evaluation on test."""
     return {
         **{f"val_{name}": last[f"val_{name}"] for name in problem.score_names},
         "val_loss": last["val_loss"],
@@ -519,7 +520,7 @@ def summarise(
 def describe_run(
     problem: Problem, recipe: Recipe, model: TunedModel, splits: Any, preprocessing: Any, world: World
 ) -> dict[str, Any]:
-    """What run.json says: what the results depend on beside the recipe."""
+    """The contents of run.json: what the results depend on besides the recipe."""
     return {
         **environment(world.device),
         "processes": world.size,
@@ -531,7 +532,7 @@ def describe_run(
 
 
 def caches_features(recipe: Recipe, model: TunedClassifier, splits: Any, world: World) -> bool:
-    """Whether the trained part's inputs are the same in every epoch, and few enough to be kept."""
+    """Whether the trained part's inputs are the same in every epoch and small enough to keep."""
     if model.feature_shape is None or recipe.augment != "none":
         return False
     num_images = sum(len(images) for images in (splits.train, splits.val) if images)
@@ -539,8 +540,8 @@ def caches_features(recipe: Recipe, model: TunedClassifier, splits: Any, world: 
 
 
 class FeatureBatches:
-    """What Classification.batches gives, with frozen features in place of images: all computed once by each
-    process."""
+    """As Classification.batches, with frozen features in place of images. Each process computes all of them
+    once."""
 
     def __init__(
         self,
@@ -573,7 +574,7 @@ class FeatureBatches:
 def compute_features(
     model: TunedClassifier, images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frozen features of all images in their order, (n, d), or (n, N, d) of tokens; labels (n,)."""
+    """Frozen features of all images in order, (n, d), or (n, N, d) for tokens; and labels (n,)."""
     in_order = Batches(
         images,
         preprocessing,
@@ -589,10 +590,9 @@ def compute_features(
 
 
 def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own: str | None) -> str | None:
-    """Why training steps cannot be captured in a CUDA graph; None where they can. `own` is the problem's own
-    reason.
+    """Why training steps cannot be captured in a CUDA graph; None if they can. `own` is the problem's reason.
 
-    Raises ValueError where a graph was asked for and cannot be had.
+    Raises ValueError if a graph was requested and is not possible.
     """
     obstacle = own
     if device.type != "cuda":
@@ -609,8 +609,8 @@ def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own
 
 
 def captures_steps(recipe: Recipe, world: World, console: Console, own: str | None) -> bool:
-    """Whether training steps are captured in a CUDA graph; says so where a GPU's cannot be. Else as
-    `graph_obstacle`."""
+    """Whether training steps are captured in a CUDA graph; prints the reason if a GPU's cannot be. Raises as
+    `graph_obstacle` does."""
     obstacle = graph_obstacle(recipe, world.device, world.size, own)
     if obstacle and world.device.type == "cuda" and recipe.cuda_graph is None:
         console.print(f"Training steps are not captured in a CUDA graph: {obstacle}.")
@@ -622,7 +622,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer and the names of its parameters in its order; a head's last bias has no weight decay.
 
-    `capturable`: it can be part of a CUDA graph.
+    `capturable`: whether its steps may be captured in a CUDA graph.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [name for name in trained if name not in model.undecayed]
@@ -639,7 +639,7 @@ def build_optimizer(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as "slot/parameter name" to tensor."""
+    """The optimizer's state as a mapping of "slot/parameter name" to tensor."""
     state = optimizer.state_dict()["state"]  # index: {slot: tensor or None}
     return {
         f"{slot}/{names[index]}": value
@@ -652,7 +652,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Undoes :func:`optimizer_tensors`."""
+    """The inverse of :func:`optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         slot, _, name = key.partition("/")
@@ -661,7 +661,7 @@ def load_optimizer(
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Seeds the generators that prompt dropout draws from: an epoch's draws depend on these three alone."""
+    """Seeds torch's generators, so that prompt dropout depends on these three numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
 
 
@@ -671,9 +671,7 @@ def stop_signals(stop: threading.Event) -> Iterator[None]:
     process = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
-        if (
-            os.getpid() != process
-        ):  # a worker that decodes images: it ends when its batches do, or when told to
+        if os.getpid() != process:  # a decoding worker: it ends with its batches, or when terminated
             if number == signal.SIGTERM:
                 raise SystemExit(128 + number)
             return
@@ -681,7 +679,7 @@ def stop_signals(stop: threading.Event) -> Iterator[None]:
             raise KeyboardInterrupt
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -694,7 +692,7 @@ def stop_signals(stop: threading.Event) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over an epoch's images, of all processes."""
+    """Sums over an epoch's images in all processes."""
 
     loss: float
     hits: float
@@ -711,9 +709,10 @@ def train_epoch(
     stop: threading.Event,
     progress: Progress,
 ) -> Totals | None:
-    """One pass over the training images; None when it was asked to stop on the way.
+    """One pass over the training images; None if it was asked to stop.
 
-    Raises TrainingDiverged at the first step whose loss is not finite, found at most CHECK_EVERY steps later.
+    Raises TrainingDiverged, which names the first step with a loss that is not finite, fewer than CHECK_EVERY
+    steps after it.
     """
     progress.begin_epoch(epoch)
     losses = torch.zeros(len(batches), device=world.device)  # (steps,), each summed over the step's images
@@ -735,7 +734,7 @@ def train_epoch(
                     f"step {bad[0] + 1} of {len(batches)}, at a learning rate of {lr:g}; "
                     f"{kept(epoch)}; a lower base_lr may help"
                 )
-        # One process can stop after any step; several have to agree on one.
+        # A single process can stop after any step; several have to stop at the same one.
         if (is_check or world.size == 1) and world.any(stop.is_set()):
             return None
     totals = world.sum(torch.stack([losses.sum(), hits, torch.full_like(hits, num_images)]))
@@ -745,7 +744,7 @@ def train_epoch(
 class TrainStep:
     """One optimizer step: ``loss_sum, hits = step(inputs, targets)``, both (), over the images of the batch.
 
-    Graphed, batches of `num_images` are replayed from a CUDA graph; an epoch's last one may be smaller.
+    With `is_graphed`, batches of `num_images` replay a CUDA graph; a smaller last batch runs eagerly.
     """
 
     def __init__(
@@ -804,9 +803,9 @@ class TrainStep:
 
 
 def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
-    """Has processes average their gradients in this backward pass, or leaves them for a later one to add to.
+    """With `now`, processes average their gradients in this backward pass; else gradients only accumulate.
 
-    An average is right since all processes' shares of a batch are equally large.
+    The average is exact because all processes have equal shares of a batch.
     """
     if isinstance(network, DistributedDataParallel) and not now:
         return network.no_sync()
@@ -814,7 +813,7 @@ def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextMana
 
 
 def require_finite_state(model: TunedModel, epoch: int, val_loss: float) -> None:
-    """Raises TrainingDiverged when what is about to be saved is not good."""
+    """Raises TrainingDiverged if a trained parameter or the validation loss is not finite, before saving."""
     broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
     if broken or not math.isfinite(val_loss):
         what = f"{', '.join(broken)} not finite" if broken else f"the validation loss is {val_loss}"
@@ -827,7 +826,7 @@ def kept(epochs_done: int) -> str:
 
 @contextlib.contextmanager
 def saving(folder: RunFolder, what: str) -> Iterator[None]:
-    """Turns what goes wrong while ``what`` is written into SavingFailed."""
+    """Turns errors while ``what`` is written into SavingFailed."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -839,7 +838,7 @@ def saving(folder: RunFolder, what: str) -> Iterator[None]:
 
 
 def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
-    """A TensorBoard writer, None where none is wanted."""
+    """A TensorBoard writer; None if none is wanted, and in all but the main process."""
     is_wanted = recipe.tensorboard
     if is_wanted is None:
         is_wanted = importlib.util.find_spec("tensorboard") is not None

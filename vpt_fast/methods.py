@@ -1,4 +1,4 @@
-"""The ways to tune: method name to model."""
+"""Tuning methods: from a method's name to its model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.segmenter import ENCODERS
 
-# The class that a method trains, by name in pretrained.MODELS, and what its constructor calls the K of the
-# method's name.
+# Method -> its class by name in pretrained.MODELS, and the constructor's keyword for the K in its name.
 _CLASSES: dict[str, tuple[str, str | None]] = {
     "vpt-deep": ("PromptedViT", None),
     "vpt-shallow": ("PromptedViT", None),
@@ -32,7 +31,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "full": ("FullTuning", None),
 }
 
-# Those that take another backbone than a VisionTransformer, and what it is called.
+# Classes for backbones other than VisionTransformers, by kind, with the kind's name for messages.
 _ANY = {
     "linear": "LinearProbe",
     "mlp-K": "MLPProbe",
@@ -59,15 +58,15 @@ _OTHER_CLASSES = {
     ),
 }
 
-# What constructors call a setting of the recipe, where it is another name.
+# Recipe setting -> keyword of the constructors, where the names differ.
 _KEYWORDS = {"adapter_reduction": "reduction", "lora_rank": "rank"}
 
 
 def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
-    """The model that a resolved recipe trains; what is random in it comes from torch's default generator.
+    """The model that a resolved recipe trains; random initialisation uses torch's default generator.
 
-    Raises ValueError when there is no such model, its weights cannot be had, or it does not take the recipe's
-    backbone_arg.
+    Raises ValueError if there is no such model, its weights are not available, or it does not accept the
+    recipe's backbone_arg.
     """
     try:
         return _build(recipe, num_classes)
@@ -78,7 +77,7 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
 
 
 def _in_settings(text: str, recipe: Recipe) -> str:
-    """A constructor's error about one of its keywords, of the recipe's setting that is behind it."""
+    """Rewords a constructor's error about one of its keywords to name the recipe's setting behind it."""
     keyword, _, rest = text.partition(": ")
     if keyword in ("prompt_type", _CLASSES[parse_method(recipe.method).name][1]):
         return f"method is {recipe.method!r}: {rest}"
@@ -91,7 +90,7 @@ def _in_settings(text: str, recipe: Recipe) -> str:
 
 
 def _build(recipe: Recipe, num_classes: int) -> TunedModel:
-    """As `build_model`, but that errors have the constructor's words for the recipe's settings."""
+    """As `build_model`, but errors name the constructor's keywords instead of the recipe's settings."""
     kind, settings = model_settings(recipe)
     constructor: Any = kind
     with naming_the_backbone(recipe):
@@ -107,7 +106,7 @@ def _build(recipe: Recipe, num_classes: int) -> TunedModel:
 
 @contextlib.contextmanager
 def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
-    """Turns timm's and the hub's ways to say no into a ValueError that names the recipe's backbone."""
+    """Turns the various errors of timm and the hub into a ValueError that names the recipe's backbone."""
     try:
         yield
     except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
@@ -117,10 +116,10 @@ def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
 
 
 def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:
-    """What `build_model` gives, on the meta device and with no weights read: at once, for whoever asks
-    whether there is such a model. None for a backbone that cannot be built without values.
+    """As `build_model`, on the meta device and without reading weights: a fast check whether there is such a
+    model. None for a backbone that cannot be built without values.
 
-    Raises ValueError when there is no such model, or none with published weights where they are wanted.
+    Raises ValueError if there is no such model, or if published weights are wanted and there are none.
     """
     if recipe.pretrained and recipe.checkpoint is None:
         require_published(recipe.backbone, recipe.backbone_arg)
@@ -128,15 +127,15 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
         with without_values():
             return build_model(replace(recipe, pretrained=False, checkpoint=None), num_classes)
     except ValueError as error:
-        if isinstance(error.__cause__, RuntimeError):  # PyTorch's, for values that are asked for
+        if isinstance(error.__cause__, RuntimeError):  # from PyTorch: a constructor needed actual values
             return None
         raise
 
 
 def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
-    """The class that a resolved recipe trains, and its keywords beside those that go to timm.
+    """The class that a resolved recipe trains, and its keyword arguments except those for timm.
 
-    Raises ValueError for a method that there is not for the recipe's backbone or task.
+    Raises ValueError for a method that does not exist for the recipe's backbone or task.
     """
     method = parse_method(recipe.method)
     class_name, count_keyword = _CLASSES[method.name]

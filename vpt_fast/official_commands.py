@@ -1,4 +1,4 @@
-"""vpt-fast import-prompts and export-prompts: from and to files of the official code."""
+"""vpt-fast import-prompts and export-prompts: conversion from and to files of the official code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def import_prompts(
             if not equals:
                 raise ValueError(f"setting is {text!r}; it must be NAME=VALUE")
             prompt[name] = yaml_value("setting", text, value)
-        # A recipe reads KEY=VALUE, and knows when published weights are loaded.
+        # The recipe parses KEY=VALUE and decides whether published weights are loaded.
         recipe = Recipe(
             data="",
             backbone=backbone,

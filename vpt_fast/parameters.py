@@ -1,7 +1,7 @@
 """How much each method trains and stores: the "Total params" column of the VPT paper's Table 1.
 
-Total is what 24 tasks (19 of VTAB-1k, 5 of FGVC) need together, in units of the backbone: one shared backbone
-and all that is stored for each task, its head included. Full fine-tuning shares no backbone.
+The total is over 24 tasks (19 of VTAB-1k, 5 of FGVC), in units of the backbone: one shared backbone plus all
+that is stored for each task, including its head. Full fine-tuning shares no backbone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vpt_fast.recipe import Recipe
 
 BACKBONE = "vit_base_patch16_224"
 
-# Prompts that the paper chose for each task with that backbone: deep, shallow. Back-solved from published
-# counts of parameters; the shallow lengths of FGVC are not among them.
+# Prompt lengths that the paper chose for each task with that backbone: deep, shallow. Derived from published
+# parameter counts, which do not include the shallow lengths of FGVC.
 PROMPT_LENGTHS: dict[str, tuple[int, int | None]] = {
     "vtab/cifar": (10, 100),
     "vtab/caltech101": (10, 5),
@@ -46,9 +46,9 @@ PROMPT_LENGTHS: dict[str, tuple[int, int | None]] = {
     "fgvc/dogs": (100, None),
     "fgvc/cars": (200, None),
 }
-_SHORTEST, _LONGEST = 1, 200  # prompts that the paper searched between
+_SHORTEST, _LONGEST = 1, 200  # range of prompt lengths in the paper's search
 
-# Adapters' reductions that the paper chose among, task by task.
+# Adapter reductions in the paper's search for each task.
 REDUCTIONS = (8, 64, 256)
 
 # Table 1 of the paper, ViT-B/16.
@@ -66,12 +66,12 @@ PAPER_TOTALS = {
 
 @dataclass(frozen=True)
 class MethodParameters:
-    """One method's counts; a pair is the least and the most, where the settings behind it are not all known.
+    """One method's counts. Each pair is (minimum, maximum), which differ if some settings are not known.
 
-    trained: parameters trained, and stored, for one task beside its head, on the mean over the tasks.
+    trained: parameters trained and stored per task without its head, averaged over the tasks.
     stored: parameters stored for all 24 tasks, with their heads.
-    total: of all tasks together, in backbones.
-    paper: the total that the paper gives, for its backbone.
+    total: of all tasks together, in units of the backbone.
+    paper: the total in the paper, for its backbone.
     """
 
     method: str
@@ -84,11 +84,11 @@ class MethodParameters:
 def count_parameters(
     backbone: str = BACKBONE, backbone_arg: Mapping[str, Any] | Sequence[str] = ()
 ) -> tuple[list[MethodParameters], dict[str, str]]:
-    """The counts of every method on a backbone, which is built without its weights, and for a method that it
-    cannot have the reason. `backbone_arg` is that of a Recipe.
+    """The counts of every method on a backbone, which is built without its weights; and for each method that
+    it does not support, the reason. `backbone_arg` is as in a Recipe.
 
     Raises:
-        ValueError: a backbone that cannot be built, or is not supported.
+        ValueError: the backbone cannot be built, or is not supported.
     """
     kind = kind_of(backbone)
     deep, shallow = ({name: lengths[i] for name, lengths in PROMPT_LENGTHS.items()} for i in (0, 1))
@@ -106,7 +106,7 @@ def count_parameters(
         ("vpt+bias", deep, {}),
         ("full", None, {}),
     ]
-    # Of backbone_arg the recipe reads texts too.
+    # The recipe also parses a list of KEY=VALUE texts in backbone_arg.
     recipe = Recipe(data="", backbone=backbone, pretrained=False, backbone_arg=backbone_arg)  # type: ignore
     is_papers = (backbone, recipe.backbone_arg) == (BACKBONE, {})
     rows: list[MethodParameters] = []
@@ -118,7 +118,7 @@ def count_parameters(
             try:
                 row = _count(name, lengths, replace(recipe, method=method, **settings), vit)
             except ValueError as error:
-                if not rows:  # the linear probe, which every backbone can have
+                if not rows:  # the linear probe, which every supported backbone has
                     raise
                 reasons[method] = str(error)
             else:
@@ -157,7 +157,7 @@ def _count(
 
 
 def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
-    """The rows as text, a header first; a range where the two ends of a pair differ."""
+    """The rows as text, after a header; a pair whose ends differ is shown as a range."""
 
     def span(pair: tuple[float, float], form: str) -> str:
         ends = [format(end, form) for end in pair]
@@ -186,7 +186,7 @@ def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
 
 
 def markdown(rows: list[MethodParameters]) -> str:
-    """The table as it stands in docs/methods.md."""
+    """The table in docs/methods.md."""
     header, *body = table(rows)
     lines = [header, ("---",) * len(header), *body]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Pictures of runs, readable in grey: curves differ in their dashes and markers too."""
+"""Plots of runs, readable in greyscale: curves also differ in dashes and markers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plot_curves(rows: Rows, path: Path) -> None:
     loss, accuracy, lr = figure.subplots(1, 3)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         lines = {"train": (rows, f"train_{name}")}
-        if rows[0][f"val_{name}"] is not None:  # trained on the validation images too
+        if rows[0][f"val_{name}"] is not None:  # None if val was trained on
             lines["val"] = (rows, f"val_{name}")
             if name == "accuracy" and "val_miou" in rows[0]:  # of a segmenter
                 lines["val mIoU"] = (rows, "val_miou")
@@ -50,8 +50,8 @@ def plot_curves(rows: Rows, path: Path) -> None:
 
 
 def plot_comparison(runs: Mapping[str, Rows], test_accuracy: Mapping[str, float], path: Path) -> None:
-    """Several runs, by name: validation accuracy and training loss over each run's epochs, however many they
-    are, and test accuracy."""
+    """Several runs, by name: validation accuracy and training loss over the fraction of each run's epochs,
+    and test accuracy."""
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
     val, loss, test = figure.subplots(1, 3)
     accuracies = {name: (rows, "val_accuracy") for name, rows in runs.items()}
@@ -81,10 +81,10 @@ def plot_ablation(
     x_label: str,
     y_label: str,
 ) -> None:
-    """Accuracy against what was varied: for each line, value -> (mean, standard deviation or None).
+    """Accuracy against the varied setting; `lines`: line -> {value: (mean, standard deviation or None)}.
 
-    Numbers lie on an axis of numbers, a logarithmic one where they span more than a factor of 30; values that
-    are not numbers stand side by side, as groups of bars.
+    Numeric values are drawn as curves, on a logarithmic axis if they span more than a factor of 30; other
+    values as groups of bars.
 
     Raises ValueError for more lines than there are styles.
     """
@@ -92,7 +92,7 @@ def plot_ablation(
         raise ValueError(f"lines: got {len(lines)}, want at most {len(STYLES)}, which can be told apart")
     values = list(dict.fromkeys(value for line in lines.values() for value in line))
     is_numeric = all(isinstance(value, int | float) for value in values)
-    width = 6.4 if is_numeric else max(6.4, 2.4 + 1.1 * len(values))  # names stand side by side
+    width = 6.4 if is_numeric else max(6.4, 2.4 + 1.1 * len(values))  # room for the names
     figure = Figure(figsize=(width, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
     for i, ((name, line), style) in enumerate(zip(lines.items(), STYLES, strict=False)):
@@ -124,7 +124,7 @@ def plot_ablation(
     axes.set_axisbelow(True)
     if len(lines) > 1 and is_numeric:
         axes.legend(frameon=False)
-    elif len(lines) > 1:  # bars leave no place of their own
+    elif len(lines) > 1:  # bars leave no free space inside the axes
         figure.legend(loc="outside right center", frameon=False)
     _save(figure, path)
 
@@ -132,8 +132,8 @@ def plot_ablation(
 def plot_embedding(
     points: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path, *, title: str
 ) -> None:
-    """Points (n, 2) in the colours and markers of their classes, which labels (n,) index; with a legend up to
-    `MOST_IN_LEGEND` classes."""
+    """Points (n, 2) in the colours and markers of their classes, given by labels (n,) into `classes`; with a
+    legend for up to `MOST_IN_LEGEND` classes."""
     figure = Figure(figsize=(6.4, 5), layout="constrained", dpi=120)
     axes = figure.subplots()
     colors = colormaps["turbo"].resampled(max(2, len(classes)))
@@ -153,8 +153,8 @@ def plot_embedding(
 
 
 def class_colors(num_classes: int) -> np.ndarray:
-    """A colour for each class (num_classes, 3) uint8: hues by the golden ratio, so that few classes differ
-    most, and three levels of brightness, which grey shows too."""
+    """A colour for each class (num_classes, 3) uint8: hues spaced by the golden ratio, so that the first few
+    differ most, and three levels of brightness, which are visible in greyscale too."""
     index = np.arange(num_classes)
     value = np.array([0.95, 0.7, 0.45])[index % 3]
     hsv = np.stack([index * 0.618034 % 1, np.full(num_classes, 0.75), value], axis=1)
@@ -164,9 +164,9 @@ def class_colors(num_classes: int) -> np.ndarray:
 def plot_segmentation(
     scenes: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], classes: Sequence[str], path: Path
 ) -> None:
-    """A row for each scene: its image (h, w, 3) uint8, and laid over it each of its masks (h, w) uint8 of
-    class indices, by the masks' names; with a legend of the classes that are there, the largest first, up to
-    `MOST_IN_LEGEND`. A pixel whose index is no class is left as it is."""
+    """A row for each scene: its image (h, w, 3) uint8, then the image overlaid with each of its named masks
+    (h, w) uint8 of class indices. The legend shows up to `MOST_IN_LEGEND` classes that occur, the largest
+    first. Pixels whose index is not a class are not coloured."""
     height, width = scenes[0][0].shape[:2]
     aspect = math.sqrt(width / height)
     rows, columns = len(scenes), 1 + len(scenes[0][1])
@@ -194,7 +194,7 @@ def plot_segmentation(
 
 
 def _lines(axes: Axes, lines: Mapping[str, tuple[Rows, str]], title: str, *, as_share: bool = False) -> None:
-    """By epoch, or by the share of each line's epochs."""
+    """Draws curves by epoch, or by the fraction of each run's epochs."""
     for (name, (rows, key)), style in zip(lines.items(), STYLES, strict=False):
         epochs = [(row["epoch"] + 1) / (len(rows) if as_share else 1) for row in rows]
         every = max(1, len(rows) // 10)

@@ -1,4 +1,4 @@
-"""What the training loop has to be told of the problem that is solved: classification, or segmentation."""
+"""The interface between the training loop and the problem: classification or segmentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpt_fast.world import World
 
 
 class Source(Protocol):
-    """Where a network's inputs and targets come from: images and labels, features of them, or masks."""
+    """Yields a network's inputs and targets: images or their features with labels, or images with masks."""
 
     def __len__(self) -> int: ...
 
@@ -24,20 +24,20 @@ class Source(Protocol):
 
 
 class Objective(Protocol):
-    """What a step minimises, and what it counts."""
+    """The training loss, and the training accuracy."""
 
     def loss_sum(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
-        """Summed over the images (): a step's loss is this over their number, so that parts of a batch, and
-        processes, may be added up."""
+        """The sum () of the images' losses. A step's loss is this divided by the number of images, so that
+        parts of a batch, and processes, can be added up."""
         ...
 
     def hits(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
-        """What is right of the images, summed (): training accuracy is this over their number."""
+        """The sum () of the images' accuracies; training accuracy is this divided by the number of images."""
         ...
 
 
 class Evaluated(Protocol):
-    """What an evaluation found; the scores by their names, in [0, 1]."""
+    """The result of an evaluation; scores by name, in [0, 1]."""
 
     @property
     def loss(self) -> float: ...
@@ -50,10 +50,10 @@ class Evaluated(Protocol):
 
 
 class Problem(Protocol):
-    """The parts of training that depend on it.
+    """The parts of training that are specific to a problem.
 
-    score_names: of an evaluation's scores; one of them is "accuracy". graph_obstacle: why a training step
-    cannot be a CUDA graph, or None.
+    score_names: names of an evaluation's scores; one of them is "accuracy". graph_obstacle: why a training
+    step cannot be captured in a CUDA graph, or None.
     """
 
     score_names: tuple[str, ...]
@@ -64,7 +64,7 @@ class Problem(Protocol):
         ...
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Any:
-        """What is done to the images of a resolved recipe."""
+        """The preprocessing for a resolved recipe."""
         ...
 
     def check(
@@ -76,11 +76,11 @@ class Problem(Protocol):
         cache: TrainingCache,
         progress: Callable[[int, int], None],
     ) -> Any:
-        """The images of one split that can be used, and those that are skipped."""
+        """The usable images of one split, and those that are skipped."""
         ...
 
     def batches(self, images: Any, preprocessing: Any, recipe: Recipe, world: World, *, train: bool) -> Any:
-        """This process's share of the recipe's batches, or what to evaluate on."""
+        """This process's share of the recipe's training batches, or of the batches to evaluate on."""
         ...
 
     def objective(self, recipe: Recipe, splits: Any, world: World) -> Objective: ...
@@ -94,12 +94,12 @@ class Problem(Protocol):
         precision: str | None,
         progress: Callable[[int], None] | None = None,
     ) -> Evaluated:
-        """Over all processes; leaves ``network`` in eval mode. ``progress`` is called with the number of
-        images, of all processes, after each step."""
+        """Evaluates over all processes; leaves ``network`` in eval mode. ``progress`` is called after each
+        step with its number of images over all processes."""
         ...
 
     def describe_images(self, recipe: Recipe, batches: Any) -> str:
-        """One line for the person who started training."""
+        """One line about the images, for the user."""
         ...
 
     def describe_data(self, root: Path, splits: Any) -> dict[str, Any]:

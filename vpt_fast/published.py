@@ -1,7 +1,7 @@
-"""Numbers that were published: Jia et al., "Visual Prompt Tuning", ECCV 2022, accuracies in percent.
+"""Published numbers: Jia et al., "Visual Prompt Tuning", ECCV 2022, accuracies in percent.
 
-Of ViT-B/16 supervised on ImageNet-21k these are the means of Table 1 and the appendix's tasks; of the other
-backbones the means alone. Backbones have their names in `backbones.known`.
+For ViT-B/16 supervised on ImageNet-21k, the means of Table 1 and the appendix's accuracies by task; for other
+backbones, means only. Backbones are named as in `backbones.known`.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ _ROWS = {
 ACCURACIES: dict[str, dict[str, float]] = {
     method: {task: row[column] for task, row in _ROWS.items()} for column, method in enumerate(_METHODS)
 }
-"""Method -> task -> accuracy, of `BACKBONE`."""
+"""Method -> task -> accuracy of `BACKBONE`."""
 
 GROUP_MEANS: dict[str, dict[str, float]] = {
     "full": {"natural": 75.88, "specialized": 83.36, "structured": 47.64},
     "vpt-shallow": {"natural": 76.81, "specialized": 79.66, "structured": 46.98},
     "vpt-deep": {"natural": 78.48, "specialized": 82.43, "structured": 54.98},
 }
-"""Method -> group of VTAB -> mean accuracy, of `BACKBONE`."""
+"""Method -> group of VTAB -> mean accuracy of `BACKBONE`."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published of one backbone.
+    """Published numbers of one backbone.
 
     Attributes:
         means: method -> group of VTAB -> mean accuracy.
-        accuracies: method -> task -> accuracy; empty where the means alone were published.
-        location: the prompts' in all of it.
+        accuracies: method -> task -> accuracy; empty if only means were published.
+        location: prompt location that all of them used.
     """
 
     means: dict[str, dict[str, float]]
@@ -82,12 +82,12 @@ PUBLISHED: dict[str, Published] = {
     "mocov3_vitb": _means("vpt-deep", 70.27, 83.04, 42.38),
     "imagenet22k_sup_rnx_base": _means("vpt-shallow", 78.48, 83.00, 44.64, location="pad"),
 }
-"""Backbone -> what was published of it."""
+"""Backbone -> its published numbers."""
 
 
 def published_of(backbone: str, prompt_location: str | None = None) -> Published | None:
-    """By the backbone's name there, or timm's for the very same weights; None where nothing was published, or
-    not with prompts in `prompt_location`."""
+    """Looks up a backbone by its name in `PUBLISHED`, or timm's name for the same weights; None if nothing
+    was published for it, or not with this `prompt_location`."""
     known = find_known(backbone)
     found = None if known is None else PUBLISHED.get(known.name)
     return found if found is None or prompt_location in (None, found.location) else None

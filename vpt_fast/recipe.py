@@ -1,7 +1,7 @@
 """The standard recipe of Visual Prompt Tuning as one dataclass; its fields are the YAML keys and the flags.
 
 Defaults follow the public code of Jia et al., "Visual Prompt Tuning", ECCV 2022 (KMnP/vpt): SGD with
-momentum, 100 epochs of which 10 warm up, a cosine after that, the learning rate set once per epoch.
+momentum, 100 epochs with 10 of warm-up and cosine decay after it, the learning rate set once per epoch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
-# By default, of images of one's own that are fewer than the method's batch: an epoch of one step, by a rate
-# that is meant for 2048 images, is neither's recipe.
+# Default for a user's own data with fewer images than the method's batch: one step per epoch, at a rate for
+# 2048 images, would be no sensible recipe.
 SMALL_SET_BATCH = 64
-NUM_PROMPTS = 10  # the length most VTAB-1k tasks chose for VPT-Deep
+NUM_PROMPTS = 10  # the length that the paper chose most often on VTAB-1k for VPT-Deep
 PROMPT_KNOBS = (
     "num_prompts",
     "prompt_layers",
@@ -32,17 +32,16 @@ PROMPT_KNOBS = (
     "prompt_dropout",
     "prompt_dropout_per",
 )
-SEGMENTATION = "segmentation"  # a task that --data need not be a benchmark for
+SEGMENTATION = "segmentation"  # the only task that is not a benchmark
 POLY_POWER = 0.9
-LARGEST_RATE = 1e38  # of base_lr and weight_decay: what float32 holds
-ENGINE_KNOBS = ("dtype", "backend", "attention")  # of methods whose frozen blocks run on the engine
+LARGEST_RATE = 1e38  # for base_lr and weight_decay: about float32's largest number
+ENGINE_KNOBS = ("dtype", "backend", "attention")  # for methods whose frozen blocks run on the engine
 
 
 @dataclass(frozen=True)
 class MethodRule:
-    """The settings that only some methods have, as far as this one has them, and the standard recipe's choice
-    for it: optimizer, batch size and most epochs of warm-up as in the paper's appendix, base_lr out of its
-    grid."""
+    """A method's own settings (`knobs`) and its defaults in the standard recipe: optimizer, batch size and
+    maximum of warm-up epochs as in the paper's appendix, base_lr from its grid."""
 
     knobs: tuple[str, ...] = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -55,7 +54,7 @@ _ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
 METHODS: dict[str, MethodRule] = {
     "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
     "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
-    # SGD at the rate that prompts take drives biases away.
+    # At the learning rate that prompts need, SGD would make the biases diverge.
     "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per"), **_ADAMW),
     "cls-token": MethodRule(ENGINE_KNOBS),
     "linear": MethodRule(ENGINE_KNOBS, batch_size=2048),
@@ -68,7 +67,7 @@ METHODS: dict[str, MethodRule] = {
     "full": MethodRule(**_ADAMW),
 }
 SEGMENTATION_KNOBS = ("ignore_zero", "head_channels", "aux_weight")
-CLASSIFICATION_KNOBS = (  # that segmentation does not have
+CLASSIFICATION_KNOBS = (  # settings that segmentation does not have
     "data_root",
     "train_on",
     "test",
@@ -85,7 +84,7 @@ METHOD_KNOBS = tuple(dict.fromkeys(knob for rule in METHODS.values() for knob in
 
 @dataclass(frozen=True)
 class Method:
-    """A method: its name in METHODS, its rule, and K where the name has one (partial-2, mlp-3)."""
+    """A method: its name in METHODS, its rule, and K if the name has one (partial-2, mlp-3)."""
 
     name: str
     rule: MethodRule
@@ -93,7 +92,7 @@ class Method:
 
 
 def parse_method(method: str) -> Method:
-    """Raises ValueError for what is no method."""
+    """Raises ValueError for an unknown method."""
     if method in METHODS and not method.endswith("-K"):
         return Method(method, METHODS[method], None)
     stem, _, count = method.rpartition("-")
@@ -111,10 +110,10 @@ def _knob(
     metavar: str | None = None,
     result: bool = True,
 ) -> Any:
-    """A field and what the command line says about it.
+    """A field and its description on the command line.
 
-    ``shown`` describes a default that depends on other knobs; ``result=False`` marks what may change between
-    the sessions of one run because no result depends on it.
+    ``shown`` describes a default that depends on other settings; ``result=False`` marks a setting that no
+    result depends on, so that it may change when a run is resumed.
     """
     metadata = {"help": help, "panel": panel, "shown": shown, "metavar": metavar, "result": result}
     if default is dataclasses.MISSING:
@@ -130,9 +129,9 @@ DATA, MODEL, PROMPTS, OPTIMISATION, RUN = "Data", "Model", "Prompts", "Optimisat
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a training run is told; None means "by the recipe's rule", which :meth:`resolved` fills in.
+    """All settings of a training run. None means "by the recipe's rule"; :meth:`resolved` fills these in.
 
-    Raises ValueError when a value is out of range, naming the field.
+    Raises ValueError, which names the field, for a value out of range.
     """
 
     data: str = _knob(
@@ -384,7 +383,7 @@ class Recipe:
         self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
         self._require("train_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
         if self.task is not None and self.task != SEGMENTATION:
-            from vpt_fast.data import find_task  # imports torch, which the flags' help does without
+            from vpt_fast.data import find_task  # imports torch, which --help does not need
 
             object.__setattr__(self, "task", find_task(self.task).name)
         self._reject_knobs_of_other_tasks()
@@ -431,9 +430,9 @@ class Recipe:
             )
 
     def resolved(self, *, num_train_images: int, device_type: str, world_size: int = 1) -> Recipe:
-        """This recipe with the rules that depend on method, data and device applied: what is really run.
+        """This recipe with all defaults that depend on method, data and device filled in.
 
-        Raises ValueError when ``world_size`` processes cannot share a batch evenly.
+        Raises ValueError if ``world_size`` processes cannot share a batch evenly.
         """
         is_segmentation = self.task == SEGMENTATION
         changes: dict[str, Any] = self._preprocessing_defaults()
@@ -472,16 +471,16 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def _prompts_are_pixels(self) -> bool:
-        """Whether the backbone has no tokens for prompts to stand beside."""
+        """Whether the backbone has no tokens to prepend prompts to."""
         from vpt_fast.backbones.resolve import CONVNET, kind_of
 
         return kind_of(self.backbone) is CONVNET
 
     def _preprocessing_defaults(self) -> dict[str, Any]:
-        """What the task, or where there is none the rule, says for the settings that were not given."""
+        """Values for the preprocessing settings that were not given, from the task if there is one."""
         defaults: dict[str, Any] = {"normalization": "backbone", "augment": "none"}
         if self.task == SEGMENTATION:
-            del defaults["augment"]  # it has its own
+            del defaults["augment"]  # segmentation has its own augmentation
         elif self.task is not None:
             from vpt_fast.data import find_task
 
@@ -494,16 +493,16 @@ class Recipe:
         return {name: value for name, value in defaults.items() if getattr(self, name) is None}
 
     def step_images(self, num_train_images: int) -> int:
-        """Images of a resolved recipe's whole steps."""
+        """Images in a full step of a resolved recipe."""
         assert self.batch_size is not None, "resolve the recipe first"
         return min(self.batch_size, num_train_images)
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate of a resolved recipe where warm-up ends.
+        """Learning rate of a resolved recipe at the end of warm-up.
 
-        By the batch that is asked for, as in KMnP/vpt: on 800 and on 1,000 images, which are one step of a
-        linear probe's 2048, it is the same.
+        It follows the requested batch size, as in KMnP/vpt, even if there are fewer images: a linear probe
+        with batch size 2048 has the same rate on 800 and on 1,000 images.
         """
         assert self.batch_size is not None and self.base_lr is not None, "resolve the recipe first"
         return self.base_lr * self.batch_size / REFERENCE_BATCH
@@ -516,7 +515,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Raises ValueError for an unknown, a missing or a badly typed key."""
+        """Raises ValueError for a key that is unknown, missing or of the wrong type."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
@@ -536,7 +535,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
-        """The recipe in a YAML file; raises ValueError, which names the file, when it cannot be used."""
+        """The recipe in a YAML file; raises ValueError, which names the file, if it cannot be used."""
         values = read_yaml(path)
         try:
             return cls.from_dict(values)
@@ -547,7 +546,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Settings that change results and differ: name to (this value, the other's)."""
+        """Settings that affect results and differ: name to (this value, the other's)."""
         return {
             field.name: (getattr(self, field.name), getattr(other, field.name))
             for field in dataclasses.fields(self)
@@ -556,8 +555,8 @@ class Recipe:
 
 
 def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "cosine") -> float:
-    """Share of the peak learning rate in ``epoch``: epoch / warmup_epochs, then half a cosine towards 0, or
-    (1 - progress) to the power 0.9 (``"poly"``)."""
+    """Fraction of the peak learning rate in ``epoch``: epoch / warmup_epochs in warm-up, then cosine decay
+    towards 0, or with ``"poly"`` (1 - progress) to the power 0.9."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)
@@ -567,7 +566,7 @@ def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "c
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ValueError when there is none."""
+    """The mapping in a YAML file; raises ValueError if there is none."""
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
@@ -582,7 +581,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def yaml_value(name: str, text: str, value: str) -> Any:
-    """``value``, a part of ``text`` on the command line, read as YAML; ValueError, which names the flag."""
+    """``value``, a part of ``text`` on the command line, parsed as YAML; its ValueError names the flag."""
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -592,10 +591,10 @@ def yaml_value(name: str, text: str, value: str) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice in a mapping, of which YAML would take the last without a word."""
+    """Refuses duplicate keys in a mapping; PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []  # not all keys can be in a set
+        seen: list[Any] = []  # not a set: keys may be unhashable
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
@@ -607,14 +606,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong, in one line."""
+    """The error in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} (line {error.problem_mark.line + 1})"
     return " ".join(str(error).split())
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the field's type, text parsed (to YAML "1e-4" is text); ValueError for what is not."""
+    """``value`` as the field's type. Text is parsed (in YAML, "1e-4" is text); ValueError for other types."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -625,7 +624,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return _backbone_arg(value)
     if get_origin(kind) is Literal:
         if value is False and "off" in get_args(kind):
-            return "off"  # to YAML a bare off is a no
+            return "off"  # YAML reads a bare off as False
         if value in get_args(kind):
             return value
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
@@ -661,7 +660,7 @@ def _prompt_layers(value: Any) -> int | list[int]:
 
 
 def _backbone_arg(value: Any) -> dict[str, Any]:
-    """A mapping, or KEY=VALUE texts whose values are read as YAML (img_size=384, global_pool=avg)."""
+    """A mapping, or a list of KEY=VALUE whose values are parsed as YAML (img_size=384, global_pool=avg)."""
     if isinstance(value, Mapping):
         return dict(value)
     if not isinstance(value, list | tuple):

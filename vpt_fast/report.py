@@ -1,4 +1,4 @@
-"""What training tells the person who started it."""
+"""What training prints for the user."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def print_start(
     steps: int,
     images_text: str,
 ) -> None:
-    """What will be trained, on what data, at what cost, where; skipped files by name. `images_text` says what
-    is done to the training images."""
+    """Prints what will be trained, on what data and device, at what cost, and the skipped files by name.
+    `images_text` describes the preprocessing of the training images."""
     trained, backbone = model.num_trainable_parameters, model.num_backbone_parameters
     batch = recipe.step_images(len(splits.train))
     memory = model.estimate_training_bytes(-(-batch // (world.size * recipe.accumulate)))
@@ -79,7 +79,7 @@ def print_start(
 
 
 def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
-    """The images that were left out, the first few by name."""
+    """Prints the number of images that were left out, and the first few by name."""
     if not skipped:
         return
     console.print(f"{len(skipped)} images cannot be read and are left out:", style="yellow")
@@ -91,14 +91,14 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
 
 @contextlib.contextmanager
 def checking_images(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar for check_images, which calls what this yields; several lists may be gone through."""
+    """A progress bar; yields the callback for check_images, which may be used for several lists."""
     with _bar(console, "checking images", total) as advance:
         yield lambda done, of: advance(1)
 
 
 @contextlib.contextmanager
 def evaluating(console: Console, split: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar for evaluate, which calls what this yields with numbers of images."""
+    """A progress bar; yields the callback for evaluate, which takes a number of images."""
     with _bar(console, f"evaluating {split}", total) as advance:
         yield advance
 
@@ -119,7 +119,7 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], No
 
 
 class Progress:
-    """A bar for the epoch at hand on a terminal, and a line for every epoch."""
+    """A progress bar for the current epoch, on a terminal, and a line for every finished one."""
 
     def __init__(self, console: Console, epochs: int, steps: int, *, done: int) -> None:
         self._console = console
@@ -137,7 +137,7 @@ class Progress:
             transient=True,
             disable=not console.is_terminal,
         )
-        # One task over all epochs: its time left is the run's.
+        # One task over all epochs, so that its remaining time is the run's.
         self._task = self._bars.add_task(
             "", total=(epochs - done) * steps, epoch=done + 1, step=0, rate=0.0, memory=""
         )
@@ -189,7 +189,7 @@ def gigabytes(num_bytes: float) -> str:
 
 
 def peak_bytes() -> int:
-    """Most memory held so far: by torch on the GPU where one is used, else by this process."""
+    """Peak memory so far: torch's on the GPU if one is used, else this process's."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,15 +1,15 @@
-"""The run folder: what a training run leaves behind, and what it goes on from.
+"""The run folder: the files that a training run writes and resumes from.
 
     config.yaml              the resolved recipe
     run.json                 versions, device, backbone, data
     metrics.jsonl            one line per epoch
     results.json             accuracy and loss on val and test after the last epoch
     curves.png
-    prompts/                 prompts and head (save_pretrained), class names and preprocessing: all that is
-                             needed to classify images
+    prompts/                 prompts and head (save_pretrained), class names and preprocessing: all that
+                             inference needs
     checkpoint.safetensors   prompts, head and optimizer after the last completed epoch
 
-Every file is replaced whole or not at all, so an interruption or a full disk leaves the last good one.
+Every file is replaced atomically, so an interruption or a full disk leaves the last good one.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ PROMPTS_GONE = (
 
 
 class RunError(ValueError):
-    """The run folder cannot be used as asked."""
+    """The run folder cannot be used as requested."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training needs to go on: the state after ``epochs_done`` epochs.
+    """What training needs to resume: the state after ``epochs_done`` epochs.
 
-    No generator state is kept: each epoch seeds its own from (seed, epoch, rank).
+    No generator state is kept: each epoch seeds its own generator with (seed, epoch, rank).
     """
 
     epochs_done: int
@@ -93,7 +93,7 @@ class Labels:
 
     @classmethod
     def read(cls, folder: Path) -> Labels:
-        """Raises RunError when ``folder`` holds none."""
+        """Raises RunError if ``folder`` has no readable labels."""
         path = folder / LABELS_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -104,13 +104,13 @@ class Labels:
             raise RunError(
                 f"{folder} is neither a run folder nor its prompts folder ({path} is missing)"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or none of ours
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not ours
             raise RunError(f"{path} cannot be read: {error!r}") from None
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that a folder holds: its resolved recipe, run.json, and what it has come to."""
+    """The run in a folder: its resolved recipe, run.json, and progress so far."""
 
     recipe: Recipe
     facts: dict[str, Any]
@@ -120,7 +120,7 @@ class Begun:
 
 
 class RunFolder:
-    """Paths, reading and writing; :meth:`locked` is how training gets one."""
+    """The files of a run; training obtains one with :meth:`locked`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,7 +136,7 @@ class RunFolder:
     @classmethod
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[RunFolder]:
-        """Makes the folder and keeps every other process out of it; RunError where that cannot be."""
+        """Creates the folder and locks it against other processes; RunError if that fails."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = open(path / ".lock", "w")
@@ -154,12 +154,12 @@ class RunFolder:
             try:
                 yield folder
             finally:
-                if os.listdir(path) == [".lock"]:  # nothing came of it: leave no empty folder behind
+                if os.listdir(path) == [".lock"]:  # nothing was written: leave no empty folder behind
                     (path / ".lock").unlink()
                     path.rmdir()
 
     def remove_unfinished(self) -> None:
-        """Removes what a process that was killed while it wrote the run's files has left beside them."""
+        """Removes temporary files that a killed process left beside the run's files."""
         if not self.config.exists():
             return
         files = [self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint]
@@ -169,18 +169,18 @@ class RunFolder:
                 left.unlink(missing_ok=True)
 
     def require_clearable(self) -> None:
-        """Raises RunError where what `clear` would remove is somebody else's."""
+        """Raises RunError if `clear` would remove files that are not a run's."""
         if self.config.exists() and not any(f.exists() for f in (self.facts, self.metrics, self.checkpoint)):
             raise RunError(
                 f"{self.config} is not of a run, none of whose other files are there; choose another --out"
             )
 
     def clear(self) -> None:
-        """Removes an earlier run where there is one, and nothing else that the folder may hold."""
+        """Removes an earlier run if there is one, and no other files in the folder."""
         if not self.config.exists():
             return
-        # What config.yaml says that there is goes before it: stopped on the way, what is left is still this
-        # run, and no run that begins here later takes its checkpoint or results for its own.
+        # config.yaml goes after the results and the checkpoint: if this is interrupted, the rest is still
+        # recognised as this run, and a later run cannot mistake them for its own.
         for path in (self.results, self.checkpoint, self.metrics, self.curves):
             path.unlink(missing_ok=True)
         for path in (self.prompts, self.tensorboard):
@@ -190,14 +190,14 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def read(self) -> Begun | None:
-        """The run in this folder, None where there is none; RunError for a broken file."""
+        """The run in this folder, None if there is none; RunError for a broken file."""
         if not self.config.exists():
             return None
         recipe = Recipe.from_yaml(self.config)
         checkpoint = self.read_checkpoint()
         facts = _read_json(self.facts, ("backbone", "data", "processes"))
         results = _read_json(self.results, ("test_images",)) if self.results.exists() else None
-        # A run that is finished can do without its checkpoint.
+        # A finished run does not need its checkpoint.
         done = recipe.epochs if results is not None else 0
         if checkpoint is not None:
             done = checkpoint.epochs_done
@@ -213,12 +213,13 @@ class RunFolder:
             raise RunError(f"{self.metrics} cannot be read: {error}; {_NOT_OURS}") from None
 
     def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-        """Writes what stays the same for the whole run; config.yaml last: it says that there is one."""
+        """Writes what stays the same for the whole run; config.yaml last, since it marks a run's folder."""
         write(self.facts, _json(facts).encode())
         write(self.config, recipe.to_yaml().encode())
 
     def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
-        """Metrics first: rows past the checkpoint are dropped when a run goes on; missing ones were lost."""
+        """Writes metrics first: a resumed run drops rows past the checkpoint, but could not restore missing
+        ones."""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write(self.metrics, lines.encode())
         tensors = {f"trainable/{name}": tensor for name, tensor in checkpoint.trainable.items()}
@@ -239,9 +240,9 @@ class RunFolder:
         write(self.prompts / LABELS_FILE, labels.to_json().encode())
 
     def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
-        """Whether prompts/ is there, whole, with what was trained up to ``checkpoint`` if there is one."""
+        """Whether prompts/ is complete and, if there is a ``checkpoint``, has its weights."""
         try:
-            if not self.prompts.is_dir():  # which would be taken for a name on the hub
+            if not self.prompts.is_dir():  # read_pretrained would take the path for a name on the hub
                 return False
             Labels.read(self.prompts)
             _, saved = read_pretrained(self.prompts)
@@ -277,7 +278,7 @@ class RunFolder:
 
 
 def default_run_folder(recipe: Recipe) -> Path:
-    """runs/<data>-<backbone>-<method>, the same for the same command."""
+    """runs/<data>-<backbone>-<method>: the same command gives the same folder."""
     data = Path(recipe.data).resolve().name
     if recipe.task == SEGMENTATION:
         data += "-segmentation"
@@ -299,7 +300,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
-    """Counts, classes and a digest of which image is in which split and class, for run.json."""
+    """Counts, classes and a digest of the images' splits and classes, for run.json."""
     digest = hashlib.sha256()
     used = [images for images in (splits.train, splits.val) if images is not None]
     for images in used:
@@ -316,10 +317,10 @@ def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
 
 
 def list_digest(data: str, images: ImageList | SceneList) -> str:
-    """Of the names and classes of the images that are listed of ``data``, readable or not, and of their
-    files' sizes: the same wherever the data lie."""
+    """Digest of the listed images' names below ``data``, classes and file sizes. It does not depend on where
+    the data are stored, or on which images are readable."""
     digest = hashlib.sha256()
-    if is_factory_name(data):  # its rows have numbers for names
+    if is_factory_name(data):  # its rows are named by number alone
         digest.update(f"{data}\0".encode())
     root = Path(data).expanduser()
     if isinstance(images, SceneList):
@@ -332,7 +333,7 @@ def list_digest(data: str, images: ImageList | SceneList) -> str:
         if isinstance(item, Path):
             try:
                 size = item.stat().st_size
-            except OSError:  # a link may lead nowhere
+            except OSError:  # such as a dangling link
                 size = None
             digest.update(f"{os.path.relpath(item, root)}\0{name}\0{size}\0".encode())
         else:
@@ -348,7 +349,7 @@ def _counts(images: ImageList) -> dict[str, Any]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replaces ``path`` whole or not at all; raises OSError, for a full disk too."""
+    """Replaces ``path`` atomically; raises OSError, for example for a full disk."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -359,7 +360,7 @@ _NOT_OURS = (
 
 
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """What a file of a run's holds; RunError where it is not what was written, as far as `keys` tell."""
+    """The contents of a run's JSON file; RunError if it cannot be read or lacks any of `keys`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

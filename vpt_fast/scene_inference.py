@@ -32,7 +32,7 @@ from vpt_fast.world import World
 
 @dataclass(frozen=True)
 class SceneScores:
-    """An evaluation of val."""
+    """The result of an evaluation on val."""
 
     classes: tuple[str, ...]
     multi_scale: bool
@@ -64,10 +64,10 @@ def evaluate_scene_run(
 ) -> SceneScores:
     """Scores of a run on the validation images of ``data``, in fp32, in windows of the model's image size.
 
-    ``multi_scale`` averages over six scales from 0.5 to 1.75, each as it is and mirrored. ``windows`` are the
-    most in one pass. ``console`` shows how far it is.
+    ``multi_scale`` averages over six scales from 0.5 to 1.75, each with and without a horizontal flip.
+    ``windows`` is the most windows in one pass. ``console`` shows progress.
 
-    Raises ValueError as open_scenes and check_scenes do, when the data has other classes, and for a run that
+    Raises ValueError as open_scenes and check_scenes do, if the data have other classes, and for a run that
     classifies images.
     """
     labels, preprocessing = run.labels, run.scene_preprocessing
@@ -95,14 +95,14 @@ def evaluate_scene_run(
 
 
 def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator[dict[str, Any]]:
-    """Writes for each image ``out``/NAME.png, a palette PNG of its size with labels as the training masks
-    have them, and ``out``/NAME-overlay.png, a picture with a legend.
+    """Writes ``out``/NAME.png for each image, a palette PNG of its size with labels as in the training masks,
+    and ``out``/NAME-overlay.png, an overlay with a legend.
 
     Yields {"image", "mask", "overlay", "classes": {name: share of the pixels}}, the largest share first, or
     {"image", "error"}.
 
-    Raises ValueError before anything is written: for two images that would be written to one file, and for
-    one that would be written over.
+    Raises ValueError, before anything is written, if two images would be written to one file or an input
+    image would be overwritten.
     """
     _require_files_of_their_own(paths, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _require_files_of_their_own(images: Sequence[Path], out: Path) -> None:
 
 
 def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -> None:
-    """Class indices (h, w) as labels that start at `first`, in the classes' colours."""
+    """Writes class indices (h, w) as labels starting at `first`, with a palette of the classes' colours."""
     image = Image.fromarray(classes + np.uint8(first)).convert("P")
     palette = np.zeros((256, 3), np.uint8)
     palette[first : first + num_classes] = class_colors(num_classes)

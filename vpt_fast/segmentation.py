@@ -1,4 +1,4 @@
-"""Segmentation: classes of pixels, by cross entropy; mean intersection over union in sliding windows."""
+"""Segmentation: pixels' classes, trained with cross-entropy; mean IoU evaluated with sliding windows."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 
 WINDOW_STRIDE = 2 / 3
-"""Of a window's side, rounded down: 341 pixels of 512."""
+"""Fraction of a window's side, rounded down to pixels: 341 of 512."""
 WINDOWS = 16
-"""The most windows in one pass, if not told otherwise."""
+"""Default for the most windows in one pass."""
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Times what covers a window; each is mirrored, too."""
+"""Scales relative to the size that just covers a window; each is evaluated with and without a flip."""
 
 
 @dataclass(frozen=True)
 class PixelCrossEntropy:
-    """Of the head's logits (b, classes, H, W), and of those of the auxiliary heads times `aux_weight`, with
-    masks (b, H, W): an image's loss is its sum over the pixels that have a class, over all of its pixels."""
+    """Of the head's logits (b, classes, H, W), plus `aux_weight` times that of each auxiliary head's, with
+    masks (b, H, W). An image's loss is the sum over its labelled pixels, divided by the number of all its
+    pixels."""
 
     label_smoothing: float
     aux_weight: float
@@ -60,7 +61,7 @@ class PixelCrossEntropy:
         return (losses[0] + self.aux_weight * sum(losses[1:])) / math.prod(masks.shape[1:])
 
     def hits(self, outputs: tuple[torch.Tensor, ...], masks: torch.Tensor) -> torch.Tensor:
-        """The share of each image's pixels with a class that are right, summed over the images."""
+        """Each image's accuracy on its labelled pixels, summed over the images."""
         right = (outputs[0].detach().argmax(1) == masks).flatten(1).sum(1)
         return (right / (masks != IGNORED).flatten(1).sum(1).clamp(min=1)).sum()
 
@@ -78,15 +79,16 @@ def segment(
 ) -> torch.Tensor:
     """Probabilities of the classes (C, H, W) for an image (3, H, W) uint8, on its device.
 
-    For each scale the image is resized to that many times what just covers a window of the model's image
-    size; windows slide over it by two thirds of their side, and where they overlap their logits are averaged;
-    resized to (H, W) they give probabilities, which are averaged over the scales and, with `flips`, over the
-    image mirrored left to right. What is smaller than a window is padded with the mean colour.
+    For each scale, the image is resized to that many times the size that just covers a window of the model's
+    image size. Windows slide over it with a stride of two thirds of their side, and overlapping logits are
+    averaged. Resized to (H, W), they give probabilities, which are averaged over the scales and, with
+    `flips`, over the image and its horizontal flip. Images smaller than a window are padded with the mean
+    colour.
 
     Args:
         model: a PromptedSegmenter in eval mode.
-        preprocessing: that it was trained with.
-        windows: the most in one pass.
+        preprocessing: the one that it was trained with.
+        windows: the most windows in one pass.
     """
     total = None
     for scale in scales:
@@ -104,7 +106,7 @@ def segment(
 def _slide(
     model: nn.Module, pixels: torch.Tensor, window: tuple[int, int], precision: str | None, most: int
 ) -> torch.Tensor:
-    """Normalised (3, h, w) to logits (C, h, w), the mean over the windows that a pixel is in."""
+    """Normalised pixels (3, h, w) to logits (C, h, w), averaged over the windows that contain a pixel."""
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
     places = [
@@ -127,16 +129,16 @@ def _slide(
 
 
 def window_starts(length: int, window: int) -> list[int]:
-    """Where windows start along a side: a stride apart, and the last one at the end."""
+    """Offsets of the windows along a side: a stride apart, the last one flush with the end."""
     stride = max(int(window * WINDOW_STRIDE), 1)
     return [*range(0, length - window, stride), length - window]
 
 
 @dataclass(frozen=True)
 class SceneEvaluation:
-    """loss: mean cross entropy of the pixels that have a class. accuracy: the share of them that are right.
-    iou: intersection over union of each class in the order of the classes, NaN of one that is neither in a
-    mask nor found."""
+    """loss: mean cross-entropy over the labelled pixels. accuracy: share of them that are right. iou:
+    intersection over union of each class in the order of the classes, NaN for a class that occurs neither in
+    a mask nor in a prediction."""
 
     loss: float
     accuracy: float
@@ -145,7 +147,7 @@ class SceneEvaluation:
 
     @property
     def miou(self) -> float:
-        """Mean over the classes that there are."""
+        """Mean over the classes that occur."""
         present = [value for value in self.iou if not math.isnan(value)]
         return sum(present) / len(present)
 
@@ -167,8 +169,8 @@ def evaluate_scenes(
     flips: bool = False,
     windows: int = WINDOWS,
 ) -> SceneEvaluation:
-    """Loss, pixel accuracy and intersection over union over all processes' images, at the size that each has;
-    leaves ``model`` in eval mode. The confusion matrix is summed up image by image."""
+    """Loss, pixel accuracy and intersection over union over all processes' images, at their original sizes;
+    leaves ``model`` in eval mode. The confusion matrix is accumulated image by image."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex  # takes seconds
 
     settings: dict[str, Any] = dict(num_classes=num_classes, ignore_index=IGNORED, validate_args=False)
@@ -246,7 +248,7 @@ class Segmentation:
         return SceneBatches(
             scenes.images,
             preprocessing,
-            math.ceil(recipe.batch_size / world.size),  # uneven only where a process has fewer images
+            math.ceil(recipe.batch_size / world.size),  # uneven only if one batch holds the whole set
             train=train,
             seed=recipe.seed,
             device=world.device,

@@ -1,15 +1,15 @@
-"""Sweeps: settings chosen on val, then final runs with several seeds, as the paper does.
+"""Sweeps: a search for settings on val, then final runs with several seeds, as in the paper.
 
 A sweep's folder:
 
     sweep.yaml         what all runs share, what is searched, and how; digests of images and weights
     study.db           the Optuna studies of trials and final runs, unless a storage is named
-    trials/<settings>/ a run folder for each trial; the best one's keeps its prompts
+    trials/<settings>/ a run folder for each trial; only the best one's keeps its prompts
     final/seed-<s>/    a run folder for each final run
     results.json       each trial, the best settings, and the final accuracies
 
-Several processes may work through one sweep at the same time: a trial is taken by one of them, and taken
-again by another when that one ends without an answer.
+Several processes may share one sweep: each trial is taken by one of them, and by another if that one ends
+without a result.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial, Trial
 
-# The grid of the paper's appendix, and of KMnP/vpt: for SGD and for the methods of AdamW.
+# The grids of the paper's appendix and of KMnP/vpt, for SGD and for methods that use AdamW.
 SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 FGVC_RATES = SGD_RATES[:-1]
 WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
@@ -75,11 +75,11 @@ Params = dict[str, Any]
 
 
 class Stopped(Exception):
-    """Asked to stop (Ctrl-C): the trial at hand is given back."""
+    """Asked to stop (Ctrl-C): the current trial is released."""
 
 
 class _Twin(Exception):
-    """Another process trains these settings already."""
+    """Another process is already training these settings."""
 
 
 def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
@@ -91,10 +91,10 @@ def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
 
 
 def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    """`KEY=A,B,C` as a setting of the recipe and its values; values that hold commas are parted by `;`.
+    """Parses `KEY=A,B,C` to a setting of the recipe and its values; `;` separates values that contain commas.
 
     Raises:
-        ValueError: an unknown setting, one that no sweep can search, or a value that the recipe refuses.
+        ValueError: an unknown setting, one that cannot be searched, or a value that the recipe refuses.
     """
     name, equals, listed = text.partition("=")
     name = name.strip().replace("-", "_")
@@ -109,7 +109,7 @@ def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, 
         value: Any = yaml_value("over", text, part)
         if isinstance(value, list) or value is None:
             raise ValueError(f"over is {text!r}, whose value {part!r} is none that can be searched")
-        recipe = Recipe.from_dict({**settings, name: value})  # names what is wrong with it
+        recipe = Recipe.from_dict({**settings, name: value})  # its error names what is wrong
         value = getattr(recipe, name)
         values.append(part if isinstance(value, list | dict) else value)
     return name, tuple(dict.fromkeys(values))
@@ -117,18 +117,18 @@ def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to search, how, and what to run in the end.
+    """What to search and how, and the seeds of the final runs.
 
     Attributes:
         settings: of the recipe, shared by all runs, as `Recipe.from_dict` takes them.
         axes: setting -> values to search; {} searches nothing: `settings` are final.
         seeds: of the final runs.
-        sampler: "grid" is every combination; "tpe" or "random" (Optuna's) choose `trials` of them.
-        trials: for "tpe" and "random".
-        pruner: "none", or Optuna's that ends a trial whose val accuracy is behind: "median", "hyperband".
+        sampler: "grid" tries every combination; "tpe" or "random" (Optuna's) choose `trials` of them.
+        trials: number of trials, for "tpe" and "random".
+        pruner: "none", or Optuna's "median" or "hyperband", which end trials with a low val accuracy early.
 
     Raises:
-        ValueError: an argument cannot be used; the text names it.
+        ValueError: an argument cannot be used; the message names it.
     """
 
     settings: dict[str, Any]
@@ -198,20 +198,20 @@ class Sweep:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What the results depend on."""
+        """All that the results depend on."""
         recipe = self.recipe(**self.points()[0]).to_dict()
         fields = dataclasses.fields(Recipe)
         kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
         return {**self.to_dict(), "settings": kept}
 
     def study_name(self, inputs: Mapping[str, str | None]) -> str:
-        """The same for the same sweep of the same `digest_inputs`, wherever they lie."""
+        """The same for the same sweep with the same `digest_inputs`, wherever the files are."""
         text = json.dumps([self.identity(), inputs], sort_keys=True)
         return f"vpt-fast-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """What `parse_axis` makes of each text; ValueError for a setting that comes twice, too."""
+    """Parses each text with `parse_axis`; also raises ValueError for a duplicate setting."""
     axes: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         name, values = parse_axis(text, settings)
@@ -229,8 +229,8 @@ def default_sweep_folder(recipe: Recipe) -> Path:
 
 
 def best_trial(trials: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of finished trials the one with the highest val accuracy of the last epoch; of equal ones that with
-    the smallest base_lr, then the largest weight_decay, then the first of the grid; None for no trial."""
+    """The finished trial with the highest val accuracy after the last epoch, None if there is none. Ties go
+    to the smallest base_lr, then to the largest weight_decay, then to the first in the grid."""
     done = [trial for trial in trials if trial["state"] == "complete"]
 
     def rank(trial: Mapping[str, Any]) -> tuple[float, ...]:
@@ -250,15 +250,15 @@ def run_sweep(
     cache: TrainingCache | None = None,
     stop: threading.Event | None = None,
 ) -> dict[str, Any]:
-    """Works through what is not done yet of `sweep` in the folder `out`; returns what results.json holds.
+    """Runs what is not done yet of `sweep` in the folder `out`; returns the contents of results.json.
 
-    Its `finished` is False after SIGINT or SIGTERM; the same call goes on. A trial whose training diverges
-    has failed; the sweep goes on.
+    Its `finished` is False after SIGINT or SIGTERM; the same call resumes. A trial that diverges counts as
+    failed, and the sweep continues.
 
     Args:
         storage: URL of an Optuna storage that several machines share; None for a file in `out`.
         cache: shared with other sweeps of this process.
-        stop: set by these signals, for whoever has other sweeps to run.
+        stop: set by these signals, so that the caller can skip its other sweeps.
 
     Raises:
         ValueError: `out` holds another sweep, the data cannot be used, there is no model for one of the
@@ -276,7 +276,7 @@ def run_sweep(
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
     _require_same_sweep(sweep, inputs, out)
     search, final = _open_studies(sweep, inputs, out, storage)
-    with _lock(out):  # whoever comes first names the sweep that the folder holds
+    with _lock(out):  # the first process determines which sweep the folder holds
         _require_same_sweep(sweep, inputs, out)
         _begin(sweep, inputs, out)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
@@ -325,11 +325,11 @@ def run_sweep(
 
 
 def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
-    """Opens the data and builds the model, without its weights, of all combinations that differ in these, so
-    that none is refused after hours of others.
+    """Opens the data and builds the model, without weights, once for each combination of settings that these
+    depend on, so that a trial is refused at once and not after hours of other trials.
 
     Raises:
-        ValueError: what training refuses; the text names the searched settings behind it.
+        ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.recipe(**sweep.points()[0]).device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
@@ -347,7 +347,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
                 _require_trial(recipe, device, cache)
             except ValueError as error:
                 blamed = ", ".join(f"{name} is {point[name]}" for name in point if name in looked_at)
-                if not blamed:  # what all trials share
+                if not blamed:  # all trials share the cause
                     raise
                 raise ValueError(f"over: {blamed}, which no trial can have: {error}") from None
 
@@ -356,7 +356,7 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
     problem = Classification()
     splits = problem.open(recipe, cache)
     recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    graph_obstacle(recipe, device, 1, problem.graph_obstacle)  # refuses a graph that cannot be had
+    graph_obstacle(recipe, device, 1, problem.graph_obstacle)  # raises if the requested graph is impossible
     model = build_model_without_values(recipe, len(splits.classes))
     if model is not None:
         require_attention(recipe, model, device)
@@ -364,10 +364,10 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
-    """What tells a sweep's images, and its backbone's file of weights where it has one, from others, wherever
-    they lie.
+    """Digests of a sweep's lists of images and, if given, its checkpoint file; they do not depend on where
+    these are stored.
 
-    Raises ValueError where the file cannot be read.
+    Raises ValueError if the checkpoint cannot be read.
     """
     recipe = sweep.recipe(**sweep.points()[0])
     splits = Classification().open(recipe, cache)
@@ -397,7 +397,7 @@ def _file_digest(path: str) -> str:
 
 @dataclass(frozen=True)
 class _FinalPlan:
-    """What the final runs train on, and the split that their accuracy is of."""
+    """The settings that final runs add, and the split that they are evaluated on."""
 
     changes: dict[str, Any]
     split: str
@@ -406,7 +406,8 @@ class _FinalPlan:
 
     @classmethod
     def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
-        """VTAB and folders with test images train on train and val; FGVC on train, as in the paper."""
+        """Final runs of VTAB and of data with test images train on train and val; of FGVC on train, as in the
+        paper."""
         recipe = sweep.recipe(**sweep.points()[0])
         splits = Classification().open(recipe, cache)
         if splits.test is None:
@@ -425,12 +426,12 @@ class _FinalPlan:
 
 @dataclass(frozen=True)
 class _Amount:
-    """What a combination of the searched settings comes to, as a trial and as a final run."""
+    """The amount of training for a combination of the searched settings, as a trial and as a final run."""
 
     epochs: int
     trial_images: int
     final_images: int
-    note: str  # of the final run
+    note: str  # about the final run
 
     @classmethod
     def of(cls, recipe: Recipe, plan: _FinalPlan, cache: TrainingCache) -> _Amount:
@@ -445,13 +446,14 @@ class _Amount:
 
 
 def _relative_costs(sweep: Sweep, amounts: Sequence[_Amount]) -> Callable[[Params], float]:
-    """From settings to the images that a trial with them trains on, over those of the mean trial."""
+    """A function from settings to their trial's cost (epochs times images), relative to the mean."""
     points, costs = sweep.points(), [amount.epochs * amount.trial_images for amount in amounts]
     return lambda params: costs[points.index(params)] / statistics.fmean(costs)
 
 
 def trial_folder(out: Path, params: Params) -> Path:
-    """Named by the trial's settings, so that whoever takes a trial again goes on from its last epoch."""
+    """Named by the trial's settings, so that a process that takes over a trial resumes from its last
+    epoch."""
     name = ",".join(
         f"{key}={_short(value) if isinstance(value, float) else value}" for key, value in params.items()
     )
@@ -462,14 +464,13 @@ def trial_folder(out: Path, params: Params) -> Path:
 
 
 def _short(value: float) -> str:
-    """In six digits where these tell it from every other number."""
+    """The value in six significant digits if these are exact, else in full."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
 def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None] | None]:
-    """The sweep that a folder was begun with, and its `digest_inputs`: None of a file from before they were
-    kept."""
+    """The sweep in a sweep.yaml, and its `digest_inputs`, which are None if the file predates them."""
     values = read_yaml(path)
     try:
         inputs = values.pop("inputs", None)
@@ -483,7 +484,7 @@ def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None] | None]:
 
 
 def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
-    """Raises ValueError where the folder holds another sweep."""
+    """Raises ValueError if the folder holds another sweep."""
     path = out / "sweep.yaml"
     if not path.exists():
         return
@@ -496,7 +497,7 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         now, was = sweep.settings.get(name), begun.settings.get(name)
         if recorded is None:
             one, other = (path and Path(path).expanduser().resolve() for path in (now, was))
-            is_same = now == was or one == other  # timm's names of data sets are no paths
+            is_same = now == was or one == other  # timm's data set names are not paths
         else:
             is_same = digest == recorded[name]
         if not is_same:
@@ -508,7 +509,7 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
 
 
 def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
-    """Writes sweep.yaml where there is none: the folder is this sweep's from here on."""
+    """Writes sweep.yaml if there is none; from then on the folder belongs to this sweep."""
     if not (out / "sweep.yaml").exists():
         values = {**sweep.to_dict(), "inputs": dict(inputs)}
         write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
@@ -517,7 +518,7 @@ def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
 def _print_plan(
     console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
 ) -> None:
-    """How many runs, epochs and images; from the least to the most where that is the search's to say."""
+    """Prints the numbers of runs, epochs and images, as ranges if they depend on the searched settings."""
     epochs = _range(amount.epochs for amount in amounts)
     trials = [amount.epochs * amount.trial_images for amount in amounts]
     finals = [len(sweep.seeds) * amount.epochs * amount.final_images for amount in amounts]
@@ -550,16 +551,16 @@ def _range(values: Iterable[int]) -> str:
 def _open_studies(
     sweep: Sweep, inputs: Mapping[str, str | None], out: Path, storage: str | None
 ) -> tuple[optuna.Study, optuna.Study]:
-    """The studies of trials and of final runs; whichever process comes first makes them.
+    """The studies of trials and of final runs; the first process creates them.
 
-    Raises ValueError where the storage cannot be opened; of its URL, which may hold a password, it says
-    nothing.
+    Raises ValueError if the storage cannot be opened. The message does not contain its URL, which may hold a
+    password.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError  # what Optuna's storage is made of
+    from sqlalchemy.exc import SQLAlchemyError  # Optuna's storage is built on SQLAlchemy
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Not by a URL of its own: a folder's name may hold what means something in one, or to Optuna ({}).
+    # The path is not put into the URL: it may contain characters that are special there, or to Optuna ({}).
     path = (out / "study.db").resolve()
     url = storage or "sqlite:///study.db"
     engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
@@ -582,7 +583,7 @@ def _open_studies(
         final = optuna.create_study(
             storage=opened, study_name=f"{name}-final", direction="maximize", load_if_exists=True
         )
-    # A sampler that goes on would draw again what it drew at first; numpy's seeds have 32 bits.
+    # With the same seed, a resumed sampler would repeat its first draws; numpy's seeds have 32 bits.
     seed = (seed + len(search.trials)) % 2**32
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
     if sweep.sampler in samplers:
@@ -598,7 +599,7 @@ def _open_studies(
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """One process at a time, where there are several."""
+    """Lets one process at a time into the block."""
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -606,9 +607,9 @@ def _lock(out: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Worker:
-    """Takes one trial of a study after the other until none is left, here or in another process.
+    """Runs the trials of a study one by one, until none is left to run, here or in another process.
 
-    wanted: what is to be tried; None leaves it to the study's sampler, `limit` times.
+    wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
     """
 
     study: optuna.Study
@@ -649,7 +650,7 @@ class _Worker:
     def _take_one(self) -> None:
         self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
         self.after()
-        if self.stop.is_set():  # too late for the trial, which came to its end
+        if self.stop.is_set():  # after the trial had finished
             raise Stopped
 
     def _objective(self, trial: Trial) -> float:
@@ -659,7 +660,7 @@ class _Worker:
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
         for twin in self.study.get_trials(deepcopy=False):
             if twin.number != trial.number and twin.params == params:
-                if twin.state.name == "COMPLETE":  # a sampler's choice may repeat; the answer would too
+                if twin.state.name == "COMPLETE":  # a sampler may repeat a choice; so would the result
                     return twin.value
                 if twin.state.name == "RUNNING" and twin.number < trial.number:
                     time.sleep(POLL_SECONDS)
@@ -693,7 +694,7 @@ class _Worker:
         return value
 
     def _give_back_dead(self) -> None:
-        """Fails trials whose process is gone: on this machine at once, elsewhere when it was silent long."""
+        """Fails trials whose process has died: on this machine at once, elsewhere after the grace period."""
         import optuna
 
         with warnings.catch_warnings():
@@ -706,12 +707,12 @@ class _Worker:
 
 
 def _params(trial: FrozenTrial) -> Params:
-    """A trial's settings, of one that waits too."""
+    """A trial's settings, also of one that is still waiting."""
     return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
 
 
 def _is_done(trial: FrozenTrial) -> bool:
-    """Whether there is no use in trying it again."""
+    """Whether the trial need not be run again: it is complete or pruned, or it diverged."""
     return trial.state.name in ("COMPLETE", "PRUNED") or "diverged" in trial.user_attrs
 
 
@@ -720,7 +721,7 @@ def _owner() -> dict[str, Any]:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks, since ids are given again; None where there is none."""
+    """When a process started, in kernel ticks, since process ids are reused; None if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -730,19 +731,19 @@ def _process_start(pid: int) -> str | None:
 
 def _is_alive(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get("owner")
-    if owner is None:  # taken, and not said by whom yet: a matter of moments
+    if owner is None:  # just taken: the owner is recorded moments later
         return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
     if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
-        return True  # its heartbeat tells
+        return True  # its heartbeat decides
     return _process_start(owner["pid"]) == owner["started"]
 
 
 def _collect(
     sweep: Sweep, plan: _FinalPlan, search: optuna.Study, final: optuna.Study, out: Path
 ) -> dict[str, Any]:
-    """What the studies have come to, written to results.json."""
+    """The results of the studies so far; writes them to results.json."""
     points = sweep.points()
-    rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler's choices may repeat
+    rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler may repeat a choice
     parameters = None
     for trial in search.get_trials(deepcopy=False):
         if not _is_done(trial) or (place := points.index(_params(trial))) in rows:
@@ -768,7 +769,7 @@ def _collect(
         for t in final.get_trials(deepcopy=False)
         if "diverged" in t.user_attrs
     }
-    # The best trial's: backbone and method may be searched, too.
+    # The best trial's recipe: backbone and method may be searched, too.
     recipe = sweep.recipe(**(points[0] if best is None else best["params"]))
     results = {
         "kind": "sweep",
@@ -799,8 +800,8 @@ def _collect(
 
 
 def _holds_more(path: Path, results: Mapping[str, Any]) -> bool:
-    """Whether the file has final runs that these results lack, as where the study that they were in is gone:
-    they are read again from their folders, and until then the file is all that there is of them."""
+    """Whether the file has final runs that `results` lacks. This happens if their study was lost: until the
+    runs have been read from their folders again, the file is the only record of them."""
     try:
         known = json.loads(path.read_text())["final"]["accuracies"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -809,7 +810,7 @@ def _holds_more(path: Path, results: Mapping[str, Any]) -> bool:
 
 
 def _tidy(results: Mapping[str, Any], out: Path) -> None:
-    """Trials that are done need no checkpoint, and only the best one's prompts are kept."""
+    """Deletes the checkpoints of finished trials, and the prompts of all but the best one."""
     for row in results["trials"]:
         folder = RunFolder(trial_folder(out, row["params"]))
         folder.checkpoint.unlink(missing_ok=True)
@@ -818,7 +819,8 @@ def _tidy(results: Mapping[str, Any], out: Path) -> None:
 
 
 class _Display:
-    """A bar over the trials on a terminal, a line for each trial that ends, and once what is left."""
+    """A progress bar over the trials, on a terminal; a line for each finished trial; and once an estimate of
+    the remaining time."""
 
     def __init__(
         self,

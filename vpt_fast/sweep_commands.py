@@ -1,4 +1,4 @@
-"""vpt-fast sweep, ablate, table and plot: settings by search, and many runs side by side."""
+"""vpt-fast sweep, ablate, table and plot: searches, and comparisons of many runs."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def sweep(
 ) -> None:
     """Search settings on val, then train with the best ones on several seeds, and test.
 
-    The best trial has the highest val accuracy after the last epoch; ties go to the smaller base_lr. Ctrl-C
-    stops; the same command resumes. To use several GPUs, start it once per GPU (--device).
+    The best trial has the highest val accuracy after the last epoch; ties
+    go to the smaller base_lr. Ctrl-C stops; the same command resumes. To use
+    several GPUs, start it once per GPU (--device).
 
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
@@ -151,8 +152,9 @@ def ablate(
 ) -> None:
     """Run one of the paper's ablations and plot the accuracies.
 
-    Prompt length (Fig. 6), depth (Fig. 7), location (Fig. 5), what the head reads (output, Fig. 8), or the
-    fraction of the training images (data-size, Fig. 3). Flags of train apply to every point. Ctrl-C stops;
+    Prompt length (Fig. 6), depth (Fig. 7), location (Fig. 5), what the head
+    reads (output, Fig. 8), or the fraction of the training images
+    (data-size, Fig. 3). Flags of train apply to every point. Ctrl-C stops;
     the same command resumes.
 
     [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
@@ -226,7 +228,7 @@ def tsne(
 
 
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration file and, over it, the flags that were given."""
+    """The settings of a configuration file, overridden by the flags that were given."""
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     return {**(read_yaml(config) if config else {}), **given}
 

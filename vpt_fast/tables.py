@@ -1,4 +1,4 @@
-"""Accuracies of many runs in the layout of the paper's Table 1, beside the published ones."""
+"""Accuracies of many runs in the layout of the paper's Table 1, with the published ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vpt_fast.run import RunFolder
 
 FORMATS = ("markdown", "csv", "latex")
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
-OTHER = "other"  # the group of tasks that are none of the paper's
+OTHER = "other"  # the group of tasks that are not the paper's
 BASELINE = "full"  # wins are counted against it
 MISSING = "-"
 SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data")
@@ -28,13 +28,13 @@ SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "
 
 @dataclass(frozen=True)
 class Entry:
-    """What a method came to on a task, in percent.
+    """A method's accuracy on a task, in percent.
 
     standard_deviation: of a sample (n - 1), over `runs` runs; None for one run.
-    split: whose accuracy it is: "test", or "val" where there was no test.
+    split: that the accuracy is on: "test", or "val" if there was no test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
-    prompt_location: of the prompts, where there are any.
-    has_weights: whether the backbone had published weights, or those of a file.
+    prompt_location: of the prompts, if there are any.
+    has_weights: whether the backbone had pretrained weights, published ones or a checkpoint's.
     """
 
     method: str
@@ -51,28 +51,29 @@ class Entry:
 
     @property
     def published(self) -> Published | None:
-        """Of the backbone, with prompts where these are; None for an accuracy on val or of a backbone without
-        weights, which has nothing to be held against."""
+        """Published numbers of the backbone with this prompt location; None for an accuracy on val or of a
+        backbone without weights, to which none are comparable."""
         if self.split != "test" or not self.has_weights:
             return None
         return published_of(self.backbone, self.prompt_location)
 
     @property
     def published_accuracy(self) -> float | None:
-        """Of the method on the task, in percent."""
+        """The published accuracy of the method on the task, in percent."""
         accuracies = self.published.accuracies if self.published is not None else {}
         return accuracies.get(self.method, {}).get(self.task)
 
 
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
-    """What sweep folders, run folders, and folders of these hold; and notes on what was left out.
+    """Reads sweep folders, run folders, and folders of these; also returns notes on what was left out.
 
-    Runs of one method and task that differ in their seed alone are taken together.
+    Runs of one method and task that differ only in their seed are averaged.
 
     Raises:
-        ValueError: a folder holds no results, a method and task come twice, or two data sets have one name.
+        ValueError: a folder holds no results, a method and task occur twice, or two data sets have the same
+            name.
     """
-    data: dict[str, tuple[Path, list[str]]] = {}  # by task: where its classes were first seen
+    data: dict[str, tuple[Path, list[str]]] = {}  # by task: the first folder with it, and the classes there
     entries: dict[tuple[str, str, str], Entry] = {}
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
@@ -124,7 +125,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """The mapping in a file of a run or sweep; ValueError, which names the file, where it is none."""
+    """The mapping in a JSON file of a run or sweep; ValueError, which names the file, if it is not usable."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -141,7 +142,7 @@ def _require(path: Path, values: dict[str, Any], *keys: str) -> None:
 
 
 def _find(folder: Path) -> list[Path]:
-    """The folders of results that there are, and runs that have none yet."""
+    """The folders with results in `folder`, and runs that have none yet."""
     if (folder / "results.json").exists():
         return [folder]
     if not any(folder.glob("*/results.json")):
@@ -157,9 +158,9 @@ def _task(values: dict[str, Any]) -> str:
 def _require_same_classes(
     data: dict[str, tuple[Path, list[str]]], task: str, path: Path, classes: list[str] | None
 ) -> None:
-    """Raises ValueError where the results in `path` are of other data than those of the same name before.
+    """Raises ValueError if the data behind `path` have other classes than earlier data with the same name.
 
-    classes: None where the results were written without them.
+    classes: None if the results do not record them.
     """
     if classes is None:
         return
@@ -228,7 +229,8 @@ def _run_entry(
 
 
 def _images_by_class(facts: dict[str, Any]) -> list[int] | None:
-    """Of train and val together, whose parts the seed draws; None where they are not told."""
+    """Images per class in train and val together, since the seed decides how they are split; None if they are
+    not recorded."""
     data = facts.get("data", {})
     counts = [data[split]["per_class"] for split in ("train", "val") if data.get(split)]
     return [sum(of_class) for of_class in zip(*counts, strict=True)] if counts else None
@@ -236,10 +238,11 @@ def _images_by_class(facts: dict[str, Any]) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Mean:
-    """A method's mean over the tasks of a group that there are.
+    """A method's mean over the `tasks` tasks of a group that have results.
 
-    published: over `published_tasks` tasks: the same ones, or where single tasks were not published, all.
-    wins: tasks of these on which it is better than full fine-tuning.
+    published: the published mean over `published_tasks` tasks: the same ones, or all of the group if single
+        tasks were not published.
+    wins: number of tasks on which the method is better than full fine-tuning.
     """
 
     accuracy: float
@@ -250,15 +253,15 @@ class Mean:
 
     @property
     def difference(self) -> float | None:
-        """Of means over the same tasks."""
+        """Accuracy minus the published mean; None if they are not over the same tasks."""
         is_same = self.published is not None and self.published_tasks == self.tasks
         return self.accuracy - self.published if is_same else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a backbone: its entries by task, means by group, and the parameters of all of its tasks
-    together, in backbones."""
+    """A method on a backbone: its entries by task, means by group, and the total parameters for all of its
+    tasks in units of the backbone."""
 
     name: str
     method: str
@@ -273,7 +276,7 @@ class Row:
 
     @property
     def published_accuracies(self) -> dict[str, float]:
-        """Of the method on this backbone by task, those without an entry too."""
+        """Published accuracies of the method on this backbone, also for tasks without an entry."""
         if not self._first.has_weights:
             return {}
         published = published_of(self._first.backbone, self._first.prompt_location)
@@ -285,7 +288,7 @@ class Row:
 
 
 def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
-    """A row for each method and backbone, and notes on what they are compared to."""
+    """A row for each method and backbone, and notes on what they are compared with."""
     backbones = dict.fromkeys(entry.backbone for entry in entries)
     rows, notes = [], []
     for backbone in backbones:
@@ -303,7 +306,7 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
             size = next(iter(mine.values())).backbone_parameters
             total = (size + sum(entry.stored for entry in mine.values())) / size
-            # Published accuracies are of backbones that had weights.
+            # Published accuracies are of pretrained backbones: without weights, only own runs are compared.
             has_baseline = any(entry.method == BASELINE for entry in here)
             against = full if has_baseline or all(entry.has_weights for entry in mine.values()) else {}
             means = {
@@ -322,7 +325,7 @@ def _of_group(entries: dict[str, Entry], group: str) -> list[Entry]:
 
 
 def _mean(method: str, group: str, entries: list[Entry], full: dict[tuple[str, str], float]) -> Mean | None:
-    """`full` are the baseline's accuracies by task and split."""
+    """`full` holds the baseline's accuracies by task and split."""
     if not entries:
         return None
     published, published_tasks = _published_mean(method, group, entries)
@@ -338,8 +341,8 @@ def _mean(method: str, group: str, entries: list[Entry], full: dict[tuple[str, s
 
 
 def _published_mean(method: str, group: str, entries: list[Entry]) -> tuple[float | None, int]:
-    """The mean of the method over a group, and over how many tasks it is: as published where all of them are
-    there, since the tasks' own numbers are rounded, or where none was published task by task."""
+    """The method's published mean over a group, and its number of tasks. It is the published value if all
+    tasks are present (single accuracies are rounded) or if no single accuracies were published."""
     of_all = entries[0].published.means.get(method, {}).get(group) if entries[0].published else None
     single = [entry.published_accuracy for entry in entries]
     known = [value for value in single if value is not None]
@@ -350,7 +353,7 @@ def _published_mean(method: str, group: str, entries: list[Entry]) -> tuple[floa
 
 
 def _tasks_of(group: str) -> int:
-    """How many the paper has."""
+    """The number of tasks that the paper has in a group."""
     return sum(task.group == group for task in TASKS.values())
 
 
@@ -404,7 +407,7 @@ def _summary(rows: list[Row]) -> Lines:
 
 
 def _groups(rows: list[Row]) -> list[str]:
-    """The paper's where there is a task of it, and that of other tasks where there are any."""
+    """The paper's groups if any of its tasks is present, then the group of other tasks if there are any."""
     found = {group for row in rows for group in row.means}
     return [*(GROUPS if found - {OTHER} else ()), *([OTHER] if OTHER in found else [])]
 
@@ -455,7 +458,7 @@ _LATEX |= {character: "\\" + character for character in "%_&#{}$"}
 
 
 def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
-    """Tables for booktabs."""
+    """LaTeX tables with booktabs."""
 
     def escaped(text: str) -> str:
         return "".join(_LATEX.get(character, character) for character in text)

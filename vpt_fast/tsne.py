@@ -1,4 +1,4 @@
-"""What a run's head reads, in two dimensions (Jia et al., ECCV 2022, Fig. 9)."""
+"""t-SNE of the features that a run's head reads (Jia et al., ECCV 2022, Fig. 9)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vpt_fast.data import Batches
 from vpt_fast.inference import Classifier, open_split
 from vpt_fast.report import evaluating
 
-MOST_IMAGES = 2000  # t-SNE of more takes minutes, and its picture shows no more
-PERPLEXITY = 30.0  # scikit-learn's default, and van der Maaten's
+MOST_IMAGES = 2000  # t-SNE of more takes minutes, and the plot shows nothing new
+PERPLEXITY = 30.0  # the default of scikit-learn, and van der Maaten's
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def embed_run(
 ) -> Embedding:
     """t-SNE (van der Maaten and Hinton, 2008) of the features that a run's head reads, by scikit-learn.
 
-    Of a split with more than `MOST_IMAGES` images so many are taken, at random by `seed`.
+    A split with more than `MOST_IMAGES` images is subsampled to that number, with `seed`.
 
     Raises ValueError for a split of fewer than 3 images, and as Classifier.load and open_split do.
     """
@@ -63,7 +63,7 @@ def embed_run(
 def read_features(
     classifier: Classifier, batches: Batches, split: str, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the head is given for every image (n, d), in float32, and the labels (n,)."""
+    """The head's input features (n, d) float32 for every image, and the labels (n,)."""
     read, labels = [], []
     with evaluating(console, split, batches.num_images) as advance:
         for images, targets in batches.epoch(0):  # (b, 3, H, W), (b,)

@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-_joined = itertools.count()  # times that this process has joined others
+_joined = itertools.count()  # process groups that this process has joined
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that train together."""
+    """This process's rank among those that train together."""
 
     rank: int
     size: int
@@ -32,7 +32,7 @@ class World:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of every process's ``tensor``, on all of them."""
+        """The sum of ``tensor`` over all processes, on each of them."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
@@ -46,21 +46,22 @@ class World:
 
     @contextlib.contextmanager
     def joined(self, network: nn.Module) -> Iterator[nn.Module]:
-        """``network``, its gradients averaged over all processes where there are several."""
+        """``network`` with gradients averaged over all processes, if there are several."""
         if self.size == 1:
             yield network
             return
-        # No buffer changes in training: integer tables of windows, a frozen BatchNorm's statistics.
+        # No buffer changes in training: windows' index tables, frozen BatchNorm statistics.
         parallel = DistributedDataParallel(network, broadcast_buffers=False)
         try:
             yield parallel
         finally:
-            # Gone before the process group is: torch 2.11 may wait for ever where a Reducer is the last to
-            # hold it, and a process that holds it to its end may abort there.
+            # Released before the process group is destroyed: torch 2.11 may hang if a Reducer holds the last
+            # reference to the group, and a process that still holds it at exit may abort.
             parallel.reducer = parallel.logger = parallel.process_group = None
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns in the main process, on all; its ValueError or OSError likewise."""
+        """Calls ``function`` in the main process and returns its result, or raises its ValueError or OSError,
+        in all of them."""
         if self.size == 1:
             return function()
         answer: list[tuple[T | None, Exception | None]] = [(None, None)]
@@ -78,7 +79,7 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: str | None) -> Iterator[World]:
-    """Joins torchrun's processes where it started this one; ``device`` None takes a GPU where there is one.
+    """Joins the other processes if torchrun started this one; ``device`` None takes a GPU if there is one.
 
     Raises ValueError for a device that torch does not know or this machine does not have.
     """
@@ -89,8 +90,8 @@ def join_world(device: str | None) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # torchrun keeps one store for as long as its processes live, and every group that is made in it with
-    # torch's own keys reads the addresses that the one before may have left there.
+    # torchrun's store lives as long as its processes. With torch's own keys, a new process group would read
+    # addresses that an earlier one may have left there; hence the prefix.
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"vpt_fast/{next(_joined)}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -102,7 +103,7 @@ def join_world(device: str | None) -> Iterator[World]:
 
 
 def find_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; None is this process's GPU where there is one, else the CPU."""
+    """The device called ``name``; None is this process's GPU if there is one, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

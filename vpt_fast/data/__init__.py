@@ -1,4 +1,4 @@
-"""Images from wherever they are kept to normalised batches on a device."""
+"""From stored images (folders, shards, data sets) to normalised batches on a device."""
 
 from __future__ import annotations
 

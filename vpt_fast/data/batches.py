@@ -1,4 +1,4 @@
-"""Batches of normalised images on a device, the same whatever the number of workers."""
+"""Batches of normalised images on a device, identical for any number of workers."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ _Read = tuple[int, tuple[float, float] | None]  # index of an image, crop positi
 class Batches:
     """Batches of images (b, 3, H, W) float32 and labels (b,) int64 on `device`.
 
-    Training goes through a new permutation each epoch, with a new augmentation; evaluation goes through the
-    list's order. Everything drawn depends on (seed, epoch) alone: not on workers, on where the pixels are
-    kept, on ranks, or on PyTorch's global generators, which are left alone.
+    Training shuffles and augments anew in each epoch; evaluation keeps the list's order. All random choices
+    depend on (seed, epoch) alone: not on the number of workers, on where the pixels are kept or on ranks.
+    PyTorch's global generators are neither read nor advanced.
 
-    Of `world_size` processes, each takes every `world_size`-th image of the same permutation, so that the
-    processes' batches of one step together are the batch that one process would get with `batch_size` ·
-    `world_size`. In training the permutation is lengthened, by starting over, to a multiple of `world_size`:
-    all ranks take the same number of steps. In evaluation each image is seen exactly once, and ranks may
-    differ by one image, so by one step.
+    Each of `world_size` processes takes every `world_size`-th image of the same permutation, so that the
+    processes' batches of one step together are the batch of a single process with `batch_size` ·
+    `world_size`. In training the permutation is padded from its start to a multiple of `world_size`, so that
+    all ranks take the same number of steps. In evaluation each image is seen exactly once, so ranks may
+    differ by one image and therefore by one step.
 
-    A set that fits is decoded once and kept as uint8, on the device or in the host's memory (`resident`);
-    larger ones are decoded in each epoch by `workers` processes. From the host's memory a GPU copies a batch
-    image by image where all pixels are pinned, else the batch is gathered in pinned memory first. All
-    give the same numbers.
+    A set that fits is decoded once and kept as uint8, on the device or in host memory (`resident`); larger
+    ones are decoded in each epoch by `workers` processes. If all pixels in host memory are pinned, a batch is
+    copied to the GPU image by image; else it is gathered in pinned memory first. All of these give the same
+    numbers.
 
     Args:
-        images: what to read; a `CheckedImages` brings its pixels along.
-        batch_size: images a step of this process; the last batch of an epoch may be smaller, nothing is
+        images: what to read; decoded pixels of a `CheckedImages` are reused.
+        batch_size: images per step of this process; the last batch of an epoch may be smaller, nothing is
             dropped.
         train: whether to shuffle and augment.
         seed: 0 or more.
-        workers: decoding processes (threads for the one decoding of a resident set); 0 decodes in this one,
-            None is `default_workers()`.
-        resident: "device", "host", "off", or "auto": the first of device and host whose free memory the
-            pixels take no more than a quarter of, else off.
+        workers: decoding processes (threads when a resident set is decoded); 0 decodes in this process, None
+            is `default_workers()`.
+        resident: "device", "host", "off", or "auto": the first of device and host where the pixels take at
+            most a quarter of the free memory, else off.
 
     Attributes:
-        not_pinned: why pixels in the host's memory are not pinned; None where they are, or where there are
-            none or no GPU.
+        not_pinned: why pixels in host memory are not pinned; None if they are, or if there are no such
+            pixels or no GPU.
 
     Raises:
-        ValueError: an argument cannot be used; the text names it.
+        ValueError: an argument cannot be used; the message names it.
         DecodeError: a file cannot be decoded: here for a resident set, else in `epoch`. Run `check_images`
-            before.
+            first.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class Batches:
         self._is_pinned = to_a_gpu and self.not_pinned is None
 
     def __len__(self) -> int:
-        """Steps an epoch of this rank."""
+        """Steps per epoch of this rank."""
         return math.ceil(self.num_rank_images / self.batch_size)
 
     @property
     def num_rank_images(self) -> int:
-        """Images an epoch of this rank: in training with those that come twice to even the ranks out."""
+        """Images per epoch of this rank, in training including the repeated ones that even out the ranks."""
         if self.train:
             return math.ceil(self.num_images / self.world_size)
         return len(range(self.rank, self.num_images, self.world_size))
@@ -125,12 +125,12 @@ class Batches:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of pixels kept."""
+        """Bytes of the pixels that are kept."""
         return 0 if self._resident is None else self._resident.num_bytes
 
     @property
     def resident_device(self) -> torch.device | None:
-        """Where the pixels are kept; None where they are not."""
+        """Where the pixels are kept; None if they are not."""
         if self._resident is None:
             return None
         stored = self._resident.pixels
@@ -141,14 +141,14 @@ class Batches:
         return self._draw(epoch).indices
 
     def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of epoch `epoch`, 0 or more. One epoch at a time: where files are decoded, starting one
-        ends any other, which then raises RuntimeError."""
+        """The batches of epoch `epoch`, 0 or more. Only one epoch can run at a time: if files are decoded,
+        starting another ends this one, which then raises RuntimeError."""
         return self._batches(self._draw(epoch))
 
     def _batches(self, draws: _Draws) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         starts = range(0, len(draws.indices), self.batch_size)
         chunks = [slice(start, start + self.batch_size) for start in starts]
-        # Whole epochs go to the device at once: a copy for each batch would make the host wait for a GPU.
+        # Copied to the device once per epoch: a copy per batch would make the host wait for the GPU.
         labels = self._labels[draws.indices].to(self.device)
         flips = None if draws.flips is None else draws.flips.to(self.device)
         read = self._read_resident if self._loader is None else self._read_files
@@ -175,29 +175,30 @@ class Batches:
             yield self._to_device(torch.stack(cropped))
 
     def _copy_each(self, stored: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Straight from where they lie: nothing is gathered in the host's memory, and nothing waits."""
+        """Copies each image from pinned memory: nothing is gathered on the host, and nothing waits."""
         pixels = torch.empty(len(indices), *stored.shape[1:], dtype=stored.dtype, device=self.device)
         for image, index in zip(pixels, indices.tolist(), strict=True):
             image.copy_(stored[index], non_blocking=True)
         return pixels
 
     def _to_device(self, pixels: torch.Tensor) -> torch.Tensor:
-        """From pinned memory: the copy runs beside the GPU's work, and nothing waits for it."""
+        """Copies through pinned memory: the copy overlaps with the GPU's work, and nothing waits for it."""
         if pixels.device.type == "cpu" and self.device.type == "cuda":
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
 
     def _read_files(self, draws: _Draws, chunks: list[slice]) -> Iterator[torch.Tensor]:
-        """The same, from the files."""
+        """As `_read_resident`, from the files."""
         assert self._loader is not None
         reads = list(zip(draws.indices.tolist(), draws.positions, strict=True))
         plan = self._plan.batches = [reads[chunk] for chunk in chunks]
         for pixels in self._loader:
-            if self._plan.batches is not plan:  # the workers are one iterator: it has gone over to that epoch
+            if self._plan.batches is not plan:  # the workers' one iterator now serves the other epoch
                 raise RuntimeError("epoch: another epoch was started before this one had ended")
             if isinstance(pixels, DecodeError):
-                # Another one: with its own traceback in this frame, the loader would be freed by the garbage
-                # collector, after its queues, and wait for workers that it can no longer tell to stop.
+                # A new exception: the original's traceback would tie the loader to this frame in a reference
+                # cycle. The garbage collector would free it after its queues, and it would wait for workers
+                # that it can no longer tell to stop.
                 raise DecodeError(pixels.path, pixels.reason)
             yield pixels.to(self.device, non_blocking=True)
 
@@ -205,13 +206,13 @@ class Batches:
         if epoch < 0:
             raise ValueError(f"epoch: {epoch}, wanted 0 or more")
         if not self.train:
-            # not torch.arange: a rank beyond the last image has none
+            # not torch.arange, which refuses the empty range of a rank beyond the last image
             mine = torch.tensor(range(self.rank, self.num_images, self.world_size), dtype=torch.int64)
             return _Draws(mine, None, [None] * len(mine))
         state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         order = torch.randperm(self.num_images, generator=generator)
-        # For all images, so that what an image gets does not depend on the rank that takes it.
+        # Drawn for all images, so that an image's augmentation does not depend on the rank that takes it.
         uniform = torch.rand(self.num_images, 3, dtype=torch.float64, generator=generator)
         length = self.num_rank_images * self.world_size
         order = order.repeat(math.ceil(length / self.num_images))[:length]
@@ -250,12 +251,12 @@ class Batches:
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=ignore_interrupts,
-            generator=torch.Generator(),  # else each epoch takes a number from the global one
+            generator=torch.Generator(),  # else each epoch draws from the global one
         )
 
 
 class _Draws(NamedTuple):
-    """What one rank's epoch is made of."""
+    """The random choices for one rank's epoch."""
 
     indices: torch.Tensor  # (n,) int64
     flips: torch.Tensor | None  # (n,) bool
@@ -263,7 +264,7 @@ class _Draws(NamedTuple):
 
 
 class _Plan(Sampler):
-    """The batches of the epoch that comes next."""
+    """The batches of the next epoch."""
 
     def __init__(self) -> None:
         self.batches: list[list[_Read]] = []
@@ -276,8 +277,8 @@ class _Plan(Sampler):
 
 
 class _Files(Dataset):
-    """Read (index, crop position) -> uint8 (3, H, W), or the error: an exception raised in a worker process
-    would reach the user with the worker's traceback for its text."""
+    """Read (index, crop position) -> uint8 (3, H, W), or the error. It is returned because an exception
+    raised in a worker process would reach the user with the worker's traceback as its message."""
 
     def __init__(self, items: tuple[ImageItem, ...], preprocessing: Preprocessing) -> None:
         self._items = items
@@ -292,7 +293,7 @@ class _Files(Dataset):
 
 
 def ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the one that trains decides what becomes of it.
+    # Ctrl-C reaches every process of the terminal; only the training process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""What there is of a benchmark task in a folder, and what is missing: all of it, not the first fault."""
+"""What a folder holds of a benchmark task, and what is missing: all problems, not only the first."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .tasks import Task, find_task_folder, read_task
 
 @dataclass(frozen=True)
 class SplitFound:
-    """One list of a task: `images` is None where it cannot be read; `expected` is 0 where train stands in for
-    val."""
+    """One list of a task: `images` is None if it cannot be read; `expected` is 0 for val if it is held out of
+    train."""
 
     split: str
     images: int | None
@@ -23,8 +23,8 @@ class SplitFound:
 
 @dataclass(frozen=True)
 class TaskFound:
-    """A task in a folder: `folder` is None where there is nothing of it; `num_classes` are those that its
-    lists have images of."""
+    """A task in a folder: `folder` is None if nothing of it was found; `num_classes` counts the classes that
+    occur in its lists."""
 
     task: Task
     folder: Path | None
@@ -38,7 +38,7 @@ class TaskFound:
 
 
 def check_task(task: Task, root: Path) -> TaskFound:
-    """Reads `task` below `root` as `open_task` does; what that would refuse are problems, and a missing list
+    """Reads `task` below `root` as `open_task` does. Problems are what that would refuse, and a missing list
     of test images."""
     folder = find_task_folder(task, root)
     if folder is None:
@@ -61,16 +61,17 @@ def check_task(task: Task, root: Path) -> TaskFound:
         if listed is not None:
             images = None if listed.entries is None else len(listed.entries)
             splits.append(SplitFound(split, images, listed.expected))
-        else:  # of FGVC's val a tenth of train takes the place: that is as good
+        else:  # a missing val list is no problem for FGVC: a tenth of train is held out instead
             splits.append(SplitFound(split, *((0, 0) if split == "val" else (None, task.sizes[split]))))
     classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
-    # Beside the folder's own name.
+    # The table has the folder in a column of its own.
     shown = tuple(problem.replace(f"{whole}/", "").removeprefix(f"{whole}: ") for problem in problems)
     return TaskFound(task, folder, tuple(splits), len(classes), shown)
 
 
 def find_tasks(root: Path, tasks: Iterable[Task]) -> list[TaskFound]:
-    """Those of `tasks` that `root` holds, or that it is by its name: each list would fit several tasks."""
+    """Those of `tasks` that `root` holds, or that `root` itself is. The latter goes by its name, since lists
+    of several tasks have the same file names."""
     name = root.resolve().name.lower()
     found = [check_task(task, root) for task in tasks]
     return [

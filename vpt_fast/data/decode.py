@@ -1,4 +1,4 @@
-"""Image files to RGB pixels, and the files that cannot be decoded found before training."""
+"""Decodes image files to RGB, and finds those that cannot be decoded before training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright."""
+"""EXIF orientation -> transposition that makes the image upright."""
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _NAMES_SHOWN = 5
 
@@ -37,10 +37,10 @@ _Result = TypeVar("_Result")
 
 
 class DecodeError(DataError):
-    """An image that cannot be decoded, and the reason; `path` is its name where it is no file of its own."""
+    """An image cannot be decoded, for `reason`; `path` is its name if it is not a file of its own."""
 
     def __init__(self, path: str | ImageItem, reason: object) -> None:
-        super().__init__(str(path), str(reason))  # what pickle builds it again from, in another process
+        super().__init__(str(path), str(reason))  # pickle passes these to __init__ in another process
         self.path = Path(str(path))
         self.reason = str(reason)
 
@@ -50,7 +50,7 @@ class DecodeError(DataError):
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image left out, and why; `path` is its name where it is no file of its own."""
+    """An image that was left out, and why; `path` is its name if it is not a file of its own."""
 
     path: Path
     reason: str
@@ -63,7 +63,8 @@ class CheckedImages:
     Attributes:
         images: the images that can be decoded.
         skipped: the others.
-        resident: the decoded and resized pixels of `images`, where they were to be kept.
+        resident: the decoded and resized pixels of `images`; None if they were not to be kept or did not
+            fit.
     """
 
     images: ImageList
@@ -72,7 +73,7 @@ class CheckedImages:
 
 
 def default_workers() -> int:
-    """Cores that this process may use, shared by the processes that torchrun started on this machine."""
+    """Cores that this process may use, divided among the processes that torchrun started on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -80,12 +81,12 @@ def default_workers() -> int:
 def decode_image(path: str | ImageItem) -> Image.Image:
     """Decodes an image to RGB with 8 bits a channel, upright.
 
-    - EXIF orientation is applied. Colour profiles are not. Of an animation, the first frame.
-    - Transparent pixels (an alpha channel, or a palette entry or colour marked transparent) are laid over
-      white: the colour stored under full transparency never shows.
+    - EXIF orientation is applied; colour profiles are not. An animation yields its first frame.
+    - Transparent pixels (an alpha channel, or a palette entry or colour marked transparent) are composited
+      over white: the colour stored under full transparency never shows.
     - 16-bit greyscale is scaled, 65535 becoming 255, not clipped.
-    - 32-bit integers are taken for 16-bit values, as other programs store them; floats for [0, 1] or, if any
-      is above 1, [0, 255].
+    - 32-bit integers are taken to be 16-bit values, as other programs store them; floats to be in [0, 1] or,
+      if any is above 1, in [0, 255].
     - CMYK, palette, 1-bit, YCbCr: Pillow's conversion.
 
     Raises:
@@ -98,7 +99,7 @@ def decode_image(path: str | ImageItem) -> Image.Image:
             return _to_rgb(_upright(file))
     except MemoryError:
         raise
-    # Pillow's parsers meet broken files with almost any exception: SyntaxError, struct.error, KeyError, ...
+    # On broken files Pillow's parsers raise almost anything: SyntaxError, struct.error, KeyError, ...
     except Exception as error:
         reason = str(error) or "broken file"
         if isinstance(error, OSError) and error.strerror:
@@ -109,11 +110,11 @@ def decode_image(path: str | ImageItem) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the metadata anew, and fails on what it cannot write.
+    # Not ImageOps.exif_transpose: it rewrites the metadata, and fails on what it cannot write.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, struct.error, ValueError):
-        return image  # broken metadata: the image as it is stored, as viewers show it
+        return image  # broken metadata: as stored, which is what viewers show
     transposition = _TRANSPOSITIONS.get(orientation)
     return image if transposition is None else image.transpose(transposition)
 
@@ -173,16 +174,16 @@ def check_images(
 ) -> CheckedImages:
     """Decodes every image in full and leaves out those that cannot be decoded.
 
-    With a `preprocessing` the resized pixels are kept on the way, as long as they fit into `keep_bytes`, so
-    that a set that will be resident is decoded once: hand the result to `Batches`.
+    With a `preprocessing`, the resized pixels are kept as long as they fit into `keep_bytes`. Pass the result
+    to `Batches`, so that a resident set is decoded only once.
 
     Args:
         workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
         keep_bytes: the most bytes of pixels to keep; `resident_budget(device)` is what `Batches` would use.
-        progress: called with (images done, images in all) after each image.
+        progress: called with (images done, total images) after each image.
 
     Raises:
-        DataError: a class has lost all of its images; the text names the class and a reason.
+        DataError: no image of a class can be decoded; the message names the class and a reason.
     """
     builder = None
     if preprocessing is not None and keep_bytes > 0:
@@ -222,7 +223,7 @@ def check_images(
 def load_resident(
     images: ImageList, preprocessing: Preprocessing, *, workers: int | None, max_bytes: int
 ) -> ResidentImages | None:
-    """Decodes and resizes all images; None if that is more than `max_bytes`.
+    """Decodes and resizes all images; None if they take more than `max_bytes`.
 
     Raises:
         DecodeError: for the first file that cannot be decoded.
@@ -237,10 +238,10 @@ def load_resident(
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
 ) -> Iterator[_Result]:
-    """map() in `workers` threads (Pillow decodes and resizes outside the interpreter's lock), in the items'
+    """map() in `workers` threads (Pillow releases the GIL to decode and resize), with results in the items'
     order; 0 is the calling thread, None `default_workers()`.
 
-    No more than a few items a thread are under way, so that an interruption ends soon and results do not pile
+    Only a few items per thread are in flight, so that an interrupt takes effect soon and results do not pile
     up.
     """
     if workers is None:

@@ -15,9 +15,9 @@ from sklearn.model_selection import train_test_split
 from .images import DataError
 
 DIGITS_SPLITS = {"train": 800, "val": 200, "test": 797}
-"""Images in each split: 1,000 to train and choose on, as VTAB-1k, and the rest."""
+"""Images in each split: 1,000 for training and model selection, as in VTAB-1k, and the rest."""
 DIGITS_SIZE = 32
-"""Height and width of the images written, in pixels; the digits were scanned to 8×8."""
+"""Height and width of the images written, in pixels; the originals are 8×8."""
 _MANIFEST = "digits.json"
 
 
@@ -25,10 +25,10 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
     """Writes the UCI handwritten digits (scikit-learn's `load_digits`) as
     `root/{train,val,test}/{0..9}/*.png`.
 
-    1,797 greyscale images, 8×8 with 17 levels of grey, scaled to 0..255 and up to 32×32 (bicubic), split by
-    `seed` into 800 / 200 / 797, each class in proportion. The folder appears complete or not at all. A
-    complete one of the same seed is left as it is; one of another seed, or with files missing, is written
-    anew.
+    1,797 greyscale images, 8×8 with 17 grey levels, are scaled to 0..255 and resized to 32×32 (bicubic), and
+    split by `seed` into 800 / 200 / 797, stratified by class. The folder is written completely or not at all.
+    A complete one of the same seed is left as it is; one of another seed, or with files missing, is
+    rewritten.
 
     Raises:
         DataError: `root` is a file, or a folder with files that this function did not write.
@@ -56,7 +56,7 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
         try:
             os.rename(new, root)
         except OSError:
-            # Another process, of the same run perhaps, has been quicker.
+            # Another process, perhaps of the same run, may have been quicker.
             if not _is_complete(root, set(files)):
                 raise
 
@@ -76,10 +76,10 @@ def _split_digits(seed: int) -> dict[str, int]:
 
 
 def _is_complete(root: Path, files: set[str]) -> bool:
-    """Whether `root` holds just that; False where it can be written or replaced.
+    """Whether `root` holds exactly `files` and the manifest; False if it can be written or replaced.
 
     Raises:
-        DataError: it holds something else, which is not ours to replace.
+        DataError: it holds files that `export_digits` did not write and must not replace.
     """
     if not root.exists():
         return False
@@ -99,7 +99,7 @@ def _is_complete(root: Path, files: set[str]) -> bool:
 
 
 def _read_seed(path: Path) -> int | None:
-    """The seed in a manifest, or None where there is no manifest that `export_digits` could have written."""
+    """The seed in a manifest; None if there is no manifest, or not one that `export_digits` writes."""
     try:
         manifest = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -17,12 +17,12 @@ from .images import DataError, ImageItem, ImageList, Splits, hold_out
 from .resident import host_budget
 
 PREFIXES = ("torch", "hfds", "hfids", "wds", "tfds")
-_LABEL_FIELDS = ("targets", "labels", "_labels")  # what torchvision's data sets call them
+_LABEL_FIELDS = ("targets", "labels", "_labels")  # their names in torchvision's data sets
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image of a data set that any row of can be had."""
+    """An image of a data set with random access."""
 
     dataset: Any = dataclasses.field(repr=False)
     index: int
@@ -32,7 +32,7 @@ class Row:
         return f"{self.split}[{self.index}]"
 
     def open(self) -> Image.Image:
-        # timm's own data set answers with the next image where one is broken: its reader does not.
+        # timm's dataset returns the next image in place of a broken one; its reader does not.
         reader = getattr(self.dataset, "reader", None)
         if reader is not None:
             return Image.open(reader[self.index][0])
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class HeldImage:
-    """An image that came once, in a stream, and is held decoded."""
+    """An image of a sequential data set, held decoded."""
 
     pixels: np.ndarray  # (h, w, 3) uint8
     name: str
@@ -54,7 +54,7 @@ class HeldImage:
 
 
 def is_factory_name(data: str) -> bool:
-    """Whether `data` is one of timm's names, such as torch/cifar10, and no folder."""
+    """Whether `data` is a name such as torch/cifar10 and not a folder."""
     prefix, slash, name = data.partition("/")
     return prefix in PREFIXES and bool(slash and name) and not Path(data).is_dir()
 
@@ -62,10 +62,10 @@ def is_factory_name(data: str) -> bool:
 def open_factory(
     name: str, root: str | None, *, with_test: bool, val_fraction: float | None, seed: int
 ) -> Splits:
-    """The set's train split, divided as a folder's is, and with `with_test` its test split.
+    """The set's train split, divided like a folder's, and with `with_test` its test split.
 
-    Nothing is downloaded but from the Hugging Face hub (hfds/, hfids/). A set that can only be gone through
-    in order (hfids/, wds/, tfds/) is decoded and held in memory.
+    Only sets of the Hugging Face hub (hfds/, hfids/) are downloaded. A set that can only be read sequentially
+    (hfids/, wds/, tfds/) is decoded and held in memory.
 
     Raises:
         DataError: the set cannot be opened, is too large to be held, or its rows have no class numbers.
@@ -74,7 +74,7 @@ def open_factory(
     train, val = hold_out(all_train, val_fraction, seed, where=name)
     test = _read(name, root, "test") if with_test else None
     if test is not None and test.classes != train.classes:
-        # Numbers for want of names may end earlier in test, where nobody has the last class.
+        # If classes are numbered, for lack of names, test may have fewer: the last ones may not occur there.
         if train.classes[: len(test.classes)] != test.classes:
             raise DataError(f"{name}: the test split has other classes than train")
         test = ImageList(test.items, test.labels, train.classes)
@@ -82,7 +82,7 @@ def open_factory(
 
 
 def open_set(name: str, root: str | None, split: str, label_field: str | None = None) -> Any:
-    """timm's data set; `label_field`: which of its fields comes as the label, None for the usual one.
+    """timm's data set; `label_field` names the field to use as label, None the default one.
 
     Raises:
         DataError: it cannot be opened.
@@ -90,7 +90,7 @@ def open_set(name: str, root: str | None, split: str, label_field: str | None = 
     try:
         field: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
         return create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
-    # Each library that timm calls has its own way to say that there is no such set.
+    # Each library behind timm raises its own exceptions for a set that does not exist.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
@@ -119,7 +119,7 @@ def _read(name: str, root: str | None, split: str) -> ImageList:
 
 
 def _labels(dataset: Any, where: str) -> list[int]:
-    """Of all rows, without decoding an image."""
+    """The labels of all rows, without decoding an image."""
     reader = getattr(dataset, "reader", None)
     found: Iterable[Any] | None = None
     if reader is not None and hasattr(reader, "dataset") and hasattr(reader, "label_key"):
@@ -156,7 +156,7 @@ def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], 
 
 
 def class_names(dataset: Any, count: int) -> tuple[str, ...]:
-    """The set's own, where it has as many as the labels need; else the numbers."""
+    """The set's own class names if there are at least `count` distinct ones, else the numbers."""
     by_name = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
     found = sorted(by_name, key=by_name.__getitem__) or [
         str(name) for name in getattr(dataset, "classes", ())

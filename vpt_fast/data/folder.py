@@ -1,4 +1,4 @@
-"""Folders of class folders: which images there are, their labels, and the train/val/test split."""
+"""Folders of class folders: their images, labels, and train/val/test splits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-"""File name endings, in any case, that are taken for images: torchvision's list and GIF."""
+"""File name extensions of images, in any case: torchvision's list and GIF."""
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folder name, in any case -> the split that it holds."""
@@ -26,20 +26,20 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     Three layouts are understood:
 
     - `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`), and possibly
-      `root/test/<class>/...`: taken as they are.
+      `root/test/<class>/...`: used as they are.
     - `root/train/<class>/...` with no val folder: `train` is split.
     - `root/<class>/...`: all of it is split.
 
-    A split puts `val_fraction` of each class into val (None: nothing), by `hold_out`; it depends on `seed`,
-    the class names and the file names alone.
+    `hold_out` puts `val_fraction` of each class into val (None: nothing). The split depends only on `seed`,
+    the class names and the file names.
 
-    Images are the files anywhere below a class folder whose names end in one of `IMAGE_EXTENSIONS`; other
-    files and whatever is hidden (its name starts with a dot) are left out. No file is opened.
+    Images are all files below a class folder with one of `IMAGE_EXTENSIONS`; other files, and hidden files
+    and folders (whose names start with a dot), are ignored. No file is opened.
 
     Raises:
         DataError: there are no images or only one class; a class has no images in train or in val, or too few
-            to be split; val or test has a class that train has not; a link leads back to a folder that it
-            lies in.
+            to be split; val or test has a class that train lacks; a link leads back to a folder that it lies
+            in.
     """
     folders = _split_folders(root)
     if not folders:
@@ -58,7 +58,7 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """split -> folder, or nothing where `root` is a folder of class folders."""
+    """split -> folder; empty if `root` is a folder of class folders."""
     names = _visible_folders(root)
     found: dict[str, Path] = {}
     for name in names:
@@ -69,7 +69,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
             raise DataError(f"{root}: found both {found[split].name}/ and {name}/, wanted one {split} folder")
         found[split] = root / name
     holds_folders = {split: bool(_visible_folders(folder)) for split, folder in found.items()}
-    # A class may be called "train" (a vehicle) or "test": it then holds images and no folders.
+    # A class may be called "train" (the vehicle) or "test"; its folder then holds images, not folders.
     if len(found) == len(names) or {"train", "val"} <= found.keys() or holds_folders.get("train"):
         return found
     for split, folder in found.items():
@@ -112,10 +112,11 @@ def _list_images(folder: Path) -> ImageList:
 
 
 def images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(folder, name) of the visible images in `folder` and below, links to folders followed; in no order.
+    """(folder, name) of the visible images in and below `folder`, in no particular order; links to folders
+    are followed.
 
-    `above`: the real paths of the folders that were gone through to get here. Followed without a look at
-    them, a link back to one would give its images again and again, and two such links would never end.
+    `above`: the real paths of the folders on the way here. A link back to one of them is refused: following
+    it would list the same images repeatedly, and two such links would never end.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -151,7 +152,7 @@ def _relabel(images: ImageList, classes: tuple[str, ...]) -> ImageList:
 
 
 def _visible_folders(folder: Path) -> list[str]:
-    # __MACOSX is what Apple's archiver leaves beside the real folders.
+    # Apple's archiver leaves a folder __MACOSX beside the real ones.
     return sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -164,7 +165,7 @@ def _is_image(name: str) -> bool:
 
 
 def _other_files(folder: Path) -> str:
-    """What there is instead of images, for an error's text."""
+    """What a folder holds instead of images, for an error message."""
     endings = Counter(
         os.path.splitext(name)[1].lower() or "no ending"
         for _, _, names in os.walk(folder)

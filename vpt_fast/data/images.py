@@ -1,4 +1,4 @@
-"""Lists of images with labels, wherever the images are kept, and how lists are split."""
+"""Lists of images with labels, however the images are stored, and how lists are split."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _NAMES_SHOWN = 10
 
 
 class DataError(ValueError):
-    """The images given cannot be used; the text names the path, what was found and what was wanted."""
+    """The data cannot be used; the message names the path, what was found and what was wanted."""
 
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image that is no file of its own: a member of an archive, or a row of a data set.
+    """An image that is not a file of its own: a member of an archive, or a row of a data set.
 
-    `str()` of it names it, the same in every session: digests and messages are made of it. Worker processes
-    get it pickled or by fork.
+    Its `str()` is its name in digests and messages, and must be the same in every session. Worker processes
+    receive it pickled or by fork.
     """
 
     def open(self) -> Image.Image:
-        """As `PIL.Image.open`; it may be decoded lazily, and raise then."""
+        """As `PIL.Image.open`: it may decode lazily, and raise only then."""
         ...
 
 
@@ -40,7 +40,7 @@ class ImageList:
 
     Attributes:
         items: files, or images stored in another way.
-        labels: for each, the index of its class in `classes`.
+        labels: for each item, the index of its class in `classes`.
         classes: the class names.
     """
 
@@ -93,14 +93,14 @@ class Splits:
 def hold_out(
     images: ImageList, fraction: float | None, seed: int, *, where: object
 ) -> tuple[ImageList, ImageList | None]:
-    """(the rest, what is held out): of a class's n images round(`fraction` · n), at least 1, at most n - 1.
-    With a `fraction` of None nothing is.
+    """(rest, held out): of a class's n images, round(`fraction` · n) are held out, at least 1, at most n - 1.
+    A `fraction` of None holds out nothing.
 
-    Depends on `seed`, the class names and each class's order of images alone, and for each class on that
-    class alone.
+    The choice for a class depends only on `seed`, its name and the order of its images, not on other
+    classes.
 
     Raises:
-        DataError: a class has one image; the text names it and `where`.
+        DataError: a class has only one image; the message names it and `where`.
     """
     if fraction is None:
         return images, None
@@ -118,13 +118,13 @@ def hold_out(
 
 
 def take_fraction(images: ImageList, fraction: float, seed: int) -> ImageList:
-    """round(`fraction` · n) of a class's n images, at least 1, in the list's order: the paper's Fig. 3.
+    """round(`fraction` · n) of a class's n images, at least 1, in the list's order (the paper's Fig. 3).
 
-    By the same seed, a smaller fraction's images are among those of a larger one.
+    With the same seed, a smaller fraction is a subset of a larger one.
     """
     if fraction == 1:
         return images
-    # Another stream than hold_out's: what was left there is no random order here.
+    # Not hold_out's random stream, which may have chosen these very images.
     chosen = _drawn(_by_class(images), (seed, 1), lambda n: max(round(fraction * n), 1))
     return images.select(sorted(chosen))
 
@@ -141,8 +141,8 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
     """`count(n)` of each class's n indices, class by class, sorted in each."""
     drawn: list[int] = []
     for name, indices in members.items():
-        # Seeded by the class name too, so that another class more or less leaves this one's draw alone.
-        # crc32 and surrogateescape: of the bytes that a folder's name has on disk.
+        # Seeded by the class name too, so that adding or removing a class does not change this one's draw.
+        # crc32 with surrogateescape is that of the folder name's bytes on disk.
         generator = np.random.default_rng(
             [seed[0], zlib.crc32(name.encode(errors="surrogateescape")), *seed[1:]]
         )
@@ -152,7 +152,7 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
 
 
 def read_text(path: Path) -> str:
-    """A text file's contents, without the byte order mark that Windows' editors write.
+    """The contents of a UTF-8 file, without the byte order mark that Windows editors write.
 
     Raises:
         DataError: it is missing, or not UTF-8.
@@ -166,7 +166,7 @@ def read_text(path: Path) -> str:
 
 
 def require_utf8(path: str | Path) -> None:
-    """Raises DataError for a name that no run folder or output could hold: those are UTF-8."""
+    """Raises DataError for a name that is not UTF-8, since the files of run folders and outputs are."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -174,6 +174,6 @@ def require_utf8(path: str | Path) -> None:
 
 
 def some_names(found: list[str], ending: str = "/") -> str:
-    """The first few of `found`, for an error's text."""
+    """The first few of `found`, for an error message."""
     more = f" and {len(found) - _NAMES_SHOWN} more" if len(found) > _NAMES_SHOWN else ""
     return ", ".join(f"{name}{ending}" for name in found[:_NAMES_SHOWN]) + more

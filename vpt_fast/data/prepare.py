@@ -1,11 +1,10 @@
 """VTAB-1k lists of a task, made from its full data set.
 
-VTAB-1k trains on the first 800 images of a task's training part and chooses on the first 200 of its
-validation part, in the order of TensorFlow Datasets (google-research/task_adaptation). So its images are
-defined by a range of each split of such a set, and taken from there they are the published ones. Shards of a
-full data set hold the same images, in an order that nobody vouches for: the first 800, the next 200 and the
-test images make a task of the same form, with other images to train on. So do a set's original files, in an
-order that is drawn here.
+VTAB-1k trains on the first 800 images of a task's training split and selects models on the first 200 of its
+validation split, in the order of TensorFlow Datasets (google-research/task_adaptation). Its images are thus
+ranges of these splits, and images taken from TensorFlow Datasets are the published ones. Shards of a full
+data set hold the same images in an unspecified order: the first 800, the next 200 and the test images make a
+task of the same form, with other training images. So do a set's original files, in an order drawn here.
 """
 
 from __future__ import annotations
@@ -54,19 +53,19 @@ TFDS_RANGES = {
 }
 """Task -> the TensorFlow Datasets ranges of train800, val200 and test."""
 
-_Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path; file name ending; label
+_Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path; file extension; label
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A task's images in what they are made of.
+    """The source that a task's images are taken from.
 
     Attributes:
         kind: "shards", "files", or the name of a data set.
         samples: split -> its images in order.
-        sizes: split -> how many they are; None where that shows when they have been gone through.
-        classes: the classes' names, where the source says them.
-        description: what tells these images and labels from others.
+        sizes: split -> number of images; None if it is known only after reading them all.
+        classes: class names, if the source has them.
+        description: texts that identify these images and labels; `fingerprint` is their hash.
     """
 
     kind: str
@@ -82,7 +81,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder in layout A: `is_published` says whether its images are VTAB-1k's own."""
+    """A prepared task's folder; `is_published` tells whether its images are those that VTAB-1k published."""
 
     folder: Path
     images: int
@@ -99,19 +98,19 @@ def prepare_task(
 ) -> Prepared:
     """Writes `out`/<task>/{train800,val200,train800val200,test}.txt and the images that they list.
 
-    An image appears whole or not at all, and the lists after all images, so the same call goes on where an
-    earlier one was stopped.
+    Each image is written completely or not at all, and the lists after all images, so the same call resumes
+    an interrupted one.
 
     Args:
-        source: the task's data set in TensorFlow Datasets by timm's name, such as "tfds/cifar100", kept
-            prepared in `data_root`; or a folder of shards; or, for the tasks in `LABEL_RULES`, one of the
-            set's original files.
-        progress: called with (images done, images in all).
+        source: timm's name of the task's data set in TensorFlow Datasets, such as "tfds/cifar100", already
+            prepared in `data_root`; or a folder of shards; or, for the tasks in `LABEL_RULES`, a folder of
+            the set's original files.
+        progress: called with (images done, total images).
 
     Raises:
-        DataError: the task is no range of a data set; the source is another data set or holds fewer images;
-            the folder holds what was prepared from another source, which its fingerprint in prepared.json
-            tells.
+        DataError: the task is not defined by ranges of a data set; the source is another data set or has the
+            wrong number of images; the folder was prepared from another source, by the fingerprint in its
+            prepared.json.
     """
     if task.name not in TFDS_RANGES:
         why = "its lists name their images one by one"
@@ -156,7 +155,7 @@ def prepare_task(
         lists["classnames.txt"] = "".join(f"{name}\n" for name in found.classes)
     for file in sorted(
         lists, key=VTAB_FILES["train"].__eq__
-    ):  # train800.txt last: it says that there is a task
+    ):  # train800.txt last: its presence marks the task as complete
         with replacing(folder / file) as temporary:
             temporary.write_text(lists[file], encoding="utf-8")
     return Prepared(folder, done, is_published)
@@ -169,8 +168,8 @@ def _require_size(source: str, task: Task, split: str, found: int) -> None:
 
 
 def _begin(folder: Path, manifest: dict[str, str]) -> None:
-    """Says in the folder what its images are made of, or holds what it says against `manifest`: images that
-    are there are kept, and labels written beside them."""
+    """Records the source in a new folder, or checks that the recorded one is `manifest`: existing images are
+    kept and new lists written for them, so both must be of one source."""
     path = folder / MANIFEST
     if path.exists():
         try:
@@ -202,7 +201,7 @@ def _read_tfds(task: Task, data_root: str | None) -> _Source:
     }
     rows = {split: _rows(dataset, rule) for split, dataset in sets.items()}
     classes = () if rule is not None else class_names(sets["train"], task.num_classes)
-    # Its name and version, such as "cifar100/3.0.2", which its images and their order go by.
+    # Name and version, such as "cifar100/3.0.2", determine the images and their order.
     versions = [str(dataset.reader.builder.info.full_name) for dataset in sets.values()]
     return _Source(task.source, rows, None, classes, versions)
 
@@ -219,8 +218,8 @@ def _png_writer(image: Image.Image) -> Callable[[Path], None]:
 
 
 def _read_files(task: Task, files: SetFiles) -> _Source:
-    """The same ranges, of each part's images in an order that is drawn: a set's files have one of their own,
-    and the first of them may all be alike."""
+    """The ranges of `TFDS_RANGES`, of each part's images in a random order: in the original order the first
+    images may all be alike."""
     rule, generator = LABEL_RULES[task.name], np.random.default_rng(0)
     parts = {part: generator.permutation(files.parts[part]) for part in sorted(files.parts)}
     samples: dict[str, Iterator[_Sample]] = {}
@@ -253,7 +252,7 @@ def _size_of(path: Path) -> int:
 
 
 def _take(parts: Mapping[str, np.ndarray], taken: str) -> tuple[str, list[int]]:
-    """The part of a range such as "train[:800]", and the numbers in it, ascending."""
+    """A range such as "train[:800]" -> its part's name and the image numbers in it, ascending."""
     part, _, ends = taken.rstrip("]").partition("[")
     start, _, stop = ends.partition(":")
     return part, sorted(parts[part][int(start or 0) : int(stop) if stop else None].tolist())

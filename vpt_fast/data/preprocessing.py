@@ -1,4 +1,4 @@
-"""From a decoded image to what the backbone takes: resize, crop, flip, normalise."""
+"""From a decoded image to the backbone's input: resize, crop, flip, normalise."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-"""Name -> (mean, std) of the three channels, for pixels in [0, 1]. "backbone" stands for the backbone's
-own."""
+"""Name -> (mean, std) of the three channels, for pixels in [0, 1]. The name "backbone" stands for the
+backbone's own values."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Preprocessing:
 
     Attributes:
         image_size: (height, width) of the result, in pixels.
-        resize: "squash" resizes to exactly `image_size`, whatever the image's shape, as VTAB does; "shortest"
-            keeps the shape: the image is resized to just cover `image_size` / `crop_pct` (rounded down, as
-            timm does; for a square, the short side gets that length), then cropped to `image_size`.
-        crop_pct: the part of the resized short side that the crop keeps; "squash" ignores it.
+        resize: "squash" resizes to exactly `image_size`, ignoring the aspect ratio, as VTAB does; "shortest"
+            keeps the aspect ratio: the image is resized to just cover `image_size` / `crop_pct` (rounded
+            down, as in timm; for a square, the short side gets that length), then cropped to `image_size`.
+        crop_pct: the fraction of the resized short side that the crop keeps; "squash" ignores it.
         interpolation: timm's names; downsampling is always antialiased (Pillow's filters).
-        mean, std: of the channels red, green, blue, for pixels in [0, 1].
-        augment: in training, "none"; "flip", mirrored left to right for half of the images; or "crop_flip",
-            as FGVC: a crop anywhere instead of at the centre, and flip. "crop_flip" goes with
-            resize="shortest". Evaluation crops at the centre and never flips.
+        mean, std: of the red, green and blue channels, for pixels in [0, 1].
+        augment: in training, "none"; "flip", a horizontal flip with probability 1/2; or "crop_flip", as for
+            FGVC: a random crop instead of the centre crop, and flip. "crop_flip" requires resize="shortest".
+            Evaluation crops at the centre and never flips.
 
     Raises:
-        ValueError: a field has another value than these; the text names it.
+        ValueError: a field has an invalid value; the message names it.
     """
 
     image_size: tuple[int, int]
@@ -63,7 +63,7 @@ class Preprocessing:
     augment: str = "none"
 
     def __post_init__(self) -> None:
-        # JSON and YAML give lists.
+        # JSON and YAML have lists.
         object.__setattr__(self, "image_size", _numbers("image_size", self.image_size, 2))
         object.__setattr__(self, "mean", _numbers("mean", self.mean, 3))
         object.__setattr__(self, "std", _numbers("std", self.std, 3))
@@ -103,14 +103,14 @@ class Preprocessing:
 
         Args:
             data_config: timm's: `mean`, `std` and `interpolation` are read.
-            image_size: (height, width) that the model takes.
+            image_size: (height, width) of the model's input.
             normalization: "backbone" (data_config's mean and std) or a name in `NORMALIZATIONS`.
             augment: "none", "flip" or "crop_flip".
-            resize: None means "squash", as VTAB, and for "crop_flip" "shortest", as FGVC.
+            resize: None means "shortest" with "crop_flip", as for FGVC, else "squash", as for VTAB.
             interpolation: None means data_config's.
 
         Raises:
-            ValueError: an argument has a value that is not listed here.
+            ValueError: an argument has an invalid value.
         """
         _require_one_of("normalization", normalization, ("backbone", *NORMALIZATIONS))
         if normalization == "backbone":
@@ -138,7 +138,7 @@ class Preprocessing:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field is missing, unknown or has a value that it cannot have.
+            ValueError: a field is missing, unknown or has an invalid value.
         """
         fields = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(fields)):
@@ -150,12 +150,12 @@ class Preprocessing:
         return cls(**values)
 
     def for_evaluation(self) -> Preprocessing:
-        """The same with no augmentation: what evaluation does anyway."""
+        """The same without augmentation."""
         return dataclasses.replace(self, augment="none")
 
     @property
     def crops_at_random(self) -> bool:
-        """Whether `resize_image` leaves the crop, another one each epoch, to be made."""
+        """Whether `resize_image` leaves out the crop, which is drawn anew in each epoch."""
         return self.augment == "crop_flip"
 
     def resized_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -164,13 +164,13 @@ class Preprocessing:
             return self.image_size
         (height, width) = size
         cover_height, cover_width = (math.floor(side / self.crop_pct) for side in self.image_size)
-        # torchvision's Resize(int) to the side that is the tighter one, its rounding included
+        # As torchvision's Resize(int) of the side that limits the size, including its rounding.
         if height * cover_width <= width * cover_height:
             return cover_height, int(cover_height * width / height)
         return int(cover_width * height / width), cover_width
 
     def resize_image(self, image: Image.Image) -> torch.Tensor:
-        """The part that is the same in every epoch: resize, and the centre crop unless `crops_at_random`.
+        """What is the same in every epoch: resize, and the centre crop unless `crops_at_random`.
 
         Args:
             image: RGB.
@@ -179,8 +179,8 @@ class Preprocessing:
             uint8 (3, H, W) with (H, W) = `image_size`; if `crops_at_random`, at least that.
 
         Raises:
-            ValueError: keeping so long and thin an image's shape would take more pixels than Pillow would
-                decode.
+            ValueError: the image is so long and thin that, resized with its aspect ratio kept, it would have
+                more pixels than Pillow decodes.
         """
         size = self.resized_size((image.height, image.width))
         if size != self.image_size and Image.MAX_IMAGE_PIXELS and math.prod(size) > Image.MAX_IMAGE_PIXELS:
@@ -198,8 +198,8 @@ class Preprocessing:
         """Cuts `image_size` out of (3, h, w), which is at least as large.
 
         Args:
-            position: where, vertically and horizontally, each in [0, 1): every place is as likely when they
-                are uniform. None: the centre.
+            position: (vertical, horizontal), each in [0, 1); uniform values make all offsets equally likely.
+                None: the centre.
         """
         height, width = self.image_size
         spare = pixels.shape[-2] - height, pixels.shape[-1] - width
@@ -222,7 +222,7 @@ class Preprocessing:
 
 @functools.lru_cache(maxsize=32)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # Kept: to copy it to a GPU for every batch would make the host wait for the GPU every time.
+    # Cached: a copy to the GPU for every batch would make the host wait for the GPU.
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 

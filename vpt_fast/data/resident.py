@@ -1,4 +1,4 @@
-"""A small data set kept decoded, so that an epoch costs no decoding."""
+"""A small data set kept decoded, so that epochs need no decoding."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from .preprocessing import Preprocessing
 
 FREE_FRACTION = 0.25
-"""The most that one set of pixels takes of the memory that is free: most of it is the model's."""
+"""The largest fraction of free memory that one set of pixels may take: the model needs most of it."""
 UNKNOWN_HOST_BYTES = 2 << 30
-"""What may be kept where the system does not say how much memory is free."""
+"""The budget if the system does not report its free memory."""
 
 
 def device_budget(device: torch.device | str) -> int:
-    """Bytes of pixels that may be kept on `device`: a quarter of what is free there now."""
+    """Bytes of pixels that may be kept on `device`: a quarter of its free memory."""
     device = torch.device(device)
     if device.type != "cuda":
         return host_budget()
@@ -29,8 +29,8 @@ def device_budget(device: torch.device | str) -> int:
 
 
 def host_budget() -> int:
-    """Bytes of pixels that this process may keep in the host's memory: a quarter of what is free now, shared
-    by the processes that torchrun started on this machine."""
+    """Bytes of pixels that this process may keep in host memory: a quarter of what is available, divided
+    among the processes that torchrun started on this machine."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -42,7 +42,7 @@ def host_budget() -> int:
 
 
 def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
-    """Bytes of pixels that `Batches` with this `resident` would keep for `device`, wherever it may."""
+    """The most bytes of pixels that `Batches` with this `resident` would keep, on `device` or on the host."""
     if resident == "off":
         return 0
     if resident != "auto":
@@ -51,7 +51,7 @@ def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
 
 
 def least_bytes(preprocessing: Preprocessing, num_images: int) -> int:
-    """Bytes that `num_images` resized images take: exactly, or if `crops_at_random` at least."""
+    """Bytes that `num_images` resized images take; with `crops_at_random`, a lower bound."""
     height, width = preprocessing.image_size
     if preprocessing.crops_at_random:
         height, width = (math.floor(side / preprocessing.crop_pct) for side in (height, width))
@@ -63,9 +63,9 @@ class ResidentImages:
     """Decoded and resized images.
 
     Attributes:
-        preprocessing: whose `resize_image` made them.
-        pixels: uint8 (N, 3, H, W); if `preprocessing.crops_at_random`, a tuple of N (3, h, w), h and w as
-            they come.
+        preprocessing: what they were resized with.
+        pixels: uint8 (N, 3, H, W); if `preprocessing.crops_at_random`, a tuple of N (3, h, w) of different
+            sizes.
     """
 
     preprocessing: Preprocessing
@@ -87,14 +87,14 @@ class ResidentImages:
         return ResidentImages(self.preprocessing, tuple(image.to(device) for image in self.pixels))
 
     def pin(self) -> str | None:
-        """Pins the pixels in the host's memory, where they lie, for as long as they live: a GPU then copies
-        from them beside whatever else the two do. Returns None, or the reason why they cannot be pinned."""
+        """Pins the pixels in place for as long as they live, so that copies to a GPU can overlap with other
+        work. Returns None, or the reason why they cannot be pinned."""
         if not isinstance(self.pixels, torch.Tensor):
             return "each image has memory of its own, since their sizes differ"
         return None if self.pixels.is_pinned() else _pin_in_place(self.pixels)
 
     def serves(self, preprocessing: Preprocessing) -> bool:
-        """Whether `preprocessing` could start from these pixels."""
+        """Whether these pixels can be used with `preprocessing`."""
         stored = self.preprocessing
         return (
             (stored.image_size, stored.resize, stored.interpolation)
@@ -105,7 +105,7 @@ class ResidentImages:
 
 
 def _pin_in_place(pixels: torch.Tensor) -> str | None:
-    """Has CUDA pin a tensor's memory; `Tensor.pin_memory` would need it twice. Returns the error, or None."""
+    """Has CUDA pin a tensor's memory; `Tensor.pin_memory` would copy it. Returns the error, or None."""
     cudart = torch.cuda.cudart()
     status = cudart.cudaHostRegister(pixels.data_ptr(), pixels.nbytes, 0)
     if int(status) != 0:
@@ -115,7 +115,7 @@ def _pin_in_place(pixels: torch.Tensor) -> str | None:
 
 
 class ResidentBuilder:
-    """Collects resized images until they are too many bytes; then lets go of all of them."""
+    """Collects resized images; once they take more than `max_bytes`, keeps none of them."""
 
     def __init__(self, preprocessing: Preprocessing, num_images: int, max_bytes: int) -> None:
         self._preprocessing = preprocessing
@@ -126,11 +126,11 @@ class ResidentBuilder:
         self._stack: torch.Tensor | None = None
         self._list: list[torch.Tensor] = []
         if self._fits and not preprocessing.crops_at_random:
-            # One buffer, filled in place: a list to be stacked would need the memory twice.
+            # One buffer, filled in place: stacking a list would need twice the memory.
             self._stack = torch.empty(num_images, 3, *preprocessing.image_size, dtype=torch.uint8)
 
     def add(self, pixels: torch.Tensor) -> bool:
-        """Takes one more image, uint8 (3, h, w); whether everything up to it has been kept."""
+        """Adds an image, uint8 (3, h, w). Returns whether all images so far are kept."""
         self._bytes += pixels.nbytes
         self._fits = self._fits and self._bytes <= self._max_bytes
         if not self._fits:

@@ -1,4 +1,4 @@
-"""Batches of normalised crops with their masks, the same whatever the number of workers; and whole images."""
+"""Batches of normalised crops with their masks, identical for any number of workers; and whole images."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ _Scene = tuple[torch.Tensor, torch.Tensor]
 
 class SceneBatches:
     """In training, batches of images (b, 3, H, W) float32 and masks (b, H, W) int64 on `device`; in
-    evaluation, single images (3, h, w) uint8 and masks (h, w) int64 of whatever size they have.
+    evaluation, single images (3, h, w) uint8 and masks (h, w) int64 at their original sizes.
 
-    Training goes through a new permutation each epoch, with a new augmentation, which depend on (seed, epoch)
-    alone: not on workers, on ranks, or on PyTorch's global generators. Of `world_size` processes, each takes
-    every `world_size`-th image of the same permutation, which is lengthened, by starting over, to a multiple
-    of `world_size`; in evaluation each image is seen exactly once. Masks hold class indices, or
-    `scenes.IGNORED`.
+    Training shuffles and augments anew in each epoch. The random choices depend on (seed, epoch) alone: not
+    on the number of workers, on ranks or on PyTorch's global generators. Each of `world_size` processes takes
+    every `world_size`-th image of the same permutation, padded from its start to a multiple of `world_size`;
+    in evaluation each image is seen exactly once. Masks hold class indices, or `scenes.IGNORED`.
 
     Args:
-        scenes: what to read; decoded anew in each epoch.
-        batch_size: images a step of this process in training; an epoch's last batch may be smaller.
+        scenes: what to read; decoded in each epoch.
+        batch_size: images per step of this process in training; an epoch's last batch may be smaller.
         train: whether to shuffle and augment.
         seed: 0 or more.
-        workers: decoding processes; 0 decodes in this one, None is `default_workers()`.
+        workers: decoding processes; 0 decodes in this process, None is `default_workers()`.
 
     Raises:
-        ValueError: an argument cannot be used; the text names it.
-        DecodeError: in `epoch`, a file cannot be used. Run `check_scenes` before.
+        ValueError: an argument cannot be used; the message names it.
+        DecodeError: in `epoch`, a file cannot be used. Run `check_scenes` first.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class SceneBatches:
         self.train, self.seed = train, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self._plan: list[list[_Read]] = []  # the batches of the epoch that comes next
+        self._plan: list[list[_Read]] = []  # the batches of the next epoch
         self._loader: DataLoader = DataLoader(
             _Scenes(scenes, preprocessing),
             batch_sampler=self._plan,
@@ -73,11 +72,11 @@ class SceneBatches:
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=ignore_interrupts,
-            generator=torch.Generator(),  # else each epoch takes a number from the global one
+            generator=torch.Generator(),  # else each epoch draws from the global one
         )
 
     def __len__(self) -> int:
-        """Steps an epoch of this rank."""
+        """Steps per epoch of this rank."""
         return math.ceil(len(self.indices(0)) / self.batch_size)
 
     def indices(self, epoch: int) -> list[int]:
@@ -89,7 +88,7 @@ class SceneBatches:
         return np.resize(order, length)[self.rank :: self.world_size].tolist()
 
     def epoch(self, epoch: int) -> Iterator[_Scene]:
-        """The batches of epoch `epoch`, 0 or more; one epoch at a time."""
+        """The batches of epoch `epoch`, 0 or more. Only one epoch can run at a time."""
         seeds = (image_seed(self.seed, epoch, i) if self.train else None for i in self.indices(epoch))
         reads = list(zip(self.indices(epoch), seeds, strict=True))
         self._plan[:] = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]

@@ -1,4 +1,4 @@
-"""From a decoded image and its mask to what a segmenter takes: in training ADE20k's usual augmentation."""
+"""From a decoded image and its mask to a segmenter's input; in training, ADE20k's usual augmentation."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from .preprocessing import Preprocessing
 from .scenes import IGNORED
 
 SCALES = (0.5, 2.0)
-"""In training an image is resized to this range of times what covers a crop."""
+"""Range of the random scale in training, relative to the size that just covers a crop."""
 MOST_OF_ONE_CLASS = 0.75
-"""A crop of which one class covers more than this is drawn again,"""
+"""A crop is redrawn if one class covers more than this share of its labelled pixels, or none is labelled."""
 TRIES = 10
-"""so many times at most."""
+"""The most crops drawn for an image."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-"""Those that torchvision has for tensors."""
+"""Those that torchvision implements for tensors."""
 
 
 @dataclass(frozen=True)
 class ScenePreprocessing:
     """What is done to an image and its mask before a segmenter sees them.
 
-    Training: resized with its shape kept to a random 0.5 to 2 times the size that just covers `image_size`;
-    a random crop of `image_size`, padded where the image is smaller with the mean colour and no class, and
-    drawn again where one class covers more than 75 %; mirrored left to right for half of the images;
-    photometric distortion (torchvision's defaults, those of SSD). Evaluation: resized to just cover
-    `image_size`.
+    Training: resized with its aspect ratio kept to a random 0.5 to 2 times the size that just covers
+    `image_size`; a random crop of `image_size`, with smaller images padded by the mean colour and label
+    `IGNORED`, and redrawn if one class covers more than 75 % of the labelled pixels; a horizontal flip with
+    probability 1/2; photometric distortion (torchvision's defaults, those of SSD). Evaluation: resized to
+    just cover `image_size`.
 
     Attributes:
         image_size: (height, width) of a crop, in pixels.
-        interpolation: one of `INTERPOLATIONS`, for images; masks are resized by the nearest pixel.
-        mean, std: of the channels red, green, blue, for pixels in [0, 1].
+        interpolation: one of `INTERPOLATIONS`, for images; masks use nearest-neighbour interpolation.
+        mean, std: of the red, green and blue channels, for pixels in [0, 1].
 
     Raises:
-        ValueError: a field has another value than these, or one that `Preprocessing` would not take.
+        ValueError: a field has an invalid value, or one that `Preprocessing` refuses.
     """
 
     image_size: tuple[int, int]
@@ -52,7 +52,7 @@ class ScenePreprocessing:
     std: tuple[float, ...] = Preprocessing.std
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # JSON gives lists
+        for field in dataclasses.fields(self):  # JSON has lists
             object.__setattr__(self, field.name, getattr(self._images, field.name))
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
@@ -61,7 +61,7 @@ class ScenePreprocessing:
 
     @property
     def _images(self) -> Preprocessing:
-        """The same fields, where they are checked, and what they have in common."""
+        """The same fields as a `Preprocessing`, which checks them and does what both have in common."""
         return Preprocessing(self.image_size, interpolation=self.interpolation, mean=self.mean, std=self.std)
 
     @classmethod
@@ -89,18 +89,18 @@ class ScenePreprocessing:
         return cls(**values)
 
     def for_evaluation(self) -> ScenePreprocessing:
-        """The same: only `augment` is training's."""
+        """The same: only `augment` is specific to training."""
         return self
 
     def covering_size(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
-        """(height, width) that an image of `size` (height, width) is resized to: `scale` times what just
-        covers `image_size`, its shape kept."""
+        """(height, width) that an image of `size` (height, width) is resized to: `scale` times the size that
+        just covers `image_size`, with the aspect ratio kept."""
         factor = scale * max(crop / side for crop, side in zip(self.image_size, size, strict=True))
         height, width = (max(round(side * factor), 1) for side in size)
         return height, width
 
     def resize(self, pixels: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """An image (3, h, w) uint8 as evaluation sees it, to (3, H, W) uint8."""
+        """Resizes an image (3, h, w) uint8 to (3, H, W) uint8, `scale` times just covering `image_size`."""
         size = self.covering_size((pixels.shape[-2], pixels.shape[-1]), scale)
         return v2.functional.resize(
             pixels, list(size), interpolation=str_to_interp_mode(self.interpolation), antialias=True
@@ -111,8 +111,8 @@ class ScenePreprocessing:
         return self._images.normalize(pixels)
 
     def augment(self, image: Image.Image, mask: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An image and its mask (h, w) uint8 as training sees them: (3, H, W) and (H, W), both uint8, with
-        (H, W) = `image_size`. What is drawn depends on `seed` alone; torch's own generator is left alone."""
+        """An image and its mask (h, w) uint8, augmented: (3, H, W) and (H, W), both uint8, with (H, W) =
+        `image_size`. The random choices depend on `seed` alone; torch's global generator is unchanged."""
         pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image))
         labels = tv_tensors.Mask(torch.from_numpy(mask))
         with torch.random.fork_rng(devices=[]):
@@ -142,5 +142,5 @@ def _is_varied(labels: torch.Tensor) -> bool:
 
 
 def image_seed(seed: int, epoch: int, index: int) -> int:
-    """What an image's augmentation in an epoch is drawn from."""
+    """The seed of an image's augmentation in an epoch."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,4 +1,4 @@
-"""Images with a label for every pixel, in ADE20k's layout: which there are, and whether they can be used."""
+"""Images with a label for every pixel, in ADE20k's layout: listing, checking and reading them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .images import DataError, read_text, some_names
 from .shards import read_class_names
 
 IGNORED = 255
-"""In a mask of class indices, a pixel that counts for nothing."""
+"""In a mask of class indices, a pixel without a class."""
 
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"
@@ -32,9 +32,10 @@ class SceneList:
 
     Attributes:
         images: files.
-        masks: for each, the PNG file of the same size with a label for every pixel.
+        masks: for each image, a PNG file of the same size with a label for every pixel.
         classes: the class names.
-        ignores_zero: whether label 0 is no class: label 1 is then the first one. Label 255 never is.
+        ignores_zero: whether label 0 means no class and label 1 is the first class. Label 255 always means
+            no class.
     """
 
     images: tuple[Path, ...]
@@ -48,7 +49,7 @@ class SceneList:
 
 @dataclass(frozen=True)
 class SceneSplits:
-    """What `open_scenes` found; no test images, which the layout has none of."""
+    """What `open_scenes` found; the layout has no test images."""
 
     train: SceneList
     val: SceneList
@@ -61,7 +62,7 @@ class SceneSplits:
 
 @dataclass(frozen=True)
 class CheckedScenes:
-    """What `check_scenes` let through: all of the images."""
+    """Scenes that `check_scenes` accepted; none is ever skipped."""
 
     images: SceneList
     skipped: tuple[SkippedImage, ...] = ()
@@ -72,17 +73,17 @@ def open_scenes(data: str | Path, *, ignore_zero: bool | None = None) -> SceneSp
 
     `images/training/` and `images/validation/` hold the images, `annotations/training/` and
     `annotations/validation/` a PNG file of the same name for each. Class names come from `objectInfo150.txt`
-    (ADE20k's own), else from `classnames.txt`, one name a line in the order of the labels.
+    (ADE20k's own), else from `classnames.txt`, one name per line in the order of the labels.
 
     Args:
         data: the folder.
-        ignore_zero: whether label 0 is no class; None: with 150 classes, as in ADE20k.
+        ignore_zero: whether label 0 means no class; None: only with 150 classes, as in ADE20k.
 
     Raises:
-        DataError: a folder, a mask or the class names are missing; the text names the path.
+        DataError: a folder, a mask or the class names are missing; the message names the path.
     """
     root = Path(data).expanduser()
-    if not str(data) or not root.is_dir():  # "" is to pathlib the working directory
+    if not str(data) or not root.is_dir():  # pathlib takes "" to be the working directory
         raise DataError(f"{data or repr(data)}: there is no such folder; {LAYOUT}")
     classes = _class_names(root)
     no_zero = ignores_zero(len(classes), ignore_zero)
@@ -91,7 +92,7 @@ def open_scenes(data: str | Path, *, ignore_zero: bool | None = None) -> SceneSp
 
 
 def ignores_zero(num_classes: int, ignore_zero: bool | None) -> bool:
-    """What `open_scenes`'s `ignore_zero` comes to with so many classes."""
+    """Resolves `ignore_zero` of `open_scenes` for this number of classes."""
     return num_classes == ADE_CLASSES if ignore_zero is None else ignore_zero
 
 
@@ -138,18 +139,17 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
     """The mask in a file as class indices (h, w) uint8, `IGNORED` where there is no class.
 
     Args:
-        no_zero: whether label 0 is no class, and label 1 the first.
+        no_zero: whether label 0 means no class and label 1 is the first.
 
     Raises:
-        DecodeError: the file cannot be read, does not hold one label a pixel, or holds a label that is no
-            class.
+        DecodeError: the file cannot be read, does not hold one label per pixel, or holds an invalid label.
     """
     try:
         with Image.open(path) as file:
             labels = np.asarray(file)
     except MemoryError:
         raise
-    except Exception as error:  # as decode_image: broken files raise almost anything
+    except Exception as error:  # see decode_image: broken files raise almost anything
         raise DecodeError(path, str(error) or "broken file") from error
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise DecodeError(path, "wanted one whole-number label a pixel: a greyscale or palette PNG")
@@ -168,7 +168,7 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
 
 
 def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
-    """An image in RGB, and its mask (h, w) uint8 of class indices.
+    """An RGB image, and its mask (h, w) uint8 of class indices.
 
     Raises:
         DecodeError: one of the files cannot be used, or their sizes differ.
@@ -187,11 +187,11 @@ def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
 def check_scenes(
     scenes: SceneList, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> CheckedScenes:
-    """Decodes every image and mask in full; none may be left out, so that a score is of all of them.
+    """Decodes every image and mask in full. None is left out, so that scores are over all of them.
 
     Args:
         workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
-        progress: called with (images done, images in all) after each image.
+        progress: called with (images done, total images) after each image.
 
     Raises:
         DecodeError: for the first that cannot be used.

@@ -1,4 +1,4 @@
-"""The original files of CLEVR, KITTI, dSprites and smallNORB: fields by the names of TensorFlow Datasets."""
+"""The original files of CLEVR, KITTI, dSprites and smallNORB, with TensorFlow Datasets' names of fields."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Writer = Callable[[Path], None]
 
 
 class SetFiles(ABC):
-    """A data set as it is published, from its folder.
+    """A folder with the original files of a data set.
 
     Attributes:
-        layout: what its folder holds, for messages.
-        parts: name of a part, as in TensorFlow Datasets -> numbers of its images.
+        layout: what the folder holds, for messages.
+        parts: name of a split in TensorFlow Datasets -> numbers of its images.
     """
 
     layout: str
@@ -32,11 +32,11 @@ class SetFiles(ABC):
 
     @abstractmethod
     def __init__(self, folder: Path) -> None:
-        """Raises DataError where files are missing or hold something else."""
+        """Raises DataError if files are missing or have other contents."""
 
     @abstractmethod
     def field(self, name: str, part: str, number: int) -> Any:
-        """What the set says of an image."""
+        """The value of an image's annotation."""
 
     @abstractmethod
     def path(self, part: str, number: int) -> Path:
@@ -44,7 +44,8 @@ class SetFiles(ABC):
 
     @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        """For each of `numbers`, which ascend: what writes the image to a path, and a file name's ending."""
+        """For each of `numbers`, in ascending order: a function that writes the image to a path, and the file
+        extension."""
 
 
 class ClevrFiles(SetFiles):
@@ -75,7 +76,7 @@ class ClevrFiles(SetFiles):
 
 
 class KittiFiles(SetFiles):
-    """KITTI's object detection: the labelled images, divided by video with its development kit's mapping."""
+    """KITTI's object detection: the labelled images, split by video with its development kit's mapping."""
 
     layout = "training/image_2, training/label_2 and, of the development kit, mapping"
     _TYPES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")
@@ -86,7 +87,7 @@ class KittiFiles(SetFiles):
         self.parts = _kitti_parts(kit / "mapping")
 
     def field(self, name: str, part: str, number: int) -> dict[str, list[Any]]:
-        del part  # numbers are those of all labelled images
+        del part  # the numbers are unique over all parts
         assert name == "objects"
         path = self._folder / "label_2" / f"{number:06d}.txt"
         objects = [line.split() for line in read_text(path).splitlines()]
@@ -108,7 +109,7 @@ class KittiFiles(SetFiles):
 
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
-    """Of all videos a tenth is test and a tenth validation, drawn as TensorFlow Datasets draws them."""
+    """A tenth of the videos is test and a tenth validation, drawn as in TensorFlow Datasets."""
     lines = read_text(mapping / "train_mapping.txt").splitlines()
     try:
         places = [int(word) - 1 for word in read_text(mapping / "train_rand.txt").split(",")]
@@ -152,7 +153,7 @@ class DSpritesFiles(SetFiles):
         return self._path
 
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        # Read image by image: all of them together are 3 GB.
+        # Read image by image: together they take 3 GB.
         with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -162,7 +163,7 @@ class DSpritesFiles(SetFiles):
 
 
 class SmallNorbFiles(SetFiles):
-    """smallNORB: .mat files in a format of its own, as they are downloaded (.gz) or unpacked."""
+    """smallNORB: .mat files in its own format, as downloaded (.gz) or decompressed."""
 
     layout = "smallnorb-5x…-{training,testing}-{dat,info}.mat or .mat.gz"
     _NAMES = {"train": "5x46789x9x18x6x2x96x96-training", "test": "5x01235x9x18x6x2x96x96-testing"}
@@ -188,7 +189,7 @@ class SmallNorbFiles(SetFiles):
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         with self._open(part, "dat") as file:
             shape, _ = self._header(file)
-            # Of the two cameras' images the first, as the set's own field "image".
+            # The first of the two cameras' images, as in TensorFlow Datasets' field "image".
             yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
 
     def _open(self, part: str, kind: str) -> BinaryIO:
@@ -203,8 +204,8 @@ class SmallNorbFiles(SetFiles):
         return found
 
     def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and type of the array whose numbers come next: a magic number, how many dimensions, and their
-        sizes, of which three or more are written."""
+        """Shape and dtype of the array that follows. The header is a magic number, the number of dimensions,
+        and their sizes, of which at least three are written."""
         magic, dimensions = np.frombuffer(file.read(8), "<i4").tolist()
         if magic not in self._TYPES:
             raise DataError(f"{file.name}: begins with {magic:#x}, which is no matrix of smallNORB's")
@@ -218,14 +219,14 @@ SET_FILES: dict[str, type[SetFiles]] = {
     "tfds/dsprites": DSpritesFiles,
     "tfds/smallnorb": SmallNorbFiles,
 }
-"""A task's source -> its original files."""
+"""A task's source -> reader of its original files."""
 
 
 def _records(
     file: Any, start: int, shape: tuple[int, ...], numbers: Sequence[int], stride: int = 1, white: int = 255
 ) -> Iterator[tuple[Writer, str]]:
-    """Grey images of one size, one after the other from `start`, of which every `stride`-th counts and whose
-    brightest pixel is `white`."""
+    """Every `stride`-th of the grey images of one size stored consecutively from `start`, scaled so that the
+    value `white` becomes 255."""
     size = int(np.prod(shape))
     for number in numbers:
         file.seek(start + int(number) * size * stride)
@@ -245,7 +246,7 @@ def _copier(source: Path) -> tuple[Writer, str]:
 
 
 def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) -> Path:
-    """`root` or the first folder of these names in it that holds `inside`."""
+    """The first of the folders `names` below `root` ("" is `root` itself) that contains `inside`."""
     found = next((root / name for name in names if (root / name / inside).exists()), None)
     if found is None:
         raise DataError(f"{root}: has no {inside}; wanted {layout}")

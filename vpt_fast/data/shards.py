@@ -1,9 +1,9 @@
-"""WebDataset shards: tars of images and labels, read in place.
+"""WebDataset shards: tar files of images and labels, read in place.
 
-The layout of the full VTAB tasks on the Hugging Face hub (clip-benchmark/wds_vtab-*):
-`{train,test}/{0..N}.tar`, each with `nshards.txt`, and `classnames.txt` beside them; a sample is an image and
-a `.cls` file with its class number under one key (`s0000012.webp`, `s0000012.cls`). Only headers and labels
-are read at first, so that any image can be had at random, without extracting, from any process.
+The layout is that of the full VTAB tasks on the Hugging Face hub (clip-benchmark/wds_vtab-*):
+`{train,test}/{0..N}.tar`, each folder with `nshards.txt`, and `classnames.txt` beside them. A sample is an
+image and a `.cls` file with its class number under one key (`s0000012.webp`, `s0000012.cls`). Listing reads
+only headers and labels; after that, any process can read any image without extracting the tar.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def holds_shards(root: Path) -> bool:
 
 
 def open_shards(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
-    """The splits in a folder of shards; with no val shards, train is split as a folder's is.
+    """The splits in a folder of shards; without val shards, train is split as for a folder of images.
 
     Raises:
-        DataError: as `read_shards`, or a class has too few images to be split.
+        DataError: as for `read_shards`, or a class has too few images to be split.
     """
     found = read_shards(root)
     train, val = found["train"], found.get("val")
@@ -64,8 +64,8 @@ def read_shards(root: Path) -> dict[str, ImageList]:
     """Split -> its images, in the order of the shards.
 
     Raises:
-        DataError: a shard is missing, one too many, broken, or has a sample with no or two images or labels;
-            the labels and `classnames.txt` do not go together.
+        DataError: a shard is missing, unexpected or broken, or has a sample without exactly one image and one
+            label; `classnames.txt` does not match the labels.
     """
     folders: dict[str, str] = {}
     for name, split in SPLIT_FOLDERS.items():
@@ -85,10 +85,10 @@ def read_shards(root: Path) -> dict[str, ImageList]:
 
 
 def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
-    """One name a line, in the order of the labels; None where there is no such file.
+    """Reads one name per line, in the order of the labels; None if there is no such file.
 
     Raises:
-        DataError: fewer than `at_least` names, or one name twice; the file is no text.
+        DataError: there are fewer than `at_least` names, or duplicates; the file is not text.
     """
     if not path.exists():
         return None
@@ -173,7 +173,7 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                     images[key] = TarImage(path, member.offset_data, member.size, name)
     except tarfile.TarError as error:
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
-    # Cut off between two members, a tar reads as a shorter one, but for the empty block that ends it.
+    # A tar cut off between two members looks complete, except that the zero block at its end is missing.
     if path.stat().st_size < end + tarfile.BLOCKSIZE:
         raise DataError(f"{path}: ends after {len(images):,} images without a tar's end; get it again")
     for key in [*images, *labels]:

@@ -1,4 +1,4 @@
-"""Training, validation and test images of whatever a recipe names as its data."""
+"""Training, validation and test images of any kind of data that a recipe can name."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ def open_splits(
     data_root: str | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Lists the images of `data`; no image is decoded, but of data sets that come as a stream.
+    """Lists the images of `data`. None is decoded, except those of sequential data sets.
 
     Args:
         data: with `task`, the folder that holds it; else a folder of class folders (`open_folder`), a folder
             of WebDataset shards (`open_shards`), or a name of timm's data-set factory (`open_factory`).
-        task: a name in `TASKS`, or another name of it.
-        train_on: "train", or "train+val" for all images but test's to train on; `val` is None then.
+        task: a name in `TASKS`, or one of its aliases.
+        train_on: "train", or "train+val" to train on all images except test's; `val` is then None.
         with_test: whether there must be a test split.
-        train_fraction: share of each class's training images to keep, by `take_fraction`.
-        val_fraction: share of each class's training images held out where there is no val split; a FGVC task
-            has its own.
-        data_root: where a data set that timm's factory names is kept.
-        seed: 0 or more, of what is drawn.
+        train_fraction: fraction of each class's training images to keep, by `take_fraction`.
+        val_fraction: fraction of each class's training images to hold out if there is no val split; FGVC
+            tasks have their own.
+        data_root: folder that stores a data set of timm's factory.
+        seed: 0 or more, for all random choices.
 
     Raises:
-        DataError: there is nothing that can be used; the text names the path, what was found and what was
-            wanted.
-        ValueError: another argument cannot be used; the text names it.
+        DataError: the data cannot be used; the message names the path, what was found and what was wanted.
+        ValueError: another argument cannot be used; the message names it.
     """
-    if not os.fspath(data):  # to pathlib the working directory
+    if not os.fspath(data):  # pathlib takes "" to be the working directory
         raise ValueError("data: '', wanted a folder or the name of a data set")
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on: {train_on!r}, wanted one of {', '.join(TRAIN_ON)}")
@@ -59,7 +58,7 @@ def open_splits(
     if with_test and splits.test is None:
         raise DataError(f"{data}: has no test split")
     train, val = splits.train, splits.val
-    if train_on == "train+val" and val is not None:  # the data have a val of their own
+    if train_on == "train+val" and val is not None:  # the data have their own val split
         train, val = train + val, None
     return Splits(take_fraction(train, train_fraction, seed), val, splits.test, splits.val_is_drawn)
 

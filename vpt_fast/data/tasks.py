@@ -1,9 +1,10 @@
-"""The 24 tasks of the paper by name: VTAB-1k's 19 and FGVC's 5, from the files that people have of them.
+"""The 24 tasks of the paper by name, 19 of VTAB-1k and 5 of FGVC, in the file layouts in common use.
 
-VTAB-1k (Zhai et al., arXiv 1910.04867) as lists of images: `<root>/<task>/{train800,val200,test}.txt`, a
-line `images/train800/000000.jpg 307`: a path from the task's folder, a space, a class number from 0. This is
-what NOAH, SSF, FacT, Convpass and others read. FGVC as JSON: `<root>/<task>/{train,val,test}.json`, each a
-mapping of image path to class id, as KMnP/vpt reads it. `root` may also be the task's own folder.
+VTAB-1k (Zhai et al., arXiv 1910.04867) as lists of images: `<root>/<task>/{train800,val200,test}.txt` with
+lines such as `images/train800/000000.jpg 307`: a path relative to the task's folder, a space, a class number
+from 0. NOAH, SSF, FacT, Convpass and others read this layout. FGVC as JSON:
+`<root>/<task>/{train,val,test}.json`, each a mapping of image path to class id, as in KMnP/vpt. `root` may
+also be the task's own folder.
 
 Numbers of classes and images are those of Jia et al., "Visual Prompt Tuning", ECCV 2022, appendix, and of
 VTAB.
@@ -25,11 +26,11 @@ HOW_TO_GET = {
     "vtab": "images and lists of all 19 tasks: vtab-1k.zip, linked from github.com/ZhangYuanhan-AI/NOAH",
     "fgvc": "lists: github.com/KMnP/vpt links train.json, val.json and test.json",
 }
-"""Suite -> where what `open_task` reads is published."""
+"""Suite -> where the files that `open_task` reads are published."""
 
 VTAB_FILES = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 FGVC_FILES = {"train": "train.json", "val": "val.json", "test": "test.json"}
-FGVC_VAL_FRACTION = 0.1  # of train, where no val.json says which: the paper's appendix
+FGVC_VAL_FRACTION = 0.1  # of train, held out if there is no val.json: the paper's appendix
 _SHOWN = 3
 
 
@@ -43,10 +44,10 @@ class Task:
         group: "natural", "specialized" or "structured" of VTAB; "fgvc".
         num_classes: classes.
         num_train, num_val, num_test: images in each split.
-        folders: names of the task's folder that are looked for, the usual one first.
-        image_folder: what the paths in its lists start from, below the task's folder.
+        folders: possible names of the task's folder, the usual one first.
+        image_folder: folder below the task's that the paths in its lists are relative to.
         source: where the images come from.
-        resize, augment, normalization: the preprocessing where a recipe does not say.
+        resize, augment, normalization: default preprocessing.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Task:
 def _vtab(
     name: str, group: str, num_classes: int, num_test: int, source: str, aliases: tuple[str, ...] = ()
 ) -> Task:
-    # Normalised as KMnP/vpt does, whose recipe the defaults follow; code bases differ (docs/data.md).
+    # Normalised as in KMnP/vpt, whose recipe the defaults follow; code bases differ (docs/data.md).
     return Task(
         f"vtab/{name}",
         "vtab",
@@ -222,10 +223,11 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, with its suite ("vtab/cifar") or another name of its folder ("cifar100").
+    """The task with this name, by suite and name ("vtab/cifar") or by another name of its folder
+    ("cifar100").
 
     Raises:
-        ValueError: there is none, with close names, or two suites have it.
+        ValueError: there is none, and the message suggests close names; or the name is ambiguous.
     """
     if name in TASKS:
         return TASKS[name]
@@ -251,21 +253,21 @@ def find_task(name: str) -> Task:
 
 
 def find_task_folder(task: Task, root: Path) -> Path | None:
-    """`root` or the folder in it that holds the task's list of training images; None where there is none."""
+    """The folder in `root`, or `root` itself, that holds the task's list of training images; None if there is
+    none."""
     listing = task.files["train"]
     candidates = [root / folder for folder in task.folders]
-    # The task's own folder last: a folder of tasks never holds such a list itself.
+    # `root` itself comes last; a folder of tasks never holds such a list.
     return next((folder for folder in [*candidates, root] if (folder / listing).is_file()), None)
 
 
 def open_task(task: Task, root: Path, *, holds_out: bool, seed: int) -> Splits:
-    """The task's lists, checked against what the task is; test is None where its list is not there.
+    """The task's lists, checked against the task's definition; test is None if its list is missing.
 
-    Where FGVC has no list of val, a tenth of train is val, or with `holds_out` false val is None.
+    If an FGVC task has no list of val, a tenth of train is held out; without `holds_out`, val is None.
 
     Raises:
-        DataError: files are missing or hold something else than the task; the text says which, and which
-            line.
+        DataError: files are missing or do not match the task; the message names the file and the line.
     """
     folder = find_task_folder(task, root)
     if folder is None:
@@ -285,10 +287,10 @@ class TaskList:
     """A list of a task.
 
     Attributes:
-        path: the list's own.
-        expected: images that it must have.
-        entries: an image's place in the list, its path from the task's image folder, and its class id; None
-            where the list cannot be read.
+        path: of the list.
+        expected: number of images that it must have.
+        entries: for each image, its place in the list, its path relative to the task's image folder, and its
+            class id; None if the list cannot be read.
     """
 
     path: Path
@@ -301,11 +303,11 @@ class TaskFiles:
     """What a task's folder holds.
 
     Attributes:
-        root: what the lists' paths start from.
-        lists: split -> its list, of those that are there or must be.
+        root: folder that the lists' paths are relative to.
+        lists: split -> its list, for the splits that exist or must exist.
         ids: the class ids in the order of the labels.
-        classes: the names of these.
-        problems: all that keeps the task from being used; each names its file, and the place in it.
+        classes: their names.
+        problems: everything that prevents using the task; each names the file, and the place in it.
     """
 
     root: Path
@@ -315,8 +317,11 @@ class TaskFiles:
     problems: tuple[str, ...]
 
     def splits(self, *, holds_out: bool, seed: int) -> Splits:
-        """Of a task with no problems; else as `open_task`, which raises DataError, too, where a class has too
-        few images to hold one out."""
+        """The splits of a task without problems, as `open_task` returns them.
+
+        Raises:
+            DataError: a class has too few images to hold one out.
+        """
         label_of = {class_id: label for label, class_id in enumerate(self.ids)}
         found: dict[str, ImageList] = {}
         for split, listed in self.lists.items():
@@ -332,12 +337,12 @@ class TaskFiles:
 
 
 def read_task(task: Task, folder: Path) -> TaskFiles:
-    """Reads every list of the task in its folder and asks for every file that they name; decodes none."""
+    """Reads every list of the task and checks that every listed file exists; decodes none."""
     is_vtab = task.suite == "vtab"
     required = ("train", "val") if is_vtab else ("train",)
     there = {s: folder / f for s, f in task.files.items() if s in required or (folder / f).exists()}
     sizes = task.sizes
-    if "val" not in there:  # part of train then
+    if "val" not in there:  # its images are then in train
         sizes["train"] += sizes["val"]
     problems: list[str] = []
     lists: dict[str, TaskList] = {}
@@ -358,7 +363,7 @@ def read_task(task: Task, folder: Path) -> TaskFiles:
         except DataError as error:
             problems.append(str(error))
     else:
-        # The class ids of a data set may start anywhere and leave gaps (NABirds').
+        # Class ids may start anywhere and have gaps (NABirds).
         ids = tuple(sorted({class_id for *_, class_id in of_train}))
         classes = _folder_names(of_train, ids)
         if of_train and len(ids) != task.num_classes:
@@ -380,7 +385,7 @@ def read_task(task: Task, folder: Path) -> TaskFiles:
 
 
 def _problems_of(task: Task, listed: TaskList, root: Path, ids: set[int] | None) -> list[str]:
-    """What is wrong with a list that can be read; `ids` are those of train, None where that cannot."""
+    """What is wrong with a readable list; `ids` are the class ids of train, None if that is unreadable."""
     assert listed.entries is not None
     path, count, problems = listed.path, len(listed.entries), []
     if foreign := [] if ids is None else [entry for entry in listed.entries if entry[2] not in ids]:
@@ -401,7 +406,7 @@ def _more(found: int, of: int) -> str:
 
 
 def _missing_files(root: Path, entries: tuple[tuple[str, str, int], ...]) -> list[tuple[str, str]]:
-    """(place, path) of those with no file. Asks for folders, not file by file."""
+    """(place, path) of the entries without a file. Lists each folder once instead of checking each file."""
     present: dict[Path, set[str]] = {}
     missing = []
     for where, name, _ in entries:
@@ -425,8 +430,8 @@ def read_list(path: Path, num_classes: int) -> list[tuple[str, str, int]]:
     """(place, image's path, label) of every line of a VTAB-1k list.
 
     Raises:
-        DataError: the file is missing; a line is no path and class number, its number is no class's, or an
-            earlier line has its image.
+        DataError: the file is missing; a line is not a path and a class number, its class does not exist, or
+            its image is a duplicate.
     """
     entries = []
     first: dict[str, int] = {}
@@ -449,10 +454,10 @@ def read_list(path: Path, num_classes: int) -> list[tuple[str, str, int]]:
 
 
 def read_json(path: Path) -> list[tuple[str, str, int]]:
-    """(place, image's path, class id) of every entry of a FGVC list.
+    """(place, image's path, class id) of every entry of an FGVC list.
 
     Raises:
-        DataError: the file is missing, no JSON, or no such mapping.
+        DataError: the file is missing, not JSON, or not a mapping of paths to class ids.
     """
     try:
         values: Any = json.loads(read_text(path))
@@ -481,7 +486,7 @@ def _whole_number(value: Any) -> int | None:
 
 
 def _folder_names(entries: tuple[tuple[str, str, int], ...], ids: tuple[int, ...]) -> tuple[str, ...]:
-    """Names of the folders that the classes' images lie in, where each class has its own; else the ids."""
+    """The names of the classes' folders if each class has its own, else the ids."""
     folders: dict[int, set[str]] = {}
     for _, name, class_id in entries:
         folders.setdefault(class_id, set()).add(Path(name).parent.name)

@@ -1,6 +1,6 @@
-"""Labels of VTAB's tasks that are not their sets' classes, from what the sets say of each image.
+"""Labels of the VTAB tasks that derive them from an image's annotations.
 
-Definitions are those of google-research/task_adaptation (Zhai et al., arXiv 1910.04867), names of fields
+Definitions are those of google-research/task_adaptation (Zhai et al., arXiv 1910.04867). Field names are
 those of TensorFlow Datasets, and numbers are float32 as there.
 """
 
@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 
 CLEVR_FEWEST = 3  # objects in a scene
-CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)  # of the closest object's depth
-KITTI_EDGES = (8.0, 20.0, 999.0)  # of the closest vehicle's distance, in metres
-KITTI_VEHICLES = 3  # of its types of objects the first: car, van, truck
+CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)  # bin edges of the closest object's depth
+KITTI_EDGES = (8.0, 20.0, 999.0)  # bin edges of the closest vehicle's distance, in metres
+KITTI_VEHICLES = 3  # the first three object types are vehicles: car, van, truck
 
 
 @dataclass(frozen=True)
 class LabelRule:
-    """How a task's label comes of one field of its set.
+    """How a task's label is computed from one field of its data set.
 
     Attributes:
-        field: its name; of a field in another one both, "objects/pixel_coords".
-        label: the field's value to the class number.
-        binned_from: classes that the field itself has, where it is a class number that is put into bins.
-        scale: what the set's pixels are multiplied by, to be of 0 to 255.
+        field: the field's name; with its parent's for a nested one, "objects/pixel_coords".
+        label: maps the field's value to the class number.
+        binned_from: number of classes of the field, if it is itself a class number that is binned.
+        scale: factor that brings the set's pixels to 0..255.
     """
 
     field: str
@@ -37,18 +37,19 @@ class LabelRule:
 
 
 def count_objects(coordinates: Any) -> int:
-    """(n, 3) of n objects, 3 to 10."""
+    """Label from the coordinates (n, 3) of n objects, 3 to 10."""
     return len(coordinates) - CLEVR_FEWEST
 
 
 def closest_object(coordinates: Any) -> int:
-    """(n, 3): x and y in the image, and depth. A depth on an edge belongs to the bin below."""
+    """Label from coordinates (n, 3): x and y in the image, and depth. A depth on an edge belongs to the bin
+    below."""
     return bisect_left(CLEVR_EDGES, np.asarray(coordinates, np.float32)[:, 2].min())
 
 
 def closest_vehicle(objects: Mapping[str, Any]) -> int:
-    """`type` (n,), and `location` (n, 3): right, down and forward of the camera, in metres. No vehicle is the
-    last class."""
+    """Label from `type` (n,) and `location` (n, 3): right, down and forward of the camera, in metres. The
+    last class is "no vehicle"."""
     is_vehicle = np.asarray(objects["type"]) < KITTI_VEHICLES
     distances = np.asarray(objects["location"], np.float32).reshape(-1, 3)[is_vehicle, 2]
     return bisect_left(KITTI_EDGES, distances.min(initial=1000.0))
@@ -63,4 +64,4 @@ LABEL_RULES = {
     "vtab/smallnorb_azi": LabelRule("label_azimuth", int),
     "vtab/smallnorb_ele": LabelRule("label_elevation", int),
 }
-"""Task -> the rule of its labels."""
+"""Task -> rule for its labels."""
