@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files"],
+    "files": ["files", "free_memory"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],

@@ -8,8 +8,7 @@ from tiny import random_batch, tiny_vit
 from vpt_fast.kernels import Backend
 
 from vpt_fast import LinearProbe, PromptedViT, classifier
-from vpt_fast.engine import policy
-from vpt_fast.engine.policy import choose_policy, free_bytes
+from vpt_fast.engine.policy import choose_policy
 
 BYTES = {"exact": 100, "compact": 60, "recompute_mlp": 70, "recompute": 20}
 
@@ -28,31 +27,6 @@ BYTES = {"exact": 100, "compact": 60, "recompute_mlp": 70, "recompute": 20}
 )
 def test_fastest_that_fits_nine_tenths_of_the_free_memory(dtype, free, chosen) -> None:
     assert choose_policy(BYTES.__getitem__, dtype, free) == chosen
-
-
-def test_free_bytes_of_this_machine_are_less_than_it_has() -> None:
-    import os
-
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < free_bytes(torch.device("cpu")) < total
-
-
-def test_free_bytes_of_a_container_are_what_its_control_group_leaves(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(policy, "_CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("4000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 300000\n")
-    assert free_bytes(torch.device("cpu")) == 1_300_000
-
-
-def test_free_bytes_of_a_container_without_a_limit_are_the_machines(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(policy, "_CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(torch.device("cpu")) > 1_300_000
-
-
-def test_free_bytes_of_an_unknown_device_are_unknown() -> None:
-    assert free_bytes(torch.device("meta")) is None
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock, compute_dtype
 from vpt_fast.engine.plan import Read, row_range
-from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy, free_bytes
+from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy
 from vpt_fast.files import replacing
+from vpt_fast.free_memory import free_bytes
 from vpt_fast.kernels import get_backend
 
 CONFIG_FILE = "config.json"

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vpt_fast.classifier import TunedModel
 from vpt_fast.data import SceneSplits, SkippedImage, Splits
-from vpt_fast.engine.policy import free_bytes
+from vpt_fast.free_memory import free_bytes
 from vpt_fast.recipe import Recipe
 from vpt_fast.world import World
 

@@ -20,7 +20,7 @@ from vpt_fast.data import (
     open_splits,
 )
 from vpt_fast.data.decode import default_workers
-from vpt_fast.data.resident import host_budget
+from vpt_fast.data.resident import device_budget, host_budget
 
 NUM_IMAGES = 11
 PREPROCESSINGS = {
@@ -340,10 +340,15 @@ def test_pixels_that_cannot_be_pinned_come_with_the_reason(images, monkeypatch, 
 
 
 def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monkeypatch):
-    monkeypatch.setattr("pathlib.Path.read_text", lambda path: "MemFree: 1 kB\nMemAvailable: 4000 kB\n")
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: 4000 << 10)
     assert host_budget() == 1000 << 10
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert host_budget() == 250 << 10
+
+
+def test_budgets_where_free_memory_is_unknown_are_small(monkeypatch):
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: None)
+    assert host_budget() == device_budget("cpu") == 2 << 30
 
 
 def test_all_cores_decode_shared_by_local_processes(monkeypatch):

@@ -7,38 +7,34 @@ import os
 import sys
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from vpt_fast.free_memory import free_bytes
 
 from .preprocessing import Preprocessing
 
 FREE_FRACTION = 0.25
 """The largest fraction of free memory that one set of pixels may take: the model needs most of it."""
-UNKNOWN_HOST_BYTES = 2 << 30
+UNKNOWN_BYTES = 2 << 30
 """The budget if the system does not report its free memory."""
 
 
 def device_budget(device: torch.device | str) -> int:
     """Bytes of pixels that may be kept on `device`: a quarter of its free memory."""
     device = torch.device(device)
-    if device.type != "cuda":
-        return host_budget()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * FREE_FRACTION)
+    return _share_of_free(device) if device.type == "cuda" else host_budget()
 
 
 def host_budget() -> int:
     """Bytes of pixels that this process may keep in host memory: a quarter of what is available, divided
     among the processes that torchrun started on this machine."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
-    budget = UNKNOWN_HOST_BYTES if available is None else int(available * FREE_FRACTION)
-    return budget // processes
+    return _share_of_free(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _share_of_free(device: torch.device) -> int:
+    free = free_bytes(device)
+    return UNKNOWN_BYTES if free is None else int(free * FREE_FRACTION)
 
 
 def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
