@@ -58,7 +58,7 @@ def arch_of(device: torch.device) -> int:
 
 
 @cache
-def num_processors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     """Number of SMs; 1 on the CPU, in the interpreter."""
     if device.type != "cuda":
         return 1

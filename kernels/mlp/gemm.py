@@ -13,7 +13,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv, num_processors
+from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv, num_sms
 from vpt_fast.kernels.mlp.gemm_jit import (
     linear_activate_backward_kernel,
     linear_activate_backward_tma_kernel,
@@ -130,7 +130,7 @@ class _TMALaunch:
         config: dict[str, int],
         pack: bool,
     ) -> None:
-        programs = min(num_tiles, _programs(config) * num_processors(device))
+        programs = min(num_tiles, _programs(config) * num_sms(device))
         options = _tma_options(kernel, config, pack, arch_of(device))
         if num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda":
             config = {**config, "DELAY": 0}

@@ -99,12 +99,12 @@ class _Call:
         return self.grad_tokens or self.num_fresh_rows > 0
 
     @property
-    def projects_tokens_anew(self) -> bool:
+    def recomputes_qkv(self) -> bool:
         """Whether backward recomputes queries, keys and values from x̂1: where x̂1 is kept anyway, for the
         tokens' gradient."""
         return self.policy.compact and self.grad_tokens
 
-    def projects_prompts_anew(self, num_sets: int) -> bool:
+    def recomputes_prompt_kv(self, num_sets: int) -> bool:
         """Whether backward recomputes the keys and values of `num_sets` sets of prompts. Those of a single
         set, which all images share, are too few to be worth a matmul."""
         return self.policy.compact and num_sets > 1
@@ -363,7 +363,7 @@ class _FrozenBlockFunction(torch.autograd.Function):
         rotation = _rotation(sin, cos, ctx.start)
         weights = BlockWeights(*saved[:num_weights]).to(call.dtype)
         kept = _Kept(*saved[num_weights:])
-        run_backward = _backward_anew if call.policy.recompute_block else _backward
+        run_backward = _recompute_backward if call.policy.recompute_block else _backward
         with without_autocast(grad.device.type):
             grads = run_backward(grad, kept, rotation, weights, call, ctx.needs_input_grad[2])
         grad_tokens, grad_prompts = grads
@@ -425,14 +425,14 @@ def _enter(
         prompt_x_hat, rstd, _, _ = ops.normalize(prompts, eps1, norm1, dtype)
         projected_prompts = _project_prompts(prompt_x_hat, w, call)
         hold(prompt_x_hat=prompt_x_hat, prompt_rstd=rstd)
-        if not call.projects_prompts_anew(prompts.shape[0]):
+        if not call.recomputes_prompt_kv(prompts.shape[0]):
             hold(prompt_kv=projected_prompts.kv, prompt_k_rstd=projected_prompts.k_rstd)
         if call.num_fresh_rows:
             fresh = prompts[:, call.fresh].to(residual.dtype)
             residual = torch.cat((residual, fresh.expand(batch, -1, -1)), dim=1)
     tokens = _project_tokens(x_hat, prompt_x_hat, rotation, w, call)
     del x_hat, prompt_x_hat
-    if not call.projects_tokens_anew:
+    if not call.recomputes_qkv:
         hold(qkv=tokens.qkv, q=None if call.packed else tokens.q)
         if call.keeps_image_keys:
             hold(kv=tokens.kv, q_rstd=tokens.q_rstd)
@@ -645,7 +645,7 @@ def images_at_once(batch_size: int, num_tokens: int) -> int:
     return max(1, -(-batch_size // parts))
 
 
-def _backward_anew(
+def _recompute_backward(
     grad: torch.Tensor,
     kept: _Kept,
     rotation: Rotation | None,
@@ -806,7 +806,7 @@ def _projections(
 ) -> tuple[_Tokens, _Prompts]:
     """The projections' outputs in forward, kept or recomputed: by the same matmuls, so that they are bit for
     bit what the log-sum-exp was computed from."""
-    if call.projects_tokens_anew:
+    if call.recomputes_qkv:
         tokens = _project_tokens(kept.x_hat1, kept.prompt_x_hat, rotation, w, call)
     else:
         if kept.qkv is not None:
@@ -816,7 +816,7 @@ def _projections(
         tokens = _Tokens(kept.qkv, q, kept.kv, k, v, kept.q_rstd, kept.k_rstd)
     if kept.prompt_x_hat is None:
         return tokens, _Prompts()
-    if call.projects_prompts_anew(kept.prompt_x_hat.shape[0]):
+    if call.recomputes_prompt_kv(kept.prompt_x_hat.shape[0]):
         return tokens, _project_prompts(kept.prompt_x_hat, w, call)
     k, v = kept.prompt_kv.unbind(2)
     return tokens, _Prompts(kept.prompt_kv, k, v, kept.prompt_k_rstd)
