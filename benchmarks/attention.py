@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import operations
 import torch
 import typer
+from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, Work, number
 from reports import listed, positive_numbers
 from rich import box
@@ -212,7 +213,7 @@ def measure_shape(shape: Shape, names: Iterable[str], settings: Settings) -> lis
                 for field, call in make_calls(name, functions, inputs).items()
             }
         except Exception as failure:  # a package that is missing, a kernel that does not build, out of memory
-            row.error = operations.message(failure)
+            row.error = first_line(failure)
             continue
         calls |= prepared
         row.exact = max(found) < ERROR_BELOW[settings.dtype]

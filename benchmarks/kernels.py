@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import operations
 import torch
 import typer
+from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, Work, number
 from reports import listed
 from rich import box
@@ -403,7 +404,7 @@ def measure_case(case: Case, names: Iterable[str], settings: Settings) -> list[R
             error = check(call, case, inputs)
             calls[name] = operations.prepare(partial(call, *inputs[0], *inputs[1]), device)
         except Exception as failure:  # a kernel that does not build, no compiler, out of memory
-            row.error = operations.message(failure)
+            row.error = first_line(failure)
             continue
         row.exact, row.relative_error = error < allowed, operations.finite(error)
     work = OPERATIONS[case.op].work(case, dtype.itemsize)

@@ -215,11 +215,6 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and value < float("inf") else None
 
 
-def message(failure: Exception) -> str:
-    """The first line of a failure, with its type."""
-    return f"{type(failure).__name__}: {failure}".splitlines()[0]
-
-
 def number(value: float | None, form: str) -> str:
     """A table's cell."""
     return "" if value is None else format(value, form)

@@ -26,6 +26,7 @@ import attention
 import operations
 import torch
 import typer
+from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, number
 from reports import listed, positive_numbers
 from rich import box
@@ -223,7 +224,7 @@ def measure_target(target: Target, settings: Settings) -> list[Row]:
                 row.exact = target.error() < ERROR_BELOW[settings.dtype]
                 calls[len(rows) - 1] = operations.prepare(target.call, settings.device)
         except Exception as failure:  # more shared memory or registers than the device has
-            row.error = operations.message(failure)
+            row.error = first_line(failure)
     times = settings.times({str(index): call for index, call in calls.items()})
     for index, seconds in times.items():
         row = rows[int(index)]

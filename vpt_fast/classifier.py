@@ -282,23 +282,12 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         for layer in meta.modules():
             layer.register_forward_hook(look)
-        own = {t.untyped_storage()._cdata for t in (*meta.parameters(), *meta.buffers())}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
         images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with cost.counting_kept(meta) as kept_sizes:
             meta(images)
-        sizes += [storage.nbytes() for storage in kept.values()]
+        kept = kept_sizes()
         return cost.TrainingBytes(
-            weights=self._weight_bytes(),
-            kept=sum(storage.nbytes() for storage in kept.values()),
-            workspace=3 * max(sizes),
+            weights=self._weight_bytes(), kept=sum(kept), workspace=3 * max(sizes + kept)
         )
 
     def _weight_bytes(self) -> int:

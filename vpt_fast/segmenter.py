@@ -248,22 +248,13 @@ class PromptedSegmenter(TunedModel):
         vit, size = self.backbone, self.image_size
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
         heads = copy.deepcopy(nn.ModuleList([self.head, *self.aux_heads])).to("meta")
-        own = {p.untyped_storage()._cdata for p in heads.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
         dtype = torch.promote_types(self.head.norm.weight.dtype, torch.float32)
         labels = torch.empty(1, *size, dtype=torch.int64, device="meta")
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with cost.counting_kept(heads) as kept_sizes:
             for head in heads:
                 tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
                 F.cross_entropy(head(tokens, grid, size), labels)
-        return [storage.nbytes() for storage in kept.values()]
+        return kept_sizes()
 
 
 def _check_aux_blocks(blocks: Sequence[int], last: int) -> None:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
+from torch import nn
 
 from vpt_fast.engine.block import FrozenBlock, images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
@@ -21,6 +24,26 @@ class TrainingBytes(TypedDict):
     weights: int
     kept: int
     workspace: int
+
+
+@contextmanager
+def counting_kept(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
+    """Records what autograd keeps for backward inside the context, the model's own tensors excluded.
+
+    Yields:
+        A function that returns the bytes of each storage kept so far.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield lambda: [storage.nbytes() for storage in kept.values()]
 
 
 class Peak:
