@@ -634,6 +634,13 @@ def performance_page(root: Path, reports: list[Report]) -> str:
                 "CPU, where the engine runs in plain PyTorch, without the Triton kernels.",
             )
         )
+    if any(not report.on_gpu and report.content.get("dtype") == "bfloat16" for report in reports):
+        text.append(
+            paragraph(
+                "PyTorch emulates bfloat16 on CPUs without instructions for it. Rows measured in bfloat16 on",
+                "a CPU are there for memory and gradients; their speeds mean little.",
+            )
+        )
     for device in dict.fromkeys(report.device for report in reports):
         here = [report for report in reports if report.device == device]
         text.append(f"## {device}")
@@ -772,7 +779,6 @@ def memory_block(reports: list[Report]) -> str:
         ("kept, MiB an image", field("kept_mib_per_image")),
         ("peak, MiB", field("peak_mib", ",.0f")),
         ("gradient error", field("gradient_error", ".3e")),
-        ("images/s, relative to concatenation", lambda row: f"{group.ratio(row):.2f}"),
     ]
     best = group.best_concatenation
     return "\n\n".join(

@@ -252,11 +252,20 @@ def test_a_library_that_ran_in_deterministic_mode_is_named(
 
 
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
-    policies = [row("vpt_fast", 300.0 - 10 * i, memory=name) for i, name in enumerate(("exact", "compact"))]
+    policies = [
+        row("vpt_fast", 300.0, memory=name, kept_mib_per_image=kept)
+        for name, kept in (("exact", 32.1), ("compact", 11.9))
+    ]
     project.add("h100", [*policies, row("concat_timm", 200.0)])
     text = project.text(page.ENGINE)
-    assert "| 1.50 |" in line_of(text, '`"exact"`')
-    assert "| 1.45 |" in line_of(text, '`"compact"`')
+    assert "| 32.1 |" in line_of(text, '`"exact"`')
+    assert "| 11.9 |" in line_of(text, '`"compact"`')
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False)])
+def test_that_a_cpu_emulates_bfloat16_is_said(project: Project, dtype: str, said: bool) -> None:
+    project.add("cpu", [row("vpt_fast", 0.1)], device="AMD EPYC, 2 threads", cuda=None, dtype=dtype)
+    assert ("emulates bfloat16" in " ".join(project.text().split())) == said
 
 
 def test_attention_kernels_tasks_and_the_suite_have_sections(project: Project) -> None:
