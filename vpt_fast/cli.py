@@ -78,8 +78,9 @@ def train(
 ) -> None:
     """Train prompts, or another tuning method, on a folder of images.
 
-    Ctrl-C stops after the current step. The same command resumes after the last completed epoch and gives the
-    results of an uninterrupted run. Under torchrun, the processes share each batch.
+    Ctrl-C stops after the current step. The same command resumes after the
+    last completed epoch and gives the results of an uninterrupted run. Under
+    torchrun, the processes share each batch.
 
     [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
     """
