@@ -776,7 +776,7 @@ def memory_block(reports: list[Report]) -> str:
                 f'`"{row["memory"]}"`' if row is not best else IN_WORDS.get(row["impl"], name_of(row))
             ),
         ),
-        ("kept, MiB an image", field("kept_mib_per_image")),
+        ("kept, MiB per image", field("kept_mib_per_image")),
         ("peak, MiB", field("peak_mib", ",.0f")),
         ("gradient error", field("gradient_error", ".3e")),
     ]
