@@ -17,9 +17,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 if os.environ["TRITON_INTERPRET"] == "1":
     assert "triton" not in sys.modules, "imported before its interpreter was asked for"
 
-    from bfloat16_interpreter import teach_bfloat16
+    from interpreter import amend_interpreter
 
-    teach_bfloat16()
+    amend_interpreter()
 
 
 @pytest.fixture(autouse=True)

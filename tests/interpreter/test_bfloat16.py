@@ -1,4 +1,4 @@
-"""What `bfloat16_interpreter` teaches Triton's interpreter, against PyTorch."""
+"""bfloat16 in the amended interpreter, against PyTorch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def _is_bfloat16(handle: TensorHandle) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
 
-def teach_bfloat16() -> None:
+def compute_bfloat16() -> None:
     """Changes Triton's interpreter for good."""
     builder = InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
