@@ -25,8 +25,10 @@ from vpt_fast import (
     PromptedViT,
     load_pretrained,
 )
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.files import replacing
+from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import MLPProbe
 
 
@@ -564,11 +566,26 @@ class TestStorage:
         with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
             PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
-    def test_keyword_that_json_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
-        model = PromptedViT("vpt_fast_demo", 5, 4, act_layer=torch.nn.GELU)
-        with pytest.raises(ValueError, match="timm keywords"):
-            model.save_pretrained(tmp_path / "new")
-        assert not (tmp_path / "new").exists()
+    @pytest.mark.parametrize("model_class", [PromptedViT, FullTuning])
+    def test_keyword_that_json_cannot_hold_is_saved_as_an_instance_is(
+        self, model_class: type[TunedClassifier], tmp_path: Path
+    ) -> None:
+        prompts = {"num_prompts": 4} if model_class is PromptedViT else {}
+        model = model_class("vpt_fast_demo", 5, act_layer=torch.nn.SiLU, **prompts).eval()
+        with pytest.warns(UserWarning, match=r"vpt_fast_demo, act_layer=.*SiLU.*backbone="):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"backbone: .*\(vpt_fast_demo, act_layer=.*SiLU.*backbone="):
+            load_pretrained(tmp_path)
+        backbone = timm.create_model("vpt_fast_demo", act_layer=torch.nn.SiLU)
+        again = load_pretrained(tmp_path, backbone).eval()
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(again(images), model(images))
+
+    def test_config_of_a_keyword_that_json_cannot_hold_is_a_dictionary_that_it_can(self) -> None:
+        config = PromptedViT("vpt_fast_demo", 5, 4, act_layer=torch.nn.SiLU).config
+        found = json.loads(json.dumps(config.to_dict()))
+        assert found["backbone"]["name"] is None and found["backbone"]["kwargs"] == {}
+        assert config.backbone.name == "vpt_fast_demo"
 
     def test_full_disk_leaves_the_last_good_files(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

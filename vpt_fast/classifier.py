@@ -8,8 +8,9 @@ import math
 import operator
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,9 +106,28 @@ class ClassifierConfig:
     pool: str | None
     options: dict[str, Any]
 
+    @property
+    def backbone_call(self) -> str | None:
+        """The backbone's name and arguments, as text, if JSON cannot hold its keyword arguments for timm (a
+        class of layers, say); None if it can."""
+        found = self.backbone
+        try:
+            json.dumps(found.kwargs)
+        except (TypeError, ValueError):  # ValueError: a mapping that contains itself
+            weights = f", checkpoint={found.checkpoint!r}" if found.checkpoint is not None else ""
+            weights = ", pretrained=True" if found.pretrained else weights
+            keywords = "".join(f", {name}={value!r}" for name, value in found.kwargs.items())
+            return f"{found.name}{weights}{keywords}"
+        return None
+
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold."""
-        return asdict(self)
+        """A dictionary that JSON can hold. A backbone whose keyword arguments JSON cannot hold is described
+        like an instance, with the `backbone_call` beside it."""
+        call = self.backbone_call
+        if call is None:
+            return asdict(self)
+        backbone = BackboneConfig(None, False, {}, fingerprint=self.backbone.fingerprint)
+        return {**asdict(replace(self, backbone=backbone)), "backbone_call": call}
 
 
 class _Built(type):
@@ -346,11 +366,13 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Write the trained tensors, and what is needed to rebuild the model, to a folder.
 
         config.json holds the settings and the backbone's fingerprint, model.safetensors only the trained
-        tensors. Existing files are replaced one by one, each completely or not at all.
+        tensors. Existing files are replaced one by one, each completely or not at all. If JSON cannot hold a
+        keyword argument for timm (a class of layers, say), the model is saved like one whose backbone was
+        given as an instance, which `from_pretrained` asks for, and a UserWarning says so.
 
         Raises:
-            ValueError: a keyword passed to timm cannot be written as JSON, or a trained tensor is no longer
-                a parameter (after a parametrisation, say), so that the file would lack it.
+            ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
+                file would lack it.
         """
         directory = Path(directory)
         lacking = self._stored_names - self._stored().keys()
@@ -360,12 +382,15 @@ class TunedModel(nn.Module, metaclass=_Built):
                 "would miss; want it back as one (parametrize.remove_parametrizations), or else to save "
                 "model.trainable_state_dict() yourself"
             )
-        settings = {"vpt_fast_version": version("vpt_fast"), **self.config.to_dict()}
-        try:
-            text = json.dumps(settings, indent=2) + "\n"
-        except TypeError as error:
-            kwargs = self._backbone_config.kwargs
-            raise ValueError(f"timm keywords: {kwargs} cannot be saved: {error}") from None
+        config = self.config
+        settings = {"vpt_fast_version": version("vpt_fast"), **config.to_dict()}
+        text = json.dumps(settings, indent=2) + "\n"
+        if (call := config.backbone_call) is not None:
+            warnings.warn(  # and no error, which would come after the training
+                f"{CONFIG_FILE} cannot hold the keyword arguments of the backbone ({call}); to load "
+                f"{directory}, build the backbone with them and pass it: from_pretrained(..., backbone=...)",
+                stacklevel=2,
+            )
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in self.trainable_state_dict().items()}
         with replacing(directory / WEIGHTS_FILE) as temporary:
@@ -420,8 +445,14 @@ class TunedModel(nn.Module, metaclass=_Built):
         saved = BackboneConfig(**settings["backbone"])
         if backbone is None:
             if saved.name is None:
+                call = settings.get("backbone_call")
+                why = (
+                    "has no timm name"
+                    if call is None
+                    else f"cannot be built from {CONFIG_FILE} alone ({call})"
+                )
                 raise ValueError(
-                    f"backbone: the one that {path} was trained on has no timm name; pass it as backbone=..."
+                    f"backbone: the one that {path} was trained on {why}; pass it as backbone=..."
                 )
             backbone = saved.name
         for name in ("dtype", "residual_dtype"):
@@ -815,7 +846,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
 _KINDS: dict[Any, str] = {
     str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null"
 }  # fmt: skip
-_SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict}
+_SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict, "backbone_call": str}
 _BACKBONE: dict[str, Any] = {
     "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str
 }  # fmt: skip
