@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,6 +114,58 @@ def test_preparing_goes_on_where_it_was_stopped(cifar, tfds, tmp_path, monkeypat
     assert len(written) == 8
     assert (tmp_path / "cifar/images/train800/000000.png").stat().st_mtime_ns == first
     assert numbers(open_splits(tmp_path, task="vtab/cifar").val) == list(range(16, 20))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vpt_fast.files import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_while_writing(path: Path) -> None:
+    found = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert found.returncode == -signal.SIGKILL
+
+
+def test_killed_process_leaves_no_temporary_files_once_the_command_is_repeated(cifar, tfds, tmp_path):
+    folder = tmp_path / "cifar"
+    folder.mkdir()
+    kill_while_writing(folder / "prepared.json")
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    images = folder / "images" / "train800"
+    for path in (images / "000003.png", images / "000012.webp", folder / "val200.txt"):
+        kill_while_writing(path)
+    assert len([path for path in folder.rglob(".*") if path.name != ".lock"]) == 3
+    own = [images / ".000003.png", images / ".notes.png.abcdefgh.png", folder / ".mine.txt"]
+    for path in own:
+        path.touch()
+    prepare_task(cifar, "tfds/cifar100", tmp_path)
+    assert {*folder.rglob(".*")} == {*own, folder / ".lock"}
+    assert numbers(open_splits(tmp_path, task="vtab/cifar").train) == list(range(8))
+
+
+def test_second_process_is_refused_and_leaves_the_files_of_the_first(cifar, tfds, tmp_path):
+    left = tmp_path / "cifar/images/train800/.000009.png.abcdefgh.png"
+
+    def again(done, total):
+        left.touch()
+        with pytest.raises(DataError, match="cifar: another process is preparing it; wait for it"):
+            prepare_task(cifar, "tfds/cifar100", tmp_path)
+
+    prepare_task(cifar, "tfds/cifar100", tmp_path, progress=again)
+    assert left.exists()
+
+
+def test_refused_folder_gets_no_lock_file(cifar, tfds, tmp_path):
+    (tmp_path / "cifar").mkdir()
+    (tmp_path / "cifar" / "mine.png").touch()
+    with pytest.raises(DataError, match="holds files that were not prepared here"):
+        prepare_task(cifar, "tfds/cifar100", tmp_path)
+    assert [path.name for path in (tmp_path / "cifar").iterdir()] == ["mine.png"]
 
 
 @pytest.mark.parametrize(

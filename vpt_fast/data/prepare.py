@@ -9,8 +9,11 @@ task of the same form, with other training images. So do a set's original files,
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from vpt_fast.files import replacing
+from vpt_fast.files import replacing, unfinished
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
@@ -30,6 +33,8 @@ from .tasks import HOW_TO_GET, VTAB_FILES, Task
 from .vtab_labels import LABEL_RULES, LabelRule
 
 MANIFEST = "prepared.json"
+LOCK = ".lock"  # stays there: whoever removed it could lock another file than the next process
+_UNFINISHED_IMAGE = re.compile(r"\.\d{6,}(\.\w+)\.[a-z0-9_]{8}\1")  # as `files.replacing` names it
 TFDS_RANGES = {
     "vtab/cifar": ("train[:800]", "train[45000:45200]", "test"),
     "vtab/caltech101": ("train[:800]", "train[2754:2954]", "test"),
@@ -99,7 +104,7 @@ def prepare_task(
     """Writes `out`/<task>/{train800,val200,train800val200,test}.txt and the images that they list.
 
     Each image is written completely or not at all, and the lists after all images, so the same call resumes
-    an interrupted one.
+    an interrupted one. It also removes the temporary files of one that was killed.
 
     Args:
         source: timm's name of the task's data set in TensorFlow Datasets, such as "tfds/cifar100", already
@@ -110,7 +115,7 @@ def prepare_task(
     Raises:
         DataError: the task is not defined by ranges of a data set; the source is another data set or has the
             wrong number of images; the folder was prepared from another source, by the fingerprint in its
-            prepared.json.
+            prepared.json; another process is preparing it.
     """
     if task.name not in TFDS_RANGES:
         why = "its lists name their images one by one"
@@ -129,8 +134,22 @@ def prepare_task(
     for split, size in (found.sizes or {}).items():
         _require_size(source, task, split, size)
     folder = out / task.folders[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    _begin(folder, {"task": task.name, "source": found.kind, "fingerprint": found.fingerprint})
+    manifest = {"task": task.name, "source": found.kind, "fingerprint": found.fingerprint}
+    _has_begun(folder, manifest)  # before a lock file is written in a folder that is something else
+    with _locked(folder) as is_alone:
+        if is_alone:
+            _remove_unfinished(folder)
+        if not _has_begun(folder, manifest):
+            with replacing(folder / MANIFEST) as temporary:
+                temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        done = _write(task, source, found, folder, progress)
+    return Prepared(folder, done, is_published)
+
+
+def _write(
+    task: Task, source: str, found: _Source, folder: Path, progress: Callable[[int, int], None] | None
+) -> int:
+    """Writes the images that are not there yet and then the lists; returns the number of images."""
     total = sum(task.sizes.values())
     done = 0
     lists = {}
@@ -158,7 +177,41 @@ def prepare_task(
     ):  # train800.txt last: its presence marks the task as complete
         with replacing(folder / file) as temporary:
             temporary.write_text(lists[file], encoding="utf-8")
-    return Prepared(folder, done, is_published)
+    return done
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Creates the folder and locks it against other processes that prepare it.
+
+    Yields whether it could be locked, which some network file systems cannot do.
+
+    Raises:
+        DataError: another process is preparing it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        is_alone = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{folder}: another process is preparing it; wait for it, or choose another folder"
+            ) from None
+        except OSError:
+            is_alone = False
+        yield is_alone
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files that a killed process left; nobody else may be writing there."""
+    for name in (MANIFEST, *VTAB_FILES.values(), "train800val200.txt", "classnames.txt"):
+        for left in unfinished(folder / name):
+            left.unlink(missing_ok=True)
+    for split in VTAB_FILES.values():
+        for left in (folder / "images" / split.removesuffix(".txt")).glob(".*"):
+            if _UNFINISHED_IMAGE.fullmatch(left.name):
+                left.unlink(missing_ok=True)
 
 
 def _require_size(source: str, task: Task, split: str, found: int) -> None:
@@ -167,9 +220,13 @@ def _require_size(source: str, task: Task, split: str, found: int) -> None:
         raise DataError(f"{source}: {found:,} images for {VTAB_FILES[split]}; {task.name} has {wanted:,}")
 
 
-def _begin(folder: Path, manifest: dict[str, str]) -> None:
-    """Records the source in a new folder, or checks that the recorded one is `manifest`: existing images are
-    kept and new lists written for them, so both must be of one source."""
+def _has_begun(folder: Path, manifest: dict[str, str]) -> bool:
+    """Whether the folder's source is recorded; False for a new folder.
+
+    Raises:
+        DataError: the recorded source is not `manifest` (existing images are kept and new lists written for
+            them, so both must be of one source), or there are files but no record.
+    """
     path = folder / MANIFEST
     if path.exists():
         try:
@@ -186,11 +243,10 @@ def _begin(folder: Path, manifest: dict[str, str]) -> None:
                 f"{folder}: holds images of another source, {found}, and not {manifest}; go on with that, "
                 "choose another folder, or remove this one to prepare it anew"
             )
-        return
-    if any(folder.iterdir()):
+        return True
+    if folder.exists() and {*folder.iterdir()} - {folder / LOCK, *unfinished(path)}:
         raise DataError(f"{folder}: holds files that were not prepared here; choose another folder")
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return False
 
 
 def _read_tfds(task: Task, data_root: str | None) -> _Source:
