@@ -228,6 +228,10 @@ def predict(
         from vpt_fast.inference import Classifier, LoadedRun, expand_images
 
         paths = expand_images(images)
+        if out is not None:
+            from vpt_fast.scene_inference import require_masks_folder
+
+            require_masks_folder(paths, out)  # before the backbone is loaded
         loaded = LoadedRun.load(run, device)
         if loaded.is_segmenter:
             from vpt_fast.scene_inference import predict_scenes

@@ -29,6 +29,8 @@ from vpt_fast.report import checking_images, evaluating
 from vpt_fast.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, segment
 from vpt_fast.world import World
 
+SCENE_FOLDERS = ("images", "annotations")  # of a data set, see data.scenes
+
 
 @dataclass(frozen=True)
 class SceneScores:
@@ -101,10 +103,9 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
     Yields {"image", "mask", "overlay", "classes": {name: share of the pixels}}, the largest share first, or
     {"image", "error"}.
 
-    Raises ValueError, before anything is written, if two images would be written to one file or an input
-    image would be overwritten.
+    Raises ValueError as require_masks_folder does, before anything is written.
     """
-    _require_files_of_their_own(paths, out)
+    require_masks_folder(paths, out)
     out.mkdir(parents=True, exist_ok=True)
     labels, preprocessing = run.labels, run.scene_preprocessing
     first = 1 if ignores_zero(len(labels.classes), labels.ignore_zero) else 0
@@ -118,8 +119,9 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
         classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
         mask, overlay = _files_of(path, out)
-        _write_mask(classes, first, len(labels.classes), mask)
+        # The mask last: after a kill, no mask is without its overlay, by which the next call recognises it.
         plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
+        _write_mask(classes, first, len(labels.classes), mask)
         shares = np.bincount(classes.ravel(), minlength=len(labels.classes)) / classes.size
         order = [index for index in np.argsort(-shares) if shares[index] > 0]
         answer["mask"], answer["overlay"] = str(mask), str(overlay)
@@ -132,19 +134,37 @@ def _files_of(image: Path, out: Path) -> tuple[Path, Path]:
     return out / f"{image.stem}.png", out / f"{image.stem}-overlay.png"
 
 
-def _require_files_of_their_own(images: Sequence[Path], out: Path) -> None:
-    given = {image.resolve(): image for image in images}
+def require_masks_folder(images: Sequence[Path], out: Path) -> None:
+    """Checks that the masks of ``images`` can be written to ``out`` and mix with nothing else there.
+
+    Raises ValueError if ``out`` holds one of the images or is part of a data set, if two images would be
+    written to one file, or if a file would be replaced that no earlier prediction wrote.
+    """
+    place = out.resolve()
+    for image in images:
+        if place in (image.parent.resolve(), image.resolve().parent):
+            raise ValueError(f"out is {out}, which holds the image {image}; choose a folder for masks alone")
+    for folder in (place, *place.parents):
+        if folder.name in SCENE_FOLDERS and _is_of_scenes(folder.parent):
+            raise ValueError(
+                f"out is {out}, which is part of the data set {folder.parent}; choose another folder"
+            )
     written: dict[Path, Path] = {}
     for image in images:
-        for path in _files_of(image, out):
+        mask, overlay = _files_of(image, out)
+        for path in (mask, overlay):
             if path in written:
                 raise ValueError(f"images {written[path]} and {image} would both be written to {path.name}")
             written[path] = image
-            if (over := given.get(path.resolve())) is not None:
-                raise ValueError(
-                    f"out is {out}, where the mask of {image} would be written over the image {over}; "
-                    "choose another folder"
-                )
+        if mask.exists() and not overlay.exists():
+            raise ValueError(
+                f"out is {out}, where the mask of {image} would replace {mask.name}, which is no earlier "
+                f"prediction: {overlay.name} is not beside it; choose another folder"
+            )
+
+
+def _is_of_scenes(folder: Path) -> bool:
+    return all((folder / name / "training").is_dir() for name in SCENE_FOLDERS)
 
 
 def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -123,17 +124,54 @@ def test_masks_of_two_images_with_one_name_are_refused(run, command, scenes, tmp
     assert result.exit_code == 2 and "would both be written to 0000.png" in result.stderr
 
 
-def test_masks_that_would_replace_an_image_or_a_picture_are_refused(run, command, scenes, tmp_path):
-    image = tmp_path / "photo.png"
+def test_masks_that_would_replace_a_picture_are_refused(run, command, scenes, tmp_path):
     with Image.open(scenes / "images" / "validation" / "0000.jpg") as photo:
-        photo.save(image)
+        photo.save(tmp_path / "photo.png")
         photo.save(tmp_path / "photo-overlay.png")
-    before = image.read_bytes()
-    result = command("predict", run[1].path, image, "--out", tmp_path)
-    assert result.exit_code == 2 and "would be written over the image" in result.stderr
-    assert image.read_bytes() == before
     result = command("predict", run[1].path, tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "would both be written to photo-overlay.png" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["folder", "file", "link in the folder", "link to the image"])
+def test_folder_of_the_images_is_refused_for_masks_before_the_run_is_loaded(command, scenes, tmp_path, way):
+    photos, links = tmp_path / "photos", tmp_path / "links"
+    photos.mkdir()
+    links.mkdir()
+    shutil.copy(scenes / "images" / "validation" / "0000.jpg", photos / "photo.jpg")
+    (links / "photo.jpg").symlink_to(photos / "photo.jpg")
+    images, out = {
+        "folder": (photos, photos),
+        "file": (photos / "photo.jpg", f"{photos}/../photos"),
+        "link in the folder": (links, links),
+        "link to the image": (links, photos),
+    }[way]
+    result = command("predict", tmp_path / "no run", images, "--out", out)
+    assert result.exit_code == 2 and "which holds the image" in result.stderr
+    assert [path.name for path in photos.iterdir()] == ["photo.jpg"]
+
+
+@pytest.mark.parametrize("folder", ["images", "images/training", "annotations/validation", "annotations/new"])
+def test_folder_of_a_data_set_is_refused_for_masks(run, command, scenes, tmp_path, folder):
+    shutil.copy(scenes / "images" / "validation" / "0000.jpg", tmp_path / "photo.jpg")
+    result = command("predict", run[1].path, tmp_path / "photo.jpg", "--out", scenes / folder)
+    assert result.exit_code == 2 and f"part of the data set {scenes}" in result.stderr
+    assert not list(scenes.rglob("photo*"))
+
+
+def test_file_that_is_no_prediction_is_not_replaced_by_a_mask(run, command, scenes, tmp_path):
+    image = scenes / "images" / "validation" / "0000.jpg"
+    (tmp_path / "0000.png").write_bytes(b"a user's")
+    result = command("predict", run[1].path, image, "--out", tmp_path)
+    assert result.exit_code == 2 and "0000.png, which is no earlier prediction" in result.stderr
+    assert (tmp_path / "0000.png").read_bytes() == b"a user's"
+
+
+def test_repeated_prediction_replaces_its_own_files_and_joins_others(run, command, scenes, tmp_path):
+    images = scenes / "images" / "validation"
+    for names in (["0000.jpg"], ["0000.jpg", "0001.jpg"]):
+        result = command("predict", run[1].path, *(images / name for name in names), "--out", tmp_path)
+        assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
