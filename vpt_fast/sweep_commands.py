@@ -253,11 +253,15 @@ def table(
     """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
         from vpt_fast.run import write
-        from vpt_fast.tables import format_table, read_entries
+        from vpt_fast.tables import LEFT_OUT, format_table, read_entries
 
         if out is not None:
             require_place("out", out)
-        text = format_table(*read_entries(runs), form)
+        entries, notes = read_entries(runs)
+        text = format_table(entries, notes, form)
+        for note in notes:
+            if note.endswith(LEFT_OUT):  # here too: CSV has no notes, and the table may go to a file
+                typer.echo(note, err=True)
         if out is not None:
             write(out, text.encode())
     if out is None:

@@ -23,6 +23,8 @@ GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
 OTHER = "other"  # the group of tasks that are not the paper's
 BASELINE = "full"  # wins are counted against it
 MISSING = "-"
+SWEEP_FILE = "sweep.yaml"  # in a sweep's folder from its start
+LEFT_OUT = "; left out"
 SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data")
 
 
@@ -67,25 +69,33 @@ class Entry:
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     """Reads sweep folders, run folders, and folders of these; also returns notes on what was left out.
 
-    Runs of one method and task that differ only in their seed are averaged.
+    Runs of one method and task that differ only in their seed are averaged. What is not finished, or is no
+    run at all (`runs/*` may name anything), is left out; its note ends with `LEFT_OUT`.
 
     Raises:
-        ValueError: a folder holds no results, a method and task occur twice, or two data sets have the same
+        ValueError: there is no such folder, a method and task occur twice, or two data sets have the same
             name.
     """
     data: dict[str, tuple[Path, list[str]]] = {}  # by task: the first folder with it, and the classes there
     entries: dict[tuple[str, str, str], Entry] = {}
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
-    for path in (found for folder in folders for found in _find(folder)):
+    paths: list[Path] = []
+    for folder in folders:
+        found = _find(folder)
+        paths += found
+        if not found:
+            notes.append(f"{folder}: holds no run or sweep{LEFT_OUT}")
+    for path in paths:
         if not (path / "results.json").exists():
-            notes.append(f"{path}: the run is not finished; left out")
+            kind = "sweep" if (path / SWEEP_FILE).exists() else "run"
+            notes.append(f"{path}: the {kind} is not finished{LEFT_OUT}")
             continue
         results = _read(path / "results.json")
         if results.get("kind") == "sweep":
             _require(path / "results.json", results, *SWEEP_KEYS)
             if not results["finished"] or results["final"]["mean"] is None:
-                notes.append(f"{path}: the sweep is not finished; left out")
+                notes.append(f"{path}: the sweep is not finished{LEFT_OUT}")
                 continue
             entry = _sweep_entry(results)
             _require_same_classes(data, entry.task, path, results.get("classes"))
@@ -105,11 +115,11 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
                 raise ValueError(f"{path}: there are results of {key[1]} on {key[2]} already")
             runs.setdefault(key, []).append((config, facts, results))
         elif "ablation" in results:
-            notes.append(f"{path}: an ablation, whose points are sweeps below it; left out")
+            notes.append(f"{path}: an ablation, whose points are sweeps below it{LEFT_OUT}")
         else:
             raise ValueError(f"{path}: results.json is neither a sweep's nor a run's")
-    for key, found in runs.items():
-        entries[key] = _run_entry(key, found)
+    for key, seeds in runs.items():
+        entries[key] = _run_entry(key, seeds)
     notes += [
         f"{entry.method} on {entry.task}: accuracy on val, there was no test"
         for entry in entries.values()
@@ -142,13 +152,15 @@ def _require(path: Path, values: dict[str, Any], *keys: str) -> None:
 
 
 def _find(folder: Path) -> list[Path]:
-    """The folders with results in `folder`, and runs that have none yet."""
+    """`folder` if it is a run, a sweep or an ablation, finished or not; else those in it."""
+    if not folder.exists():
+        raise ValueError(f"{folder}: there is no such folder")
     if (folder / "results.json").exists():
         return [folder]
-    if not any(folder.glob("*/results.json")):
-        raise ValueError(f"{folder}: no results.json there or in a folder below; the runs must be finished")
-    files = ("results.json", RunFolder(folder).config.name)
-    return sorted({path.parent for name in files for path in folder.glob(f"*/{name}")})
+    begun = (RunFolder(folder).config.name, SWEEP_FILE)
+    below = {path.parent for name in ("results.json", *begun) for path in folder.glob(f"*/{name}")}
+    # Last: a folder of runs may hold a config.yaml that they were started with.
+    return sorted(below) or [folder] * any((folder / name).exists() for name in begun)
 
 
 def _task(values: dict[str, Any]) -> str:

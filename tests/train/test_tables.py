@@ -220,9 +220,60 @@ def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):
     assert entry.runs == 2 and notes == [f"{tmp_path / 'seed-3'}: the run is not finished; left out"]
 
 
-def test_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no results\.json there"):
-        read_entries([tmp_path])
+def test_unfinished_run_and_sweep_that_are_named_are_left_out(run, sweep, tmp_path):
+    finished = [run("seed-1", seed=1, test_accuracy=0.5), sweep("linear", "vtab/dtd", 0.6)]
+    begun = run("seed-2", seed=2, test_accuracy=0.5)
+    (begun / "results.json").unlink()
+    searching = tmp_path / "searching"  # a sweep before its first trial has ended
+    (searching / "trials" / "a").mkdir(parents=True)
+    (searching / "sweep.yaml").touch()
+    (searching / "trials" / "a" / "config.yaml").touch()
+    wanted = [
+        f"{begun}: the run is not finished; left out",
+        f"{searching}: the sweep is not finished; left out",
+    ]
+    entries, notes = read_entries([*finished, begun, searching])
+    assert len(entries) == 2 and notes == wanted
+    assert sorted(read_entries([tmp_path])[1]) == sorted(wanted)
+
+
+def test_folders_and_files_that_are_no_runs_are_left_out(run, tmp_path):
+    finished = run("seed-1", seed=1, test_accuracy=0.5)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").touch()
+    entries, notes = read_entries([finished, tmp_path / "logs", tmp_path / "notes.txt"])
+    assert len(entries) == 1
+    assert notes == [f"{tmp_path / name}: holds no run or sweep; left out" for name in ("logs", "notes.txt")]
+
+
+def test_folder_of_runs_beside_their_configuration_is_no_unfinished_run(run, tmp_path):
+    run("seed-1", seed=1, test_accuracy=0.5)
+    (tmp_path / "config.yaml").touch()
+    entries, notes = read_entries([tmp_path])
+    assert len(entries) == 1 and notes == []
+
+
+def test_folder_that_is_not_there_is_refused(run, tmp_path):
+    finished = run("seed-1", seed=1, test_accuracy=0.5)
+    with pytest.raises(ValueError, match="nowhere: there is no such folder"):
+        read_entries([finished, tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("form", ["markdown", "csv"])
+def test_table_command_says_on_stderr_what_it_leaves_out(command, sweep, form):
+    folders = sweep("linear", "vtab/cifar", 0.5), sweep("full", "vtab/cifar", 0.5, finished=False)
+    result = command("table", *folders, "--format", form)
+    assert result.exit_code == 0 and result.stdout
+    assert result.stderr == f"{folders[1]}: the sweep is not finished; left out\n"
+
+
+def test_table_command_refuses_folders_without_any_finished_run(command, run, tmp_path):
+    begun = run("seed-1", seed=1, test_accuracy=0.5)
+    (begun / "results.json").unlink()
+    (tmp_path / "logs").mkdir()
+    result = command("table", begun, tmp_path / "logs")
+    assert result.exit_code == 2 and "there are no finished runs to tabulate" in result.stderr
+    assert f"{begun}: the run is not finished" in result.stderr and "logs: holds no run" in result.stderr
 
 
 def test_markdown_shows_what_is_missing(sweep, tmp_path):
