@@ -59,6 +59,13 @@ class ConcatenatedSwin(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        x, prompts = self.outputs(images)
+        tokens = x.flatten(1, 2)
+        rows = {"image": (tokens,), "prompts": (prompts,), "image_and_prompts": (tokens, prompts)}
+        return self.head(torch.cat(rows[self.pool_type], dim=1).mean(dim=1))
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens (B, height, width, d) and the prompts (B, m, d) after the final norm."""
         x = self.swin.patch_embed(images)  # (B, height, width, d)
         prompts = self.dropped(self.prompts[0][0], len(x))  # (B, m, d)
         for i, stage in enumerate(self.swin.layers):
@@ -71,9 +78,7 @@ class ConcatenatedSwin(nn.Module):
                 if self.is_deep and (i, j) != (0, 0):
                     prompts = self.dropped(self.prompts[i][j], len(x))
                 x, prompts = self.block(block, x, prompts)
-        tokens, prompts = self.swin.norm(x.flatten(1, 2)), self.swin.norm(prompts)
-        rows = {"image": (tokens,), "prompts": (prompts,), "image_and_prompts": (tokens, prompts)}
-        return self.head(torch.cat(rows[self.pool_type], dim=1).mean(dim=1))
+        return self.swin.norm(x), self.swin.norm(prompts)
 
     def dropped(self, prompts: Tensor, batch_size: int) -> Tensor:
         prompts = prompts.unsqueeze(0)

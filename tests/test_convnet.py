@@ -81,6 +81,21 @@ def test_border_gives_the_logits_and_gradients_of_the_plain_definition(name):
     assert all(p.grad is None for p in model.backbone.parameters())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_feature_map_and_its_gradient_are_timms_own_of_the_image_with_its_border(name):
+    plain = convnet(name)
+    model = PromptedConvNet(plain, 5, 3).double()
+    images, _ = random_batch(model)
+    rows, sides = (t.detach().clone().requires_grad_() for t in (model.prompts, model.prompts_sides))
+    wanted = plain.forward_features(pad_image(images, rows, sides, 3))
+    got = model.forward_features(images)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(wanted)
+    expected = torch.autograd.grad((wanted * weights).sum(), (rows, sides))
+    found = torch.autograd.grad((got * weights).sum(), (model.prompts, model.prompts_sides))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
 def test_extra_channels_are_the_image_plus_a_convolution_of_the_prompts(name):
     plain = convnet(name)

@@ -146,6 +146,36 @@ def test_equals_the_definition_with_pool(prompt_type: str, pool: str) -> None:
     assert_as_defined(tiny_swin(window_size=3), num_prompts=3, prompt_type=prompt_type, pool=pool)
 
 
+@pytest.mark.parametrize("pool", [None, "image", "prompts"])  # which changes nothing
+@pytest.mark.parametrize("prompt_type", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_and_their_gradients_are_those_of_the_definition(
+    size: str, prompt_type: str, pool: str | None
+) -> None:
+    settings = dict(num_prompts=3, prompt_type=prompt_type, pool=pool)
+    prompted, defined = prompted_and_defined(tiny_swin(**SIZES[size]), **settings)
+    images, _ = random_batch(prompted, 2, NUM_CLASSES)
+    got, (exact, _) = prompted.forward_features(images), defined.outputs(images)
+    weights = torch.randn(exact.shape, dtype=exact.dtype)
+    for tokens in (got, exact):
+        (tokens * weights).sum().backward()
+    assert got.shape == exact.shape and relative_error(got, exact) < TOLERANCE
+    for prompts, wanted in zip(prompted.prompts, defined.prompts, strict=True):
+        assert relative_error(prompts.grad, wanted.grad) < TOLERANCE
+
+
+def test_tokens_have_the_shape_and_dtype_of_timms() -> None:
+    swin = tiny_swin(img_size=(32, 16)).float().eval()
+    images = torch.randn(2, 3, 32, 16)
+    wanted = swin.forward_features(images)
+    got = PromptedSwin(swin, NUM_CLASSES, 3).forward_features(images)
+    assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+    got = PromptedSwin(swin, NUM_CLASSES, 3, dtype=torch.bfloat16).forward_features(images)
+    assert (got.shape, got.dtype) == (wanted.shape, torch.float32)  # the residual stream's
+    with pytest.raises(ValueError, match="images: got 16x32, want 32x16"):
+        PromptedSwin(swin, NUM_CLASSES, 3).forward_features(images.mT)
+
+
 @pytest.mark.parametrize("num_prompts", [1, 16])  # as many as a window and the last stage have tokens
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("prompt_type", TYPES)

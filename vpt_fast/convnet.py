@@ -157,6 +157,19 @@ class PromptedConvNet(FrozenClassifier):
         return {**super()._options(), **{name: settings[name] for name in names}}
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self._features(self.forward_features(images))
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the last feature map: timm's `forward_features` of images with
+        their prompts.
+
+        Returns:
+            (B, d', H', W'), in the dtype of the weights or autocast's; with a border, of the image and its
+            border.
+
+        Raises:
+            ValueError: images of the wrong shape.
+        """
         self._check_images(images)
         x = self.backbone.embed(images)
         if self.prompt_settings.prompt_location == "pad":
@@ -164,7 +177,7 @@ class PromptedConvNet(FrozenClassifier):
             x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
         else:
             x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
-        return self._features(self.backbone.run_folded(x, Read.PATCHES))
+        return self.backbone.run_folded(x, Read.PATCHES)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         return self._counted_training_bytes(batch_size)

@@ -11,6 +11,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import SWIN, resolve_backbone
 from vpt_fast.backbones.timm_swin import FrozenSwin
+from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
@@ -118,6 +119,31 @@ class PromptedSwin(PromptedClassifier):
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        tokens, prompts = self._outputs(images, self._rows(self.num_blocks - 1))
+        return self._features(tokens if prompts is None else torch.cat((tokens, prompts), dim=1))
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the image's tokens after the final norm, without the prompts.
+
+        Like timm's `forward_features` of the backbone, but influenced by the prompts.
+
+        Returns:
+            (B, H', W', d), the grid of the last stage, in the residual stream's dtype.
+
+        Raises:
+            ValueError: images of the wrong shape.
+        """
+        last = self.backbone.blocks[-1]
+        tokens, _ = self._outputs(images, (0, last.num_tokens))
+        norm = self.backbone.stem.norm
+        x = norm(tokens.to(dtype_of(norm, default=tokens.dtype))).to(tokens.dtype)
+        return x.unflatten(1, last.size)
+
+    def _outputs(
+        self, images: torch.Tensor, last_rows: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs images through all blocks. Returns what is read of the last one's output, its rows
+        `last_rows`: tokens (B, N, d) in row-major order, and prompts (B, m, d), None if none are read."""
         self._check_images(images)
         stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
@@ -128,7 +154,7 @@ class PromptedSwin(PromptedClassifier):
             stream, prompts = self.backbone.enter(index, stream, prompts, policy)
             if index < len(sets):
                 prompts = drop(sets[index], self.prompt_settings, batch, training=self.training)
-            rows = self._rows(index)
+            rows = last_rows if index == self.num_blocks - 1 else self._rows(index)
             num_fresh = rows[1] - block.num_tokens
             stream, prompts = block(stream, prompts, rows, policy), None
             if num_fresh:
@@ -136,8 +162,7 @@ class PromptedSwin(PromptedClassifier):
                 prompts = flowed.sum()
                 del flowed  # a view, which would keep this block's output alive while the next one runs
         tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
-        read = tokens if prompts is None else torch.cat((tokens, prompts), dim=1)
-        return self._features(read)
+        return tokens, prompts
 
     def _prompt_sets(self) -> list[torch.Tensor]:
         """New prompts (1, m, d) for each block that gets some: all blocks if deep, else the first."""
