@@ -23,6 +23,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, Origin
+from vpt_fast.backbones.sources import local_weights
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
@@ -384,7 +385,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
-            backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere.
+            backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere, such as
+                a folder (local-dir:) that has moved.
             overrides: `checkpoint`, if the file of the backbone's weights has moved; `dtype`, `backend`,
                 `attention`, `residual_dtype`: replace the saved values, in classes that have them.
 
@@ -424,6 +426,11 @@ class TunedModel(nn.Module, metaclass=_Built):
                     f"backbone: the one that {path} was trained on has no timm name; pass it as backbone=..."
                 )
             backbone = saved.name
+            if (weights := local_weights(backbone)) and not weights.parent.is_dir():
+                raise ValueError(
+                    f"backbone: {weights.parent}, the folder that {path} was trained on, is not there; pass "
+                    "where it is as backbone='local-dir:...'"
+                )
         for name in ("dtype", "residual_dtype"):
             if isinstance(options.get(name), str):  # an unknown name reaches the constructor, which raises
                 options[name] = getattr(torch, options[name], options[name])
