@@ -21,7 +21,8 @@ def backbones(
     """List the backbones of the VPT paper by the names that --backbone takes.
 
     Every Vision Transformer, Swin and supported ConvNet of timm works too,
-    by its timm name.
+    by its timm name, and so does a folder or repository with one:
+    local-dir:FOLDER, hf-hub:OWNER/NAME.
     """
     from vpt_fast.backbones.known import KNOWN
     from vpt_fast.backbones.resolve import table

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,9 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
+from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.resolve import CONVNET, Origin
+from vpt_fast.backbones.sources import local_weights
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
@@ -88,9 +90,11 @@ def _check_dtype(dtype: Any, otherwise: str = "") -> None:
 
 @dataclass(frozen=True)
 class BackboneConfig(Origin):
-    """A model's backbone: where it came from, and the SHA-256 of its weights."""
+    """A model's backbone: where it came from, the SHA-256 of its weights, and the settings that they do not
+    show (`backbones.architecture`), which files of earlier versions lack."""
 
     fingerprint: str
+    architecture: dict[str, Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -409,15 +413,16 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Args:
             path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
-            backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere.
+            backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere, such as
+                a folder (local-dir:) that has moved.
             overrides: `checkpoint`, if the file of the backbone's weights has moved; `dtype`, `backend`,
                 `attention`, `residual_dtype`: replace the saved values, in classes that have them.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
             TypeError: an override that the class does not have.
-            ValueError: the folder holds another class, or the backbone's weights are missing or not those
-                that the model was trained on.
+            ValueError: the folder holds another class, or the backbone's weights or architecture are missing
+                or not those that the model was trained on.
         """
         settings, tensors = read_pretrained(path)
         return cls._from_settings(settings, tensors, backbone, str(path), overrides)
@@ -455,6 +460,11 @@ class TunedModel(nn.Module, metaclass=_Built):
                     f"backbone: the one that {path} was trained on {why}; pass it as backbone=..."
                 )
             backbone = saved.name
+            if (weights := local_weights(backbone)) and not weights.parent.is_dir():
+                raise ValueError(
+                    f"backbone: {weights.parent}, the folder that {path} was trained on, is not there; pass "
+                    "where it is as backbone='local-dir:...'"
+                )
         for name in ("dtype", "residual_dtype"):
             if isinstance(options.get(name), str):  # an unknown name reaches the constructor, which raises
                 options[name] = getattr(torch, options[name], options[name])
@@ -480,6 +490,12 @@ class TunedModel(nn.Module, metaclass=_Built):
             raise ValueError(
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
+            )
+        # Files of earlier versions have no architecture.
+        if saved.architecture and (changed := differences(saved.architecture, model.backbone.architecture)):
+            raise ValueError(
+                f"backbone: it has the weights but not the settings that {path} was trained on: "
+                f"{'; '.join(changed)}; pass the right one as backbone=..."
             )
         # What a user had unfrozen in addition was saved too, and is unfrozen again.
         for name, parameter in model.named_parameters():
@@ -526,7 +542,11 @@ class TunedClassifier(TunedModel):
         *,
         pool: str | None,
     ) -> None:
-        super().__init__(BackboneConfig(**asdict(origin), fingerprint=backbone.fingerprint))
+        super().__init__(
+            BackboneConfig(
+                **asdict(origin), fingerprint=backbone.fingerprint, architecture=backbone.architecture
+            )
+        )
         self.backbone = backbone  # type: ignore[assignment]
         self.pool = pool
         self.num_classes = check_count("num_classes", num_classes)
@@ -844,11 +864,13 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
 
 # Types of the values in config.json, and their names in error messages.
 _KINDS: dict[Any, str] = {
-    str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null"
+    str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null",
+    dict | None: "a mapping or null",
 }  # fmt: skip
 _SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict, "backbone_call": str}
 _BACKBONE: dict[str, Any] = {
-    "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str
+    "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str,
+    "architecture": dict | None,
 }  # fmt: skip
 
 

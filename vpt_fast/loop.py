@@ -375,23 +375,26 @@ def require_same_weights(
     recipe: Recipe, begun: Begun, splits: Any, cache: TrainingCache, folder: RunFolder
 ) -> None:
     """Raises RunError if a finished run's backbone had other weights than the recipe names; ValueError if the
-    recipe's checkpoint does not exist.
+    recipe's checkpoint, or the weights in its local-dir: folder, do not exist.
 
     The weights are read only if the file is another one than the run's, or was written after the run began;
     the run's own file need not exist any more.
     """
-    ours, theirs = (of.checkpoint and Path(of.checkpoint).resolve() for of in (recipe, begun.recipe))
+    now, was = recipe.weights_file, begun.recipe.weights_file
+    ours, theirs = (path and Path(path).resolve() for path in (now, was))
     is_there = ours is None or ours.is_file()
     if ours == theirs and not (ours and is_there and ours.stat().st_mtime > folder.facts.stat().st_mtime):
         return
     if not is_there:
-        raise ValueError(f"checkpoint is {recipe.checkpoint}, which is no file")
+        setting = "checkpoint" if recipe.checkpoint else "backbone"
+        raise ValueError(f"{setting} is {now}, which is no file")
     fingerprint = build_seeded(recipe, splits, cache).config.backbone.fingerprint
     if fingerprint != begun.facts["backbone"]["fingerprint"]:
-        was, now = (of.checkpoint or "not given" for of in (begun.recipe, recipe))
+        setting = "checkpoint" if recipe.checkpoint or begun.recipe.checkpoint else "backbone"
         raise RunError(
-            f"{folder.path} holds a finished run on other weights of the backbone: checkpoint was {was} and "
-            f"is {now} now; choose another --out, or --fresh to start over there"
+            f"{folder.path} holds a finished run on other weights of the backbone: {setting} was "
+            f"{was or 'not given'} and is {now or 'not given'} now; choose another --out, or --fresh to "
+            "start over there"
         )
 
 

@@ -62,8 +62,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: the folder lacks a file.
         TypeError: an override that the class does not have.
-        ValueError: the folder holds an unknown class, or the backbone's weights are missing or not those that
-            the model was trained on.
+        ValueError: the folder holds an unknown class, or the backbone's weights or architecture are missing
+            or not those that the model was trained on.
     """
     settings, _ = read_pretrained(path)
     kind = settings["model"]

@@ -198,8 +198,8 @@ class Recipe:
 
     backbone: str = _knob(
         REQUIRED,
-        "timm name of a Vision Transformer, Swin or ConvNet; a name from the paper's code (see vpt-fast "
-        "backbones); or vpt_fast_demo.",
+        "timm name of a Vision Transformer, Swin or ConvNet, or local-dir:FOLDER or hf-hub:OWNER/NAME, which "
+        "hold one; a name from the paper's code (see vpt-fast backbones); or vpt_fast_demo.",
         MODEL,
     )
     method: str = _knob(
@@ -469,6 +469,16 @@ class Recipe:
 
             changes["precision"] = default_precision(device_type)
         return dataclasses.replace(self, **changes)
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file with the backbone's weights, if it is the user's own."""
+        from vpt_fast.backbones.sources import local_weights
+
+        if self.checkpoint is not None or self.pretrained is False:
+            return self.checkpoint
+        weights = local_weights(self.backbone)
+        return None if weights is None else str(weights)
 
     def _prompts_are_pixels(self) -> bool:
         """Whether the backbone has no tokens to prepend prompts to."""

@@ -364,10 +364,10 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
-    """Digests of a sweep's lists of images and, if given, its checkpoint file; they do not depend on where
-    these are stored.
+    """Digests of a sweep's lists of images and, if given, its file of weights (a checkpoint, or that in
+    a local-dir: folder); they do not depend on where these are stored.
 
-    Raises ValueError if the checkpoint cannot be read.
+    Raises ValueError if the file cannot be read.
     """
     recipe = sweep.recipe(**sweep.points()[0])
     splits = Classification().open(recipe, cache)
@@ -377,12 +377,13 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
         if images is not None
     ]
     weights = None
-    if recipe.checkpoint is not None:
+    if recipe.weights_file is not None:
         try:
-            weights = _file_digest(recipe.checkpoint)
+            weights = _file_digest(recipe.weights_file)
         except OSError as error:
+            setting = "checkpoint" if recipe.checkpoint else "backbone"
             raise ValueError(
-                f"checkpoint is {recipe.checkpoint}, which cannot be read: {error.strerror}"
+                f"{setting} is {recipe.weights_file}, which cannot be read: {error.strerror}"
             ) from None
     return {"data": hashlib.sha256(" ".join(lists).encode()).hexdigest(), "checkpoint": weights}
 
@@ -501,6 +502,8 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         else:
             is_same = digest == recorded[name]
         if not is_same:
+            if name == "checkpoint" and now is was is None:
+                name, now, was = "backbone", sweep.settings["backbone"], begun.settings["backbone"]
             changed.append(f"{name} ({was} there, {now} now)" if was != now else f"what is in {name} {now}")
     if changed:
         raise ValueError(

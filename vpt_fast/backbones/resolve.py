@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import warnings
@@ -25,6 +24,7 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
+from vpt_fast.backbones.sources import Source, close_names, find_source
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,30 @@ CONVNET = _convnets(
 
 
 def kind_of(backbone: Any) -> Kind:
-    """SWIN or CONVNET for one of these, by name or as an instance; VIT for anything else."""
+    """SWIN or CONVNET for one of these, by name or as an instance; VIT for anything else.
+
+    Raises ValueError for a folder or repository that `find_source` refuses.
+    """
     if not isinstance(backbone, str):
         return next((kind for kind in (SWIN, CONVNET) if isinstance(backbone, kind.model)), VIT)
-    known = KNOWN.get(backbone)
-    name = known.timm_name if known else backbone
+    name = _timm_name(backbone, find_source(backbone))
     if not timm.is_model(name):
         return VIT
     module = timm.models.model_entrypoint(name).__module__
     return next((kind for kind in (SWIN, CONVNET) if module in kind.modules), VIT)
 
 
+def _timm_name(backbone: str, source: Source | None) -> str:
+    """The timm model that a name stands for; `source`: from `find_source`."""
+    known = KNOWN.get(backbone)
+    return source.architecture if source else known.timm_name if known else backbone
+
+
 @dataclass(frozen=True)
 class Origin:
-    """Where a backbone came from: its name, or None for an instance; whether published weights were loaded;
-    the keyword arguments passed to timm; and the file that its weights were read from."""
+    """Where a backbone came from: its name, or None for an instance, with a folder's absolute path in it;
+    whether published weights were loaded; the keyword arguments passed to timm; and the file that its weights
+    were read from."""
 
     name: str | None
     pretrained: bool
@@ -106,7 +115,8 @@ def resolve_backbone(
     """Creates the backbone that a user names, or checks a given instance.
 
     Args:
-        backbone: a timm name, with or without a pretrained tag, a name in `known.KNOWN`, or an instance.
+        backbone: a timm name, with or without a pretrained tag or as local-dir:folder or hf-hub:owner/name
+            (`sources.find_source`), a name in `known.KNOWN`, or an instance.
         pretrained: load the published weights (only with a name).
         kwargs: passed to timm.create_model (only with a name).
         border: pixels to add on each side of a named model's image size.
@@ -120,7 +130,8 @@ def resolve_backbone(
     Raises:
         ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
             divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
-            that timm's hub does not have, or a checkpoint that does not fit.
+            that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or a
+            checkpoint or such a folder's weights that do not fit.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -140,31 +151,40 @@ def resolve_backbone(
         return backbone, Origin(None, False, {})
     if not isinstance(backbone, str):
         raise ValueError(f"backbone: got a {class_name(backbone)}, want a timm name or a timm {wanted}")
-    known = KNOWN.get(backbone)
-    timm_name = known.timm_name if known else backbone
+    known, source = KNOWN.get(backbone), find_source(backbone)
+    timm_name = _timm_name(backbone, source)
     if not timm.is_model(timm_name):
-        close = difflib.get_close_matches(backbone, [*KNOWN, *timm.list_models()], n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        hint = close_names(backbone, *KNOWN)
         raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
+    if source and "pretrained_cfg" in kwargs:
+        raise ValueError(
+            f"pretrained_cfg: got one with backbone {backbone!r}, which has its own; want "
+            "pretrained_cfg_overlay, or none"
+        )
     if not is_supported(timm_name, kind):
         raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
-    if pretrained:
+    path = None if checkpoint is None else os.fspath(checkpoint)
+    if pretrained and source:
+        path = source.weights()
+    elif pretrained:
         require_published(backbone, kwargs)
     build_kwargs = dict(kwargs)
     if kind is CONVNET and "img_size" in kwargs:  # its constructor takes no size, only its description does
         size = to_2tuple(build_kwargs.pop("img_size"))
+        channels = source.settings.input_size[0] if source else 3
         build_kwargs["pretrained_cfg_overlay"] = {
             **(known.pretrained_cfg_overlay if known else {}),
             **kwargs.get("pretrained_cfg_overlay", {}),
-            "input_size": (kwargs.get("in_chans", 3), *size),
+            "input_size": (kwargs.get("in_chans", channels), *size),
         }
     if border:
-        size, settings = kwargs.get("img_size"), timm.get_pretrained_cfg(timm_name)
+        size = kwargs.get("img_size") or (source.image_size if source else None)
+        settings = timm.get_pretrained_cfg(timm_name)
         if size is None and settings is None:
             raise ValueError(f"img_size: timm knows no default for {backbone!r}, and a border needs one")
         height, width = to_2tuple(size or settings.input_size[1:])
         build_kwargs["img_size"] = (height + 2 * border, width + 2 * border)
-    vit = _create(backbone, pretrained, build_kwargs, None if checkpoint is None else os.fspath(checkpoint))
+    vit = _create(backbone, source, pretrained, build_kwargs, path)
     if not isinstance(vit, kind.model):
         raise ValueError(f"backbone: {backbone!r} is a {type(vit).__name__}, want a timm {wanted}")
     embedding: Any = getattr(vit, "patch_embed", None)
@@ -177,8 +197,9 @@ def resolve_backbone(
                 f"{patch[0]}x{patch[1]}"
             )
     # The absolute path: a saved model may be loaded from another working directory.
-    path = None if checkpoint is None else os.path.abspath(checkpoint)
-    return vit, Origin(backbone, pretrained, dict(kwargs), checkpoint=path)
+    recorded = None if checkpoint is None else os.path.abspath(checkpoint)
+    name = source.name if source else backbone
+    return vit, Origin(name, pretrained, dict(kwargs), checkpoint=recorded)
 
 
 def is_supported(timm_name: str, *kinds: Kind) -> bool:
@@ -240,7 +261,11 @@ def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
 
 def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError if the backbone with this name and these timm keyword arguments has no published
-    weights."""
+    weights. Those of a repository (hf-hub:) are downloaded."""
+    source = find_source(name)
+    if source is not None:
+        source.weights()
+        return
     known = KNOWN.get(name)
     if known is not None:
         if known.hub is None:
@@ -262,34 +287,50 @@ def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str | None) -> nn.Module:
+def _create(
+    name: str, source: Source | None, pretrained: bool, kwargs: dict[str, Any], file: str | None
+) -> nn.Module:
+    """The model of this name, from the cache if there is one. file: a checkpoint, or a source's weights."""
     shared = _shared.get()
     if shared is None:
-        return _build(name, pretrained, kwargs, checkpoint)
-    file = None if checkpoint is None else (checkpoint, os.stat(checkpoint).st_mtime_ns)
-    key = (name, pretrained, repr(sorted(kwargs.items())), file, bytes(torch.get_rng_state().numpy()))
+        return _build(name, source, pretrained, kwargs, file)
+    written = None if file is None else (file, os.stat(file).st_mtime_ns)
+    state = bytes(torch.get_rng_state().numpy())
+    key = (name, repr(source), pretrained, repr(sorted(kwargs.items())), written, state)
     if key not in shared:
         shared.clear()
-        vit = _build(name, pretrained, kwargs, checkpoint)
+        vit = _build(name, source, pretrained, kwargs, file)
         shared[key] = (vit, torch.get_rng_state())
-    vit, state = shared[key]
-    torch.set_rng_state(state)
+    vit, after = shared[key]
+    torch.set_rng_state(after)
     return vit
 
 
-def _build(name: str, pretrained: bool, kwargs: dict[str, Any], checkpoint: str | None) -> nn.Module:
+def _build(
+    name: str, source: Source | None, pretrained: bool, kwargs: dict[str, Any], file: str | None
+) -> nn.Module:
+    if source is not None:
+        # timm reads config.json, but not the weights: it would go on without those that are missing.
+        model = timm.create_model(source.name, num_classes=0, **kwargs)
+        try:
+            if file is not None:
+                load_checkpoint(model, file)
+        except ValueError as error:
+            argument = "pretrained: " if pretrained else "checkpoint: "
+            raise ValueError(argument + str(error).removeprefix("checkpoint: ")) from None
+        return model
     known = KNOWN.get(name)
     if known is None:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-        if checkpoint is not None:
-            load_checkpoint(model, checkpoint)
+        if file is not None:
+            load_checkpoint(model, file)
         return model
     if pretrained:
-        checkpoint = _from_hub(known)
+        file = _from_hub(known)
     arguments = {"pretrained_cfg_overlay": known.pretrained_cfg_overlay, **known.arguments, **kwargs}
     model = timm.create_model(known.timm_name, num_classes=0, **arguments)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint, may_lack=known.may_lack, leaves_out=known.leaves_out)
+    if file is not None:
+        load_checkpoint(model, file, may_lack=known.may_lack, leaves_out=known.leaves_out)
     return model
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import class_name, is_of_peft, is_read, merge_hint, require_no_hooks
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 from vpt_fast.engine.block import require_plain_autograd
@@ -131,6 +132,7 @@ class FrozenConvNet(nn.Module):
         stem: Any = copy.deepcopy(model)
         stem.reset_classifier(0)
         self.fingerprint = fingerprint(stem, classifier=None)
+        self.architecture = architecture(stem, classifier=None)
         self.num_parameters = sum(p.numel() for p in stem.parameters())
         if dtype is not None:
             stem.to(dtype)

@@ -23,6 +23,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
+from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
     linear_parts,
@@ -118,7 +119,7 @@ class FrozenSwin(nn.Module):
         self._leave = _move(self.blocks[-1].order, raster_order(self.blocks[-1].size))
         self.requires_grad_(False)
         self.eval()
-        self.fingerprint = fingerprint(swin)
+        self.fingerprint, self.architecture = fingerprint(swin), architecture(swin)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(swin)
         self.num_parameters = sum(
             p.numel() for name, p in swin.named_parameters() if not name.startswith("head.")

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
     current,
@@ -119,7 +120,7 @@ class FrozenViT(nn.Module):
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Of the given model: folding and dtype do not change which backbone it is.
-        self.fingerprint = fingerprint(vit)
+        self.fingerprint, self.architecture = fingerprint(vit), architecture(vit)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(
             p.numel() for name, p in vit.named_parameters() if not name.startswith("head.")

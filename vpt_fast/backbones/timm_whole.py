@@ -10,6 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
+from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 
 
@@ -32,6 +33,7 @@ class WholeBackbone(nn.Module):
         stem: Any = copy.deepcopy(model)
         stem.reset_classifier(0)
         self.fingerprint = fingerprint(stem, classifier=None)
+        self.architecture = architecture(stem, classifier=None)
         self.num_parameters = sum(p.numel() for p in stem.parameters())
         first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
         self.in_chans, self._first_kernel = first.in_channels, tuple(first.kernel_size)

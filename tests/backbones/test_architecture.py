@@ -1,0 +1,155 @@
+"""The record of a backbone's settings: what of the same weights is told apart, and what is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from checkpoint_files import SMALL_CONVNEXT, SMALL_RESNET, small
+from timm.layers import QuickGELU
+from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from torch import nn
+
+from vpt_fast import (
+    LinearProbe,
+    PromptedConvNet,
+    PromptedSegmenter,
+    PromptedSwin,
+    PromptedViT,
+    load_pretrained,
+)
+from vpt_fast.backbones.architecture import architecture, differences
+from vpt_fast.tuning.bias import BiasTuning
+from vpt_fast.tuning.full import FullTuning
+
+
+def eps(value: float) -> Callable[..., nn.Module]:
+    return lambda *args, **kwargs: nn.LayerNorm(*args, **{**kwargs, "eps": value})
+
+
+def resnet(**arguments: Any) -> nn.Module:
+    return small("resnet50", **SMALL_RESNET, **arguments)
+
+
+def convnext(**arguments: Any) -> nn.Module:
+    return small("convnext_base", **SMALL_CONVNEXT, **arguments)
+
+
+def vit_model(vit: Any) -> Any:
+    return PromptedViT(vit, 5, 4)
+
+
+BUILT = {
+    "vit": (vit_model, tiny_vit),
+    "eva": (vit_model, tiny_eva),
+    "segmenter": (lambda vit: PromptedSegmenter(vit, 5, num_prompts=2), tiny_vit),
+    "bias": (lambda vit: BiasTuning(vit, 5), tiny_vit),
+    "full": (lambda vit: FullTuning(vit, 5), tiny_vit),
+    "swin": (lambda swin: PromptedSwin(swin, 5, 2), tiny_swin),
+    "swin-full": (lambda swin: FullTuning(swin, 5), tiny_swin),
+    "convnet": (lambda net: PromptedConvNet(net, 5, 2), convnext),
+    "convnet-probe": (lambda net: LinearProbe(net, 5), resnet),
+}
+
+CHANGES = [
+    ("vit", {"act_layer": QuickGELU}, "blocks.mlp.act.activation was gelu and is quick_gelu"),
+    ("vit", {"num_heads": 4}, "blocks.attn.num_heads was 2 and is 4"),
+    ("vit", {"norm_layer": eps(1e-3)}, "blocks.norm1.norm was ['layer', 1e-06] and is ['layer', 0.001]"),
+    ("vit", {"pool_include_prefix": True}, "pool_include_prefix was False and is True"),
+    ("vit", {"global_pool": "avg", "fc_norm": False}, "global_pool was token and is avg"),
+    ("segmenter", {"num_heads": 4}, "blocks.attn.num_heads was 2 and is 4"),
+    ("bias", {"act_layer": nn.ReLU}, "blocks.mlp.act.activation was gelu and is relu"),
+    ("full", {"num_heads": 4}, "blocks.attn.num_heads was 2 and is 4"),
+    ("eva", {"num_heads": 4}, "blocks.attn.num_heads was 2 and is 4"),
+    ("eva", {"rope_temperature": 100.0}, "rope.temperature was 10000.0 and is 100.0"),
+    ("eva", {"rope_rotate_half": True}, "blocks.attn.rotate_half was False and is True"),
+    ("eva", {"rope_grid_offset": 0.5}, "rope.grid_offset was 0.0 and is 0.5"),
+    ("swin", {"norm_layer": eps(1e-3)}, "layers.blocks.norm2.norm was ['layer', 1e-05] and is"),
+    ("swin-full", {"norm_layer": eps(1e-3)}, "layers.downsample.norm.norm was ['layer', 1e-05] and is"),
+    ("convnet", {"act_layer": nn.ReLU}, "stages.blocks.mlp.act.activation was gelu and is relu"),
+    ("convnet-probe", {"output_stride": 16}, "layer4.conv2.stride was [2, 2] and is [1, 1]"),
+    ("convnet-probe", {"global_pool": "max"}, "global_pool.pool_type was avg and is max"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, changes, message", CHANGES, ids=[f"{c[0]}-{next(iter(c[1]))}" for c in CHANGES]
+)
+def test_instance_with_the_same_weights_and_another_setting_is_refused_by_name(
+    name: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    build, backbone = BUILT[name]
+    model, other = build(backbone()), backbone(**changes)
+    model.save_pretrained(tmp_path)
+    assert build(other).backbone.fingerprint == model.backbone.fingerprint
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_pretrained(tmp_path, other)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_instance_built_in_the_same_way_is_accepted(name: str, tmp_path: Path) -> None:
+    build, backbone = BUILT[name]
+    model = build(backbone())
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path, backbone())
+    assert again.config == model.config
+    assert json.loads((tmp_path / "config.json").read_text())["backbone"]["architecture"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_classes": 7}, {"drop_rate": 0.1, "drop_path_rate": 0.1}, {"dtype": torch.float32}],
+    ids=str,
+)
+def test_classifier_dropout_and_dtype_are_not_recorded(changes: dict[str, Any]) -> None:
+    assert architecture(tiny_vit(**changes)) == architecture(tiny_vit())
+
+
+def test_model_on_the_meta_device_has_the_same_record() -> None:
+    assert architecture(tiny_eva().to("meta")) == architecture(tiny_eva())
+
+
+def test_file_saved_without_the_record_loads_with_its_weights_alone(tmp_path: Path) -> None:
+    model = PromptedViT(tiny_vit(), 5, 4)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["backbone"]["architecture"]
+    path.write_text(json.dumps(settings))
+    images, _ = random_batch(model)
+    again = load_pretrained(tmp_path, tiny_vit())
+    assert torch.equal(again.double().eval()(images), model.double().eval()(images))
+    load_pretrained(tmp_path, tiny_vit(num_heads=4))
+
+
+def test_damaged_record_is_named(tmp_path: Path) -> None:
+    PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["backbone"]["architecture"] = [1]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(
+        ValueError, match=r"config\.json: backbone\.architecture is \[1\], want a mapping or null"
+    ):
+        load_pretrained(tmp_path, tiny_vit())
+
+
+def test_attributes_that_another_version_of_timm_adds_are_no_difference() -> None:
+    saved = architecture(tiny_vit())
+    assert not differences(saved, {**saved, "blocks.attn.temperature": 1.0})
+    assert not differences({**saved, "blocks.attn.temperature": 1.0}, saved)
+    added = {**saved, "blocks.attn.q_norm.norm": ["rms", 1e-6]}
+    assert differences(saved, added) == ["blocks.attn.q_norm.norm was None and is ['rms', 1e-06]"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet50"])
+def test_record_survives_json(name: str) -> None:
+    with torch.device("meta"):
+        found = architecture(timm.create_model(name))
+    assert json.loads(json.dumps(found)) == found

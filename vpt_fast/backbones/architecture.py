@@ -1,0 +1,107 @@
+"""What a backbone computes besides its weights: a record that is saved with a model, and its comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from torch import nn
+
+# Attributes of timm's and PyTorch's modules that change what the same weights compute.
+_ATTRIBUTES = (
+    *("num_heads", "scale", "window_size", "shift_size", "gate_last"),  # attention and MLP
+    *("rotate_half", "temperature", "grid_offset", "grid_indexing", "max_res", "in_pixels", "ref_feat_shape"),
+    *(
+        "min_period",
+        "max_period",
+        "normalize_coords",
+        "mrope_section",
+    ),  # with the line before: rotary positions
+    *("global_pool", "pool_type", "pool_include_prefix", "no_embed_class"),
+    *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),  # convolutions and pooling
+)
+_NORMS = ("rms", "batch", "group", "layer")
+_ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "silu"}
+
+# Recorded of whole modules: if only one of two backbones has such a field, they differ. Attributes may just
+# have come with another version of timm.
+_OF_MODULES = ("norm", "activation", "num_heads")
+
+
+def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str, Any]:
+    """The settings of a timm model that change its output but not its weights' names, shapes or values.
+
+    Args:
+        model: the model to read.
+        classifier: the module that is left out; None for a model without one.
+
+    Returns:
+        A module's path without the numbers of blocks, and a setting's name (blocks.attn.num_heads), to its
+        value as JSON holds it: one value if all these modules have it, else a list in their order. A norm's
+        is its kind and eps. Paths of classes are left out, since versions of timm move them.
+    """
+    found: dict[str, list[Any]] = {}
+    for path, module in model.named_modules():
+        if classifier is not None and f"{path}.".startswith(f"{classifier}."):
+            continue
+        settings = {
+            name: getattr(module, name) for name in _ATTRIBUTES if _is_plain(getattr(module, name, None))
+        }
+        if norm := _norm(module):
+            settings["norm"] = norm
+        elif activation := _activation(path, module):
+            settings["activation"] = activation
+        parts = [part for part in path.split(".") if part and not part.isdigit()]
+        for name, value in settings.items():
+            found.setdefault(".".join([*parts, name]), []).append(json.loads(json.dumps(value)))
+    return {
+        name: values[0] if all(value == values[0] for value in values) else values
+        for name, values in found.items()
+    }
+
+
+def differences(saved: dict[str, Any], got: dict[str, Any]) -> list[str]:
+    """The fields in which two records of `architecture` differ, each with both values."""
+    return [
+        f"{name} was {saved.get(name)} and is {got.get(name)}"
+        for name in sorted(saved.keys() | got.keys())
+        if (name in saved and name in got) or name.rpartition(".")[2] in _OF_MODULES
+        if not _is_same(saved.get(name), got.get(name))
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        return isinstance(one, (int, float)) and isinstance(other, (int, float)) and math.isclose(one, other)
+    return bool(one == other)
+
+
+def _norm(module: nn.Module) -> tuple[str, float | None] | None:
+    """Kind and eps of a norm, with or without an affine; None for any other module."""
+    called = type(module).__name__.lower()
+    if "norm" not in called or not hasattr(module, "eps"):
+        return None
+    eps: Any = module.eps
+    return next((kind for kind in _NORMS if kind in called), called), eps
+
+
+def _activation(path: str, module: nn.Module) -> str | None:
+    """The name of an activation; None for any other module."""
+    home = type(module).__module__
+    is_torchs = home == "torch.nn.modules.activation" and not isinstance(module, nn.Softmax)
+    is_timms = home.startswith("timm.layers.activations")
+    if not (is_torchs or is_timms or path.rpartition(".")[2].startswith("act")) or list(module.children()):
+        return None
+    called = type(module).__name__.lower().removesuffix("me")  # timm's memory-efficient ones
+    if getattr(module, "approximate", "none") == "tanh":
+        called += "_tanh"
+    return _ACTIVATIONS.get(called, called)
