@@ -130,7 +130,7 @@ class ClassifierConfig:
         call = self.backbone_call
         if call is None:
             return asdict(self)
-        backbone = BackboneConfig(None, False, {}, fingerprint=self.backbone.fingerprint)
+        backbone = replace(self.backbone, name=None, pretrained=False, kwargs={}, checkpoint=None)
         return {**asdict(replace(self, backbone=backbone)), "backbone_call": call}
 
 

@@ -10,17 +10,12 @@ from torch import nn
 
 # Attributes of timm's and PyTorch's modules that change what the same weights compute.
 _ATTRIBUTES = (
-    *("num_heads", "scale", "window_size", "shift_size", "gate_last"),  # attention and MLP
-    *("rotate_half", "temperature", "grid_offset", "grid_indexing", "max_res", "in_pixels", "ref_feat_shape"),
-    *(
-        "min_period",
-        "max_period",
-        "normalize_coords",
-        "mrope_section",
-    ),  # with the line before: rotary positions
-    *("global_pool", "pool_type", "pool_include_prefix", "no_embed_class"),
-    *("kernel_size", "stride", "padding", "dilation", "ceil_mode"),  # convolutions and pooling
-)
+    "num_heads", "scale", "window_size", "shift_size", "gate_last",  # attention and MLP
+    "rotate_half", "temperature", "grid_offset", "grid_indexing", "max_res", "in_pixels",  # rotary positions
+    "ref_feat_shape", "min_period", "max_period", "normalize_coords", "mrope_section",
+    "global_pool", "pool_type", "pool_include_prefix", "no_embed_class",
+    "kernel_size", "stride", "padding", "dilation", "ceil_mode",  # convolutions and pooling
+)  # fmt: skip
 _NORMS = ("rms", "batch", "group", "layer")
 _ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "silu"}
 
