@@ -23,7 +23,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from vpt_fast.backbones.architecture import differences
+from vpt_fast.backbones.architecture import POOLING, differences
 from vpt_fast.backbones.resolve import CONVNET, Origin
 from vpt_fast.backbones.sources import local_weights
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
@@ -366,6 +366,14 @@ class TunedModel(nn.Module, metaclass=_Built):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
+    @property
+    def _unread_settings(self) -> tuple[str, ...]:
+        """Fields of the backbone's `architecture` that do not matter to this model."""
+        return () if self.pool is None else POOLING
+
+    def _require_storable_head(self) -> None:
+        """Raises ValueError if `from_pretrained` would not build the head again."""
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the trained tensors, and what is needed to rebuild the model, to a folder.
 
@@ -376,9 +384,10 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Raises:
             ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
-                file would lack it.
+                file would lack it, or the head is none that `from_pretrained` builds.
         """
         directory = Path(directory)
+        self._require_storable_head()
         lacking = self._stored_names - self._stored().keys()
         if lacking:
             raise ValueError(
@@ -492,7 +501,8 @@ class TunedModel(nn.Module, metaclass=_Built):
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
         # Files of earlier versions have no architecture.
-        if saved.architecture and (changed := differences(saved.architecture, model.backbone.architecture)):
+        changed = differences(saved.architecture or {}, model.backbone.architecture, model._unread_settings)
+        if saved.architecture and changed:
             raise ValueError(
                 f"backbone: it has the weights but not the settings that {path} was trained on: "
                 f"{'; '.join(changed)}; pass the right one as backbone=..."
@@ -599,7 +609,7 @@ class TunedClassifier(TunedModel):
         backbone = dtype_of(self.backbone, default=torch.float32)
         return dtype_of(self.head, default=torch.promote_types(backbone, torch.float32))
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def _require_storable_head(self) -> None:
         found = {name: tuple(weight.shape) for name, weight in self.head.named_parameters()}
         wanted = {"weight": (self.num_classes, self.embed_dim), "bias": (self.num_classes,)}
         if found != wanted:
@@ -608,7 +618,6 @@ class TunedClassifier(TunedModel):
                 f"does not build again; want nn.Linear({self.embed_dim}, {self.num_classes}), as "
                 "reset_classifier makes it, or else to save model.trainable_state_dict() yourself"
             )
-        super().save_pretrained(directory)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes).

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vpt_fast.backbones.architecture import POOLING
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_count
@@ -182,6 +183,10 @@ class PromptedSegmenter(TunedModel):
     @property
     def backbone(self) -> FrozenViT:  # type: ignore[override]
         return self.encoder.backbone
+
+    @property
+    def _unread_settings(self) -> tuple[str, ...]:
+        return POOLING
 
     @property
     def memory(self) -> str:

@@ -102,6 +102,23 @@ def test_instance_built_in_the_same_way_is_accepted(name: str, tmp_path: Path) -
     assert json.loads((tmp_path / "config.json").read_text())["backbone"]["architecture"]
 
 
+POOLED = {
+    "cls": lambda vit: PromptedViT(vit, 5, 4, pool="cls"),
+    "segmenter": lambda vit: PromptedSegmenter(vit, 5, num_prompts=2),
+}
+
+
+@pytest.mark.parametrize("build", POOLED.values(), ids=POOLED)
+def test_pooling_of_the_instance_does_not_matter_where_the_model_does_not_read_it(
+    build: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    model = build(tiny_vit())
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path, tiny_vit(global_pool="avg", fc_norm=False))
+    images, _ = random_batch(model)
+    assert torch.equal(again.double().eval()(images), model.double().eval()(images))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"num_classes": 7}, {"drop_rate": 0.1, "drop_path_rate": 0.1}, {"dtype": torch.float32}],

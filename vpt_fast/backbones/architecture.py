@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ _ATTRIBUTES = (
     "global_pool", "pool_type", "pool_include_prefix", "no_embed_class",
     "kernel_size", "stride", "padding", "dilation", "ceil_mode",  # convolutions and pooling
 )  # fmt: skip
+POOLING = ("global_pool", "pool_include_prefix")  # of a whole model, in its record
 _NORMS = ("rms", "batch", "group", "layer")
 _ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "silu"}
 
@@ -56,11 +58,11 @@ def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str,
     }
 
 
-def differences(saved: dict[str, Any], got: dict[str, Any]) -> list[str]:
-    """The fields in which two records of `architecture` differ, each with both values."""
+def differences(saved: dict[str, Any], got: dict[str, Any], unread: Collection[str] = ()) -> list[str]:
+    """The fields not in `unread` in which two records of `architecture` differ, each with both values."""
     return [
         f"{name} was {saved.get(name)} and is {got.get(name)}"
-        for name in sorted(saved.keys() | got.keys())
+        for name in sorted((saved.keys() | got.keys()) - {*unread})
         if (name in saved and name in got) or name.rpartition(".")[2] in _OF_MODULES
         if not _is_same(saved.get(name), got.get(name))
     ]
