@@ -22,14 +22,13 @@ from vpt_fast.data import (
     ignores_zero,
     open_scenes,
 )
+from vpt_fast.data.scenes import FOLDERS, holds_scenes
 from vpt_fast.files import replacing
 from vpt_fast.inference import LoadedRun
 from vpt_fast.plots import class_colors, plot_segmentation
 from vpt_fast.report import checking_images, evaluating
 from vpt_fast.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, segment
 from vpt_fast.world import World
-
-SCENE_FOLDERS = ("images", "annotations")  # of a data set, see data.scenes
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def require_masks_folder(images: Sequence[Path], out: Path) -> None:
         if place in (image.parent.resolve(), image.resolve().parent):
             raise ValueError(f"out is {out}, which holds the image {image}; choose a folder for masks alone")
     for folder in (place, *place.parents):
-        if folder.name in SCENE_FOLDERS and _is_of_scenes(folder.parent):
+        if folder.name in FOLDERS and holds_scenes(folder.parent):
             raise ValueError(
                 f"out is {out}, which is part of the data set {folder.parent}; choose another folder"
             )
@@ -161,10 +160,6 @@ def require_masks_folder(images: Sequence[Path], out: Path) -> None:
                 f"out is {out}, where the mask of {image} would replace {mask.name}, which is no earlier "
                 f"prediction: {overlay.name} is not beside it; choose another folder"
             )
-
-
-def _is_of_scenes(folder: Path) -> bool:
-    return all((folder / name / "training").is_dir() for name in SCENE_FOLDERS)
 
 
 def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -> None:
