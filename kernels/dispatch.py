@@ -142,8 +142,8 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
             in the epilogue, so that the pre-activation's gradient is the only tensor of the hidden width that
             backward writes. ``"triton_fused_mlp"``: includes those GEMMs everywhere; not for gated
             activations. ``"auto"``: ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the
-            dtypes and head dims that it supports (not float64; 16, 32, 64, 80, 96, 128; in windows 32 and
-            64), and PyTorch for everything else.
+            dtypes and head dims that it supports (not float64; those in `prompted_attention.HEAD_DIMS`; in
+            windows 32 and 64), and PyTorch for everything else.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.

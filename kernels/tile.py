@@ -1,41 +1,90 @@
 """Tile operations that kernels share: loads of rows as two power-of-two parts, and matmuls over both parts.
 
-`tl.arange` and `tl.dot` need powers of two, which head dims such as 80 and 96 are not. Such a row of D
-elements is two tiles, D1 + D2 = 64 + 16 or 64 + 32, instead of being padded to 128. If D is a power of two,
-D2 is 0 and the second tile is a placeholder: it is the first one again, and nothing reads it.
+`tl.arange` and `tl.dot` need powers of two, which head dims such as 80 are not. Such a row of D elements is
+two tiles, for example 64 + 16, instead of one of 128. Where the tiles are wider than the row, as for D = 72,
+the columns past its end are zeros. If the row is one tile, the second is a placeholder: it is the first one
+again, and nothing reads it.
 """
 
 import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def first_width(D):
+    """Columns of the first tile of a row of D elements.
+
+    64 < D <= 96 are two tiles, the second of 16 or 32 columns. As 32 + 16, rows of 48 spilled on sm_100.
+    """
+    return 64 if 64 < D <= 96 else max(16, triton.next_power_of_2(D))
+
+
+@triton.constexpr_function
+def second_width(D):
+    """Columns of the second tile; 0 if the first holds the row."""
+    rest = D - first_width(D)
+    return max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
 @triton.jit
-def load_rows(rows, mask, D1: tl.constexpr, D2: tl.constexpr):
-    """Loads tiles (n, D1) and (n, D2). rows: pointers to the first elements of n rows; mask: which of them
-    exist, None for all."""
-    first_pointers = rows[:, None] + tl.arange(0, D1)[None, :]
-    second_pointers = rows[:, None] + (D1 + tl.arange(0, D2 if D2 > 0 else D1))[None, :]
-    if mask is None:
-        first = tl.load(first_pointers)
-        second = tl.load(second_pointers) if D2 > 0 else first
-    else:
-        first = tl.load(first_pointers, mask=mask[:, None], other=0.0)
-        second = tl.load(second_pointers, mask=mask[:, None], other=0.0) if D2 > 0 else first
+def load_rows(rows, mask, D: tl.constexpr):
+    """Loads the two tiles of n rows. rows: pointers to their first elements; mask: which of them exist, None
+    for all."""
+    D1: tl.constexpr = first_width(D)
+    D2: tl.constexpr = second_width(D)
+    first = load_columns(rows, mask, 0, D1, D)
+    second = load_columns(rows, mask, D1, D2, D) if D2 > 0 else first
     return first, second
 
 
 @triton.jit
-def store_rows(rows, first, second, mask, D1: tl.constexpr, D2: tl.constexpr):
-    """Stores tiles (n, D1) and (n, D2) in the n rows, where the mask allows, in the pointers' dtype."""
-    dtype = rows.dtype.element_ty
-    tl.store(rows[:, None] + tl.arange(0, D1)[None, :], first.to(dtype), mask=mask[:, None])
-    if D2 > 0:
-        tl.store(rows[:, None] + (D1 + tl.arange(0, D2))[None, :], second.to(dtype), mask=mask[:, None])
+def load_columns(rows, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Loads WIDTH columns from START on; those past D are zeros."""
+    columns = START + tl.arange(0, WIDTH)[None, :]
+    pointers = rows[:, None] + columns
+    if mask is None:
+        if START + WIDTH <= D:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=columns < D, other=0.0)
+    elif START + WIDTH <= D:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=mask[:, None] & (columns < D), other=0.0)
 
 
 @triton.jit
-def dot_rows(a1, a2, b1, b2, D2: tl.constexpr):
+def store_rows(rows, first, second, mask, D: tl.constexpr):
+    """Stores the two tiles of n rows, where the mask allows, in the pointers' dtype."""
+    D1: tl.constexpr = first_width(D)
+    D2: tl.constexpr = second_width(D)
+    store_columns(rows, first, mask, 0, D1, D)
+    if D2 > 0:
+        store_columns(rows, second, mask, D1, D2, D)
+
+
+@triton.jit
+def store_columns(rows, values, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Stores WIDTH columns from START on, but for those past D."""
+    columns = START + tl.arange(0, WIDTH)[None, :]
+    mask = mask[:, None]
+    if START + WIDTH > D:
+        mask = mask & (columns < D)
+    tl.store(rows[:, None] + columns, values.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_rows(n: tl.constexpr, D: tl.constexpr):
+    """Two tiles of n rows of zeros in float32."""
+    D1: tl.constexpr = first_width(D)
+    D2: tl.constexpr = second_width(D)
+    return tl.zeros((n, D1), tl.float32), tl.zeros((n, D2 if D2 > 0 else D1), tl.float32)
+
+
+@triton.jit
+def dot_rows(a1, a2, b1, b2, D: tl.constexpr):
     """A Bᵀ over D: (n, D) and (k, D) -> (n, k) in float32."""
+    D2: tl.constexpr = second_width(D)
     product = tl.dot(a1, tl.trans(b1), input_precision="ieee")
     if D2 > 0:
         product = tl.dot(a2, tl.trans(b2), product, input_precision="ieee")
@@ -43,8 +92,9 @@ def dot_rows(a1, a2, b1, b2, D2: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(a1, a2, b1, b2, D2: tl.constexpr):
+def sum_rows(a1, a2, b1, b2, D: tl.constexpr):
     """rowsum(A ∘ B): (n, D) and (n, D) -> (n,) in float32."""
+    D2: tl.constexpr = second_width(D)
     total = tl.sum(a1.to(tl.float32) * b1.to(tl.float32), 1)
     if D2 > 0:
         total += tl.sum(a2.to(tl.float32) * b2.to(tl.float32), 1)
@@ -52,8 +102,9 @@ def sum_rows(a1, a2, b1, b2, D2: tl.constexpr):
 
 
 @triton.jit
-def accumulate(sum1, sum2, a, b1, b2, D2: tl.constexpr):
+def accumulate(sum1, sum2, a, b1, b2, D: tl.constexpr):
     """sum + A B: (n, D) float32, (n, k) and (k, D) -> (n, D) float32. A is rounded to B's dtype."""
+    D2: tl.constexpr = second_width(D)
     a = a.to(b1.dtype)
     sum1 = tl.dot(a, b1, sum1, input_precision="ieee")
     if D2 > 0:

@@ -4,8 +4,9 @@ The prompts' keys and values are the same for every image of the batch unless dr
 they come with their own batch dimension of 1 or B and are never concatenated to the image's.
 """
 
-HEAD_DIMS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-"""Head dims that the Triton kernels support, each as the two power-of-two tiles that a row is read in."""
+HEAD_DIMS = (16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
+"""Head dims that the Triton kernels support: those of timm's ViTs, but for the 76 of one, whose rows do not
+start at multiples of 16 bytes in 16 bits."""
 
 WINDOW_HEAD_DIMS = (32, 64)
 """Head dims that they support in windows; every published Swin has 32."""

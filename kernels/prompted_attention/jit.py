@@ -27,7 +27,15 @@ which launchers check.
 import triton
 import triton.language as tl
 from vpt_fast.kernels.prompted_attention.window_reference import MASKED
-from vpt_fast.kernels.tile import accumulate, dot_rows, load_rows, store_rows, sum_rows
+from vpt_fast.kernels.tile import (
+    accumulate,
+    dot_rows,
+    load_rows,
+    second_width,
+    store_rows,
+    sum_rows,
+    zero_rows,
+)
 
 # exp(x) = 2^(x · log2 e); the hardware has an instruction for exp2.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -172,10 +180,10 @@ def add_bias(
 @triton.jit
 def score_rows(
     q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist, some_do_not,
-    num_tokens, window_size, D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    num_tokens, window_size, D: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """S of query rows and keys; -inf where there is no key."""
-    scores = dot_rows(q1, q2, k1, k2, D2)
+    scores = dot_rows(q1, q2, k1, k2, D)
     if WINDOWS:
         scores = add_bias(
             scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size, SHIFTED
@@ -186,12 +194,10 @@ def score_rows(
 
 
 @triton.jit
-def store_fresh_rows(
-    fresh, first, second, rows, rows_exist, num_tokens, num_heads, head, D1: tl.constexpr, D2: tl.constexpr
-):
+def store_fresh_rows(fresh, first, second, rows, rows_exist, num_tokens, num_heads, head, D: tl.constexpr):
     """Stores the prompts' rows of one window, (f, H, D); the launcher sums or averages over the windows."""
     place = (rows - num_tokens) * num_heads + head
-    store_rows(fresh + place * (D1 + D2), first, second, rows_exist & (rows >= num_tokens), D1, D2)
+    store_rows(fresh + place * D, first, second, rows_exist & (rows >= num_tokens), D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -203,7 +209,7 @@ def attention_forward_kernel(
     stride_pkb, stride_pkm, stride_pkh,
     stride_pvb, stride_pvm, stride_pvh, stride_bias,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    D: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """O and lse of BLOCK_M query rows of one sequence and head."""
@@ -213,7 +219,7 @@ def attention_forward_kernel(
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
+    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
     k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
         k, v, prompt_k, prompt_v, bias, regions,
         stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -223,8 +229,7 @@ def attention_forward_kernel(
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    out1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    out2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else D1), tl.float32)
+    out1, out2 = zero_rows(BLOCK_M, D)
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
@@ -234,10 +239,10 @@ def attention_forward_kernel(
         v_rows = key_rows(
             prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
         )
-        k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
+        k1, k2 = load_rows(k_rows, keys_exist, D)
         scores = score_rows(
             q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-            start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
+            start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
         )  # fmt: skip
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)  # finite: the first tile has a key
@@ -246,22 +251,21 @@ def attention_forward_kernel(
         row_max = new_max
         row_sum = row_sum * correction + tl.sum(weights, 1)
 
-        v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
+        v1, v2 = load_rows(v_rows, keys_exist, D)
         out1 = out1 * correction[:, None]
-        if D2 > 0:
+        if second_width(D) > 0:
             out2 = out2 * correction[:, None]
-        out1, out2 = accumulate(out1, out2, weights, v1, v2, D2)
+        out1, out2 = accumulate(out1, out2, weights, v1, v2, D)
 
-    D: tl.constexpr = D1 + D2
     rows_of_out, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     out1, out2 = out1 / row_sum[:, None], out2 / row_sum[:, None]
     in_out = rows_exist
     if WINDOWS:
         fresh_out += (image * num_windows + window) * num_fresh * num_heads * D
-        store_fresh_rows(fresh_out, out1, out2, rows, rows_exist, num_tokens, num_heads, head, D1, D2)
+        store_fresh_rows(fresh_out, out1, out2, rows, rows_exist, num_tokens, num_heads, head, D)
         in_out = rows < num_tokens
     out_rows = out + ((image * rows_of_out + places) * num_heads + head) * D
-    store_rows(out_rows, out1, out2, in_out, D1, D2)
+    store_rows(out_rows, out1, out2, in_out, D)
     lse_rows = lse + (image * num_heads + head) * rows_of_lse + statistics
     tl.store(lse_rows, row_max * LN_2 + tl.log(row_sum), mask=rows_exist)
 
@@ -278,7 +282,7 @@ def terms_kernel(
     stride_ob, stride_or, stride_oh,
     stride_lb, stride_lh,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    D: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
@@ -289,15 +293,15 @@ def terms_kernel(
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
     grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
-    g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
+    g1, g2 = load_rows(grad_rows, rows_exist, D)
     lse_rows = lse + image * stride_lb + head * stride_lh + statistics
     row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
     if HAS_OUT:
         out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
-        o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
-        delta = sum_rows(g1, g2, o1, o2, D2)
+        o1, o2 = load_rows(out_rows, rows_exist, D)
+        delta = sum_rows(g1, g2, o1, o2, D)
     else:
-        q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
+        q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
         k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
             k, v, prompt_k, prompt_v, bias, regions,
             stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -314,14 +318,14 @@ def terms_kernel(
             v_rows = key_rows(
                 prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
             )
-            k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
-            v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
+            k1, k2 = load_rows(k_rows, keys_exist, D)
+            v1, v2 = load_rows(v_rows, keys_exist, D)
             scores = score_rows(
                 q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-                start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
+                start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
-            delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D2), 1)
+            delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D), 1)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     store_terms(
@@ -342,7 +346,7 @@ def grad_q_kernel(
     stride_lb, stride_lh,
     stride_dqb, stride_dqr, stride_dqh,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    D: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ = dS K of BLOCK_M query rows of one sequence and head; with O also their terms."""
@@ -352,17 +356,17 @@ def grad_q_kernel(
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D1, D2)
+    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
     grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
-    g1, g2 = load_rows(grad_rows, rows_exist, D1, D2)
+    g1, g2 = load_rows(grad_rows, rows_exist, D)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     if HAS_OUT:
         lse_rows = lse + image * stride_lb + head * stride_lh + statistics
         row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
         out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
-        o1, o2 = load_rows(out_rows, rows_exist, D1, D2)
-        delta = sum_rows(g1, g2, o1, o2, D2)
+        o1, o2 = load_rows(out_rows, rows_exist, D)
+        delta = sum_rows(g1, g2, o1, o2, D)
         lse2 = store_terms(
             terms, rows_of_lse, row_lse, delta, rows, rows_exist, statistics, num_tokens, num_windows, WINDOWS
         )
@@ -376,8 +380,7 @@ def grad_q_kernel(
         stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
         image, window, head, window_size, WINDOWS,
     )  # fmt: skip
-    dq1 = tl.zeros((BLOCK_M, D1), tl.float32)
-    dq2 = tl.zeros((BLOCK_M, D2 if D2 > 0 else D1), tl.float32)
+    dq1, dq2 = zero_rows(BLOCK_M, D)
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
@@ -387,21 +390,21 @@ def grad_q_kernel(
         v_rows = key_rows(
             prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, True, WINDOWS
         )
-        k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
-        v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
+        k1, k2 = load_rows(k_rows, keys_exist, D)
+        v1, v2 = load_rows(v_rows, keys_exist, D)
         scores = score_rows(
             q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-            start + BLOCK_N > num_keys, num_tokens, window_size, D2, WINDOWS, SHIFTED,
+            start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
         )  # fmt: skip
         weights = tl.exp2(scores * LOG2_E - lse2[:, None])
-        grad_scores = weights * (dot_rows(g1, g2, v1, v2, D2) - delta[:, None])
-        dq1, dq2 = accumulate(dq1, dq2, grad_scores, k1, k2, D2)
+        grad_scores = weights * (dot_rows(g1, g2, v1, v2, D) - delta[:, None])
+        dq1, dq2 = accumulate(dq1, dq2, grad_scores, k1, k2, D)
     if WINDOWS:
-        grad_fresh += (image * num_windows + window) * num_fresh * num_heads * (D1 + D2)
-        store_fresh_rows(grad_fresh, dq1, dq2, rows, rows_exist, num_tokens, num_heads, head, D1, D2)
+        grad_fresh += (image * num_windows + window) * num_fresh * num_heads * D
+        store_fresh_rows(grad_fresh, dq1, dq2, rows, rows_exist, num_tokens, num_heads, head, D)
         rows_exist = rows < num_tokens
     grad_rows = grad_q + image * stride_dqb + head * stride_dqh + places * stride_dqr
-    store_rows(grad_rows, dq1, dq2, rows_exist, D1, D2)
+    store_rows(grad_rows, dq1, dq2, rows_exist, D)
 
 
 @triton.jit
@@ -409,29 +412,29 @@ def add_rows_to_keys(
     dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
     stride_qr, stride_gr, stride_bias,
     rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
-    D1: tl.constexpr, D2: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    D: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of query rows to dK and dV of a tile of keys. planes: pointers (2, 1) to the terms;
     rows_exist: None if all do."""
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
-    q1, q2 = load_rows(q + places * stride_qr, rows_exist, D1, D2)
-    g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D1, D2)
+    q1, q2 = load_rows(q + places * stride_qr, rows_exist, D)
+    g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D)
     if rows_exist is None:
         row_terms = tl.load(planes + statistics[None, :])
     else:
         row_terms = tl.load(planes + statistics[None, :], mask=rows_exist[None, :], other=0.0)
     lse2, delta = tl.split(tl.trans(row_terms))
 
-    scores = dot_rows(k1, k2, q1, q2, D2)  # Sᵀ (keys, rows)
+    scores = dot_rows(k1, k2, q1, q2, D)  # Sᵀ (keys, rows)
     if WINDOWS:
         scores = add_bias(
             scores, bias, regions, stride_bias, rows[None, :], keys[:, None], num_tokens, window_size, SHIFTED
         )
     # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
     weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
-    grad_scores = weights * (dot_rows(v1, v2, g1, g2, D2) - delta[None, :])  # dSᵀ
-    dk1, dk2 = accumulate(dk1, dk2, grad_scores, q1, q2, D2)
-    dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D2)
+    grad_scores = weights * (dot_rows(v1, v2, g1, g2, D) - delta[None, :])  # dSᵀ
+    dk1, dk2 = accumulate(dk1, dk2, grad_scores, q1, q2, D)
+    dv1, dv2 = accumulate(dv1, dv2, weights, g1, g2, D)
     return dk1, dk2, dv1, dv2
 
 
@@ -446,7 +449,7 @@ def grad_kv_kernel(
     stride_pvb, stride_pvm, stride_pvh, stride_bias,
     stride_dkb, stride_dkn, stride_dkh,
     num_heads, num_rows, num_prompts, num_keys, num_windows, num_fresh,
-    D1: tl.constexpr, D2: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    D: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     IMAGE: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK = dSᵀ Q and dV = Pᵀ dO of BLOCK_N keys of one sequence and head.
@@ -472,18 +475,16 @@ def grad_kv_kernel(
     v_rows = key_rows(
         prompt_v, v, stride_pvm, stride_vn, keys, num_prompts, num_keys, PROMPTS, IMAGE, WINDOWS
     )
-    k1, k2 = load_rows(k_rows, keys_exist, D1, D2)
-    v1, v2 = load_rows(v_rows, keys_exist, D1, D2)
+    k1, k2 = load_rows(k_rows, keys_exist, D)
+    v1, v2 = load_rows(v_rows, keys_exist, D)
 
     grad_out += image * stride_gb + head * stride_gh
     q += image * stride_qb + head * stride_qh
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     planes = terms + tl.arange(0, 2)[:, None] * rows_of_lse
-    dk1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    dv1 = tl.zeros((BLOCK_N, D1), tl.float32)
-    dk2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
-    dv2 = tl.zeros((BLOCK_N, D2 if D2 > 0 else D1), tl.float32)
+    dk1, dk2 = zero_rows(BLOCK_N, D)
+    dv1, dv2 = zero_rows(BLOCK_N, D)
     rows_in_tiles = num_rows
     if TAIL > 0:
         rows_in_tiles -= num_rows % BLOCK_M
@@ -492,7 +493,7 @@ def grad_kv_kernel(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
             stride_qr, stride_gr, stride_bias,
             rest, rest < num_rows, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
-            D1, D2, WINDOWS, SHIFTED,
+            D, WINDOWS, SHIFTED,
         )  # fmt: skip
     for row in range(0, rows_in_tiles, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
@@ -501,20 +502,19 @@ def grad_kv_kernel(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
             stride_qr, stride_gr, stride_bias,
             rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
-            D1, D2, WINDOWS, SHIFTED,
+            D, WINDOWS, SHIFTED,
         )  # fmt: skip
 
     if PROMPTS:
-        D: tl.constexpr = D1 + D2
         from_prompts = keys_exist & (keys < num_prompts)
         rows = grad_prompt_kv + ((image * num_prompts + keys) * 2 * num_heads + head) * D
-        store_rows(rows, dk1, dk2, from_prompts, D1, D2)
-        store_rows(rows + num_heads * D, dv1, dv2, from_prompts, D1, D2)
+        store_rows(rows, dk1, dk2, from_prompts, D)
+        store_rows(rows + num_heads * D, dv1, dv2, from_prompts, D)
     if IMAGE:
         if WINDOWS:
             grad_k += window * window_size * stride_dkn
             grad_v += window * window_size * stride_dkn
         from_image = keys_exist & (keys >= num_prompts)
         offsets = image * stride_dkb + head * stride_dkh + (keys - num_prompts) * stride_dkn
-        store_rows(grad_k + offsets, dk1, dk2, from_image, D1, D2)
-        store_rows(grad_v + offsets, dv1, dv2, from_image, D1, D2)
+        store_rows(grad_k + offsets, dk1, dk2, from_image, D)
+        store_rows(grad_v + offsets, dv1, dv2, from_image, D)

@@ -47,15 +47,17 @@ class Tiles(NamedTuple):
 # with two the copy of a tile is waited for as soon as it is issued. In the last block few rows are read (CLS
 # alone): a tile of 16 wastes least. On sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100, bfloat16) were
 # then timed on an H200 beside all candidates of benchmarks/tune.py: none was worth a change. Those of sm_80
-# and sm_100 have not been timed.
+# and sm_100 have not been timed. In float32 some head dims have a limit on registers that is higher than what
+# ptxas takes by itself: to fit one more program on an SM, it would spill.
 
 
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every matmul are in registers
+        limit = 128 if head_dim in (48, 72, 88) else None
         if head_dim > 64:
-            return Tiles(16, 32, 8 if head_dim > 96 else 4, 1)
-        return Tiles(16, 16, 4, 1) if num_rows <= 16 else Tiles(32, 32, 8, 1)
+            return Tiles(16, 32, 8 if head_dim > 96 else 4, 1, limit)
+        return Tiles(16, 16, 4, 1, limit) if num_rows <= 16 else Tiles(32, 32, 8, 1, limit)
     if num_rows <= 16:
         return Tiles(16, 64, 4, 3)
     if arch == 80 and head_dim > 96:
@@ -70,7 +72,8 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dQ, and of the terms from the scores, which have the same operands."""
     if dtype == torch.float32:
-        return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(16, 32, 4, 1)
+        limit = 128 if head_dim == 88 else None
+        return Tiles(16, 16, 8, 1, limit) if head_dim > 64 else Tiles(16, 32, 4, 1)
     if num_rows <= 16:
         return Tiles(16, 32, 4, 3)
     if arch == 80:
@@ -84,12 +87,16 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, in whose matmuls the keys are the first dimension."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 8 if head_dim > 64 else 4, 1)
+        limit = 128 if head_dim == 88 else None
+        return Tiles(16, 32, 8 if head_dim > 64 else 4, 1, limit)
     if num_rows <= 16:
         return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1)
     if arch == 80:
-        wide = {64: Tiles(64, 32, 4, 3), 80: Tiles(32, 64, 4, 3), 96: Tiles(32, 32, 8, 3)}
-        return Tiles(64, 64, 4, 3) if head_dim < 64 else wide.get(head_dim, Tiles(32, 32, 4, 3))
+        if head_dim <= 64:
+            return Tiles(64, 64 if head_dim <= 32 else 32, 4, 3)
+        if head_dim == 80:
+            return Tiles(32, 64, 4, 3)
+        return Tiles(32, 32, 8 if 80 < head_dim <= 96 else 4, 3)
     if arch == 90:
         return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3)
     return Tiles(64, 64, 8 if head_dim > 32 else 4, 3)
@@ -234,11 +241,9 @@ class Inputs(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Constexprs: the head dim's two tiles, and which tensors there are."""
-        d1, d2 = HEAD_DIMS[self.q.shape[3]]
+        """Constexprs: the head dim, and which tensors there are."""
         return dict(
-            D1=d1,
-            D2=d2,
+            D=self.q.shape[3],
             PROMPTS=self.prompt_k is not None,
             WINDOWS=self.bias is not None,
             SHIFTED=self.regions is not None,
@@ -459,12 +464,14 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
 def builds(arch: int) -> list[Build]:
     """Every kernel in every configuration that these launchers choose on sm_`arch` (80, 90, 100).
 
-    float16 differs from bfloat16 only in its matmuls' type, so one head dim stands for all; three head dims
-    cover all of float32's tiles.
+    float16 differs from bfloat16 only in its matmuls' type, so one head dim stands for all; 112 differs from
+    104 only in a constant; and six head dims cover all of float32's tiles.
     """
-    requests = [(torch.bfloat16, head_dim, rows) for head_dim in HEAD_DIMS for rows in (1, 64, 197)]
+    in_bfloat16 = [head_dim for head_dim in HEAD_DIMS if head_dim != 112]
+    requests = [(torch.bfloat16, head_dim, rows) for head_dim in in_bfloat16 for rows in (1, 64, 197)]
     requests += [(torch.float16, 64, 197)]
-    requests += [(torch.float32, head_dim, rows) for head_dim in (64, 80, 128) for rows in (1, 197)]
+    in_float32 = (48, 64, 72, 80, 88, 128)
+    requests += [(torch.float32, head_dim, rows) for head_dim in in_float32 for rows in (1, 197)]
     found = [build for request in requests for build in _builds_of(*request, arch)]
     unique = {(build.name, build.config): build for build in found}
     return list(unique.values())
@@ -494,7 +501,6 @@ def make_build(
     kernel: Any, dtype: torch.dtype, head_dim: int, tiles: Tiles, variant: str, **flags: bool
 ) -> Build:
     """A kernel as it is launched, with prompts and without windows unless `flags` says otherwise."""
-    d1, d2 = HEAD_DIMS[head_dim]
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
     signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
     is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
@@ -505,7 +511,7 @@ def make_build(
         config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
         signature=signature,
         constexprs={
-            **{"D1": d1, "D2": d2, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
+            **{"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
         },
         divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
         num_warps=tiles.num_warps,
