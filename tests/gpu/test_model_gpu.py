@@ -45,7 +45,9 @@ def test_low_precision_error_is_at_most_that_of_concatenation(
 
 LARGE = {
     "vit_base_patch16_224": dict(depth=4),
-    "vit_huge_patch14_224": dict(depth=3, embed_dim=320, num_heads=4),  # narrow, its head dim still 80
+    # Narrow, their head dims still 80 and 72.
+    "vit_huge_patch14_224": dict(depth=3, embed_dim=320, num_heads=4),
+    "vit_so400m_patch14_siglip_gap_224": dict(depth=3, embed_dim=288, num_heads=4),
 }
 
 
