@@ -38,6 +38,7 @@ MODELS: dict[str, Callable[..., Any]] = {
     "shallow": lambda **of: vit(prompt_type="shallow", **of),
     "prompts pooled": lambda **of: vit(pool="prompts", **of),
     "query-key norm, prompts of each image": lambda **of: vit(dict(qk_norm=True), **DROPOUT, **of),
+    "a norm on attention's output": lambda **of: vit(dict(scale_attn_norm=True), **of),
     "rotary": lambda **of: eva(DINOV3, **of),
     "rotary of each head": lambda **of: eva(MIXED, **of),
     "rotary behind a query-key norm": lambda **of: eva(QK_NORM, **DROPOUT, **of),

@@ -198,6 +198,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu"},
     "swiglu_layer_scale": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "init_values": 1e-5},
     "mlp_scale_norm": {"scale_mlp_norm": True},
+    "attention_scale_norm": {"scale_attn_norm": True, "init_values": 0.1},
+    "attention_scale_norm_rms": {"scale_attn_norm": True, "norm_layer": RmsNorm, "num_heads": 1},
     "no_embed_class": {"no_embed_class": True},
     "no_position": {"pos_embed": "none"},
     "embed_norm": {"embed_norm_layer": nn.LayerNorm},
@@ -332,7 +334,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
         lambda: GatedViT(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
         "gate",
     ),
-    "attention_scale_norm": (lambda: tiny_vit(scale_attn_norm=True), "norm"),
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=16, depths=(1, 1)),
         "SwinTransformer",

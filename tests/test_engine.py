@@ -183,6 +183,7 @@ def parts(dtype: torch.dtype = torch.float32, **changes) -> BlockParts:
         qkv=LinearParts(random(3 * d, d, seed=3, dtype=dtype), random(3 * d, seed=4, dtype=dtype)),
         q_norm=None,
         k_norm=None,
+        attn_norm=None,
         proj=LinearParts(random(d, d, seed=5, dtype=dtype), random(d, seed=6, dtype=dtype)),
         scale1=random(d, seed=7, dtype=dtype),
         norm2=NormParts("rms", 1e-5, random(d, seed=8, dtype=dtype), None),

@@ -51,6 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "eva02_tiny": {"swiglu_mlp": True, "ref_feat_shape": (3, 3)},
     "eva02_base": EVA02,
     "scaled_mlp": {"scale_mlp": True, "global_pool": "token"},
+    "eva02_clip": {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "qkv_fused": False},
+    "scaled_attention_of_rope": {"scale_attn_inner": True, "attn_type": "rope"},
     "perception_encoder": {
         "attn_type": "rope",
         "use_pre_transformer_norm": True,
@@ -330,7 +332,6 @@ class OtherEva(Eva):
 
 UNSUPPORTED = {
     "blocks.0 is a EvaBlockPostNorm": lambda: tiny_eva(use_post_norm=True),
-    "blocks.0.attn has a norm on its output": lambda: tiny_eva(scale_attn_inner=True),
     "blocks.0.attn has 1 heads of keys for 2 of queries": lambda: tiny_eva(
         attn_type="rope", qkv_fused=False, num_kv_heads=1
     ),

@@ -27,6 +27,7 @@ SETTINGS = {
 }
 BACKBONES = {
     "qk_norm": dict(qk_norm=True),
+    "norms_inside": dict(scale_attn_norm=True, scale_mlp_norm=True),
     "rms_norm_and_swiglu": dict(norm_layer="rmsnorm", mlp_layer="swiglu"),
     "average_pool_without_cls": dict(class_token=False, global_pool="avg"),
     "rows_narrower_than_their_tiles": dict(embed_dim=144, num_heads=2),  # the head dim of SO400M, 72

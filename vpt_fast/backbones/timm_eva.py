@@ -274,6 +274,7 @@ def _eva_block_parts(block: Any, index: int) -> BlockParts:
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
+        attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
         proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=block.gamma_1,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),

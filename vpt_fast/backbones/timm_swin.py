@@ -429,6 +429,7 @@ def _window_block(block: Any, name: str, dtype: torch.dtype | None, backend: Bac
         qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
         q_norm=None,
         k_norm=None,
+        attn_norm=None,
         proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=None,
         norm2=norm_parts(block.norm2, f"{where}.norm2"),

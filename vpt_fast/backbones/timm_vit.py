@@ -451,6 +451,7 @@ def _block_parts(block: Any, index: int) -> BlockParts:
         qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
         q_norm=optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm"),
         k_norm=optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm"),
+        attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
         proj=linear_parts(attn.proj, f"{where}.attn.proj"),
         scale1=_layer_scale(block.ls1, f"{where}.ls1"),
         norm2=norm_parts(block.norm2, f"{where}.norm2"),
@@ -467,8 +468,6 @@ def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -
     require_usual_scale(attn, attn.head_dim, where)
     if attn.gate is not None:
         raise ValueError(f"{where} has an output gate, which is not supported")
-    if not isinstance(attn.norm, nn.Identity):
-        raise ValueError(f"{where} has a norm on its output (scale_attn_norm), which is not supported")
 
 
 def norm_parts(norm: nn.Module, where: str) -> NormParts:

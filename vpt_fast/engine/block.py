@@ -112,8 +112,9 @@ class _Call:
     @property
     def keeps_out(self) -> bool:
         """Whether attention's output is kept. Without it, backward needs all keys for every row, which it
-        otherwise does only where the tokens' gradient is wanted."""
-        return not self.policy.compact or not self.grad_tokens or self.ops.needs_out
+        otherwise does only where the tokens' gradient is wanted. A norm on it needs it too."""
+        needs_out = self.ops.needs_out or self.spec.attn_norm is not None
+        return not self.policy.compact or not self.grad_tokens or needs_out
 
 
 @dataclass(slots=True)
@@ -443,7 +444,10 @@ def _enter(
     out, lse = _attend(call, q, k, tokens.v, prompt_k, projected_prompts.v)  # (B, R, H, D), (B, H, R)
     hold(out=out if call.keeps_out else None, lse=lse)
     del tokens, projected_prompts, q, k, prompt_k
-    update = F.linear(out.flatten(2), w.proj_weight, w.proj_bias)  # (B, R, d)
+    out = out.flatten(2)
+    if spec.attn_norm is not None:
+        out = _normalize_out(out, call)[0]
+    update = F.linear(out, w.proj_weight, w.proj_bias)  # (B, R, d)
     del out
     hidden, x_hat, rstd, codes, scale = ops.add_normalize(
         residual, update, eps2, norm2, dtype, pack=policy.compact
@@ -565,6 +569,15 @@ def _normalize_(x: torch.Tensor, eps: float, kind: str, call: _Call) -> torch.Te
     x_hat, rstd, _, _ = call.ops.normalize(x, eps, kind, call.dtype)
     x.copy_(x_hat)
     return rstd
+
+
+def _normalize_out(out: torch.Tensor, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """x̂ and rstd of attention's output (B, R, H·D). Backward recomputes them from the output, which attention
+    itself needs there."""
+    assert call.spec.attn_norm is not None
+    kind, eps = call.spec.attn_norm
+    x_hat, rstd, _, _ = call.ops.normalize(out, eps, kind, call.dtype)
+    return x_hat, rstd
 
 
 def _attention_operands(
@@ -717,8 +730,12 @@ def _through_attention(
     below is trained, the only queries with a gradient are those of prompts whose outputs are read."""
     spec, ops = call.spec, call.ops
     num_image = call.num_image_rows
-    # Attention's output: (B, R, d) -> (B, R, H, D)
-    grad_out = (grad_hidden @ w.proj_weight).unflatten(-1, (spec.num_heads, spec.head_dim))
+    grad_out = grad_hidden @ w.proj_weight  # (B, R, d) -> (B, R, H·D)
+    if spec.attn_norm is not None:
+        x_hat, rstd = _normalize_out(kept.out.flatten(2), call)
+        grad_out = ops.normalize_backward(grad_out, x_hat, rstd, None, spec.attn_norm[0], None, call.dtype)
+        del x_hat
+    grad_out = grad_out.unflatten(-1, (spec.num_heads, spec.head_dim))  # of attention's output
 
     tokens, prompts = _projections(kept, rotation, w, call)
     q, k, prompt_k = _attention_operands(tokens, prompts, rotation, w, call)

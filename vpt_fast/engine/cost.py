@@ -129,7 +129,8 @@ def kept_bytes(
         if block.spec.qk_norm is not None:  # rstd of q and k
             total += batch_size * (num_rows * image_keys + num_tokens * grad_tokens) * heads * stat
     total += batch_size * (num_rows + (block.num_windows - 1) * fresh_rows) * heads * stat  # lse
-    if not policy.compact or not grad_tokens or block.backend.needs_out:
+    needs_out = block.backend.needs_out or block.spec.attn_norm is not None
+    if not policy.compact or not grad_tokens or needs_out:
         total += batch_size * num_rows * attn_dim * size  # out
     total += x_hat(batch_size * num_rows, codes=policy.compact)
     if policy.compact:
@@ -169,6 +170,8 @@ def forward_bytes(
     num_rows = batch_size * (rows[1] - rows[0])
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
+    # Attention's output after a norm, beside its projection.
+    normalized = 0 if block.spec.attn_norm is None else num_rows * block.proj_weight.shape[1] * size
     # u beside a gated activation's output, which is narrower; others overwrite it. A kept u is not temporary.
     is_gated = block.spec.activation in PACKED
     u = hidden if is_gated and policy != MemoryPolicy() else 0
@@ -176,7 +179,7 @@ def forward_bytes(
     return (
         tokens * (wide + size)  # the input: base and update
         + residual  # after attention
-        + max(tokens * wide + update, u + activated, activated + update)
+        + max(tokens * wide + normalized + update, u + activated, activated + update)
     )
 
 
@@ -238,6 +241,8 @@ def workspace_bytes(
     # Recomputed queries, keys and values.
     anew = qkv + (parts if copies > 1 else 0) if policy.compact else 0
     attention = grad + out + anew + qkv + parts
+    if block.spec.attn_norm is not None:
+        attention = max(attention, grad + 3 * out)  # its gradients on both sides, and x̂
     if grad_tokens:
         left = 0 if packed else qkv
         attention = max(

@@ -8,7 +8,7 @@ A pre-norm transformer block computes
 Everything in it that is frozen and linear is folded into the neighbouring matrices, in at least float32:
 LN1's affine and the softmax scale into W_qkv, LN2's affine into W_1, the LayerScales γ1, γ2 into W_o, W_2.
 With query-key normalisation the softmax scale goes into the query norm's affine instead. Where a norm stands
-between the activation and W_2 (EVA-02), its affine goes into W_2.
+before W_o or W_2 (EVA-02, BEiT-3), its affine goes into that matrix.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class BlockParts:
     """One pre-norm transformer block as stored in a checkpoint, before folding.
 
     `scale1`, `scale2` are the LayerScale vectors (d,) or None; `q_norm`, `k_norm` normalise each head's
-    queries and keys over the head dimension; `activation` is one of `kernels.mlp.reference.ACTIVATIONS`,
-    with fc1 giving the gate before the value if it is gated; `mlp_norm` normalises the activation's output.
+    queries and keys over the head dimension; `attn_norm` normalises attention's output over all heads;
+    `activation` is one of `kernels.mlp.reference.ACTIVATIONS`, with fc1 giving the gate before the value if
+    it is gated; `mlp_norm` normalises the activation's output.
     """
 
     num_heads: int
@@ -63,6 +64,7 @@ class BlockParts:
     qkv: LinearParts
     q_norm: NormParts | None
     k_norm: NormParts | None
+    attn_norm: NormParts | None
     proj: LinearParts
     scale1: torch.Tensor | None
     norm2: NormParts
@@ -75,15 +77,16 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps), `mlp_norm` None
-    or (kind, eps); `float16_error` is the largest error of rounding a matrix that holds a LayerScale to
-    float16, relative to its norm."""
+    """The block's constants that are not tensors. `qk_norm` is None or (kind, q eps, k eps), `attn_norm` and
+    `mlp_norm` are None or (kind, eps); `float16_error` is the largest error of rounding a matrix that holds a
+    LayerScale to float16, relative to its norm."""
 
     num_heads: int
     head_dim: int
     norm1: tuple[str, float]
     norm2: tuple[str, float]
     qk_norm: tuple[str, float, float] | None
+    attn_norm: tuple[str, float] | None
     activation: str
     mlp_norm: tuple[str, float] | None
     float16_error: float = 0.0
@@ -160,9 +163,9 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         q_norm = tuple(None if t is None else t * scale for t in _affine(parts.q_norm, ones))  # type: ignore[assignment]
         k_norm = _affine(parts.k_norm, ones)
 
-    proj = _before_scale(parts.proj, parts.scale1)
+    attn_norm, mlp_norm = parts.attn_norm, parts.mlp_norm
+    proj = _before_scale(parts.proj if attn_norm is None else after_norm(attn_norm, parts.proj), parts.scale1)
     fc1 = after_norm(parts.norm2, parts.fc1)
-    mlp_norm = parts.mlp_norm
     fc2 = _before_scale(parts.fc2 if mlp_norm is None else after_norm(mlp_norm, parts.fc2), parts.scale2)
     spec = BlockSpec(
         num_heads=parts.num_heads,
@@ -170,6 +173,7 @@ def fold(parts: BlockParts, dtype: torch.dtype | None = None) -> tuple[BlockSpec
         norm1=(parts.norm1.kind, parts.norm1.eps),
         norm2=(parts.norm2.kind, parts.norm2.eps),
         qk_norm=qk_norm,
+        attn_norm=None if attn_norm is None else (attn_norm.kind, attn_norm.eps),
         activation=parts.activation,
         mlp_norm=None if mlp_norm is None else (mlp_norm.kind, mlp_norm.eps),
         float16_error=max(

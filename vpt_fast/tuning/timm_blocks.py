@@ -159,6 +159,8 @@ def timm_block_bytes(vit: FrozenViT, *, trains_weights: bool) -> tuple[int, int]
     # Query and key after norm or rotation; the projected ones are alive too, in one tensor with the value.
     if block.attn.qkv is not None and (vit.is_rotary or not isinstance(block.attn.q_norm, nn.Identity)):
         narrow += 2 * attn_dim
+    if not isinstance(block.attn.norm, nn.Identity):
+        narrow += attn_dim
     if not isinstance(block.mlp.norm, nn.Identity):
         narrow += activated
     if trains_weights:  # the inputs of qkv, proj, fc1 and fc2, and of LayerScale
