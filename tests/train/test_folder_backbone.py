@@ -56,6 +56,23 @@ def test_train_on_a_relative_folder_and_use_the_run_elsewhere(
     assert json.loads(predicted.stdout)[0]["predictions"]
 
 
+def test_eval_and_predict_are_told_where_the_folder_is_now(own, command, color_images, folder, tmp_path):
+    run = train(own, tmp_path / "run").path
+    moved = folder.rename(tmp_path / "moved")
+    image = color_images / "test" / "red" / "0.png"
+    for use in (("eval", run, "--data", color_images), ("predict", run, image)):
+        result = command(*use)
+        assert result.exit_code == 2 and f"backbone: {folder}, the folder that" in result.stderr
+        result = command(*use, "--backbone", f"local-dir:{moved}")
+        assert result.exit_code == 0, result.stderr
+
+
+def test_eval_refuses_a_folder_with_other_weights(own, command, color_images, tmp_path):
+    run, other = train(own, tmp_path / "run").path, write(tmp_path / "other", seed=1)
+    result = command("eval", run, "--data", color_images, "--backbone", f"local-dir:{other}")
+    assert result.exit_code == 2 and "backbone: its weights are not those that" in result.stderr
+
+
 def test_methods_counts_the_parameters_of_a_folders_architecture(command, folder):
     result = command("methods", "--backbone", f"local-dir:{folder}")
     assert result.exit_code == 0 and "vpt-deep" in result.output
