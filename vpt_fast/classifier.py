@@ -25,7 +25,7 @@ from torch import nn
 
 from vpt_fast.backbones.architecture import POOLING, differences
 from vpt_fast.backbones.resolve import CONVNET, Origin
-from vpt_fast.backbones.sources import local_weights
+from vpt_fast.backbones.sources import finding_sources_once, local_weights
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
@@ -143,7 +143,8 @@ class _Built(type):
     layers are created in torch's default dtype, which may have 16 bits."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        model = super().__call__(*args, **kwargs)
+        with finding_sources_once():
+            model = super().__call__(*args, **kwargs)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
