@@ -25,7 +25,7 @@ from torch import nn
 
 from vpt_fast.backbones.architecture import POOLING, differences
 from vpt_fast.backbones.resolve import CONVNET, Origin
-from vpt_fast.backbones.sources import finding_sources_once, local_weights
+from vpt_fast.backbones.sources import finding_sources_once, local_folder
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
@@ -376,7 +376,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             tensor.copy_(tensors[name])
 
     @property
-    def _unread_settings(self) -> tuple[str, ...]:
+    def unread_settings(self) -> tuple[str, ...]:
         """Fields of the backbone's `architecture` that do not matter to this model."""
         return () if self.pool is None else POOLING
 
@@ -478,9 +478,9 @@ class TunedModel(nn.Module, metaclass=_Built):
                     f"backbone: the one that {path} was trained on {why}; pass it as backbone=..."
                 )
             backbone = saved.name
-            if (weights := local_weights(backbone)) and not weights.parent.is_dir():
+            if (folder := local_folder(backbone)) and not folder.is_dir():
                 raise ValueError(
-                    f"backbone: {weights.parent}, the folder that {path} was trained on, is not there; pass "
+                    f"backbone: {folder}, the folder that {path} was trained on, is not there; pass "
                     "where it is as backbone='local-dir:...'"
                 )
         for name in ("dtype", "residual_dtype"):
@@ -512,7 +512,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         if model._backbone_config.name is None:
             model._recorded_call = settings.get("backbone_call")
         # Files of earlier versions have no architecture.
-        changed = differences(saved.architecture or {}, model.backbone.architecture, model._unread_settings)
+        changed = differences(saved.architecture or {}, model.backbone.architecture, model.unread_settings)
         if saved.architecture and changed:
             raise ValueError(
                 f"backbone: it has the weights but not the settings that {path} was trained on: "

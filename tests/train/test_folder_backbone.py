@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from test_cli import train_arguments
+from test_loop import interrupt_at_step
 from timm.models import save_for_hf
 
 from vpt_fast.data import Preprocessing
@@ -110,6 +112,56 @@ def test_finished_run_does_not_answer_for_other_weights_in_its_folder(own, folde
     write(folder, seed=1)
     with pytest.raises(RunError, match=f"on other weights of the backbone: backbone was {folder}"):
         train(own, tmp_path / "run")
+
+
+def set_activation(folder: Path, name: str) -> None:
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    values["model_args"]["act_layer"] = name
+    config.write_text(json.dumps(values))
+
+
+CHANGED = r"the backbone's settings \(blocks.mlp.act.activation was gelu and is relu\) changed"
+
+
+def test_interrupted_run_does_not_go_on_with_other_settings_in_its_folder(own, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        assert not train(own, tmp_path / "run").is_finished
+    set_activation(folder, "relu")
+    with pytest.raises(RunError, match=f"cannot go on: {CHANGED}"):
+        train(own, tmp_path / "run")
+    set_activation(folder, "gelu")
+    assert train(own, tmp_path / "run").is_finished
+
+
+def test_interrupted_run_does_not_go_on_with_other_preprocessing(own, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        train(own, tmp_path / "run")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("0.3", "0.4"))
+    with pytest.raises(RunError, match=r"the preprocessing \(mean was .*0.3\] and is .*0.4\]\) changed"):
+        train(own, tmp_path / "run")
+
+
+def test_finished_run_does_not_answer_for_other_settings_in_its_folder(own, folder, tmp_path):
+    train(own, tmp_path / "run")
+    os.utime(tmp_path / "run" / "run.json", (0, 0))
+    set_activation(folder, "relu")
+    with pytest.raises(RunError, match=f"holds a finished run, and {CHANGED}"):
+        train(own, tmp_path / "run")
+
+
+def test_run_of_an_earlier_version_goes_on_without_a_record_of_settings(own, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        train(own, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["backbone"]["architecture"]
+    path.write_text(json.dumps(facts))
+    assert train(own, tmp_path / "run").is_finished
 
 
 def test_finished_run_answers_where_its_folder_is_gone(own, folder, tmp_path):

@@ -152,10 +152,10 @@ def _read_source(backbone: str) -> Source | None:
     return Source(kind, place, architecture, described, arguments)
 
 
-def local_weights(backbone: str) -> Path | None:
-    """The absolute path of the weights of a local-dir: name, which may not exist; None for any other name."""
+def local_folder(backbone: str) -> Path | None:
+    """The absolute path of the folder of a local-dir: name, which may not exist; None for any other name."""
     kind, place = parse_model_name(backbone) if ":" in backbone else (None, "")
-    return Path(place, WEIGHTS_FILE).absolute() if kind == _FOLDER else None
+    return Path(place).absolute() if kind == _FOLDER else None
 
 
 def close_names(name: str, *more: str) -> str:
