@@ -113,6 +113,23 @@ class Backend(NamedTuple):
             return self.fused
         return self.cuda
 
+    def require_head_dim(self, head_dim: int, in_windows: bool = False) -> None:
+        """Raises ValueError for a head dim that the backend's own attention takes on no device and in no
+        dtype, so that a model need not be moved and called to find out.
+
+        Args:
+            head_dim, in_windows: see `ops`.
+        """
+        if self.other.name == "torch" or self.needs_out:
+            return
+        head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
+        if head_dim not in head_dims:
+            raise ValueError(
+                f"backend={self.other.name!r}: got a backbone with head dim {head_dim}"
+                f"{' in windows' if in_windows else ''}, want one of {', '.join(map(str, head_dims))}; "
+                "'auto' and 'torch' take any"
+            )
+
     def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         """Raises ValueError if a FlashAttention implementation does not support such tensors, found by
         calling it on a few rows. A backend's own attention is not tried: it supports whatever the backend

@@ -336,7 +336,7 @@ class TestBackends:
         others = (
             (torch.device("cpu"), torch.bfloat16, 64),
             (GPU, torch.float64, 64),
-            (GPU, torch.float32, 72),
+            (GPU, torch.float32, 76),
             (GPU, torch.float32, 16, True),
         )
         for request in others:

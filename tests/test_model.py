@@ -581,6 +581,19 @@ class TestStorage:
         images = torch.randn(2, 3, 32, 32)
         assert torch.equal(again(images), model(images))
 
+    @pytest.mark.filterwarnings("ignore:config.json cannot hold the keyword arguments")
+    @pytest.mark.parametrize("model_class", [PromptedViT, FullTuning])
+    def test_keyword_that_json_cannot_hold_is_still_recorded_after_loading_and_saving_again(
+        self, model_class: type[TunedClassifier], tmp_path: Path
+    ) -> None:
+        prompts = {"num_prompts": 4} if model_class is PromptedViT else {}
+        first = model_class("vpt_fast_demo", 5, act_layer=torch.nn.SiLU, **prompts)
+        first.save_pretrained(tmp_path / "first")
+        backbone = timm.create_model("vpt_fast_demo", act_layer=torch.nn.SiLU)
+        load_pretrained(tmp_path / "first", backbone).save_pretrained(tmp_path / "again")
+        with pytest.raises(ValueError, match=r"backbone: .*\(vpt_fast_demo, act_layer=.*SiLU.*backbone="):
+            load_pretrained(tmp_path / "again")
+
     def test_config_of_a_keyword_that_json_cannot_hold_is_a_dictionary_that_it_can(self) -> None:
         config = PromptedViT("vpt_fast_demo", 5, 4, act_layer=torch.nn.SiLU).config
         found = json.loads(json.dumps(config.to_dict()))

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
+from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
@@ -115,6 +116,7 @@ ABLATIONS = {
 }
 
 
+@finding_sources_once()
 def _shape(recipe: Recipe, *kinds: Kind) -> Any:
     """The backbone's modules without weights: nothing is computed or downloaded.
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from vpt_fast.backbones.architecture import POOLING, differences
 from vpt_fast.backbones.resolve import CONVNET, Origin
-from vpt_fast.backbones.sources import local_weights
+from vpt_fast.backbones.sources import finding_sources_once, local_folder
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
@@ -96,12 +96,27 @@ class BackboneConfig(Origin):
     fingerprint: str
     architecture: dict[str, Any] | None = field(default=None, kw_only=True)
 
+    @property
+    def call(self) -> str | None:
+        """The name and arguments, as text, if JSON cannot hold the keyword arguments for timm (a class of
+        layers, say); None if it can."""
+        try:
+            json.dumps(self.kwargs)
+        except (TypeError, ValueError):  # ValueError: a mapping that contains itself
+            weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
+            weights = ", pretrained=True" if self.pretrained else weights
+            keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+            return f"{self.name}{weights}{keywords}"
+        return None
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     """What is needed to rebuild a model, besides its trained tensors and backbone.
 
     options: the other keyword arguments of the class's constructor, as JSON holds them.
+    backbone_call: `BackboneConfig.call`; of a model that was loaded with an instance for a backbone, what its
+        file recorded.
     """
 
     model: str  # the class's name
@@ -109,29 +124,18 @@ class ClassifierConfig:
     num_classes: int
     pool: str | None
     options: dict[str, Any]
-
-    @property
-    def backbone_call(self) -> str | None:
-        """The backbone's name and arguments, as text, if JSON cannot hold its keyword arguments for timm (a
-        class of layers, say); None if it can."""
-        found = self.backbone
-        try:
-            json.dumps(found.kwargs)
-        except (TypeError, ValueError):  # ValueError: a mapping that contains itself
-            weights = f", checkpoint={found.checkpoint!r}" if found.checkpoint is not None else ""
-            weights = ", pretrained=True" if found.pretrained else weights
-            keywords = "".join(f", {name}={value!r}" for name, value in found.kwargs.items())
-            return f"{found.name}{weights}{keywords}"
-        return None
+    backbone_call: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold. A backbone whose keyword arguments JSON cannot hold is described
         like an instance, with the `backbone_call` beside it."""
-        call = self.backbone_call
-        if call is None:
-            return asdict(self)
-        backbone = replace(self.backbone, name=None, pretrained=False, kwargs={}, checkpoint=None)
-        return {**asdict(replace(self, backbone=backbone)), "backbone_call": call}
+        backbone = self.backbone
+        if backbone.call is not None:
+            backbone = replace(backbone, name=None, pretrained=False, kwargs={}, checkpoint=None)
+        settings = asdict(replace(self, backbone=backbone))
+        if self.backbone_call is None:
+            del settings["backbone_call"]
+        return settings
 
 
 class _Built(type):
@@ -139,7 +143,8 @@ class _Built(type):
     layers are created in torch's default dtype, which may have 16 bits."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        model = super().__call__(*args, **kwargs)
+        with finding_sources_once():
+            model = super().__call__(*args, **kwargs)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -171,6 +176,9 @@ class TunedModel(nn.Module, metaclass=_Built):
     # The names of the parameters that required a gradient when the model was built, or are in its file.
     _stored_names: set[str]
 
+    # `ClassifierConfig.backbone_call` of the file that the model was loaded from with an instance.
+    _recorded_call: str | None = None
+
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
         self._backbone_config = backbone_config
@@ -184,6 +192,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             num_classes=self.num_classes,
             pool=self.pool,
             options=self._options(),
+            backbone_call=self._backbone_config.call or self._recorded_call,
         )
 
     def _options(self) -> dict[str, Any]:
@@ -367,7 +376,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             tensor.copy_(tensors[name])
 
     @property
-    def _unread_settings(self) -> tuple[str, ...]:
+    def unread_settings(self) -> tuple[str, ...]:
         """Fields of the backbone's `architecture` that do not matter to this model."""
         return () if self.pool is None else POOLING
 
@@ -398,7 +407,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         config = self.config
         settings = {"vpt_fast_version": version("vpt_fast"), **config.to_dict()}
         text = json.dumps(settings, indent=2) + "\n"
-        if (call := config.backbone_call) is not None:
+        if (call := config.backbone.call) is not None:
             warnings.warn(  # and no error, which would come after the training
                 f"{CONFIG_FILE} cannot hold the keyword arguments of the backbone ({call}); to load "
                 f"{directory}, build the backbone with them and pass it: from_pretrained(..., backbone=...)",
@@ -469,9 +478,9 @@ class TunedModel(nn.Module, metaclass=_Built):
                     f"backbone: the one that {path} was trained on {why}; pass it as backbone=..."
                 )
             backbone = saved.name
-            if (weights := local_weights(backbone)) and not weights.parent.is_dir():
+            if (folder := local_folder(backbone)) and not folder.is_dir():
                 raise ValueError(
-                    f"backbone: {weights.parent}, the folder that {path} was trained on, is not there; pass "
+                    f"backbone: {folder}, the folder that {path} was trained on, is not there; pass "
                     "where it is as backbone='local-dir:...'"
                 )
         for name in ("dtype", "residual_dtype"):
@@ -500,8 +509,10 @@ class TunedModel(nn.Module, metaclass=_Built):
                 f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
                 f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
             )
+        if model._backbone_config.name is None:
+            model._recorded_call = settings.get("backbone_call")
         # Files of earlier versions have no architecture.
-        changed = differences(saved.architecture or {}, model.backbone.architecture, model._unread_settings)
+        changed = differences(saved.architecture or {}, model.backbone.architecture, model.unread_settings)
         if saved.architecture and changed:
             raise ValueError(
                 f"backbone: it has the weights but not the settings that {path} was trained on: "

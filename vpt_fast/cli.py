@@ -25,6 +25,7 @@ from vpt_fast.flags import (
     JsonFlag,
     LastingConsole,
     RunArgument,
+    SameBackboneFlag,
     one_line_errors,
     refuse,
     with_recipe_flags,
@@ -132,6 +133,7 @@ def evaluate(
         str | None,
         typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
     ] = None,
+    backbone: SameBackboneFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -139,7 +141,7 @@ def evaluate(
     with one_line_errors(debug):
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
-        loaded = LoadedRun.load(run, device)
+        loaded = LoadedRun.load(run, device, backbone)
         if loaded.is_segmenter:
             refuse("a segmentation run", split=split == "test", data_root=data_root)
             _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)
@@ -220,6 +222,7 @@ def predict(
         ),
     ] = None,
     as_json: JsonFlag = False,
+    backbone: SameBackboneFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -232,7 +235,7 @@ def predict(
             from vpt_fast.scene_inference import require_masks_folder
 
             require_masks_folder(paths, out)  # before the backbone is loaded
-        loaded = LoadedRun.load(run, device)
+        loaded = LoadedRun.load(run, device, backbone)
         if loaded.is_segmenter:
             from vpt_fast.scene_inference import predict_scenes
 

@@ -39,6 +39,15 @@ RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder inside it.")
 ]
 
+SameBackboneFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--backbone",
+        help="Where the run's backbone is now, such as local-dir:FOLDER of one that has moved.",
+        show_default="where it was in training",
+    ),
+]
+
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:

@@ -57,8 +57,9 @@ class LoadedRun:
         return made
 
     @classmethod
-    def load(cls, run: Path, device: str | None = None) -> LoadedRun:
-        """From a run folder or its prompts folder.
+    def load(cls, run: Path, device: str | None = None, backbone: str | None = None) -> LoadedRun:
+        """From a run folder or its prompts folder; with the backbone of this name, if it is no longer where
+        the run found it.
 
         Raises ValueError if it is neither, or if the backbone is not the one that it was trained on.
         """
@@ -79,7 +80,7 @@ class LoadedRun:
         with torch.random.fork_rng(devices=[]):
             # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
-            model = load_pretrained(folder, **kernels)
+            model = load_pretrained(folder, backbone, **kernels)
         return cls(model.to(chosen).eval(), labels, chosen)
 
 
@@ -93,9 +94,9 @@ class Classifier:
     device: torch.device
 
     @classmethod
-    def load(cls, run: Path, device: str | None = None) -> Classifier:
-        """Raises ValueError as LoadedRun.load and Classifier.of do."""
-        return cls.of(LoadedRun.load(run, device))
+    def load(cls, run: Path, device: str | None = None, backbone: str | None = None) -> Classifier:
+        """Takes the same as LoadedRun.load. Raises ValueError as LoadedRun.load and Classifier.of do."""
+        return cls.of(LoadedRun.load(run, device, backbone))
 
     @classmethod
     def of(cls, run: LoadedRun) -> Classifier:

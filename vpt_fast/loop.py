@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vpt_fast.backbones.architecture import differences
+from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH, Classification
 from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
@@ -312,19 +314,41 @@ def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None
 
 
 def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
-    """Raises RunError if backbone weights, images or number of processes changed since the run began."""
+    """Raises RunError if the backbone, the preprocessing that follows from it, the images or the number of
+    processes changed since the run began."""
     is_recorded = "used" in begun.facts["data"]  # not in runs of earlier versions
     checks = (
-        ("the backbone's weights", lambda of: of["backbone"]["fingerprint"]),
         ("the images", lambda of: of["data"].get("used") if is_recorded else of["data"]["digest"]),
         ("the number of processes", lambda of: of["processes"]),
     )
-    changed = [what for what, get in checks if get(facts) != get(begun.facts)]
+    changed = backbone_changes(facts["backbone"], begun.facts["backbone"])
+    if found := differences(begun.facts.get("preprocessing", {}), facts["preprocessing"]):
+        changed.append(f"the preprocessing ({'; '.join(found)})")
+    changed += [what for what, get in checks if get(facts) != get(begun.facts)]
     if changed:
         raise RunError(
             f"{folder.path} holds a run that cannot go on: {' and '.join(changed)} changed since it began; "
             "choose another --out, or --fresh to start over there"
         )
+
+
+def describe_backbone(recipe: Recipe, model: TunedModel) -> dict[str, Any]:
+    """The backbone as run.json records it: its name, and its weights' fingerprint and settings."""
+    found = model.config.backbone
+    read = {
+        name: value for name, value in (found.architecture or {}).items() if name not in model.unread_settings
+    }
+    return {"name": recipe.backbone, "fingerprint": found.fingerprint, "architecture": read}
+
+
+def backbone_changes(now: dict[str, Any], began: dict[str, Any]) -> list[str]:
+    """What of a backbone is not as it was when the run began, from two of `describe_backbone`."""
+    if now["fingerprint"] != began["fingerprint"]:
+        return ["the backbone's weights"]
+    if "architecture" not in began:  # in runs of earlier versions
+        return []
+    found = differences(began["architecture"], now["architecture"])
+    return [f"the backbone's settings ({'; '.join(found)})"] if found else []
 
 
 def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
@@ -374,22 +398,31 @@ def require_same_images(
 def require_same_weights(
     recipe: Recipe, begun: Begun, splits: Any, cache: TrainingCache, folder: RunFolder
 ) -> None:
-    """Raises RunError if a finished run's backbone had other weights than the recipe names; ValueError if the
-    recipe's checkpoint, or the weights in its local-dir: folder, do not exist.
+    """Raises RunError if a finished run's backbone had other weights or settings than the recipe names;
+    ValueError if the recipe's checkpoint, or the weights in its local-dir: folder, do not exist.
 
-    The weights are read only if the file is another one than the run's, or was written after the run began;
-    the run's own file need not exist any more.
+    The backbone is read only if the file of weights is another one than the run's, or if it or the folder's
+    config.json was written after the run began; the run's own files need not exist any more.
     """
     now, was = recipe.weights_file, begun.recipe.weights_file
     ours, theirs = (path and Path(path).resolve() for path in (now, was))
     is_there = ours is None or ours.is_file()
-    if ours == theirs and not (ours and is_there and ours.stat().st_mtime > folder.facts.stat().st_mtime):
+    own = local_folder(recipe.backbone)
+    files = [Path(path) for path in (ours, own and own / CONFIG_FILE) if path]
+    began = folder.facts.stat().st_mtime
+    if ours == theirs and not any(path.is_file() and path.stat().st_mtime > began for path in files):
         return
     if not is_there:
         setting = "checkpoint" if recipe.checkpoint else "backbone"
         raise ValueError(f"{setting} is {now}, which is no file")
-    fingerprint = build_seeded(recipe, splits, cache).config.backbone.fingerprint
-    if fingerprint != begun.facts["backbone"]["fingerprint"]:
+    found = describe_backbone(recipe, build_seeded(recipe, splits, cache))
+    changed = backbone_changes(found, begun.facts["backbone"])
+    if changed and found["fingerprint"] == begun.facts["backbone"]["fingerprint"]:
+        raise RunError(
+            f"{folder.path} holds a finished run, and {changed[0]} changed since; choose another --out, or "
+            "--fresh to start over there"
+        )
+    if changed:
         setting = "checkpoint" if recipe.checkpoint or begun.recipe.checkpoint else "backbone"
         raise RunError(
             f"{folder.path} holds a finished run on other weights of the backbone: {setting} was "
@@ -410,7 +443,7 @@ def restore_prompts(
     """Restores prompts/ of a finished run from its checkpoint if it is damaged or gone; prints a message if
     the checkpoint is gone too.
 
-    Raises RunError if the backbone's weights or the classes changed since the run began.
+    Raises RunError if the backbone or the classes changed since the run began.
     """
     if folder.holds_prompts_of(begun.checkpoint):
         return
@@ -418,11 +451,10 @@ def restore_prompts(
         console.print(f"{folder.path}: {PROMPTS_GONE}.", highlight=False)
         return
     model = build_seeded(recipe, splits, cache)
-    checks = (
-        ("the backbone's weights", model.config.backbone.fingerprint, begun.facts["backbone"]["fingerprint"]),
-        ("the classes", list(splits.classes), begun.facts["data"]["classes"]),
-    )
-    if changed := [what for what, ours, theirs in checks if ours != theirs]:
+    changed = backbone_changes(describe_backbone(recipe, model), begun.facts["backbone"])
+    if list(splits.classes) != begun.facts["data"]["classes"]:
+        changed.append("the classes")
+    if changed:
         raise RunError(
             f"{folder.prompts} is damaged, and cannot be written again from the checkpoint: "
             f"{' and '.join(changed)} changed since the run began; --fresh trains it again"
@@ -527,7 +559,7 @@ def describe_run(
     return {
         **environment(world.device),
         "processes": world.size,
-        "backbone": {"name": recipe.backbone, "fingerprint": model.config.backbone.fingerprint},
+        "backbone": describe_backbone(recipe, model),
         "parameters": {"trained": model.num_trainable_parameters, "backbone": model.num_backbone_parameters},
         "preprocessing": preprocessing.to_dict(),
         "data": problem.describe_data(Path(recipe.data).expanduser(), splits),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, require_published, without_values
+from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.classifier import TunedModel
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
@@ -62,6 +63,7 @@ _OTHER_CLASSES = {
 _KEYWORDS = {"adapter_reduction": "reduction", "lora_rank": "rank"}
 
 
+@finding_sources_once()
 def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     """The model that a resolved recipe trains; random initialisation uses torch's default generator.
 
@@ -115,6 +117,7 @@ def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
 
 
+@finding_sources_once()
 def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel | None:
     """As `build_model`, on the meta device and without reading weights: a fast check whether there is such a
     model. None for a backbone that cannot be built without values.

@@ -21,6 +21,7 @@ from torch import nn
 
 from vpt_fast.backbones.checkpoints import read_tensors
 from vpt_fast.backbones.resolve import SWIN, kind_of, resolve_backbone
+from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.files import replacing
 from vpt_fast.model import PromptedViT
 from vpt_fast.swin import PromptedSwin
@@ -251,6 +252,7 @@ def to_official_names(
     return official
 
 
+@finding_sources_once()
 def import_prompts(
     path: str | os.PathLike[str],
     backbone: str | VisionTransformer | SwinTransformer,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone, without_values
+from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
@@ -81,6 +82,7 @@ class MethodParameters:
     paper: float | None
 
 
+@finding_sources_once()
 def count_parameters(
     backbone: str = BACKBONE, backbone_arg: Mapping[str, Any] | Sequence[str] = ()
 ) -> tuple[list[MethodParameters], dict[str, str]]:

@@ -473,12 +473,12 @@ class Recipe:
     @property
     def weights_file(self) -> str | None:
         """The file with the backbone's weights, if it is the user's own."""
-        from vpt_fast.backbones.sources import local_weights
+        from vpt_fast.backbones.sources import WEIGHTS_FILE, local_folder
 
         if self.checkpoint is not None or self.pretrained is False:
             return self.checkpoint
-        weights = local_weights(self.backbone)
-        return None if weights is None else str(weights)
+        folder = local_folder(self.backbone)
+        return None if folder is None else str(folder / WEIGHTS_FILE)
 
     def _prompts_are_pixels(self) -> bool:
         """Whether the backbone has no tokens to prepend prompts to."""

@@ -185,7 +185,7 @@ class PromptedSegmenter(TunedModel):
         return self.encoder.backbone
 
     @property
-    def _unread_settings(self) -> tuple[str, ...]:
+    def unread_settings(self) -> tuple[str, ...]:
         return POOLING
 
     @property

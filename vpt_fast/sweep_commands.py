@@ -14,6 +14,7 @@ from vpt_fast.flags import (
     DeviceFlag,
     LastingConsole,
     RunArgument,
+    SameBackboneFlag,
     fail,
     one_line_errors,
     require_place,
@@ -207,6 +208,7 @@ def tsne(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
     ] = None,
+    backbone: SameBackboneFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -219,7 +221,7 @@ def tsne(
         require_place("out", path)
         console = LastingConsole()
         found = embed_run(
-            run, data, split, seed=seed, device=device, workers=workers,
+            run, data, split, seed=seed, backbone=backbone, device=device, workers=workers,
             data_root=None if data_root is None else str(data_root), console=console,
         )  # fmt: skip
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"

@@ -41,6 +41,10 @@ def convnext(**arguments: Any) -> nn.Module:
     return small("convnext_base", **SMALL_CONVNEXT, **arguments)
 
 
+def nfnet(**arguments: Any) -> nn.Module:
+    return small("nf_resnet26", depths=(2,), channels=(16,), stem_chs=8, attn_layer="se", **arguments)
+
+
 def vit_model(vit: Any) -> Any:
     return PromptedViT(vit, 5, 4)
 
@@ -55,6 +59,7 @@ BUILT = {
     "swin-full": (lambda swin: FullTuning(swin, 5), tiny_swin),
     "convnet": (lambda net: PromptedConvNet(net, 5, 2), convnext),
     "convnet-probe": (lambda net: LinearProbe(net, 5), resnet),
+    "nfnet": (lambda net: PromptedConvNet(net, 5, 2), nfnet),
 }
 
 CHANGES = [
@@ -75,6 +80,10 @@ CHANGES = [
     ("convnet", {"act_layer": nn.ReLU}, "stages.blocks.mlp.act.activation was gelu and is relu"),
     ("convnet-probe", {"output_stride": 16}, "layer4.conv2.stride was [2, 2] and is [1, 1]"),
     ("convnet-probe", {"global_pool": "max"}, "global_pool.pool_type was avg and is max"),
+    ("nfnet", {"alpha": 0.5}, "stages.alpha was 0.2 and is 0.5"),
+    ("nfnet", {"attn_gain": 1.0}, "stages.attn_gain was 2.0 and is 1.0"),
+    ("nfnet", {"std_conv_eps": 1e-6}, "stages.conv1.eps was 1e-05 and is 1e-06"),
+    ("nfnet", {"gamma_in_act": True}, "stages.conv2.scale was 0.20199198869789597 and is 0.1178"),
 ]  # fmt: skip
 
 
@@ -90,6 +99,13 @@ def test_instance_with_the_same_weights_and_another_setting_is_refused_by_name(
     assert build(other).backbone.fingerprint == model.backbone.fingerprint
     with pytest.raises(ValueError, match=re.escape(message)):
         load_pretrained(tmp_path, other)
+
+
+def test_factor_of_an_activation_tells_apart_what_it_scales() -> None:
+    relu, silu = (architecture(nfnet(gamma_in_act=True, act_layer=name)) for name in ("relu", "silu"))
+    assert f"stages.act1.gamma was {relu['stages.act1.gamma']} and is 1.788" in "; ".join(
+        differences(relu, silu)
+    )
 
 
 @pytest.mark.parametrize("name", BUILT)

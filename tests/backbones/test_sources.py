@@ -27,6 +27,9 @@ from vpt_fast import (
     load_pretrained,
 )
 from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone, sharing_backbones
+from vpt_fast.methods import build_model
+from vpt_fast.parameters import count_parameters
+from vpt_fast.recipe import Recipe
 from vpt_fast.tuning.full import FullTuning
 
 VIT = "vit_base_patch16_224"
@@ -140,6 +143,26 @@ def test_hub_gives_the_revision_and_is_recorded_by_timms_name(hub: Any, prefix: 
     assert model.config.backbone.name == "hf-hub:me/vit@v2"
     model.save_pretrained(tmp_path / "saved")
     assert load_pretrained(tmp_path / "saved").config == model.config
+
+
+RECIPE = Recipe(data="", backbone="hf-hub:me/vit", pretrained=False, method="linear", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda name: LinearProbe(name, 3),
+        lambda name: PromptedSegmenter(name, 3, num_prompts=2),
+        lambda name: build_model(RECIPE, 3),
+        count_parameters,
+    ],
+    ids=["probe", "segmenter", "recipe", "methods"],
+)
+def test_hub_is_asked_once_for_a_model_besides_timms_own_question(hub: Any, build: Any) -> None:
+    build("hf-hub:me/vit")
+    assert hub == [("me/vit", "config.json", None)] * 2
+    build("hf-hub:me/vit")  # the repository may have changed in the meantime
+    assert hub == [("me/vit", "config.json", None)] * 4
 
 
 def test_without_pretrained_only_the_configuration_is_read(hub: Any) -> None:

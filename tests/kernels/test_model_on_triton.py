@@ -167,6 +167,24 @@ def test_fused_mlp_refuses_a_gated_activation() -> None:
         PromptedViT(backbone(mlp_layer="swiglu").float(), CLASSES, 7, backend="triton_fused_mlp")
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_fused_mlp"])
+def test_head_dim_that_kernels_do_not_take_is_refused(backend: str) -> None:
+    vit = tiny_vit(torch.float32, num_heads=4)
+    with pytest.raises(ValueError, match=f"backend='{backend}': got a backbone with head dim 8, want one"):
+        PromptedViT(vit, CLASSES, 7, backend=backend)
+
+
+def test_head_dim_is_no_matter_where_another_attention_takes_the_kernels_place() -> None:
+    vit = tiny_vit(torch.float32, num_heads=4)
+    model = PromptedViT(vit, CLASSES, 7, backend="triton", attention="sdpa_cpu")
+    assert model(random_batch(model, 1, CLASSES, torch.float32)[0]).isfinite().all()
+
+
+def test_float64_model_may_be_built_for_kernels_and_converted_later() -> None:
+    model = PromptedViT(backbone(), CLASSES, 7, backend="triton").float()
+    assert model(random_batch(model, 1, CLASSES, torch.float32)[0]).isfinite().all()
+
+
 def test_fused_mlp_never_forms_the_gradient_of_the_activation(monkeypatch) -> None:
     from vpt_fast.kernels.mlp import ops
 

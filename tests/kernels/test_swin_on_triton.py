@@ -94,8 +94,9 @@ def test_estimate_counts_no_scores_of_windows() -> None:
     assert kernels["kept"] == plain["kept"] and kernels["workspace"] < plain["workspace"]
 
 
-def test_head_dim_that_kernels_do_not_take_in_windows_is_refused() -> None:
-    model = PromptedSwin(tiny_swin(torch.float32), CLASSES, 3, backend="triton")
-    images = random_batch(model, 1, CLASSES, torch.float32)[0]
-    with pytest.raises(ValueError, match="head dim: got 8 in windows, want one of 32, 64"):
-        model(images)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_head_dim_that_kernels_do_not_take_in_windows_is_refused(device: str) -> None:
+    swin = tiny_swin(torch.float32).to(device)
+    wanted = "backend='triton': got a backbone with head dim 8 in windows, want one of 32, 64; 'auto' and"
+    with pytest.raises(ValueError, match=wanted):
+        PromptedSwin(swin, CLASSES, 3, backend="triton")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from test_cli import train_arguments
+from test_loop import interrupt_at_step
 from timm.models import save_for_hf
 
 from vpt_fast.data import Preprocessing
@@ -56,6 +58,23 @@ def test_train_on_a_relative_folder_and_use_the_run_elsewhere(
     assert json.loads(predicted.stdout)[0]["predictions"]
 
 
+def test_eval_and_predict_are_told_where_the_folder_is_now(own, command, color_images, folder, tmp_path):
+    run = train(own, tmp_path / "run").path
+    moved = folder.rename(tmp_path / "moved")
+    image = color_images / "test" / "red" / "0.png"
+    for use in (("eval", run, "--data", color_images), ("predict", run, image)):
+        result = command(*use)
+        assert result.exit_code == 2 and f"backbone: {folder}, the folder that" in result.stderr
+        result = command(*use, "--backbone", f"local-dir:{moved}")
+        assert result.exit_code == 0, result.stderr
+
+
+def test_eval_refuses_a_folder_with_other_weights(own, command, color_images, tmp_path):
+    run, other = train(own, tmp_path / "run").path, write(tmp_path / "other", seed=1)
+    result = command("eval", run, "--data", color_images, "--backbone", f"local-dir:{other}")
+    assert result.exit_code == 2 and "backbone: its weights are not those that" in result.stderr
+
+
 def test_methods_counts_the_parameters_of_a_folders_architecture(command, folder):
     result = command("methods", "--backbone", f"local-dir:{folder}")
     assert result.exit_code == 0 and "vpt-deep" in result.output
@@ -93,6 +112,56 @@ def test_finished_run_does_not_answer_for_other_weights_in_its_folder(own, folde
     write(folder, seed=1)
     with pytest.raises(RunError, match=f"on other weights of the backbone: backbone was {folder}"):
         train(own, tmp_path / "run")
+
+
+def set_activation(folder: Path, name: str) -> None:
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    values["model_args"]["act_layer"] = name
+    config.write_text(json.dumps(values))
+
+
+CHANGED = r"the backbone's settings \(blocks.mlp.act.activation was gelu and is relu\) changed"
+
+
+def test_interrupted_run_does_not_go_on_with_other_settings_in_its_folder(own, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        assert not train(own, tmp_path / "run").is_finished
+    set_activation(folder, "relu")
+    with pytest.raises(RunError, match=f"cannot go on: {CHANGED}"):
+        train(own, tmp_path / "run")
+    set_activation(folder, "gelu")
+    assert train(own, tmp_path / "run").is_finished
+
+
+def test_interrupted_run_does_not_go_on_with_other_preprocessing(own, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        train(own, tmp_path / "run")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("0.3", "0.4"))
+    with pytest.raises(RunError, match=r"the preprocessing \(mean was .*0.3\] and is .*0.4\]\) changed"):
+        train(own, tmp_path / "run")
+
+
+def test_finished_run_does_not_answer_for_other_settings_in_its_folder(own, folder, tmp_path):
+    train(own, tmp_path / "run")
+    os.utime(tmp_path / "run" / "run.json", (0, 0))
+    set_activation(folder, "relu")
+    with pytest.raises(RunError, match=f"holds a finished run, and {CHANGED}"):
+        train(own, tmp_path / "run")
+
+
+def test_run_of_an_earlier_version_goes_on_without_a_record_of_settings(own, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5, signal.SIGINT)
+        train(own, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    del facts["backbone"]["architecture"]
+    path.write_text(json.dumps(facts))
+    assert train(own, tmp_path / "run").is_finished
 
 
 def test_finished_run_answers_where_its_folder_is_gone(own, folder, tmp_path):

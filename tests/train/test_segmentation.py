@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_folder_backbone import write
 from test_loop import interrupt_at_step, require_equal
 from torch import nn
 from torch.nn import functional as F
@@ -87,6 +88,17 @@ def test_eval_repeats_the_scores_of_training(run, command, scenes):
     last = run[1].metrics[-1]
     assert (found["miou"], found["accuracy"]) == (last["val_miou"], last["val_accuracy"])
     assert found["loss"] == pytest.approx(last["val_loss"]) and found["per_class"].keys() == set(CLASSES)
+
+
+def test_eval_and_predict_are_told_where_the_backbones_folder_is_now(command, scenes, tmp_path):
+    folder = write(tmp_path / "own")
+    train(Recipe(**settings(scenes, backbone=f"local-dir:{folder}", epochs=1)), tmp_path / "run")
+    backbone = ("--backbone", f"local-dir:{folder.rename(tmp_path / 'moved')}")
+    image = next((scenes / "images" / "validation").iterdir())
+    result = command("eval", tmp_path / "run", "--data", scenes, "--workers", 0, *backbone)
+    assert result.exit_code == 0, result.stderr
+    result = command("predict", tmp_path / "run", image, "--out", tmp_path / "out", *backbone)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_eval_at_several_scales_prints_a_table(run, command, scenes):

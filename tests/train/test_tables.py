@@ -199,12 +199,25 @@ def test_runs_that_differ_in_more_are_refused(run):
         read_entries(folders)
 
 
-def test_run_of_segmentation_is_refused(run):
+@pytest.fixture
+def scenes(run):
+    """A finished run of segmentation."""
     folder = run("scenes", test_accuracy=0.8)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": "segmentation"}))
+    return folder
+
+
+def test_run_of_segmentation_alone_is_refused(scenes):
     with pytest.raises(ValueError, match="scenes: is a run of segmentation"):
-        read_entries([folder])
+        read_entries([scenes])
+
+
+def test_run_of_segmentation_among_others_is_left_out_and_said_so(run, scenes, tmp_path):
+    run("digits", test_accuracy=0.5)
+    (entry,), notes = read_entries([tmp_path])
+    assert entry.accuracy == 50
+    assert notes == [f"{scenes}: a run of segmentation, and tables are of classification; left out"]
 
 
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):

@@ -16,6 +16,7 @@ _ATTRIBUTES = (
     "ref_feat_shape", "min_period", "max_period", "normalize_coords", "mrope_section",
     "global_pool", "pool_type", "pool_include_prefix", "no_embed_class",
     "kernel_size", "stride", "padding", "dilation", "ceil_mode",  # convolutions and pooling
+    "eps", "alpha", "beta", "gamma", "attn_gain",  # of standardised weights, and of networks without norms
 )  # fmt: skip
 POOLING = ("global_pool", "pool_include_prefix")  # of a whole model, in its record
 _NORMS = ("rms", "batch", "group", "layer")
@@ -47,6 +48,7 @@ def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str,
         }
         if norm := _norm(module):
             settings["norm"] = norm
+            settings.pop("eps", None)  # the norm's value has it
         elif activation := _activation(path, module):
             settings["activation"] = activation
         parts = [part for part in path.split(".") if part and not part.isdigit()]

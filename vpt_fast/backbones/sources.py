@@ -6,8 +6,11 @@ to files that have to be unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,23 @@ class Source:
             ) from error
 
 
+_found: ContextVar[dict[str, Source | None] | None] = ContextVar("found_sources", default=None)
+
+
+@contextlib.contextmanager
+def finding_sources_once() -> Iterator[None]:
+    """A context in which `find_source` reads a folder, or asks the hub, once for each name: for building one
+    model, which looks its backbone up several times. Later, what was found may have changed."""
+    if _found.get() is not None:
+        yield
+        return
+    token = _found.set({})
+    try:
+        yield
+    finally:
+        _found.reset(token)
+
+
 def find_source(backbone: str) -> Source | None:
     """The folder or repository that a backbone's name stands for; None if the name has no such prefix.
 
@@ -84,6 +104,16 @@ def find_source(backbone: str) -> Source | None:
         ValueError: an unknown prefix, a path or repository without one, a folder or repository that cannot be
             read, or one without the config.json that timm writes.
     """
+    found = _found.get()
+    if found is None:
+        return _read_source(backbone)
+    if backbone not in found:
+        found[backbone] = _read_source(backbone)
+    return found[backbone]
+
+
+def _read_source(backbone: str) -> Source | None:
+    """Implements `find_source`."""
     try:
         kind, place = parse_model_name(backbone)
     except ValueError as error:
@@ -122,10 +152,10 @@ def find_source(backbone: str) -> Source | None:
     return Source(kind, place, architecture, described, arguments)
 
 
-def local_weights(backbone: str) -> Path | None:
-    """The absolute path of the weights of a local-dir: name, which may not exist; None for any other name."""
+def local_folder(backbone: str) -> Path | None:
+    """The absolute path of the folder of a local-dir: name, which may not exist; None for any other name."""
     kind, place = parse_model_name(backbone) if ":" in backbone else (None, "")
-    return Path(place, WEIGHTS_FILE).absolute() if kind == _FOLDER else None
+    return Path(place).absolute() if kind == _FOLDER else None
 
 
 def close_names(name: str, *more: str) -> str:

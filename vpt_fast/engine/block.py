@@ -175,8 +175,11 @@ class FrozenBlock(nn.Module):
         backend: the implementations of its operations, from `kernels.get_backend`.
 
     Raises:
-        ValueError: a gated activation with a backend that fuses the MLP.
+        ValueError: a gated activation with a backend that fuses the MLP, or a head dim that the backend does
+            not take on any device.
     """
+
+    in_windows = False  # whether tokens attend in windows
 
     qkv_weight: torch.Tensor
     proj_weight: torch.Tensor
@@ -190,6 +193,7 @@ class FrozenBlock(nn.Module):
                 f"backend='triton_fused_mlp': got a backbone with the gated activation {spec.activation!r}, "
                 "want 'triton'"
             )
+        backend.require_head_dim(spec.head_dim, self.in_windows)
         self.spec = spec
         self.backend = backend
         # Parameters and not buffers: DistributedDataParallel broadcasts buffers before every forward pass,
@@ -260,11 +264,10 @@ class FrozenBlock(nn.Module):
         is_kept = grad_tokens or grad_prompts
         dtype = compute_dtype(device_type, weights.qkv_weight.dtype)
         self.spec.require_dtype(dtype)
-        windows = self.windows
         is_gated = self.spec.activation in PACKED
         call = _Call(
             spec=self.spec,
-            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, windows is not None, is_gated),
+            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, self.in_windows, is_gated),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
             packed=grad_tokens and rows == (0, num_tokens),
@@ -272,7 +275,7 @@ class FrozenBlock(nn.Module):
             grad_tokens=grad_tokens,
             grad_dtype=differentiable.dtype,
             policy=policy if is_kept else MemoryPolicy(),  # no codes where no backward reads them
-            windows=windows,
+            windows=self.windows,
         )
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))

@@ -102,6 +102,8 @@ class FrozenWindowBlock(FrozenBlock):
         size, window, shift: (height, width) in tokens, of the image, a window, and the shift.
     """
 
+    in_windows = True
+
     relative_bias: torch.Tensor
     regions: torch.Tensor | None
     pads: torch.Tensor | None
