@@ -106,7 +106,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         elif "val_accuracy" in results:
             config = Recipe.from_yaml(RunFolder(path).config).to_dict()
             if config["task"] == SEGMENTATION:
-                raise ValueError(f"{path}: is a run of segmentation; tables are of classification")
+                notes.append(f"{path}: a run of segmentation; tables are of classification{LEFT_OUT}")
+                continue
             facts = _read(RunFolder(path).facts, "parameters")
             _require(path / "results.json", results, "test_accuracy")
             key = (config["backbone"], config["method"], _task(config))
@@ -117,7 +118,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         elif "ablation" in results:
             notes.append(f"{path}: an ablation, whose points are sweeps below it{LEFT_OUT}")
         else:
-            raise ValueError(f"{path}: results.json is neither a sweep's nor a run's")
+            notes.append(f"{path}: results.json is neither a sweep's nor a run's{LEFT_OUT}")
     for key, seeds in runs.items():
         entries[key] = _run_entry(key, seeds)
     notes += [
