@@ -154,12 +154,12 @@ def evaluate(
             batch_size=batch_size or BATCH_SIZE,
             workers=workers,
             data_root=data_root,
-            console=Console(stderr=True),
+            console=Console(stderr=True, emoji=False),
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return
-    console = Console()
+    console = Console(emoji=False)
     table = Table(_names("class"), "images", "correct", "accuracy")
     for name, images, correct in zip(
         found.classes, found.evaluation.images, found.evaluation.correct, strict=True
@@ -188,7 +188,7 @@ def _evaluate_scenes(
         multi_scale=multi_scale,
         windows=windows or WINDOWS,
         workers=workers,
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
     ).to_dict()
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
@@ -196,7 +196,7 @@ def _evaluate_scenes(
     table = Table(_names("class"), "IoU")
     for name, scores in found["per_class"].items():
         table.add_row(escape(name), "-" if scores["iou"] is None else f"{scores['iou']:.2%}")
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     console.print(
         f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} ({found['images']} images"
@@ -257,11 +257,11 @@ def predict(
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
         if len(failed) < len(answers):
-            Console().print(table)
+            Console(emoji=False).print(table)
         for answer in answers:
             if "mask" in answer:
-                Console(soft_wrap=True).print(f"{answer['mask']}, {answer['overlay']}", highlight=False)
-    errors = Console(stderr=True, soft_wrap=True)
+                typer.echo(f"{answer['mask']}, {answer['overlay']}")
+    errors = Console(stderr=True, soft_wrap=True, emoji=False)
     for answer in failed:
         errors.print(f"[red]error:[/] {escape(answer['image'])}: {escape(answer['error'])}", highlight=False)
     if failed:
@@ -291,7 +291,7 @@ def methods(
             shown.add_row(*line)
         Console().print(shown)
     for method, reason in reasons.items():
-        Console(stderr=True, soft_wrap=True).print(f"{method}: {escape(reason)}", highlight=False)
+        typer.echo(f"{method}: {reason}", err=True)
 
 
 @app.command()

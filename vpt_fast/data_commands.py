@@ -47,7 +47,7 @@ def check(
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
         shown = [check_task(each, root) for each in named] or find_tasks(root, TASKS.values())
-        console = Console()
+        console = Console(emoji=False)
         if not shown:
             try:
                 console.print(_splits_table(open_splits(root)))

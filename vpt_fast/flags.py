@@ -89,7 +89,8 @@ class LastingConsole(Console):
 
 
 def fail(error: Exception | str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
+    console.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
     raise typer.Exit(code)
 
 

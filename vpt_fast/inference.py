@@ -217,9 +217,7 @@ def open_split(
         data_root=data_root,
         seed=labels.seed,
     )
-    if splits.classes != labels.classes:
-        other = sorted(set(splits.classes) ^ set(labels.classes))[:5]
-        raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
+    require_same_classes(data, splits.classes, labels)
     images = splits.test if split == "test" else splits.val
     console = console or Console(quiet=True)
     if split == "val" and splits.val_is_drawn and labels.val_listed is not None:
@@ -249,6 +247,19 @@ def open_split(
         workers=workers,
     )
     return batches, checked.skipped
+
+
+def require_same_classes(data: str | Path, classes: tuple[str, ...], labels: Labels) -> None:
+    """Raises ValueError if the classes of ``data`` are not those of the run, in the run's order."""
+    if classes == labels.classes:
+        return
+    if other := sorted(set(classes) ^ set(labels.classes))[:5]:
+        raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
+    place = next(i for i, name in enumerate(classes) if name != labels.classes[i])
+    raise ValueError(
+        f"{data} has the classes that the run was trained on, but numbers them in another order: class "
+        f"{place} is {classes[place]} there, and {labels.classes[place]} in the run"
+    )
 
 
 def expand_images(arguments: Sequence[str]) -> list[Path]:

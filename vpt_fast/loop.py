@@ -706,9 +706,7 @@ def stop_signals(stop: threading.Event) -> Iterator[None]:
     process = os.getpid()
 
     def handle(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a decoding worker: it ends with its batches, or when terminated
-            if number == signal.SIGTERM:
-                raise SystemExit(128 + number)
+        if os.getpid() != process:  # a decoding worker that has just been forked
             return
         if stop.is_set():
             raise KeyboardInterrupt

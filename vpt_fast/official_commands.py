@@ -76,7 +76,7 @@ def import_prompts(
             **recipe.backbone_arg,
         )
         model.save_pretrained(out)
-    console = Console()
+    console = Console(emoji=False)
     settings = model.prompt_settings
     console.print(
         escape(

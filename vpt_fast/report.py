@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 
 from vpt_fast.classifier import TunedModel
 from vpt_fast.data import SceneSplits, SkippedImage, Splits
@@ -52,7 +52,7 @@ def print_start(
     )
     source = recipe.data if recipe.task is None else f"{recipe.task} in {recipe.data}"
 
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
     table.add_row("backbone", f"{recipe.backbone}: {backbone:,} parameters")
     table.add_row(
         "method", f"{recipe.method}: trains {trained:,} parameters ({trained / backbone:.2%} of the backbone)"

@@ -24,7 +24,7 @@ from vpt_fast.data import (
 )
 from vpt_fast.data.scenes import FOLDERS, holds_scenes
 from vpt_fast.files import replacing
-from vpt_fast.inference import LoadedRun
+from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.plots import class_colors, plot_segmentation
 from vpt_fast.report import checking_images, evaluating
 from vpt_fast.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, segment
@@ -74,9 +74,7 @@ def evaluate_scene_run(
     labels, preprocessing = run.labels, run.scene_preprocessing
     console = console or Console(quiet=True)
     scenes = open_scenes(data, ignore_zero=labels.ignore_zero).val
-    if scenes.classes != labels.classes:
-        other = sorted(set(scenes.classes) ^ set(labels.classes))[:5]
-        raise ValueError(f"{data} has other classes than the run was trained on, such as {', '.join(other)}")
+    require_same_classes(data, scenes.classes, labels)
     with checking_images(console, len(scenes)) as advance:
         check_scenes(scenes, workers=workers, progress=advance)
     batches = SceneBatches(scenes, preprocessing, 1, train=False, seed=0, device=run.device, workers=workers)

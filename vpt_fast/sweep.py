@@ -39,7 +39,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from vpt_fast.backbones.resolve import sharing_backbones
 from vpt_fast.cache import TrainingCache
@@ -261,9 +261,11 @@ def run_sweep(
         stop: set by these signals, so that the caller can skip its other sweeps.
 
     Raises:
-        ValueError: `out` holds another sweep, the data cannot be used, there is no model for one of the
-            combinations, or every trial failed.
+        ValueError: `storage` cannot be opened, `out` holds another sweep, the data cannot be used, there is
+            no model for one of the combinations, or every trial failed.
     """
+    if storage == "":  # as from an unset shell variable: machines that were to share a sweep would not
+        raise ValueError("storage is ''; it must be the URL of an Optuna storage")
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
     stop = stop or threading.Event()
@@ -528,7 +530,7 @@ def _print_plan(
     searched = [sweep.num_trials * images for images in (min(trials), max(trials))]
     if sweep.axes and sweep.trials is None:
         searched = [sum(trials)]
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
     if sweep.axes:
         axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
         images = _range(amount.trial_images for amount in amounts)

@@ -204,7 +204,7 @@ def tsne(
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of t-SNE.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of t-SNE.")] = 0,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
     ] = None,

@@ -69,19 +69,17 @@ class Entry:
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     """Reads sweep folders, run folders, and folders of these; also returns notes on what was left out.
 
-    Runs of one method and task that differ only in their seed are averaged. What is not finished, is of
-    segmentation, or is no run at all (`runs/*` may name anything), is left out; its note ends with
-    `LEFT_OUT`.
+    Runs of one method and task that differ only in their seed are averaged. What is not finished, or is no
+    run at all (`runs/*` may name anything), is left out; its note ends with `LEFT_OUT`.
 
     Raises:
-        ValueError: there is no such folder, a method and task occur twice, two data sets have the same name,
-            or all that is finished is of segmentation.
+        ValueError: there is no such folder, a method and task occur twice, or two data sets have the same
+            name.
     """
     data: dict[str, tuple[Path, list[str]]] = {}  # by task: the first folder with it, and the classes there
     entries: dict[tuple[str, str, str], Entry] = {}
     runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
     notes: list[str] = []
-    of_scenes: list[Path] = []
     paths: list[Path] = []
     for folder in folders:
         found = _find(folder)
@@ -108,8 +106,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         elif "val_accuracy" in results:
             config = Recipe.from_yaml(RunFolder(path).config).to_dict()
             if config["task"] == SEGMENTATION:
-                of_scenes.append(path)
-                notes.append(f"{path}: a run of segmentation, and tables are of classification{LEFT_OUT}")
+                notes.append(f"{path}: a run of segmentation; tables are of classification{LEFT_OUT}")
                 continue
             facts = _read(RunFolder(path).facts, "parameters")
             _require(path / "results.json", results, "test_accuracy")
@@ -121,9 +118,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         elif "ablation" in results:
             notes.append(f"{path}: an ablation, whose points are sweeps below it{LEFT_OUT}")
         else:
-            raise ValueError(f"{path}: results.json is neither a sweep's nor a run's")
-    if of_scenes and not entries and not runs:
-        raise ValueError(f"{of_scenes[0]}: is a run of segmentation; tables are of classification")
+            notes.append(f"{path}: results.json is neither a sweep's nor a run's{LEFT_OUT}")
     for key, seeds in runs.items():
         entries[key] = _run_entry(key, seeds)
     notes += [

@@ -134,14 +134,15 @@ def test_two_epochs_at_once_are_refused(images, workers):
         list(zip(batches.epoch(0), batches.epoch(1), strict=True))
 
 
-def test_ctrl_c_leaves_the_workers_to_the_process_that_trains(images):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signals_leave_the_workers_to_the_process_that_trains(images, number):
     batches = make(images, batch_size=1, resident="off", workers=2)
     epoch = batches.epoch(0)
     next(epoch), next(epoch)  # one from each worker: both are at work
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
     for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, number)
     assert len(list(epoch)) == NUM_IMAGES - 2
 
 

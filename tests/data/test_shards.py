@@ -49,6 +49,11 @@ def test_every_image_comes_with_its_label(root):
             assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(first + number)))
 
 
+def test_blank_lines_after_the_class_names_are_no_classes(root):
+    (root / "classnames.txt").write_text("dark\nbright\n\n")
+    assert open_splits(root).classes == ("dark", "bright")
+
+
 def test_train_is_split_as_a_folder_is(root):
     splits = open_splits(root, val_fraction=0.34, seed=3)
     assert (len(splits.train), len(splits.val)) == (8, 4)
@@ -132,6 +137,10 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             r"1 class names, but the labels go up to 1",
         ),
         (lambda root: (root / "classnames.txt").write_text("a\na\n"), r"line 2: 'a' again, as in line 1"),
+        (
+            lambda root: (root / "classnames.txt").write_text("a\n\nb\n"),
+            r"line 2: is blank; wanted a class's name",
+        ),
     ],
     ids=[
         "missing",
@@ -148,6 +157,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "cut off",
         "few names",
         "names twice",
+        "blank name",
     ],
 )
 def test_broken_shards_are_named(root, break_it, message):

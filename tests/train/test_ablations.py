@@ -247,6 +247,12 @@ def test_every_ablation_of_the_paper_is_a_command() -> None:
     assert all(name in text for name in ABLATIONS)
 
 
+def test_seed_that_t_sne_cannot_take_is_refused_by_name(tmp_path) -> None:
+    arguments = ["plot", "tsne", str(tmp_path), "--data", "x", "--seed", str(2**32)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and "Invalid value for '--seed'" in done.stderr
+
+
 def test_tsne_is_of_what_the_head_reads(settings, tmp_path, drawn) -> None:
     result = loop.train(Recipe(**settings, method="linear"), tmp_path / "run")
     arguments = ["plot", "tsne", str(result.path), "--data", settings["data"], "--device", "cpu"]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vpt_fast import loop
+from vpt_fast.inference import require_same_classes
 from vpt_fast.run import Labels, RunFolder
 
 
@@ -67,6 +68,8 @@ def test_names_with_brackets_and_long_paths_are_printed_as_they_are(command, ima
     result = command(*train_arguments(data, out, epochs=1))
     assert "colors[v2]: 3 classes" in "".join(line.strip() for line in result.stdout.splitlines())
     assert result.stdout.splitlines()[-1].endswith(f"after 1 epochs; run folder {out}")
+    before_training = result.stdout.partition("epoch 1/1")[0]
+    assert str(out) in "".join(line.strip() for line in before_training.splitlines())
 
 
 def test_an_epoch_is_one_line(command, color_images, tmp_path, monkeypatch):
@@ -274,6 +277,14 @@ def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, ima
     assert result.exit_code == 0 and shown.endswith(str(path))
 
 
+def test_predict_takes_no_name_for_an_emoji(command, run, images):
+    good = (images / "val" / "red" / "0.png").rename(images / "a:dog:.png")
+    broken = images / "b:100:.png"
+    broken.touch()
+    result = command("predict", run, good, broken)
+    assert "a:dog:.png" in result.stdout and "b:100:.png" in result.stderr
+
+
 def test_predict_of_an_empty_folder_is_refused(command, run, tmp_path):
     result = command("predict", run, tmp_path)
     assert result.exit_code == 2 and "there are no images" in result.stderr
@@ -318,6 +329,12 @@ def test_eval_on_other_classes_is_refused(command, run, images):
         (images / split / "red").rename(images / split / "rot")
     result = command("eval", run, "--data", images)
     assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
+
+
+def test_eval_on_the_classes_in_another_order_is_refused(run):
+    labels = Labels.read(run / "prompts")
+    with pytest.raises(ValueError, match="another order: class 0 is red there, and blue in the run"):
+        require_same_classes("shards", labels.classes[::-1], labels)
 
 
 def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, color_images, tmp_path):

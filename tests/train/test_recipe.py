@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from vpt_fast import cli
-from vpt_fast.recipe import Recipe, lr_factor
+from vpt_fast.recipe import Recipe, lr_factor, read_yaml
 
 
 def make(**values) -> Recipe:
@@ -170,6 +170,12 @@ def test_yaml_that_says_something_twice_or_nothing_is_refused_in_one_line(tmp_pa
     with pytest.raises(ValueError, match=message) as raised:
         Recipe.from_yaml(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_yaml_may_merge_mappings(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("<<: {epochs: 3, seed: 1}\nepochs: 4\n")
+    assert read_yaml(path) == {"epochs": 4, "seed": 1}
 
 
 def test_folder_is_no_configuration_file(tmp_path):

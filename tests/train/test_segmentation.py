@@ -122,6 +122,12 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
         assert names == set(answer["classes"])
 
 
+def test_predict_prints_a_folder_with_brackets_as_it_is(run, command, scenes, tmp_path):
+    image = next((scenes / "images" / "validation").iterdir())
+    result = command("predict", run[1].path, image, "--out", tmp_path / "masks[v2]")
+    assert str(tmp_path / "masks[v2]" / f"{image.stem}.png") in result.stdout
+
+
 def test_predict_names_a_broken_image_and_goes_on(run, command, scenes, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     good = scenes / "images" / "validation" / "0000.jpg"

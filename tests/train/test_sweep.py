@@ -185,6 +185,11 @@ def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_p
     assert names == ["base_lr=0.1", "base_lr=0.12345671", "base_lr=0.12345672"]
 
 
+def test_empty_storage_is_not_the_sweep_s_own(settings, tmp_path):
+    with pytest.raises(ValueError, match="storage is ''; it must be the URL"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path / "sweep", storage="")
+
+
 @pytest.mark.parametrize(
     "storage", ["nope:secret", "sqlite:////no/such/folder/x.db", "mysql://user:secret@host/x"]
 )

@@ -199,25 +199,14 @@ def test_runs_that_differ_in_more_are_refused(run):
         read_entries(folders)
 
 
-@pytest.fixture
-def scenes(run):
-    """A finished run of segmentation."""
+def test_run_of_segmentation_is_left_out_and_said_so(run):
+    finished = run("seed-1", seed=1, test_accuracy=0.5)
     folder = run("scenes", test_accuracy=0.8)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": "segmentation"}))
-    return folder
-
-
-def test_run_of_segmentation_alone_is_refused(scenes):
-    with pytest.raises(ValueError, match="scenes: is a run of segmentation"):
-        read_entries([scenes])
-
-
-def test_run_of_segmentation_among_others_is_left_out_and_said_so(run, scenes, tmp_path):
-    run("digits", test_accuracy=0.5)
-    (entry,), notes = read_entries([tmp_path])
-    assert entry.accuracy == 50
-    assert notes == [f"{scenes}: a run of segmentation, and tables are of classification; left out"]
+    entries, notes = read_entries([finished, folder])
+    assert len(entries) == 1
+    assert notes == [f"{folder}: a run of segmentation; tables are of classification; left out"]
 
 
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
@@ -257,6 +246,15 @@ def test_folders_and_files_that_are_no_runs_are_left_out(run, tmp_path):
     entries, notes = read_entries([finished, tmp_path / "logs", tmp_path / "notes.txt"])
     assert len(entries) == 1
     assert notes == [f"{tmp_path / name}: holds no run or sweep; left out" for name in ("logs", "notes.txt")]
+
+
+def test_results_of_another_program_are_left_out_and_said_so(run, tmp_path):
+    finished = run("seed-1", seed=1, test_accuracy=0.5)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.json").write_text('{"linear probe": {"epochs": 100}}')
+    entries, notes = read_entries([finished, tmp_path / "demo"])
+    assert len(entries) == 1
+    assert notes == [f"{tmp_path / 'demo'}: results.json is neither a sweep's nor a run's; left out"]
 
 
 def test_folder_of_runs_beside_their_configuration_is_no_unfinished_run(run, tmp_path):

@@ -250,7 +250,7 @@ class Batches:
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else each epoch draws from the global one
         )
 
@@ -292,9 +292,11 @@ class _Files(Dataset):
             return error
 
 
-def ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the training process handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_stop_signals(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of the job; only the
+    # training process handles them, and ends its workers. Without it they end by themselves.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _stack(loaded: list[torch.Tensor | DecodeError]) -> torch.Tensor | DecodeError:

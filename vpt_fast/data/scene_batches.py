@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .batches import ignore_interrupts
+from .batches import ignore_stop_signals
 from .decode import DecodeError, default_workers
 from .scene_preprocessing import ScenePreprocessing, image_seed
 from .scenes import SceneList, read_scene
@@ -71,7 +71,7 @@ class SceneBatches:
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else each epoch draws from the global one
         )
 

@@ -85,16 +85,20 @@ def read_shards(root: Path) -> dict[str, ImageList]:
 
 
 def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
-    """Reads one name per line, in the order of the labels; None if there is no such file.
+    """Reads one name per line, in the order of the labels; None if there is no such file. Blank lines at the
+    end are ignored.
 
     Raises:
-        DataError: there are fewer than `at_least` names, or duplicates; the file is not text.
+        DataError: there are fewer than `at_least` names, or duplicates; a line among them is blank; the file
+            is not text.
     """
     if not path.exists():
         return None
-    lines = tuple(read_text(path).splitlines())
+    lines = tuple(read_text(path).rstrip("\r\n").splitlines())
     first: dict[str, int] = {}
     for number, name in enumerate(lines, 1):
+        if not name.strip():
+            raise DataError(f"{path}, line {number}: is blank; wanted a class's name")
         if name in first:
             raise DataError(
                 f"{path}, line {number}: {name!r} again, as in line {first[name]}; wanted other names"
