@@ -42,6 +42,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
@@ -366,10 +367,10 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
-    """Digests of a sweep's lists of images and, if given, its file of weights (a checkpoint, or that in
-    a local-dir: folder); they do not depend on where these are stored.
+    """Digests of a sweep's lists of images and, if given, its file of weights (a checkpoint, or the weights
+    and config.json of a local-dir: folder); they do not depend on where these are stored.
 
-    Raises ValueError if the file cannot be read.
+    Raises ValueError if a file cannot be read.
     """
     recipe = sweep.recipe(**sweep.points()[0])
     splits = Classification().open(recipe, cache)
@@ -380,17 +381,20 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
     ]
     weights = None
     if recipe.weights_file is not None:
+        files = [Path(recipe.weights_file)]
+        if recipe.checkpoint is None:
+            files.append(files[0].with_name(CONFIG_FILE))
         try:
-            weights = _file_digest(recipe.weights_file)
+            weights = " ".join(_file_digest(file) for file in files)
         except OSError as error:
             setting = "checkpoint" if recipe.checkpoint else "backbone"
             raise ValueError(
-                f"{setting} is {recipe.weights_file}, which cannot be read: {error.strerror}"
+                f"{setting} is {error.filename}, which cannot be read: {error.strerror}"
             ) from None
     return {"data": hashlib.sha256(" ".join(lists).encode()).hexdigest(), "checkpoint": weights}
 
 
-def _file_digest(path: str) -> str:
+def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(2**20):

@@ -170,11 +170,20 @@ def test_finished_run_answers_where_its_folder_is_gone(own, folder, tmp_path):
     assert train(own, tmp_path / "run").new_epochs == 0
 
 
-def test_sweep_does_not_answer_for_other_weights_in_its_folder(color_images, folder, tmp_path):
+OTHERS = {
+    "weights": lambda folder: write(folder, seed=1),
+    "settings": lambda folder: set_activation(folder, "relu"),
+}
+
+
+@pytest.mark.parametrize("write_other", OTHERS.values(), ids=OTHERS)
+def test_sweep_does_not_answer_for_what_has_changed_in_its_folder(
+    write_other, color_images, folder, tmp_path
+):
     settings = dict(data=str(color_images), backbone=f"local-dir:{folder}", method="linear", device="cpu")
     plan = Sweep({**settings, "epochs": 1, "warmup_epochs": 0, "batch_size": 9}, {}, seeds=(1,))
     run_sweep(plan, tmp_path / "sweep")
     run_sweep(plan, tmp_path / "sweep")
-    write(folder, seed=1)
+    write_other(folder)
     with pytest.raises(ValueError, match=f"other settings: what is in backbone local-dir:{folder}"):
         run_sweep(plan, tmp_path / "sweep")
