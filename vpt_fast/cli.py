@@ -26,6 +26,7 @@ from vpt_fast.flags import (
     LastingConsole,
     RunArgument,
     SameBackboneFlag,
+    SameCheckpointFlag,
     one_line_errors,
     refuse,
     with_recipe_flags,
@@ -134,6 +135,7 @@ def evaluate(
         typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
     ] = None,
     backbone: SameBackboneFlag = None,
+    checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -141,7 +143,7 @@ def evaluate(
     with one_line_errors(debug):
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
-        loaded = LoadedRun.load(run, device, backbone)
+        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
         if loaded.is_segmenter:
             refuse("a segmentation run", split=split == "test", data_root=data_root)
             _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)
@@ -223,6 +225,7 @@ def predict(
     ] = None,
     as_json: JsonFlag = False,
     backbone: SameBackboneFlag = None,
+    checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -235,7 +238,7 @@ def predict(
             from vpt_fast.scene_inference import require_masks_folder
 
             require_masks_folder(paths, out)  # before the backbone is loaded
-        loaded = LoadedRun.load(run, device, backbone)
+        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
         if loaded.is_segmenter:
             from vpt_fast.scene_inference import predict_scenes
 

@@ -48,6 +48,16 @@ SameBackboneFlag = Annotated[
     ),
 ]
 
+SameCheckpointFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Where the file of the backbone's weights is now.",
+        show_default="where it was in training",
+        **PATH,
+    ),
+]
+
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:

@@ -57,11 +57,19 @@ class LoadedRun:
         return made
 
     @classmethod
-    def load(cls, run: Path, device: str | None = None, backbone: str | None = None) -> LoadedRun:
-        """From a run folder or its prompts folder; with the backbone of this name, if it is no longer where
-        the run found it.
+    def load(
+        cls,
+        run: Path,
+        device: str | None = None,
+        *,
+        backbone: str | None = None,
+        checkpoint: Path | None = None,
+    ) -> LoadedRun:
+        """From a run folder or its prompts folder; with the backbone of this name, or this file of its
+        weights, if it is no longer where the run found it.
 
-        Raises ValueError if it is neither, or if the backbone is not the one that it was trained on.
+        Raises ValueError if it is neither, if the backbone is not the one that it was trained on, or if its
+        weights were in no file.
         """
         folder = RunFolder(run).prompts
         if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
@@ -75,12 +83,24 @@ class LoadedRun:
         labels = Labels.read(folder)
         chosen = find_device(device)
         settings, _ = read_pretrained(folder)
+        if checkpoint is not None and settings["backbone"].get("checkpoint") is None:
+            raise ValueError(
+                f"checkpoint: got {checkpoint}, and the run in {run} read its backbone's weights from no file"
+            )
         # The run's kernels may have been chosen for a device or precision that is not used here.
-        kernels = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
+        overrides = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
+        if checkpoint is not None:
+            overrides["checkpoint"] = str(checkpoint)
         with torch.random.fork_rng(devices=[]):
             # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
-            model = load_pretrained(folder, backbone, **kernels)
+            try:
+                model = load_pretrained(folder, backbone, **overrides)
+            except TypeError as error:
+                if checkpoint is None:
+                    raise
+                # The run holds all weights itself, as full fine-tuning does.
+                raise ValueError(str(error)) from error
         return cls(model.to(chosen).eval(), labels, chosen)
 
 
@@ -94,9 +114,9 @@ class Classifier:
     device: torch.device
 
     @classmethod
-    def load(cls, run: Path, device: str | None = None, backbone: str | None = None) -> Classifier:
+    def load(cls, run: Path, device: str | None = None, **moved: Any) -> Classifier:
         """Takes the same as LoadedRun.load. Raises ValueError as LoadedRun.load and Classifier.of do."""
-        return cls.of(LoadedRun.load(run, device, backbone))
+        return cls.of(LoadedRun.load(run, device, **moved))
 
     @classmethod
     def of(cls, run: LoadedRun) -> Classifier:

@@ -15,6 +15,7 @@ from vpt_fast.flags import (
     LastingConsole,
     RunArgument,
     SameBackboneFlag,
+    SameCheckpointFlag,
     fail,
     one_line_errors,
     require_place,
@@ -209,6 +210,7 @@ def tsne(
         int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
     ] = None,
     backbone: SameBackboneFlag = None,
+    checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
@@ -221,8 +223,8 @@ def tsne(
         require_place("out", path)
         console = LastingConsole()
         found = embed_run(
-            run, data, split, seed=seed, backbone=backbone, device=device, workers=workers,
-            data_root=None if data_root is None else str(data_root), console=console,
+            run, data, split, seed=seed, backbone=backbone, checkpoint=checkpoint, device=device,
+            workers=workers, data_root=None if data_root is None else str(data_root), console=console,
         )  # fmt: skip
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
         plot_embedding(found.points, found.labels, found.classes, path, title=title)

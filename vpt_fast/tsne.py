@@ -34,6 +34,7 @@ def embed_run(
     *,
     seed: int = 0,
     backbone: str | None = None,
+    checkpoint: Path | None = None,
     device: str | None = None,
     workers: int | None = None,
     data_root: str | None = None,
@@ -41,13 +42,13 @@ def embed_run(
 ) -> Embedding:
     """t-SNE (van der Maaten and Hinton, 2008) of the features that a run's head reads, by scikit-learn.
 
-    A split with more than `MOST_IMAGES` images is subsampled to that number, with `seed`. `backbone` is as
-    for LoadedRun.load.
+    A split with more than `MOST_IMAGES` images is subsampled to that number, with `seed`. `backbone`
+    and `checkpoint` are as for LoadedRun.load.
 
     Raises ValueError for a split of fewer than 3 images, and as Classifier.load and open_split do.
     """
     console = console or Console(quiet=True)
-    classifier = Classifier.load(run, device, backbone)
+    classifier = Classifier.load(run, device, backbone=backbone, checkpoint=checkpoint)
     batches, _ = open_split(classifier, data, split, workers=workers, data_root=data_root, console=console)
     features, labels = read_features(classifier, batches, split, console)
     if len(features) < 3:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -541,3 +542,39 @@ def test_version(command):
     from vpt_fast import __version__
 
     assert command("--version").stdout.strip() == __version__
+
+
+PLAIN = {"num-prompts": None, "prompt-dropout": None}
+
+
+def train_on_a_file(command, images, folder, **flags) -> Path:
+    """The file of weights of a run on them, which is in `folder` / "run"."""
+    file = folder / "weights.pth"
+    torch.manual_seed(0)
+    torch.save(timm.create_model("train_test_vit").state_dict(), file)
+    result = command(*train_arguments(images, folder / "run", epochs=1, checkpoint=file, **flags))
+    assert result.exit_code == 0, result.output
+    return file
+
+
+def test_eval_and_predict_are_told_where_the_checkpoint_is_now(command, color_images, tmp_path):
+    file = train_on_a_file(command, color_images, tmp_path)
+    moved = file.rename(tmp_path / "moved.pth")
+    image = color_images / "test" / "red" / "0.png"
+    for use in (("eval", tmp_path / "run", "--data", color_images), ("predict", tmp_path / "run", image)):
+        result = command(*use)
+        assert result.exit_code == 2 and f"checkpoint: {file}, which the backbone" in result.stderr
+        result = command(*use, "--checkpoint", moved)
+        assert result.exit_code == 0, result.stderr
+
+
+def test_eval_refuses_a_checkpoint_where_the_run_had_none(command, color_images, tmp_path):
+    command(*train_arguments(color_images, tmp_path / "run", epochs=1))
+    result = command("eval", tmp_path / "run", "--data", color_images, "--checkpoint", "a.pth")
+    assert result.exit_code == 2 and "checkpoint: got a.pth, and the run in" in result.stderr
+
+
+def test_eval_refuses_a_checkpoint_where_the_run_holds_all_weights(command, color_images, tmp_path):
+    file = train_on_a_file(command, color_images, tmp_path, method="full", **PLAIN)
+    result = command("eval", tmp_path / "run", "--data", color_images, "--checkpoint", file)
+    assert result.exit_code == 2 and "got checkpoint, want none" in result.stderr
