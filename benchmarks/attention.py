@@ -291,13 +291,16 @@ def choose_shapes(
     """The models' shapes; or all combinations of what is given, the rest as in ViT-B/16."""
     models = MODELS if on_gpu else MODELS[:1]
     if num_tokens or num_heads or head_dim:
-        asked = (num_tokens or "197", num_heads or "12", head_dim or "64")
-        models = list(itertools.product(*map(positive_numbers, asked)))
-    batches = positive_numbers(batch_size or ("64" if on_gpu else "2"))
-    return [
-        Shape(b, n, m, h, d)
-        for (n, h, d), m, b in itertools.product(models, positive_numbers(num_prompts), batches)
-    ]
+        models = list(
+            itertools.product(
+                positive_numbers("num-tokens", num_tokens or "197"),
+                positive_numbers("num-heads", num_heads or "12"),
+                positive_numbers("head-dim", head_dim or "64"),
+            )
+        )
+    batches = positive_numbers("batch-size", batch_size or ("64" if on_gpu else "2"))
+    prompts = positive_numbers("num-prompts", num_prompts)
+    return [Shape(b, n, m, h, d) for (n, h, d), m, b in itertools.product(models, prompts, batches)]
 
 
 def main(
@@ -318,12 +321,13 @@ def main(
 ) -> None:
     """Measure prompted attention, forward and backward."""
     on_gpu = operations.choose_device(device).type == "cuda"
-    names = listed(implementations or ",".join(ON_A_GPU if on_gpu else ON_A_CPU), [*OURS, *FLASH_BACKENDS])
+    default = ",".join(ON_A_GPU if on_gpu else ON_A_CPU)
+    names = listed("implementations", implementations or default, (*OURS, *FLASH_BACKENDS))
     shapes = choose_shapes(on_gpu, num_tokens, num_heads, head_dim, num_prompts, batch_size)
     console = Console()
     console.width = max(console.width, 200)  # a table cut to a pipe's 80 columns says nothing
     settings, report = operations.start(
-        "attention", console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
+        "attention", Row, console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
     )
     rows = [Row(**row) for row in report.rows]
     console.print(f"{len(shapes)} shapes, of each {len(names)} implementations, forward and backward.")

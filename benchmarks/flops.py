@@ -33,6 +33,7 @@ class Shape:
         width: d of the tokens.
         attention_width: of queries, keys and values, over all heads.
         mlp_weights: entries in one block's MLP matrices.
+        mlp_hidden: inputs of its second matrix; of a gated MLP's first they are half of the outputs.
         patch_values: numbers in one patch.
     """
 
@@ -43,6 +44,7 @@ class Shape:
     width: int
     attention_width: int
     mlp_weights: int
+    mlp_hidden: int
     patch_values: int
 
     @property
@@ -71,6 +73,7 @@ def shape_of(vit: VisionTransformer) -> Shape:
         width=vit.embed_dim,
         attention_width=block.attn.qkv.out_features // 3,
         mlp_weights=sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 2),
+        mlp_hidden=block.mlp.fc2.in_features,
         patch_values=embed.proj.in_channels * math.prod(embed.patch_size),
     )
 
@@ -79,8 +82,9 @@ def block_products(shape: Shape, batch_size: int) -> list[Product]:
     """The four matmuls of a block on B images without prompts, one after the other: queries, keys and values;
     the projection; and the MLP's two."""
     rows, d, a = batch_size * shape.num_tokens, shape.width, shape.attention_width
-    hidden = shape.mlp_weights // (2 * d)
-    return [(rows, d, 3 * a), (rows, a, d), (rows, d, hidden), (rows, hidden, d)]
+    hidden = shape.mlp_hidden
+    first = shape.mlp_weights // d - hidden
+    return [(rows, d, 3 * a), (rows, a, d), (rows, d, first), (rows, hidden, d)]
 
 
 def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int, num_classes: int) -> int:

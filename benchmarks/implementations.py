@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, is_supported, kind_of, resolve_backbone
+from vpt_fast.backbones.resolve import (
+    CONVNET,
+    SWIN,
+    VIT,
+    Kind,
+    is_supported,
+    kind_of,
+    resolve_backbone,
+    without_values,
+)
 from vpt_fast.engine.policy import POLICIES
 
 NUM_CLASSES = 100
@@ -29,6 +38,8 @@ NUM_CLASSES = 100
 # A gradient is right when its relative error from float64 is at most this: rounding stays well below, a
 # mistake does not. bfloat16 itself is near 1e-2 on prompts.
 EXACT_BELOW = {"float32": 1e-4, "bfloat16": 5e-2, "amp": 5e-2}
+CODES_EXACT_BELOW = 5e-2
+"""The same for memory "compact", whose 8-bit codes round more than float32 does."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,8 @@ def family_of(model: str) -> Family:
 
 
 def require_possible(setting: Setting, names: Sequence[str], memory: Sequence[str]) -> None:
-    """Raises typer.BadParameter for a prompt type, an implementation or a memory policy that the setting's
-    model does not have, before anything is built."""
+    """Raises typer.BadParameter for a prompt type, an implementation, a memory policy, an image size or a tag
+    that the setting's model does not have, before any weights are made."""
     family = family_of(setting.model)
     if setting.prompt_type not in family.prompt_types:
         wanted = " or ".join(family.prompt_types)
@@ -145,6 +156,22 @@ def require_possible(setting: Setting, names: Sequence[str], memory: Sequence[st
         if policy not in family.memory:
             wanted = " or ".join(family.memory)
             raise typer.BadParameter(f"memory: got {policy} with {setting.model}, want {wanted}")
+    with without_values():
+        make_backbone(setting.model, setting.image_size)
+
+
+def make_backbone(model: str, image_size: int | None) -> nn.Module:
+    """timm's model with random weights, for images of this size or of its own.
+
+    Raises:
+        typer.BadParameter: timm cannot build it.
+    """
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        return resolve_backbone(model, False, size, kind=kind_of(model))[0]
+    except (ValueError, RuntimeError) as error:  # the second for a tag that timm does not know
+        with_size = "" if image_size is None else f" with image-size {image_size}"
+        raise typer.BadParameter(f"models: got {model}{with_size}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -339,6 +366,21 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     # weights that are trained need more digits than bfloat16 has
     "full_finetuning": peer(peers.FullFineTuning, full_precision_weights=True),
 }
+
+
+def require_built(name: str, start: Start) -> Contender:
+    """The contender of that name; typer.BadParameter if it lacks a library or a GPU to run here."""
+    try:
+        contender = IMPLEMENTATIONS[name](name, start)
+    except ValueError as error:
+        raise typer.BadParameter(f"implementations: got {name}: {error}") from None
+    if contender.graphed and start.device.type != "cuda":
+        raise typer.BadParameter(
+            f"implementations: got {name} on {start.device}, want a GPU, which has graphs"
+        )
+    return contender
+
+
 # Defaults. On a CPU "auto" is "torch", and there are no graphs. On a GPU max-autotune, which compiles for
 # minutes, is left out, and of others' FlashAttention only PyTorch's own is always there.
 ON_A_GPU = [
@@ -372,11 +414,7 @@ BOUNDS: dict[str, Build] = {
 
 def make_start(setting: Setting, device: torch.device) -> Start:
     torch.manual_seed(0)
-    size: dict[str, Any] = {} if setting.image_size is None else {"img_size": setting.image_size}
-    try:
-        backbone, _ = resolve_backbone(setting.model, False, size, kind=kind_of(setting.model))
-    except ValueError as error:
-        raise typer.BadParameter(f"models: {error}") from None
+    backbone = make_backbone(setting.model, setting.image_size)
     backbone.eval().requires_grad_(False).to(device)
     arguments = setting.num_prompts, setting.prompt_type, NUM_CLASSES
     state = family_of(setting.model).peers.initial_state(backbone, *arguments)

@@ -250,7 +250,8 @@ def normalize_backward_work(case: Case, size: int) -> Work:
 
 def rotate_work(case: Case, size: int) -> Work:
     """x -> x, and sine and cosine of half a head's dimensions for every token."""
-    return Work(2 * case.rows * case.width * size + case.num_tokens * case.heads[1] * 4)
+    heads, head_dim = case.heads
+    return Work(2 * case.rows * heads * head_dim * size + case.num_tokens * head_dim * 4)
 
 
 def activate_work(case: Case, size: int) -> Work:
@@ -474,7 +475,7 @@ def choose_cases(shapes: list[tuple[int, int]], batch: int, ops: list[str], kind
 def parse_shapes(values: str) -> list[tuple[int, int]]:
     """Pairs (tokens, width) from text such as 197x768; typer.BadParameter for anything else."""
     found = []
-    for value in listed(values):
+    for value in listed("shapes", values):
         tokens, _, width = value.partition("x")
         if not (tokens.isdecimal() and width.isdecimal() and int(tokens) > 0 and int(width) > 0):
             raise typer.BadParameter(f"shapes: got {value!r}, want tokens x width, such as 197x768")
@@ -505,19 +506,19 @@ def main(
     """Measure the operations of a block, forward and backward."""
     on_gpu = operations.choose_device(device).type == "cuda"
     default = ",".join(IMPLEMENTATIONS) if on_gpu else "torch"
-    names = listed(implementations or default, list(IMPLEMENTATIONS))
+    names = listed("implementations", implementations or default, IMPLEMENTATIONS)
     cases = choose_cases(
         parse_shapes(shapes or ",".join(MODELS if on_gpu else MODELS[:1])),
         batch_size or (64 if on_gpu else 2),
-        listed(ops or ",".join(OPERATIONS), list(OPERATIONS)),
-        listed(kinds, list(KINDS)) if kinds else [],
+        listed("ops", ops or ",".join(OPERATIONS), OPERATIONS),
+        listed("kinds", kinds, KINDS) if kinds else [],
     )
     if not cases:
         raise typer.BadParameter(f"kinds: got {kinds!r}, want one of {ops!r}'s")
     console = Console()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     settings, report = operations.start(
-        "kernels", console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
+        "kernels", Row, console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
     )
     rows = [Row(**row) for row in report.rows]
     console.print(f"{len(cases)} operations, of each up to {len(names)} implementations.")

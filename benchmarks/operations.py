@@ -79,13 +79,17 @@ class Settings:
 class Report:
     """A results file that is written as it grows; the same command resumes it.
 
+    Args:
+        row_type: the dataclass of its rows.
+
     Attributes:
         rows: those of an earlier run with the same machine, versions, day and settings.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], fresh: bool) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], row_type: type, fresh: bool) -> None:
         self.path = path
-        self._report = (not fresh and resumed(path, header)) or {**header, "bounds": None, "rows": []}
+        found = resumed(path, header, row_type)
+        self._report = {**header, "bounds": None, "rows": []} if fresh or found is None else found
         self.rows: list[dict[str, Any]] = self._report["rows"]
 
     def bounds(self, device: torch.device, dtype: torch.dtype, repeats: int) -> Bounds:
@@ -100,6 +104,7 @@ class Report:
 
 def start(
     benchmark: str,
+    row_type: type,
     console: Console,
     *,
     device: str,
@@ -117,7 +122,7 @@ def start(
     where = choose_device(device)
     name = one_of("dtype", dtype or ("bfloat16" if where.type == "cuda" else "float32"), DTYPES)
     header = {**make_header(where), "dtype": name, "repeats": repeats}
-    report = Report(output_path(output, header, benchmark), header, fresh)
+    report = Report(output_path(output, header, benchmark), header, row_type, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
     if where.type == "cpu":
         console.print("Triton's kernels are not measured on a CPU: `torch` is their definition in PyTorch.")

@@ -27,6 +27,7 @@ from implementations import (
     family_of,
     make_start,
     random_batch,
+    require_built,
     require_possible,
 )
 from measure import Contender
@@ -170,7 +171,7 @@ def main(
     on_gpu = where.type == "cuda"
     one_of("implementation", implementation, IMPLEMENTATIONS)
     one_of("memory", memory, MEMORY)
-    require_model(model)
+    require_model("model", model)
     family = family_of(model)
     setting = Setting(
         model=model,
@@ -189,7 +190,7 @@ def main(
     console = Console()
     console.width = max(console.width, 140)
     start = make_start(setting, where)
-    contender = IMPLEMENTATIONS[implementation](implementation, start)
+    contender = require_built(implementation, start)
     if has_policies:
         contender.model.memory = memory
     with console.status(f"{implementation}: {WARM_UP + contender.steps_to_settle} + {steps} steps"):

@@ -31,6 +31,7 @@ from implementations import (
     Setting,
     make_start,
     random_batch,
+    require_built,
     require_possible,
 )
 from measure import Contender
@@ -392,7 +393,7 @@ def main(
     prompt_type: Annotated[str, typer.Option(help="deep or shallow")] = "deep",
     implementations: Annotated[str, typer.Option(help="comma-separated; default by device")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or amp; default by device")] = "",
-    image_size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels; default: the model's own")] = None,
     test_images: Annotated[int, typer.Option(min=1, help="size of the task's test set")] = Protocol.test,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
     steps: Annotated[int, typer.Option(min=0, help="steps a round; 0: by device")] = 0,
@@ -410,7 +411,7 @@ def main(
     on_gpu = where.type == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     name = model or ("vit_base_patch16_224" if on_gpu else "vit_tiny_patch16_224")
-    require_model(name)
+    require_model("model", name)
     setting = Setting(
         name,
         num_prompts,
@@ -420,7 +421,7 @@ def main(
         image_size,
     )
     default = "vpt_fast,vpt_fast_graphed,concat_timm_compiled" if on_gpu else "vpt_fast,concat_timm_compiled"
-    names = listed(implementations or default, list(IMPLEMENTATIONS))
+    names = listed("implementations", implementations or default, IMPLEMENTATIONS)
     require_possible(setting, names, [])
     header = make_header(where)
     path = output_path(output, header, f"recipe-{setting.slug}")
@@ -434,7 +435,7 @@ def main(
         f"{repeats * steps} training steps and {3 * min(repeats, 3)} short epochs each"
     )
     start = make_start(setting, where)
-    contenders = [IMPLEMENTATIONS[name](name, start) for name in names]
+    contenders = [require_built(name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
     size = start.image_size
     report = {**header, **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}

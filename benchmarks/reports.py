@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,16 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+def resumed(path: Path, header: dict[str, Any], row_type: type) -> dict[str, Any] | None:
     """The report in `path` if it has all of `header`: the machine, versions, day and settings of this run.
 
-    None where there is no file, or another run's.
+    None where there is no file, or another run's, which this one replaces.
+
+    Args:
+        row_type: the dataclass of this benchmark's rows.
+
+    Raises:
+        typer.BadParameter: a file that this benchmark did not write, which it would destroy.
     """
     if not path.exists():
         return None
@@ -59,8 +66,11 @@ def resumed(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
         report = json.loads(path.read_text())
     except ValueError as error:
         raise typer.BadParameter(f"output: {path} is not JSON ({error}), want a report or no file") from None
-    is_same = isinstance(report, dict) and all(report.get(name) == value for name, value in header.items())
-    return report if is_same else None
+    known = {field.name for field in fields(row_type)}
+    rows = report.get("rows") if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() <= known for row in rows):
+        raise typer.BadParameter(f"output: got {path}, want a report of this benchmark or no file")
+    return report if all(report.get(name) == value for name, value in header.items()) else None
 
 
 def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
@@ -94,27 +104,27 @@ def one_of(flag: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def require_model(name: str) -> None:
-    """Raises typer.BadParameter for a --model that timm does not have, and for a list."""
+def require_model(flag: str, name: str) -> None:
+    """Raises typer.BadParameter for a model that timm does not have, with or without a tag."""
     if not timm.is_model(name):
-        raise typer.BadParameter(f"model: got {name!r}, want timm's name of one")
+        raise typer.BadParameter(f"{flag}: got {name!r}, want timm's name of a model")
 
 
-def listed(values: str, known: list[str] | None = None) -> list[str]:
+def listed(flag: str, values: str, known: Iterable[str] | None = None) -> list[str]:
     """The names in a comma-separated flag, each once; typer.BadParameter for none, or for one that is not
     known."""
     names = list(dict.fromkeys(name.strip() for name in values.split(",") if name.strip()))
-    unknown = [name for name in names if known is not None and name not in known]
-    if unknown or not names:
-        raise typer.BadParameter(
-            f"got {values!r}, want a comma-separated list" + (f" of {known}" if known else "")
-        )
+    if not names:
+        raise typer.BadParameter(f"{flag}: got {values!r}, want a comma-separated list")
+    for name in names if known is not None else []:
+        one_of(flag, name, known)
     return names
 
 
-def positive_numbers(values: str) -> list[int]:
+def positive_numbers(flag: str, values: str) -> list[int]:
     """The numbers in a comma-separated flag, each once; typer.BadParameter unless all are at least 1."""
-    names = listed(values)
-    if not all(name.isdecimal() and int(name) > 0 for name in names):
-        raise typer.BadParameter(f"got {values!r}, want a comma-separated list of numbers of at least 1")
+    names = listed(flag, values)
+    for name in names:
+        if not (name.isdecimal() and int(name) > 0):
+            raise typer.BadParameter(f"{flag}: got {name!r}, want numbers of at least 1, comma-separated")
     return list(dict.fromkeys(int(name) for name in names))

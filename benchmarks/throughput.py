@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import ceilings
 import measure
-import timm
 import torch
 import typer
 from find_batch import largest_batch, ran_out_of_memory
 from implementations import (
     BOUNDS,
+    CODES_EXACT_BELOW,
     DEFINITION,
     EXACT_BELOW,
     IMPLEMENTATIONS,
@@ -42,7 +42,16 @@ from implementations import (
 )
 from measure import MIB, Contender
 from operations import choose_device
-from reports import listed, make_header, one_of, output_path, positive_numbers, resumed, write_report
+from reports import (
+    listed,
+    make_header,
+    one_of,
+    output_path,
+    positive_numbers,
+    require_model,
+    resumed,
+    write_report,
+)
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -219,7 +228,8 @@ def fill_in(
     """Copies a contender's measurements into its row."""
     batch_size, error = start.setting.batch_size, contender.gradient_error
     row.dtype, row.error = contender.precision, contender.error or contender.unchecked
-    row.exact = error is not None and error <= EXACT_BELOW[row.dtype]
+    allowed = CODES_EXACT_BELOW if row.memory == "compact" else EXACT_BELOW[row.dtype]
+    row.exact = error is not None and error <= allowed
     row.gradient_error = error if error is None or error < float("inf") else None
 
     def mib(count: int | None, per: int = 1) -> float | None:
@@ -398,7 +408,7 @@ class Report:
     ) -> None:
         size = f"{header['image_size']}-pixels" if header["image_size"] else ""
         self.path = output_path(path, header, "-".join(filter(None, [header["dtype"], size])))
-        found = resumed(self.path, header) or {"ceiling_tflops": None, "finished": True, "rows": []}
+        found = resumed(self.path, header, Row) or {"ceiling_tflops": None, "finished": True, "rows": []}
         self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
         there = [Row(**row) for row in found["rows"]]
         known = [row for row in there if row.impl in IMPLEMENTATIONS]
@@ -443,7 +453,7 @@ def main(
         ),
     ] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or amp; default by device")] = "",
-    image_size: Annotated[int | None, typer.Option(help="pixels; default: the model's own")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="pixels; default: the model's own")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after one of warm-up")] = 5,
     steps: Annotated[int, typer.Option(min=0, help="steps a round; 0: by device")] = 0,
     find_batch: Annotated[
@@ -467,15 +477,16 @@ def main(
     torch.backends.cudnn.allow_tf32 = False  # else the patch embedding alone fails float32's gradient check
     dtype = one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW)
     big = "vit_base_patch16_224,vit_large_patch16_224,vit_huge_patch14_224"
-    names = listed(implementations, list(IMPLEMENTATIONS)) if implementations else []
-    policies = listed(memory, list(POLICIES)) if memory else []
+    names = listed("implementations", implementations, IMPLEMENTATIONS) if implementations else []
+    policies = listed("memory", memory, POLICIES) if memory else []
     settings: dict[Setting, list[Entrant]] = {}
-    for model in listed(models or (big if on_gpu else "vit_base_patch16_224"), timm.list_models()):
+    for model in listed("models", models or (big if on_gpu else "vit_base_patch16_224")):
+        require_model("models", model)
         family = family_of(model)
         for kind, m, batch in itertools.product(
-            listed(prompt_type or family.prompt_types[0], ["deep", "shallow"]),
-            positive_numbers(num_prompts or str(family.num_prompts)),
-            positive_numbers(batch_size or ("64" if on_gpu else "4")),
+            listed("prompt-type", prompt_type or family.prompt_types[0], ("deep", "shallow")),
+            positive_numbers("num-prompts", num_prompts or str(family.num_prompts)),
+            positive_numbers("batch-size", batch_size or ("64" if on_gpu else "4")),
         ):
             setting = Setting(model, m, batch, kind, dtype, image_size)
             require_possible(setting, names, policies)

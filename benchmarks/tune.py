@@ -269,20 +269,21 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
 ) -> None:
     """Time how kernels could be launched."""
-    wanted = listed(names, list(KERNELS))
+    wanted = listed("kernels", names, KERNELS)
+    prompts = positive_numbers("num-prompts", num_prompts)
     console = Console()
     console.width = max(console.width, 120)
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here, and nothing else is tuned")
     settings, report = operations.start(
-        "tune", console, device="cuda", dtype=dtype, repeats=repeats, output=output, fresh=fresh
+        "tune", Row, console, device="cuda", dtype=dtype, repeats=repeats, output=output, fresh=fresh
     )
     rows = [Row(**row) for row in report.rows]
     groups: list[Callable[[], list[Target]]] = []
     if of_attention := [name for name in wanted if name in ATTENTION_KERNELS]:
         groups += [
             partial(attention_targets, attention.Shape(batch_size, n, m, h, d), of_attention, settings)
-            for (n, h, d), m in itertools.product(attention.MODELS, positive_numbers(num_prompts))
+            for (n, h, d), m in itertools.product(attention.MODELS, prompts)
         ]
     for name, model in itertools.product(wanted, kernels.MODELS):
         if name in LINEAR_KERNELS:

@@ -232,6 +232,11 @@ def measured(names: list[str], memory: str = "exact") -> list[throughput.Row]:
     )
 
 
+def test_the_rounding_of_compact_s_codes_is_right_in_float32_too() -> None:
+    (row,) = measured(["vpt_fast"], "compact")
+    assert row.exact and row.gradient_error > implementations.EXACT_BELOW["float32"]
+
+
 def make_row(implementation: str, **values: Any) -> throughput.Row:
     """A row as the measuring makes it, with some of its values changed."""
     usual = {"model": "vit_base_patch16_224", "num_prompts": 3, "batch_size": 8, "prompt_type": "deep"}
@@ -682,12 +687,19 @@ def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--models", "vit_base_patch16_225"], "vit_base_patch16_225"),
-        (["--implementations", "magic"], "magic"),
+        (["--models", "vit_base_patch16_225"], "models: got 'vit_base_patch16_225', want timm's name"),
+        (["--models", "test_vit.no_tag"], "models: got test_vit.no_tag: Invalid pretrained tag"),
+        (["--models", ","], "models: got ',', want a comma-separated list"),
+        (["--image-size", "100"], "with image-size 100: img_size: got 100x100, want a multiple"),
+        (["--image-size", "-32"], "Invalid value for '--image-size'"),
+        (["--num-prompts", "4,x"], "num-prompts: got 'x', want numbers of at least 1"),
+        (["--batch-size", "-1"], "batch-size: got '-1', want numbers of at least 1"),
+        (["--prompt-type", "both"], "prompt-type: got 'both', want one of deep, shallow"),
+        (["--implementations", "magic"], "implementations: got 'magic', want one of vpt_fast"),
         (["--dtype", "int8"], "int8"),
         (["--dtype", "float32,bfloat16"], "dtype: got 'float32,bfloat16', want one of float32"),
         (["--output", "/dev/null/report.json"], "output: got /dev/null/report.json, want a file that"),
-        (["--memory", "none"], "none"),
+        (["--memory", "none"], "memory: got 'none', want one of exact"),
         (["--find-batch"], "find-batch"),
         (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),
         (["--models", "eva02_tiny_patch14_224"], "eva02_tiny_patch14_224 has no plain implementation"),

@@ -112,6 +112,15 @@ def test_operations_an_image_of_the_usual_models(model: str) -> None:
             assert [count / 64 / 1e9 for count in step] == pytest.approx(expected, rel=8e-4)
 
 
+def test_a_gated_mlps_products_are_those_of_its_matrices() -> None:
+    with torch.device("meta"):
+        vit = timm.create_model("vit_giant_patch14_reg4_dinov2", depth=1, img_size=224, num_classes=0)
+    *_, first, second = flops.block_products(flops.shape_of(vit), batch_size=2)
+    mlp = vit.blocks[0].mlp
+    assert first == (2 * 261, mlp.fc1.in_features, mlp.fc1.out_features)
+    assert second == (2 * 261, mlp.fc2.in_features, mlp.fc2.out_features)
+
+
 def test_a_model_that_pools_by_attention_is_refused() -> None:
     with pytest.raises(ValueError, match="pools by attention"):
         flops.shape_of(tiny_vit(global_pool="map", class_token=False))

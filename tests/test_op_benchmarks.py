@@ -365,12 +365,12 @@ def test_rows_of_implementations_that_are_not_asked_for_stay(
 def test_another_runs_report_is_not_gone_on_with(key: str, value: Any, tmp_path: Path) -> None:
     header = {"device": "x", "torch": "2.11", "date": "2026-11-23", "repeats": 5}
     path = tmp_path / "report.json"
-    assert reports.resumed(path, header) is None
-    report = {**header, "rows": [1]}
+    assert reports.resumed(path, header, kernels.Row) is None
+    report = {**header, "rows": [{"op": "normalize"}]}
     reports.write_report(report, path)
-    assert reports.resumed(path, header) == report
+    assert reports.resumed(path, header, kernels.Row) == report
     reports.write_report({**report, key: value}, path)
-    assert reports.resumed(path, header) is None
+    assert reports.resumed(path, header, kernels.Row) is None
 
 
 def test_by_default_every_kind_is_measured_at_the_first_shape_and_a_vits_at_the_others() -> None:
@@ -394,15 +394,15 @@ def test_a_sweep_takes_all_combinations_and_the_default_the_models() -> None:
 @pytest.mark.parametrize(
     "module, arguments, named",
     [
-        (attention, ["--implementations", "magic"], "magic"),
-        (attention, ["--num-prompts", "5,zero"], "zero"),
-        (attention, ["--head-dim", "0"], "0"),
+        (attention, ["--implementations", "magic"], "implementations: got 'magic'"),
+        (attention, ["--num-prompts", "5,zero"], "num-prompts: got 'zero'"),
+        (attention, ["--head-dim", "0"], "head-dim: got '0'"),
         (attention, ["--dtype", "int8"], "int8"),
         (kernels, ["--dtype", "float32,bfloat16"], "float32,bfloat16"),
         (attention, ["--device", "tpu"], "tpu"),
         (attention, ["--output", "/dev/null/report.json"], "output: got /dev/null"),
-        (kernels, ["--ops", "softmax"], "softmax"),
-        (kernels, ["--kinds", "batch"], "batch"),
+        (kernels, ["--ops", "softmax"], "ops: got 'softmax'"),
+        (kernels, ["--kinds", "batch"], "kinds: got 'batch'"),
         (kernels, ["--kinds", "rms", "--ops", "activate"], "rms"),
         (kernels, ["--shapes", "197"], "197"),
         (kernels, ["--implementations", "compiled,magic"], "magic"),
@@ -415,6 +415,28 @@ def test_a_wrong_flag_is_named(module: ModuleType, arguments: list[str], named: 
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert named in result.output and "want" in result.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"rows": [{"head_dim": 64}]}, {"name": "package"}, [1], {"rows": 3}],
+    ids=["another_benchmark_s", "no_rows", "list", "rows_no_list"],
+)
+@pytest.mark.parametrize("flags", [[], ["--fresh"]], ids=["", "fresh"])
+def test_a_file_that_the_benchmark_did_not_write_is_not_replaced(
+    content: Any, flags: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "other.json"
+    output.write_text(json.dumps(content))
+    result = run_small("kernels", output, *flags)
+    assert result.exit_code == 2 and "want a report of this benchmark" in " ".join(result.output.split())
+    assert json.loads(output.read_text()) == content
+
+
+def test_rotations_bytes_are_those_of_its_heads_where_they_do_not_fill_the_width() -> None:
+    case = kernels.Case("rotate", "rotary", False, batch_size=2, num_tokens=5, width=100)
+    ((x,), shared) = kernels.make_inputs(case, torch.float32, CPU)
+    assert kernels.OPERATIONS["rotate"].work(case, 4) == operations.Work(2 * nbytes(x) + nbytes(*shared))
 
 
 def test_an_output_that_is_no_report_is_named(tmp_path: Path) -> None:

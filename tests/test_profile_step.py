@@ -101,6 +101,7 @@ def test_what_differs_is_in_the_default_file_s_name(tmp_path: Path, monkeypatch:
     "flags, words",
     [
         (["--implementation", "concat"], ["implementation", "'concat'", "concat_timm"]),
+        (["--implementation", "vpt_fast_graphed"], ["got vpt_fast_graphed on cpu", "want a GPU"]),
         (["--memory", "none"], ["memory", "'none'", "recompute"]),
         (["--dtype", "int8"], ["dtype", "'int8'", "bfloat16"]),
         (["--output", "/dev/null/profile.json"], ["output: got /dev/null/profile.json"]),
