@@ -39,11 +39,12 @@ def backbones(
             )
         )
         return
-    shown = Table()
-    for name in header:
-        shown.add_column(name, overflow="fold", no_wrap=name == "name")  # so that names can be copied
-    for row in rows:
-        shown.add_row(*row)
+    # Two lines each, so that names are whole, and can be copied, in a terminal of 80 columns.
+    shown = Table("name\ntrained, normalisation", "timm name\nfile")
+    for name, trained, timm_name, normalization, file, has_weights, is_tuned in rows:
+        remarks = ["not in timm"] * (has_weights == "no") + ["not tuned here"] * (is_tuned == "no")
+        shown.add_row(f"{name}\n{trained}; {normalization}", "\n".join((timm_name, file, *remarks)))
+        shown.add_section()
     console = Console()
     console.print(shown)
     for known in KNOWN.values() if addresses else ():

@@ -26,6 +26,12 @@ def test_the_command_prints_every_name_and_address() -> None:
     assert all(name in result.output and known.address in result.output for name, known in KNOWN.items())
 
 
+def test_every_name_is_whole_in_80_columns() -> None:
+    output = CliRunner().invoke(app, ["backbones"], env={"COLUMNS": "80"}).output
+    for name, known in KNOWN.items():
+        assert all(text in output for text in (name, known.timm_name, known.file))
+
+
 def test_as_json_a_backbone_has_all_of_its_columns() -> None:
     rows = json.loads(CliRunner().invoke(app, ["backbones", "--json"]).output)
     assert rows[0]["name"] == "sup_vitb16_imagenet21k"
