@@ -46,7 +46,7 @@ from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.failures import TrainingDiverged
+from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.loop import graph_obstacle, require_attention, train
 from vpt_fast.methods import build_model_without_values
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
@@ -264,6 +264,7 @@ def run_sweep(
     Raises:
         ValueError: `storage` cannot be opened, `out` holds another sweep, the data cannot be used, there is
             no model for one of the combinations, or every trial failed.
+        SavingFailed: the folder or the storage can no longer be written, or the latter not be reached.
     """
     if storage == "":  # as from an unset shell variable: machines that were to share a sweep would not
         raise ValueError("storage is ''; it must be the URL of an Optuna storage")
@@ -285,7 +286,7 @@ def run_sweep(
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
     results = _collect(sweep, plan, search, final, out)
-    try:
+    with _saving_studies(out), contextlib.suppress(Stopped):
         if sweep.axes:
             with _Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
                 _Worker(
@@ -322,8 +323,6 @@ def run_sweep(
                 after=lambda: _collect(sweep, plan, search, final, out),
                 stop=stop,
             ).work()
-    except Stopped:
-        pass
     return _collect(sweep, plan, search, final, out)
 
 
@@ -604,6 +603,26 @@ def _open_studies(
     }[sweep.pruner]()
     final.pruner = optuna.pruners.NopPruner()
     return search, final
+
+
+@contextlib.contextmanager
+def _saving_studies(out: Path) -> Iterator[None]:
+    """Turns errors of the studies' storage, such as a full disk or a lost connection, into SavingFailed."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    # If Optuna cannot save that a trial failed either, an error of its own code hides the cause.
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SQLAlchemyError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise SavingFailed(
+            f"the studies of the sweep in {out} could not be saved: {str(cause).splitlines()[0]}; what was "
+            "saved before is still there, and the same command goes on from it"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -51,7 +52,9 @@ class World:
             yield network
             return
         # No buffer changes in training: windows' index tables, frozen BatchNorm statistics.
-        parallel = DistributedDataParallel(network, broadcast_buffers=False)
+        with warnings.catch_warnings():  # torch 2.14 has another name for it, which 2.11 does not know
+            warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+            parallel = DistributedDataParallel(network, broadcast_buffers=False)
         try:
             yield parallel
         finally:

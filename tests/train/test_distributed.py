@@ -78,12 +78,28 @@ def test_the_same_processes_join_again_and_again(tmp_path):
     assert run([*TORCHRUN, str(script)], timeout=120).count("joined") == 40
 
 
+JOINS = """
+import torch
+from vpt_fast.world import join_world
+
+with join_world("cpu") as world, world.joined(torch.nn.Linear(1, 1)):
+    print("joined", flush=True)
+"""
+
+
+def test_processes_join_without_a_warning(tmp_path):
+    script = tmp_path / "joins.py"
+    script.write_text(JOINS)
+    found = run([*TORCHRUN, str(script)], timeout=120, PYTHONWARNINGS="error::FutureWarning")
+    assert found.count("joined") == 2
+
+
 def launch(module: list[str], images, out, *more: str) -> None:
     run([*module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS, *more], timeout=300)
 
 
-def run(arguments: list[str], timeout: float) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(arguments: list[str], timeout: float, **more: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
     )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from vpt_fast import loop, sweep
 from vpt_fast.cache import TrainingCache
-from vpt_fast.failures import TrainingDiverged
+from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import (
@@ -183,6 +184,19 @@ def test_final_runs_that_all_diverge_are_an_error_with_the_reason(
 def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_path):
     names = [trial_folder(tmp_path, {"base_lr": lr}).name for lr in (0.1, 0.12345671, 0.12345672)]
     assert names == ["base_lr=0.1", "base_lr=0.12345671", "base_lr=0.12345672"]
+
+
+def test_study_that_can_no_longer_be_saved_is_named(settings, tmp_path, monkeypatch):
+    original = loop.train
+
+    def train(recipe, out, **options):
+        with sqlite3.connect(tmp_path / "study.db") as study:  # every write of attributes fails from here on
+            study.execute("DROP TABLE trial_user_attributes")
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(sweep, "train", train)
+    with pytest.raises(SavingFailed, match="studies of the sweep in .* could not be saved: .* no such table"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
 
 
 def test_empty_storage_is_not_the_sweep_s_own(settings, tmp_path):
