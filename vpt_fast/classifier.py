@@ -771,7 +771,8 @@ class PromptedClassifier(FrozenClassifier):
         super().__init__(*args, **kwargs)
         self.memory = memory
         self.bytes_beside = 0  # kept per image outside the blocks; "auto" leaves room for them
-        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" has chosen
+        # What "auto" has chosen. By device too: a model may be asked before it is moved.
+        self._chosen: dict[tuple[int, int, torch.dtype, torch.device], str] = {}
 
     @property
     def memory(self) -> str:
@@ -790,7 +791,8 @@ class PromptedClassifier(FrozenClassifier):
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
         """Name of the policy that a training step uses: `memory`, or what ``"auto"`` chooses.
 
-        ``"auto"`` checks the free memory once for each batch size, N and compute dtype, and keeps its choice.
+        ``"auto"`` checks the free memory once for each batch size, N, compute dtype and device, and keeps its
+        choice.
 
         Args:
             batch_size: images per step.
@@ -814,18 +816,20 @@ class PromptedClassifier(FrozenClassifier):
         """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
-        key = (batch_size, num_tokens, self._compute_dtype)
+        key = (batch_size, num_tokens, self._compute_dtype, self.backbone.device)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
 
     @torch.compiler.disable
-    def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
+    def _choose_policy(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> str:
         def step_bytes(memory: str) -> int:
             blocks = sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
             return blocks + batch_size * self.bytes_beside
 
-        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
+        return choose_policy(step_bytes, dtype, free_bytes(device))
 
     @property
     def _compute_dtype(self) -> torch.dtype:
