@@ -564,6 +564,16 @@ def test_torch_func_s_grad_is_refused_with_what_to_do_instead(make) -> None:
         torch.func.grad(loss)(trainable(model))
 
 
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_several_gradients_in_one_backward_pass_are_refused_with_what_to_do_instead(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    logits = model(random_batch(model, 1)[0])[0]
+    each = torch.eye(NUM_CLASSES, dtype=logits.dtype)
+    with pytest.raises(NotImplementedError, match=r"is_grads_batched.* want one backward pass for each"):
+        torch.autograd.grad(logits, trained, each, is_grads_batched=True)
+
+
 @pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that shapes are taken for constants
 @pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
 def test_jit_trace_gives_the_logits_without_gradients_and_is_refused_with_them(make) -> None:

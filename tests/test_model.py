@@ -15,6 +15,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_swin, tiny_vit
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from vpt_fast import (
@@ -689,6 +691,17 @@ class TestStorage:
         again = PromptedViT.from_pretrained(tmp_path / "new", tiny_vit())
         assert torch.equal(again.prompts, model.prompts)
 
+    def test_model_that_is_split_over_processes_is_not_saved(self, tmp_path: Path) -> None:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            model = fully_shard(PromptedViT(tiny_vit(), 5, 4), mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match="prompts: got a DTensor, .* want the model as it was built"):
+                model.save_pretrained(tmp_path / "new")
+        finally:
+            torch.distributed.destroy_process_group()
+        assert not (tmp_path / "new").exists()
+
     @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
     def test_what_was_unfrozen_outside_of_the_blocks_is_stored_and_stays_stored(
         self, kind, backbone, tmp_path: Path
@@ -779,3 +792,37 @@ def test_frozen_weights_are_not_rounded_to_what_they_would_not_survive(dtype: to
     with pytest.raises(ValueError, match=f"dtype: got {dtype}, want a floating-point torch.dtype of 16 bits"):
         model.hold_frozen_weights_in(dtype)
     assert model.backbone.blocks[0].qkv_weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: PromptedViT(tiny_vit(torch.float32), 5, 4),
+        lambda: PromptedSwin(tiny_swin(torch.float32), 5, 4),
+        lambda: LinearProbe(tiny_vit(torch.float32), 5),
+    ],
+    ids=["vit", "swin", "linear"],
+)
+def test_weights_folded_under_autocast_are_not_rounded(build) -> None:
+    expected = build().backbone.state_dict()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = build().backbone.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: PromptedViT(tiny_vit(torch.float32), 5, 4),
+        lambda: PromptedSwin(tiny_swin(torch.float32), 5, 4),
+        lambda: PromptedConvNet("resnet10t", 5, 2, img_size=32),
+        lambda: LinearProbe(tiny_vit(torch.float32), 5),
+    ],
+    ids=["vit", "swin", "convnet", "linear"],
+)
+def test_model_built_in_inference_mode_is_trained_outside_of_it(build) -> None:
+    with torch.inference_mode():
+        model = build()
+    images, _ = random_batch(model, dtype=torch.float32)
+    model(images).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

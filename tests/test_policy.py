@@ -57,6 +57,12 @@ def test_auto_looks_once_for_each_batch_size(auto: PromptedViT) -> None:
     assert len(auto.looks) == 2
 
 
+def test_auto_chooses_again_on_another_device(auto: PromptedViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "free_bytes", lambda device: 10**12 if device.type == "cpu" else 1)
+    before = auto.memory_policy(1)
+    assert [before, auto.to("meta").memory_policy(1)] == ["exact", "recompute"]
+
+
 def test_auto_does_not_look_where_nothing_is_kept(auto: PromptedViT) -> None:
     with torch.no_grad():
         auto(random_batch(auto, 1, dtype=torch.float32)[0])

@@ -165,6 +165,12 @@ def make(method: str, dtype: torch.dtype = torch.float32, **settings) -> Prompte
 
 
 @pytest.mark.parametrize("method", ENCODERS)
+def test_images_that_are_no_tensor_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="images: got a list, want a torch.Tensor"):
+        make(method)([[0.0]])
+
+
+@pytest.mark.parametrize("method", ENCODERS)
 def test_everything_that_is_trained_and_nothing_else_has_a_gradient(method: str) -> None:
     model = make(method).train()
     images, _ = random_batch(model, dtype=torch.float32)

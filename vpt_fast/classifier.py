@@ -32,7 +32,7 @@ from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import FrozenBlock, compute_dtype
+from vpt_fast.engine.block import FrozenBlock, compute_dtype, without_autocast
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy
 from vpt_fast.files import replacing
@@ -140,14 +140,22 @@ class ClassifierConfig:
 
 class _Built(type):
     """After a model's constructor, records which parameters it trains, and converts them to at least float32:
-    layers are created in torch's default dtype, which may have 16 bits."""
+    layers are created in torch's default dtype, which may have 16 bits.
+
+    The constructor runs outside of the caller's autocast, which would round what is folded for good, and of
+    its inference mode, whose parameters silently get no gradient."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        with finding_sources_once():
+        with (
+            torch.inference_mode(False),
+            without_autocast("cpu"),
+            without_autocast("cuda"),
+            finding_sources_once(),
+        ):
             model = super().__call__(*args, **kwargs)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 
@@ -393,7 +401,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Raises:
             ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
-                file would lack it, or the head is none that `from_pretrained` builds.
+                file would lack it, or is split over processes (fully_shard), or the head is none that
+                `from_pretrained` builds.
         """
         directory = Path(directory)
         self._require_storable_head()
@@ -404,6 +413,14 @@ class TunedModel(nn.Module, metaclass=_Built):
                 "would miss; want it back as one (parametrize.remove_parametrizations), or else to save "
                 "model.trainable_state_dict() yourself"
             )
+        trained = self.trainable_state_dict()
+        for name, tensor in trained.items():
+            if type(tensor) is not torch.Tensor:
+                raise ValueError(
+                    f"{name}: got a {type(tensor).__name__}, as fully_shard makes it, which is not saved; "
+                    "want the model as it was built, with the tensors that get_model_state_dict gathers "
+                    "(StateDictOptions(full_state_dict=True)) loaded into it"
+                )
         config = self.config
         settings = {"vpt_fast_version": version("vpt_fast"), **config.to_dict()}
         text = json.dumps(settings, indent=2) + "\n"
@@ -414,7 +431,7 @@ class TunedModel(nn.Module, metaclass=_Built):
                 stacklevel=2,
             )
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in self.trainable_state_dict().items()}
+        tensors = {name: t.contiguous() for name, t in trained.items()}
         with replacing(directory / WEIGHTS_FILE) as temporary:
             safetensors.torch.save_file(tensors, temporary)
         with replacing(directory / CONFIG_FILE) as temporary:
@@ -769,7 +786,8 @@ class PromptedClassifier(FrozenClassifier):
         super().__init__(*args, **kwargs)
         self.memory = memory
         self.bytes_beside = 0  # kept per image outside the blocks; "auto" leaves room for them
-        self._chosen: dict[tuple[int, int, torch.dtype], str] = {}  # what "auto" has chosen
+        # What "auto" has chosen. By device too: a model may be asked before it is moved.
+        self._chosen: dict[tuple[int, int, torch.dtype, torch.device], str] = {}
 
     @property
     def memory(self) -> str:
@@ -788,7 +806,8 @@ class PromptedClassifier(FrozenClassifier):
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
         """Name of the policy that a training step uses: `memory`, or what ``"auto"`` chooses.
 
-        ``"auto"`` checks the free memory once for each batch size, N and compute dtype, and keeps its choice.
+        ``"auto"`` checks the free memory once for each batch size, N, compute dtype and device, and keeps its
+        choice.
 
         Args:
             batch_size: images per step.
@@ -812,18 +831,20 @@ class PromptedClassifier(FrozenClassifier):
         """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
-        key = (batch_size, num_tokens, self._compute_dtype)
+        key = (batch_size, num_tokens, self._compute_dtype, self.backbone.device)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
 
     @torch.compiler.disable
-    def _choose_policy(self, batch_size: int, num_tokens: int, dtype: torch.dtype) -> str:
+    def _choose_policy(
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> str:
         def step_bytes(memory: str) -> int:
             blocks = sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
             return blocks + batch_size * self.bytes_beside
 
-        return choose_policy(step_bytes, dtype, free_bytes(self.backbone.device))
+        return choose_policy(step_bytes, dtype, free_bytes(device))
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -221,10 +221,10 @@ class PromptedSegmenter(TunedModel):
         Raises:
             ValueError: images of the wrong shape.
         """
-        size, patch = images.shape[-2:], self.patch_size
-        grid = size[0] // patch[0], size[1] // patch[1]
         aux_blocks = self.aux_blocks if self.training else ()
         *aux, last = self.encoder.patch_tokens(images, (*aux_blocks, self.num_blocks - 1))
+        size, patch = images.shape[-2:], self.patch_size
+        grid = size[0] // patch[0], size[1] // patch[1]
         logits = self.head(last, grid, size)
         if not self.training:
             return logits

@@ -295,8 +295,9 @@ class FrozenBlock(nn.Module):
 
 _NO_ROTATION = (None, None, 0)
 
-# There is no public API for it; a PyTorch without this one raises its own error, which names no way out.
+# There is no public API for either; a PyTorch without them raises its own errors, which name no way out.
 _is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 def require_plain_autograd(*, recorded: bool) -> None:
@@ -360,6 +361,12 @@ class _FrozenBlockFunction(torch.autograd.Function):
         num_weights = len(BlockWeights._fields)
         if grad is None:  # nothing above depends on the block
             return (None,) * (7 + num_weights)
+        if not torch.compiler.is_compiling() and _is_batched(grad):
+            raise NotImplementedError(
+                "backbone: several gradients in one backward pass (is_grads_batched, "
+                "torch.autograd.functional.jacobian(vectorize=True)) are not there for frozen blocks; want "
+                "one backward pass for each (vectorize=False)"
+            )
         # Autograd may pass a gradient with any strides, such as a decoder's transposition leaves.
         grad = grad.contiguous()
         call = ctx.call
