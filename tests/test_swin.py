@@ -462,3 +462,13 @@ def test_merged_tokens_are_not_what_the_last_operation_was_given() -> None:
     with GivenBack() as given_back:
         merged = engine_windows._ReduceFunction.forward(Context(), x, weight, *arguments)
     assert merged.shape == (2, 3, 8) and merged not in given_back
+
+
+def test_dynamo_traces_shifted_windows_for_any_batch_size() -> None:
+    """Two blocks with shifted windows: each has tokens that must not see each other."""
+    torch._dynamo.reset()
+    model = PromptedSwin(tiny_swin(depths=(4,), num_heads=(2,)), NUM_CLASSES, 3, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for batch_size in (2, 3):
+        images, _ = random_batch(model, batch_size, NUM_CLASSES)
+        assert relative_error(compiled(images).detach(), model(images).detach()) < TOLERANCE

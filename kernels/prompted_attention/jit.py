@@ -44,7 +44,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # One build serves all sizes: specialising on multiples of 16 makes no better code.
 SIZES = ["num_heads", "num_rows", "num_prompts", "num_keys", "num_windows", "num_fresh"]
 
-APART: tl.constexpr = tl.constexpr(MASKED)
+APART: tl.constexpr = tl.constexpr(float(MASKED))
 
 
 @triton.jit

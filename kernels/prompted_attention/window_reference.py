@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 
-# What timm and the original authors add to the scores of tokens that must not see each other.
-MASKED = -100.0
+# What timm and the original authors add to the scores of tokens that must not see each other. An integer: of
+# a float torch.compile(dynamic=True) makes a symbol, and fails where two blocks share it.
+MASKED = -100
 
 # Rows of the bias are padded to a multiple of this many columns, so that kernels load whole vectors.
 BIAS_COLUMNS = 16
@@ -173,7 +174,7 @@ def _scores(
         between_tokens.add_(bias.bias[..., :window_size])
         if bias.regions is not None:
             apart = bias.regions.unsqueeze(1) != bias.regions.unsqueeze(2)  # (W, T, T)
-            between_tokens.add_(apart.unsqueeze(1) * MASKED)
+            between_tokens.add_(apart.unsqueeze(1).to(scores.dtype), alpha=MASKED)
     return scores
 
 
