@@ -111,13 +111,14 @@ def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor 
     """The weight of each class in the training loss (classes,), None if all weigh the same.
 
     Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class has the same
-    total weight in an epoch and the mean weight of an image is 1.
+    total weight in an epoch and the mean weight of an image is 1. A class without images, which a small
+    benchmark task may have, weighs 0: label smoothing multiplies with the weights of all classes.
     """
     if recipe.class_weights == "none":
         return None
     labels = torch.as_tensor(splits.train.labels, device=world.device)
     counts = torch.bincount(labels, minlength=len(splits.classes))
-    return len(labels) / (len(counts) * counts.float())
+    return torch.where(counts > 0, len(labels) / (len(counts) * counts.float()), 0.0)
 
 
 class Classification:

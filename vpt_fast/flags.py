@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,12 +63,14 @@ SameCheckpointFlag = Annotated[
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Ends the program with one red line for errors that a user can fix; other exceptions are bugs."""
+    """Ends the program with one red line for errors that a user can fix, and when it is stopped; other
+    exceptions are bugs."""
     if debug:
         yield
         return
     try:
-        yield
+        with _terminated_as_by_ctrl_c():
+            yield
     except (TrainingDiverged, SavingFailed) as error:
         fail(error, 1)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
@@ -79,6 +83,20 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         fail(error, 1)
     except KeyboardInterrupt:
         fail("stopped", 130)
+
+
+@contextlib.contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, as from a cluster, raises KeyboardInterrupt. Training has its own handler, but not while it
+    loads the backbone and the images, nor has a sweep between its trials."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 class LastingConsole(Console):

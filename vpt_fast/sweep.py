@@ -212,16 +212,24 @@ class Sweep:
 
 
 def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Parses each text with `parse_axis`; also raises ValueError for a duplicate setting."""
+    """Parses each text with `parse_axis`; also raises ValueError for a duplicate setting.
+
+    A searched backbone comes first: no setting's values can be checked without a backbone.
+    """
     axes: dict[str, tuple[Any, ...]] = {}
-    for text in texts:
-        name, values = parse_axis(text, settings)
+    for text in sorted(texts, key=lambda text: text.partition("=")[0].strip() != "backbone"):
+        name, values = parse_axis(text, {**first_backbone(axes), **settings})
         if name in axes:
             raise ValueError(
                 f"over is {text!r}, and {name} is searched already; name all values in one --over"
             )
         axes[name] = values
     return axes
+
+
+def first_backbone(axes: Mapping[str, Sequence[Any]]) -> Params:
+    """What a recipe lacks, which always has a backbone, if the backbone is searched."""
+    return {"backbone": axes["backbone"][0]} if "backbone" in axes else {}
 
 
 def default_sweep_folder(recipe: Recipe) -> Path:
@@ -366,8 +374,8 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
-    """Digests of a sweep's lists of images and, if given, its file of weights (a checkpoint, or the weights
-    and config.json of a local-dir: folder); they do not depend on where these are stored.
+    """Digests of a sweep's lists of images and, if given, its files of weights (a checkpoint, or the weights
+    and config.json of each local-dir: folder); they do not depend on where these are stored.
 
     Raises ValueError if a file cannot be read.
     """
@@ -378,18 +386,22 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
         for images in (splits.train, splits.val, splits.test)
         if images is not None
     ]
-    weights = None
-    if recipe.weights_file is not None:
+    digests: dict[str, list[str]] = {}
+    for point in sweep.points():
+        recipe = sweep.recipe(**point)
+        if recipe.weights_file is None or recipe.weights_file in digests:
+            continue
         files = [Path(recipe.weights_file)]
         if recipe.checkpoint is None:
             files.append(files[0].with_name(CONFIG_FILE))
         try:
-            weights = " ".join(_file_digest(file) for file in files)
+            digests[recipe.weights_file] = [_file_digest(file) for file in files]
         except OSError as error:
             setting = "checkpoint" if recipe.checkpoint else "backbone"
             raise ValueError(
                 f"{setting} is {error.filename}, which cannot be read: {error.strerror}"
             ) from None
+    weights = " ".join(itertools.chain(*digests.values())) or None
     return {"data": hashlib.sha256(" ".join(lists).encode()).hexdigest(), "checkpoint": weights}
 
 
@@ -463,8 +475,8 @@ def trial_folder(out: Path, params: Params) -> Path:
     name = ",".join(
         f"{key}={_short(value) if isinstance(value, float) else value}" for key, value in params.items()
     )
-    name = name.replace("/", "_")
-    if len(name) > 150:
+    name = name.replace("%", "%25").replace("/", "%2F")  # as in URLs: a/b and a_b are not the same
+    if len(os.fsencode(name)) > 150:
         name = hashlib.sha256(name.encode()).hexdigest()[:16]
     return out / "trials" / name
 
@@ -508,7 +520,11 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
             is_same = digest == recorded[name]
         if not is_same:
             if name == "checkpoint" and now is was is None:
-                name, now, was = "backbone", sweep.settings["backbone"], begun.settings["backbone"]
+                name = "backbone"
+                now, was = (
+                    ", ".join(dict.fromkeys(each.recipe(**point).backbone for point in each.points()))
+                    for each in (sweep, begun)
+                )
             changed.append(f"{name} ({was} there, {now} now)" if was != now else f"what is in {name} {now}")
     if changed:
         raise ValueError(

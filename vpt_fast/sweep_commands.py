@@ -100,11 +100,19 @@ def sweep(
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
-        from vpt_fast.sweep import Sweep, default_axes, default_sweep_folder, parse_axes, run_sweep
+        from vpt_fast.sweep import (
+            Sweep,
+            default_axes,
+            default_sweep_folder,
+            first_backbone,
+            parse_axes,
+            run_sweep,
+        )
 
         settings = given_settings(config, flags)
-        recipe = Recipe.from_dict(settings)
-        axes = parse_axes(over, settings) if over else default_axes(recipe)
+        axes = parse_axes(over or (), settings)
+        recipe = Recipe.from_dict({**first_backbone(axes), **settings})
+        axes = axes or default_axes(recipe)
         plan = Sweep(settings, axes, parse_seeds(seeds), sampler, trials, pruner)
         folder = out or default_sweep_folder(recipe)
         console = LastingConsole()

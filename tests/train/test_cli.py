@@ -464,6 +464,12 @@ def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
     assert "Stopped after epoch 1 of 6; the same command goes on from there" in result.stdout
 
 
+def test_sigterm_before_the_first_step_stops_like_ctrl_c(command, color_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "build_seeded", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    result = command(*train_arguments(color_images, tmp_path / "run"))
+    assert (result.exit_code, result.stderr) == (130, "error: stopped\n")
+
+
 @pytest.mark.parametrize(
     "arguments", [["train"], ["sweep", "--over=base_lr=0.1", "--seeds=1"]], ids=lambda a: a[0]
 )

@@ -187,3 +187,13 @@ def test_sweep_does_not_answer_for_what_has_changed_in_its_folder(
     write_other(folder)
     with pytest.raises(ValueError, match=f"other settings: what is in backbone local-dir:{folder}"):
         run_sweep(plan, tmp_path / "sweep")
+
+
+def test_sweep_does_not_answer_for_a_searched_folder_that_has_changed(color_images, folder, tmp_path):
+    settings = dict(data=str(color_images), method="linear", device="cpu", epochs=1, warmup_epochs=0)
+    searched = {"backbone": ("train_test_vit", f"local-dir:{folder}")}
+    plan = Sweep({**settings, "batch_size": 9}, searched, seeds=(1,))
+    run_sweep(plan, tmp_path / "sweep")
+    write(folder, seed=1)
+    with pytest.raises(ValueError, match=f"what is in backbone train_test_vit, local-dir:{folder}"):
+        run_sweep(plan, tmp_path / "sweep")

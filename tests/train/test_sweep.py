@@ -186,6 +186,27 @@ def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_p
     assert names == ["base_lr=0.1", "base_lr=0.12345671", "base_lr=0.12345672"]
 
 
+def test_trials_of_paths_that_differ_in_a_slash_have_folders_of_their_own(tmp_path):
+    paths = ("hf-hub:a/b", "hf-hub:a_b", "hf-hub:a%2Fb")
+    folders = {trial_folder(tmp_path, {"backbone": path}) for path in paths}
+    assert len(folders) == 3 and all(folder.parent == tmp_path / "trials" for folder in folders)
+
+
+def test_trial_folder_of_a_long_name_can_be_created(tmp_path):
+    folder = trial_folder(tmp_path, {"backbone": f"local-dir:{'é' * 130}"})  # 2 bytes each; 255 are the limit
+    folder.mkdir(parents=True)
+    assert folder.is_dir()
+
+
+def test_command_searches_backbones(command, color_images, tmp_path):
+    flags = [f"--data={color_images}", f"--out={tmp_path}", "--method=linear", "--epochs=1", "--device=cpu"]
+    flags += ["--seeds=1", "--over=base_lr=0.1", "--over=backbone=train_test_vit,vpt_fast_demo"]
+    result = command("sweep", *flags)
+    assert result.exit_code == 0, result.output
+    trials = json.loads((tmp_path / "results.json").read_text())["trials"]
+    assert [trial["params"]["backbone"] for trial in trials] == ["train_test_vit", "vpt_fast_demo"]
+
+
 def test_study_that_can_no_longer_be_saved_is_named(settings, tmp_path, monkeypatch):
     original = loop.train
 

@@ -146,3 +146,17 @@ def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
     weights = class_weights(small("linear", class_weights="balanced"), splits, world)
     assert torch.equal(weights, torch.tensor([8 / (3 * 4), 8 / (3 * 2), 8 / (3 * 2)]))
     assert class_weights(small("linear"), splits, world) is None
+
+
+def test_smoothed_loss_is_finite_where_a_class_has_no_image(small):
+    from vpt_fast.data import ImageList, Splits
+    from vpt_fast.world import World
+
+    images = ImageList(("0", "1", "2"), (0, 0, 2), ("a", "b", "c"))
+    weights = class_weights(
+        small("linear", class_weights="balanced"),
+        Splits(images, images, None),
+        World(0, 1, torch.device("cpu")),
+    )
+    loss = CrossEntropy(0.1, weights).loss_sum(torch.zeros(3, 3), torch.tensor([0, 0, 2]))
+    assert loss.isfinite()
