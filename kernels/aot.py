@@ -28,6 +28,8 @@ REGISTERS, REGISTER_UNIT = 65_536, 8
 THREADS = {80: 1536, 90: 2048, 100: 2048}
 SHARED_OVERHEAD = 1024
 
+# Registers and stack of a function, as cuobjdump prints them.
+USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)")
 # Captures the instruction's name in "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;".
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 # The instruction that waits for wgmma; an operation in Triton's IR that is compiled to one or more wgmma.
@@ -55,6 +57,8 @@ class Resources:
             several: ptxas does so if it has to move accumulators in between, and says it in a remark only.
         global_loads: number of loads from global memory by width in bits, per thread; TMA loads are not
             counted.
+
+    What is counted in the machine code is None, and spill_bytes 0, if that was not read.
     """
 
     registers: int
@@ -62,11 +66,11 @@ class Resources:
     shared_bytes: int
     programs: int
     tmem_columns: int
-    wgmma: int
-    tcgen05: int
-    mma_sync: int
-    serialized: bool
-    global_loads: dict[int, int]
+    wgmma: int | None = None
+    tcgen05: int | None = None
+    mma_sync: int | None = None
+    serialized: bool | None = None
+    global_loads: dict[int, int] | None = None
 
     def problems(self, build: Build, arch: int) -> list[str]:
         """Why it should not be launched on `arch`; empty if it is clean."""
@@ -82,14 +86,25 @@ class Resources:
         return found
 
 
-def measure(build: Build, arch: int) -> Resources:
+def measure(build: Build, arch: int, *, quick: bool = False) -> Resources:
     """Compiles for sm_`arch` (80, 90 or 100) and reads the resources that the build uses.
+
+    Args:
+        build, arch: what to compile.
+        quick: do not read the machine code, which takes as long as compiling, unless it may show a problem:
+            where a function has a stack, there may be spills, and where wgmma is wanted it has to be there.
 
     Raises:
         RuntimeError: Triton's interpreter is on, under which nothing is compiled.
     """
     compiled = compile_build(build, arch)
-    registers, instructions = read_code(compiled)
+    registers, stack = read_usage(compiled)
+    shared_bytes = compiled.metadata.shared
+    tmem_columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    programs = count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns)
+    if quick and not stack and not (arch == 90 and build.wgmma):
+        return Resources(registers, 0, shared_bytes, programs, tmem_columns)
+    instructions = read_code(compiled)
     count: Counter[str] = Counter()
     spill_bytes = 0
     global_loads: Counter[int] = Counter()
@@ -100,13 +115,11 @@ def measure(build: Build, arch: int) -> Resources:
             spill_bytes += times * width(instruction) // 8
         elif opcode in ("LDG", "LDGSTS"):
             global_loads[width(instruction)] += times
-    shared_bytes = compiled.metadata.shared
-    tmem_columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return Resources(
         registers=registers,
         spill_bytes=spill_bytes,
         shared_bytes=shared_bytes,
-        programs=count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns),
+        programs=programs,
         tmem_columns=tmem_columns,
         wgmma=count["HGMMA"],
         tcgen05=count["UTCHMMA"],
@@ -149,32 +162,35 @@ def compile_build(build: Build, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def read_code(compiled: Any) -> tuple[int, dict[str, int]]:
-    """Registers per thread, and how often each instruction (``"STL.64"``) occurs in the machine code.
+def read_usage(compiled: Any) -> tuple[int, int]:
+    """Registers and bytes of stack per thread."""
+    listing = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    usage = {name: (int(registers), int(stack)) for name, registers, stack in USAGE.findall(listing)}
+    if compiled.metadata.name not in usage:
+        raise RuntimeError(f"cuobjdump shows no registers of {compiled.metadata.name}: {listing[:500]!r}")
+    return usage[compiled.metadata.name]
+
+
+def read_code(compiled: Any) -> dict[str, int]:
+    """How often each instruction (``"STL.64"``) occurs in the machine code.
 
     Disassembling takes as long as compiling, so the result is stored beside the code in Triton's cache.
     """
     cache = get_cache_manager(compiled.hash)
-    file = cache.get_file("instructions.json")
+    file = cache.get_file("instruction-counts.json")
     if file is None:
-        listing = disassemble(compiled.asm["cubin"])
-        registers = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+)", listing)
-        if registers is None:
-            raise RuntimeError(f"cuobjdump shows no registers of {compiled.metadata.name}: {listing[:500]!r}")
-        found = {"registers": int(registers[1]), "instructions": Counter(INSTRUCTION.findall(listing))}
-        file = cache.put(json.dumps(found), "instructions.json", binary=False)
-    code = json.loads(Path(file).read_text())
-    return code["registers"], code["instructions"]
+        found = Counter(INSTRUCTION.findall(cuobjdump(compiled.asm["cubin"], "--dump-sass")))
+        file = cache.put(json.dumps(found), "instruction-counts.json", binary=False)
+    return json.loads(Path(file).read_text())
 
 
-def disassemble(cubin: bytes) -> str:
-    """Registers of each function, then its machine code, as cuobjdump prints them."""
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What cuobjdump prints of a cubin with this flag."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        command = [tool, "--dump-resource-usage", "--dump-sass", str(file)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run([tool, what, str(file)], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{tool} exited with {result.returncode}: {result.stderr.strip()}")
     return result.stdout

@@ -33,7 +33,7 @@ def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_kernel_is_clean(arch, tmp_path):
     file = tmp_path / "rows.json"
-    result = run("-m", "vpt_fast.kernels.report", "--arch", arch, "--jobs", 2, "--json", file)
+    result = run("-m", "vpt_fast.kernels.report", "--arch", arch, "--quick", "--jobs", 2, "--json", file)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row for row in json.loads(file.read_text())["rows"] if row["problems"]] == []
 
@@ -105,6 +105,26 @@ def test_a_fault_is_exit_status_1(faulty):
 def test_a_fault_is_named_in_its_row(faulty, config, problem):
     (found,) = faulty.rows[config]["problems"]
     assert re.fullmatch(problem, found)
+
+
+def test_a_quick_report_finds_the_same_faults(faulty, tmp_path):
+    file = tmp_path / "rows.json"
+    modules = "report_kernels report_bad_kernels"
+    run("-c", REPORT_ON, modules, "--arch", 90, "--quick", "--jobs", 2, "--json", file)
+    rows = json.loads(file.read_text())["rows"]
+    assert any(row["problems"] for row in rows)
+    for row, full in zip(rows, faulty.report["rows"], strict=True):
+        read = {name: value for name, value in row.items() if value is not None}
+        assert read == {name: full[name] for name in read}
+
+
+def test_a_quick_report_disassembles_only_what_may_have_a_problem(tmp_path):
+    file = tmp_path / "rows.json"
+    modules = "report_kernels report_bad_kernels"
+    run("-c", REPORT_ON, modules, "--arch", 80, "--quick", "--jobs", 2, "--json", file)
+    rows = [row for row in json.loads(file.read_text())["rows"] if "registers" in row]
+    assert {row["spill_bytes"] > 0 for row in rows} == {True, False}
+    assert all((row["mma_sync"] is not None) == (row["spill_bytes"] > 0) for row in rows)
 
 
 def test_the_table_names_faults(faulty):
