@@ -22,6 +22,7 @@ LAYERS = {
     "backbones": ["backbones"],
     "model": [
         "prompts",
+        "hub",
         "classifier",
         "model",
         "swin",

@@ -37,6 +37,7 @@ from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy
 from vpt_fast.files import replacing
 from vpt_fast.free_memory import free_bytes
+from vpt_fast.hub import CARD_FILE, download_saved, model_card
 from vpt_fast.kernels import get_backend
 
 CONFIG_FILE = "config.json"
@@ -170,6 +171,9 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     # Whether saved files hold the whole backbone, so that loading needs no published weights.
     stores_backbone = False
+
+    # The hub's name of what it does, for the model card.
+    hub_task = "image-classification"
 
     # Names of the trained tensors without weight decay.
     undecayed: tuple[str, ...] = ()
@@ -447,16 +451,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Rebuild a saved model.
 
         Args:
-            path: a folder that `save_pretrained` wrote, or the name of a repository on the Hugging Face hub.
+            path: a folder that `save_pretrained` wrote, or owner/name of a repository on the Hugging Face
+                hub, with @revision (a branch, tag or commit) or without.
             backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere, such as
                 a folder (local-dir:) that has moved.
             overrides: `checkpoint`, if the file of the backbone's weights has moved; `dtype`, `backend`,
                 `attention`, `residual_dtype`: replace the saved values, in classes that have them.
 
         Raises:
-            FileNotFoundError: the folder lacks a file.
+            FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
             TypeError: an override that the class does not have.
-            ValueError: the folder holds another class, or the backbone's weights or architecture are missing
+            ValueError: it holds another class, or the backbone's weights or architecture are missing
                 or not those that the model was trained on.
         """
         settings, tensors = read_pretrained(path)
@@ -544,7 +549,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         return model
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub.
+        """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub, which is made,
+        with a model card, if it does not exist. A card that is there is left as it is.
 
         Returns:
             The commit's URL.
@@ -553,6 +559,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)  # first, as it may raise
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if not api.file_exists(repo_id, CARD_FILE):
+                config = self.config
+                card = model_card(
+                    repo_id,
+                    config.model,
+                    config.backbone,
+                    config.num_classes,
+                    task=self.hub_task,
+                    stores_backbone=self.stores_backbone,
+                )
+                (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
@@ -879,14 +896,12 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
     """The settings and the trained tensors of a saved model, from a folder or a hub repository.
 
     Raises:
-        FileNotFoundError: the folder lacks a file.
+        FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
         ValueError: the settings are not what `save_pretrained` writes.
     """
     folder = Path(path)
-    if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
-        folder = Path(
-            huggingface_hub.snapshot_download(str(path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
-        )
+    if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+        folder = download_saved(str(path), [CONFIG_FILE, WEIGHTS_FILE])
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")

@@ -55,14 +55,15 @@ def load_pretrained(
     """Rebuild a saved model of any class, from a folder or a repository on the Hugging Face hub.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a repository's name.
+        path: a folder that `save_pretrained` wrote, or owner/name of a repository, with @revision (a branch,
+            tag or commit) or without.
         backbone: the backbone to use, if the saved one has no timm name or comes from elsewhere.
         overrides: settings that replace the saved ones, see `PromptedViT.from_pretrained`.
 
     Raises:
-        FileNotFoundError: the folder lacks a file.
+        FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
         TypeError: an override that the class does not have.
-        ValueError: the folder holds an unknown class, or the backbone's weights or architecture are missing
+        ValueError: it holds an unknown class, or the backbone's weights or architecture are missing
             or not those that the model was trained on.
     """
     settings, _ = read_pretrained(path)

@@ -128,6 +128,8 @@ class PromptedSegmenter(TunedModel):
             is not supported; the message names it.
     """
 
+    hub_task = "image-segmentation"
+
     def __init__(
         self,
         backbone: str | TimmViT,

@@ -24,7 +24,10 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
-from vpt_fast.backbones.sources import Source, close_names, find_source
+from vpt_fast.backbones.sources import Source, close_names, find_source, repository
+
+# Keyword arguments of timm that may say where weights are.
+_SAY_WHERE = {"pretrained_cfg", "pretrained_cfg_overlay"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,20 @@ class Origin:
         backbone's own."""
         known = KNOWN.get(self.name or "")
         return known.pool if known and "global_pool" not in self.kwargs else None
+
+
+def hub_repository(origin: Origin) -> str | None:
+    """owner/name of the repository on the Hugging Face hub that has the backbone's weights; None if they came
+    from elsewhere."""
+    if origin.name is None or not origin.pretrained or _SAY_WHERE & origin.kwargs.keys():
+        return None
+    if ":" in origin.name:
+        return repository(origin.name)
+    known = KNOWN.get(origin.name)
+    if known is not None:
+        return known.hub
+    settings = timm.get_pretrained_cfg(origin.name)
+    return (settings and settings.hf_hub_id) or None
 
 
 def resolve_backbone(
@@ -279,7 +296,7 @@ def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
     except RuntimeError as error:  # a tag that the model does not have
         raise ValueError(f"backbone: got {name!r}: {error}") from None
     is_timms = timm.model_entrypoint(name).__module__.startswith("timm.")
-    if not is_timms or {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
+    if not is_timms or _SAY_WHERE & kwargs.keys():
         return  # a model of another package may have weights, and these arguments may say where they are
     if settings is None or not settings.has_weights:
         raise ValueError(

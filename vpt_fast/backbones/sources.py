@@ -76,7 +76,7 @@ class Source:
                     f"({_SAVING}), or pretrained=False"
                 ) from None
             raise ValueError(
-                f"pretrained: {WEIGHTS_FILE} of {self.name} cannot be downloaded: {error}"
+                f"pretrained: {WEIGHTS_FILE} of {self.name} cannot be downloaded: {said_by_hub(error)}"
             ) from error
 
 
@@ -136,8 +136,8 @@ def _read_source(backbone: str) -> Source | None:
             raise TypeError(f"architecture is {architecture!r}, model_args is {arguments!r}")
     except (EntryNotFoundError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"backbone: got {backbone!r}, whose {CONFIG_FILE} cannot be read: {error}; want the owner/name "
-            "of a repository on the Hugging Face hub that holds a timm model"
+            f"backbone: got {backbone!r}, whose {CONFIG_FILE} cannot be read: {said_by_hub(error)}; want the "
+            "owner/name of a repository on the Hugging Face hub that holds a timm model"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
@@ -156,6 +156,18 @@ def local_folder(backbone: str) -> Path | None:
     """The absolute path of the folder of a local-dir: name, which may not exist; None for any other name."""
     kind, place = parse_model_name(backbone) if ":" in backbone else (None, "")
     return Path(place).absolute() if kind == _FOLDER else None
+
+
+def repository(backbone: str) -> str | None:
+    """owner/name of the repository of an hf-hub: name; None for any other name."""
+    kind, place = parse_model_name(backbone) if ":" in backbone else (None, "")
+    return place.partition("@")[0] if kind == _HUB else None
+
+
+def said_by_hub(error: Exception) -> str:
+    """What huggingface_hub says of a failed request, without the hints that follow."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
 
 
 def close_names(name: str, *more: str) -> str:
