@@ -1,11 +1,10 @@
-"""The GPU resources that kernels use, read from machine code that is built ahead of time, without a GPU."""
+"""The GPU resources that kernels use, read from builds made ahead of time, without a GPU."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,19 @@ REGISTERS, REGISTER_UNIT = 65_536, 8
 THREADS = {80: 1536, 90: 2048, 100: 2048}
 SHARED_OVERHEAD = 1024
 
-# Registers and stack of a function, as cuobjdump prints them.
-USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)")
-# Captures the instruction's name in "        /*0070*/              @!P0 STL.64 [R1+0x8], R4 ;".
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-# The instruction that waits for wgmma; an operation in Triton's IR that is compiled to one or more wgmma.
-WGMMA_WAIT = "WARPGROUP.DEPBAR.LE"
-PRODUCT = re.compile(r"ttng\.warp_group_dot ")
-WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
+LOG_FILE = "ptxas.log"  # in Triton's cache
+# In the log of ptxas -v: registers and bytes of stack and of spill stores per thread, and the remark that it
+# waits for every wgmma before it issues the next.
+REGISTERS_USED = re.compile(r"Used (\d+) registers")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores")
+SERIALIZED = "wgmma.mma_async instructions are serialized"
+# In PTX: matrix instructions, each of which is one in machine code too; loads from global memory, in
+# elements of so many bits, and copies to shared memory, in bytes.
+WGMMA, TCGEN05, MMA_SYNC = (
+    re.compile(rf"\b{name}\b") for name in (r"wgmma\.mma_async", r"tcgen05\.mma", r"mma\.sync")
+)
+LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\b")
+COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^\]]*\], \[[^\]]*\], (\w+)")
 
 
 @dataclass(frozen=True)
@@ -44,89 +48,83 @@ class Resources:
 
     Attributes:
         registers: per thread.
-        spill_bytes: bytes that a thread stores to local memory (STL), counted in the machine code. That is
-            the "spill stores" of ptxas -v to the byte, except that a local array (such as that of sin's range
-            reduction) counts too; no kernel here should have one. The stack size would say less, since one
-            slot serves many spills.
+        stack_bytes: local memory of a thread: what it spills, and arrays that it cannot keep in registers
+            (such as that of sin's range reduction).
+        spill_bytes: bytes that a thread stores to local memory for lack of registers. A slot of the stack
+            serves many of these stores.
         shared_bytes: shared memory of one program.
         programs: how many of them fit on an SM at once; while one waits, the others work.
         tmem_columns: tensor memory of one program; 0 except on sm_100.
         wgmma, tcgen05, mma_sync: matrix instructions in its code: of sm_90 (HGMMA), of sm_100 (UTCHMMA) and
             of every architecture (HMMA). Matmuls in float32 ("ieee") use none of them.
-        serialized: whether every wgmma is waited for before the next is issued, although a matmul has
-            several: ptxas does so if it has to move accumulators in between, and says it in a remark only.
+        serialized: whether every wgmma is waited for before the next is issued; ptxas does so if it has to
+            move accumulators in between.
         global_loads: number of loads from global memory by width in bits, per thread; TMA loads are not
             counted.
-
-    What is counted in the machine code is None, and spill_bytes 0, if that was not read.
     """
 
     registers: int
+    stack_bytes: int
     spill_bytes: int
     shared_bytes: int
     programs: int
     tmem_columns: int
-    wgmma: int | None = None
-    tcgen05: int | None = None
-    mma_sync: int | None = None
-    serialized: bool | None = None
-    global_loads: dict[int, int] | None = None
+    wgmma: int
+    tcgen05: int
+    mma_sync: int
+    serialized: bool
+    global_loads: dict[int, int]
 
     def problems(self, build: Build, arch: int) -> list[str]:
         """Why it should not be launched on `arch`; empty if it is clean."""
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
+        elif self.stack_bytes:
+            found.append(f"keeps {self.stack_bytes} bytes in local memory")
         if self.shared_bytes > SHARED_LIMIT[arch]:
             found.append(f"shared memory {self.shared_bytes} over {SHARED_LIMIT[arch]} bytes")
         if self.tmem_columns > TMEM_LIMIT:
             found.append(f"tensor memory {self.tmem_columns} over {TMEM_LIMIT} columns")
+        if arch == 90 and 0 < self.programs < build.programs:
+            found.append(f"{self.programs} programs on an SM, want {build.programs}")
         if arch == 90 and build.wgmma and not self.wgmma:
             found.append("no wgmma")
+        if self.serialized:
+            found.append("serialized wgmma")
         return found
 
 
-def measure(build: Build, arch: int, *, quick: bool = False) -> Resources:
+def measure(build: Build, arch: int) -> Resources:
     """Compiles for sm_`arch` (80, 90 or 100) and reads the resources that the build uses.
 
-    Args:
-        build, arch: what to compile.
-        quick: do not read the machine code, which takes as long as compiling, unless it may show a problem:
-            where a function has a stack, there may be spills, and where wgmma is wanted it has to be there.
+    They are read from its PTX and from what the assembler says of it. Disassembling the machine code would
+    tell the same, and takes as long as compiling.
 
     Raises:
         RuntimeError: Triton's interpreter is on, under which nothing is compiled.
     """
-    compiled = compile_build(build, arch)
-    registers, stack = read_usage(compiled)
+    compiled, log = compile_build(build, arch)
+    used, stack = REGISTERS_USED.search(log), STACK.search(log)
+    if used is None or stack is None:
+        raise RuntimeError(f"ptxas does not say what {build.name} uses: {log[:500]!r}")
+    registers, stack_bytes, spill_bytes = int(used[1]), int(stack[1]), int(stack[2])
     shared_bytes = compiled.metadata.shared
     tmem_columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    programs = count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns)
-    if quick and not stack and not (arch == 90 and build.wgmma):
-        return Resources(registers, 0, shared_bytes, programs, tmem_columns)
-    instructions = read_code(compiled)
-    count: Counter[str] = Counter()
-    spill_bytes = 0
-    global_loads: Counter[int] = Counter()
-    for instruction, times in instructions.items():
-        opcode = instruction.partition(".")[0]
-        count[opcode] += times
-        if opcode == "STL":
-            spill_bytes += times * width(instruction) // 8
-        elif opcode in ("LDG", "LDGSTS"):
-            global_loads[width(instruction)] += times
+    ptx = compiled.asm["ptx"]
+    global_loads = Counter(int(length or 1) * int(bits) for length, bits in LOAD.findall(ptx))
+    global_loads.update(8 * int(size, 0) for size in COPY.findall(ptx))
     return Resources(
         registers=registers,
+        stack_bytes=stack_bytes,
         spill_bytes=spill_bytes,
         shared_bytes=shared_bytes,
-        programs=programs,
+        programs=count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns),
         tmem_columns=tmem_columns,
-        wgmma=count["HGMMA"],
-        tcgen05=count["UTCHMMA"],
-        mma_sync=count["HMMA"],
-        serialized=(
-            instructions.get(WGMMA_WAIT, 0) >= count["HGMMA"] > len(PRODUCT.findall(compiled.asm["ttgir"]))
-        ),
+        wgmma=len(WGMMA.findall(ptx)),
+        tcgen05=len(TCGEN05.findall(ptx)),
+        mma_sync=len(MMA_SYNC.findall(ptx)),
+        serialized=SERIALIZED in log,
         global_loads=dict(sorted(global_loads.items())),
     )
 
@@ -144,8 +142,8 @@ def count_programs(arch: int, threads: int, registers: int, shared_bytes: int, t
     return min(limits)
 
 
-def compile_build(build: Build, arch: int) -> Any:
-    """Triton's compiled kernel, for sm_`arch`."""
+def compile_build(build: Build, arch: int) -> tuple[Any, str]:
+    """Triton's compiled kernel for sm_`arch`, and the log of `ptxas -v`."""
     if triton.knobs.runtime.interpret or not isinstance(build.kernel, triton.JITFunction):
         raise RuntimeError(
             f"{build.kernel.__name__}: kernels are not compiled under Triton's interpreter; "
@@ -159,44 +157,23 @@ def compile_build(build: Build, arch: int) -> Any:
         attrs={(arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
     )
     options = dict(num_warps=build.num_warps, num_stages=build.num_stages, maxnreg=build.max_registers)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
+    def compile_and_log() -> tuple[Any, str]:
+        # Triton prints the log, and drops it.
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+            triton.knobs.nvidia.dump_ptxas_log = True
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return compiled, log.getvalue()
 
-def read_usage(compiled: Any) -> tuple[int, int]:
-    """Registers and bytes of stack per thread."""
-    listing = cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    usage = {name: (int(registers), int(stack)) for name, registers, stack in USAGE.findall(listing)}
-    if compiled.metadata.name not in usage:
-        raise RuntimeError(f"cuobjdump shows no registers of {compiled.metadata.name}: {listing[:500]!r}")
-    return usage[compiled.metadata.name]
-
-
-def read_code(compiled: Any) -> dict[str, int]:
-    """How often each instruction (``"STL.64"``) occurs in the machine code.
-
-    Disassembling takes as long as compiling, so the result is stored beside the code in Triton's cache.
-    """
+    # The log is kept beside the build in Triton's cache. A build that a launch has put there has none.
+    compiled, log = compile_and_log()
     cache = get_cache_manager(compiled.hash)
-    file = cache.get_file("instruction-counts.json")
-    if file is None:
-        found = Counter(INSTRUCTION.findall(cuobjdump(compiled.asm["cubin"], "--dump-sass")))
-        file = cache.put(json.dumps(found), "instruction-counts.json", binary=False)
-    return json.loads(Path(file).read_text())
-
-
-def cuobjdump(cubin: bytes, what: str) -> str:
-    """What cuobjdump prints of a cubin with this flag."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        result = subprocess.run([tool, what, str(file)], capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{tool} exited with {result.returncode}: {result.stderr.strip()}")
-    return result.stdout
-
-
-def width(instruction: str) -> int:
-    """Bits that a load or store moves: LDG.E.128, STL.S16; 32 if the name does not say."""
-    widths = [int(m[1]) for part in instruction.split(".") if (m := WIDTH.fullmatch(part))]
-    return widths[-1] if widths else 32
+    file = cache.get_file(LOG_FILE)
+    if not log and file is not None:
+        return compiled, Path(file).read_text()
+    if not log:
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            compiled, log = compile_and_log()
+    cache.put(log, LOG_FILE, binary=False)
+    return compiled, log

@@ -21,6 +21,7 @@ class Build:
         divisible: names of arguments (pointers, strides) that are multiples of 16.
         num_warps, num_stages, max_registers: as launched; None leaves the number of registers to ptxas.
         wgmma: whether its matmuls have 64 or more rows, so that on sm_90 they must use wgmma.
+        programs: how many programs an SM of sm_90 must hold at once.
 
     Raises:
         ValueError: an argument of the kernel is missing or given twice, or a name is none of its arguments.
@@ -35,6 +36,7 @@ class Build:
     num_stages: int
     wgmma: bool
     max_registers: int | None = None
+    programs: int = 1
 
     def __post_init__(self) -> None:
         arguments = {*inspect.signature(self.kernel.fn).parameters}

@@ -1,15 +1,16 @@
 """Builds every kernel in every configuration that may be launched, and reports the resources of each build.
 
-    python -m vpt_fast.kernels.report --arch 90 [--json FILE] [--filter NAME] [--quick] [--jobs N]
+    python -m vpt_fast.kernels.report --arch 90 [--json FILE] [--filter NAME] [--jobs N]
 
-Needs no GPU. Exits with 1 if a kernel spills registers, uses more shared or tensor memory than a program may
-have, lacks wgmma although its matmuls are large enough for it, or does not compile; its row says which.
+Needs no GPU. Exits with 1 if a kernel spills registers or keeps arrays in local memory, uses more shared or
+tensor memory than a program may have, leaves an SM too little for the programs it should hold at once, lacks
+wgmma although its matmuls are large enough for it, waits for each wgmma, or does not compile; its row says
+which.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import multiprocessing
@@ -41,6 +42,7 @@ COLUMNS = (
     "kernel",
     "config",
     "registers",
+    "stack_bytes",
     "spill_bytes",
     "shared_bytes",
     "programs",
@@ -63,11 +65,6 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, required=True, help="90 stands for sm_90")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
     parser.add_argument("--filter", default="", metavar="NAME", help="only rows with NAME in them")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="do not disassemble builds whose instructions cannot show a problem; half the time",
-    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes that build")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -85,7 +82,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     ]
     if modules and not places:
         parser.error(f"--filter: no kernel or config has {args.filter!r} in its name")
-    rows = build_rows(places, args.arch, args.jobs, args.quick)
+    rows = build_rows(places, args.arch, args.jobs)
     print(table(rows))
     failed = sum(bool(row["problems"]) for row in rows)
     print(
@@ -101,7 +98,7 @@ def list_builds(module: str, arch: int) -> list[Build]:
     return importlib.import_module(module).builds(arch)
 
 
-def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int, quick: bool) -> list[dict[str, Any]]:
+def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int) -> list[dict[str, Any]]:
     """One row for each (module, index into its builds), in that order; progress goes to stderr."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
 
@@ -116,14 +113,14 @@ def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int, quick: b
 
     if jobs == 1:
         for place in places:
-            finish(place, *build_row(*place, arch, quick))
+            finish(place, *build_row(*place, arch))
     else:
         # Workers get a build's index, since kernels cannot be pickled. Spawned: forking is unsafe beside
         # torch's threads.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(places) or 1), mp_context=context) as pool:
             futures: dict[Future, tuple[str, int]] = {
-                pool.submit(build_row, *place, arch, quick): place for place in places
+                pool.submit(build_row, *place, arch): place for place in places
             }
             try:
                 for future in as_completed(futures):
@@ -134,7 +131,7 @@ def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int, quick: b
     return [rows[place] for place in places]
 
 
-def build_row(module: str, index: int, arch: int, quick: bool) -> tuple[dict[str, Any], float]:
+def build_row(module: str, index: int, arch: int) -> tuple[dict[str, Any], float]:
     """The row of a module's build number `index`, and the seconds that it took."""
     build = list_builds(module, arch)[index]
     row: dict[str, Any] = {
@@ -147,9 +144,7 @@ def build_row(module: str, index: int, arch: int, quick: bool) -> tuple[dict[str
     }
     start = time.perf_counter()
     try:
-        # Triton prints the whole kernel if ptxas fails; stdout is for the table.
-        with contextlib.redirect_stdout(sys.stderr):
-            resources = measure(build, arch, quick=quick)
+        resources = measure(build, arch)
     except Exception as error:  # whatever the compiler raises is this row's result; others go on
         # Triton's first line says where, the last one why; between them is the kernel's source.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

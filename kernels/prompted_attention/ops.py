@@ -518,6 +518,7 @@ def make_build(
         num_stages=tiles.num_stages,
         max_registers=tiles.max_registers,
         wgmma=dtype != torch.float32 and has_products and first_dimension >= 64,
+        programs=1 if dtype == torch.float32 else 2,
     )  # fmt: skip
 
 

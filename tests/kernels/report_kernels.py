@@ -13,7 +13,7 @@ def product_kernel(a, b, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_
     tl.store(c + rows[:, None] * BLOCK_N + columns[None, :], tl.dot(x, y))
 
 
-def product(config, block_m, block_n, *, wgmma, block_k=16, num_warps=4, divisible=("a", "b", "c")):
+def product(config, block_m, block_n, *, wgmma, block_k=16, num_warps=4, divisible=("a", "b", "c"), **more):
     return Build(
         kernel=product_kernel,
         config=config,
@@ -23,6 +23,7 @@ def product(config, block_m, block_n, *, wgmma, block_k=16, num_warps=4, divisib
         num_warps=num_warps,
         num_stages=1,
         wgmma=wgmma,
+        **more,
     )
 
 
