@@ -1,7 +1,7 @@
 """What a training step on the Triton kernels takes of the allocator at its peak, against the estimate.
 
-The kernels themselves, which allocate nothing, are left out, and so is the arithmetic of matmuls, which takes a
-CPU very long in 16 bits: nobody looks at numbers here.
+The kernels themselves, which allocate nothing, are left out, and so is the arithmetic of matmuls, which takes
+a CPU very long in 16 bits: nobody looks at numbers here.
 """
 
 from __future__ import annotations

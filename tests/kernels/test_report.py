@@ -130,7 +130,7 @@ def test_json_has_what_it_was_built_with_and_every_column(faulty):
 
 def test_what_is_read_of_a_build_is_in_its_machine_code(faulty):
     cubins = [*faulty.cache.glob("*/product_kernel.cubin")]
-    assert len(cubins) == 8
+    assert len(cubins) == 7  # two configs have the same build, and one does not compile
     for cubin in cubins:
         ptx, log = cubin.with_suffix(".ptx").read_text(), (cubin.parent / "ptxas.log").read_text()
         tool = triton.knobs.nvidia.cuobjdump.path
