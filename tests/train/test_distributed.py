@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vpt_fast.run import RunFolder
+from vpt_fast.run import Begun, RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import scenes as generated  # noqa: E402
@@ -32,25 +32,21 @@ ARGUMENTS = (
 )
 
 
-def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path):
+def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path, command):
     # 26 train images: an even number, since processes repeat an image to share an odd one evenly.
     (images / "train" / "red" / "0.png").unlink()
-    launch(["-m", "vpt_fast.cli"], images, tmp_path / "one")
-    launch([*TORCHRUN, "-m", "vpt_fast.cli"], images, tmp_path / "two")
-    one, two = (RunFolder(tmp_path / name).read() for name in ("one", "two"))
+    one, two = train(command, images, tmp_path)
     assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
     for row, other in zip(one.metrics, two.metrics, strict=True):
         for name in ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
 
 
-def test_two_processes_segment_as_one_with_the_joined_batch(tmp_path):
+def test_two_processes_segment_as_one_with_the_joined_batch(tmp_path, command):
     data = tmp_path / "scenes"
     generated.write_scenes(data, {"training": 12, "validation": 4}, seed=0)
     scenes = ("--task=segmentation", "--head-channels=8")
-    launch(["-m", "vpt_fast.cli"], data, tmp_path / "one", *scenes)
-    launch([*TORCHRUN, "-m", "vpt_fast.cli"], data, tmp_path / "two", *scenes)
-    one, two = (RunFolder(tmp_path / name).read() for name in ("one", "two"))
+    one, two = train(command, data, tmp_path, *scenes)
     assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
     for row, other in zip(one.metrics, two.metrics, strict=True):
         for name in ("lr", "train_loss", "train_accuracy", "val_loss", "val_miou", "val_accuracy"):
@@ -72,30 +68,21 @@ for time in range(20):
 """
 
 
-def test_the_same_processes_join_again_and_again(tmp_path):
+def test_the_same_processes_join_again_and_again_without_a_warning(tmp_path):
     script = tmp_path / "joins_often.py"
     script.write_text(JOINS_OFTEN)
-    assert run([*TORCHRUN, str(script)], timeout=120).count("joined") == 40
-
-
-JOINS = """
-import torch
-from vpt_fast.world import join_world
-
-with join_world("cpu") as world, world.joined(torch.nn.Linear(1, 1)):
-    print("joined", flush=True)
-"""
-
-
-def test_processes_join_without_a_warning(tmp_path):
-    script = tmp_path / "joins.py"
-    script.write_text(JOINS)
     found = run([*TORCHRUN, str(script)], timeout=120, PYTHONWARNINGS="error::FutureWarning")
-    assert found.count("joined") == 2
+    assert found.count("joined") == 40
 
 
-def launch(module: list[str], images, out, *more: str) -> None:
-    run([*module, "train", f"--data={images}", f"--out={out}", *ARGUMENTS, *more], timeout=300)
+def train(command, data, folder: Path, *more: str) -> tuple[Begun, Begun]:
+    """The runs of one process, which is this one, and of two."""
+    one, two = folder / "one", folder / "two"
+    done = command("train", f"--data={data}", f"--out={one}", *ARGUMENTS, *more)
+    assert done.exit_code == 0, done.output
+    arguments = ["train", f"--data={data}", f"--out={two}", *ARGUMENTS, *more]
+    run([*TORCHRUN, "-m", "vpt_fast.cli", *arguments], timeout=300)
+    return RunFolder(one).read(), RunFolder(two).read()
 
 
 def run(arguments: list[str], timeout: float, **more: str) -> str:
