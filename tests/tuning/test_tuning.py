@@ -39,8 +39,8 @@ WAYS = {
     "adapter": (AdapterTuning, {"reduction": 8}),
     "lora": (LoRATuning, {"rank": 2}),
 }
-# The plain ViT; one with registers, LayerScale, norms on queries and keys, on attention's output and in the MLP,
-# and a mean over the patches; and two of Eva.
+# The plain ViT; one with registers, LayerScale, a mean over the patches, and norms on queries and keys, on
+# attention's output and in the MLP; and two of Eva.
 BACKBONES = {
     "plain": {},
     "rich": dict(
