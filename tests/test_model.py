@@ -762,6 +762,23 @@ def test_gradient_reaches_images_that_ask_for_one() -> None:
     assert (images.grad * step).sum() * 2 == pytest.approx(change.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_widened_patch_embedding_gives_its_norm_the_dtype_that_it_takes(dtype: torch.dtype) -> None:
+    settings = dict(num_prompts=2, prompt_type="shallow", prompt_location="concat-channel")
+    model = PromptedViT(tiny_vit(dtype, embed_norm_layer=torch.nn.LayerNorm), 5, **settings)
+    images, _ = random_batch(model, dtype=torch.float32)
+    model(images).sum().backward()
+    assert model.backbone.stem.patch_embed.proj.weight.grad.isfinite().all()
+
+
+def test_widened_patch_embedding_keeps_the_weights_of_a_float64_backbone() -> None:
+    vit = tiny_vit()
+    with torch.no_grad():
+        vit.patch_embed.proj.weight += 1e-12  # which float32 would lose
+    model = PromptedViT(vit, 5, 2, "shallow", prompt_location="concat-channel")
+    assert torch.equal(model.backbone.stem.patch_embed.proj.weight[:, :3], vit.patch_embed.proj.weight)
+
+
 def test_bias_of_the_widened_patch_embedding_may_be_trained_alone() -> None:
     model = PromptedViT(tiny_vit(), 5, 2, "shallow", prompt_location="concat-channel").double()
     images, _ = random_batch(model)

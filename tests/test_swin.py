@@ -362,6 +362,15 @@ def test_estimate_of_kept_bytes(settings: dict[str, Any], rows: int, memory: str
     assert kept.total == model.estimate_training_bytes(BATCH)["kept"] + BATCH * after * 8
 
 
+def test_prompts_that_flow_are_in_the_estimate_of_recompute_for_a_single_image() -> None:
+    model, _ = prompted_and_defined(tiny_swin(), num_prompts=M, prompt_type="shallow", memory="recompute")
+    images, _ = random_batch(model, 1)
+    with KeptBytes(model, images) as kept:
+        model(images)
+    after = (T + M) * (32 + 2) + 32  # as above
+    assert kept.total == model.estimate_training_bytes(1)["kept"] + after * 8
+
+
 def test_auto_memory_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3, memory="auto")
     for free, expected in ((10**12, "exact"), (0, "recompute")):

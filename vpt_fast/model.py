@@ -189,6 +189,7 @@ class PromptedViT(PromptedClassifier):
         """Adds `extra` input channels to the patch embedding and trains all of it, in at least float32."""
         frozen = self.backbone.stem.patch_embed.proj
         require_no_hooks(frozen, "backbone: patch_embed.proj")
+        wide = torch.promote_types(frozen.weight.dtype, torch.float32)
         trained = nn.Conv2d(
             frozen.in_channels + extra,
             frozen.out_channels,
@@ -196,6 +197,7 @@ class PromptedViT(PromptedClassifier):
             frozen.stride,
             bias=frozen.bias is not None,
             device=frozen.weight.device,
+            dtype=wide,
         )
         bound = init_bound(self.patch_size, self.embed_dim)
         with torch.no_grad():
@@ -204,6 +206,7 @@ class PromptedViT(PromptedClassifier):
             if trained.bias is not None:
                 trained.bias.copy_(frozen.bias)
         self.backbone.stem.patch_embed.proj = trained
+        self.backbone.stem.patch_embed.norm.to(wide)  # it takes no input of another dtype than its own
 
     def _options(self) -> dict[str, Any]:
         residual = self.backbone.residual_dtype

@@ -201,7 +201,9 @@ class PromptedSwin(PromptedClassifier):
                 grad_tokens=index > 0 or self.backbone.trains_embedding,
                 policy=policy,
             )
-            kept = cost.kept_bytes(block, **call, prompts_formed=settings.prompt_dropout > 0.0)
+            # What flows is an earlier block's output: for a single image it looks like shared prompts.
+            is_formed = flowed or settings.prompt_dropout > 0.0
+            kept = cost.kept_bytes(block, **call, prompts_formed=is_formed)
             if not flowed:
                 kept += mask_bytes(settings, batch_size, block.proj_weight.shape[0], self.prompts[0])
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)

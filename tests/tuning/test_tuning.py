@@ -39,17 +39,21 @@ WAYS = {
     "adapter": (AdapterTuning, {"reduction": 8}),
     "lora": (LoRATuning, {"rank": 2}),
 }
-# Registers, LayerScale, query-key norm and a mean over the patches; and the plain ViT; and two of Eva.
+# The plain ViT; one with registers, LayerScale, a mean over the patches, and norms on queries and keys, on
+# attention's output and in the MLP; and two of Eva.
 BACKBONES = {
     "plain": {},
-    "rich": dict(reg_tokens=2, init_values=0.1, qk_norm=True, global_pool="avg", fc_norm=True),
+    "rich": dict(
+        reg_tokens=2, init_values=0.1, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True,
+        global_pool="avg", fc_norm=True,
+    ),
     "dinov3": dict(
         build=tiny_eva, rope_type="dinov3", rope_rotate_half=True, init_values=0.1, num_reg_tokens=2,
         dynamic_img_size=True,
     ),
     "mixed": dict(
         build=tiny_eva, rope_type="mixed", attn_type="rope", qkv_fused=False, swiglu_mlp=True,
-        scale_mlp=True,
+        scale_mlp=True, scale_attn_inner=True,
     ),
 }  # fmt: skip
 

@@ -321,7 +321,8 @@ class FrozenViT(nn.Module):
         )
         dropout = attn.attn_drop.p if attn.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, N, D)
-        return self._scale_attention(block, attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2))))
+        out = attn.norm(out.transpose(1, 2).flatten(2))
+        return self._scale_attention(block, attn.proj_drop(attn.proj(out)))
 
     @staticmethod
     def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
