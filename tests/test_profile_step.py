@@ -89,6 +89,8 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
 
 def test_what_differs_is_in_the_default_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    monkeypatch.setattr(profile_step, "profile_steps", lambda *_: ([], 1.0))
+    monkeypatch.setattr(profile_step, "host_ms", lambda *_: 1.0)
     for flags in (["--memory", "exact"], ["--memory", "compact"], ["--dtype", "bfloat16"]):
         assert CliRunner().invoke(APP, [*TINY, *flags]).exit_code == 0
     setting = "vit_tiny_patch16_224-2-deep-prompts-batch-1"
