@@ -122,7 +122,7 @@ def start(
     where = choose_device(device)
     name = one_of("dtype", dtype or ("bfloat16" if where.type == "cuda" else "float32"), DTYPES)
     header = {**make_header(where), "dtype": name, "repeats": repeats}
-    report = Report(output_path(output, header, benchmark), header, row_type, fresh)
+    report = Report(output_path(output, header, row_type, benchmark), header, row_type, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
     if where.type == "cpu":
         console.print("Triton's kernels are not measured on a CPU: `torch` is their definition in PyTorch.")

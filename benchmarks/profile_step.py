@@ -186,7 +186,7 @@ def main(
         raise typer.BadParameter(f"memory: got {memory!r} with {implementation}, which has no policies")
     header = {**make_header(where), **asdict(setting), "implementation": implementation, "memory": memory}
     name = "-".join(["profile", implementation, *([memory] if has_policies else []), setting.slug])
-    path = output_path(output, header, name)
+    path = output_path(output, header, Entry, name)
     console = Console()
     console.width = max(console.width, 140)
     start = make_start(setting, where)

@@ -424,7 +424,7 @@ def main(
     names = listed("implementations", implementations or default, IMPLEMENTATIONS)
     require_possible(setting, names, [])
     header = make_header(where)
-    path = output_path(output, header, f"recipe-{setting.slug}")
+    path = output_path(output, header, Row, f"recipe-{setting.slug}")
     protocol = Protocol(test=test_images)
     workers = workers or default_workers()
     steps, epoch_steps = steps or (10 if on_gpu else 1), epoch_steps or (12 if on_gpu else 2)

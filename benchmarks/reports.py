@@ -49,10 +49,8 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     os.replace(partial, path)
 
 
-def resumed(path: Path, header: dict[str, Any], row_type: type) -> dict[str, Any] | None:
-    """The report in `path` if it has all of `header`: the machine, versions, day and settings of this run.
-
-    None where there is no file, or another run's, which this one replaces.
+def read_own(path: Path, row_type: type) -> dict[str, Any] | None:
+    """The report in `path`, None where there is no file.
 
     Args:
         row_type: the dataclass of this benchmark's rows.
@@ -70,7 +68,18 @@ def resumed(path: Path, header: dict[str, Any], row_type: type) -> dict[str, Any
     rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() <= known for row in rows):
         raise typer.BadParameter(f"output: got {path}, want a report of this benchmark or no file")
-    return report if all(report.get(name) == value for name, value in header.items()) else None
+    return report
+
+
+def resumed(path: Path, header: dict[str, Any], row_type: type) -> dict[str, Any] | None:
+    """The report in `path` if it has all of `header`: the machine, versions, day and settings of this run.
+
+    None where there is no file, or another run's, which this one replaces. Raises as `read_own`.
+    """
+    report = read_own(path, row_type)
+    if report is None or any(report.get(name) != value for name, value in header.items()):
+        return None
+    return report
 
 
 def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
@@ -79,11 +88,14 @@ def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
     return RESULTS / "-".join(filter(None, [benchmark, slug, f"{header['date']}.json"]))
 
 
-def output_path(output: Path | None, header: dict[str, Any], benchmark: str = "") -> Path:
+def output_path(output: Path | None, header: dict[str, Any], row_type: type, benchmark: str = "") -> Path:
     """Where results go: what was asked for, else `default_path`. Its folder is made.
 
+    Args:
+        row_type: the dataclass of this benchmark's rows.
+
     Raises:
-        typer.BadParameter: nothing can be written there.
+        typer.BadParameter: nothing can be written there, or a file is there that `read_own` refuses.
     """
     path = output or default_path(header, benchmark)
     try:
@@ -94,6 +106,7 @@ def output_path(output: Path | None, header: dict[str, Any], benchmark: str = ""
             pass
     except OSError as error:
         raise typer.BadParameter(f"output: got {path}, want a file that can be written: {error}") from None
+    read_own(path, row_type)
     return path
 
 

@@ -407,7 +407,7 @@ class Report:
         self, path: Path | None, header: dict[str, Any], asked: dict[Setting, list[Entrant]]
     ) -> None:
         size = f"{header['image_size']}-pixels" if header["image_size"] else ""
-        self.path = output_path(path, header, "-".join(filter(None, [header["dtype"], size])))
+        self.path = output_path(path, header, Row, "-".join(filter(None, [header["dtype"], size])))
         found = resumed(self.path, header, Row) or {"ceiling_tflops": None, "finished": True, "rows": []}
         self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
         there = [Row(**row) for row in found["rows"]]

@@ -81,7 +81,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     found = CliRunner().invoke(APP, [*TINY, "--memory", "recompute", "--output", str(path)])
     assert found.exit_code == 0, found.output
-    report = json.loads(path.read_text())
+    report = reports.read_own(path, profile_step.Entry)  # as the next run reads it, which may replace it
     assert report["memory"] == "recompute" and report["implementation"] == "vpt_fast"
     assert all(row["name"][:20] in found.output for row in report["rows"][:3])
     assert f"{report['host_ms']:.3f} ms, without the profiler" in found.output
@@ -89,6 +89,8 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
 
 def test_what_differs_is_in_the_default_file_s_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "RESULTS", tmp_path)
+    monkeypatch.setattr(profile_step, "profile_steps", lambda *_: ([], 1.0))
+    monkeypatch.setattr(profile_step, "host_ms", lambda *_: 1.0)
     for flags in (["--memory", "exact"], ["--memory", "compact"], ["--dtype", "bfloat16"]):
         assert CliRunner().invoke(APP, [*TINY, *flags]).exit_code == 0
     setting = "vit_tiny_patch16_224-2-deep-prompts-batch-1"
@@ -112,3 +114,11 @@ def test_what_cannot_be_profiled_is_named(flags: list[str], words: list[str]) ->
     found = CliRunner().invoke(APP, [*TINY, *flags])
     assert found.exit_code == 2
     assert all(word in found.output for word in words)
+
+
+def test_a_file_that_another_benchmark_wrote_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "recipe.json"
+    output.write_text(content := json.dumps({"rows": [{"impl": "vpt_fast", "exact": True}]}))
+    found = CliRunner().invoke(APP, [*TINY, "--output", str(output)])
+    assert found.exit_code == 2 and "want a report of this benchmark" in " ".join(found.output.split())
+    assert output.read_text() == content

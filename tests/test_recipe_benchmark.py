@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import implementations  # noqa: E402
 import recipe  # noqa: E402
+import reports  # noqa: E402
 from recipe import Extrapolated, Measured, Protocol  # noqa: E402
 
 SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
@@ -94,7 +95,7 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
     result = CliRunner().invoke(app, [*flags.split(), "--implementations", names, "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "extrapolated from 2 measured steps" in result.output
-    report = json.loads(output.read_text())
+    report = reports.read_own(output, recipe.Row)  # as the next run reads it, which may replace it
     assert [row["impl"] for row in report["rows"]] == names.split(",")
     for row in report["rows"]:
         assert row["exact"] and row["measured"]["train_steps"] == 1
@@ -134,3 +135,13 @@ def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
     result = CliRunner().invoke(app, ["--device", "cpu", *arguments])  # of a flag given twice the last counts
     assert result.exit_code == 2
     assert named in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_file_that_another_benchmark_wrote_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    output.write_text(content := json.dumps({"rows": [{"name": "gemm", "kind": "products"}]}))
+    app = recipe.typer.Typer()
+    app.command()(recipe.main)
+    result = CliRunner().invoke(app, ["--model", "test_vit", "--device", "cpu", "--output", str(output)])
+    assert result.exit_code == 2 and "want a report of this benchmark" in " ".join(result.output.split())
+    assert output.read_text() == content

@@ -533,6 +533,8 @@ class TunedModel(nn.Module, metaclass=_Built):
             )
         if model._backbone_config.name is None:
             model._recorded_call = settings.get("backbone_call")
+            if saved.architecture:  # else the instance may have other settings than the name stands for
+                model._backbone_config = saved
         # Files of earlier versions have no architecture.
         changed = differences(saved.architecture or {}, model.backbone.architecture, model.unread_settings)
         if saved.architecture and changed:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -24,10 +23,12 @@ from vpt_fast.flags import (
     DeviceFlag,
     JsonFlag,
     LastingConsole,
+    NameConsole,
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
     one_line_errors,
+    print_error,
     refuse,
     with_recipe_flags,
 )
@@ -156,12 +157,12 @@ def evaluate(
             batch_size=batch_size or BATCH_SIZE,
             workers=workers,
             data_root=data_root,
-            console=Console(stderr=True, emoji=False),
+            console=NameConsole(stderr=True),
         )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return
-    console = Console(emoji=False)
+    console = NameConsole()
     table = Table(_names("class"), "images", "correct", "accuracy")
     for name, images, correct in zip(
         found.classes, found.evaluation.images, found.evaluation.correct, strict=True
@@ -190,7 +191,7 @@ def _evaluate_scenes(
         multi_scale=multi_scale,
         windows=windows or WINDOWS,
         workers=workers,
-        console=Console(stderr=True, emoji=False),
+        console=NameConsole(stderr=True),
     ).to_dict()
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, indent=2))
@@ -198,7 +199,7 @@ def _evaluate_scenes(
     table = Table(_names("class"), "IoU")
     for name, scores in found["per_class"].items():
         table.add_row(escape(name), "-" if scores["iou"] is None else f"{scores['iou']:.2%}")
-    console = Console(emoji=False)
+    console = NameConsole()
     console.print(table)
     console.print(
         f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} ({found['images']} images"
@@ -260,13 +261,12 @@ def predict(
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
         if len(failed) < len(answers):
-            Console(emoji=False).print(table)
+            NameConsole().print(table)
         for answer in answers:
             if "mask" in answer:
                 typer.echo(f"{answer['mask']}, {answer['overlay']}")
-    errors = Console(stderr=True, soft_wrap=True, emoji=False)
     for answer in failed:
-        errors.print(f"[red]error:[/] {escape(answer['image'])}: {escape(answer['error'])}", highlight=False)
+        print_error(f"{answer['image']}: {answer['error']}")
     if failed:
         raise typer.Exit(1)
 
@@ -292,7 +292,7 @@ def methods(
         shown = Table(*header)
         for line in body:
             shown.add_row(*line)
-        Console().print(shown)
+        NameConsole().print(shown)
     for method, reason in reasons.items():
         typer.echo(f"{method}: {reason}", err=True)
 

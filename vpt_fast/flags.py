@@ -99,16 +99,23 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
-class LastingConsole(Console):
+class NameConsole(Console):
+    """rich's console for text with names of files and classes: it takes no `:dog:` in them for an emoji."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(emoji=False, **settings)
+
+
+class LastingConsole(NameConsole):
     """Stdout of a long-running command: if its reader closes it (`vpt-fast train ... | head`), further output
     is discarded and the work goes on.
 
-    Brackets and colons in paths are not interpreted as markup, and long lines are not wrapped, so that paths
-    can be copied and logs searched.
+    Brackets in paths are not interpreted as markup, and long lines are not wrapped, so that paths can be
+    copied and logs searched.
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(markup=False, emoji=False, soft_wrap=True, **settings)
+        super().__init__(markup=False, soft_wrap=True, **settings)
 
     def on_broken_pipe(self) -> None:
         # The process's stdout, not only this console: Python flushes unwritten output at exit.
@@ -116,9 +123,13 @@ class LastingConsole(Console):
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def fail(error: Exception | str, code: int) -> None:
-    console = Console(stderr=True, soft_wrap=True, emoji=False)
+def print_error(error: Exception | str) -> None:
+    console = NameConsole(stderr=True, soft_wrap=True)
     console.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+
+
+def fail(error: Exception | str, code: int) -> None:
+    print_error(error)
     raise typer.Exit(code)
 
 

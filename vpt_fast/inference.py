@@ -27,7 +27,7 @@ from vpt_fast.data import (
 )
 from vpt_fast.data.folder import images_below
 from vpt_fast.data.images import require_utf8
-from vpt_fast.pretrained import load_pretrained
+from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
 from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder, list_digest
@@ -68,8 +68,9 @@ class LoadedRun:
         """From a run folder or its prompts folder; with the backbone of this name, or this file of its
         weights, if it is no longer where the run found it.
 
-        Raises ValueError if it is neither, if the backbone is not the one that it was trained on, or if its
-        weights were in no file.
+        Raises ValueError if it is neither, if the backbone is not the one that it was trained on, or if there
+        is a `checkpoint` and the run read its backbone from no file, or holds all weights itself, as after
+        full fine-tuning.
         """
         folder = RunFolder(run).prompts
         if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
@@ -87,6 +88,11 @@ class LoadedRun:
             raise ValueError(
                 f"checkpoint: got {checkpoint}, and the run in {run} read its backbone's weights from no file"
             )
+        if checkpoint is not None and class_of(settings, folder)._stores_backbone(settings["options"]):
+            raise ValueError(
+                f"checkpoint: got {checkpoint}, and the run in {run} trained the whole backbone and holds "
+                "its weights itself; leave it out"
+            )
         # The run's kernels may have been chosen for a device or precision that is not used here.
         overrides = {name: "auto" for name in ("backend", "attention") if name in settings["options"]}
         if checkpoint is not None:
@@ -94,13 +100,7 @@ class LoadedRun:
         with torch.random.fork_rng(devices=[]):
             # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
-            try:
-                model = load_pretrained(folder, backbone, **overrides)
-            except TypeError as error:
-                if checkpoint is None:
-                    raise
-                # The run holds all weights itself, as full fine-tuning does.
-                raise ValueError(str(error)) from error
+            model = load_pretrained(folder, backbone, **overrides)
         return cls(model.to(chosen).eval(), labels, chosen)
 
 

@@ -38,7 +38,14 @@ from vpt_fast.plots import plot_curves
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Evaluated, Objective, Problem, Source
 from vpt_fast.recipe import SEGMENTATION, Recipe
-from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
+from vpt_fast.report import (
+    Progress,
+    checking_images,
+    computing_features,
+    evaluating,
+    print_skipped,
+    print_start,
+)
 from vpt_fast.run import (
     PROMPTS_GONE,
     Begun,
@@ -161,23 +168,33 @@ def train(
         images_text = problem.describe_images(recipe, train_batches)
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
+        rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
+        done = len(rows)
+
         # The network to train: with cached features, the trained part alone.
         optimizer, names = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         network: nn.Module = model
         feature_seconds = 0.0
-        if isinstance(model, TunedClassifier) and caches_features(recipe, model, splits, world):
-            console.print("Computing the frozen features once.")
+        if (
+            done < recipe.epochs
+            and isinstance(model, TunedClassifier)
+            and caches_features(recipe, model, splits, world)
+        ):
             network = TrainedPart(model)
-            if val_images is not None:
-                val_batches = FeatureBatches(
-                    model, val_images, preprocessing, recipe, world, cache, train=False
+            num_features = len(splits.train) + len(splits.val or ())
+            with computing_features(
+                console, num_features, feature_bytes(model, splits), world.device
+            ) as advance:
+                if val_images is not None:
+                    val_batches = FeatureBatches(
+                        model, val_images, preprocessing, recipe, world, cache, advance, train=False
+                    )
+                started = time.perf_counter()
+                train_batches = FeatureBatches(
+                    model, train_images, preprocessing, recipe, world, cache, advance, train=True
                 )
-            started = time.perf_counter()
-            train_batches = FeatureBatches(
-                model, train_images, preprocessing, recipe, world, cache, train=True
-            )
-            feature_seconds = time.perf_counter() - started
+                feature_seconds = time.perf_counter() - started
         parallel = stack.enter_context(world.joined(network))
         objective = problem.objective(recipe, splits, world)
         num_images = recipe.step_images(len(splits.train))
@@ -186,18 +203,15 @@ def train(
         )
 
         # Begin, or resume after the last completed epoch.
-        rows: list[dict[str, Any]] = []
         if begun and begun.checkpoint:
             model.load_trainable_state_dict(begun.checkpoint.trainable)
             load_optimizer(optimizer, names, begun.checkpoint.optimizer)
             scaler.load_state_dict(begun.checkpoint.scaler)
-            rows = begun.metrics
-            console.print(f"Going on after epoch {len(rows)} of {recipe.epochs}.")
+            console.print(f"Going on after epoch {done} of {recipe.epochs}.")
         elif world.is_main:
             with saving(folder, "the start of the run"):
                 folder.clear()
                 folder.begin(recipe, facts)
-        done = len(rows)
         labels = labels_of(recipe, splits, preprocessing, listed["val"])
         if done == recipe.epochs and world.is_main:
             with saving(folder, "the prompts"):  # they may be damaged, and no epoch is left to write them
@@ -570,13 +584,18 @@ def caches_features(recipe: Recipe, model: TunedClassifier, splits: Any, world: 
     """Whether the trained part's inputs are the same in every epoch and small enough to keep."""
     if model.feature_shape is None or recipe.augment != "none":
         return False
-    num_images = sum(len(images) for images in (splits.train, splits.val) if images)
-    return 4 * math.prod(model.feature_shape) * num_images <= device_budget(world.device)
+    return feature_bytes(model, splits) <= device_budget(world.device)
+
+
+def feature_bytes(model: TunedClassifier, splits: Any) -> int:
+    """Bytes of the frozen features of all train and val images, in float32."""
+    assert model.feature_shape is not None
+    return 4 * math.prod(model.feature_shape) * (len(splits.train) + len(splits.val or ()))
 
 
 class FeatureBatches:
     """As Classification.batches, with frozen features in place of images. Each process computes all of them
-    once."""
+    once. `advance` is called with a number of images whenever theirs are computed."""
 
     def __init__(
         self,
@@ -586,6 +605,7 @@ class FeatureBatches:
         recipe: Recipe,
         world: World,
         cache: TrainingCache,
+        advance: Callable[[int], None],
         *,
         train: bool,
     ) -> None:
@@ -594,7 +614,7 @@ class FeatureBatches:
         self.features, self.labels = cache.get(
             "features",
             (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
-            lambda: compute_features(model, images, preprocessing, recipe, world),
+            lambda: compute_features(model, images, preprocessing, recipe, world, advance),
         )
 
     def __len__(self) -> int:
@@ -607,7 +627,12 @@ class FeatureBatches:
 
 
 def compute_features(
-    model: TunedClassifier, images: CheckedImages, preprocessing: Preprocessing, recipe: Recipe, world: World
+    model: TunedClassifier,
+    images: CheckedImages,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    advance: Callable[[int], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Frozen features of all images in order, (n, d), or (n, N, d) for tokens; and labels (n,)."""
     in_order = Batches(
@@ -619,9 +644,13 @@ def compute_features(
         device=world.device,
         workers=recipe.workers,
     )
+    features, labels = [], []
     with autocast(recipe.precision, world.device):
-        found = [(model.frozen_features(x), y) for x, y in in_order.epoch(0)]
-    return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
+        for x, y in in_order.epoch(0):  # x (b, 3, H, W), y (b,)
+            features.append(model.frozen_features(x))
+            labels.append(y)
+            advance(len(y))
+    return torch.cat(features), torch.cat(labels)
 
 
 def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own: str | None) -> str | None:

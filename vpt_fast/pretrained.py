@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vpt_fast.backbones.timm_eva import TimmViT
@@ -67,7 +68,16 @@ def load_pretrained(
             or not those that the model was trained on.
     """
     settings, _ = read_pretrained(path)
+    return class_of(settings, path).from_pretrained(path, backbone, **overrides)
+
+
+def class_of(settings: Mapping[str, Any], path: str | os.PathLike[str]) -> type[TunedModel]:
+    """The class of the saved model in `path`, whose settings `read_pretrained` gave.
+
+    Raises:
+        ValueError: an unknown class.
+    """
     kind = settings["model"]
     if kind not in MODELS:
         raise ValueError(f"{path}: holds a {kind!r}, want one of {', '.join(MODELS)}")
-    return MODELS[kind].from_pretrained(path, backbone, **overrides)
+    return MODELS[kind]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -100,6 +101,21 @@ def checking_images(console: Console, total: int) -> Iterator[Callable[[int, int
 def evaluating(console: Console, split: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; yields the callback for evaluate, which takes a number of images."""
     with _bar(console, f"evaluating {split}", total) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def computing_features(
+    console: Console, total: int, num_bytes: int, device: torch.device
+) -> Iterator[Callable[[int], None]]:
+    """Says what the frozen features of `total` images cost; then a progress bar, whose callback it yields,
+    which takes a number of images."""
+    console.print(
+        f"Computing the frozen features of {total:,} images once, {filesize.decimal(num_bytes)} on {device}; "
+        "epochs then train on these.",
+        highlight=False,
+    )
+    with _bar(console, "frozen features", total) as advance:
         yield advance
 
 

@@ -125,7 +125,8 @@ class Sweep:
         axes: setting -> values to search; {} searches nothing: `settings` are final.
         seeds: of the final runs.
         sampler: "grid" tries every combination; "tpe" or "random" (Optuna's) choose `trials` of them.
-        trials: number of trials, for "tpe" and "random".
+        trials: number of trials, for "tpe" and "random". Settings that the sampler chooses again count as a
+            trial, as in Optuna, and are not trained again.
         pruner: "none", or Optuna's "median" or "hyperband", which end trials with a low val accuracy early.
 
     Raises:
@@ -702,13 +703,12 @@ class _Worker:
 
         trial.set_user_attr("owner", _owner())
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
-        for twin in self.study.get_trials(deepcopy=False):
-            if twin.number != trial.number and twin.params == params:
-                if twin.state.name == "COMPLETE":  # a sampler may repeat a choice; so would the result
-                    return twin.value
-                if twin.state.name == "RUNNING" and twin.number < trial.number:
-                    time.sleep(POLL_SECONDS)
-                    raise _Twin
+        twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
+        if done := next(filter(_is_done, twins), None):
+            return self._repeat(trial, done)
+        if any(twin.state.name == "RUNNING" and twin.number < trial.number for twin in twins):
+            time.sleep(POLL_SECONDS)
+            raise _Twin
 
         recipe = self.recipe(**params)
 
@@ -734,8 +734,29 @@ class _Worker:
         trial.set_user_attr("results", result.results)
         trial.set_user_attr("parameters", result.facts["parameters"])
         value = result.results[self.metric]
-        self.display.end(params, f"{self.metric.replace('_', ' ')} {value:.2%}")
+        self.display.end(params, self._outcome(value))
         return value
+
+    def _repeat(self, trial: Trial, done: FrozenTrial) -> float:
+        """Ends a trial as the earlier one with its settings ended, which trained and would again give the
+        same. Samplers draw settings more than once; as everywhere in Optuna, each draw is a trial."""
+        import optuna
+
+        for epoch, accuracy in done.intermediate_values.items():
+            trial.report(accuracy, epoch)
+        if (reason := done.user_attrs.get("diverged")) is not None:
+            trial.set_user_attr("diverged", reason)
+            self.display.repeat(done.params, "diverged")
+            raise TrainingDiverged(reason)
+        if done.state.name == "PRUNED":
+            self.display.repeat(done.params, "pruned")
+            raise optuna.TrialPruned
+        assert done.value is not None, "it is complete"
+        self.display.repeat(done.params, self._outcome(done.value))
+        return done.value
+
+    def _outcome(self, value: float) -> str:
+        return f"{self.metric.replace('_', ' ')} {value:.2%}"
 
     def _give_back_dead(self) -> None:
         """Fails trials whose process has died: on this machine at once, elsewhere after the grace period."""
@@ -914,6 +935,9 @@ class _Display:
             self._first_seconds = seconds
             about = _duration(left * seconds / self._relative_cost(params))
             self._console.print(f"{left} {self._noun}s are left, about {about}", highlight=False)
+
+    def repeat(self, params: Params, outcome: str) -> None:
+        self._console.print(f"{self._name(params)}: as before, {outcome}", highlight=False)
 
     def wait(self, running: int) -> None:
         self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")

@@ -51,7 +51,8 @@ SamplerFlag = Annotated[
 TrialsFlag = Annotated[
     int | None,
     typer.Option(
-        help="Number of trials; required for tpe and random.",
+        help="Number of trials; required for tpe and random. As in Optuna, settings that the sampler chooses "
+        "again count as a trial; they are not trained again.",
         rich_help_panel=PANEL,
         show_default=False,
     ),
@@ -118,13 +119,14 @@ def sweep(
         console = LastingConsole()
         found = run_sweep(plan, folder, storage=storage, console=console)
     if not found["finished"]:
-        console.print(f"Stopped after {len(found['trials'])} trials; the same command goes on from there.")
+        tried = len(found["trials"])
+        console.print(f"Stopped with {tried} combinations tried; the same command goes on from there.")
         raise typer.Exit(130)
     if best := found["best"]:
         chosen = ", ".join(f"{name} {value}" for name, value in best["params"].items())
-        console.print(
-            f"best of {len(found['trials'])} trials: {chosen}; val accuracy {best['val_accuracy']:.2%}"
-        )
+        trials, tried = found["num_trials"], len(found["trials"])
+        repeats = "" if tried == trials else f" of {tried} combinations"  # a sampler may choose one again
+        console.print(f"best of {trials} trials{repeats}: {chosen}; val accuracy {best['val_accuracy']:.2%}")
     final = found["final"]
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"

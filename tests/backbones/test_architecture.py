@@ -12,7 +12,17 @@ import pytest
 import timm
 import torch
 from checkpoint_files import SMALL_CONVNEXT, SMALL_RESNET, small
-from timm.layers import QuickGELU
+from timm.layers import (
+    BlurPool2d,
+    CondConv2d,
+    Conv2dSame,
+    EvoNorm2dS0,
+    QuickGELU,
+    SEModule,
+    StdConv2d,
+    StdConv2dSame,
+)
+from timm.layers.pool2d_same import MaxPool2dSame
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 
@@ -98,6 +108,37 @@ def test_instance_with_the_same_weights_and_another_setting_is_refused_by_name(
     model.save_pretrained(tmp_path)
     assert build(other).backbone.fingerprint == model.backbone.fingerprint
     with pytest.raises(ValueError, match=re.escape(message)):
+        load_pretrained(tmp_path, other)
+
+
+LAYERS = [
+    (nn.AvgPool2d(3), nn.AvgPool2d(3, count_include_pad=False), "count_include_pad was True and is False"),
+    (nn.AvgPool2d(3), nn.MaxPool2d(3), "pool was avg and is max"),
+    (nn.MaxPool2d(3), nn.Identity(), "pool was max and is None"),
+    (MaxPool2dSame(3, 2), nn.MaxPool2d((3, 3), (2, 2), (0, 0)), "same_padding was True and is False"),
+    (nn.Conv2d(4, 4, 3), Conv2dSame(4, 4, 3), "same_padding was False and is True"),
+    (StdConv2d(4, 4, 3, 2, padding=0), StdConv2dSame(4, 4, 3, 2), "same_padding was False and is True"),
+    (CondConv2d(4, 4, 3, 2), CondConv2d(4, 4, 3, 2, padding="same"), "same_padding was False and is True"),
+    (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding_mode="reflect"), "padding_mode was zeros and is reflect"),
+    (BlurPool2d(4, filt_size=3), BlurPool2d(4, filt_size=5), "filt_size was 3 and is 5"),
+    (BlurPool2d(4), BlurPool2d(4, pad_mode="constant"), "pad_mode was reflect and is constant"),
+    (SEModule(8), SEModule(8, add_maxpool=True), "add_maxpool was False and is True"),
+    (nn.GroupNorm(2, 8), nn.GroupNorm(4, 8), "num_groups was 2 and is 4"),
+    (EvoNorm2dS0(8, groups=2), EvoNorm2dS0(8, groups=4), "num_groups was 2 and is 4"),
+    (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), "negative_slope was 0.1 and is 0.2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one, other, message", LAYERS, ids=[layer[2] for layer in LAYERS])
+def test_setting_of_a_convnets_layer_tells_it_apart(one: nn.Module, other: nn.Module, message: str) -> None:
+    assert message in "; ".join(differences(architecture(one), architecture(other)))
+
+
+def test_instance_without_the_pooling_that_it_was_trained_with_is_refused(tmp_path: Path) -> None:
+    LinearProbe(resnet(), 5).save_pretrained(tmp_path)
+    other = resnet()
+    other.maxpool = nn.Identity()
+    with pytest.raises(ValueError, match=r"maxpool\.pool was max and is None"):
         load_pretrained(tmp_path, other)
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vpt_fast import loop
-from vpt_fast.inference import require_same_classes
+from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
 
 
@@ -583,4 +583,18 @@ def test_eval_refuses_a_checkpoint_where_the_run_had_none(command, color_images,
 def test_eval_refuses_a_checkpoint_where_the_run_holds_all_weights(command, color_images, tmp_path):
     file = train_on_a_file(command, color_images, tmp_path, method="full", **PLAIN)
     result = command("eval", tmp_path / "run", "--data", color_images, "--checkpoint", file)
-    assert result.exit_code == 2 and "got checkpoint, want none" in result.stderr
+    assert result.exit_code == 2 and "holds its weights itself" in " ".join(result.stderr.split())
+
+
+def test_a_bug_in_loading_with_a_checkpoint_is_no_refusal(run, tmp_path, monkeypatch):
+    prompts = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    config = json.loads((prompts / "config.json").read_text())
+    config["backbone"]["checkpoint"] = "weights.pth"
+    (prompts / "config.json").write_text(json.dumps(config))
+
+    def fail(*args, **kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("vpt_fast.inference.load_pretrained", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        LoadedRun.load(prompts, "cpu", checkpoint=tmp_path / "weights.pth")

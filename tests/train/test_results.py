@@ -117,6 +117,14 @@ def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
     assert result.new_epochs == 0 and result.results["test_images"] == 6
 
 
+def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(short, method="linear", num_prompts=None, prompt_dropout=None)
+    train(recipe, tmp_path / "run")
+    monkeypatch.setattr(loop, "FeatureBatches", None)
+    result = train(dataclasses.replace(recipe, test=True), tmp_path / "run")
+    assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
 def test_train_fraction_trains_on_fewer_images(short, tmp_path):
     result = train(dataclasses.replace(short, train_fraction=0.34), tmp_path / "run")
     assert result.facts["data"]["train"]["per_class"] == [3, 3, 3]

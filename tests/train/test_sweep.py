@@ -428,6 +428,61 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
     assert found["finished"] and 1 <= len(found["trials"]) <= 2
 
 
+@pytest.fixture
+def sampler_that_repeats(monkeypatch):
+    """Chooses the first value in every trial."""
+    import optuna
+
+    class First(optuna.samplers.RandomSampler):
+        def sample_independent(self, study, trial, name, distribution):
+            return distribution.choices[0]
+
+    monkeypatch.setattr(optuna.samplers, "TPESampler", First)
+
+
+REPEATED = {"base_lr": (0.5, 0.1)}
+
+
+def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
+    settings, tmp_path, trained, sampler_that_repeats
+):
+    plan = Sweep(settings, REPEATED, seeds=(1,), sampler="tpe", trials=3)
+    found = run_sweep(plan, tmp_path)
+    assert found["finished"] and trained == ["base_lr=0.5", "seed-1"]
+    study, _ = sweep._open_studies(plan, digest_inputs(plan, TrainingCache()), tmp_path, None)
+    outcomes = [(trial.state.name, trial.value, trial.intermediate_values) for trial in study.trials]
+    assert len(outcomes) == 3 and outcomes[1:] == outcomes[:1] * 2 and len(outcomes[0][2]) == 2
+
+
+def test_pruned_settings_that_a_sampler_repeats_are_pruned_again_without_training(
+    settings, tmp_path, trained, sampler_that_repeats, monkeypatch
+):
+    import optuna
+
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    with pytest.raises(ValueError, match="no trial in"):
+        run_sweep(Sweep(settings, REPEATED, sampler="tpe", trials=2, pruner="median"), tmp_path)
+    assert trained == ["base_lr=0.5"]
+
+
+def test_diverged_settings_that_a_sampler_repeats_are_not_trained_again(
+    settings, tmp_path, trained, sampler_that_repeats
+):
+    plan = Sweep(settings, {"base_lr": (1e38, 0.1)}, sampler="tpe", trials=2)
+    with pytest.raises(ValueError, match="no trial in .* the loss is"):
+        run_sweep(plan, tmp_path)
+    assert trained == ["base_lr=1e+38"]
+
+
+def test_command_says_that_a_sampler_repeated_settings(command, color_images, tmp_path, sampler_that_repeats):
+    flags = [f"--data={color_images}", f"--out={tmp_path / 'sweep'}", "--backbone=train_test_vit"]
+    flags += ["--method=linear", "--epochs=1", "--device=cpu", "--seeds=1", "--over=base_lr=0.5,0.1"]
+    result = command("sweep", *flags, "--sampler=tpe", "--trials=2")
+    assert result.exit_code == 0, result.output
+    assert "trial 2/2 base_lr=0.5: as before, val accuracy" in result.output
+    assert "best of 2 trials of 1 combinations: base_lr 0.5" in result.output
+
+
 def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
     plan = Sweep({**settings, "seed": 2**40}, {"base_lr": (0.5, 0.1)}, seeds=(1,), sampler="tpe", trials=1)
     assert run_sweep(plan, tmp_path)["finished"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import signal
 
 import pytest
 import torch
+from rich.console import Console
 from test_loop import interrupt_at_step, require_equal, trained
 
-from vpt_fast import load_pretrained, loop
+from vpt_fast import LinearProbe, load_pretrained, loop, report
 from vpt_fast.classification import CrossEntropy, class_weights
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
@@ -88,6 +92,38 @@ def test_frozen_part_runs_once_for_each_image_without_augmentation(small, tmp_pa
     seen.clear()
     train(small(method, augment="flip"), tmp_path / "augmented")
     assert sum(seen) == 2 * (27 + 9)
+
+
+def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_path, monkeypatch):
+    counted = []
+
+    @contextlib.contextmanager
+    def computing_features(*arguments):
+        with report.computing_features(*arguments):
+            yield counted.append
+
+    monkeypatch.setattr(loop, "computing_features", computing_features)
+    console = Console(file=io.StringIO(), width=200)
+    train(small("partial-1"), tmp_path / "run", console=console)
+    # Of each image the class token's and 16 patches' 32 floats.
+    said = "frozen features of 36 images once, 78.3 kB on cpu"
+    assert said in console.file.getvalue() and 36 * 17 * 32 * 4 == 78_336
+    assert sum(counted) == 36
+
+
+def test_ctrl_c_interrupts_the_computation_of_frozen_features(small, tmp_path, monkeypatch):
+    seen = []
+
+    def frozen_features(self, images):
+        seen.append(len(images))
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearProbe, "frozen_features", frozen_features)
+        with pytest.raises(KeyboardInterrupt):
+            train(small("linear"), tmp_path / "run")
+    assert len(seen) == 1 and not (tmp_path / "run").exists()
+    assert train(small("linear"), tmp_path / "run").is_finished
 
 
 def resolve(recipe: Recipe) -> Recipe:

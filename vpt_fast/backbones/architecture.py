@@ -15,16 +15,20 @@ _ATTRIBUTES = (
     "rotate_half", "temperature", "grid_offset", "grid_indexing", "max_res", "in_pixels",  # rotary positions
     "ref_feat_shape", "min_period", "max_period", "normalize_coords", "mrope_section",
     "global_pool", "pool_type", "pool_include_prefix", "no_embed_class",
-    "kernel_size", "stride", "padding", "dilation", "ceil_mode",  # convolutions and pooling
+    "kernel_size", "stride", "padding", "padding_mode", "dilation", "ceil_mode",  # convolutions and pooling
+    "count_include_pad", "filt_size", "pad_mode",
+    "add_maxpool", "has_skip", "no_skip", "residual", "shortcut", "use_shortcut",  # blocks of ConvNets
+    "negative_slope",  # of an activation
     "eps", "alpha", "beta", "gamma", "attn_gain",  # of standardised weights, and of networks without norms
 )  # fmt: skip
 POOLING = ("global_pool", "pool_include_prefix")  # of a whole model, in its record
+_POOLS = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 _NORMS = ("rms", "batch", "group", "layer")
 _ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "silu"}
 
 # Recorded of whole modules: if only one of two backbones has such a field, they differ. Attributes may just
 # have come with another version of timm.
-_OF_MODULES = ("norm", "activation", "num_heads")
+_OF_MODULES = ("norm", "activation", "num_heads", "pool")
 
 
 def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str, Any]:
@@ -46,9 +50,16 @@ def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str,
         settings = {
             name: getattr(module, name) for name in _ATTRIBUTES if _is_plain(getattr(module, name, None))
         }
+        if hasattr(module, "kernel_size") and hasattr(module, "padding"):
+            settings["same_padding"] = _is_padded_by_size(module)
+        if pool := next((kind for layer, kind in _POOLS.items() if isinstance(module, layer)), None):
+            settings["pool"] = pool
         if norm := _norm(module):
             settings["norm"] = norm
             settings.pop("eps", None)  # the norm's value has it
+            for name in ("num_groups", "groups"):  # the latter of timm's EvoNorm
+                if hasattr(module, name):
+                    settings["num_groups"] = getattr(module, name)
         elif activation := _activation(path, module):
             settings["activation"] = activation
         parts = [part for part in path.split(".") if part and not part.isdigit()]
@@ -82,6 +93,12 @@ def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, float) or isinstance(other, float):
         return isinstance(one, (int, float)) and isinstance(other, (int, float)) and math.isclose(one, other)
     return bool(one == other)
+
+
+def _is_padded_by_size(module: nn.Module) -> bool:
+    """Whether a layer is one of timm's whose padding depends on the image's size. Their `padding` is 0."""
+    named = type(module).__name__.endswith("Same")
+    return bool(getattr(module, "dynamic_padding", getattr(module, "same_pad", named)))
 
 
 def _norm(module: nn.Module) -> tuple[str, float | None] | None:
