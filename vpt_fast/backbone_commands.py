@@ -6,10 +6,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from vpt_fast.flags import JsonFlag
+from vpt_fast.flags import JsonFlag, OutputConsole
 
 
 def backbones(
@@ -45,7 +44,7 @@ def backbones(
         remarks = ["not in timm"] * (has_weights == "no") + ["not tuned here"] * (is_tuned == "no")
         shown.add_row(f"{name}\n{trained}; {normalization}", "\n".join((timm_name, file, *remarks)))
         shown.add_section()
-    console = Console()
+    console = OutputConsole()
     console.print(shown)
     for known in KNOWN.values() if addresses else ():
         console.print(f"{known.name}: {known.address}", highlight=False, soft_wrap=True)

@@ -99,7 +99,17 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
-class LastingConsole(Console):
+class OutputConsole(Console):
+    """Stdout of a command. In a file or a pipe, tables are as wide as they need to be: fitted to the 80
+    columns of a terminal that is not there, names would be broken, and grep would not find them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(emoji=False, **settings)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = 10_000
+
+
+class LastingConsole(OutputConsole):
     """Stdout of a long-running command: if its reader closes it (`vpt-fast train ... | head`), further output
     is discarded and the work goes on.
 
@@ -108,7 +118,7 @@ class LastingConsole(Console):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(markup=False, emoji=False, soft_wrap=True, **settings)
+        super().__init__(markup=False, soft_wrap=True, **settings)
 
     def on_broken_pipe(self) -> None:
         # The process's stdout, not only this console: Python flushes unwritten output at exit.

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.markup import escape
 
-from vpt_fast.flags import PATH, DebugFlag, one_line_errors, require_place
+from vpt_fast.flags import PATH, DebugFlag, OutputConsole, one_line_errors, require_place
 from vpt_fast.recipe import Recipe, yaml_value
 
 
@@ -76,7 +75,7 @@ def import_prompts(
             **recipe.backbone_arg,
         )
         model.save_pretrained(out)
-    console = Console(emoji=False)
+    console = OutputConsole()
     settings = model.prompt_settings
     console.print(
         escape(
