@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from vpt_fast.flags import JsonFlag, NameConsole
+from vpt_fast.flags import JsonFlag, OutputConsole
 
 
 def backbones(
@@ -44,7 +44,7 @@ def backbones(
         remarks = ["not in timm"] * (has_weights == "no") + ["not tuned here"] * (is_tuned == "no")
         shown.add_row(f"{name}\n{trained}; {normalization}", "\n".join((timm_name, file, *remarks)))
         shown.add_section()
-    console = NameConsole()
+    console = OutputConsole()
     console.print(shown)
     for known in KNOWN.values() if addresses else ():
         console.print(f"{known.name}: {known.address}", highlight=False, soft_wrap=True)

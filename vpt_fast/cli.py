@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from vpt_fast.flags import (
     JsonFlag,
     LastingConsole,
     NameConsole,
+    OutputConsole,
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
@@ -162,7 +164,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return
-    console = NameConsole()
+    console = OutputConsole()
     table = Table(_names("class"), "images", "correct", "accuracy")
     for name, images, correct in zip(
         found.classes, found.evaluation.images, found.evaluation.correct, strict=True
@@ -199,7 +201,7 @@ def _evaluate_scenes(
     table = Table(_names("class"), "IoU")
     for name, scores in found["per_class"].items():
         table.add_row(escape(name), "-" if scores["iou"] is None else f"{scores['iou']:.2%}")
-    console = NameConsole()
+    console = OutputConsole()
     console.print(table)
     console.print(
         f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} ({found['images']} images"
@@ -261,7 +263,7 @@ def predict(
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
         if len(failed) < len(answers):
-            NameConsole().print(table)
+            OutputConsole().print(table)
         for answer in answers:
             if "mask" in answer:
                 typer.echo(f"{answer['mask']}, {answer['overlay']}")
@@ -292,7 +294,7 @@ def methods(
         shown = Table(*header)
         for line in body:
             shown.add_row(*line)
-        NameConsole().print(shown)
+        OutputConsole().print(shown)
     for method, reason in reasons.items():
         typer.echo(f"{method}: {reason}", err=True)
 
@@ -323,7 +325,12 @@ app.add_typer(sweep_commands.plot_app, name="plot")
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:  # while a command prints what it found, such as to a file on a full disk
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"error: the output cannot be written: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vpt_fast.flags import PATH, DebugFlag, LastingConsole, NameConsole, one_line_errors
+from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors
 
 if TYPE_CHECKING:  # torch: imported by the commands
     from vpt_fast.data import Splits
@@ -46,7 +46,7 @@ def check(
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
         shown = [check_task(each, root) for each in named] or find_tasks(root, TASKS.values())
-        console = NameConsole()
+        console = OutputConsole()
         if not shown:
             try:
                 console.print(_splits_table(open_splits(root)))

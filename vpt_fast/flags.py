@@ -106,7 +106,17 @@ class NameConsole(Console):
         super().__init__(emoji=False, **settings)
 
 
-class LastingConsole(NameConsole):
+class OutputConsole(NameConsole):
+    """Stdout of a command. In a file or a pipe, tables are as wide as they need to be: fitted to the 80
+    columns of a terminal that is not there, names would be broken, and grep would not find them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = 10_000
+
+
+class LastingConsole(OutputConsole):
     """Stdout of a long-running command: if its reader closes it (`vpt-fast train ... | head`), further output
     is discarded and the work goes on.
 

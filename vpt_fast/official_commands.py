@@ -9,7 +9,7 @@ import typer
 import yaml
 from rich.markup import escape
 
-from vpt_fast.flags import PATH, DebugFlag, NameConsole, one_line_errors, require_place
+from vpt_fast.flags import PATH, DebugFlag, OutputConsole, one_line_errors, require_place
 from vpt_fast.recipe import Recipe, yaml_value
 
 
@@ -75,7 +75,7 @@ def import_prompts(
             **recipe.backbone_arg,
         )
         model.save_pretrained(out)
-    console = NameConsole()
+    console = OutputConsole()
     settings = model.prompt_settings
     console.print(
         escape(

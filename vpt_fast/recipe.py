@@ -468,7 +468,19 @@ class Recipe:
             from vpt_fast.precision import default_precision
 
             changes["precision"] = default_precision(device_type)
-        return dataclasses.replace(self, **changes)
+        resolved = dataclasses.replace(self, **changes)
+        resolved._require_one_16_bit_type(device_type)
+        return resolved
+
+    def _require_one_16_bit_type(self, device_type: str) -> None:
+        """Autocast concatenates no tensors of one 16-bit type with those of the other."""
+        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.precision or "")
+        if autocast is not None and self.dtype in {"bfloat16", "float16"} - {autocast}:
+            raise ValueError(
+                f"dtype is {self.dtype} and precision {self.precision} on {device_type}, which do not go "
+                f"together; it must be dtype {autocast}, or precision "
+                f"{'fp16' if self.dtype == 'float16' else 'bf16'} or fp32"
+            )
 
     @property
     def weights_file(self) -> str | None:
@@ -653,7 +665,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             number = math.nan
         if not math.isnan(number) and (kind is float or number.is_integer()):
             return kind(number)
-    raise ValueError(f"{name} is {value!r}; it must be {kind.__name__}")
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+    raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def _prompt_layers(value: Any) -> int | list[int]:

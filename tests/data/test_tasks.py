@@ -205,3 +205,8 @@ def test_test_split_that_is_asked_for_and_missing_is_an_error(vtab):
     assert open_splits(vtab, task=VTAB).test is None
     with pytest.raises(DataError, match="has no test split"):
         open_splits(vtab, task=VTAB, with_test=True)
+
+
+def test_missing_folder_of_a_task_is_refused_with_what_holds_tasks(tmp_path):
+    with pytest.raises(DataError, match=r"no such folder; wanted the folder of vtab/cifar, or the one above"):
+        open_splits(tmp_path / "nowhere", task="vtab/cifar")

@@ -278,6 +278,20 @@ def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, ima
     assert result.exit_code == 0 and shown.endswith(str(path))
 
 
+def test_table_in_a_pipe_breaks_no_name(command, run, images, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    path = shutil.copy(images / "val" / "red" / "0.png", images / f"{'long' * 40}.png")
+    assert str(path) in command("predict", run, path).stdout
+
+
+def test_output_to_a_full_disk_ends_in_one_line():
+    code = "import sys; from vpt_fast.cli import main; sys.argv[1:] = ['--version']; main()"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: the output cannot be written: No space left on device\n"
+
+
 def test_predict_takes_no_name_for_an_emoji(command, run, images):
     good = (images / "val" / "red" / "0.png").rename(images / "a:dog:.png")
     broken = images / "b:100:.png"

@@ -192,7 +192,8 @@ def test_folder_is_no_configuration_file(tmp_path):
         ({"backbone_arg": "img_size=48"}, "it must be a mapping, or a list"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it must be at least 0 and below"),
         ({"base_lr": 1e300}, "base_lr is 1e\\+300; it must be positive and at most 1e\\+38"),
-        ({"base_lr": 10**400}, "base_lr is 1000.*; it must be float"),
+        ({"base_lr": 10**400}, "base_lr is 1000.*; it must be a number"),
+        ({"base_lr": math.nan}, "base_lr is nan; it must be a number"),
         ({"weight_decay": 1e300}, "weight_decay is 1e\\+300"),
     ],
     ids=lambda value: str(value)[:40],
@@ -306,3 +307,14 @@ def test_flags_go_over_the_configuration_file(tmp_path, command, monkeypatch):
     config.write_text(make(epochs=7, base_lr=3.0, prompt_shared=True).to_yaml())
     command("train", "--config", config, "--epochs", 9, "--no-prompt-shared", "--backbone-arg", "img_size=32")
     assert seen == [make(epochs=9, base_lr=3.0, backbone_arg={"img_size": 32})]
+
+
+@pytest.mark.parametrize("dtype, precision", [("float16", "bf16"), ("bfloat16", "fp16")])
+def test_frozen_weights_in_the_16_bit_type_that_autocast_has_not_are_refused(dtype, precision):
+    with pytest.raises(ValueError, match=f"dtype is {dtype} and precision {precision} on cpu"):
+        resolve(make(dtype=dtype, precision=precision))
+
+
+@pytest.mark.parametrize("dtype, precision", [("float16", "fp16"), ("bfloat16", "bf16"), ("float16", "fp32")])
+def test_frozen_weights_in_16_bits_go_with_autocast_to_the_same_and_with_none(dtype, precision):
+    assert resolve(make(dtype=dtype, precision=precision)).dtype == dtype

@@ -80,10 +80,11 @@ def _open(
             f"data_root: goes with a data set of timm's ({', '.join(PREFIXES)}), not with {data}"
         )
     root = Path(data).expanduser()
+    wanted = LAYOUTS if task is None else f"wanted the folder of {find_task(task).name}, or the one above it"
     if not root.exists():
-        raise DataError(f"{root}: there is no such folder; {LAYOUTS}")
+        raise DataError(f"{root}: there is no such folder; {wanted}")
     if not root.is_dir():
-        raise DataError(f"{root}: is a file, not a folder; {LAYOUTS}")
+        raise DataError(f"{root}: is a file, not a folder; {wanted}")
     if task is not None:
         return open_task(find_task(task), root, holds_out=val_fraction is not None, seed=seed)
     if holds_shards(root):
