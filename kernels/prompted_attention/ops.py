@@ -182,7 +182,8 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
         in_bytes = [
             stride * t.element_size() for n, stride in zip(t.shape, t.stride()[:3], strict=False) if n > 1
         ]
-        if t.data_ptr() % 16 or any(stride % 16 for stride in in_bytes):  # `jit` promises it
+        # `jit.row_pointers` promises it to the compiler.
+        if t.data_ptr() % 16 or any(stride % 16 for stride in in_bytes):
             raise ValueError(
                 f"{name}: got strides {t.stride()}, want rows that start at multiples of 16 bytes"
             )
