@@ -48,14 +48,23 @@ APART: tl.constexpr = tl.constexpr(float(MASKED))
 
 
 @triton.jit
+def row_pointers(first, rows, stride):
+    """Pointers to the rows of one head, which start at multiples of 16 bytes: launchers check it.
+
+    The compiler is told only of strides that are multiples of 16 elements, and heads of 72 are 72 elements
+    apart. Without the hint it would load element by element, outside the software pipeline.
+    """
+    return tl.multiple_of(first + rows * stride, 16)
+
+
+@triton.jit
 def key_rows(
     prompt, image, stride_prompt, stride_image, keys, num_prompts, num_keys,
     PROMPTS: tl.constexpr, IMAGE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
     """Pointers to the rows `keys` of the joined sequence. PROMPTS, IMAGE: which of the two tensors exist.
 
-    Selecting between pointers hides from the compiler that they are multiples of 16 bytes; without the hint
-    it would load element by element, outside the software pipeline.
+    Selecting between pointers hides that they are multiples of 16 bytes, as in `row_pointers`.
     """
     if PROMPTS and IMAGE:
         if WINDOWS:
@@ -69,9 +78,9 @@ def key_rows(
             )
         return tl.multiple_of(rows, 16)
     elif PROMPTS:
-        return prompt + keys * stride_prompt
+        return row_pointers(prompt, keys, stride_prompt)
     else:
-        return image + keys * stride_image
+        return row_pointers(image, keys, stride_image)
 
 
 @triton.jit
@@ -219,7 +228,8 @@ def attention_forward_kernel(
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
+    q_rows = row_pointers(q + image * stride_qb + head * stride_qh, places, stride_qr)
+    q1, q2 = load_rows(q_rows, rows_exist, D)
     k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
         k, v, prompt_k, prompt_v, bias, regions,
         stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -292,16 +302,17 @@ def terms_kernel(
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
+    grad_rows = row_pointers(grad_out + image * stride_gb + head * stride_gh, places, stride_gr)
     g1, g2 = load_rows(grad_rows, rows_exist, D)
     lse_rows = lse + image * stride_lb + head * stride_lh + statistics
     row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
     if HAS_OUT:
-        out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
+        out_rows = row_pointers(out + image * stride_ob + head * stride_oh, places, stride_or)
         o1, o2 = load_rows(out_rows, rows_exist, D)
         delta = sum_rows(g1, g2, o1, o2, D)
     else:
-        q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
+        q_rows = row_pointers(q + image * stride_qb + head * stride_qh, places, stride_qr)
+        q1, q2 = load_rows(q_rows, rows_exist, D)
         k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
             k, v, prompt_k, prompt_v, bias, regions,
             stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
@@ -356,15 +367,16 @@ def grad_q_kernel(
     rows_exist = rows < num_rows
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
 
-    q1, q2 = load_rows(q + image * stride_qb + head * stride_qh + places * stride_qr, rows_exist, D)
-    grad_rows = grad_out + image * stride_gb + head * stride_gh + places * stride_gr
+    q_rows = row_pointers(q + image * stride_qb + head * stride_qh, places, stride_qr)
+    q1, q2 = load_rows(q_rows, rows_exist, D)
+    grad_rows = row_pointers(grad_out + image * stride_gb + head * stride_gh, places, stride_gr)
     g1, g2 = load_rows(grad_rows, rows_exist, D)
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     if HAS_OUT:
         lse_rows = lse + image * stride_lb + head * stride_lh + statistics
         row_lse = tl.load(lse_rows, mask=rows_exist, other=0.0)
-        out_rows = out + image * stride_ob + head * stride_oh + places * stride_or
+        out_rows = row_pointers(out + image * stride_ob + head * stride_oh, places, stride_or)
         o1, o2 = load_rows(out_rows, rows_exist, D)
         delta = sum_rows(g1, g2, o1, o2, D)
         lse2 = store_terms(
@@ -403,7 +415,7 @@ def grad_q_kernel(
         grad_fresh += (image * num_windows + window) * num_fresh * num_heads * D
         store_fresh_rows(grad_fresh, dq1, dq2, rows, rows_exist, num_tokens, num_heads, head, D)
         rows_exist = rows < num_tokens
-    grad_rows = grad_q + image * stride_dqb + head * stride_dqh + places * stride_dqr
+    grad_rows = row_pointers(grad_q + image * stride_dqb + head * stride_dqh, places, stride_dqr)
     store_rows(grad_rows, dq1, dq2, rows_exist, D)
 
 
@@ -417,8 +429,8 @@ def add_rows_to_keys(
     """Adds a tile of query rows to dK and dV of a tile of keys. planes: pointers (2, 1) to the terms;
     rows_exist: None if all do."""
     places, statistics = find_rows(rows, window, num_rows, num_windows, num_fresh, WINDOWS)
-    q1, q2 = load_rows(q + places * stride_qr, rows_exist, D)
-    g1, g2 = load_rows(grad_out + places * stride_gr, rows_exist, D)
+    q1, q2 = load_rows(row_pointers(q, places, stride_qr), rows_exist, D)
+    g1, g2 = load_rows(row_pointers(grad_out, places, stride_gr), rows_exist, D)
     if rows_exist is None:
         row_terms = tl.load(planes + statistics[None, :])
     else:
@@ -515,6 +527,6 @@ def grad_kv_kernel(
             grad_k += window * window_size * stride_dkn
             grad_v += window * window_size * stride_dkn
         from_image = keys_exist & (keys >= num_prompts)
-        offsets = image * stride_dkb + head * stride_dkh + (keys - num_prompts) * stride_dkn
-        store_rows(grad_k + offsets, dk1, dk2, from_image, D)
-        store_rows(grad_v + offsets, dv1, dv2, from_image, D)
+        first, places = image * stride_dkb + head * stride_dkh, keys - num_prompts
+        store_rows(row_pointers(grad_k + first, places, stride_dkn), dk1, dk2, from_image, D)
+        store_rows(row_pointers(grad_v + first, places, stride_dkn), dv1, dv2, from_image, D)

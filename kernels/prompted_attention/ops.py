@@ -179,13 +179,11 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name}: got stride {t.stride(3)} along the last dimension, want 1")
         if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(f"{name}: got strides {t.stride()}, want rows of an image within 2^31 elements")
-        # `jit.key_rows` promises the compiler rows at multiples of 16 bytes.
         in_bytes = [
             stride * t.element_size() for n, stride in zip(t.shape, t.stride()[:3], strict=False) if n > 1
         ]
-        if name in ("k", "v", "prompt_k", "prompt_v") and (
-            t.data_ptr() % 16 or any(stride % 16 for stride in in_bytes)
-        ):
+        # `jit.row_pointers` promises it to the compiler.
+        if t.data_ptr() % 16 or any(stride % 16 for stride in in_bytes):
             raise ValueError(
                 f"{name}: got strides {t.stride()}, want rows that start at multiples of 16 bytes"
             )
@@ -504,6 +502,9 @@ def make_build(
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
     signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
     is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
+    odd = ["stride_lb", "stride_lh"]
+    if head_dim % 16:  # the compiler is told of multiples of 16 elements, which heads of 72 are not apart
+        odd += [n for n in is_aligned if n.startswith("stride") and n.endswith("h")]
     has_products = kernel is not terms_kernel or not flags["HAS_OUT"]
     first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its matmuls
     return Build(
@@ -513,7 +514,7 @@ def make_build(
         constexprs={
             **{"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
         },
-        divisible=tuple(n for n in is_aligned if n not in ("stride_lb", "stride_lh")),
+        divisible=tuple(n for n in is_aligned if n not in odd),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         max_registers=tiles.max_registers,

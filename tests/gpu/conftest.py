@@ -10,6 +10,13 @@ import torch
 MOST_RESERVED = 2**30  # bytes that a process may hold on to; to reserve so few anew takes no time
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that take most memory come first, all to the first of the processes that share the tests, so
+    that it runs one after the other, and before those beside it that compile models take most of theirs."""
+    items.sort(key=lambda item: item.get_closest_marker("large") is None)
+
+
 @pytest.fixture(autouse=True)
 def room_for_others() -> Iterator[None]:
     """Gives memory back after a test that took much: a dozen processes test beside each other, and beside

@@ -77,6 +77,7 @@ def test_linear_activate_backward(size, kind, dtype, pack):
     )
 
 
+@pytest.mark.large
 def test_results_beyond_2_to_the_31_elements():
     rows = 2**31 // 4096 + 5
     x = torch.zeros(rows, 64, dtype=torch.bfloat16, device="cuda")

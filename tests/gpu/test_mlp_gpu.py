@@ -110,6 +110,7 @@ def test_extreme_values_are_finite(kind):
         assert torch.isfinite(ops.activate_backward(torch.ones_like(a), u.to(dtype), None, kind)).all()
 
 
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements():
     u = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
     u[-4096:] = make(4096, seed=0)

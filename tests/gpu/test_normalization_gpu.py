@@ -119,6 +119,7 @@ def test_heads_of_a_packed_projection(dtype):
         assert_as_good_as(x_hat, normalized(x.float(), "rms").to(dtype), normalized(x.double(), "rms"))
 
 
+@pytest.mark.large
 def test_rows_beyond_2_to_the_31_elements():
     x = torch.zeros(2**31 // 1024 + 3, 1024, dtype=torch.float16, device="cuda")
     x[-3:] = make(3, 1024, seed=0)

@@ -82,6 +82,7 @@ def test_tensors_of_another_than_the_current_device() -> None:
     assert_forward_and_backward(inputs((2, 37, 37, 50, 2, 64), True, torch.float16, "cuda:1"))
 
 
+@pytest.mark.large
 def test_images_2_to_the_31_elements_apart() -> None:
     far = torch.zeros(2**31 + 64, dtype=torch.float16, device="cuda")
     far = far.as_strided((2, 1, 1, 64), (2**31, 64, 64, 1))

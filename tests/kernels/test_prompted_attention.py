@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from attention_definition import assert_forward_and_backward, inputs, random
-from vpt_fast.kernels.prompted_attention import ops
+from vpt_fast.kernels.checks import forget_layouts
+from vpt_fast.kernels.launch import Launch
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS, ops
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -123,6 +125,32 @@ def test_rows_of_a_slice_of_a_longer_sequence() -> None:
     assert torch.equal(actual.q, expected.q) and torch.equal(actual.prompt_kv, expected.prompt_kv)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_builds_promise_the_compiler_nothing_that_launches_do_not_keep(head_dim, monkeypatch) -> None:
+    launched: list[tuple[str, str]] = []  # kernel, stride that is no multiple of 16 elements
+
+    class Recorded(Launch):
+        def __init__(self, kernel, device, grid, *scalars, **options) -> None:
+            super().__init__(kernel, device, grid, *scalars, **options)
+            names = kernel.arg_names[-len(scalars) - len(self._constexprs) :][: len(scalars)]
+            assert (names[0], names[-1]) in {("stride_gb", "num_fresh"), ("stride_qb", "num_fresh")}
+            odd = [name for name, value in zip(names, scalars, strict=True) if value % 16]
+            launched.extend((kernel.__name__, name) for name in odd if name.startswith("stride_"))
+
+        def __call__(self, *pointers) -> None:
+            pass
+
+    monkeypatch.setattr(ops, "Launch", Recorded)
+    forget_layouts()
+    given = inputs((2, 4, 4, 2, 16, head_dim), True, torch.float16)
+    backward(given, given[0], need_q=True, need_kv=True, packed=True)
+    backward(given, given[0], need_q=True, need_kv=False, keep_out=False)
+    forget_layouts()
+    builds = [build for build in ops.builds(90) if build.constexprs["D"] == head_dim]
+    promised = {(build.name, name) for build in builds for name in build.divisible}
+    assert launched and not promised.intersection(launched)
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_scores_of_any_size_give_finite_results(case, scale: float) -> None:
     (q, *rest), grad = case
@@ -185,11 +213,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match="k: got strides .* want rows of an image within 2.31"):
             ops.attention(q, far, v, *prompts)
 
-    def test_rows_that_are_not_aligned(self, case) -> None:
-        (q, k, v, *prompts), _ = case
-        wide = torch.zeros(*k.shape[:3], 65)
-        with pytest.raises(ValueError, match="v: got .* want rows that start at multiples of 16 bytes"):
-            ops.attention(q, k, wide[..., :64], *prompts)
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_rows_that_are_not_aligned(self, case, name: str) -> None:
+        given = dict(zip(NAMES, case[0], strict=True))
+        given[name] = torch.zeros(*given[name].shape[:3], 65)[..., :64]
+        with pytest.raises(ValueError, match=f"{name}: got .* want rows that start at multiples of 16 bytes"):
+            ops.attention(**given)
+
+    def test_gradient_that_is_not_aligned(self, case) -> None:
+        given, grad = case
+        grad = torch.zeros(*grad.shape[:3], 65)[..., :64]
+        with pytest.raises(ValueError, match="grad_out: got .* want rows that start at multiples of 16"):
+            backward(given, grad, need_q=True, need_kv=True)
 
     @pytest.mark.parametrize("name", ["k", "v", "prompt_v"])
     def test_keys_of_another_number_than_belong_together(self, name: str) -> None:
