@@ -142,3 +142,42 @@ class TestFitting:
         torch.save(swin(small("swin_base_patch4_window7_224", 1, **SMALL_SWIN)), tmp_path / "swin.pth")
         arguments = dict(SMALL_SWIN, img_size=64, window_size=8)
         from_timm("swin_base_patch4_window7_224", tmp_path / "swin.pth", arguments, SWIN)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        (NAME, {}),
+        (NAME, dict(reg_tokens=2)),
+        (NAME, dict(class_token=False, global_pool="avg")),
+        ("flexivit_small", {}),
+        ("vit_base_patch16_radio_v3", {}),
+        ("vit_large_patch16_radio_v3", {}),
+        ("deit3_base_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_positions_from_a_file_are_resampled_like_those_of_the_registry(
+    name: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = dict(embed_dim=32, depth=1, num_heads=2, patch_size=16) | arguments
+    described = {"input_size": (3, 96, 96)}
+    source = randomise(timm.create_model(name, num_classes=0, img_size=96, **arguments), 1)
+    larger: dict[str, Any] = {**arguments, "img_size": (64, 160)}
+    file = written(source, tmp_path / "model.safetensors")
+    registrys: Any = from_timm(name, file, larger, **described)
+    own = randomise(timm.create_model(name, num_classes=0, pretrained_cfg_overlay=described, **larger), 2)
+    load_checkpoint(own, file)
+    assert torch.equal(own.state_dict()["pos_embed"], registrys.pos_embed)
+
+
+def test_layer_scales_in_deit3s_own_file_are_found(tmp_path: Path) -> None:
+    name, sizes = "deit3_base_patch16_224", dict(embed_dim=32, depth=1, num_heads=2, img_size=32)
+    source, model = small(name, 1, **sizes), small(name, 2, **sizes)
+    authors = {
+        n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        for n, tensor in source.state_dict().items()
+    }
+    torch.save({"model": authors}, tmp_path / "deit_3_base_224_1k.pth")
+    load_checkpoint(model, tmp_path / "deit_3_base_224_1k.pth")
+    assert torch.equal(model.state_dict()["blocks.0.ls2.gamma"], source.state_dict()["blocks.0.ls2.gamma"])

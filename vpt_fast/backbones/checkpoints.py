@@ -15,13 +15,15 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -144,9 +146,7 @@ def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tens
 
 def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
     """The tensors under timm's names, with interpolated position embeddings."""
-    convert: Callable[..., Any] | None = getattr(
-        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
-    )
+    convert = _converter(model)
     if convert is None:
         return state
 
@@ -164,6 +164,24 @@ def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> 
     culprit = next((name for name, tensor in state.items() if failure({name: tensor})), None)
     where = "" if culprit is None else f"{culprit} does not fit: "
     raise _misfit(path, model, f"{where}{_first_line(error)}")
+
+
+def _converter(model: nn.Module) -> Callable[..., dict[str, torch.Tensor]] | None:
+    """timm's function that converts names and interpolates position embeddings, as it is called for a model
+    of this name; None if there is none."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
+    if convert is not vision_transformer.checkpoint_filter_fn:
+        return convert
+    # timm selects these by the model's name, in functions that also build the model.
+    if "flexi" in name:
+        return partial(convert, interpolation="bilinear", antialias=False)
+    if "radio" in name:
+        corners = any(each in name for each in vision_transformer._RADIO_ALIGN_CORNERS)
+        return partial(convert, interpolation="bilinear", antialias=False, align_corners=corners)
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__ == "timm.models.deit":
+        return partial(convert, adapt_layer_scale=True)
+    return convert
 
 
 def norm_hint(missing: str) -> str:
