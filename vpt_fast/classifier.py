@@ -324,7 +324,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         for layer in meta.modules():
             layer.register_forward_hook(look)
         images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
-        with cost.counting_kept(meta) as kept_sizes:
+        with cost.counting_kept((*meta.parameters(), *meta.buffers())) as kept_sizes:
             meta(images)
         kept = kept_sizes()
         return cost.TrainingBytes(
@@ -785,7 +785,8 @@ class PromptedClassifier(FrozenClassifier):
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        self.bytes_beside = 0  # kept per image outside the blocks; "auto" leaves room for them
+        # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
+        self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
         self._chosen: dict[tuple[int, int, torch.dtype, torch.device], str] = {}
 
@@ -840,9 +841,10 @@ class PromptedClassifier(FrozenClassifier):
     def _choose_policy(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> str:
+        beside = self._bytes_beside_blocks(batch_size, num_tokens)
+
         def step_bytes(memory: str) -> int:
-            blocks = sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
-            return blocks + batch_size * self.bytes_beside
+            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
 
         return choose_policy(step_bytes, dtype, free_bytes(device))
 
@@ -851,17 +853,56 @@ class PromptedClassifier(FrozenClassifier):
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the compute dtype (the model's own, or autocast's) and under the model's memory policy."""
+        """In the compute dtype (the model's own, or autocast's; behind the blocks always the model's own) and
+        under the model's memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
+        kept += self._bytes_beside_blocks(batch_size, num_tokens)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward, and bytes that temporaries add at the peak."""
+        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak."""
         raise NotImplementedError
+
+    def _num_rows_read(self, num_tokens: int) -> int:
+        """R, the rows of the last block's output that the head reads, of N tokens and the prompts."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def _bytes_beside_blocks(self, batch_size: int, num_tokens: int) -> int:
+        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling and the
+        head, counted on the meta device for one image in their own dtype (under autocast it is less)."""
+        if self.bytes_beside is not None:
+            return batch_size * self.bytes_beside
+        behind = _BehindBlocks(self)
+        weights = {
+            name: torch.empty(weight.shape, dtype=weight.dtype, device="meta").requires_grad_(
+                weight.requires_grad
+            )
+            for name, weight in (*behind.named_parameters(), *behind.named_buffers())
+        }
+        own = self.backbone.blocks[0].qkv_weight.dtype
+        dtype = self.backbone.residual_dtype or torch.promote_types(own, torch.float32)
+        shape = (1, self._num_rows_read(num_tokens), self.embed_dim)
+        rows = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        with cost.counting_kept(weights.values()) as kept_sizes:
+            torch.func.functional_call(behind, weights, (rows,))
+        return batch_size * sum(kept_sizes())
+
+
+class _BehindBlocks(nn.Module):
+    """What follows a model's blocks as a module: rows (B, R, d) of the last one's output to logits."""
+
+    def __init__(self, model: PromptedClassifier) -> None:
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+        self._features = model._features
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.head(self._features(rows))
 
 
 class TrainedPart(nn.Module):

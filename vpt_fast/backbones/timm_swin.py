@@ -76,6 +76,7 @@ class FrozenSwin(nn.Module):
     """
 
     num_prefix_tokens = 0
+    residual_dtype = None  # at least float32
     takes_any_size = False
     pads_images = False
 

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
 
 from vpt_fast.engine.block import FrozenBlock, images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
@@ -19,7 +18,8 @@ from vpt_fast.kernels.mlp.reference import PACKED
 
 class TrainingBytes(TypedDict):
     """Bytes of a training step. weights: all parameters, and gradient and momentum of the trained ones.
-    kept: for backward, exact for the blocks. workspace: what temporaries add at the peak, an estimate."""
+    kept: for backward, exact unless autocast acts outside the blocks too. workspace: what temporaries add at
+    the peak, an estimate."""
 
     weights: int
     kept: int
@@ -27,13 +27,16 @@ class TrainingBytes(TypedDict):
 
 
 @contextmanager
-def counting_kept(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
-    """Records what autograd keeps for backward inside the context, the model's own tensors excluded.
+def counting_kept(weights: Iterable[torch.Tensor]) -> Iterator[Callable[[], list[int]]]:
+    """Records what autograd keeps for backward inside the context, a model's own tensors excluded.
+
+    Args:
+        weights: the model's parameters and buffers.
 
     Yields:
         A function that returns the bytes of each storage kept so far.
     """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage()._cdata for t in weights}
     kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
