@@ -5,8 +5,8 @@
 launches attention's kernels, and the GEMMs with an activation, at the shapes of ViT-B/16, L/16 and H/14 with
 each of the tiles, warps and stages below, prints a table for each and writes
 results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
-cores. The same command resumes an interrupted run. Attention at other shapes, such as
-those of SO400M/14 and of giants, is a command too:
+cores. The same command resumes an interrupted run. Attention at other shapes, such
+as those of SO400M/14 and of giants, is a command too:
 
     python benchmarks/tune.py --kernels forward,grad_q,grad_kv --head-dim 72,88 --num-heads 16
 

@@ -6,6 +6,7 @@ in the block's input, m prompts that enter it anew, R rows that are read, of the
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import pytest
@@ -333,6 +334,24 @@ def test_what_pooling_keeps_is_in_the_estimate(
     with KeptBytes(model, images) as kept:
         model(images)
     assert model.estimate_training_bytes(BATCH)["kept"] == pytest.approx(kept.total, rel=tolerance)
+
+
+def test_counting_what_pooling_keeps_calls_no_hooks() -> None:
+    vit = tiny_vit(torch.float32, global_pool="map", class_token=False)
+    model = PromptedViT(vit, CLASSES, M)
+    called, lock = [], threading.Lock()  # which cannot be copied
+
+    class Watch:
+        def __init__(self) -> None:
+            self.lock = lock
+
+        def __call__(self, *_: Any) -> None:
+            called.append(1)
+
+    for module in (model.backbone.stem.norm, model.backbone.stem.attn_pool, model.head):
+        module.register_forward_hook(Watch())
+    assert model.estimate_training_bytes(BATCH)["kept"] > 0
+    assert not called
 
 
 def test_auto_leaves_room_for_what_attention_pooling_keeps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -324,7 +324,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         for layer in meta.modules():
             layer.register_forward_hook(look)
         images = torch.empty(batch_size, self.backbone.in_chans, *self.image_size, device="meta")
-        with cost.counting_kept((*meta.parameters(), *meta.buffers())) as kept_sizes:
+        with cost.counting_kept(meta) as kept_sizes:
             meta(images)
         kept = kept_sizes()
         return cost.TrainingBytes(
@@ -873,36 +873,12 @@ class PromptedClassifier(FrozenClassifier):
 
     @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
     def _bytes_beside_blocks(self, batch_size: int, num_tokens: int) -> int:
-        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling and the
-        head, counted on the meta device for one image in their own dtype (under autocast it is less)."""
+        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling (under
+        autocast it is less) and of the head its input."""
         if self.bytes_beside is not None:
             return batch_size * self.bytes_beside
-        behind = _BehindBlocks(self)
-        weights = {
-            name: torch.empty(weight.shape, dtype=weight.dtype, device="meta").requires_grad_(
-                weight.requires_grad
-            )
-            for name, weight in (*behind.named_parameters(), *behind.named_buffers())
-        }
-        own = self.backbone.blocks[0].qkv_weight.dtype
-        dtype = self.backbone.residual_dtype or torch.promote_types(own, torch.float32)
-        shape = (1, self._num_rows_read(num_tokens), self.embed_dim)
-        rows = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
-        with cost.counting_kept(weights.values()) as kept_sizes:
-            torch.func.functional_call(behind, weights, (rows,))
-        return batch_size * sum(kept_sizes())
-
-
-class _BehindBlocks(nn.Module):
-    """What follows a model's blocks as a module: rows (B, R, d) of the last one's output to logits."""
-
-    def __init__(self, model: PromptedClassifier) -> None:
-        super().__init__()
-        self.backbone, self.head = model.backbone, model.head
-        self._features = model._features
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.head(self._features(rows))
+        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens), self.pool)
+        return batch_size * (pooling + self.embed_dim * self._feature_dtype.itemsize)
 
 
 class TrainedPart(nn.Module):

@@ -257,7 +257,7 @@ class PromptedSegmenter(TunedModel):
         heads = copy.deepcopy(nn.ModuleList([self.head, *self.aux_heads])).to("meta")
         dtype = torch.promote_types(self.head.norm.weight.dtype, torch.float32)
         labels = torch.empty(1, *size, dtype=torch.int64, device="meta")
-        with cost.counting_kept(heads.parameters()) as kept_sizes:
+        with cost.counting_kept(heads) as kept_sizes:
             for head in heads:
                 tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
                 F.cross_entropy(head(tokens, grid, size), labels)

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
+from torch import nn
 
 from vpt_fast.engine.block import FrozenBlock, images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
@@ -27,16 +28,13 @@ class TrainingBytes(TypedDict):
 
 
 @contextmanager
-def counting_kept(weights: Iterable[torch.Tensor]) -> Iterator[Callable[[], list[int]]]:
-    """Records what autograd keeps for backward inside the context, a model's own tensors excluded.
-
-    Args:
-        weights: the model's parameters and buffers.
+def counting_kept(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
+    """Records what autograd keeps for backward inside the context, the model's own tensors excluded.
 
     Yields:
         A function that returns the bytes of each storage kept so far.
     """
-    own = {t.untyped_storage()._cdata for t in weights}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -47,6 +45,24 @@ def counting_kept(weights: Iterable[torch.Tensor]) -> Iterator[Callable[[], list
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         yield lambda: [storage.nbytes() for storage in kept.values()]
+
+
+def kept_of_rows(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weights: nn.Module,
+) -> int:
+    """Bytes that a function keeps for backward of rows whose gradient is wanted.
+
+    Args:
+        function: called with rows on the meta device.
+        shape, dtype: of the rows.
+        weights: the modules that it calls, on the meta device.
+    """
+    with counting_kept(weights) as kept_sizes:
+        function(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True))
+    return sum(kept_sizes())
 
 
 class Peak:
