@@ -5,8 +5,13 @@
 launches attention's kernels, and the GEMMs with an activation, at the shapes of ViT-B/16, L/16 and H/14 with
 each of the tiles, warps and stages below, prints a table for each and writes
 results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
-cores. The same command resumes an interrupted run. The launches recorded in `kernels` are changed by hand, if
-a candidate is correct and faster beyond the spread of its rounds (green): nothing is searched at run time.
+cores. The same command resumes an interrupted run. Attention at other shapes, such
+as those of SO400M/14 and of giants, is a command too:
+
+    python benchmarks/tune.py --kernels forward,grad_q,grad_kv --head-dim 72,88 --num-heads 16
+
+The launches recorded in `kernels` are changed by hand, if a candidate is correct and faster beyond the spread
+of its rounds (green): nothing is searched at run time.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import torch
 import typer
 from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, number
-from reports import listed, positive_numbers
+from reports import listed
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -262,6 +267,11 @@ def main(
         str, typer.Option("--kernels", help=f"comma-separated, of {', '.join(KERNELS)}")
     ] = ",".join(KERNELS),
     num_prompts: Annotated[str, typer.Option(help="m, comma-separated")] = "100",
+    num_tokens: Annotated[
+        str, typer.Option(help="attention's N, comma-separated; default: the models'")
+    ] = "",
+    num_heads: Annotated[str, typer.Option(help="attention's H, comma-separated; default: the models'")] = "",
+    head_dim: Annotated[str, typer.Option(help="attention's D, comma-separated; default: the models'")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="images")] = 64,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
@@ -270,7 +280,7 @@ def main(
 ) -> None:
     """Time how kernels could be launched."""
     wanted = listed("kernels", names, KERNELS)
-    prompts = positive_numbers("num-prompts", num_prompts)
+    shapes = attention.choose_shapes(True, num_tokens, num_heads, head_dim, num_prompts, str(batch_size))
     console = Console()
     console.width = max(console.width, 120)
     if not torch.cuda.is_available():
@@ -281,10 +291,7 @@ def main(
     rows = [Row(**row) for row in report.rows]
     groups: list[Callable[[], list[Target]]] = []
     if of_attention := [name for name in wanted if name in ATTENTION_KERNELS]:
-        groups += [
-            partial(attention_targets, attention.Shape(batch_size, n, m, h, d), of_attention, settings)
-            for (n, h, d), m in itertools.product(attention.MODELS, prompts)
-        ]
+        groups += [partial(attention_targets, shape, of_attention, settings) for shape in shapes]
     for name, model in itertools.product(wanted, kernels.MODELS):
         if name in LINEAR_KERNELS:
             case = kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))

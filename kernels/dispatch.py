@@ -75,6 +75,11 @@ def fused_mlp_pays(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype.itemsize == 2 and arch_of(device) == 90
 
 
+def _head_dims(in_windows: bool) -> tuple[int, ...]:
+    """The head dims that Triton's kernels take."""
+    return WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
+
+
 class Backend(NamedTuple):
     """The operations that a backend's name stands for, by kind of device.
 
@@ -103,8 +108,7 @@ class Backend(NamedTuple):
             in_windows: whether tokens attend in windows.
             is_gated: whether the MLP's activation is gated.
         """
-        head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
-        if device.type != "cuda" or dtype == torch.float64 or head_dim not in head_dims:
+        if device.type != "cuda" or dtype == torch.float64 or head_dim not in _head_dims(in_windows):
             return self.other
         if self.cuda is not self.other and not takes_kernels(device):
             return self.other
@@ -113,21 +117,22 @@ class Backend(NamedTuple):
             return self.fused
         return self.cuda
 
-    def require_head_dim(self, head_dim: int, in_windows: bool = False) -> None:
-        """Raises ValueError for a head dim that the backend's own attention takes on no device and in no
+    def require_head_dim(self, head_dim: int, in_windows: bool = False, is_rotary: bool = False) -> None:
+        """Raises ValueError for a head dim that the backend's own operations take on no device and in no
         dtype, so that a model need not be moved and called to find out.
 
         Args:
             head_dim, in_windows: see `ops`.
+            is_rotary: whether queries and keys are rotated, which the backend does whatever attention is.
         """
-        if self.other.name == "torch" or self.needs_out:
+        if self.other.name == "torch" or (self.needs_out and not is_rotary):
             return
-        head_dims = WINDOW_HEAD_DIMS if in_windows else HEAD_DIMS
+        head_dims = _head_dims(in_windows)
         if head_dim not in head_dims:
+            kind = " in windows" if in_windows else " and rotary positions" if is_rotary else ""
             raise ValueError(
-                f"backend={self.other.name!r}: got a backbone with head dim {head_dim}"
-                f"{' in windows' if in_windows else ''}, want one of {', '.join(map(str, head_dims))}; "
-                "'auto' and 'torch' take any"
+                f"backend={self.other.name!r}: got a backbone with head dim {head_dim}{kind}, want one of "
+                f"{', '.join(map(str, head_dims))}; 'auto' and 'torch' take any"
             )
 
     def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:

@@ -89,11 +89,6 @@ def test_attention_is_given_the_same_bits_in_backward_as_in_forward(model: Any) 
 
 def test_bytes_kept_are_those_estimated(model: Any) -> None:
     images, _ = random_batch(model, BATCH, CLASSES, torch.float32)
-    kept = []
-    for memory in ("compact", "recompute"):
-        model.memory = memory
-        with KeptBytes(model, images) as everything:
-            model(images)
-        kept.append(everything.total - model.estimate_training_bytes(BATCH)["kept"])
-    # What is kept behind the blocks is the same under any policy, and in no estimate.
-    assert kept[0] == kept[1]
+    with KeptBytes(model, images) as kept:
+        model(images)
+    assert kept.total == model.estimate_training_bytes(BATCH)["kept"]

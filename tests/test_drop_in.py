@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import statistics
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,9 @@ def test_gradient_of_the_images_where_it_is_wanted(prompts: str) -> None:
 
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_autocast_error_is_at_most_that_of_concatenation(prompts: str) -> None:
-    errors: dict[str, list[float]] = {}  # by tensor: sum of squares for vpt_fast, for concatenation
-    for seed in range(3):
+    ratios: dict[str, list[float]] = {}  # by tensor: vpt_fast's error to concatenation's, of each seed
+    for seed in range(12):
+        torch.manual_seed(seed)  # of the head
         vit = tiny_vit(torch.float32, seed, depth=2, embed_dim=64)
         model = PromptedViT(vit, NUM_CLASSES, **PROMPTS[prompts])
         plain = ConcatenatedViT(vit, NUM_CLASSES, **PROMPTS[prompts])
@@ -139,15 +141,14 @@ def test_autocast_error_is_at_most_that_of_concatenation(prompts: str) -> None:
         plain.load_trainables(model.trainable_state_dict())
         images, labels = random_batch(model, 4, dtype=torch.float32, seed=seed)
         expected = step(copy.deepcopy(plain).double(), images.double(), labels)
-        for which, each in enumerate((model, plain)):
-            with torch.autocast("cpu", torch.bfloat16):
-                actual = step(each, images, labels)
-            for name, gradient in expected.gradients.items():
-                assert actual.gradients[name].dtype == torch.float32
-                error = relative_error(actual.gradients[name], gradient)
-                errors.setdefault(name, [0.0, 0.0])[which] += error**2
-    for name, (ours, theirs) in errors.items():
-        assert ours**0.5 <= 1.25 * theirs**0.5 + 1e-5, f"{name}: {ours**0.5:.2e}, concat {theirs**0.5:.2e}"
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = (step(each, images, labels).gradients for each in (model, plain))
+        for name, gradient in expected.gradients.items():
+            assert ours[name].dtype == torch.float32
+            errors = (relative_error(each[name], gradient) for each in (ours, theirs))
+            ratios.setdefault(name, []).append(next(errors) / next(errors))
+    for name, found in ratios.items():
+        assert statistics.geometric_mean(found) < 1.25, name
 
 
 BFLOAT16_RESIDUALS: dict[str, dict[str, Any]] = PROMPTS | {

@@ -19,7 +19,7 @@ from test_concatenation import (
     assert_equal_to_concatenation,
     prompted_and_concatenated,
 )
-from test_dead_work import KeptBytes, record_last_rows
+from test_dead_work import KeptBytes
 from timm.layers import RmsNorm, RotaryEmbedding
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
@@ -135,11 +135,8 @@ def test_bytes_kept_equal_the_estimate(layers: str, kind: str, memory: str) -> N
     model = PromptedViT(eva, NUM_CLASSES, 5, memory=memory, **LAYERS[layers]).train()
     images, _ = random_batch(model, 3, dtype=torch.float32)
     with KeptBytes(model, images) as kept:
-        rows = record_last_rows(model)
         model(images)
-    # After the blocks: the rows that the final norm is given, its mean and rstd, and the head's input.
-    after = 3 * (rows.count * (model.embed_dim + 2) + model.embed_dim) * 4
-    assert kept.total == model.estimate_training_bytes(3)["kept"] + after
+    assert kept.total == model.estimate_training_bytes(3)["kept"]
 
 
 def test_angles_stay_float32_beside_bfloat16_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,22 @@ def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:
     rows = tune.measure_target(target, SETTINGS)
     assert not any(row.exact for row in rows)
     assert tune.make_table(rows).row_count == 1
+
+
+def test_head_dims_of_other_models_are_launched_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = types.SimpleNamespace(rows=[], path=None)
+    launched: list[tuple[int, ...]] = []
+
+    def targets(shape: attention.Shape, names: list[str], settings: Any) -> list[tune.Target]:
+        launched.append(dataclasses.astuple(shape))
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(operations, "start", lambda *_, **__: (SETTINGS, report))
+    monkeypatch.setattr(tune, "build_all", lambda *_: None)
+    monkeypatch.setattr(tune, "attention_targets", targets)
+    tune.main("forward", head_dim="72,88", num_heads="16", batch_size=8)
+    assert {*launched} == {(8, 197, 100, 16, 72), (8, 197, 100, 16, 88)}
 
 
 def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -> None:

@@ -804,7 +804,8 @@ class PromptedClassifier(FrozenClassifier):
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        self.bytes_beside = 0  # kept per image outside the blocks; "auto" leaves room for them
+        # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
+        self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
         self._chosen: dict[tuple[int, int, torch.dtype, torch.device], str] = {}
 
@@ -859,9 +860,10 @@ class PromptedClassifier(FrozenClassifier):
     def _choose_policy(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> str:
+        beside = self._bytes_beside_blocks(batch_size, num_tokens)
+
         def step_bytes(memory: str) -> int:
-            blocks = sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
-            return blocks + batch_size * self.bytes_beside
+            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
 
         return choose_policy(step_bytes, dtype, free_bytes(device))
 
@@ -870,17 +872,32 @@ class PromptedClassifier(FrozenClassifier):
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the compute dtype (the model's own, or autocast's) and under the model's memory policy."""
+        """In the compute dtype (the model's own, or autocast's; behind the blocks always the model's own) and
+        under the model's memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
+        kept += self._bytes_beside_blocks(batch_size, num_tokens)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:
-        """Bytes kept for backward, and bytes that temporaries add at the peak."""
+        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak."""
         raise NotImplementedError
+
+    def _num_rows_read(self, num_tokens: int) -> int:
+        """R, the rows of the last block's output that the head reads, of N tokens and the prompts."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def _bytes_beside_blocks(self, batch_size: int, num_tokens: int) -> int:
+        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling (under
+        autocast it is less) and of the head its input."""
+        if self.bytes_beside is not None:
+            return batch_size * self.bytes_beside
+        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens), self.pool)
+        return batch_size * (pooling + self.embed_dim * self._feature_dtype.itemsize)
 
 
 class TrainedPart(nn.Module):

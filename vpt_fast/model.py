@@ -306,6 +306,11 @@ class PromptedViT(PromptedClassifier):
         sets = prompts.unsqueeze(1).unbind(0)
         return sets * len(self._prompted) if settings.prompt_shared else sets
 
+    def _num_rows_read(self, num_tokens: int) -> int:
+        num_prefix, m = self.backbone.num_prefix_tokens, self.prompt_settings.num_prompts or 0
+        first, last = row_range(self._plans[-1].read, num_tokens, num_prefix, m)
+        return last - first
+
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
     ) -> tuple[int, int]:

@@ -238,14 +238,16 @@ class PromptedSegmenter(TunedModel):
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """The encoder's own estimate, plus what heads and cross entropy keep, counted on the meta device in
         the heads' dtype (under autocast it is less)."""
-        kept, workspace = 0, self.backbone.folded_workspace(batch_size)
+        sizes = self._head_bytes()
+        kept, workspace = batch_size * sum(sizes), self.backbone.folded_workspace(batch_size)
         if self.method != "linear":
             encoder = self.encoder._training_bytes(batch_size)
-            kept, workspace = encoder["kept"], encoder["workspace"]
-        sizes = self._head_bytes()
+            workspace = encoder["workspace"]
+            # With a memory policy, it counts the heads among what is beside its blocks.
+            kept = encoder["kept"] + (0 if isinstance(self.encoder, PromptedClassifier) else kept)
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
-            kept=kept + batch_size * sum(sizes),
+            kept=kept,
             workspace=max(workspace, 2 * batch_size * max(sizes)),
         )
 

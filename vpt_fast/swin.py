@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -180,6 +181,13 @@ class PromptedSwin(PromptedClassifier):
             num_tokens if self.pool == "prompts" else 0,
             num_tokens if self.pool == "image" else num_tokens + m,
         )
+
+    def _num_rows_read(self, num_tokens: int) -> int:
+        del num_tokens  # fixed: a Swin has one image size
+        first, last = self._rows(self.num_blocks - 1)
+        block = self.backbone.blocks[-1]
+        tokens = 0 if first else math.prod(block.size)  # without those that fill windows up
+        return tokens + last - block.num_tokens
 
     def _step_bytes(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy

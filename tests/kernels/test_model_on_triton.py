@@ -180,6 +180,12 @@ def test_head_dim_is_no_matter_where_another_attention_takes_the_kernels_place()
     assert model(random_batch(model, 1, CLASSES, torch.float32)[0]).isfinite().all()
 
 
+def test_head_dim_that_the_rotation_does_not_take_is_refused_whatever_attention_is() -> None:
+    eva = tiny_eva(torch.float32, num_heads=4)
+    with pytest.raises(ValueError, match="backend='triton': .*head dim 8 and rotary positions, want one of"):
+        PromptedViT(eva, CLASSES, 7, backend="triton", attention="sdpa_cpu")
+
+
 def test_float64_model_may_be_built_for_kernels_and_converted_later() -> None:
     model = PromptedViT(backbone(), CLASSES, 7, backend="triton").float()
     assert model(random_batch(model, 1, CLASSES, torch.float32)[0]).isfinite().all()

@@ -15,13 +15,15 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -54,6 +56,7 @@ def load_checkpoint(
     *,
     may_lack: tuple[str, ...] = (),
     leaves_out: tuple[str, ...] = (),
+    strict: bool = True,
 ) -> None:
     """Load the weights in a file into a model, except its classifier.
 
@@ -66,6 +69,7 @@ def load_checkpoint(
         path: the file.
         may_lack: prefixes of the model's tensors that may be missing in the file; they are left unchanged.
         leaves_out: prefixes (in timm's names) of tensors in the file to ignore, besides the format's own.
+        strict: False: any tensor may be missing or left over, except in an .npz file.
 
     Raises:
         ValueError: a file that cannot be read, is damaged or holds objects that would have to be unpickled,
@@ -78,18 +82,18 @@ def load_checkpoint(
     state = _backbone_state(read_tensors(path), path)
     _check_patch_size(state, model, path)
     state = _converted(state, model, path)
-    heads = _classifiers(model)
+    heads = classifiers(model)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(heads)}
     for name, tensor in wanted.items():
         if name not in state:
             # Older torchvision files lack BatchNorm's num_batches_tracked, which inference does not use.
-            if name.startswith(may_lack) or name.endswith(".num_batches_tracked"):
+            if not strict or name.startswith(may_lack) or name.endswith(".num_batches_tracked"):
                 continue
-            raise _misfit(path, model, f"it lacks {name}")
+            raise _misfit(path, model, f"it lacks {name}{norm_hint(name)}")
         _check_shape(name, tuple(state[name].shape), tuple(tensor.shape), path, model)
     for name in state:
-        if name not in wanted and not name.startswith(leaves_out):
+        if strict and name not in wanted and not name.startswith(leaves_out):
             raise _misfit(path, model, f"it holds {name}, which the model has no place for")
     model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
 
@@ -142,9 +146,7 @@ def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tens
 
 def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
     """The tensors under timm's names, with interpolated position embeddings."""
-    convert: Callable[..., Any] | None = getattr(
-        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
-    )
+    convert = _converter(model)
     if convert is None:
         return state
 
@@ -164,7 +166,35 @@ def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> 
     raise _misfit(path, model, f"{where}{_first_line(error)}")
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
+def _converter(model: nn.Module) -> Callable[..., dict[str, torch.Tensor]] | None:
+    """timm's function that converts names and interpolates position embeddings, as it is called for a model
+    of this name; None if there is none."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
+    if convert is not vision_transformer.checkpoint_filter_fn:
+        return convert
+    # timm selects these by the model's name, in functions that also build the model.
+    if "flexi" in name:
+        return partial(convert, interpolation="bilinear", antialias=False)
+    if "radio" in name:
+        corners = any(each in name for each in vision_transformer._RADIO_ALIGN_CORNERS)
+        return partial(convert, interpolation="bilinear", antialias=False, align_corners=corners)
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__ == "timm.models.deit":
+        return partial(convert, adapt_layer_scale=True)
+    return convert
+
+
+def norm_hint(missing: str) -> str:
+    """What an error message adds if tensors that it names as missing are those of a norm after pooling."""
+    if "fc_norm." not in missing:
+        return ""
+    return (
+        " (the norm that timm puts after a mean of tokens, in place of the final one; to keep that one pass "
+        "fc_norm=False, to an Eva use_fc_norm=False)"
+    )
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the classifier's tensors, in timm's names."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
@@ -265,7 +295,7 @@ def _jax_arrays(
         return {_JAX_OUTSIDE[name]: shape}
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None or found[2] not in _JAX_BLOCK:
-        raise _misfit(path, vit, f"its format has no counterpart of {name}")
+        raise _misfit(path, vit, f"its format has no counterpart of {name}{norm_hint(name)}")
     index, module, part = found.groups()
     where = f"Transformer/encoderblock_{index}/{_JAX_BLOCK[module]}"
     dim = vit.embed_dim

@@ -6,8 +6,10 @@ silently drop; so all of these raise. Parametrisations and pruning only change t
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -86,7 +88,7 @@ def own_call(module: nn.Module) -> str | None:
         return "forward of its own"
     for attribute, label in _HOOKS.items():
         for hook in getattr(module, attribute).values():
-            if not isinstance(hook, (prune.BasePruningMethod, WeightNorm)):
+            if not _computes_weight(hook):
                 return label
     return None
 
@@ -94,6 +96,20 @@ def own_call(module: nn.Module) -> str | None:
 def is_read(layer: nn.Module) -> bool:
     """Whether a call of the layer would only use its weights as they are, without any hook."""
     return own_call(layer) is None and not layer._forward_pre_hooks
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy on the meta device that calls no hooks, except those that compute a weight."""
+    memo: dict[int, Any] = {}  # what to copy instead: a hook may hold anything, and not all can be copied
+    for each in module.modules():
+        for attribute in _HOOKS:
+            hooks = getattr(each, attribute)
+            memo[id(hooks)] = OrderedDict((k, hook) for k, hook in hooks.items() if _computes_weight(hook))
+    return copy.deepcopy(module, memo).to("meta")
+
+
+def _computes_weight(hook: Any) -> bool:
+    return isinstance(hook, (prune.BasePruningMethod, WeightNorm))
 
 
 def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> None:

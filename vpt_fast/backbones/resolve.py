@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import textwrap
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextvars import ContextVar
@@ -19,9 +20,10 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with timm
-from vpt_fast.backbones.checkpoints import load_checkpoint
+from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
 from vpt_fast.backbones.sources import Source, close_names, find_source, repository
@@ -135,7 +137,8 @@ def resolve_backbone(
         backbone: a timm name, with or without a pretrained tag or as local-dir:folder or hf-hub:owner/name
             (`sources.find_source`), a name in `known.KNOWN`, or an instance.
         pretrained: load the published weights (only with a name).
-        kwargs: passed to timm.create_model (only with a name).
+        kwargs: passed to timm.create_model (only with a name). With timm's pretrained_strict=False, weights
+            may lack tensors of the model, which keep their initial values, and hold others.
         border: pixels to add on each side of a named model's image size.
         checkpoint: load the weights from this file, see `checkpoints.load_checkpoint` (only with a name, and
             instead of `pretrained`).
@@ -147,8 +150,8 @@ def resolve_backbone(
     Raises:
         ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
             divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
-            that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or a
-            checkpoint or such a folder's weights that do not fit.
+            that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or
+            weights that do not fit, or lack a tensor of the model.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -326,29 +329,98 @@ def _create(
 def _build(
     name: str, source: Source | None, pretrained: bool, kwargs: dict[str, Any], file: str | None
 ) -> nn.Module:
+    strict = bool(kwargs.get("pretrained_strict", True))
     if source is not None:
         # timm reads config.json, but not the weights: it would go on without those that are missing.
         model = timm.create_model(source.name, num_classes=0, **kwargs)
         try:
             if file is not None:
-                load_checkpoint(model, file)
+                load_checkpoint(model, file, strict=strict)
         except ValueError as error:
             argument = "pretrained: " if pretrained else "checkpoint: "
             raise ValueError(argument + str(error).removeprefix("checkpoint: ")) from None
         return model
     known = KNOWN.get(name)
     if known is None:
+        if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
+            return _with_all_weights(name, kwargs)
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if file is not None:
-            load_checkpoint(model, file)
+            load_checkpoint(model, file, strict=strict)
         return model
     if pretrained:
         file = _from_hub(known)
     arguments = {"pretrained_cfg_overlay": known.pretrained_cfg_overlay, **known.arguments, **kwargs}
     model = timm.create_model(known.timm_name, num_classes=0, **arguments)
     if file is not None:
-        load_checkpoint(model, file, may_lack=known.may_lack, leaves_out=known.leaves_out)
+        load_checkpoint(model, file, may_lack=known.may_lack, leaves_out=known.leaves_out, strict=strict)
     return model
+
+
+_STRICT = "want other arguments, or pretrained_strict=False to keep initial values where weights are missing"
+
+
+class _Written(TorchFunctionMode):
+    """A context that records the tensors that are copied into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: dict[int, torch.Tensor] = {}  # alive, so that no id is used twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            self._tensors[id(args[0])] = args[0]
+        return func(*args, **(kwargs or {}))
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+
+def _with_all_weights(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A model of timm's registry with the weights that timm loads.
+
+    For a model with another number of classes, as ours always are, timm goes on with whatever tensors have
+    the same names, and tells nobody of those that are missing. Left-over ones it logs.
+
+    Raises:
+        ValueError: the weights do not fit, or lack a tensor of the model.
+    """
+    with _Written() as written:
+        try:
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            why = textwrap.shorten(str(error).partition("\n")[2], 300, placeholder=" ...")
+            wanted = "want other arguments" if "size mismatch" in why else _STRICT
+            where = f"pretrained: the weights of {_call(name, kwargs)} do not fit"
+            raise ValueError(f"{where}: {why}{norm_hint(why)}; {wanted}") from None
+    heads = classifiers(model)
+    missing = [
+        each
+        for each, tensor in model.state_dict(keep_vars=True).items()
+        if tensor not in written and not each.startswith(heads) and not each.endswith("num_batches_tracked")
+    ]
+    if not missing:
+        return model
+    lacking = f"pretrained: the weights of {_call(name, kwargs)} lack {_listed(missing)}"
+    if model.pretrained_cfg["tag"] == "fcmae" and all(each.startswith("head.norm.") for each in missing):
+        # Published so, and timm takes them so: there is nothing else to ask for.
+        warnings.warn(f"{lacking}, the final norm, which keeps its initial weight 1 and bias 0", stacklevel=2)
+        return model
+    raise ValueError(f"{lacking}{norm_hint(lacking)}; {_STRICT}")
+
+
+def _call(name: str, kwargs: Mapping[str, Any]) -> str:
+    """The model and its arguments as text, without mappings, which may hold weights."""
+    plain = {key: value for key, value in kwargs.items() if not isinstance(value, Mapping)}
+    keywords = ", ".join(f"{key}={value!r}" for key, value in plain.items())
+    return f"{name} with {keywords}" if keywords else name
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _from_hub(known: KnownBackbone) -> str:

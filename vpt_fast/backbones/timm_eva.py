@@ -87,6 +87,8 @@ class FrozenEva(FrozenViT):
         self._tables: dict[Hashable, tuple[torch.Tensor, ...]] = {}
         if self.rope is not None:
             self.rope.to(wide).requires_grad_(False).eval()
+            for block in self.folded_blocks:
+                block.backend.require_head_dim(block.spec.head_dim, is_rotary=True)
             if self.num_folded:
                 # Parameters and not buffers: see `FrozenBlock`.
                 sin, cos = (nn.Parameter(table, requires_grad=False) for table in self._angles(self._grid()))

@@ -27,6 +27,7 @@ from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
     linear_parts,
+    on_meta,
     require_embedding,
     require_no_hooks,
     require_usual_scale,
@@ -229,6 +230,19 @@ class FrozenSwin(nn.Module):
         del pool
         norm = self.stem.norm
         return norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1)
+
+    def features_bytes(self, num_rows: int, pool: str | None) -> int:
+        """Bytes that `features` keeps for backward of one image with `num_rows` rows, counted on the meta
+        device in the norm's own dtype."""
+        del pool
+        norm = on_meta(self.stem.norm)
+        dtype = torch.promote_types(self.blocks[0].qkv_weight.dtype, torch.float32)
+        return cost.kept_of_rows(
+            lambda rows: norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1),
+            (1, num_rows, self.embed_dim),
+            dtype,
+            norm,
+        )
 
     def head_reads_of_image(self, pool: str | None) -> Read:
         """The rows that `pool` reads in a model without prompts.

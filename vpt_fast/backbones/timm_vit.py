@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, TypedDict
 
 import timm.data
@@ -23,6 +24,7 @@ from vpt_fast.backbones.layers import (
     class_name,
     current,
     linear_parts,
+    on_meta,
     require_embedding,
     require_no_hooks,
     require_usual_scale,
@@ -383,7 +385,28 @@ class FrozenViT(nn.Module):
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows (B, R, d) of the last block's output that `head_reads(pool)` names, to features (B, d)."""
-        stem = self.stem
+        return self._features(self.stem, rows, pool)
+
+    def features_bytes(self, num_rows: int, pool: str | None) -> int:
+        """Bytes that `features` keeps for backward of one image with `num_rows` rows, counted on the meta
+        device in the modules' own dtype."""
+        stem, weights = self.stem, nn.ModuleDict()
+        for name in ("norm", "attn_pool", "fc_norm"):
+            if getattr(stem, name) is not None:
+                weights[name] = on_meta(getattr(stem, name))
+        parts = {"attn_pool": None, "global_pool": stem.global_pool, **weights}
+        wide = torch.promote_types(dtype_of(self.blocks[0], default=torch.float32), torch.float32)
+        dtype = self.residual_dtype or wide
+        return cost.kept_of_rows(
+            lambda rows: self._features(SimpleNamespace(**parts), rows, pool),
+            (1, num_rows, self.embed_dim),
+            dtype,
+            weights,
+        )
+
+    @staticmethod
+    def _features(stem: Any, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
+        """`features`, of a stem's norms and pooling."""
         x = stem.norm(rows.to(dtype_of(stem.norm, stem.fc_norm, stem.attn_pool, default=rows.dtype)))
         if pool is not None:
             x = x[:, 0] if pool == "cls" else x.mean(dim=1)

@@ -19,7 +19,8 @@ from vpt_fast.kernels.mlp.reference import PACKED
 
 class TrainingBytes(TypedDict):
     """Bytes of a training step. weights: all parameters, and gradient and momentum of the trained ones.
-    kept: for backward, exact for the blocks. workspace: what temporaries add at the peak, an estimate."""
+    kept: for backward, exact unless autocast acts outside the blocks too. workspace: what temporaries add at
+    the peak, an estimate."""
 
     weights: int
     kept: int
@@ -44,6 +45,24 @@ def counting_kept(model: nn.Module) -> Iterator[Callable[[], list[int]]]:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         yield lambda: [storage.nbytes() for storage in kept.values()]
+
+
+def kept_of_rows(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weights: nn.Module,
+) -> int:
+    """Bytes that a function keeps for backward of rows whose gradient is wanted.
+
+    Args:
+        function: called with rows on the meta device.
+        shape, dtype: of the rows.
+        weights: the modules that it calls, on the meta device.
+    """
+    with counting_kept(weights) as kept_sizes:
+        function(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True))
+    return sum(kept_sizes())
 
 
 class Peak:

@@ -1,0 +1,183 @@
+"""Weights that timm loads for a name in its registry: no tensor of the model stays as it was initialised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from checkpoint_files import SMALL_CONVNEXT, SMALL_SWIN, SMALL_VIT, save_jax, small, small_vit, swin
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from tiny import randomise
+from torch import nn
+
+from vpt_fast import PromptedViT
+from vpt_fast.backbones.checkpoints import load_checkpoint
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, resolve_backbone
+
+NAME = "vit_base_patch16_224"
+WITH_CLASSIFIER, WITHOUT_CLASSIFIER = f"{NAME}.augreg_in21k", f"{NAME}.dino"  # as published
+AVERAGED: dict[str, Any] = dict(SMALL_VIT, global_pool="avg")
+
+
+def written(model: nn.Module, path: Path, **more: torch.Tensor) -> Path:
+    save_file({**model.state_dict(), **more}, path)
+    return path
+
+
+def from_timm(
+    name: str, file: Path, arguments: dict[str, Any], kind: Kind = VIT, **overlay: Any
+) -> nn.Module:
+    """What a name stands for whose published weights are this file."""
+    settings = {"file": str(file), **overlay}
+    return resolve_backbone(name, True, {**arguments, "pretrained_cfg_overlay": settings}, kind=kind)[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Weights with a final norm, and a classifier of other classes than the published one's."""
+    return written(timm.create_model(NAME, num_classes=7, **SMALL_VIT), tmp_path / "own.safetensors")
+
+
+@pytest.fixture
+def headless(tmp_path: Path) -> Path:
+    return written(small_vit(1), tmp_path / "model.safetensors")
+
+
+class TestLacking:
+    @pytest.mark.parametrize("name", [WITH_CLASSIFIER, WITHOUT_CLASSIFIER])
+    def test_a_norm_after_pooling_that_the_weights_lack_is_named(self, name: str, headless: Path) -> None:
+        with pytest.raises(ValueError, match="pretrained: .*fc_norm.weight.*pass fc_norm=False"):
+            from_timm(name, headless, AVERAGED)
+
+    @pytest.mark.parametrize("name", [WITH_CLASSIFIER, WITHOUT_CLASSIFIER])
+    def test_blocks_that_the_weights_lack_are_named(self, name: str, headless: Path) -> None:
+        with pytest.raises(ValueError, match="pretrained: .*with .*depth=3.*blocks.2.norm1.weight"):
+            from_timm(name, headless, dict(SMALL_VIT, depth=3))
+
+    def test_long_lists_are_cut(self, headless: Path) -> None:
+        with pytest.raises(ValueError, match="blocks.2.attn.qkv.bias and 8 more; want"):
+            from_timm(WITH_CLASSIFIER, headless, dict(SMALL_VIT, depth=3))
+
+    def test_weights_in_an_argument_are_not_printed(self) -> None:
+        overlay = {"state_dict": small_vit(1).state_dict(), "hf_hub_id": "", "url": ""}
+        with pytest.raises(ValueError, match="^(?!.*tensor).*fc_norm.weight"):
+            resolve_backbone(WITH_CLASSIFIER, True, {**AVERAGED, "pretrained_cfg_overlay": overlay})
+
+    def test_a_norm_after_pooling_that_a_jax_file_lacks_is_named(self, tmp_path: Path) -> None:
+        file = save_jax(small_vit(1), tmp_path / "ViT-B_16.npz")
+        with pytest.raises(
+            ValueError, match="pretrained: .*lack fc_norm.weight, fc_norm.bias .*fc_norm=False"
+        ):
+            from_timm(WITH_CLASSIFIER, file, AVERAGED, custom_load=True)
+
+    def test_weights_of_another_width_are_an_error_of_the_argument(self, headless: Path) -> None:
+        with pytest.raises(
+            ValueError, match="pretrained: .*size mismatch for cls_token.*; want other arguments$"
+        ):
+            from_timm(WITH_CLASSIFIER, headless, dict(SMALL_VIT, embed_dim=48))
+
+    def test_masked_convnexts_have_been_published_without_a_final_norm(self, tmp_path: Path) -> None:
+        source = small("convnextv2_atto", 1, **SMALL_CONVNEXT)
+        published = {n: t for n, t in source.state_dict().items() if not n.startswith("head.norm.")}
+        save_file(published, tmp_path / "model.safetensors")
+        with pytest.warns(UserWarning, match="convnextv2_atto.fcmae .*lack head.norm.weight, head.norm.bias"):
+            model = from_timm(
+                "convnextv2_atto.fcmae", tmp_path / "model.safetensors", SMALL_CONVNEXT, CONVNET
+            )
+        assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
+
+
+class TestStrictIsOff:
+    """pretrained_strict=False, timm's argument, keeps initial values where weights are missing."""
+
+    arguments = dict(AVERAGED, pretrained_strict=False)
+
+    def assert_norm_is_new(self, vit: Any) -> None:
+        assert torch.equal(vit.fc_norm.weight, torch.ones(32))
+        assert torch.equal(vit.state_dict()["cls_token"], small_vit(1).state_dict()["cls_token"])
+
+    @pytest.mark.parametrize("name", [WITH_CLASSIFIER, WITHOUT_CLASSIFIER])
+    def test_with_a_name(self, name: str, headless: Path) -> None:
+        self.assert_norm_is_new(from_timm(name, headless, self.arguments))
+
+    def test_with_a_file(self, headless: Path) -> None:
+        self.assert_norm_is_new(resolve_backbone(NAME, False, self.arguments, checkpoint=headless)[0])
+
+    def test_with_a_folder(self, tmp_path: Path) -> None:
+        save_for_hf(small_vit(1), str(tmp_path), safe_serialization=True)
+        arguments = dict(global_pool="avg", pretrained_strict=False)
+        self.assert_norm_is_new(resolve_backbone(f"local-dir:{tmp_path}", True, arguments)[0])
+
+    def test_a_saved_model_is_built_so_again(self, headless: Path, tmp_path: Path) -> None:
+        model = PromptedViT(NAME, 3, 2, checkpoint=headless, **self.arguments)
+        model.save_pretrained(tmp_path / "saved")
+        again = PromptedViT.from_pretrained(tmp_path / "saved")
+        assert again.backbone.fingerprint == model.backbone.fingerprint
+
+
+class TestFitting:
+    def test_the_final_norm_can_be_kept_before_pooling(self, headless: Path) -> None:
+        vit = from_timm(WITH_CLASSIFIER, headless, dict(AVERAGED, fc_norm=False))
+        assert torch.equal(vit.state_dict()["norm.weight"], small_vit(1).state_dict()["norm.weight"])
+
+    def test_a_classifier_of_other_classes_is_left_out(self, file: Path) -> None:
+        from_timm(WITH_CLASSIFIER, file, SMALL_VIT)
+
+    def test_weights_with_a_norm_after_pooling_fill_it(self, tmp_path: Path) -> None:
+        source = small_vit(1, global_pool="avg")
+        vit = from_timm(WITH_CLASSIFIER, written(source, tmp_path / "own.safetensors"), AVERAGED)
+        assert torch.equal(vit.state_dict()["fc_norm.weight"], source.state_dict()["fc_norm.weight"])
+
+    @pytest.mark.parametrize(
+        "arguments", [{"in_chans": 1}, {"img_size": 48}], ids=lambda each: next(iter(each))
+    )
+    def test_what_timm_converts_counts_as_filled(self, arguments: dict[str, Any], headless: Path) -> None:
+        from_timm(WITH_CLASSIFIER, headless, {**SMALL_VIT, **arguments})
+
+    def test_the_authors_swin_with_buffers_and_another_window_fits(self, tmp_path: Path) -> None:
+        torch.save(swin(small("swin_base_patch4_window7_224", 1, **SMALL_SWIN)), tmp_path / "swin.pth")
+        arguments = dict(SMALL_SWIN, img_size=64, window_size=8)
+        from_timm("swin_base_patch4_window7_224", tmp_path / "swin.pth", arguments, SWIN)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        (NAME, {}),
+        (NAME, dict(reg_tokens=2)),
+        (NAME, dict(class_token=False, global_pool="avg")),
+        ("flexivit_small", {}),
+        ("vit_base_patch16_radio_v3", {}),
+        ("vit_large_patch16_radio_v3", {}),
+        ("deit3_base_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_positions_from_a_file_are_resampled_like_those_of_the_registry(
+    name: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = dict(embed_dim=32, depth=1, num_heads=2, patch_size=16) | arguments
+    described = {"input_size": (3, 96, 96)}
+    source = randomise(timm.create_model(name, num_classes=0, img_size=96, **arguments), 1)
+    larger: dict[str, Any] = {**arguments, "img_size": (64, 160)}
+    file = written(source, tmp_path / "model.safetensors")
+    registrys: Any = from_timm(name, file, larger, **described)
+    own = randomise(timm.create_model(name, num_classes=0, pretrained_cfg_overlay=described, **larger), 2)
+    load_checkpoint(own, file)
+    assert torch.equal(own.state_dict()["pos_embed"], registrys.pos_embed)
+
+
+def test_layer_scales_in_deit3s_own_file_are_found(tmp_path: Path) -> None:
+    name, sizes = "deit3_base_patch16_224", dict(embed_dim=32, depth=1, num_heads=2, img_size=32)
+    source, model = small(name, 1, **sizes), small(name, 2, **sizes)
+    authors = {
+        n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        for n, tensor in source.state_dict().items()
+    }
+    torch.save({"model": authors}, tmp_path / "deit_3_base_224_1k.pth")
+    load_checkpoint(model, tmp_path / "deit_3_base_224_1k.pth")
+    assert torch.equal(model.state_dict()["blocks.0.ls2.gamma"], source.state_dict()["blocks.0.ls2.gamma"])
