@@ -245,6 +245,14 @@ def test_weights_rounded_once_give_what_autocast_gives_bit_for_bit() -> None:
         assert torch.equal(actual.gradients[name], gradient), name
 
 
+def test_autocast_to_the_other_16_bit_dtype_is_refused() -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, dtype=torch.float16)
+    images, _ = random_batch(model, dtype=torch.float32)
+    message = "autocast: got torch.bfloat16 around a backbone with weights in torch.float16, want autocast to"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        model(images)
+
+
 def test_weights_rounded_once_are_half_the_bytes_and_the_rest_stays() -> None:
     model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
     in_blocks = "backbone.blocks."

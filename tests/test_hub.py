@@ -47,6 +47,8 @@ attempt("no revision", lambda: difference("me/prompts@v2"))
 attempt("no repository", lambda: difference("me/none"))
 attempt("no folder", lambda: difference("prompts"))
 attempt("no backbone", lambda: vpt_fast.PromptedViT("hf-hub:me/none", 3, 4))
+for name in ("vit_tiny_patch16_224", "sup_vitb16_imagenet21k"):
+    attempt(name, lambda: vpt_fast.PromptedViT(name, 3, 4, pretrained=True))
 attempt("no safetensors", lambda: vpt_fast.PromptedViT("hf-hub:me/pickled", 3, 4, pretrained=True))
 found["second commit"] = model.push_to_hub("me/described", token="hf_token")
 print(json.dumps(found))
@@ -122,6 +124,14 @@ def test_what_was_uploaded_computes_the_same(hub: Any, how: str) -> None:
         ),
         ("no folder", "FileNotFoundError: prompts: has no config.json, want a folder that save_pretrained"),
         ("no backbone", "ValueError: backbone: got 'hf-hub:me/none', whose config.json cannot be read: 404"),
+        (
+            "vit_tiny_patch16_224",
+            "ValueError: pretrained: the weights of vit_tiny_patch16_224 cannot be downloaded: 404",
+        ),
+        (
+            "sup_vitb16_imagenet21k",
+            "ValueError: pretrained: the weights of sup_vitb16_imagenet21k cannot be",
+        ),
         ("no safetensors", "ValueError: pretrained: hf-hub:me/pickled has no model.safetensors, and nothing"),
     ],
 )

@@ -137,7 +137,15 @@ class Classification:
             data_root=recipe.data_root,
             seed=recipe.seed,
         )
-        return cache.get("splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named))
+        splits = cache.get(
+            "splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named)
+        )
+        if splits.val is not None and not splits.val_is_drawn and recipe.val_fraction != Recipe.val_fraction:
+            raise ValueError(
+                f"val_fraction is {recipe.val_fraction}, and {recipe.data} has a val split of its own; leave "
+                "it out"
+            )
+        return splits
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
         assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"

@@ -392,6 +392,17 @@ class Recipe:
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
             )
         self._reject_knobs_of_other_methods()
+        optimizer = self.optimizer or parse_method(self.method).rule.optimizer
+        if optimizer == "adamw" and self.momentum != Recipe.momentum:
+            raise ValueError(
+                f"momentum is {self.momentum}, and adamw has no such setting; leave it out or choose "
+                "optimizer sgd"
+            )
+        if self.task is not None and self.val_fraction != Recipe.val_fraction:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction}, and {self.task} has a val split of its own; leave it "
+                "out"
+            )
         if self.pretrained and self.checkpoint is not None:
             raise ValueError(
                 f"pretrained is on beside checkpoint {self.checkpoint}, which has the weights; leave one out"

@@ -648,3 +648,9 @@ def test_prompt_settings_reach_the_saved_model(recipe, tmp_path, settings):
     result = train(recipe, tmp_path / "run")
     saved = load_pretrained(tmp_path / "run" / "prompts").trainable_state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained(result).items())
+
+
+def test_val_fraction_is_refused_where_the_data_have_a_val_split(recipe, tmp_path):
+    with pytest.raises(ValueError, match="^val_fraction is 0.3, and .*colors has a val split of its own"):
+        train(dataclasses.replace(recipe, val_fraction=0.3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

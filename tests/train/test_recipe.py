@@ -256,6 +256,20 @@ def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them()
         make(method="linear", num_prompts=5, prompt_shared=True)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "adamw"}, {"method": "bias"}], ids=["given", "methods_own"]
+)
+def test_momentum_is_refused_with_adamw(settings):
+    with pytest.raises(ValueError, match="^momentum is 0.8, and adamw has no such setting"):
+        make(momentum=0.8, **settings)
+    assert make(momentum=0.8, method="bias", optimizer="sgd").momentum == 0.8
+
+
+def test_val_fraction_is_refused_with_a_task():
+    with pytest.raises(ValueError, match="^val_fraction is 0.3, and fgvc/cub has a val split of its own"):
+        make(task="cub", val_fraction=0.3)
+
+
 @pytest.mark.parametrize("checkpoint, pretrained", [(None, True), ("ViT-B_16.npz", False)])
 def test_published_weights_are_loaded_where_there_is_no_checkpoint(checkpoint, pretrained):
     resolved = make(checkpoint=checkpoint).resolved(num_train_images=100, device_type="cpu")

@@ -59,7 +59,7 @@ def test_going_on_equals_an_uninterrupted_run_that_is_saved_whole(small, tmp_pat
 
 @pytest.mark.parametrize("method", ALL)
 def test_training_lowers_the_loss(small, tmp_path, method):
-    recipe = small(method, epochs=6, batch_size=9, momentum=0.0)
+    recipe = small(method, epochs=6, batch_size=9)
     recipe = dataclasses.replace(recipe, optimizer="adamw", base_lr=0.1)
     metrics = train(recipe, tmp_path / "run").metrics
     assert metrics[-1]["train_loss"] < 0.9 * metrics[0]["train_loss"]

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -26,7 +27,7 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
-from vpt_fast.backbones.sources import Source, close_names, find_source, repository
+from vpt_fast.backbones.sources import Source, close_names, find_source, repository, said_by_hub
 
 # Keyword arguments of timm that may say where weights are.
 _SAY_WHERE = {"pretrained_cfg", "pretrained_cfg_overlay"}
@@ -387,7 +388,8 @@ def _with_all_weights(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """
     with _Written() as written:
         try:
-            model: Any = timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
+            with _downloading(name):
+                model: Any = timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
@@ -426,4 +428,17 @@ def _listed(names: list[str], most: int = 4) -> str:
 def _from_hub(known: KnownBackbone) -> str:
     """The path of timm's copy of the weights, downloaded unless it is cached."""
     assert known.hub is not None
-    return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")
+    with _downloading(known.name):
+        return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")
+
+
+@contextlib.contextmanager
+def _downloading(name: str) -> Iterator[None]:
+    """Turns the hub's errors into a ValueError that names the model."""
+    try:
+        yield
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise ValueError(
+            f"pretrained: the weights of {name} cannot be downloaded: {said_by_hub(error)} If you have them "
+            "in a file, pass it as checkpoint"
+        ) from error

@@ -882,7 +882,18 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matmuls: the weights' own, or autocast's, which leaves float64 alone."""
-    if _is_autocast(device_type) and weight_dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return weight_dtype
+    """The dtype of the matmuls: the weights' own, or autocast's, which leaves float64 alone.
+
+    Raises:
+        ValueError: the weights have one 16-bit dtype and autocast the other, whose tensors PyTorch does not
+            concatenate.
+    """
+    if not _is_autocast(device_type) or weight_dtype == torch.float64:
+        return weight_dtype
+    dtype = torch.get_autocast_dtype(device_type)
+    if weight_dtype != dtype and weight_dtype.itemsize == dtype.itemsize:
+        raise ValueError(
+            f"autocast: got {dtype} around a backbone with weights in {weight_dtype}, want autocast to their "
+            "dtype, or none"
+        )
+    return dtype
