@@ -105,7 +105,13 @@ def on_meta(module: nn.Module) -> nn.Module:
         for attribute in _HOOKS:
             hooks = getattr(each, attribute)
             memo[id(hooks)] = OrderedDict((k, hook) for k, hook in hooks.items() if _computes_weight(hook))
-    return copy.deepcopy(module, memo).to("meta")
+    # Not by moving the copy, which PyTorch refuses among fake tensors.
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
 
 
 def _computes_weight(hook: Any) -> bool:
