@@ -113,6 +113,21 @@ def test_a_pruned_norm_is_read_as_a_call_would_compute_it() -> None:
     torch.testing.assert_close(probe.image_features(images), vit(images))
 
 
+@pytest.mark.parametrize(
+    "build",
+    [tiny_vit, tiny_swin, small_resnet],
+    ids=["vit", "swin", "convnet"],
+)
+def test_a_backbone_that_is_pruned_everywhere_is_read_as_a_call_would_compute_it(build: Callable) -> None:
+    backbone = build().eval()
+    for layer in [*backbone.modules()]:
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            prune.random_unstructured(layer, "weight", 0.3)
+    probe = LinearProbe(backbone, CLASSES).double().eval()
+    images, _ = random_batch(probe)
+    torch.testing.assert_close(probe.image_features(images), backbone(images))
+
+
 HOOKS = {
     "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda *_: None),
     "forward hook": lambda module: module.register_forward_hook(lambda *_: None),

@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import PatchEmbed
@@ -22,6 +22,8 @@ from vpt_fast.engine.weights import LinearParts
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.nn.utils.weight_norm import WeightNorm
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -96,6 +98,20 @@ def own_call(module: nn.Module) -> str | None:
 def is_read(layer: nn.Module) -> bool:
     """Whether a call of the layer would only use its weights as they are, without any hook."""
     return own_call(layer) is None and not layer._forward_pre_hooks
+
+
+def copied(module: _Module, *left_out: nn.Module) -> _Module:
+    """A deep copy, with nn.Identity in place of some of its modules.
+
+    Weights that pruning has computed are results in autograd's graph, which PyTorch does not copy. The copy's
+    own are computed when it is called.
+    """
+    memo: dict[int, Any] = {id(each): nn.Identity() for each in left_out}
+    for each in module.modules():
+        for value in vars(each).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def on_meta(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from vpt_fast.backbones.architecture import architecture
-from vpt_fast.backbones.layers import class_name, is_of_peft, is_read, merge_hint, require_no_hooks
+from vpt_fast.backbones.layers import class_name, copied, is_of_peft, is_read, merge_hint, require_no_hooks
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 from vpt_fast.engine.block import require_plain_autograd
 from vpt_fast.engine.plan import Read
@@ -129,7 +129,7 @@ class FrozenConvNet(nn.Module):
                 )
         _check(model)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-        stem: Any = copy.deepcopy(model)
+        stem: Any = copied(model)
         stem.reset_classifier(0)
         self.fingerprint = fingerprint(stem, classifier=None)
         self.architecture = architecture(stem, classifier=None)

@@ -5,7 +5,6 @@ Variants of timm's that are not supported raise; nothing is approximated.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import nn
 from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
+    copied,
     linear_parts,
     on_meta,
     require_embedding,
@@ -98,9 +98,7 @@ class FrozenSwin(nn.Module):
         require_embedding(swin.patch_embed)
         require_no_hooks(swin.layers, "backbone: layers")
         # A deep copy of everything except stages and classifier.
-        self.stem: Any = copy.deepcopy(
-            swin, memo={id(swin.layers): nn.Identity(), id(swin.head): nn.Identity()}
-        )
+        self.stem: Any = copied(swin, swin.layers, swin.head)
         if dtype is not None:
             self.stem.to(dtype)
         stem: Any = self.stem

@@ -5,7 +5,6 @@ Variants of timm's that are not supported raise; nothing is approximated.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
+    copied,
     current,
     linear_parts,
     on_meta,
@@ -97,9 +97,7 @@ class FrozenViT(nn.Module):
         self._check(vit)
         self.residual_dtype = residual_dtype
         # A deep copy of everything except blocks and classifier.
-        self.stem: VisionTransformer = copy.deepcopy(
-            vit, memo={id(vit.blocks): nn.Identity(), id(vit.head): nn.Identity()}
-        )
+        self.stem: VisionTransformer = copied(vit, vit.blocks, vit.head)
         self.stem.requires_grad_(False)
         if dtype is not None:
             self.stem.to(dtype)
@@ -112,13 +110,13 @@ class FrozenViT(nn.Module):
                 require_no_hooks(block, f"backbone: blocks.{index}")
                 blocks.append(FrozenBlock(*fold(parts, dtype), operations))
             else:
-                blocks.append(_at_least_float32(copy.deepcopy(block)))
+                blocks.append(_at_least_float32(copied(block)))
         # A ModuleList, annotated with what it usually contains.
         self.blocks: Sequence[FrozenBlock] = nn.ModuleList(blocks).requires_grad_(False)  # type: ignore
         if timm_blocks:
             for name in ("norm", "attn_pool", "fc_norm"):
                 if getattr(vit, name) is not None:
-                    module = _at_least_float32(copy.deepcopy(getattr(vit, name)))
+                    module = _at_least_float32(copied(getattr(vit, name)))
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Of the given model: folding and dtype do not change which backbone it is.

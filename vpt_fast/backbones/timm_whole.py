@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import timm.data
@@ -11,6 +10,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from vpt_fast.backbones.architecture import architecture
+from vpt_fast.backbones.layers import copied
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
 
 
@@ -30,7 +30,7 @@ class WholeBackbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-        stem: Any = copy.deepcopy(model)
+        stem: Any = copied(model)
         stem.reset_classifier(0)
         self.fingerprint = fingerprint(stem, classifier=None)
         self.architecture = architecture(stem, classifier=None)
