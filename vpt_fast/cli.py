@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 failed on the way (training diverged, a full disk, an imag
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -327,10 +328,11 @@ app.add_typer(sweep_commands.plot_app, name="plot")
 def main() -> None:
     try:
         app()
-    except OSError as error:  # while a command prints what it found, such as to a file on a full disk
-        if "--debug" in sys.argv:
+    except OSError as error:
+        # Commands report their own; what is left is printing the results, to a file on a full disk, say.
+        if "--debug" in sys.argv or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        sys.exit(f"error: the output cannot be written: {error.strerror or error}")
+        sys.exit(f"error: the output cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":
