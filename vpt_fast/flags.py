@@ -17,6 +17,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.rule import Rule
+from rich.text import TextType
 
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.recipe import Recipe
@@ -112,8 +114,13 @@ class OutputConsole(NameConsole):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self._rule_width = self.width
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = 10_000
+
+    def rule(self, title: TextType = "", **settings: Any) -> None:
+        """A line with a title, of a terminal's width everywhere."""
+        self.print(Rule(title, **settings), width=self._rule_width)
 
 
 class LastingConsole(OutputConsole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from vpt_fast import loop
+from vpt_fast.flags import LastingConsole
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
 
@@ -612,3 +614,15 @@ def test_a_bug_in_loading_with_a_checkpoint_is_no_refusal(run, tmp_path, monkeyp
     monkeypatch.setattr("vpt_fast.inference.load_pretrained", fail)
     with pytest.raises(TypeError, match="a bug"):
         LoadedRun.load(prompts, "cpu", checkpoint=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_a_heading_in_a_file_is_as_wide_as_a_terminal(monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    written = io.StringIO()
+    LastingConsole(file=written).rule("VPT-Deep")
+    (line,) = written.getvalue().splitlines()
+    assert "VPT-Deep" in line
+    assert len(line) == int(columns or 80)
