@@ -343,9 +343,10 @@ def _build(
         return model
     known = KNOWN.get(name)
     if known is None:
-        if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
-            return _with_all_weights(name, kwargs)
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        with _downloading(name):
+            if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
+                return _with_all_weights(name, kwargs)
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if file is not None:
             load_checkpoint(model, file, strict=strict)
         return model
@@ -388,8 +389,7 @@ def _with_all_weights(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """
     with _Written() as written:
         try:
-            with _downloading(name):
-                model: Any = timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0, **kwargs)
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
@@ -439,6 +439,6 @@ def _downloading(name: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise ValueError(
-            f"pretrained: the weights of {name} cannot be downloaded: {said_by_hub(error)} If you have them "
-            "in a file, pass it as checkpoint"
+            f"pretrained: the weights of {name} cannot be downloaded: {said_by_hub(error)}; if you have "
+            "them in a file, pass it as checkpoint"
         ) from error

@@ -167,7 +167,7 @@ def repository(backbone: str) -> str | None:
 def said_by_hub(error: Exception) -> str:
     """What huggingface_hub says of a failed request, without the hints that follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    return " ".join(lines[:2]).removesuffix(".") or type(error).__name__
 
 
 def close_names(name: str, *more: str) -> str:
