@@ -89,12 +89,13 @@ def _build(dtype: torch.dtype, head_dim: int, *, inverse: bool) -> Build:
     pointers = {"x": f"*{TYPE_NAMES[dtype]}", "sin": "*fp32", "cos": "*fp32"}
     strides = [f"x_stride{dim}" for dim in range(3)]
     integers = ["num_rows", "num_patches", "num_heads", "table_heads", "size1", "size2", *strides]
+    aligned = strides if head_dim % 16 == 0 else strides[:2]  # heads of 72 are 72 elements apart
     return Build(
         kernel=rotate_kernel,
         config=f"{TYPE_NAMES[dtype]} D{head_dim}{' inverse' if inverse else ''}",
         signature={**pointers, **dict.fromkeys(integers, "i32")},
         constexprs={"INVERSE": inverse, **_config(head_dim // 2)},
-        divisible=(*pointers, *strides),
+        divisible=(*pointers, *aligned),
         num_warps=_NUM_WARPS,
         num_stages=3,
         wgmma=False,
