@@ -11,6 +11,7 @@ which.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import multiprocessing
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     return 1 if failed else 0
 
 
+@functools.cache  # a worker asks anew for every build
 def list_builds(module: str, arch: int) -> list[Build]:
     return importlib.import_module(module).builds(arch)
 
