@@ -34,6 +34,7 @@ import torch
 from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
 from vpt_fast.data.factory import is_factory_name
+from vpt_fast.failures import SavingFailed
 from vpt_fast.files import replacing, unfinished
 from vpt_fast.recipe import SEGMENTATION, Recipe
 
@@ -231,6 +232,18 @@ class RunFolder:
             "scaler": json.dumps(checkpoint.scaler),
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
+
+    @contextlib.contextmanager
+    def saving(self, what: str) -> Iterator[None]:
+        """Turns errors while ``what`` is written into SavingFailed."""
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SavingFailed(
+                f"{what} could not be saved in {self.path}: {reason}; what was saved before is still there, "
+                "and the same command goes on from it"
+            ) from error
 
     def save_results(self, results: Mapping[str, Any]) -> None:
         write(self.results, _json(results).encode())

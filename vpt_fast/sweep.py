@@ -47,10 +47,11 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.loop import graph_obstacle, require_attention, train
-from vpt_fast.methods import build_model_without_values
+from vpt_fast.loop import train
+from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
+from vpt_fast.step import graph_obstacle
 from vpt_fast.world import find_device
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from vpt_fast import demo, loop
+from vpt_fast import demo
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -51,7 +51,7 @@ def test_demo_prints_a_table_and_where_everything_is(small_demo, command, tmp_pa
 
 def test_second_demo_prints_the_same_table_and_trains_nothing(small_demo, command, tmp_path, monkeypatch):
     first = command("demo", "--out", tmp_path / "demo")
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)
     again = command("demo", "--out", tmp_path / "demo")
     assert again.exit_code == 0, again.output
     assert table_of(again.stdout) == table_of(first.stdout)

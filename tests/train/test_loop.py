@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.loop import build_optimizer, train
+from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.run import RunError, RunFolder
+from vpt_fast.step import build_optimizer
 
 
 def trained(result) -> dict[str, torch.Tensor]:
@@ -188,7 +189,7 @@ def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text,
 
 def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
     first = train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)
     again = train(recipe, tmp_path / "run")
     assert again.is_finished and again.new_epochs == 0 and again.metrics == first.metrics
 
@@ -460,7 +461,7 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
 
 
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
         train(dataclasses.replace(recipe, cuda_graph=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -557,9 +558,8 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
 def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
     model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
-    groups, names = build_optimizer(recipe, model, capturable=False)
-    decay = [group["weight_decay"] for group in groups.param_groups for _ in group["params"]]
-    assert dict(zip(names, decay, strict=True)) == {
+    groups = build_optimizer(recipe, model, capturable=False).param_groups
+    assert {name: group["weight_decay"] for group in groups for name in group["param_names"]} == {
         "prompts": 1e-4,
         "prompt_projection.weight": 1e-4,
         "prompt_projection.bias": 1e-4,
@@ -589,7 +589,7 @@ def test_linear_probe_on_features_computed_once_equals_training_through_the_mode
 
 
 def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "FeatureBatches", None)
+    monkeypatch.setattr(loop, "feature_batches", None)
     recipe = dataclasses.replace(
         recipe, method="linear", num_prompts=None, prompt_dropout=None, augment="flip"
     )

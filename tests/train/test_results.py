@@ -74,7 +74,7 @@ def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, mo
     recipe = dataclasses.replace(short, test=True)
     later = train(recipe, tmp_path / "run")
     assert later.new_epochs == 0 and later.results["test_images"] == 6
-    monkeypatch.setattr(loop, "build_model", None)  # not again
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)  # not again
     assert train(recipe, tmp_path / "run").results == later.results
 
 
@@ -120,7 +120,7 @@ def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
 def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, method="linear", num_prompts=None, prompt_dropout=None)
     train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop, "FeatureBatches", None)
+    monkeypatch.setattr(loop, "feature_batches", None)
     result = train(dataclasses.replace(recipe, test=True), tmp_path / "run")
     assert result.new_epochs == 0 and result.results["test_images"] == 6
 
