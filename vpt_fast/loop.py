@@ -189,7 +189,8 @@ def train(
         if done == recipe.epochs and world.is_main:
             with folder.saving("the prompts"):  # they may be damaged, and no epoch is left to write them
                 folder.save_prompts(model, labels)
-        events = open_events(recipe, folder, world, done)
+        if (events := open_events(recipe, folder, world, done)) is not None:
+            stack.callback(events.close)
 
         stop = stop or threading.Event()
         stack.enter_context(stop_signals(stop))
@@ -234,8 +235,6 @@ def train(
             if on_epoch is not None:
                 on_epoch(row)
 
-        if events is not None:
-            events.close()
         if rows and world.is_main:
             with folder.saving("the curves"):
                 plot_curves(rows, folder.curves)

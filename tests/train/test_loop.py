@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -264,7 +265,8 @@ def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
 def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
     recipe, tmp_path, monkeypatch, removals
 ):
-    train(dataclasses.replace(recipe, tensorboard=False), tmp_path / "run")
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, tensorboard=False)
+    train(recipe, tmp_path / "run")
     unlink, rmtree, done = Path.unlink, shutil.rmtree, []
 
     def until_stopped(remove):
@@ -511,6 +513,14 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     ):
         train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
+
+
+def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.TrainStep, "__call__", lambda *_: (torch.tensor(float("nan")), torch.tensor(0)))
+    before = set(threading.enumerate())
+    with pytest.raises(TrainingDiverged):
+        train(dataclasses.replace(recipe, tensorboard=True), tmp_path / "run")
+    assert set(threading.enumerate()) == before
 
 
 def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monkeypatch):
