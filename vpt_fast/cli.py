@@ -30,12 +30,13 @@ from vpt_fast.flags import (
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    given_settings,
     one_line_errors,
     print_error,
     refuse,
     with_recipe_flags,
 )
-from vpt_fast.recipe import Recipe, read_yaml
+from vpt_fast.recipe import Recipe
 
 if TYPE_CHECKING:
     from vpt_fast.inference import LoadedRun
@@ -91,8 +92,7 @@ def train(
     [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
     """
     with one_line_errors(debug):
-        given = {name: value for name, value in flags.items() if value not in (None, [])}
-        recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
+        recipe = Recipe.from_dict(given_settings(config, flags))
         from vpt_fast.loop import train as run_training
         from vpt_fast.run import default_run_folder
 
