@@ -418,11 +418,11 @@ def evaluate_test(
     Raises KeyboardInterrupt if asked to stop; training is saved, so the same command resumes here.
     """
 
-    def unless_stopped(advance: Callable[..., None]) -> Callable[..., None]:
-        def call(*done: int) -> None:
+    def unless_stopped(advance: Callable[[int], None]) -> Callable[[int], None]:
+        def call(count: int) -> None:
             if stop.is_set():
                 raise KeyboardInterrupt
-            advance(*done)
+            advance(count)
 
         return call
 

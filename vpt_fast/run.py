@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 
 from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
-from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
+from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data.factory import is_factory_name
 from vpt_fast.failures import SavingFailed
 from vpt_fast.files import replacing, unfinished
@@ -312,23 +312,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"versions": versions, "device": {"type": device.type, "name": name}}
 
 
-def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
-    """Counts, classes and a digest of the images' splits and classes, for run.json."""
-    digest = hashlib.sha256()
-    used = [images for images in (splits.train, splits.val) if images is not None]
-    for images in used:
-        for item, label in zip(images.items, images.labels, strict=True):
-            name = os.path.relpath(item, root) if isinstance(item, Path) else str(item)
-            digest.update(f"{name}\0{images.classes[label]}\0".encode())
-        digest.update(b"\0")
-    return {
-        "classes": list(splits.classes),
-        "train": _counts(splits.train),
-        "val": None if splits.val is None else _counts(splits.val),
-        "digest": digest.hexdigest(),
-    }
-
-
 def list_digest(data: str, images: ImageList | SceneList) -> str:
     """Digest of the listed images' names below ``data``, classes and file sizes. It does not depend on where
     the data are stored, or on which images are readable."""
@@ -352,13 +335,6 @@ def list_digest(data: str, images: ImageList | SceneList) -> str:
         else:
             digest.update(f"{item}\0{name}\0{getattr(item, 'size', None)}\0".encode())
     return digest.hexdigest()
-
-
-def _counts(images: ImageList) -> dict[str, Any]:
-    per_class = [0] * len(images.classes)
-    for label in images.labels:
-        per_class[label] += 1
-    return {"images": len(images), "per_class": per_class}
 
 
 def write(path: Path, data: bytes) -> None:
