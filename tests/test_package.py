@@ -57,7 +57,7 @@ LAYERS = {
         "scene_inference",
         "tsne",
     ],
-    "sweeps": ["published", "sweep", "tables", "ablations"],
+    "sweeps": ["published", "trials", "sweep", "tables", "ablations"],
     "commands": [
         "flags",
         "sweep_commands",
