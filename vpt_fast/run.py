@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -138,18 +138,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[RunFolder]:
         """Creates the folder and locks it against other processes; RunError if that fails."""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "w")
-        except OSError as error:
-            raise RunError(f"out is {path}, which cannot be written: {error.strerror}") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is training in {path}; wait for it or choose another --out"
-                ) from None
+        with _lock(path):
             folder = cls(path)
             folder.remove_unfinished()
             try:
@@ -157,7 +146,8 @@ class RunFolder:
             finally:
                 if os.listdir(path) == [".lock"]:  # nothing was written: leave no empty folder behind
                     (path / ".lock").unlink()
-                    path.rmdir()
+                    with contextlib.suppress(OSError):  # another process has just begun in it
+                        path.rmdir()
 
     def remove_unfinished(self) -> None:
         """Removes temporary files that a killed process left beside the run's files."""
@@ -288,6 +278,29 @@ class RunFolder:
         return Checkpoint(
             int(header["epochs_done"]), part("trainable/"), part("optimizer/"), json.loads(header["scaler"])
         )
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Creates the folder and locks its lock file, until that is closed; RunError if it cannot."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise RunError(f"out is {folder}, which cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise RunError(
+                f"another process is training in {folder}; wait for it or choose another --out"
+            ) from None
+        # A process that wrote nothing may have removed the file after it was opened here: the next process
+        # would lock another one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock")):
+                return lock
+        lock.close()
 
 
 def default_run_folder(recipe: Recipe) -> Path:

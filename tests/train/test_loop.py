@@ -462,6 +462,21 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
             train(recipe, tmp_path / "run")
 
 
+def test_folder_that_another_process_removes_while_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / "run", fcntl.flock
+
+    def removed_first(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (path / ".lock").unlink()
+        path.rmdir()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with RunFolder.locked(path):
+        with pytest.raises(RunError, match="another process is training in .*run"), RunFolder.locked(path):
+            pass
+
+
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("vpt_fast.methods.build_model", None)
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
