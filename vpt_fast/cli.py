@@ -235,7 +235,7 @@ def predict(
 ) -> None:
     """Classify or segment images. The exit status is 1 if an image cannot be read."""
     with one_line_errors(debug):
-        from vpt_fast.inference import Classifier, LoadedRun, expand_images
+        from vpt_fast.inference import LoadedRun, expand_images, predict_images
 
         paths = expand_images(images)
         if out is not None:
@@ -250,7 +250,7 @@ def predict(
             answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
         else:
             refuse("a classification run", out=out)
-            answers = list(Classifier.of(loaded).predict(paths, top_k or 1))
+            answers = list(predict_images(loaded, paths, top_k or 1))
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))

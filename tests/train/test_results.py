@@ -12,7 +12,7 @@ from task_trees import shrink, write_fgvc, write_vtab
 
 from vpt_fast import loop
 from vpt_fast.data import open_splits
-from vpt_fast.inference import evaluate_run
+from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import print_skipped
@@ -56,7 +56,7 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
     result = train(dataclasses.replace(short, test=True), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == result.results
     last = result.metrics[-1]
-    test = evaluate_run(tmp_path / "run", short.data, "test").evaluation
+    test = evaluate_run(LoadedRun.load(tmp_path / "run"), short.data, "test").evaluation
     assert result.results == {
         "val_accuracy": last["val_accuracy"],
         "val_loss": last["val_loss"],
