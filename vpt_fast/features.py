@@ -7,12 +7,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classification import FORWARD_BATCH, Classification
+from vpt_fast.classification import FORWARD_BATCH
 from vpt_fast.classifier import TunedClassifier, TunedModel
 from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
 from vpt_fast.precision import autocast
@@ -37,48 +38,43 @@ def feature_bytes(model: TunedClassifier, num_images: int) -> int:
 
 def feature_batches(
     model: TunedClassifier,
-    train_images: CheckedImages,
-    val_images: CheckedImages | None,
+    train: tuple[CheckedImages, Batches],
+    val: tuple[CheckedImages, Batches] | None,
     preprocessing: Preprocessing,
     recipe: Recipe,
     world: World,
     console: Console,
     cache: TrainingCache,
 ) -> tuple[FeatureBatches, FeatureBatches | None, float]:
-    """The batches of train and val with features in place of images, and the seconds that train's took."""
-    num_images = len(train_images.images) + (len(val_images.images) if val_images else 0)
+    """The batches of train and val, each given with its images, with frozen features in their place; and the
+    seconds that train's took. Each process computes the features of all images."""
+    num_images = sum(batches.num_images for _, batches in filter(None, (train, val)))
+    frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
+
     with computing_features(console, num_images, feature_bytes(model, num_images), world.device) as advance:
-        val = None
-        if val_images is not None:
-            val = FeatureBatches(model, val_images, preprocessing, recipe, world, cache, advance, train=False)
+
+        def with_features(images: CheckedImages, batches: Batches) -> FeatureBatches:
+            features, labels = cache.get(
+                "features",
+                (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
+                lambda: compute_features(model, images, preprocessing, recipe, world, advance),
+            )
+            return FeatureBatches(batches, features, labels)
+
+        val_batches = None if val is None else with_features(*val)
         started = time.perf_counter()
-        train = FeatureBatches(model, train_images, preprocessing, recipe, world, cache, advance, train=True)
-        return train, val, time.perf_counter() - started
+        train_batches = with_features(*train)
+        return train_batches, val_batches, time.perf_counter() - started
 
 
+@dataclass(frozen=True)
 class FeatureBatches:
-    """As Classification.batches, with frozen features in place of images. Each process computes all of them
-    once. `advance` is called with a number of images whenever theirs are computed."""
+    """`batches`, with frozen features (n, d) or (n, N, d) of all images in place of the images, and labels
+    (n,)."""
 
-    def __init__(
-        self,
-        model: TunedClassifier,
-        images: CheckedImages,
-        preprocessing: Preprocessing,
-        recipe: Recipe,
-        world: World,
-        cache: TrainingCache,
-        advance: Callable[[int], None],
-        *,
-        train: bool,
-    ) -> None:
-        self.batches = Classification().batches(images, preprocessing, recipe, world, train=train)
-        frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
-        self.features, self.labels = cache.get(
-            "features",
-            (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
-            lambda: compute_features(model, images, preprocessing, recipe, world, advance),
-        )
+    batches: Batches
+    features: torch.Tensor
+    labels: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.batches)

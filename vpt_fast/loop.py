@@ -144,8 +144,8 @@ def train(
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
-        train_batches: Source = problem.batches(train_images, preprocessing, recipe, world, train=True)
-        val_batches: Source | None = None
+        train_batches: Any = problem.batches(train_images, preprocessing, recipe, world, train=True)
+        val_batches: Any = None
         if val_images is not None:
             val_batches = problem.batches(val_images, preprocessing, recipe, world, train=False)
         images_text = problem.describe_images(recipe, train_batches)
@@ -161,7 +161,14 @@ def train(
             assert isinstance(model, TunedClassifier)
             network = TrainedPart(model)
             train_batches, val_batches, feature_seconds = feature_batches(
-                model, train_images, val_images, preprocessing, recipe, world, console, cache
+                model,
+                (train_images, train_batches),
+                None if val_images is None else (val_images, val_batches),
+                preprocessing,
+                recipe,
+                world,
+                console,
+                cache,
             )
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
