@@ -44,7 +44,7 @@ def check(
             raise ValueError(f"DIR is {root}, which is no folder")
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
-        shown = [check_task(each, root) for each in named] or find_tasks(root, TASKS.values())
+        shown = [check_task(each, root) for each in named] or find_tasks(root)
         console = OutputConsole()
         if not shown:
             try:

@@ -171,6 +171,11 @@ class Sweep:
             dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())
         ]
 
+    @property
+    def first_recipe(self) -> Recipe:
+        """The recipe of the first combination, for what all of them share."""
+        return self.recipe(**self.points()[0])
+
     def recipe(self, **changes: Any) -> Recipe:
         return Recipe.from_dict({"tensorboard": False, **self.settings, **changes})
 
@@ -191,7 +196,7 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """All that the results depend on."""
-        recipe = self.recipe(**self.points()[0]).to_dict()
+        recipe = self.first_recipe.to_dict()
         fields = dataclasses.fields(Recipe)
         kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
         return {**self.to_dict(), "settings": kept}
@@ -335,7 +340,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     Raises:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
-    device = find_device(sweep.recipe(**sweep.points()[0]).device)
+    device = find_device(sweep.first_recipe.device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
@@ -373,7 +378,7 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
 
     Raises ValueError if a file cannot be read.
     """
-    recipe = sweep.recipe(**sweep.points()[0])
+    recipe = sweep.first_recipe
     splits = Classification().open(recipe, cache)
     lists = [
         list_digest(recipe.data, images)
@@ -420,7 +425,7 @@ class _FinalPlan:
     def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
         """Final runs of VTAB and of data with test images train on train and val; of FGVC on train, as in the
         paper."""
-        recipe = sweep.recipe(**sweep.points()[0])
+        recipe = sweep.first_recipe
         splits = Classification().open(recipe, cache)
         if splits.test is None:
             return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)

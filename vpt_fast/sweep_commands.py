@@ -179,7 +179,7 @@ def ablate(
         settings = given_settings(config, flags)
         listed = [part.strip() for part in methods.split(",") if part.strip()]
         points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
-        run = default_run_folder(points[0].sweep.recipe(**points[0].sweep.points()[0]))
+        run = default_run_folder(points[0].sweep.first_recipe)
         folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
