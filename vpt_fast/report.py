@@ -137,7 +137,6 @@ class Progress:
     def __init__(self, console: Console, epochs: int, steps: int, *, done: int) -> None:
         self._console = console
         self._epochs = epochs
-        self._steps = steps
         self._bars = Bars(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),

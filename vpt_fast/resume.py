@@ -87,15 +87,14 @@ def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None
 def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) -> None:
     """Raises RunError if the backbone, the preprocessing that follows from it, the images or the number of
     processes changed since the run began."""
-    is_recorded = "used" in begun.facts["data"]  # not in runs of earlier versions
-    checks = (
-        ("the images", lambda of: of["data"].get("used") if is_recorded else of["data"]["digest"]),
-        ("the number of processes", lambda of: of["processes"]),
-    )
     changed = backbone_changes(facts["backbone"], begun.facts["backbone"])
     if found := differences(begun.facts.get("preprocessing", {}), facts["preprocessing"]):
         changed.append(f"the preprocessing ({'; '.join(found)})")
-    changed += [what for what, get in checks if get(facts) != get(begun.facts)]
+    digest = "used" if "used" in begun.facts["data"] else "digest"  # in runs of earlier versions
+    if facts["data"][digest] != begun.facts["data"][digest]:
+        changed.append("the images")
+    if facts["processes"] != begun.facts["processes"]:
+        changed.append("the number of processes")
     if changed:
         raise RunError(
             f"{folder.path} holds a run that cannot go on: {' and '.join(changed)} changed since it began; "

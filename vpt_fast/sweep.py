@@ -224,7 +224,7 @@ def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, t
 
 
 def first_backbone(axes: Mapping[str, Sequence[Any]]) -> Params:
-    """What a recipe lacks, which always has a backbone, if the backbone is searched."""
+    """A setting that a recipe cannot be without, if it is searched: its first value."""
     return {"backbone": axes["backbone"][0]} if "backbone" in axes else {}
 
 
