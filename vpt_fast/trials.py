@@ -43,7 +43,8 @@ class _Twin(Exception):
 
 
 def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Study, optuna.Study]:
-    """The studies `name`, of trials, and `name`-final, of final runs; the first process creates them.
+    """The studies `name`, of trials, and `name`-final, of final runs; the first process creates them, so that
+    only one at a time may call this.
 
     storage: URL of an Optuna storage; None for a file in `out`.
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from test_loop import interrupt_at_step, require_equal, trained
 
 from vpt_fast import LinearProbe, features, load_pretrained, loop, report
-from vpt_fast.classification import CrossEntropy, class_weights
+from vpt_fast.classification import Classification, CrossEntropy, class_weights
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import METHODS, Recipe
@@ -92,6 +92,18 @@ def test_frozen_part_runs_once_for_each_image_without_augmentation(small, tmp_pa
     seen.clear()
     train(small(method, augment="flip"), tmp_path / "augmented")
     assert sum(seen) == 2 * (27 + 9)
+
+
+def test_cached_features_go_by_the_order_of_the_batches_that_they_replace(small, tmp_path, monkeypatch):
+    made, original = [], Classification.batches
+
+    def batches(*arguments, train):
+        made.append(train)
+        return original(*arguments, train=train)
+
+    monkeypatch.setattr(Classification, "batches", batches)
+    train(small("linear"), tmp_path / "run")
+    assert made == [True, False]  # others would hold the pixels again
 
 
 def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_path, monkeypatch):
