@@ -21,8 +21,8 @@ from vpt_fast.graphed import (
     require_capturable,
     train_step,
 )
-from vpt_fast.loop import TrainStep
 from vpt_fast.recipe import Recipe
+from vpt_fast.step import TrainStep
 
 RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.3)  # as a scheduler would assign them, past the warm-up
 

@@ -24,7 +24,7 @@ from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
-from vpt_fast.recipe import METHODS, SEGMENTATION, Recipe, parse_method
+from vpt_fast.recipe import METHOD_KNOBS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.run import write
 from vpt_fast.sweep import Sweep, default_axes, require_trials, run_sweep
 
@@ -36,7 +36,6 @@ LOCATIONS = {
     "vpt-shallow": ("prepend", "add", "add-1", "prepend-pixel", "concat-channel", "pad"),
     "vpt-deep": ("prepend", "add", "add-1"),  # prompts in pixel space are at the input only
 }
-KNOBS = {knob for rule in METHODS.values() for knob in rule.knobs}
 EXTRA_CHANNELS = 3  # for concat-channel: as many as an image has
 
 
@@ -171,14 +170,14 @@ def plan_ablation(
     chosen = methods or ablation.methods
     known = {knob for method in chosen for knob in parse_method(method).rule.knobs}
     defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    for given in sorted(KNOBS - known):
+    for given in sorted(set(METHOD_KNOBS) - known):
         if settings.get(given) not in (None, defaults[given]):
             raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
     found = []
     for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
-        foreign = KNOBS - set(parse_method(method).rule.knobs)
+        foreign = set(METHOD_KNOBS) - set(parse_method(method).rule.knobs)
         common = {key: value for key, value in settings.items() if key not in foreign} | {"method": method}
         recipe = Recipe.from_dict(common)
         for line, values in ablation.points(method, recipe).items():

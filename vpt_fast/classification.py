@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,6 @@ from vpt_fast.data import (
 from vpt_fast.precision import autocast
 from vpt_fast.problem import Source
 from vpt_fast.recipe import Recipe
-from vpt_fast.run import describe_data
 from vpt_fast.world import World
 
 FORWARD_BATCH = 64  # images in a forward pass without backward
@@ -165,7 +166,7 @@ class Classification:
         recipe: Recipe,
         world: World,
         cache: TrainingCache,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int], None],
     ) -> CheckedImages:
         """The images that can be decoded, with their decoded pixels if these fit in memory."""
         return cache.get(
@@ -234,4 +235,23 @@ class Classification:
         )
 
     def describe_data(self, root: Path, splits: Splits) -> dict[str, Any]:
-        return describe_data(root, splits)
+        digest = hashlib.sha256()
+        used = [images for images in (splits.train, splits.val) if images is not None]
+        for images in used:
+            for item, label in zip(images.items, images.labels, strict=True):
+                name = os.path.relpath(item, root) if isinstance(item, Path) else str(item)
+                digest.update(f"{name}\0{images.classes[label]}\0".encode())
+            digest.update(b"\0")
+        return {
+            "classes": list(splits.classes),
+            "train": _counts(splits.train),
+            "val": None if splits.val is None else _counts(splits.val),
+            "digest": digest.hexdigest(),
+        }
+
+
+def _counts(images: ImageList) -> dict[str, Any]:
+    per_class = [0] * len(images.classes)
+    for label in images.labels:
+        per_class[label] += 1
+    return {"images": len(images), "per_class": per_class}

@@ -30,12 +30,13 @@ from vpt_fast.flags import (
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    given_settings,
     one_line_errors,
     print_error,
     refuse,
     with_recipe_flags,
 )
-from vpt_fast.recipe import Recipe, read_yaml
+from vpt_fast.recipe import Recipe
 
 if TYPE_CHECKING:
     from vpt_fast.inference import LoadedRun
@@ -91,8 +92,7 @@ def train(
     [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
     """
     with one_line_errors(debug):
-        given = {name: value for name, value in flags.items() if value not in (None, [])}
-        recipe = Recipe.from_dict({**(read_yaml(config) if config else {}), **given})
+        recipe = Recipe.from_dict(given_settings(config, flags))
         from vpt_fast.loop import train as run_training
         from vpt_fast.run import default_run_folder
 
@@ -235,7 +235,7 @@ def predict(
 ) -> None:
     """Classify or segment images. The exit status is 1 if an image cannot be read."""
     with one_line_errors(debug):
-        from vpt_fast.inference import Classifier, LoadedRun, expand_images
+        from vpt_fast.inference import LoadedRun, expand_images, predict_images
 
         paths = expand_images(images)
         if out is not None:
@@ -250,7 +250,7 @@ def predict(
             answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
         else:
             refuse("a classification run", out=out)
-            answers = list(Classifier.of(loaded).predict(paths, top_k or 1))
+            answers = list(predict_images(loaded, paths, top_k or 1))
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))

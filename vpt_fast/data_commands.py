@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors
@@ -45,7 +44,7 @@ def check(
             raise ValueError(f"DIR is {root}, which is no folder")
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
-        shown = [check_task(each, root) for each in named] or find_tasks(root, TASKS.values())
+        shown = [check_task(each, root) for each in named] or find_tasks(root)
         console = OutputConsole()
         if not shown:
             try:
@@ -128,27 +127,14 @@ def prepare(
     with one_line_errors(debug):
         from vpt_fast.data import find_task
         from vpt_fast.data.prepare import prepare_task
+        from vpt_fast.report import progress_bar
 
         chosen = find_task(task)
         console = LastingConsole()
-        console.print(f"{chosen.name}: {sum(chosen.sizes.values()):,} images from {source}", highlight=False)
-        with Progress(
-            TextColumn("writing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ) as bars:
-            bar = bars.add_task("", total=sum(chosen.sizes.values()))
-            prepared = prepare_task(
-                chosen,
-                source,
-                out,
-                data_root=data_root,
-                progress=lambda done, of: bars.update(bar, completed=done, total=of),
-            )
+        total = sum(chosen.sizes.values())
+        console.print(f"{chosen.name}: {total:,} images from {source}", highlight=False)
+        with progress_bar(console, "writing", total) as advance:
+            prepared = prepare_task(chosen, source, out, data_root=data_root, progress=advance)
     console.print(f"{prepared.images:,} images: {prepared.folder}", highlight=False)
     if not prepared.is_published:
         console.print(

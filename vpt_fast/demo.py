@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vpt_fast.data import export_digits
-from vpt_fast.inference import evaluate_run
+from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.plots import plot_comparison
 from vpt_fast.recipe import Recipe
@@ -82,7 +82,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
             results[name] = {
                 "epochs": recipe.epochs,
                 "stored_parameters": result.facts["parameters"]["trained"],
-                "test_accuracy": evaluate_run(run, digits, "test").evaluation.accuracy,
+                "test_accuracy": evaluate_run(LoadedRun.load(run), digits, "test").evaluation.accuracy,
                 "images_per_second": images / seconds,
                 "run": str(run),
             }

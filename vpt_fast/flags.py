@@ -21,7 +21,7 @@ from rich.rule import Rule
 from rich.text import TextType
 
 from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.recipe import Recipe
+from vpt_fast.recipe import Recipe, read_yaml
 
 
 def _path(text: str) -> Path:
@@ -190,6 +190,12 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration file, overridden by the flags that were given."""
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    return {**(read_yaml(config) if config else {}), **given}
 
 
 def flag_type(name: str, hint: Any) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vpt_fast.classification import Evaluation, evaluate
-from vpt_fast.classifier import TunedClassifier, TunedModel, read_pretrained
+from vpt_fast.classifier import TunedModel, read_pretrained
 from vpt_fast.data import (
     Batches,
     DecodeError,
@@ -47,6 +47,14 @@ class LoadedRun:
     @property
     def is_segmenter(self) -> bool:
         return self.labels.task == SEGMENTATION
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Raises RunError for a run that does not classify images."""
+        made = self.labels.preprocessing
+        if not isinstance(made, Preprocessing):
+            raise RunError(f"the run holds a {type(self.model).__name__}, which does not classify images")
+        return made
 
     @property
     def scene_preprocessing(self) -> ScenePreprocessing:
@@ -104,55 +112,37 @@ class LoadedRun:
         return cls(model.to(chosen).eval(), labels, chosen)
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A trained model with the classes and preprocessing to classify image files."""
+@torch.no_grad()
+def predict_images(run: LoadedRun, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
+    """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}.
 
-    model: TunedClassifier
-    labels: Labels
-    preprocessing: Preprocessing
-    device: torch.device
-
-    @classmethod
-    def load(cls, run: Path, device: str | None = None, **moved: Any) -> Classifier:
-        """Takes the same as LoadedRun.load. Raises ValueError as LoadedRun.load and Classifier.of do."""
-        return cls.of(LoadedRun.load(run, device, **moved))
-
-    @classmethod
-    def of(cls, run: LoadedRun) -> Classifier:
-        """Raises RunError for a run that does not classify images."""
-        made = run.labels.preprocessing
-        if not isinstance(run.model, TunedClassifier) or not isinstance(made, Preprocessing):
-            raise RunError(f"the run holds a {type(run.model).__name__}, which does not classify images")
-        return cls(run.model, run.labels, made, run.device)
-
-    @torch.no_grad()
-    def predict(self, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
-        """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}."""
-        top_k = min(top_k, len(self.labels.classes))
-        for start in range(0, len(paths), BATCH_SIZE):
-            answers: list[dict[str, Any]] = []
-            images, readable = [], []
-            for path in paths[start : start + BATCH_SIZE]:
-                answer: dict[str, Any] = {"image": str(path)}
-                try:
-                    pixels = load_image(path, self.preprocessing.for_evaluation())  # uint8 (3, H, W)
-                    images.append(self.preprocessing.normalize(pixels))
-                    readable.append(answer)
-                except DecodeError as error:
-                    answer["error"] = error.reason
-                answers.append(answer)
-            if images:
-                logits = self.model(torch.stack(images).to(self.device))  # (b, classes)
-                top = logits.float().softmax(1).topk(top_k)  # (b, k)
-                for answer, values, indices in zip(
-                    readable, top.values.tolist(), top.indices.tolist(), strict=True
-                ):
-                    answer["predictions"] = [
-                        {"class": self.labels.classes[index], "probability": value}
-                        for value, index in zip(values, indices, strict=True)
-                    ]
-            yield from answers
+    Raises RunError for a run that does not classify images.
+    """
+    preprocessing, classes = run.preprocessing.for_evaluation(), run.labels.classes
+    top_k = min(top_k, len(classes))
+    for start in range(0, len(paths), BATCH_SIZE):
+        answers: list[dict[str, Any]] = []
+        images, readable = [], []
+        for path in paths[start : start + BATCH_SIZE]:
+            answer: dict[str, Any] = {"image": str(path)}
+            try:
+                pixels = load_image(path, preprocessing)  # uint8 (3, H, W)
+                images.append(preprocessing.normalize(pixels))
+                readable.append(answer)
+            except DecodeError as error:
+                answer["error"] = error.reason
+            answers.append(answer)
+        if images:
+            logits = run.model(torch.stack(images).to(run.device))  # (b, classes)
+            top = logits.float().softmax(1).topk(top_k)  # (b, k)
+            for answer, values, indices in zip(
+                readable, top.values.tolist(), top.indices.tolist(), strict=True
+            ):
+                answer["predictions"] = [
+                    {"class": classes[index], "probability": value}
+                    for value, index in zip(values, indices, strict=True)
+                ]
+        yield from answers
 
 
 @dataclass(frozen=True)
@@ -180,11 +170,10 @@ class SplitAccuracy:
 
 
 def evaluate_run(
-    run: Path | LoadedRun,
+    run: LoadedRun,
     data: str | Path,
     split: str,
     *,
-    device: str | None = None,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     data_root: str | None = None,
@@ -195,23 +184,21 @@ def evaluate_run(
 
     ``console`` shows progress.
 
-    Raises ValueError as Classifier.load and open_split do.
+    Raises ValueError as open_split does.
     """
-    loaded = run if isinstance(run, LoadedRun) else LoadedRun.load(run, device)
-    classifier = Classifier.of(loaded)
     console = console or Console(quiet=True)
     batches, skipped = open_split(
-        classifier, data, split, batch_size=batch_size, workers=workers, data_root=data_root, console=console
+        run, data, split, batch_size=batch_size, workers=workers, data_root=data_root, console=console
     )
-    classes = classifier.labels.classes
+    classes = run.labels.classes
     with evaluating(console, split, batches.num_images) as count:
-        world = World(0, 1, classifier.device)
-        found = evaluate(classifier.model, batches, len(classes), world, "fp32", count)
+        world = World(0, 1, run.device)
+        found = evaluate(run.model, batches, len(classes), world, "fp32", count)
     return SplitAccuracy(split, classes, found, skipped)
 
 
 def open_split(
-    classifier: Classifier,
+    run: LoadedRun,
     data: str | Path,
     split: str,
     *,
@@ -223,10 +210,10 @@ def open_split(
     """Batches of the val or test split of ``data``, split as in training and in the split's order, and the
     images that cannot be decoded.
 
-    Raises ValueError if the data have no such split or other classes, or if the split is val and the model
-    was trained on it.
+    Raises ValueError if the data have no such split or other classes, if the split is val and the model was
+    trained on it, or for a run that does not classify images.
     """
-    labels = classifier.labels
+    labels, preprocessing = run.labels, run.preprocessing.for_evaluation()
     if split == "val" and labels.train_on == "train+val":
         raise ValueError("split is val, whose images the run was trained on; --split test is left")
     splits = open_splits(
@@ -253,17 +240,17 @@ def open_split(
         checked = check_images(
             images,
             workers=workers,
-            preprocessing=classifier.preprocessing.for_evaluation(),
-            keep_bytes=resident_budget(classifier.device),
+            preprocessing=preprocessing,
+            keep_bytes=resident_budget(run.device),
             progress=advance,
         )
     batches = Batches(
         checked,
-        classifier.preprocessing.for_evaluation(),
+        preprocessing,
         batch_size,
         train=False,
         seed=0,
-        device=classifier.device,
+        device=run.device,
         workers=workers,
     )
     return batches, checked.skipped

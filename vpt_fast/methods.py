@@ -11,7 +11,9 @@ import torch
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, require_published, without_values
 from vpt_fast.backbones.sources import finding_sources_once
+from vpt_fast.cache import TrainingCache
 from vpt_fast.classifier import TunedModel
+from vpt_fast.precision import autocast
 from vpt_fast.pretrained import MODELS
 from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
 from vpt_fast.segmenter import ENCODERS
@@ -76,6 +78,23 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
         if (text := _in_settings(str(error), recipe)) == str(error):
             raise
         raise ValueError(text) from error
+
+
+def build_seeded(recipe: Recipe, num_classes: int, cache: TrainingCache) -> TunedModel:
+    """As `build_model`, before training: all random initialisation, also the backbone's, uses the recipe's
+    seed."""
+    torch.manual_seed(recipe.seed)
+    with cache.backbones():
+        return build_model(recipe, num_classes)
+
+
+def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
+    """Raises ValueError if attention that was chosen by name does not support the precision or device."""
+    try:
+        with autocast(recipe.precision, device):
+            model.require_attention(device)
+    except ValueError as error:
+        raise ValueError(f"{error} (precision {recipe.precision} on {device})") from None
 
 
 def _in_settings(text: str, recipe: Recipe) -> str:

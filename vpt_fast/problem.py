@@ -74,9 +74,10 @@ class Problem(Protocol):
         recipe: Recipe,
         world: World,
         cache: TrainingCache,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int], None],
     ) -> Any:
-        """The usable images of one split, and those that are skipped."""
+        """The usable images of one split, and those that are skipped. ``progress`` is called with a number of
+        images whenever these are checked."""
         ...
 
     def batches(self, images: Any, preprocessing: Any, recipe: Recipe, world: World, *, train: bool) -> Any:

@@ -90,37 +90,12 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
         console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
 
 
-@contextlib.contextmanager
-def checking_images(console: Console, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; yields the callback for check_images, which may be used for several lists."""
-    with _bar(console, "checking images", total) as advance:
-        yield lambda done, of: advance(1)
+Advance = Callable[[int], None]  # called with a number of images whenever these are done
 
 
 @contextlib.contextmanager
-def evaluating(console: Console, split: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields the callback for evaluate, which takes a number of images."""
-    with _bar(console, f"evaluating {split}", total) as advance:
-        yield advance
-
-
-@contextlib.contextmanager
-def computing_features(
-    console: Console, total: int, num_bytes: int, device: torch.device
-) -> Iterator[Callable[[int], None]]:
-    """Says what the frozen features of `total` images cost; then a progress bar, whose callback it yields,
-    which takes a number of images."""
-    console.print(
-        f"Computing the frozen features of {total:,} images once, {filesize.decimal(num_bytes)} on {device}; "
-        "epochs then train on these.",
-        highlight=False,
-    )
-    with _bar(console, "frozen features", total) as advance:
-        yield advance
-
-
-@contextlib.contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Advance]:
+    """A bar for `total` images, on a terminal."""
     with Bars(
         TextColumn(what),
         BarColumn(),
@@ -134,13 +109,34 @@ def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], No
         yield lambda count: bars.advance(task, count)
 
 
+def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    return progress_bar(console, "checking images", total)
+
+
+def evaluating(console: Console, split: str, total: int) -> contextlib.AbstractContextManager[Advance]:
+    return progress_bar(console, f"evaluating {split}", total)
+
+
+@contextlib.contextmanager
+def computing_features(
+    console: Console, total: int, num_bytes: int, device: torch.device
+) -> Iterator[Advance]:
+    """Says what the frozen features of `total` images cost; then a progress bar."""
+    console.print(
+        f"Computing the frozen features of {total:,} images once, {filesize.decimal(num_bytes)} on {device}; "
+        "epochs then train on these.",
+        highlight=False,
+    )
+    with progress_bar(console, "frozen features", total) as advance:
+        yield advance
+
+
 class Progress:
     """A progress bar for the current epoch, on a terminal, and a line for every finished one."""
 
     def __init__(self, console: Console, epochs: int, steps: int, *, done: int) -> None:
         self._console = console
         self._epochs = epochs
-        self._steps = steps
         self._bars = Bars(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),

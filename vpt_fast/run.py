@@ -25,15 +25,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 import torch
 
 from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
-from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
+from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data.factory import is_factory_name
+from vpt_fast.failures import SavingFailed
 from vpt_fast.files import replacing, unfinished
 from vpt_fast.recipe import SEGMENTATION, Recipe
 
@@ -137,18 +138,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[RunFolder]:
         """Creates the folder and locks it against other processes; RunError if that fails."""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "w")
-        except OSError as error:
-            raise RunError(f"out is {path}, which cannot be written: {error.strerror}") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is training in {path}; wait for it or choose another --out"
-                ) from None
+        with _lock(path):
             folder = cls(path)
             folder.remove_unfinished()
             try:
@@ -156,7 +146,8 @@ class RunFolder:
             finally:
                 if os.listdir(path) == [".lock"]:  # nothing was written: leave no empty folder behind
                     (path / ".lock").unlink()
-                    path.rmdir()
+                    with contextlib.suppress(OSError):  # another process has just begun in it
+                        path.rmdir()
 
     def remove_unfinished(self) -> None:
         """Removes temporary files that a killed process left beside the run's files."""
@@ -232,6 +223,18 @@ class RunFolder:
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
 
+    @contextlib.contextmanager
+    def saving(self, what: str) -> Iterator[None]:
+        """Turns errors while ``what`` is written into SavingFailed."""
+        try:
+            yield
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SavingFailed(
+                f"{what} could not be saved in {self.path}: {reason}; what was saved before is still there, "
+                "and the same command goes on from it"
+            ) from error
+
     def save_results(self, results: Mapping[str, Any]) -> None:
         write(self.results, _json(results).encode())
 
@@ -277,6 +280,29 @@ class RunFolder:
         )
 
 
+def _lock(folder: Path) -> IO[str]:
+    """Creates the folder and locks its lock file, until that is closed; RunError if it cannot."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise RunError(f"out is {folder}, which cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise RunError(
+                f"another process is training in {folder}; wait for it or choose another --out"
+            ) from None
+        # A process that wrote nothing may have removed the file after it was opened here: the next process
+        # would lock another one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock")):
+                return lock
+        lock.close()
+
+
 def default_run_folder(recipe: Recipe) -> Path:
     """runs/<data>-<backbone>-<method>: the same command gives the same folder."""
     data = Path(recipe.data).resolve().name
@@ -297,23 +323,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"versions": versions, "device": {"type": device.type, "name": name}}
-
-
-def describe_data(root: Path, splits: Splits) -> dict[str, Any]:
-    """Counts, classes and a digest of the images' splits and classes, for run.json."""
-    digest = hashlib.sha256()
-    used = [images for images in (splits.train, splits.val) if images is not None]
-    for images in used:
-        for item, label in zip(images.items, images.labels, strict=True):
-            name = os.path.relpath(item, root) if isinstance(item, Path) else str(item)
-            digest.update(f"{name}\0{images.classes[label]}\0".encode())
-        digest.update(b"\0")
-    return {
-        "classes": list(splits.classes),
-        "train": _counts(splits.train),
-        "val": None if splits.val is None else _counts(splits.val),
-        "digest": digest.hexdigest(),
-    }
 
 
 def list_digest(data: str, images: ImageList | SceneList) -> str:
@@ -339,13 +348,6 @@ def list_digest(data: str, images: ImageList | SceneList) -> str:
         else:
             digest.update(f"{item}\0{name}\0{getattr(item, 'size', None)}\0".encode())
     return digest.hexdigest()
-
-
-def _counts(images: ImageList) -> dict[str, Any]:
-    per_class = [0] * len(images.classes)
-    for label in images.labels:
-        per_class[label] += 1
-    return {"images": len(images), "per_class": per_class}
 
 
 def write(path: Path, data: bytes) -> None:

@@ -231,7 +231,7 @@ class Segmentation:
         recipe: Recipe,
         world: World,
         cache: TrainingCache,
-        progress: Callable[[int, int], None],
+        progress: Callable[[int], None],
     ) -> CheckedScenes:
         return check_scenes(scenes, workers=recipe.workers, progress=progress)
 

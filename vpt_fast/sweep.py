@@ -23,22 +23,16 @@ import itertools
 import json
 import os
 import shutil
-import socket
-import sqlite3
 import statistics
 import threading
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from vpt_fast.backbones.resolve import sharing_backbones
@@ -46,16 +40,25 @@ from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
-from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.loop import graph_obstacle, require_attention, train
-from vpt_fast.methods import build_model_without_values
+from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
+from vpt_fast.step import graph_obstacle
+from vpt_fast.trials import (
+    Display,
+    Params,
+    Stopped,
+    Worker,
+    is_done,
+    open_studies,
+    params_of,
+    saving_studies,
+    search_with,
+)
 from vpt_fast.world import find_device
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial, Trial
 
 # The grids of the paper's appendix and of KMnP/vpt, for SGD and for methods that use AdamW.
 SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -68,19 +71,6 @@ SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median", "hyperband")
 SET_BY_SWEEP = ("train_on", "test")
 NOT_SEARCHED = ("task", "train_on", "val_fraction", "backbone_arg", "seed")
-
-HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 300  # of trials on other machines
-POLL_SECONDS = 2.0
-
-Params = dict[str, Any]
-
-
-class Stopped(Exception):
-    """Asked to stop (Ctrl-C): the current trial is released."""
-
-
-class _Twin(Exception):
-    """Another process is already training these settings."""
 
 
 def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
@@ -181,6 +171,11 @@ class Sweep:
             dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())
         ]
 
+    @property
+    def first_recipe(self) -> Recipe:
+        """The recipe of the first combination, for what all of them share."""
+        return self.recipe(**self.points()[0])
+
     def recipe(self, **changes: Any) -> Recipe:
         return Recipe.from_dict({"tensorboard": False, **self.settings, **changes})
 
@@ -201,7 +196,7 @@ class Sweep:
 
     def identity(self) -> dict[str, Any]:
         """All that the results depend on."""
-        recipe = self.recipe(**self.points()[0]).to_dict()
+        recipe = self.first_recipe.to_dict()
         fields = dataclasses.fields(Recipe)
         kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
         return {**self.to_dict(), "settings": kept}
@@ -229,7 +224,7 @@ def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, t
 
 
 def first_backbone(axes: Mapping[str, Sequence[Any]]) -> Params:
-    """What a recipe lacks, which always has a backbone, if the backbone is searched."""
+    """A setting that a recipe cannot be without, if it is searched: its first value."""
     return {"backbone": axes["backbone"][0]} if "backbone" in axes else {}
 
 
@@ -287,18 +282,21 @@ def run_sweep(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
-    _require_same_sweep(sweep, inputs, out)
-    search, final = _open_studies(sweep, inputs, out, storage)
     with _lock(out):  # the first process determines which sweep the folder holds
         _require_same_sweep(sweep, inputs, out)
+        search, final = open_studies(sweep.study_name(inputs), out, storage)
         _begin(sweep, inputs, out)
+    search_with(search, sweep.sampler, sweep.pruner, int(sweep.settings.get("seed", 0)))
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
-    results = _collect(sweep, plan, search, final, out)
-    with _saving_studies(out), contextlib.suppress(Stopped):
+
+    def collect() -> dict[str, Any]:
+        return _collect(sweep, plan, search, final, out)
+
+    with saving_studies(out), contextlib.suppress(Stopped):
         if sweep.axes:
-            with _Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
-                _Worker(
+            with Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
+                Worker(
                     study=search,
                     axes=sweep.axes,
                     wanted=sweep.points() if sweep.sampler == "grid" else None,
@@ -308,18 +306,18 @@ def run_sweep(
                     metric="val_accuracy",
                     cache=cache,
                     display=display,
-                    after=lambda: _tidy(_collect(sweep, plan, search, final, out), out),
+                    after=lambda: _tidy(collect(), out),
                     stop=stop,
                 ).work()
-        results = _collect(sweep, plan, search, final, out)
+        results = collect()
         if sweep.axes and results["best"] is None:
             reasons = "; ".join(
                 dict.fromkeys(trial["reason"] for trial in results["trials"] if trial["reason"])
             )
             raise ValueError(f"no trial in {out} came to an end: {reasons}")
         best = results["best"]["params"] if sweep.axes else {}
-        with _Display(console, "final run", len(sweep.seeds)) as display:
-            _Worker(
+        with Display(console, "final run", len(sweep.seeds)) as display:
+            Worker(
                 study=final,
                 axes={"seed": sweep.seeds},
                 wanted=[{"seed": seed} for seed in sweep.seeds],
@@ -329,10 +327,10 @@ def run_sweep(
                 metric=f"{plan.split}_accuracy",
                 cache=cache,
                 display=display,
-                after=lambda: _collect(sweep, plan, search, final, out),
+                after=collect,
                 stop=stop,
             ).work()
-    return _collect(sweep, plan, search, final, out)
+    return collect()
 
 
 def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
@@ -342,7 +340,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     Raises:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
-    device = find_device(sweep.recipe(**sweep.points()[0]).device)
+    device = find_device(sweep.first_recipe.device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
@@ -380,7 +378,7 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
 
     Raises ValueError if a file cannot be read.
     """
-    recipe = sweep.recipe(**sweep.points()[0])
+    recipe = sweep.first_recipe
     splits = Classification().open(recipe, cache)
     lists = [
         list_digest(recipe.data, images)
@@ -427,7 +425,7 @@ class _FinalPlan:
     def of(cls, sweep: Sweep, cache: TrainingCache) -> _FinalPlan:
         """Final runs of VTAB and of data with test images train on train and val; of FGVC on train, as in the
         paper."""
-        recipe = sweep.recipe(**sweep.points()[0])
+        recipe = sweep.first_recipe
         splits = Classification().open(recipe, cache)
         if splits.test is None:
             return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)
@@ -573,234 +571,12 @@ def _range(values: Iterable[int]) -> str:
     return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1])))
 
 
-def _open_studies(
-    sweep: Sweep, inputs: Mapping[str, str | None], out: Path, storage: str | None
-) -> tuple[optuna.Study, optuna.Study]:
-    """The studies of trials and of final runs; the first process creates them.
-
-    Raises ValueError if the storage cannot be opened. The message does not contain its URL, which may hold a
-    password.
-    """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError  # Optuna's storage is built on SQLAlchemy
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # The path is not put into the URL: it may contain characters that are special there, or to Optuna ({}).
-    path = (out / "study.db").resolve()
-    url = storage or "sqlite:///study.db"
-    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
-    if storage is None:
-        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
-    with _lock(out), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            opened = optuna.storages.RDBStorage(
-                url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
-            )
-        except (SQLAlchemyError, ImportError) as error:
-            where = "storage" if storage else out / "study.db"
-            reason = str(error).splitlines()[0].replace(url, "the URL")
-            raise ValueError(f"{where} cannot be opened: {reason}") from None
-        name, seed = sweep.study_name(inputs), int(sweep.settings.get("seed", 0))
-        search = optuna.create_study(
-            storage=opened, study_name=name, direction="maximize", load_if_exists=True
-        )
-        final = optuna.create_study(
-            storage=opened, study_name=f"{name}-final", direction="maximize", load_if_exists=True
-        )
-    # With the same seed, a resumed sampler would repeat its first draws; numpy's seeds have 32 bits.
-    seed = (seed + len(search.trials)) % 2**32
-    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    if sweep.sampler in samplers:
-        search.sampler = samplers[sweep.sampler](seed=seed)
-    search.pruner = {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-    }[sweep.pruner]()
-    final.pruner = optuna.pruners.NopPruner()
-    return search, final
-
-
-@contextlib.contextmanager
-def _saving_studies(out: Path) -> Iterator[None]:
-    """Turns errors of the studies' storage, such as a full disk or a lost connection, into SavingFailed."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    # If Optuna cannot save that a trial failed either, an error of its own code hides the cause.
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SQLAlchemyError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise SavingFailed(
-            f"the studies of the sweep in {out} could not be saved: {str(cause).splitlines()[0]}; what was "
-            "saved before is still there, and the same command goes on from it"
-        ) from error
-
-
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Lets one process at a time into the block."""
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Worker:
-    """Runs the trials of a study one by one, until none is left to run, here or in another process.
-
-    wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
-    """
-
-    study: optuna.Study
-    axes: Mapping[str, Sequence[Any]]
-    wanted: list[Params] | None
-    limit: int
-    recipe: Callable[..., Recipe]
-    folder: Callable[[Params], Path]
-    metric: str
-    cache: TrainingCache
-    display: _Display
-    after: Callable[[], Any]
-    stop: threading.Event
-
-    def work(self) -> None:
-        while True:
-            self._give_back_dead()
-            trials = self.study.get_trials(deepcopy=False)
-            states = [trial.state.name for trial in trials]
-            taken = [_params(t) for t in trials if _is_done(t) or t.state.name in ("RUNNING", "WAITING")]
-            lost = [_params(t) for t in trials if t.state.name == "FAIL" and _params(t)]
-            missing: list[Params] = []
-            for params in lost if self.wanted is None else self.wanted:
-                if params not in taken and params not in missing:
-                    missing.append(params)
-            for params in missing:
-                self.study.enqueue_trial(params)
-            self.display.done(sum(map(_is_done, trials)))
-            draws = self.wanted is None and len(taken) < self.limit
-            if missing or draws or "WAITING" in states:
-                self._take_one()
-            elif "RUNNING" in states:
-                self.display.wait(states.count("RUNNING"))
-                time.sleep(POLL_SECONDS)
-            else:
-                return
-
-    def _take_one(self) -> None:
-        self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
-        self.after()
-        if self.stop.is_set():  # after the trial had finished
-            raise Stopped
-
-    def _objective(self, trial: Trial) -> float:
-        import optuna
-
-        trial.set_user_attr("owner", _owner())
-        params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
-        twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
-        if done := next(filter(_is_done, twins), None):
-            return self._repeat(trial, done)
-        if any(twin.state.name == "RUNNING" and twin.number < trial.number for twin in twins):
-            time.sleep(POLL_SECONDS)
-            raise _Twin
-
-        recipe = self.recipe(**params)
-
-        def on_epoch(row: dict[str, Any]) -> None:
-            self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
-            if row["val_accuracy"] is not None:
-                trial.report(row["val_accuracy"], row["epoch"])
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-
-        self.display.begin(params)
-        try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
-        except TrainingDiverged as error:
-            trial.set_user_attr("diverged", str(error))
-            self.display.end(params, f"diverged: {error}")
-            raise
-        except optuna.TrialPruned:
-            self.display.end(params, "pruned")
-            raise
-        if result.results is None:
-            raise Stopped
-        trial.set_user_attr("results", result.results)
-        trial.set_user_attr("parameters", result.facts["parameters"])
-        value = result.results[self.metric]
-        self.display.end(params, self._outcome(value))
-        return value
-
-    def _repeat(self, trial: Trial, done: FrozenTrial) -> float:
-        """Ends a trial as the earlier one with its settings ended, which trained and would again give the
-        same. Samplers draw settings more than once; as everywhere in Optuna, each draw is a trial."""
-        import optuna
-
-        for epoch, accuracy in done.intermediate_values.items():
-            trial.report(accuracy, epoch)
-        if (reason := done.user_attrs.get("diverged")) is not None:
-            trial.set_user_attr("diverged", reason)
-            self.display.repeat(done.params, "diverged")
-            raise TrainingDiverged(reason)
-        if done.state.name == "PRUNED":
-            self.display.repeat(done.params, "pruned")
-            raise optuna.TrialPruned
-        assert done.value is not None, "it is complete"
-        self.display.repeat(done.params, self._outcome(done.value))
-        return done.value
-
-    def _outcome(self, value: float) -> str:
-        return f"{self.metric.replace('_', ' ')} {value:.2%}"
-
-    def _give_back_dead(self) -> None:
-        """Fails trials whose process has died: on this machine at once, elsewhere after the grace period."""
-        import optuna
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self.study)
-        for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if not _is_alive(trial):
-                with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-
-
-def _params(trial: FrozenTrial) -> Params:
-    """A trial's settings, also of one that is still waiting."""
-    return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
-
-
-def _is_done(trial: FrozenTrial) -> bool:
-    """Whether the trial need not be run again: it is complete or pruned, or it diverged."""
-    return trial.state.name in ("COMPLETE", "PRUNED") or "diverged" in trial.user_attrs
-
-
-def _owner() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in kernel ticks, since process ids are reused; None if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()[19]
-
-
-def _is_alive(trial: FrozenTrial) -> bool:
-    owner = trial.user_attrs.get("owner")
-    if owner is None:  # just taken: the owner is recorded moments later
-        return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
-    if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
-        return True  # its heartbeat decides
-    return _process_start(owner["pid"]) == owner["started"]
 
 
 def _collect(
@@ -811,7 +587,7 @@ def _collect(
     rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler may repeat a choice
     parameters = None
     for trial in search.get_trials(deepcopy=False):
-        if not _is_done(trial) or (place := points.index(_params(trial))) in rows:
+        if not is_done(trial) or (place := points.index(params_of(trial))) in rows:
             continue
         state = trial.state.name.lower()
         rows[place] = {
@@ -881,73 +657,3 @@ def _tidy(results: Mapping[str, Any], out: Path) -> None:
         folder.checkpoint.unlink(missing_ok=True)
         if results["best"] is None or row["params"] != results["best"]["params"]:
             shutil.rmtree(folder.prompts, ignore_errors=True)
-
-
-class _Display:
-    """A progress bar over the trials, on a terminal; a line for each finished trial; and once an estimate of
-    the remaining time."""
-
-    def __init__(
-        self,
-        console: Console,
-        noun: str,
-        total: int,
-        relative_cost: Callable[[Params], float] = lambda params: 1.0,
-    ) -> None:
-        self._console, self._noun, self._total, self._relative_cost = console, noun, total, relative_cost
-        self._done = 0
-        self._first_seconds: float | None = None
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bars.add_task(noun, total=total)
-
-    def __enter__(self) -> _Display:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
-
-    def done(self, trials: int) -> None:
-        self._done = trials
-        self._bars.update(self._task, completed=trials)
-
-    def begin(self, params: Params) -> None:
-        self._started = time.perf_counter()
-        self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
-
-    def epoch(self, params: Params, epochs: int, of: int) -> None:
-        text = f"{self._name(params)}, epoch {epochs}/{of}"
-        self._bars.update(self._task, description=text, completed=self._done + epochs / of)
-
-    def end(self, params: Params, outcome: str) -> None:
-        seconds = time.perf_counter() - self._started
-        self._console.print(f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False)
-        left = self._total - self._done - 1
-        if self._first_seconds is None and left > 0:
-            self._first_seconds = seconds
-            about = _duration(left * seconds / self._relative_cost(params))
-            self._console.print(f"{left} {self._noun}s are left, about {about}", highlight=False)
-
-    def repeat(self, params: Params, outcome: str) -> None:
-        self._console.print(f"{self._name(params)}: as before, {outcome}", highlight=False)
-
-    def wait(self, running: int) -> None:
-        self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")
-
-    def _name(self, params: Params) -> str:
-        listed = " ".join(f"{key}={value}" for key, value in params.items())
-        return f"{self._noun} {self._done + 1}/{self._total} {listed}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -17,11 +17,12 @@ from vpt_fast.flags import (
     SameBackboneFlag,
     SameCheckpointFlag,
     fail,
+    given_settings,
     one_line_errors,
     require_place,
     with_recipe_flags,
 )
-from vpt_fast.recipe import Recipe, read_yaml
+from vpt_fast.recipe import Recipe
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -178,7 +179,7 @@ def ablate(
         settings = given_settings(config, flags)
         listed = [part.strip() for part in methods.split(",") if part.strip()]
         points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
-        run = default_run_folder(points[0].sweep.recipe(**points[0].sweep.points()[0]))
+        run = default_run_folder(points[0].sweep.first_recipe)
         folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
@@ -239,12 +240,6 @@ def tsne(
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
         plot_embedding(found.points, found.labels, found.classes, path, title=title)
     console.print(f"picture: {path}")
-
-
-def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration file, overridden by the flags that were given."""
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
-    return {**(read_yaml(config) if config else {}), **given}
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -492,52 +492,38 @@ def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
 def _csv(rows: list[Row]) -> str:
     """A line for each method and task, then for each method and group."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "method",
-            "of",
-            "accuracy",
-            "standard_deviation",
-            "runs",
-            "tasks",
-            "split",
-            "published",
-            "difference",
-            "wins",
-        ]
-    )
+    columns = (
+        "method", "of", "accuracy", "standard_deviation", "runs", "tasks", "split", "published", "difference",
+        "wins",
+    )  # fmt: skip
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
     for row in rows:
         for entry in row.entries.values():
             published = entry.published_accuracy
-            difference = None if published is None else round(entry.accuracy - published, 6)
             writer.writerow(
-                [
-                    row.name,
-                    entry.task,
-                    entry.accuracy,
-                    entry.standard_deviation,
-                    entry.runs,
-                    1,
-                    entry.split,
-                    published,
-                    difference,
-                    None,
-                ]
+                {
+                    "method": row.name,
+                    "of": entry.task,
+                    "accuracy": entry.accuracy,
+                    "standard_deviation": entry.standard_deviation,
+                    "runs": entry.runs,
+                    "tasks": 1,
+                    "split": entry.split,
+                    "published": published,
+                    "difference": None if published is None else round(entry.accuracy - published, 6),
+                }
             )
         for group, mean in row.means.items():
             writer.writerow(
-                [
-                    row.name,
-                    group,
-                    mean.accuracy,
-                    None,
-                    None,
-                    mean.tasks,
-                    None,
-                    mean.published,
-                    None if mean.difference is None else round(mean.difference, 6),
-                    mean.wins,
-                ]
+                {
+                    "method": row.name,
+                    "of": group,
+                    "accuracy": mean.accuracy,
+                    "tasks": mean.tasks,
+                    "published": mean.published,
+                    "difference": None if mean.difference is None else round(mean.difference, 6),
+                    "wins": mean.wins,
+                }
             )
     return text.getvalue()

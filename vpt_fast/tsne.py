@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from sklearn.manifold import TSNE
 
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import Batches
-from vpt_fast.inference import Classifier, open_split
+from vpt_fast.inference import LoadedRun, open_split
 from vpt_fast.report import evaluating
 
 MOST_IMAGES = 2000  # t-SNE of more takes minutes, and the plot shows nothing new
@@ -45,12 +46,13 @@ def embed_run(
     A split with more than `MOST_IMAGES` images is subsampled to that number, with `seed`. `backbone`
     and `checkpoint` are as for LoadedRun.load.
 
-    Raises ValueError for a split of fewer than 3 images, and as Classifier.load and open_split do.
+    Raises ValueError for a split of fewer than 3 images, and as LoadedRun.load and open_split do.
     """
     console = console or Console(quiet=True)
-    classifier = Classifier.load(run, device, backbone=backbone, checkpoint=checkpoint)
-    batches, _ = open_split(classifier, data, split, workers=workers, data_root=data_root, console=console)
-    features, labels = read_features(classifier, batches, split, console)
+    loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
+    batches, _ = open_split(loaded, data, split, workers=workers, data_root=data_root, console=console)
+    assert isinstance(loaded.model, TunedClassifier), "opening the split saw to it"
+    features, labels = read_features(loaded.model, batches, split, console)
     if len(features) < 3:
         raise ValueError(f"split {split} of {data} has {len(features)} images; t-SNE needs at least 3")
     if len(features) > MOST_IMAGES:
@@ -59,18 +61,18 @@ def embed_run(
     with console.status(f"t-SNE of {len(features)} images"):
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
         points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
-    return Embedding(points, labels, classifier.labels.classes)
+    return Embedding(points, labels, loaded.labels.classes)
 
 
 @torch.no_grad()
 def read_features(
-    classifier: Classifier, batches: Batches, split: str, console: Console
+    model: TunedClassifier, batches: Batches, split: str, console: Console
 ) -> tuple[np.ndarray, np.ndarray]:
     """The head's input features (n, d) float32 for every image, and the labels (n,)."""
     read, labels = [], []
     with evaluating(console, split, batches.num_images) as advance:
         for images, targets in batches.epoch(0):  # (b, 3, H, W), (b,)
-            read.append(classifier.model.image_features(images).float())
+            read.append(model.image_features(images).float())
             labels.append(targets)
             advance(len(targets))
     return torch.cat(read).cpu().numpy(), torch.cat(labels).cpu().numpy()

@@ -150,5 +150,11 @@ def test_image_that_broke_since_it_was_checked_is_named(scenes):
         list(batches(scenes, workers=1, train=False).epoch(0))
 
 
+def test_two_epochs_at_once_are_refused(scenes):
+    source = batches(scenes)
+    with pytest.raises(RuntimeError, match="epoch: another epoch was started"):
+        list(zip(source.epoch(0), source.epoch(1), strict=True))
+
+
 def test_seeds_of_images_and_epochs_differ():
     assert len({image_seed(1, epoch, index) for epoch in range(5) for index in range(5)}) == 25

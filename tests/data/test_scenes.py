@@ -139,5 +139,5 @@ def test_what_cannot_be_used_is_named(scenes, spoil, message):
 
 def test_check_lets_all_through_and_counts_them(scenes):
     seen = []
-    found = check_scenes(open_scenes(scenes).train, workers=2, progress=lambda *done: seen.append(done))
-    assert len(found.images) == 2 and found.skipped == () and seen == [(1, 2), (2, 2)]
+    found = check_scenes(open_scenes(scenes).train, workers=2, progress=seen.append)
+    assert len(found.images) == 2 and found.skipped == () and seen == [1, 1]

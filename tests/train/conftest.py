@@ -84,6 +84,12 @@ def recipe(color_images) -> Recipe:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch) -> None:
+    """Drawing them takes most of so short a run. Fixtures of a module or the session draw them."""
+    monkeypatch.setattr("vpt_fast.loop.plot_curves", lambda rows, path: path.touch())
+
+
 @pytest.fixture
 def command():
     """Runs vpt-fast with the arguments given."""

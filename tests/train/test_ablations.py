@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vpt_fast import ablations, loop, plots, sweep
+from vpt_fast import ablations, loop, plots, trials
 from vpt_fast.ablations import ABLATIONS, plan_ablation, run_ablation
 from vpt_fast.cli import app
 from vpt_fast.recipe import Recipe
@@ -19,8 +19,7 @@ NAMED = {"data": "images", "backbone": "vit_base_patch16_224"}
 
 
 @pytest.fixture
-def settings(color_images, monkeypatch) -> dict:
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+def settings(color_images) -> dict:
     return dict(
         data=str(color_images),
         backbone="train_test_vit",
@@ -160,7 +159,7 @@ def test_points_are_runs_by_hand_and_their_picture_has_a_line_for_each_method(
 
 
 def test_point_that_cannot_be_trained_is_refused_before_any_is(settings, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "train", None)
+    monkeypatch.setattr(trials, "train", None)
     points = plan_ablation("output", settings, methods=["linear"], seeds=(1,))
     with pytest.raises(ValueError, match="linear, output prompts: pool: got 'prompts', and the model has no"):
         run_ablation("output", points, tmp_path / "a")

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.loop import build_optimizer, train
+from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.run import RunError, RunFolder
+from vpt_fast.step import build_optimizer
 
 
 def trained(result) -> dict[str, torch.Tensor]:
@@ -188,7 +190,7 @@ def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text,
 
 def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
     first = train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)
     again = train(recipe, tmp_path / "run")
     assert again.is_finished and again.new_epochs == 0 and again.metrics == first.metrics
 
@@ -263,7 +265,8 @@ def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
 def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
     recipe, tmp_path, monkeypatch, removals
 ):
-    train(dataclasses.replace(recipe, tensorboard=False), tmp_path / "run")
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, tensorboard=False)
+    train(recipe, tmp_path / "run")
     unlink, rmtree, done = Path.unlink, shutil.rmtree, []
 
     def until_stopped(remove):
@@ -459,8 +462,23 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
             train(recipe, tmp_path / "run")
 
 
+def test_folder_that_another_process_removes_while_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / "run", fcntl.flock
+
+    def removed_first(*arguments):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (path / ".lock").unlink()
+        path.rmdir()
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with RunFolder.locked(path):
+        with pytest.raises(RunError, match="another process is training in .*run"), RunFolder.locked(path):
+            pass
+
+
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "build_model", None)
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
         train(dataclasses.replace(recipe, cuda_graph=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -512,6 +530,14 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
 
 
+def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.TrainStep, "__call__", lambda *_: (torch.tensor(float("nan")), torch.tensor(0)))
+    before = set(threading.enumerate())
+    with pytest.raises(TrainingDiverged):
+        train(dataclasses.replace(recipe, tensorboard=True), tmp_path / "run")
+    assert set(threading.enumerate()) == before
+
+
 def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monkeypatch):
     original, steps = loop.TrainStep.__call__, []
 
@@ -557,9 +583,8 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
 def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
     model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
-    groups, names = build_optimizer(recipe, model, capturable=False)
-    decay = [group["weight_decay"] for group in groups.param_groups for _ in group["params"]]
-    assert dict(zip(names, decay, strict=True)) == {
+    groups = build_optimizer(recipe, model, capturable=False).param_groups
+    assert {name: group["weight_decay"] for group in groups for name in group["param_names"]} == {
         "prompts": 1e-4,
         "prompt_projection.weight": 1e-4,
         "prompt_projection.bias": 1e-4,
@@ -589,7 +614,7 @@ def test_linear_probe_on_features_computed_once_equals_training_through_the_mode
 
 
 def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "FeatureBatches", None)
+    monkeypatch.setattr(loop, "feature_batches", None)
     recipe = dataclasses.replace(
         recipe, method="linear", num_prompts=None, prompt_dropout=None, augment="flip"
     )

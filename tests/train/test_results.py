@@ -12,7 +12,7 @@ from task_trees import shrink, write_fgvc, write_vtab
 
 from vpt_fast import loop
 from vpt_fast.data import open_splits
-from vpt_fast.inference import evaluate_run
+from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import print_skipped
@@ -56,7 +56,7 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
     result = train(dataclasses.replace(short, test=True), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == result.results
     last = result.metrics[-1]
-    test = evaluate_run(tmp_path / "run", short.data, "test").evaluation
+    test = evaluate_run(LoadedRun.load(tmp_path / "run"), short.data, "test").evaluation
     assert result.results == {
         "val_accuracy": last["val_accuracy"],
         "val_loss": last["val_loss"],
@@ -74,7 +74,7 @@ def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, mo
     recipe = dataclasses.replace(short, test=True)
     later = train(recipe, tmp_path / "run")
     assert later.new_epochs == 0 and later.results["test_images"] == 6
-    monkeypatch.setattr(loop, "build_model", None)  # not again
+    monkeypatch.setattr("vpt_fast.methods.build_model", None)  # not again
     assert train(recipe, tmp_path / "run").results == later.results
 
 
@@ -120,7 +120,7 @@ def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
 def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):
     recipe = dataclasses.replace(short, method="linear", num_prompts=None, prompt_dropout=None)
     train(recipe, tmp_path / "run")
-    monkeypatch.setattr(loop, "FeatureBatches", None)
+    monkeypatch.setattr(loop, "feature_batches", None)
     result = train(dataclasses.replace(recipe, test=True), tmp_path / "run")
     assert result.new_epochs == 0 and result.results["test_images"] == 6
 

@@ -10,14 +10,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import optuna
 import pytest
 import timm
 import torch
 import yaml
 from rich.console import Console
 
-from vpt_fast import loop, sweep
+from vpt_fast import loop, sweep, trials
 from vpt_fast.cache import TrainingCache
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.recipe import Recipe
@@ -35,8 +37,7 @@ from vpt_fast.sweep import (
 
 
 @pytest.fixture
-def settings(color_images, monkeypatch) -> dict:
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+def settings(color_images) -> dict:
     return dict(
         data=str(color_images),
         backbone="train_test_vit",
@@ -57,8 +58,12 @@ def trained(monkeypatch) -> list:
         folders.append(out.name)
         return original(recipe, out, **options)
 
-    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(trials, "train", train)
     return folders
+
+
+def studies(plan: Sweep, out: Path) -> tuple[optuna.Study, optuna.Study]:
+    return trials.open_studies(plan.study_name(digest_inputs(plan, TrainingCache())), out, None)
 
 
 def test_best_trial_and_final_runs_are_those_trained_by_hand(settings, tmp_path):
@@ -140,14 +145,12 @@ def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
 
 def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    inputs = digest_inputs(plan, TrainingCache())
-    sweep._begin(plan, inputs, tmp_path)
-    study, _ = sweep._open_studies(plan, inputs, tmp_path, None)
+    study, _ = studies(plan, tmp_path)
     study.enqueue_trial({"base_lr": 0.5})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
     dead.suggest_categorical("base_lr", [0.5, 0.1])
-    dead.set_user_attr("owner", {**sweep._owner(), "started": "another process's"})
+    dead.set_user_attr("owner", {**trials._owner(), "started": "another process's"})
     assert run_sweep(plan, tmp_path)["finished"]
     assert sorted(trained) == ["base_lr=0.1", "base_lr=0.5", "seed-1"]
 
@@ -172,7 +175,7 @@ def test_final_runs_that_all_diverge_are_an_error_with_the_reason(
             raise TrainingDiverged("the loss is inf")
         return original(recipe, out, **options)
 
-    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(trials, "train", train)
     flags = ("--over", "base_lr=0.1", "--seeds", "1,2", "--epochs", 1, "--device", "cpu")
     result = command(
         "sweep", "--data", color_images, "--backbone", "train_test_vit", "--method", "linear",
@@ -215,7 +218,7 @@ def test_study_that_can_no_longer_be_saved_is_named(settings, tmp_path, monkeypa
             study.execute("DROP TABLE trial_user_attributes")
         return original(recipe, out, **options)
 
-    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(trials, "train", train)
     with pytest.raises(SavingFailed, match="studies of the sweep in .* could not be saved: .* no such table"):
         run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
 
@@ -347,7 +350,7 @@ def test_sweep_with_no_good_trial_says_why(settings, tmp_path, monkeypatch):
     def train(*arguments, **options):
         raise TrainingDiverged("the loss is inf")
 
-    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(trials, "train", train)
     with pytest.raises(ValueError, match="the loss is inf"):
         run_sweep(Sweep(settings, {"base_lr": (1.0,)}), tmp_path)
 
@@ -394,7 +397,7 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     assert len(trained) == len(set(trained))
     # What the other process has trained, this one has not: its runs are of another process's id.
     plan = Sweep(settings, axes, seeds=(1, 2))
-    study, final = sweep._open_studies(plan, digest_inputs(plan, TrainingCache()), tmp_path, None)
+    study, final = studies(plan, tmp_path)
     done = [
         t for t in (*study.trials, *final.trials) if t.state.name == "COMPLETE" and "results" in t.user_attrs
     ]
@@ -431,7 +434,6 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
 @pytest.fixture
 def sampler_that_repeats(monkeypatch):
     """Chooses the first value in every trial."""
-    import optuna
 
     class First(optuna.samplers.RandomSampler):
         def sample_independent(self, study, trial, name, distribution):
@@ -449,7 +451,7 @@ def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
     plan = Sweep(settings, REPEATED, seeds=(1,), sampler="tpe", trials=3)
     found = run_sweep(plan, tmp_path)
     assert found["finished"] and trained == ["base_lr=0.5", "seed-1"]
-    study, _ = sweep._open_studies(plan, digest_inputs(plan, TrainingCache()), tmp_path, None)
+    study, _ = studies(plan, tmp_path)
     outcomes = [(trial.state.name, trial.value, trial.intermediate_values) for trial in study.trials]
     assert len(outcomes) == 3 and outcomes[1:] == outcomes[:1] * 2 and len(outcomes[0][2]) == 2
 
@@ -457,8 +459,6 @@ def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
 def test_pruned_settings_that_a_sampler_repeats_are_pruned_again_without_training(
     settings, tmp_path, trained, sampler_that_repeats, monkeypatch
 ):
-    import optuna
-
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     with pytest.raises(ValueError, match="no trial in"):
         run_sweep(Sweep(settings, REPEATED, sampler="tpe", trials=2, pruner="median"), tmp_path)
@@ -489,8 +489,6 @@ def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
 
 
 def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
-    import optuna
-
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.params["base_lr"] == 0.5)
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median")
     found = run_sweep(plan, tmp_path)
@@ -511,19 +509,6 @@ def test_folder_of_another_sweep_is_refused(settings, tmp_path):
         run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
 
 
-def test_sweep_that_began_first_has_the_folder(settings, tmp_path, monkeypatch):
-    open_studies = sweep._open_studies
-
-    def late(*arguments):
-        monkeypatch.setattr(sweep, "_open_studies", open_studies)
-        run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
-        return open_studies(*arguments)
-
-    monkeypatch.setattr(sweep, "_open_studies", late)
-    with pytest.raises(ValueError, match="holds a sweep with other settings: seeds"):
-        run_sweep(Sweep(settings, {}, seeds=(2,)), tmp_path)
-
-
 def test_results_stay_where_their_study_is_gone(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     run_sweep(plan, tmp_path)
@@ -531,9 +516,9 @@ def test_results_stay_where_their_study_is_gone(settings, tmp_path, monkeypatch)
     (tmp_path / "study.db").unlink()
 
     def interrupted(self):
-        raise sweep.Stopped
+        raise trials.Stopped
 
-    monkeypatch.setattr(sweep._Worker, "work", interrupted)
+    monkeypatch.setattr(trials.Worker, "work", interrupted)
     run_sweep(plan, tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
 
@@ -546,7 +531,7 @@ def own_images(settings, images) -> dict:
 
 def test_sweep_that_was_killed_does_not_go_on_with_other_images(own_images, images, tmp_path, monkeypatch):
     plan = Sweep(own_images, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    monkeypatch.setattr(sweep, "train", None)
+    monkeypatch.setattr(trials, "train", None)
     with pytest.raises(TypeError):  # the first trial
         run_sweep(plan, tmp_path / "sweep")
     os.rename(images / "train" / "red" / "0.png", images / "train" / "red" / "new.png")
@@ -641,7 +626,7 @@ def test_plan_of_searched_epochs_and_images_is_a_sum_and_a_range(settings, tmp_p
 
 def test_time_left_is_by_what_a_trial_costs():
     console = Console(record=True, width=200)
-    display = sweep._Display(console, "trial", 3, lambda params: params["epochs"] / 10)
+    display = trials.Display(console, "trial", 3, lambda params: params["epochs"] / 10)
     display.begin({"epochs": 2})
     display._started -= 10
     display.end({"epochs": 2}, "done")

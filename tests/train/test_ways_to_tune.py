@@ -12,20 +12,20 @@ import torch
 from rich.console import Console
 from test_loop import interrupt_at_step, require_equal, trained
 
-from vpt_fast import LinearProbe, load_pretrained, loop, report
-from vpt_fast.classification import CrossEntropy, class_weights
+from vpt_fast import LinearProbe, features, load_pretrained, loop, report
+from vpt_fast.classification import Classification, CrossEntropy, class_weights
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import METHODS, Recipe
+from vpt_fast.step import TrainStep
 
 ALL = [name.replace("K", "2") for name in METHODS if name not in ("vpt-deep", "vpt-shallow")]
 WITH_FROZEN_FEATURES = ("linear", "mlp-2", "partial-1")
 
 
 @pytest.fixture
-def small(color_images, monkeypatch):
+def small(color_images):
     """Recipes of two epochs of one step, by method."""
-    monkeypatch.setattr(loop, "plot_curves", lambda *arguments: None)
 
     def make(method: str, **settings) -> Recipe:
         size = {"img_size": 64, "patch_size": 16} if method == "sidetune" else {}
@@ -94,6 +94,18 @@ def test_frozen_part_runs_once_for_each_image_without_augmentation(small, tmp_pa
     assert sum(seen) == 2 * (27 + 9)
 
 
+def test_cached_features_go_by_the_order_of_the_batches_that_they_replace(small, tmp_path, monkeypatch):
+    made, original = [], Classification.batches
+
+    def batches(*arguments, train):
+        made.append(train)
+        return original(*arguments, train=train)
+
+    monkeypatch.setattr(Classification, "batches", batches)
+    train(small("linear"), tmp_path / "run")
+    assert made == [True, False]  # others would hold the pixels again
+
+
 def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_path, monkeypatch):
     counted = []
 
@@ -102,7 +114,7 @@ def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_pa
         with report.computing_features(*arguments):
             yield counted.append
 
-    monkeypatch.setattr(loop, "computing_features", computing_features)
+    monkeypatch.setattr(features, "computing_features", computing_features)
     console = Console(file=io.StringIO(), width=200)
     train(small("partial-1"), tmp_path / "run", console=console)
     # Of each image the class token's and 16 patches' 32 floats.
@@ -166,7 +178,7 @@ def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     objective = CrossEntropy(recipe.label_smoothing, weights)
-    step = loop.TrainStep(network, recipe, optimizer, scaler, objective, num_images=6, is_graphed=False)
+    step = TrainStep(network, recipe, optimizer, scaler, objective, num_images=6, is_graphed=False)
     loss, _ = step(x, labels)
     torch.testing.assert_close((loss, network.weight.grad), (wanted.detach(), gradient))
 

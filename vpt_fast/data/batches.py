@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .decode import CheckedImages, DecodeError, default_workers, load_image, load_resident
+from .decode import CheckedImages, default_workers, load_image, load_resident
 from .images import ImageItem, ImageList
+from .loader import PlannedLoader
 from .preprocessing import Preprocessing
 from .resident import ResidentImages, device_budget, least_bytes, resident_budget
 
@@ -100,9 +100,11 @@ class Batches:
         self.world_size = world_size
         self.preprocessing = preprocessing if train else preprocessing.for_evaluation()
         self._labels = torch.tensor(images.labels)
-        self._plan = _Plan()
         self._resident = self._make_resident(images, ready, resident, workers)
-        self._loader = None if self._resident is not None else self._make_loader(images, workers)
+        self._loader: PlannedLoader[_Read] | None = None
+        if self._resident is None:
+            read = functools.partial(_read_image, images.items, self.preprocessing)
+            self._loader = PlannedLoader(read, workers=workers, device=self.device)
         to_a_gpu = self.device.type == "cuda" and self.resident_device == torch.device("cpu")
         self.not_pinned = self._resident.pin() if self._resident is not None and to_a_gpu else None
         self._is_pinned = to_a_gpu and self.not_pinned is None
@@ -191,15 +193,7 @@ class Batches:
         """As `_read_resident`, from the files."""
         assert self._loader is not None
         reads = list(zip(draws.indices.tolist(), draws.positions, strict=True))
-        plan = self._plan.batches = [reads[chunk] for chunk in chunks]
-        for pixels in self._loader:
-            if self._plan.batches is not plan:  # the workers' one iterator now serves the other epoch
-                raise RuntimeError("epoch: another epoch was started before this one had ended")
-            if isinstance(pixels, DecodeError):
-                # A new exception: the original's traceback would tie the loader to this frame in a reference
-                # cycle. The garbage collector would free it after its queues, and it would wait for workers
-                # that it can no longer tell to stop.
-                raise DecodeError(pixels.path, pixels.reason)
+        for pixels in self._loader.epoch([reads[chunk] for chunk in chunks]):
             yield pixels.to(self.device, non_blocking=True)
 
     def _draw(self, epoch: int) -> _Draws:
@@ -242,18 +236,6 @@ class Batches:
         fits_device = resident == "device" or ready.num_bytes <= device_budget(self.device)
         return ready if resident == "host" or not fits_device else ready.to(self.device)
 
-    def _make_loader(self, images: ImageList, workers: int) -> DataLoader:
-        return DataLoader(
-            _Files(images.items, self.preprocessing),
-            batch_sampler=self._plan,
-            num_workers=workers,
-            collate_fn=_stack,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # else each epoch draws from the global one
-        )
-
 
 class _Draws(NamedTuple):
     """The random choices for one rank's epoch."""
@@ -263,43 +245,7 @@ class _Draws(NamedTuple):
     positions: list[tuple[float, float] | None]  # n crop positions, None for the centre
 
 
-class _Plan(Sampler):
-    """The batches of the next epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[_Read]] = []
-
-    def __iter__(self) -> Iterator[list[_Read]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class _Files(Dataset):
-    """Read (index, crop position) -> uint8 (3, H, W), or the error. It is returned because an exception
-    raised in a worker process would reach the user with the worker's traceback as its message."""
-
-    def __init__(self, items: tuple[ImageItem, ...], preprocessing: Preprocessing) -> None:
-        self._items = items
-        self._preprocessing = preprocessing
-
-    def __getitem__(self, read: _Read) -> torch.Tensor | DecodeError:
-        index, position = read
-        try:
-            return self._preprocessing.crop(load_image(self._items[index], self._preprocessing), position)
-        except DecodeError as error:
-            return error
-
-
-def ignore_stop_signals(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of the job; only the
-    # training process handles them, and ends its workers. Without it they end by themselves.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _stack(loaded: list[torch.Tensor | DecodeError]) -> torch.Tensor | DecodeError:
-    """uint8 (b, 3, H, W), or the first error."""
-    errors = [item for item in loaded if isinstance(item, DecodeError)]
-    return errors[0] if errors else torch.stack([item for item in loaded if isinstance(item, torch.Tensor)])
+def _read_image(items: tuple[ImageItem, ...], preprocessing: Preprocessing, read: _Read) -> torch.Tensor:
+    """uint8 (3, H, W)."""
+    index, position = read
+    return preprocessing.crop(load_image(items[index], preprocessing), position)

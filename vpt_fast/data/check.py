@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .images import DataError
 from .shards import holds_shards
-from .tasks import Task, find_task_folder, read_task
+from .tasks import TASKS, Task, find_task_folder, read_task
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,11 @@ def check_task(task: Task, root: Path) -> TaskFound:
     return TaskFound(task, folder, tuple(splits), len(classes), shown)
 
 
-def find_tasks(root: Path, tasks: Iterable[Task]) -> list[TaskFound]:
-    """Those of `tasks` that `root` holds, or that `root` itself is. The latter goes by its name, since lists
+def find_tasks(root: Path) -> list[TaskFound]:
+    """The tasks that `root` holds, or that `root` itself is. The latter goes by its name, since lists
     of several tasks have the same file names."""
     name = root.resolve().name.lower()
-    found = [check_task(task, root) for task in tasks]
+    found = [check_task(task, root) for task in TASKS.values()]
     return [
         each
         for each in found

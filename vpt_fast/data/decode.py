@@ -170,7 +170,7 @@ def check_images(
     workers: int | None = None,
     preprocessing: Preprocessing | None = None,
     keep_bytes: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> CheckedImages:
     """Decodes every image in full and leaves out those that cannot be decoded.
 
@@ -180,7 +180,7 @@ def check_images(
     Args:
         workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
         keep_bytes: the most bytes of pixels to keep; `resident_budget(device)` is what `Batches` would use.
-        progress: called with (images done, total images) after each image.
+        progress: called with 1 after each image.
 
     Raises:
         DataError: no image of a class can be decoded; the message names the class and a reason.
@@ -208,7 +208,7 @@ def check_images(
             if builder is not None and loaded is not None:
                 builder.add(loaded)
         if progress is not None:
-            progress(i + 1, len(images))
+            progress(1)
 
     remaining = images.select(kept)
     if lost := sorted(set(images.labels) - set(remaining.labels)):

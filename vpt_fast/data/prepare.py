@@ -99,7 +99,7 @@ def prepare_task(
     out: Path,
     *,
     data_root: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Prepared:
     """Writes `out`/<task>/{train800,val200,train800val200,test}.txt and the images that they list.
 
@@ -110,7 +110,7 @@ def prepare_task(
         source: timm's name of the task's data set in TensorFlow Datasets, such as "tfds/cifar100", already
             prepared in `data_root`; or a folder of shards; or, for the tasks in `LABEL_RULES`, a folder of
             the set's original files.
-        progress: called with (images done, total images).
+        progress: called with 1 after each image, also of those that were there already.
 
     Raises:
         DataError: the task is not defined by ranges of a data set; the source is another data set or has the
@@ -147,10 +147,9 @@ def prepare_task(
 
 
 def _write(
-    task: Task, source: str, found: _Source, folder: Path, progress: Callable[[int, int], None] | None
+    task: Task, source: str, found: _Source, folder: Path, progress: Callable[[int], None] | None
 ) -> int:
     """Writes the images that are not there yet and then the lists; returns the number of images."""
-    total = sum(task.sizes.values())
     done = 0
     lists = {}
     for split, samples in found.samples.items():
@@ -166,7 +165,7 @@ def _write(
             lines.append(f"{path} {label}\n")
             done += 1
             if progress is not None:
-                progress(done, total)
+                progress(1)
         _require_size(source, task, split, len(lines))
         lists[file] = "".join(lines)
     lists["train800val200.txt"] = lists[VTAB_FILES["train"]] + lists[VTAB_FILES["val"]]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .batches import ignore_stop_signals
-from .decode import DecodeError, default_workers
+from .decode import default_workers
+from .loader import PlannedLoader
 from .scene_preprocessing import ScenePreprocessing, image_seed
 from .scenes import SceneList, read_scene
 
@@ -63,17 +63,8 @@ class SceneBatches:
         self.train, self.seed = train, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
-        self._plan: list[list[_Read]] = []  # the batches of the next epoch
-        self._loader: DataLoader = DataLoader(
-            _Scenes(scenes, preprocessing),
-            batch_sampler=self._plan,
-            num_workers=workers,
-            collate_fn=_stack,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator(),  # else each epoch draws from the global one
-        )
+        read = functools.partial(_read, scenes, preprocessing)
+        self._loader = PlannedLoader(read, workers=workers, device=self.device)
 
     def __len__(self) -> int:
         """Steps per epoch of this rank."""
@@ -88,13 +79,12 @@ class SceneBatches:
         return np.resize(order, length)[self.rank :: self.world_size].tolist()
 
     def epoch(self, epoch: int) -> Iterator[_Scene]:
-        """The batches of epoch `epoch`, 0 or more. Only one epoch can run at a time."""
+        """The batches of epoch `epoch`, 0 or more. Only one epoch can run at a time: starting another ends
+        this one, which then raises RuntimeError."""
         seeds = (image_seed(self.seed, epoch, i) if self.train else None for i in self.indices(epoch))
         reads = list(zip(self.indices(epoch), seeds, strict=True))
-        self._plan[:] = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]
-        for loaded in self._loader:
-            if isinstance(loaded, DecodeError):
-                raise DecodeError(loaded.path, loaded.reason)
+        plan = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]
+        for loaded in self._loader.epoch(plan):
             pixels, masks = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
             if self.train:
                 yield self.preprocessing.normalize(pixels), masks.long()
@@ -102,26 +92,10 @@ class SceneBatches:
                 yield pixels[0], masks[0].long()
 
 
-class _Scenes(Dataset):
-    """Read (index, seed or None) -> image (3, h, w) and mask (h, w), both uint8, or the error."""
-
-    def __init__(self, scenes: SceneList, preprocessing: ScenePreprocessing) -> None:
-        self._scenes, self._preprocessing = scenes, preprocessing
-
-    def __getitem__(self, read: _Read) -> _Scene | DecodeError:
-        index, seed = read
-        try:
-            image, mask = read_scene(self._scenes, index)
-        except DecodeError as error:
-            return error
-        if seed is None:
-            return pil_to_tensor(image), torch.from_numpy(mask)
-        return self._preprocessing.augment(image, mask, seed)
-
-
-def _stack(loaded: list[_Scene | DecodeError]) -> _Scene | DecodeError:
-    for item in loaded:
-        if isinstance(item, DecodeError):
-            return item
-    images, masks = zip(*loaded, strict=True)
-    return torch.stack(images), torch.stack(masks)
+def _read(scenes: SceneList, preprocessing: ScenePreprocessing, read: _Read) -> _Scene:
+    """An image (3, h, w) and its mask (h, w), both uint8."""
+    index, seed = read
+    image, mask = read_scene(scenes, index)
+    if seed is None:
+        return pil_to_tensor(image), torch.from_numpy(mask)
+    return preprocessing.augment(image, mask, seed)

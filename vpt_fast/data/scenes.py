@@ -191,13 +191,13 @@ def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
 
 
 def check_scenes(
-    scenes: SceneList, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    scenes: SceneList, *, workers: int | None = None, progress: Callable[[int], None] | None = None
 ) -> CheckedScenes:
     """Decodes every image and mask in full. None is left out, so that scores are over all of them.
 
     Args:
         workers: decoding threads; 0 decodes in the calling thread, None is `default_workers()`.
-        progress: called with (images done, total images) after each image.
+        progress: called with 1 after each image.
 
     Raises:
         DecodeError: for the first that cannot be used.
@@ -208,10 +208,10 @@ def check_scenes(
         return bool((read_scene(scenes, index)[1] != IGNORED).any())
 
     has_any = False
-    for i, found in enumerate(map_threads(has_classes, range(len(scenes)), workers)):
+    for found in map_threads(has_classes, range(len(scenes)), workers):
         has_any |= found
         if progress is not None:
-            progress(i + 1, len(scenes))
+            progress(1)
     if not has_any:
         raise DataError(f"{scenes.masks[0].parent}: no pixel of any mask has a class")
     return CheckedScenes(scenes)

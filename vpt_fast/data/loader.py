@@ -1,0 +1,85 @@
+"""Reads planned batches in worker processes: what batches of images and of scenes have in common."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .decode import DecodeError
+
+_Read = TypeVar("_Read")
+
+
+class PlannedLoader(Generic[_Read]):
+    """Reads an epoch's batches, each a list of what `read` takes, in processes that live over all epochs.
+
+    Args:
+        read: gives a tensor, or a tuple of tensors; worker processes receive it pickled or by fork.
+        workers: processes; 0 reads in this one.
+        device: batches for a GPU are in pinned memory.
+    """
+
+    def __init__(self, read: Callable[[_Read], Any], *, workers: int, device: torch.device) -> None:
+        self._plan: list[list[_Read]] = []  # the batches of the next epoch
+        self._epochs = 0
+        self._loader: DataLoader = DataLoader(
+            _Reads(read),
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_stop_signals,
+            generator=torch.Generator(),  # else each epoch draws from the global one
+        )
+
+    def epoch(self, plan: Sequence[list[_Read]]) -> Iterator[Any]:
+        """The stacked tensors of each batch. Only one epoch can run at a time.
+
+        Raises:
+            DecodeError: `read` raised it.
+            RuntimeError: another epoch was started before this one had ended.
+        """
+        self._epochs += 1
+        this = self._epochs
+        self._plan[:] = plan
+        for loaded in self._loader:
+            if self._epochs != this:  # the workers' one iterator now serves the other epoch
+                raise RuntimeError("epoch: another epoch was started before this one had ended")
+            if isinstance(loaded, DecodeError):
+                # A new exception: the original's traceback would tie the loader to this frame in a reference
+                # cycle. The garbage collector would free it after its queues, and it would wait for workers
+                # that it can no longer tell to stop.
+                raise DecodeError(loaded.path, loaded.reason)
+            yield loaded
+
+
+class _Reads(Dataset, Generic[_Read]):
+    """What `read` gives, or its DecodeError. That is returned because an exception raised in a worker process
+    would reach the user with the worker's traceback as its message."""
+
+    def __init__(self, read: Callable[[_Read], Any]) -> None:
+        self._read = read
+
+    def __getitem__(self, wanted: _Read) -> Any:
+        try:
+            return self._read(wanted)
+        except DecodeError as error:
+            return error
+
+
+def _collate(loaded: list[Any]) -> Any:
+    """The batch, or its first error."""
+    error = next((item for item in loaded if isinstance(item, DecodeError)), None)
+    return default_collate(loaded) if error is None else error
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of the job; only the
+    # training process handles them, and ends its workers. Without it they end by themselves.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,112 @@
+"""Frozen features in place of images: where training reads the same ones in every epoch, they are computed
+once."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import FORWARD_BATCH
+from vpt_fast.classifier import TunedClassifier, TunedModel
+from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
+from vpt_fast.precision import autocast
+from vpt_fast.recipe import Recipe
+from vpt_fast.report import computing_features
+from vpt_fast.world import World
+
+
+def caches_features(recipe: Recipe, model: TunedModel, num_images: int, device: torch.device) -> bool:
+    """Whether the trained part's inputs are the same in every epoch, and those of `num_images` images small
+    enough to keep."""
+    if not isinstance(model, TunedClassifier) or model.feature_shape is None or recipe.augment != "none":
+        return False
+    return feature_bytes(model, num_images) <= device_budget(device)
+
+
+def feature_bytes(model: TunedClassifier, num_images: int) -> int:
+    """Bytes of the frozen features of `num_images` images, in float32."""
+    assert model.feature_shape is not None
+    return 4 * math.prod(model.feature_shape) * num_images
+
+
+def feature_batches(
+    model: TunedClassifier,
+    train: tuple[CheckedImages, Batches],
+    val: tuple[CheckedImages, Batches] | None,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+    cache: TrainingCache,
+) -> tuple[FeatureBatches, FeatureBatches | None, float]:
+    """The batches of train and val, each given with its images, with frozen features in their place; and the
+    seconds that train's took. Each process computes the features of all images."""
+    num_images = sum(batches.num_images for _, batches in filter(None, (train, val)))
+    frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
+
+    with computing_features(console, num_images, feature_bytes(model, num_images), world.device) as advance:
+
+        def with_features(images: CheckedImages, batches: Batches) -> FeatureBatches:
+            features, labels = cache.get(
+                "features",
+                (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
+                lambda: compute_features(model, images, preprocessing, recipe, world, advance),
+            )
+            return FeatureBatches(batches, features, labels)
+
+        val_batches = None if val is None else with_features(*val)
+        started = time.perf_counter()
+        train_batches = with_features(*train)
+        return train_batches, val_batches, time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class FeatureBatches:
+    """`batches`, with frozen features (n, d) or (n, N, d) of all images in place of the images, and labels
+    (n,)."""
+
+    batches: Batches
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = self.batches.indices(epoch).to(self.features.device)
+        for chunk in order.split(self.batches.batch_size):
+            yield self.features[chunk], self.labels[chunk]
+
+
+def compute_features(
+    model: TunedClassifier,
+    images: CheckedImages,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+    advance: Callable[[int], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frozen features of all images in order, (n, d), or (n, N, d) for tokens; and labels (n,)."""
+    in_order = Batches(
+        images,
+        preprocessing,
+        FORWARD_BATCH,
+        train=False,
+        seed=recipe.seed,
+        device=world.device,
+        workers=recipe.workers,
+    )
+    features, labels = [], []
+    with autocast(recipe.precision, world.device):
+        for x, y in in_order.epoch(0):  # x (b, 3, H, W), y (b,)
+            features.append(model.frozen_features(x))
+            labels.append(y)
+            advance(len(y))
+    return torch.cat(features), torch.cat(labels)

@@ -1,0 +1,161 @@
+"""One optimizer step, eager or in a CUDA graph, and the optimizer that takes it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vpt_fast.classifier import TunedModel
+from vpt_fast.graphed import CaptureError, GraphedStep
+from vpt_fast.precision import AUTOCAST, autocast
+from vpt_fast.problem import Objective
+from vpt_fast.recipe import Recipe
+from vpt_fast.world import World
+
+
+def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own: str | None) -> str | None:
+    """Why training steps cannot be captured in a CUDA graph; None if they can. `own` is the problem's reason.
+
+    Raises ValueError if a graph was requested and is not possible.
+    """
+    obstacle = own
+    if device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    elif num_processes > 1:
+        obstacle = f"{num_processes} processes exchange gradients"
+    elif recipe.accumulate > 1:
+        obstacle = f"accumulate is {recipe.accumulate}"
+    elif recipe.precision == "fp16":
+        obstacle = "precision is fp16, whose loss scaling looks at the gradients"
+    if recipe.cuda_graph and obstacle:
+        raise ValueError(f"cuda_graph: got True, and a step cannot be captured: {obstacle}")
+    return obstacle
+
+
+def captures_steps(recipe: Recipe, world: World, console: Console, own: str | None) -> bool:
+    """Whether training steps are captured in a CUDA graph; prints the reason if a GPU's cannot be. Raises as
+    `graph_obstacle` does."""
+    obstacle = graph_obstacle(recipe, world.device, world.size, own)
+    if obstacle and world.device.type == "cuda" and recipe.cuda_graph is None:
+        console.print(f"Training steps are not captured in a CUDA graph: {obstacle}.")
+    return obstacle is None and recipe.cuda_graph is not False
+
+
+def build_optimizer(recipe: Recipe, model: TunedModel, *, capturable: bool) -> torch.optim.Optimizer:
+    """The optimizer of a resolved recipe, with named parameters; a head's last bias has no weight decay.
+
+    `capturable`: whether its steps may be captured in a CUDA graph.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [pair for pair in trained if pair[0] not in model.undecayed],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [pair for pair in trained if pair[0] in model.undecayed], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, capturable=capturable, fused=capturable or None)
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, fused=capturable or None)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of an optimizer with named parameters, as "slot/parameter name" to tensor."""
+    names = _parameter_names(optimizer)
+    state = optimizer.state_dict()["state"]  # index: {slot: tensor or None}
+    return {
+        f"{slot}/{names[index]}": value
+        for index, slots in state.items()
+        for slot, value in slots.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`."""
+    names = _parameter_names(optimizer)
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        slot, _, name = key.partition("/")
+        state.setdefault(names.index(name), {})[slot] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """By the indices that the optimizer's state has."""
+    return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+class TrainStep:
+    """One optimizer step: ``loss_sum, hits = step(inputs, targets)``, both (), over the images of the batch.
+
+    With `is_graphed`, batches of `num_images` replay a CUDA graph; a smaller last batch runs eagerly.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        objective: Objective,
+        *,
+        num_images: int,
+        is_graphed: bool,
+    ) -> None:
+        self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
+        self.objective, self.num_images = objective, num_images
+        self.graph: GraphedStep | None = None
+        if is_graphed:
+            self.graph = GraphedStep(
+                network,
+                optimizer,
+                lambda logits, labels: objective.loss_sum(logits, labels) / len(labels),
+                autocast_dtype=AUTOCAST[recipe.precision or "fp32"],
+                max_grad_norm=recipe.clip_grad_norm,
+            )
+
+    def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.graph is not None and len(targets) == self.num_images:
+            try:
+                loss = self.graph(inputs, targets)
+            except CaptureError as error:
+                raise ValueError(f"cuda_graph: {error}; want --no-cuda-graph") from error
+            return loss * len(targets), self.objective.hits(self.graph.logits, targets)
+        return self._eager(inputs, targets)
+
+    def _eager(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        recipe, scaler, network = self.recipe, self.scaler, self.network
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=inputs.device)
+        hits = torch.zeros((), device=inputs.device)
+        parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        for i, (x, y) in enumerate(parts):  # x and y (b / accumulate, ...)
+            with exchange(network, now=i == len(parts) - 1):
+                with autocast(recipe.precision, inputs.device):
+                    output = network(x)  # logits (b / accumulate, classes), or a segmenter's
+                loss = self.objective.loss_sum(output, y)  # ()
+                scaler.scale(loss / len(targets)).backward()
+            loss_sum += loss.detach()
+            hits += self.objective.hits(output, y)
+        if recipe.clip_grad_norm is not None:
+            scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        return loss_sum, hits
+
+
+def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
+    """With `now`, processes average their gradients in this backward pass; else gradients only accumulate.
+
+    The average is exact because all processes have equal shares of a batch.
+    """
+    if isinstance(network, DistributedDataParallel) and not now:
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,337 @@
+"""Trials of an Optuna study, shared between processes: each is run by one of them, and by another if that one
+ends without a result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vpt_fast.cache import TrainingCache
+from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.loop import train
+from vpt_fast.recipe import Recipe
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial, Trial
+
+HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 300  # of trials on other machines
+POLL_SECONDS = 2.0
+
+Params = dict[str, Any]
+
+
+class Stopped(Exception):
+    """Asked to stop (Ctrl-C): the current trial is released."""
+
+
+class _Twin(Exception):
+    """Another process is already training these settings."""
+
+
+def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Study, optuna.Study]:
+    """The studies `name`, of trials, and `name`-final, of final runs; the first process creates them, so that
+    only one at a time may call this.
+
+    storage: URL of an Optuna storage; None for a file in `out`.
+
+    Raises ValueError if the storage cannot be opened. The message does not contain its URL, which may hold a
+    password.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError  # Optuna's storage is built on SQLAlchemy
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # The path is not put into the URL: it may contain characters that are special there, or to Optuna ({}).
+    path = (out / "study.db").resolve()
+    url = storage or "sqlite:///study.db"
+    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    if storage is None:
+        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            opened = optuna.storages.RDBStorage(
+                url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
+            )
+        except (SQLAlchemyError, ImportError) as error:
+            where = "storage" if storage else out / "study.db"
+            reason = str(error).splitlines()[0].replace(url, "the URL")
+            raise ValueError(f"{where} cannot be opened: {reason}") from None
+        search, final = (
+            optuna.create_study(storage=opened, study_name=each, direction="maximize", load_if_exists=True)
+            for each in (name, f"{name}-final")
+        )
+    final.pruner = optuna.pruners.NopPruner()
+    return search, final
+
+
+def search_with(study: optuna.Study, sampler: str, pruner: str, seed: int) -> None:
+    """Sets a study's sampler and pruner, by a sweep's names for them, and the sampler's seed."""
+    import optuna
+
+    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    if sampler in samplers:
+        # With the same seed, a resumed sampler would repeat its first draws; numpy's seeds have 32 bits.
+        study.sampler = samplers[sampler](seed=(seed + len(study.trials)) % 2**32)
+    study.pruner = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+    }[pruner]()
+
+
+@contextlib.contextmanager
+def saving_studies(out: Path) -> Iterator[None]:
+    """Turns errors of the studies' storage, such as a full disk or a lost connection, into SavingFailed."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    # If Optuna cannot save that a trial failed either, an error of its own code hides the cause.
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SQLAlchemyError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise SavingFailed(
+            f"the studies of the sweep in {out} could not be saved: {str(cause).splitlines()[0]}; what was "
+            "saved before is still there, and the same command goes on from it"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Runs the trials of a study one by one, until none is left to run, here or in another process.
+
+    wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
+    """
+
+    study: optuna.Study
+    axes: Mapping[str, Sequence[Any]]
+    wanted: list[Params] | None
+    limit: int
+    recipe: Callable[..., Recipe]
+    folder: Callable[[Params], Path]
+    metric: str
+    cache: TrainingCache
+    display: Display
+    after: Callable[[], Any]
+    stop: threading.Event
+
+    def work(self) -> None:
+        while True:
+            self._give_back_dead()
+            trials = self.study.get_trials(deepcopy=False)
+            states = [trial.state.name for trial in trials]
+            taken = [params_of(t) for t in trials if is_done(t) or t.state.name in ("RUNNING", "WAITING")]
+            lost = [params_of(t) for t in trials if t.state.name == "FAIL" and params_of(t)]
+            missing: list[Params] = []
+            for params in lost if self.wanted is None else self.wanted:
+                if params not in taken and params not in missing:
+                    missing.append(params)
+            for params in missing:
+                self.study.enqueue_trial(params)
+            self.display.done(sum(map(is_done, trials)))
+            draws = self.wanted is None and len(taken) < self.limit
+            if missing or draws or "WAITING" in states:
+                self._take_one()
+            elif "RUNNING" in states:
+                self.display.wait(states.count("RUNNING"))
+                time.sleep(POLL_SECONDS)
+            else:
+                return
+
+    def _take_one(self) -> None:
+        self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
+        self.after()
+        if self.stop.is_set():  # after the trial had finished
+            raise Stopped
+
+    def _objective(self, trial: Trial) -> float:
+        import optuna
+
+        trial.set_user_attr("owner", _owner())
+        params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
+        twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
+        if done := next(filter(is_done, twins), None):
+            return self._repeat(trial, done)
+        if any(twin.state.name == "RUNNING" and twin.number < trial.number for twin in twins):
+            time.sleep(POLL_SECONDS)
+            raise _Twin
+
+        recipe = self.recipe(**params)
+
+        def on_epoch(row: dict[str, Any]) -> None:
+            self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
+            if row["val_accuracy"] is not None:
+                trial.report(row["val_accuracy"], row["epoch"])
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        self.display.begin(params)
+        try:
+            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
+        except TrainingDiverged as error:
+            trial.set_user_attr("diverged", str(error))
+            self.display.end(params, f"diverged: {error}")
+            raise
+        except optuna.TrialPruned:
+            self.display.end(params, "pruned")
+            raise
+        if result.results is None:
+            raise Stopped
+        trial.set_user_attr("results", result.results)
+        trial.set_user_attr("parameters", result.facts["parameters"])
+        value = result.results[self.metric]
+        self.display.end(params, self._outcome(value))
+        return value
+
+    def _repeat(self, trial: Trial, done: FrozenTrial) -> float:
+        """Ends a trial as the earlier one with its settings ended, which trained and would again give the
+        same. Samplers draw settings more than once; as everywhere in Optuna, each draw is a trial."""
+        import optuna
+
+        for epoch, accuracy in done.intermediate_values.items():
+            trial.report(accuracy, epoch)
+        if (reason := done.user_attrs.get("diverged")) is not None:
+            trial.set_user_attr("diverged", reason)
+            self.display.repeat(done.params, "diverged")
+            raise TrainingDiverged(reason)
+        if done.state.name == "PRUNED":
+            self.display.repeat(done.params, "pruned")
+            raise optuna.TrialPruned
+        assert done.value is not None, "it is complete"
+        self.display.repeat(done.params, self._outcome(done.value))
+        return done.value
+
+    def _outcome(self, value: float) -> str:
+        return f"{self.metric.replace('_', ' ')} {value:.2%}"
+
+    def _give_back_dead(self) -> None:
+        """Fails trials whose process has died: on this machine at once, elsewhere after the grace period."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            if not _is_alive(trial):
+                with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def params_of(trial: FrozenTrial) -> Params:
+    """A trial's settings, also of one that is still waiting."""
+    return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
+
+
+def is_done(trial: FrozenTrial) -> bool:
+    """Whether the trial need not be run again: it is complete or pruned, or it diverged."""
+    return trial.state.name in ("COMPLETE", "PRUNED") or "diverged" in trial.user_attrs
+
+
+def _owner() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in kernel ticks, since process ids are reused; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]
+
+
+def _is_alive(trial: FrozenTrial) -> bool:
+    owner = trial.user_attrs.get("owner")
+    if owner is None:  # just taken: the owner is recorded moments later
+        return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
+    if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
+        return True  # its heartbeat decides
+    return _process_start(owner["pid"]) == owner["started"]
+
+
+class Display:
+    """A progress bar over the trials, on a terminal; a line for each finished trial; and once an estimate of
+    the remaining time."""
+
+    def __init__(
+        self,
+        console: Console,
+        noun: str,
+        total: int,
+        relative_cost: Callable[[Params], float] = lambda params: 1.0,
+    ) -> None:
+        self._console, self._noun, self._total, self._relative_cost = console, noun, total, relative_cost
+        self._done = 0
+        self._first_seconds: float | None = None
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bars.add_task(noun, total=total)
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def done(self, trials: int) -> None:
+        self._done = trials
+        self._bars.update(self._task, completed=trials)
+
+    def begin(self, params: Params) -> None:
+        self._started = time.perf_counter()
+        self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
+
+    def epoch(self, params: Params, epochs: int, of: int) -> None:
+        text = f"{self._name(params)}, epoch {epochs}/{of}"
+        self._bars.update(self._task, description=text, completed=self._done + epochs / of)
+
+    def end(self, params: Params, outcome: str) -> None:
+        seconds = time.perf_counter() - self._started
+        self._console.print(f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False)
+        left = self._total - self._done - 1
+        if self._first_seconds is None and left > 0:
+            self._first_seconds = seconds
+            about = _duration(left * seconds / self._relative_cost(params))
+            self._console.print(f"{left} {self._noun}s are left, about {about}", highlight=False)
+
+    def repeat(self, params: Params, outcome: str) -> None:
+        self._console.print(f"{self._name(params)}: as before, {outcome}", highlight=False)
+
+    def wait(self, running: int) -> None:
+        self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")
+
+    def _name(self, params: Params) -> str:
+        listed = " ".join(f"{key}={value}" for key, value in params.items())
+        return f"{self._noun} {self._done + 1}/{self._total} {listed}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
