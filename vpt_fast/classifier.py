@@ -32,7 +32,8 @@ from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import FrozenBlock, compute_dtype, without_autocast
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.contexts import compute_dtype, without_autocast
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy
 from vpt_fast.files import replacing

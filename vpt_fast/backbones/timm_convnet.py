@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input
 from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import class_name, copied, is_of_peft, is_read, merge_hint, require_no_hooks
 from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
-from vpt_fast.engine.block import require_plain_autograd
+from vpt_fast.engine.contexts import require_plain_autograd
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import require_frozen
 

@@ -35,7 +35,7 @@ from vpt_fast.backbones.timm_vit import (
     norm_parts,
     optional_norm_parts,
 )
-from vpt_fast.engine.block import Rotation
+from vpt_fast.engine.call import Rotation
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_frozen
 
 TimmViT = VisionTransformer | Eva

@@ -40,7 +40,7 @@ from vpt_fast.backbones.timm_vit import (
     norm_parts,
 )
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
 from vpt_fast.engine.stream import Stream

@@ -31,7 +31,9 @@ from vpt_fast.backbones.layers import (
 )
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.call import Rotation
+from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream

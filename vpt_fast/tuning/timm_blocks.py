@@ -15,7 +15,7 @@ from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 
 
 class TimmClassifier(TunedClassifier):
