@@ -555,6 +555,13 @@ class TestStorage:
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path, tiny_vit())
 
+    def test_files_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        load_file, read = safetensors.torch.load_file, []
+        monkeypatch.setattr(safetensors.torch, "load_file", lambda file: read.append(file) or load_file(file))
+        load_pretrained(tmp_path, tiny_vit())
+        assert read == [tmp_path / "model.safetensors"]
+
     def test_settings_of_before_there_were_checkpoints_are_read(self, tmp_path: Path) -> None:
         PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
         path = tmp_path / "config.json"

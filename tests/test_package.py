@@ -23,6 +23,8 @@ LAYERS = {
     "model": [
         "prompts",
         "hub",
+        "saved_model",
+        "tuned_model",
         "classifier",
         "model",
         "swin",

@@ -29,7 +29,7 @@ from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH, Classification
-from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
+from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.graphed import CaptureError, GraphedStep
@@ -57,6 +57,7 @@ from vpt_fast.run import (
     list_digest,
 )
 from vpt_fast.segmentation import Segmentation
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World, join_world
 
 CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU

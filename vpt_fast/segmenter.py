@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from vpt_fast.backbones.architecture import POOLING
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_count
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
+from vpt_fast.tuned_model import TunedModel, check_count
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import LinearProbe
