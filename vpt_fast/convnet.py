@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
-from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost

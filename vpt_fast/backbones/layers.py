@@ -38,6 +38,15 @@ def class_name(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
+    """The dtype of the first parameter in the modules, which their input must have; `default` if none has
+    any."""
+    for module in modules:
+        for parameter in () if module is None else module.parameters():
+            return parameter.dtype
+    return default
+
+
 def is_of_peft(module: Any) -> bool:
     return type(module).__module__.partition(".")[0] == "peft"
 

@@ -15,9 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from vpt_fast.backbones.architecture import architecture
-from vpt_fast.backbones.layers import class_name, copied, is_of_peft, is_read, merge_hint, require_no_hooks
-from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
+from vpt_fast.backbones.architecture import architecture, fingerprint
+from vpt_fast.backbones.layers import (
+    class_name,
+    copied,
+    dtype_of,
+    is_of_peft,
+    is_read,
+    merge_hint,
+    require_no_hooks,
+)
 from vpt_fast.engine.contexts import require_plain_autograd
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import require_frozen
