@@ -304,6 +304,15 @@ def test_float16_is_refused_where_a_layer_scale_would_be_lost_in_it() -> None:
         model(images)
 
 
+def test_model_whose_last_block_does_not_survive_in_float16_is_left_as_it_is() -> None:
+    vit = with_layer_scale(0.1)
+    vit.blocks[-1].ls1.gamma.data.fill_(1e-5)
+    model = PromptedViT(vit, 5, 5)
+    with pytest.raises(ValueError, match="dtype: got float16"):
+        model.hold_frozen_weights_in(torch.float16)
+    assert {p.dtype for p in model.backbone.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("gamma", "dtype"), [(0.1, torch.float16), (1e-6, torch.bfloat16)])
 def test_layer_scale_that_survives_is_taken(gamma: float, dtype: torch.dtype) -> None:
     vit = with_layer_scale(gamma)

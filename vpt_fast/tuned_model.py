@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import os
 import tempfile
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from vpt_fast.backbones.architecture import POOLING, differences
+from vpt_fast.backbones.layers import on_meta
 from vpt_fast.backbones.sources import finding_sources_once, local_folder
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
@@ -142,12 +142,14 @@ class TunedModel(nn.Module, metaclass=_Built):
             dtype: autocast's.
 
         Raises:
-            ValueError: the weights do not survive in this dtype.
+            ValueError: the weights do not survive in this dtype; the model is unchanged then.
         """
         check_dtype(dtype)
-        for module in self.backbone.modules():
-            if isinstance(module, FrozenBlock):
-                module.hold_weights_in(dtype)
+        blocks = [module for module in self.backbone.modules() if isinstance(module, FrozenBlock)]
+        for block in blocks:  # all of them first: a refusal must leave the model as it is
+            block.spec.require_dtype(dtype)
+        for block in blocks:
+            block.hold_weights_in(dtype)
 
     @property
     def memory(self) -> str:
@@ -232,7 +234,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Memory of a training step. What is kept is counted in a forward pass on the meta device, in the
         weights' own dtype; temporaries are estimated as three times the largest tensor that is kept or that
         a layer returns."""
-        meta = copy.deepcopy(self).to("meta")
+        meta = on_meta(self)
         sizes = [0]
 
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -123,7 +123,7 @@ def copied(module: _Module, *left_out: nn.Module) -> _Module:
     return copy.deepcopy(module, memo)
 
 
-def on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: _Module) -> _Module:
     """A copy on the meta device that calls no hooks, except those that compute a weight."""
     memo: dict[int, Any] = {}  # what to copy instead: a hook may hold anything, and not all can be copied
     for each in module.modules():

@@ -6,7 +6,6 @@ Neither is needed for the gradient of the input.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import timm.data
@@ -23,6 +22,7 @@ from vpt_fast.backbones.layers import (
     is_of_peft,
     is_read,
     merge_hint,
+    on_meta,
     require_no_hooks,
 )
 from vpt_fast.engine.contexts import require_plain_autograd
@@ -213,7 +213,7 @@ class FrozenConvNet(nn.Module):
     def folded_workspace(self, batch_size: int) -> int:
         """Estimated bytes of temporaries in a forward pass: three times the largest feature map."""
         sizes = [0]
-        meta = copy.deepcopy(self).to("meta")
+        meta = on_meta(self)
         for module in meta.modules():
             if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
                 module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))

@@ -63,13 +63,8 @@ class FrozenBlock(nn.Module):
             self.register_parameter(name, parameter)
 
     def hold_weights_in(self, dtype: torch.dtype) -> None:
-        """Rounds the weights to `dtype` permanently, as autocast does in every call, forward and backward;
-        float64 weights stay, as they do under autocast.
-
-        Raises:
-            ValueError: the weights do not survive in `dtype`.
-        """
-        self.spec.require_dtype(dtype)
+        """Rounds the weights to `dtype`, which `spec.require_dtype` allows, permanently, as autocast does in
+        every call, forward and backward; float64 weights stay, as they do under autocast."""
         for name in BlockWeights._fields:
             weight = getattr(self, name)
             if weight is not None and weight.dtype != torch.float64:
