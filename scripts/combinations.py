@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from vpt_fast.backbones.resolve import sharing_backbones
-from vpt_fast.classifier import TunedModel
 from vpt_fast.files import replacing
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import METHODS, Recipe
+from vpt_fast.tuned_model import TunedModel
 
 PAGE = Path("docs/combinations.md")
 NUM_CLASSES = 3

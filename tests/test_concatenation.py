@@ -21,7 +21,7 @@ from tiny import random_batch, randomise, tiny_vit
 from torch import nn
 
 from vpt_fast import LinearProbe, PromptedViT
-from vpt_fast.engine import block as frozen_block
+from vpt_fast.engine import passes
 
 NUM_CLASSES = 5
 TOLERANCE = 1e-9  # relative, in float64
@@ -298,9 +298,9 @@ def test_prompt_dropout(location: str, per: str) -> None:
 def test_blocks_that_run_again_a_few_images_at_a_time(
     layers: str, pool: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_block, "ROWS_AT_ONCE", 34)
+    monkeypatch.setattr(passes, "ROWS_AT_ONCE", 34)
     # Of the five a few at a time, and what is left: without and with prompts that flow on.
-    assert [frozen_block.images_at_once(5, num_tokens) for num_tokens in (17, 21)] == [3, 2]
+    assert [passes.images_at_once(5, num_tokens) for num_tokens in (17, 21)] == [3, 2]
     settings = LAYERS[layers] | {"num_prompts": 4, "pool": pool, "prompt_dropout": dropout}
     prompted, concatenated = prompted_and_concatenated(tiny_vit(depth=4), **settings)
     prompted.memory = "recompute"

@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_swin, tiny_vit
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpt_fast import LinearProbe, PromptedViT
+from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedViT
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
+from vpt_fast.tuning.bias import BiasTuning
 
 WIDTH, HEADS, HIDDEN, CLASSES, PATCH = 32, 2, 64, 5, 8
 BATCH = 3
@@ -336,9 +337,18 @@ def test_what_pooling_keeps_is_in_the_estimate(
     assert model.estimate_training_bytes(BATCH)["kept"] == pytest.approx(kept.total, rel=tolerance)
 
 
-def test_counting_what_pooling_keeps_calls_no_hooks() -> None:
-    vit = tiny_vit(torch.float32, global_pool="map", class_token=False)
-    model = PromptedViT(vit, CLASSES, M)
+COUNTED = {
+    "pooling": lambda: PromptedViT(tiny_vit(global_pool="map", class_token=False), CLASSES, M),
+    "convnet": lambda: PromptedConvNet("resnet10t", CLASSES, 2, img_size=32),
+    "probe_of_a_convnet": lambda: LinearProbe("resnet10t", CLASSES, img_size=32),
+    "segmenter": lambda: PromptedSegmenter(tiny_vit(), CLASSES, num_prompts=M, head_channels=8),
+    "timms_swin": lambda: BiasTuning(tiny_swin(), CLASSES),
+}
+
+
+@pytest.mark.parametrize("build", COUNTED.values(), ids=COUNTED)
+def test_counting_what_is_kept_calls_no_hooks(build) -> None:
+    model = build()
     called, lock = [], threading.Lock()  # which cannot be copied
 
     class Watch:
@@ -348,7 +358,7 @@ def test_counting_what_pooling_keeps_calls_no_hooks() -> None:
         def __call__(self, *_: Any) -> None:
             called.append(1)
 
-    for module in (model.backbone.stem.norm, model.backbone.stem.attn_pool, model.head):
+    for module in model.modules():
         module.register_forward_hook(Watch())
     assert model.estimate_training_bytes(BATCH)["kept"] > 0
     assert not called

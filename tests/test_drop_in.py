@@ -514,12 +514,14 @@ def test_accelerate_loop() -> None:
 
 
 EXPORTED = {
-    "vit": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3),
-    "shallow": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, prompt_type="shallow"),
-    "normalised queries": lambda: PromptedViT(tiny_vit(torch.float32, qk_norm=True), NUM_CLASSES, 3),
-    "rotary": lambda: PromptedViT(tiny_eva(torch.float32), NUM_CLASSES, 3),
-    "swin": lambda: PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3),
-    "memory by what is free": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3, memory="auto"),
+    "vit": lambda: PromptedViT(tiny_vit(torch.float32, depth=2), NUM_CLASSES, 3),
+    "shallow": lambda: PromptedViT(tiny_vit(torch.float32, depth=2), NUM_CLASSES, 3, prompt_type="shallow"),
+    "normalised queries": lambda: PromptedViT(tiny_vit(torch.float32, depth=1, qk_norm=True), NUM_CLASSES, 3),
+    "rotary": lambda: PromptedViT(tiny_eva(torch.float32, depth=1), NUM_CLASSES, 3),
+    "swin": lambda: PromptedSwin(tiny_swin(torch.float32, depths=(2, 1)), NUM_CLASSES, 3),
+    "memory by what is free": lambda: PromptedViT(
+        tiny_vit(torch.float32, depth=1), NUM_CLASSES, 3, memory="auto"
+    ),
 }
 
 

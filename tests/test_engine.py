@@ -11,7 +11,7 @@ from vpt_fast.kernels import Backend, get_backend, launch
 from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.engine import block
+from vpt_fast.engine import passes
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
@@ -361,14 +361,14 @@ class TestFrozenBlock:
     def test_output_was_not_written_into(self, rows: tuple[int, int], monkeypatch) -> None:
         """Compiled by torch 2.11, a Function that returns what it changed in place has gradients of zero."""
         versions = []
-        forward = block._forward
+        forward = passes.forward
 
         def spy(*arguments, **options):
             output, kept = forward(*arguments, **options)
             versions.append(output.update._version)
             return output, kept
 
-        monkeypatch.setattr(block, "_forward", spy)
+        monkeypatch.setattr(passes, "forward", spy)
         tokens, update = random(2, 17, 32), random(2, 17, 32, seed=2).requires_grad_()
         prompts = random(1, 3, 32, seed=1).requires_grad_()
         FrozenViT(tiny_vit()).blocks[0](Stream(tokens, update), prompts, rows, POLICIES["exact"])
@@ -378,7 +378,7 @@ class TestFrozenBlock:
     def test_output_is_not_what_the_last_operation_was_given(
         self, rows: tuple[int, int], monkeypatch
     ) -> None:
-        forward, outputs = block._forward, []
+        forward, outputs = passes.forward, []
 
         def spy(*arguments, **options):
             with GivenBack() as given_back:
@@ -386,7 +386,7 @@ class TestFrozenBlock:
             outputs.append(output.update in given_back)
             return output, kept
 
-        monkeypatch.setattr(block, "_forward", spy)
+        monkeypatch.setattr(passes, "forward", spy)
         tokens, update = random(2, 17, 32), random(2, 17, 32, seed=2).requires_grad_()
         prompts = random(1, 3, 32, seed=1).requires_grad_()
         FrozenViT(tiny_vit()).blocks[0](Stream(tokens, update), prompts, rows, POLICIES["exact"])

@@ -59,7 +59,6 @@ class TestParameters:
         """ViT-B/16 with 50 prompts: 0.038 M shallow, 0.46 M deep."""
         with torch.device("meta"):
             vit = timm.create_model("vit_base_patch16_224", num_classes=0)
-        vit.to_empty(device="cpu")
         assert PromptedViT(vit, 1, 50, "shallow").prompts.numel() == 38_400
         deep = PromptedViT(vit, 1, 50)
         assert deep.prompts.numel() == 460_800
@@ -302,6 +301,15 @@ def test_float16_is_refused_where_a_layer_scale_would_be_lost_in_it() -> None:
     images = torch.randn(1, 3, *model.image_size)
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=message):
         model(images)
+
+
+def test_model_whose_last_block_does_not_survive_in_float16_is_left_as_it_is() -> None:
+    vit = with_layer_scale(0.1)
+    vit.blocks[-1].ls1.gamma.data.fill_(1e-5)
+    model = PromptedViT(vit, 5, 5)
+    with pytest.raises(ValueError, match="dtype: got float16"):
+        model.hold_frozen_weights_in(torch.float16)
+    assert {p.dtype for p in model.backbone.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("gamma", "dtype"), [(0.1, torch.float16), (1e-6, torch.bfloat16)])
@@ -554,6 +562,13 @@ class TestStorage:
         path.write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path, tiny_vit())
+
+    def test_files_are_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        load_file, read = safetensors.torch.load_file, []
+        monkeypatch.setattr(safetensors.torch, "load_file", lambda file: read.append(file) or load_file(file))
+        load_pretrained(tmp_path, tiny_vit())
+        assert read == [tmp_path / "model.safetensors"]
 
     def test_settings_of_before_there_were_checkpoints_are_read(self, tmp_path: Path) -> None:
         PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)

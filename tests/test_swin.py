@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vpt_fast.kernels import get_backend
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained, official
-from vpt_fast.engine import block
+from vpt_fast.engine import passes
 from vpt_fast.engine import windows as engine_windows
 from vpt_fast.engine.policy import POLICIES
 
@@ -230,7 +230,7 @@ def test_gradients_under_a_memory_policy(memory: str, tolerance: float, prompt_t
 def test_blocks_that_run_again_a_few_images_at_a_time(
     prompt_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(passes, "ROWS_AT_ONCE", 1)
     settings = dict(num_prompts=3, prompt_type=prompt_type)
     prompted, defined = prompted_and_defined(tiny_swin(window_size=3), memory="recompute", **settings)
     images, labels = random_batch(prompted, 3, NUM_CLASSES)

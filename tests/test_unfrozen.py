@@ -14,7 +14,7 @@ from tiny import random_batch, randomise, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
-from vpt_fast.classifier import TunedModel
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.tuning.partial import PartialTuning
 from vpt_fast.tuning.probes import MLPProbe
 from vpt_fast.tuning.side import SideTuning

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classifier import TunedModel
 from vpt_fast.data import (
     Batches,
     CheckedImages,
@@ -30,6 +29,7 @@ from vpt_fast.data import (
 from vpt_fast.precision import autocast
 from vpt_fast.problem import Source
 from vpt_fast.recipe import Recipe
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 FORWARD_BATCH = 64  # images in a forward pass without backward

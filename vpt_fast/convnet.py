@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import dtype_of, on_meta
 from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.backbones.timm_convnet import FrozenConv2d, FrozenConvNet
-from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
@@ -217,7 +217,7 @@ def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tupl
 def _refusal(backbone: FrozenConvNet | WholeBackbone, channels: int, size: tuple[int, int]) -> str | None:
     """The network's error for images with this many channels and this (height, width), found by running it
     on the meta device; None if it accepts them."""
-    hollow: Any = copy.deepcopy(backbone).to("meta")
+    hollow = on_meta(backbone)
     image = torch.empty(1, channels, *size, device="meta", dtype=dtype_of(hollow, default=torch.float32))
     try:
         with torch.no_grad():

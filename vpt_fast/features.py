@@ -14,11 +14,12 @@ from rich.console import Console
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH
-from vpt_fast.classifier import TunedClassifier, TunedModel
+from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
 from vpt_fast.precision import autocast
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import computing_features
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from vpt_fast.classification import Evaluation, evaluate
-from vpt_fast.classifier import TunedModel, read_pretrained
 from vpt_fast.data import (
     Batches,
     DecodeError,
@@ -31,6 +30,8 @@ from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
 from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder, list_digest
+from vpt_fast.saved_model import read_pretrained
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World, find_device
 
 BATCH_SIZE = 64

@@ -24,7 +24,7 @@ from torch import nn
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
-from vpt_fast.classifier import TrainedPart, TunedClassifier, TunedModel
+from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.failures import TrainingDiverged
 from vpt_fast.features import caches_features, feature_batches
 from vpt_fast.methods import build_seeded, require_attention
@@ -44,6 +44,7 @@ from vpt_fast.resume import (
 from vpt_fast.run import Checkpoint, RunError, RunFolder
 from vpt_fast.segmentation import Segmentation
 from vpt_fast.step import TrainStep, build_optimizer, captures_steps, load_optimizer, optimizer_tensors
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World, join_world
 
 CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.classifier import TunedModel, read_pretrained
 from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.model import PromptedViT
+from vpt_fast.saved_model import read_pretrained
 from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.swin import PromptedSwin
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import (
     BiasTuning,
@@ -67,8 +68,8 @@ def load_pretrained(
         ValueError: it holds an unknown class, or the backbone's weights or architecture are missing
             or not those that the model was trained on.
     """
-    settings, _ = read_pretrained(path)
-    return class_of(settings, path).from_pretrained(path, backbone, **overrides)
+    settings, tensors = read_pretrained(path)
+    return class_of(settings, path).rebuild(settings, tensors, path, backbone, **overrides)
 
 
 def class_of(settings: Mapping[str, Any], path: str | os.PathLike[str]) -> type[TunedModel]:

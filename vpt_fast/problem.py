@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classifier import TunedModel
 from vpt_fast.recipe import Recipe
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 

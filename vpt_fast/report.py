@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
-from vpt_fast.classifier import TunedModel
 from vpt_fast.data import SceneSplits, SkippedImage, Splits
 from vpt_fast.free_memory import free_bytes
 from vpt_fast.recipe import Recipe
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 NAMES_SHOWN = 10

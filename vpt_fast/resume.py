@@ -11,11 +11,11 @@ from rich.console import Console
 from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classifier import TunedModel
 from vpt_fast.methods import build_seeded
 from vpt_fast.problem import Problem
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import PROMPTS_GONE, Begun, Labels, RunError, RunFolder, environment, list_digest
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 

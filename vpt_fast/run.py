@@ -31,12 +31,13 @@ import safetensors
 import safetensors.torch
 import torch
 
-from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data.factory import is_factory_name
 from vpt_fast.failures import SavingFailed
 from vpt_fast.files import replacing, unfinished
 from vpt_fast.recipe import SEGMENTATION, Recipe
+from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
+from vpt_fast.tuned_model import TunedModel
 
 CHECKPOINT_FORMAT = "1"
 LABELS_FILE = "labels.json"

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.classifier import TunedModel
 from vpt_fast.data import (
     IGNORED,
     CheckedScenes,
@@ -28,6 +27,7 @@ from vpt_fast.data import (
 )
 from vpt_fast.precision import autocast
 from vpt_fast.recipe import Recipe
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 WINDOW_STRIDE = 2 / 3

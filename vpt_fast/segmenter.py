@@ -5,7 +5,6 @@ The head is SETR's progressive upsampling (Zheng et al., CVPR 2021), as in the V
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Sequence
@@ -16,11 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast.backbones.architecture import POOLING
+from vpt_fast.backbones.layers import on_meta
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier, TunedModel, check_count
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
+from vpt_fast.tuned_model import TunedModel, check_count
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import LinearProbe
@@ -256,7 +257,7 @@ class PromptedSegmenter(TunedModel):
         """Bytes of each tensor that heads and loss keep for backward, for one image of the model's size."""
         vit, size = self.backbone, self.image_size
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
-        heads = copy.deepcopy(nn.ModuleList([self.head, *self.aux_heads])).to("meta")
+        heads = on_meta(nn.ModuleList([self.head, *self.aux_heads]))
         dtype = torch.promote_types(self.head.norm.weight.dtype, torch.float32)
         labels = torch.empty(1, *size, dtype=torch.int64, device="meta")
         with cost.counting_kept(heads) as kept_sizes:

@@ -9,11 +9,11 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vpt_fast.classifier import TunedModel
 from vpt_fast.graphed import CaptureError, GraphedStep
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Objective
 from vpt_fast.recipe import Recipe
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 

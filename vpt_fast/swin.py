@@ -12,7 +12,6 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import SWIN, resolve_backbone
 from vpt_fast.backbones.timm_swin import FrozenSwin
-from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
@@ -136,9 +135,7 @@ class PromptedSwin(PromptedClassifier):
         """
         last = self.backbone.blocks[-1]
         tokens, _ = self._outputs(images, (0, last.num_tokens))
-        norm = self.backbone.stem.norm
-        x = norm(tokens.to(dtype_of(norm, default=tokens.dtype))).to(tokens.dtype)
-        return x.unflatten(1, last.size)
+        return self.backbone.normalize(tokens).to(tokens.dtype).unflatten(1, last.size)
 
     def _outputs(
         self, images: torch.Tensor, last_rows: tuple[int, int]

@@ -16,7 +16,7 @@ from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch.profiler import ProfilerActivity, profile
 
 from vpt_fast import PromptedSwin, PromptedViT
-from vpt_fast.engine import block
+from vpt_fast.engine import passes
 from vpt_fast.engine.policy import POLICIES
 
 CLASSES, BATCH = 5, 4
@@ -90,7 +90,7 @@ def test_estimate_of_a_few_images_at_a_time(variant: dict, monkeypatch: pytest.M
     options = {"backend": "triton", "dtype": torch.bfloat16, "memory": "recompute", **variant}
     model = PromptedViT(tiny_vit(dtype=torch.float32, **VIT), CLASSES, 20, **options)
     at_once = model.train().estimate_training_bytes(BATCH)["workspace"]
-    monkeypatch.setattr(block, "ROWS_AT_ONCE", 197)
+    monkeypatch.setattr(passes, "ROWS_AT_ONCE", 197)
     assert model.estimate_training_bytes(BATCH)["workspace"] < 0.8 * at_once
     assert_estimated(model)
 

@@ -14,7 +14,7 @@ from torch import nn
 from ways_to_tune import logits
 
 from vpt_fast import LinearProbe, load_pretrained
-from vpt_fast.classifier import TunedModel
+from vpt_fast.tuned_model import TunedModel
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning

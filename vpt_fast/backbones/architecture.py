@@ -1,12 +1,15 @@
-"""What a backbone computes besides its weights: a record that is saved with a model, and its comparison."""
+"""Which backbone it is: a fingerprint of its weights, and a record of what it computes besides them. Both are
+saved with a model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 # Attributes of timm's and PyTorch's modules that change what the same weights compute.
@@ -29,6 +32,19 @@ _ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "si
 # Recorded of whole modules: if only one of two backbones has such a field, they differ. Attributes may just
 # have come with another version of timm.
 _OF_MODULES = ("norm", "activation", "num_heads", "pool")
+
+
+def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
+    """SHA-256 of the names, shapes and float32 values of all weights except those of the module `classifier`;
+    on the meta device, where there are no values, of names and shapes."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if classifier is not None and name.startswith(f"{classifier}."):
+            continue
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if not weight.is_meta:
+            digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str, Any]:

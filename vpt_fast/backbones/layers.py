@@ -38,6 +38,15 @@ def class_name(module: Any) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
+    """The dtype of the first parameter in the modules, which their input must have; `default` if none has
+    any."""
+    for module in modules:
+        for parameter in () if module is None else module.parameters():
+            return parameter.dtype
+    return default
+
+
 def is_of_peft(module: Any) -> bool:
     return type(module).__module__.partition(".")[0] == "peft"
 
@@ -114,7 +123,7 @@ def copied(module: _Module, *left_out: nn.Module) -> _Module:
     return copy.deepcopy(module, memo)
 
 
-def on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: _Module) -> _Module:
     """A copy on the meta device that calls no hooks, except those that compute a weight."""
     memo: dict[int, Any] = {}  # what to copy instead: a hook may hold anything, and not all can be copied
     for each in module.modules():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast.backbones.layers import is_read
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 
 
 class PatchProjection(nn.Conv2d):

@@ -6,7 +6,6 @@ Neither is needed for the gradient of the input.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import timm.data
@@ -15,10 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from vpt_fast.backbones.architecture import architecture
-from vpt_fast.backbones.layers import class_name, copied, is_of_peft, is_read, merge_hint, require_no_hooks
-from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
-from vpt_fast.engine.block import require_plain_autograd
+from vpt_fast.backbones.architecture import architecture, fingerprint
+from vpt_fast.backbones.layers import (
+    class_name,
+    copied,
+    dtype_of,
+    is_of_peft,
+    is_read,
+    merge_hint,
+    on_meta,
+    require_no_hooks,
+)
+from vpt_fast.engine.contexts import require_plain_autograd
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import require_frozen
 
@@ -206,7 +213,7 @@ class FrozenConvNet(nn.Module):
     def folded_workspace(self, batch_size: int) -> int:
         """Estimated bytes of temporaries in a forward pass: three times the largest feature map."""
         sizes = [0]
-        meta = copy.deepcopy(self).to("meta")
+        meta = on_meta(self)
         for module in meta.modules():
             if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
                 module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))

@@ -23,19 +23,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.layers import linear_parts
-from vpt_fast.backbones.timm_vit import (
-    FrozenViT,
-    Position,
-    Positions,
-    check_attention,
-    check_ends,
-    check_methods,
-    join,
-    mlp_parts,
-    norm_parts,
-    optional_norm_parts,
-)
-from vpt_fast.engine.block import Rotation
+from vpt_fast.backbones.parts import check_attention, join, mlp_parts, norm_parts, optional_norm_parts
+from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, check_ends, check_methods
+from vpt_fast.engine.call import Rotation
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_frozen
 
 TimmViT = VisionTransformer | Eva
@@ -128,7 +118,39 @@ class FrozenEva(FrozenViT):
 
     @staticmethod
     def _block_parts(block: Any, index: int) -> BlockParts:
-        return _eva_block_parts(block, index)
+        where = f"backbone: blocks.{index}"
+        if type(block) is not EvaBlock:
+            raise ValueError(
+                f"{where} is a {type(block).__name__}, which is not supported; want timm's EvaBlock"
+            )
+        attn = block.attn
+        check_attention(attn, (EvaAttention, AttentionRope), f"{where}.attn")
+        if getattr(attn, "num_kv_groups", 1) > 1:
+            raise ValueError(
+                f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
+                "(num_kv_heads), which is not supported"
+            )
+        qkv = _qkv_parts(attn, f"{where}.attn")
+        q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
+        k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
+        if not attn.rotate_half:
+            # The engine rotates i and i + D/2 together. Reordering a head's dimensions does not change the
+            # products of queries and keys, as long as both have the same order.
+            qkv = _reordered(qkv, attn.num_heads)
+            q_norm, k_norm = (_reordered_norm(norm) for norm in (q_norm, k_norm))
+        return BlockParts(
+            num_heads=attn.num_heads,
+            norm1=norm_parts(block.norm1, f"{where}.norm1"),
+            qkv=qkv,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
+            proj=linear_parts(attn.proj, f"{where}.attn.proj"),
+            scale1=block.gamma_1,
+            norm2=norm_parts(block.norm2, f"{where}.norm2"),
+            **mlp_parts(block.mlp, f"{where}.mlp"),
+            scale2=block.gamma_2,
+        )
 
     def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
         tokens, _ = self.stem._pos_embed(x)
@@ -249,40 +271,6 @@ def _is_capturing() -> bool:
 def _pairs_halves(rope: Any) -> bool:
     """Whether a head's dimensions i and i + D/2 are rotated together, rather than 2i and 2i + 1."""
     return getattr(rope, "rotate_half", isinstance(rope, RotaryEmbeddingMRope))
-
-
-def _eva_block_parts(block: Any, index: int) -> BlockParts:
-    where = f"backbone: blocks.{index}"
-    if type(block) is not EvaBlock:
-        raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's EvaBlock")
-    attn = block.attn
-    check_attention(attn, (EvaAttention, AttentionRope), f"{where}.attn")
-    if getattr(attn, "num_kv_groups", 1) > 1:
-        raise ValueError(
-            f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
-            "(num_kv_heads), which is not supported"
-        )
-    qkv = _qkv_parts(attn, f"{where}.attn")
-    q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
-    k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
-    if not attn.rotate_half:
-        # The engine rotates i and i + D/2 together. Reordering a head's dimensions does not change the
-        # products of queries and keys, as long as both have the same order.
-        qkv = _reordered(qkv, attn.num_heads)
-        q_norm, k_norm = (_reordered_norm(norm) for norm in (q_norm, k_norm))
-    return BlockParts(
-        num_heads=attn.num_heads,
-        norm1=norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=qkv,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
-        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
-        scale1=block.gamma_1,
-        norm2=norm_parts(block.norm2, f"{where}.norm2"),
-        **mlp_parts(block.mlp, f"{where}.mlp"),
-        scale2=block.gamma_2,
-    )
 
 
 def _qkv_parts(attn: Any, where: str) -> LinearParts:

@@ -22,25 +22,21 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.backbones.architecture import architecture
+from vpt_fast.backbones.architecture import architecture, fingerprint
 from vpt_fast.backbones.layers import (
     class_name,
     copied,
+    dtype_of,
     linear_parts,
     on_meta,
     require_embedding,
     require_no_hooks,
     require_usual_scale,
 )
+from vpt_fast.backbones.parts import mlp_parts, norm_parts
 from vpt_fast.backbones.patches import as_input, as_product
-from vpt_fast.backbones.timm_vit import (
-    dtype_of,
-    fingerprint,
-    mlp_parts,
-    norm_parts,
-)
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy
 from vpt_fast.engine.stream import Stream
@@ -222,12 +218,15 @@ class FrozenSwin(nn.Module):
         """The last block's output to the image's tokens (B, N, d) in row-major order."""
         return self._leave(stream).sum()
 
+    def normalize(self, rows: torch.Tensor) -> torch.Tensor:
+        """Applies the final norm to rows (B, R, d) of the last block's output."""
+        return _normalized(self.stem.norm, rows)
+
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The rows (B, R, d) of the last block's output that `pool` reads, to features (B, d): the mean of
         the normalised rows, whatever `pool` is."""
         del pool
-        norm = self.stem.norm
-        return norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1)
+        return self.normalize(rows).mean(dim=1)
 
     def features_bytes(self, num_rows: int, pool: str | None) -> int:
         """Bytes that `features` keeps for backward of one image with `num_rows` rows, counted on the meta
@@ -236,7 +235,7 @@ class FrozenSwin(nn.Module):
         norm = on_meta(self.stem.norm)
         dtype = torch.promote_types(self.blocks[0].qkv_weight.dtype, torch.float32)
         return cost.kept_of_rows(
-            lambda rows: norm(rows.to(dtype_of(norm, default=rows.dtype))).mean(dim=1),
+            lambda rows: _normalized(norm, rows).mean(dim=1),
             (1, num_rows, self.embed_dim),
             dtype,
             norm,
@@ -311,6 +310,10 @@ class FrozenSwin(nn.Module):
         else:
             numbers = block.num_windows * num_fresh * heads * head_dim
         return batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def _normalized(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    return norm(rows.to(dtype_of(norm, default=rows.dtype)))
 
 
 def _move(current: torch.Tensor, wanted: torch.Tensor) -> nn.Module:

@@ -5,37 +5,43 @@ Variants of timm's that are not supported raise; nothing is approximated.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, TypedDict
+from typing import Any
 
 import timm.data
 import torch
-from timm.layers import GELU, GELUTanh, GluMlp, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import LayerScale
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast.backbones.architecture import architecture
+from vpt_fast.backbones.architecture import architecture, fingerprint
 from vpt_fast.backbones.layers import (
-    class_name,
     copied,
-    current,
+    dtype_of,
     linear_parts,
     on_meta,
     require_embedding,
     require_no_hooks,
-    require_usual_scale,
+)
+from vpt_fast.backbones.parts import (
+    check_attention,
+    layer_scale,
+    mlp_parts,
+    norm_parts,
+    optional_norm_parts,
 )
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import FrozenBlock, Rotation, compute_dtype
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.call import Rotation
+from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
-from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
+from vpt_fast.engine.weights import BlockParts, LinearParts, fold
 from vpt_fast.kernels import get_backend
 
 # The keyword arguments of one of timm's own blocks, and of several blocks.
@@ -49,19 +55,6 @@ POOLS = {
     "prompts": Read.PROMPTS,
     "image_and_prompts": Read.PATCHES_AND_PROMPTS,
 }
-
-
-def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
-    """SHA-256 of the names, shapes and float32 values of all weights except those of the module `classifier`;
-    on the meta device, where there are no values, of names and shapes."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        if classifier is not None and name.startswith(f"{classifier}."):
-            continue
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        if not weight.is_meta:
-            digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class FrozenViT(nn.Module):
@@ -277,7 +270,26 @@ class FrozenViT(nn.Module):
 
     @staticmethod
     def _block_parts(block: Any, index: int) -> BlockParts:
-        return _block_parts(block, index)
+        where = f"backbone: blocks.{index}"
+        if type(block) is not Block:
+            raise ValueError(
+                f"{where} is a {type(block).__name__}, which is not supported; want timm's Block"
+            )
+        attn: Any = block.attn
+        check_attention(attn, (Attention,), f"{where}.attn")
+        return BlockParts(
+            num_heads=attn.num_heads,
+            norm1=norm_parts(block.norm1, f"{where}.norm1"),
+            qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
+            q_norm=optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm"),
+            k_norm=optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm"),
+            attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
+            proj=linear_parts(attn.proj, f"{where}.attn.proj"),
+            scale1=layer_scale(block.ls1, f"{where}.ls1"),
+            norm2=norm_parts(block.norm2, f"{where}.norm2"),
+            **mlp_parts(block.mlp, f"{where}.mlp"),
+            scale2=layer_scale(block.ls2, f"{where}.ls2"),
+        )
 
     def _add_positions(self, x: torch.Tensor) -> torch.Tensor:
         """The patch embedding's output to all tokens with position embeddings."""
@@ -425,15 +437,6 @@ def _at_least_float32(module: nn.Module) -> nn.Module:
     return module.to(torch.promote_types(dtype_of(module, default=torch.float32), torch.float32))
 
 
-def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
-    """The dtype of the first parameter in the modules, which their input must have; `default` if none has
-    any."""
-    for module in modules:
-        for parameter in () if module is None else module.parameters():
-            return parameter.dtype
-    return default
-
-
 def size_of(images: torch.Tensor) -> tuple[int, int]:
     """(height, width) of images (B, C, height, width)."""
     return images.shape[2], images.shape[3]
@@ -459,126 +462,3 @@ def check_ends(vit: Any) -> None:
             "want 'token', 'avg', 'max', 'avgmax' or an attention-pool head"
         )
     require_embedding(vit.patch_embed)
-
-
-def _block_parts(block: Any, index: int) -> BlockParts:
-    where = f"backbone: blocks.{index}"
-    if type(block) is not Block:
-        raise ValueError(f"{where} is a {type(block).__name__}, which is not supported; want timm's Block")
-    attn: Any = block.attn
-    check_attention(attn, (Attention,), f"{where}.attn")
-    return BlockParts(
-        num_heads=attn.num_heads,
-        norm1=norm_parts(block.norm1, f"{where}.norm1"),
-        qkv=linear_parts(attn.qkv, f"{where}.attn.qkv"),
-        q_norm=optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm"),
-        k_norm=optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm"),
-        attn_norm=optional_norm_parts(attn.norm, f"{where}.attn.norm"),
-        proj=linear_parts(attn.proj, f"{where}.attn.proj"),
-        scale1=_layer_scale(block.ls1, f"{where}.ls1"),
-        norm2=norm_parts(block.norm2, f"{where}.norm2"),
-        **mlp_parts(block.mlp, f"{where}.mlp"),
-        scale2=_layer_scale(block.ls2, f"{where}.ls2"),
-    )
-
-
-def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -> None:
-    """Raises ValueError for attention of another class, or with a part that is not supported."""
-    if type(attn) not in kinds:
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{where} is a {class_name(attn)}, which is not supported; want timm's {wanted}")
-    require_usual_scale(attn, attn.head_dim, where)
-    if attn.gate is not None:
-        raise ValueError(f"{where} has an output gate, which is not supported")
-
-
-def norm_parts(norm: nn.Module, where: str) -> NormParts:
-    if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
-        return NormParts("layer", norm.eps, current(norm, "weight"), current(norm, "bias"))
-    if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
-        # For eps None, torch's RMSNorm uses the machine epsilon of its input's dtype, here float32, or
-        # float64 if the weights are.
-        wide = torch.promote_types(dtype_of(norm, default=torch.float32), torch.float32)
-        eps = torch.finfo(wide).eps if norm.eps is None else norm.eps
-        return NormParts("rms", eps, current(norm, "weight"), None)
-    raise ValueError(f"{where} is a {type(norm).__name__}, which is not supported; want LayerNorm or RMSNorm")
-
-
-def optional_norm_parts(norm: nn.Module, where: str) -> NormParts | None:
-    return None if isinstance(norm, nn.Identity) else norm_parts(norm, where)
-
-
-def _layer_scale(scale: nn.Module, where: str) -> torch.Tensor | None:
-    if isinstance(scale, nn.Identity):
-        return None
-    if isinstance(scale, LayerScale):
-        return scale.gamma
-    raise ValueError(f"{where} is a {type(scale).__name__}, which is not supported; want LayerScale")
-
-
-def _activation(act: Any, where: str) -> str:
-    if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    names: dict[type, str] = {
-        GELU: "gelu",
-        GELUTanh: "gelu_tanh",
-        QuickGELU: "quick_gelu",
-        nn.SiLU: "silu",
-        nn.ReLU: "relu",
-    }
-    if type(act) not in names:
-        raise ValueError(f"{where}.act is a {type(act).__name__}, which is not supported")
-    return names[type(act)]
-
-
-class MLPParts(TypedDict):
-    """The MLP's fields of `BlockParts`. In fc1 a gate, if there is one, comes before the value."""
-
-    fc1: LinearParts
-    activation: str
-    mlp_norm: NormParts | None
-    fc2: LinearParts
-
-
-def mlp_parts(mlp: Any, where: str) -> MLPParts:
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
-        raise ValueError(
-            f"{where} is a {type(mlp).__name__}, which is not supported; want timm's Mlp, GluMlp or SwiGLU"
-        )
-    activation = _activation(mlp.act, where)
-    if type(mlp) is Mlp:
-        fc1 = linear_parts(mlp.fc1, f"{where}.fc1")
-    else:
-        if activation != "silu":
-            raise ValueError(f"{where} is gated by {activation}, which is not supported; want SiLU (SwiGLU)")
-        activation = "swiglu"
-        if type(mlp) is SwiGLU:
-            fc1 = join(linear_parts(mlp.fc1_g, f"{where}.fc1_g"), linear_parts(mlp.fc1_x, f"{where}.fc1_x"))
-        else:
-            fc1 = linear_parts(mlp.fc1, f"{where}.fc1")
-            if mlp.gate_last:
-                fc1 = join(*(_half(fc1, half) for half in (1, 0)))
-    return MLPParts(
-        fc1=fc1,
-        activation=activation,
-        mlp_norm=optional_norm_parts(mlp.norm, f"{where}.norm"),
-        fc2=linear_parts(mlp.fc2, f"{where}.fc2"),
-    )
-
-
-def _half(linear: LinearParts, half: int) -> LinearParts:
-    bias = None if linear.bias is None else linear.bias.chunk(2)[half]
-    return LinearParts(linear.weight.chunk(2)[half], bias)
-
-
-def join(*layers: LinearParts) -> LinearParts:
-    """Joins linear layers with the same input into one; if only some have a bias, the others' is zero."""
-    bias = None
-    if any(layer.bias is not None for layer in layers):
-        bias = torch.cat(
-            [
-                layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-                for layer in layers
-            ]
-        )
-    return LinearParts(torch.cat([layer.weight for layer in layers]), bias)

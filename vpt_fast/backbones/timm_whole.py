@@ -9,9 +9,8 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from vpt_fast.backbones.architecture import architecture
-from vpt_fast.backbones.layers import copied
-from vpt_fast.backbones.timm_vit import dtype_of, fingerprint
+from vpt_fast.backbones.architecture import architecture, fingerprint
+from vpt_fast.backbones.layers import copied, dtype_of
 
 
 class WholeBackbone(nn.Module):

@@ -1,6 +1,6 @@
 """What a training step keeps in memory, in closed form.
 
-`kept_bytes` mirrors the tensors that `engine.block` hands to save_for_backward, one term each.
+`kept_bytes` mirrors the fields of `engine.call.Kept`, one term each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from vpt_fast.engine.block import FrozenBlock, images_at_once
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.passes import images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.kernels.mlp.reference import PACKED
 
@@ -141,15 +142,14 @@ def kept_bytes(
     total = 0
     if grad_tokens:
         total += x_hat(batch_size * num_tokens)
-    if not (policy.compact and grad_tokens):
+    if not policy.recomputes_qkv(grad_tokens):
         total += batch_size * num_rows * attn_dim * size  # q
         if image_keys:
             total += batch_size * num_tokens * 2 * attn_dim * size  # k, v
         if block.spec.qk_norm is not None:  # rstd of q and k
             total += batch_size * (num_rows * image_keys + num_tokens * grad_tokens) * heads * stat
     total += batch_size * (num_rows + (block.num_windows - 1) * fresh_rows) * heads * stat  # lse
-    needs_out = block.backend.needs_out or block.spec.attn_norm is not None
-    if not policy.compact or not grad_tokens or needs_out:
+    if policy.keeps_out(grad_tokens, block.backend.needs_out or block.spec.attn_norm is not None):
         total += batch_size * num_rows * attn_dim * size  # out
     total += x_hat(batch_size * num_rows, codes=policy.compact)
     if policy.compact:
@@ -161,7 +161,7 @@ def kept_bytes(
         total += x_hat(batch_size * num_rows, activated_dim, codes=policy.compact)
     if prompt_shape is not None:
         total += x_hat(copies * m)
-        if not (policy.compact and copies > 1):
+        if not policy.recomputes_prompt_kv(copies):
             total += copies * m * 2 * attn_dim * size  # k, v
             if block.spec.qk_norm is not None:
                 total += copies * m * heads * stat
@@ -246,7 +246,7 @@ def workspace_bytes(
     parts = images * m * 2 * attn_dim * size
     prompt_kv = 0 if copies == 1 else parts
 
-    # In the order of `engine.block._backward`. The gradient of a gated activation's input is wider than that
+    # In the order of `engine.passes.backward`. The gradient of a gated activation's input is wider than that
     # of its output; for other activations one overwrites the other, or a fused GEMM writes the first alone.
     is_gated = block.spec.activation in PACKED
     through_activation = hidden + activated if is_gated else activated
@@ -258,7 +258,8 @@ def workspace_bytes(
         2 * grad,  # the norm before it
     )
     # Recomputed queries, keys and values.
-    anew = qkv + (parts if copies > 1 else 0) if policy.compact else 0
+    anew = qkv if policy.recomputes_qkv(grad_tokens) else 0
+    anew += parts if policy.recomputes_prompt_kv(copies) else 0
     attention = grad + out + anew + qkv + parts
     if block.spec.attn_norm is not None:
         attention = max(attention, grad + 3 * out)  # its gradients on both sides, and x̂

@@ -23,6 +23,22 @@ class MemoryPolicy:
     recompute_mlp: bool = False
     recompute_block: bool = False
 
+    def recomputes_qkv(self, grad_tokens: bool) -> bool:
+        """Whether backward recomputes queries, keys and values from x̂1: where x̂1 is kept anyway, for the
+        tokens' gradient."""
+        return self.compact and grad_tokens
+
+    def recomputes_prompt_kv(self, num_sets: int) -> bool:
+        """Whether backward recomputes the keys and values of `num_sets` sets of prompts. Those of a single
+        set, which all images share, are too few to be worth a matmul."""
+        return self.compact and num_sets > 1
+
+    def keeps_out(self, grad_tokens: bool, needs_out: bool) -> bool:
+        """Whether attention's output is kept: if a norm on it or attention's backward needs it, or where
+        queries, keys and values are kept. Without it, backward needs all keys for every row, which it
+        otherwise does only where the tokens' gradient is wanted."""
+        return needs_out or not self.recomputes_qkv(grad_tokens)
+
 
 POLICIES = {
     "exact": MemoryPolicy(),

@@ -21,11 +21,13 @@ import torch
 
 def require_frozen(*weights: torch.Tensor | None) -> None:
     """Raises ValueError if a frozen weight requires a gradient, which nothing here computes."""
-    if torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights):
-        raise ValueError(
-            "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
-            "requires_grad_(False) on model.backbone, or a method that trains the backbone (docs/methods.md)"
-        )
+    for weight in weights:  # a loop and not any(...), which takes longer; every block asks in every step
+        if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
+                "requires_grad_(False) on model.backbone, or a method that trains the backbone "
+                "(docs/methods.md)"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vpt_fast.engine.block import (
-    FrozenBlock,
-    Windows,
-    compute_dtype,
-    require_plain_autograd,
-    without_autocast,
-)
+from vpt_fast.engine.block import FrozenBlock
+from vpt_fast.engine.call import Windows
+from vpt_fast.engine.contexts import compute_dtype, require_plain_autograd, without_autocast
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm

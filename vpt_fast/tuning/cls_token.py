@@ -12,7 +12,7 @@ from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 

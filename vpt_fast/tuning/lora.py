@@ -12,7 +12,7 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.backbones.timm_whole import WholeBackbone
-from vpt_fast.classifier import check_count
+from vpt_fast.tuned_model import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 # In a block: the query, key and value projections, packed or separate, and attention's output projection.

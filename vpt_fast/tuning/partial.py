@@ -13,9 +13,10 @@ from vpt_fast.backbones.resolve import CONVNET, SWIN, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
-from vpt_fast.classifier import FrozenClassifier, check_arguments, check_count
+from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
+from vpt_fast.tuned_model import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier, timm_block_bytes
 
 

@@ -10,12 +10,14 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
+from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.backbones.timm_vit import FrozenViT, dtype_of
-from vpt_fast.classifier import FrozenClassifier, check_arguments, check_count
+from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
+from vpt_fast.tuned_model import check_count
 
 
 class LinearProbe(FrozenClassifier):

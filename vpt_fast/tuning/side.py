@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
+from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import kind_of, resolve_backbone
-from vpt_fast.backbones.timm_vit import dtype_of
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import frozen_vit
-from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, dtype_of, size_of
+from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
-from vpt_fast.engine.block import compute_dtype
+from vpt_fast.engine.contexts import compute_dtype
 
 
 class TimmClassifier(TunedClassifier):

@@ -1,0 +1,82 @@
+"""PyTorch's contexts that the engine has to know: autocast, whose casts it does itself, and those in which
+its `torch.autograd.Function`s cannot be called, which it refuses."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Turns autocast off: the engine does its own casts."""
+    if _is_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # which takes no time
+
+
+def _is_autocast(device_type: str) -> bool:
+    # PyTorch raises if asked about a device without autocast, such as "meta".
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matmuls: the weights' own, or autocast's, which leaves float64 alone.
+
+    Raises:
+        ValueError: the weights have one 16-bit dtype and autocast the other, whose tensors PyTorch does not
+            concatenate.
+    """
+    if not _is_autocast(device_type) or weight_dtype == torch.float64:
+        return weight_dtype
+    dtype = torch.get_autocast_dtype(device_type)
+    if weight_dtype != dtype and weight_dtype.itemsize == dtype.itemsize:
+        raise ValueError(
+            f"autocast: got {dtype} around a backbone with weights in {weight_dtype}, want autocast to their "
+            "dtype, or none"
+        )
+    return dtype
+
+
+# There is no public API for either; a PyTorch without them raises its own errors, which name no way out.
+_is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+
+
+def require_plain_autograd(*, recorded: bool) -> None:
+    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called.
+
+    Args:
+        recorded: whether its gradient is wanted.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _is_in_transform():
+        raise NotImplementedError(
+            "backbone: torch.func's transforms (grad, vmap, jacrev, ...) do not differentiate frozen blocks; "
+            "want torch.autograd.grad, of torch.func.functional_call too"
+        )
+    if recorded and torch.jit.is_tracing():
+        raise NotImplementedError(
+            "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
+            "torch.no_grad(), or torch.export"
+        )
+
+
+def require_single_gradient(grad: torch.Tensor) -> None:
+    """Raises NotImplementedError in a backward pass of several gradients at once."""
+    if not torch.compiler.is_compiling() and _is_batched(grad):
+        raise NotImplementedError(
+            "backbone: several gradients in one backward pass (is_grads_batched, "
+            "torch.autograd.functional.jacobian(vectorize=True)) are not there for frozen blocks; want "
+            "one backward pass for each (vectorize=False)"
+        )
+
+
+def require_no_forward_ad() -> None:
+    """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not propagate."""
+    # There is no public API for it; a PyTorch without this one counts as never in forward mode.
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError(
+            "backbone: forward-mode differentiation is not there in Triton's kernels; want backend='torch'"
+        )

@@ -1,0 +1,139 @@
+"""The files of a saved model: config.json, its settings, and model.safetensors, what it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from vpt_fast.backbones.resolve import Origin
+from vpt_fast.files import replacing
+from vpt_fast.hub import download_saved
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class BackboneConfig(Origin):
+    """A model's backbone: where it came from, the SHA-256 of its weights, and the settings that they do not
+    show (`backbones.architecture`), which files of earlier versions lack."""
+
+    fingerprint: str
+    architecture: dict[str, Any] | None = field(default=None, kw_only=True)
+
+    @property
+    def call(self) -> str | None:
+        """The name and arguments, as text, if JSON cannot hold the keyword arguments for timm (a class of
+        layers, say); None if it can."""
+        try:
+            json.dumps(self.kwargs)
+        except (TypeError, ValueError):  # ValueError: a mapping that contains itself
+            weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
+            weights = ", pretrained=True" if self.pretrained else weights
+            keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+            return f"{self.name}{weights}{keywords}"
+        return None
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What is needed to rebuild a model, besides its trained tensors and backbone.
+
+    options: the other keyword arguments of the class's constructor, as JSON holds them.
+    backbone_call: `BackboneConfig.call`; of a model that was loaded with an instance for a backbone, what its
+        file recorded.
+    """
+
+    model: str  # the class's name
+    backbone: BackboneConfig
+    num_classes: int
+    pool: str | None
+    options: dict[str, Any]
+    backbone_call: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary that JSON can hold. A backbone whose keyword arguments JSON cannot hold is described
+        like an instance, with the `backbone_call` beside it."""
+        backbone = self.backbone
+        if backbone.call is not None:
+            backbone = replace(backbone, name=None, pretrained=False, kwargs={}, checkpoint=None)
+        settings = asdict(replace(self, backbone=backbone))
+        if self.backbone_call is None:
+            del settings["backbone_call"]
+        return settings
+
+
+def write_pretrained(
+    directory: str | os.PathLike[str], config: ClassifierConfig, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Writes a model's settings and trained tensors to a folder, which is made if it does not exist; each
+    file completely or not at all."""
+    directory = Path(directory)
+    text = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS_FILE) as temporary:
+        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    with replacing(directory / CONFIG_FILE) as temporary:
+        temporary.write_text(text)
+
+
+def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The settings and the trained tensors of a saved model, from a folder or a hub repository.
+
+    Raises:
+        FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
+        ValueError: the settings are not what `save_pretrained` writes.
+    """
+    folder = Path(path)
+    if not folder.exists() and len(folder.parts) == 2 and not folder.is_absolute():
+        folder = download_saved(str(path), [CONFIG_FILE, WEIGHTS_FILE])
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")
+    _check_settings(settings, folder / CONFIG_FILE)
+    try:
+        return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+
+
+# Types of the values in config.json, and their names in error messages.
+_KINDS: dict[Any, str] = {
+    str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null",
+    dict | None: "a mapping or null",
+}  # fmt: skip
+_SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict, "backbone_call": str}
+_BACKBONE: dict[str, Any] = {
+    "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str,
+    "architecture": dict | None,
+}  # fmt: skip
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Raises ValueError if config.json does not have the form that `save_pretrained` writes, because another
+    version wrote it, say, or someone edited it."""
+    for config, where, kinds in ((ClassifierConfig, "", _SETTINGS), (BackboneConfig, "backbone.", _BACKBONE)):
+        found = settings[where.rstrip(".")] if where else settings
+        missing = {field.name for field in fields(config) if field.default is MISSING} - found.keys()
+        if missing:
+            raise ValueError(f"{file}: lacks {', '.join(where + name for name in sorted(missing))}")
+        for name, kind in kinds.items():
+            if name in found and not isinstance(found[name], kind):
+                raise ValueError(f"{file}: {where}{name} is {found[name]!r}, want {_KINDS[kind]}")
+    unknown = settings["backbone"].keys() - _BACKBONE.keys()
+    if unknown:
+        raise ValueError(f"{file}: backbone has {', '.join(sorted(unknown))}, want {', '.join(_BACKBONE)}")
