@@ -22,10 +22,11 @@ import json
 import os
 import platform
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -43,6 +44,11 @@ PROMPTS_GONE = (
     "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
     "sweep's trials the best one's are kept); --fresh trains it again"
 )
+
+# Decoding workers, forked while a folder is locked, outlive a killed process by seconds. With a copy of its
+# lock they would keep the folder from the process that is to resume the run.
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
 class RunError(ValueError):
@@ -143,6 +149,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"out is {path}, which cannot be written: {error.strerror}") from None
         with lock:
+            _locks.add(lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -7,9 +7,11 @@ import dataclasses
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.loop import build_optimizer, train
 from vpt_fast.methods import build_model
-from vpt_fast.run import RunError, RunFolder
+from vpt_fast.run import RunError, RunFolder, write
 
 
 def trained(result) -> dict[str, torch.Tensor]:
@@ -457,6 +459,22 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is training in .*run"):
             train(recipe, tmp_path / "run")
+
+
+def test_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path):
+    processes = multiprocessing.get_context("fork")
+    is_forked = processes.Event()
+    worker = processes.Process(target=lambda: is_forked.set() or time.sleep(60))
+    with RunFolder.locked(tmp_path / "run") as folder:
+        write(folder.metrics, b"")  # without any file, folder and lock would be removed
+        worker.start()
+        assert is_forked.wait(60)
+    try:
+        with RunFolder.locked(tmp_path / "run"):
+            pass
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
