@@ -35,7 +35,7 @@ import torch
 from vpt_fast.classifier import CONFIG_FILE, WEIGHTS_FILE, TunedModel, read_pretrained
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing, Splits
 from vpt_fast.data.factory import is_factory_name
-from vpt_fast.files import replacing, unfinished
+from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
 
 CHECKPOINT_FORMAT = "1"
@@ -171,9 +171,7 @@ class RunFolder:
             return
         files = [self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint]
         files += [self.prompts / name for name in (LABELS_FILE, CONFIG_FILE, WEIGHTS_FILE)]
-        for path in files:
-            for left in unfinished(path):
-                left.unlink(missing_ok=True)
+        remove_unfinished(*files)
 
     def require_clearable(self) -> None:
         """Raises RunError if `clear` would remove files that are not a run's."""
@@ -223,6 +221,7 @@ class RunFolder:
         """Writes what stays the same for the whole run; config.yaml last, since it marks a run's folder."""
         write(self.facts, _json(facts).encode())
         write(self.config, recipe.to_yaml().encode())
+        self.remove_unfinished()  # of a process that was killed before this folder was marked as a run's
 
     def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
         """Writes metrics first: a resumed run drops rows past the checkpoint, but could not restore missing

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -47,6 +48,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.files import remove_unfinished
 from vpt_fast.loop import graph_obstacle, require_attention, train
 from vpt_fast.methods import build_model_without_values
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
@@ -289,6 +291,7 @@ def run_sweep(
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
     _require_same_sweep(sweep, inputs, out)
     search, final = _open_studies(sweep, inputs, out, storage)
+    folder_lock = functools.partial(_lock, out)
     with _lock(out):  # the first process determines which sweep the folder holds
         _require_same_sweep(sweep, inputs, out)
         _begin(sweep, inputs, out)
@@ -310,8 +313,12 @@ def run_sweep(
                     display=display,
                     after=lambda: _tidy(_collect(sweep, plan, search, final, out), out),
                     stop=stop,
+                    folder_lock=folder_lock,
+                    is_only_folder=storage is None,
                 ).work()
         results = _collect(sweep, plan, search, final, out)
+        if sweep.axes:
+            _tidy(results, out)  # after a trial of a process that died before it could
         if sweep.axes and results["best"] is None:
             reasons = "; ".join(
                 dict.fromkeys(trial["reason"] for trial in results["trials"] if trial["reason"])
@@ -331,6 +338,8 @@ def run_sweep(
                 display=display,
                 after=lambda: _collect(sweep, plan, search, final, out),
                 stop=stop,
+                folder_lock=folder_lock,
+                is_only_folder=storage is None,
             ).work()
     return _collect(sweep, plan, search, final, out)
 
@@ -534,7 +543,9 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
 
 
 def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
-    """Writes sweep.yaml if there is none; from then on the folder belongs to this sweep."""
+    """Writes sweep.yaml if there is none; from then on the folder belongs to this sweep. Removes temporary
+    files that a killed process left."""
+    remove_unfinished(out / "sweep.yaml", out / "results.json")
     if not (out / "sweep.yaml").exists():
         values = {**sweep.to_dict(), "inputs": dict(inputs)}
         write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
@@ -655,6 +666,9 @@ class _Worker:
     """Runs the trials of a study one by one, until none is left to run, here or in another process.
 
     wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
+    folder_lock: locks the sweep's folder. One process at a time takes a trial, so that no two take the same
+        or, together, more than `limit`.
+    is_only_folder: whether all processes that share the study use this folder.
     """
 
     study: optuna.Study
@@ -668,41 +682,50 @@ class _Worker:
     display: _Display
     after: Callable[[], Any]
     stop: threading.Event
+    folder_lock: Callable[[], contextlib.AbstractContextManager[None]]
+    is_only_folder: bool
 
     def work(self) -> None:
         while True:
-            self._give_back_dead()
-            trials = self.study.get_trials(deepcopy=False)
-            states = [trial.state.name for trial in trials]
-            taken = [_params(t) for t in trials if _is_done(t) or t.state.name in ("RUNNING", "WAITING")]
-            lost = [_params(t) for t in trials if t.state.name == "FAIL" and _params(t)]
-            missing: list[Params] = []
-            for params in lost if self.wanted is None else self.wanted:
-                if params not in taken and params not in missing:
-                    missing.append(params)
-            for params in missing:
-                self.study.enqueue_trial(params)
-            self.display.done(sum(map(_is_done, trials)))
-            draws = self.wanted is None and len(taken) < self.limit
-            if missing or draws or "WAITING" in states:
-                self._take_one()
-            elif "RUNNING" in states:
-                self.display.wait(states.count("RUNNING"))
-                time.sleep(POLL_SECONDS)
-            else:
+            with contextlib.ExitStack() as taking:
+                taking.enter_context(self.folder_lock())
+                self._give_back_dead()
+                trials = self.study.get_trials(deepcopy=False)
+                states = [trial.state.name for trial in trials]
+                taken = [_params(t) for t in trials if _is_done(t) or t.state.name in ("RUNNING", "WAITING")]
+                lost = [_params(t) for t in trials if t.state.name == "FAIL" and _params(t)]
+                missing: list[Params] = []
+                for params in lost if self.wanted is None else self.wanted:
+                    if params not in taken and params not in missing:
+                        missing.append(params)
+                for params in missing:
+                    self.study.enqueue_trial(params)
+                self.display.done(sum(map(_is_done, trials)))
+                draws = self.wanted is None and len(taken) < self.limit
+                if missing or draws or "WAITING" in states:
+                    self._take_one(taking)
+                    continue
+            if "RUNNING" not in states:
                 return
+            self.display.wait(states.count("RUNNING"))
+            time.sleep(POLL_SECONDS)
 
-    def _take_one(self) -> None:
-        self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
+    def _take_one(self, taking: contextlib.ExitStack) -> None:
+        """Runs a trial; `taking` is closed, which unlocks the folder, once its owner and its settings are
+        recorded."""
+        self.study.optimize(
+            lambda trial: self._objective(trial, taking), n_trials=1, catch=(TrainingDiverged, _Twin)
+        )
         self.after()
         if self.stop.is_set():  # after the trial had finished
             raise Stopped
 
-    def _objective(self, trial: Trial) -> float:
+    def _objective(self, trial: Trial, taking: contextlib.ExitStack) -> float:
         import optuna
 
         trial.set_user_attr("owner", _owner())
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
+        taking.close()
         twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
         if done := next(filter(_is_done, twins), None):
             return self._repeat(trial, done)
@@ -710,18 +733,22 @@ class _Worker:
             time.sleep(POLL_SECONDS)
             raise _Twin
 
-        recipe = self.recipe(**params)
+        recipe, folder = self.recipe(**params), self.folder(params)
 
-        def on_epoch(row: dict[str, Any]) -> None:
+        def on_epoch(row: dict[str, Any], *, may_prune: bool = True) -> None:
             self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
             if row["val_accuracy"] is not None:
                 trial.report(row["val_accuracy"], row["epoch"])
-                if trial.should_prune():
+                if may_prune and trial.should_prune():
                     raise optuna.TrialPruned
 
         self.display.begin(params)
         try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
+            # Of a run that goes on, the pruner has to see all epochs, as of one that was never stopped.
+            if begun := RunFolder(folder).read():
+                for row in begun.metrics:
+                    on_epoch(row, may_prune=begun.results is None)
+            result = train(recipe, folder, cache=self.cache, on_epoch=on_epoch, stop=self.stop)
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -766,7 +793,7 @@ class _Worker:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if not _is_alive(trial):
+            if not _is_alive(trial, nobody_takes_one=self.is_only_folder):  # the folder is locked
                 with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
@@ -794,10 +821,12 @@ def _process_start(pid: int) -> str | None:
     return text.rpartition(")")[2].split()[19]
 
 
-def _is_alive(trial: FrozenTrial) -> bool:
+def _is_alive(trial: FrozenTrial, *, nobody_takes_one: bool) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is None:  # just taken: the owner is recorded moments later
-        return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
+        return not nobody_takes_one and datetime.now() - trial.datetime_start < timedelta(
+            seconds=GRACE_SECONDS
+        )
     if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
         return True  # its heartbeat decides
     return _process_start(owner["pid"]) == owner["started"]
@@ -859,8 +888,9 @@ def _collect(
         },
         "finished": len(ordered) + len(failed) == len(sweep.seeds),
     }
-    if not _holds_more(out / "results.json", results):
-        write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    with _lock(out):
+        if not _holds_more(out / "results.json", results):
+            write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
 
 

@@ -461,6 +461,13 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
             train(recipe, tmp_path / "run")
 
 
+def test_run_removes_temporary_files_of_a_process_that_was_killed_as_it_began(recipe, tmp_path):
+    left = tmp_path / ".config.yaml.abcd_123.yaml"
+    left.touch()
+    RunFolder(tmp_path).begin(recipe, {})
+    assert not left.exists()
+
+
 def test_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path):
     processes = multiprocessing.get_context("fork")
     is_forked = processes.Event()

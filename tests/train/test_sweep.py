@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -138,18 +139,84 @@ def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
     assert len(set(trained)) == 4 and len(found["trials"]) == 2
 
 
-def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
-    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+@pytest.mark.parametrize("is_owner_recorded", [True, False], ids=["owned", "just taken"])
+def test_trial_of_a_process_that_died_is_taken_again_at_once(
+    settings, tmp_path, trained, monkeypatch, is_owner_recorded
+):
+    monkeypatch.setattr(sweep._Display, "wait", lambda self, running: pytest.fail("it waits"))
+    plan = Sweep(settings, {}, seeds=(1,))
     inputs = digest_inputs(plan, TrainingCache())
     sweep._begin(plan, inputs, tmp_path)
-    study, _ = sweep._open_studies(plan, inputs, tmp_path, None)
-    study.enqueue_trial({"base_lr": 0.5})
+    _, study = sweep._open_studies(plan, inputs, tmp_path, None)
+    study.enqueue_trial({"seed": 1})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
-    dead.suggest_categorical("base_lr", [0.5, 0.1])
-    dead.set_user_attr("owner", {**sweep._owner(), "started": "another process's"})
+    if is_owner_recorded:
+        dead.set_user_attr("owner", {**sweep._owner(), "started": "another process's"})
+        dead.suggest_categorical("seed", [1])
+    assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
+
+
+def test_one_process_at_a_time_takes_a_trial(settings, tmp_path, monkeypatch):
+    owner, found = sweep._owner, []
+
+    def note(what):
+        with open(tmp_path / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append((what, "unlocked"))
+            except BlockingIOError:
+                found.append((what, "locked"))
+
+    def train(recipe, out, **options):
+        note("trained")
+        raise sweep.Stopped
+
+    monkeypatch.setattr(sweep, "_owner", lambda: note("taken") or owner())
+    monkeypatch.setattr(sweep, "train", train)
+    run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
+    assert found == [("taken", "locked"), ("trained", "unlocked")]
+
+
+def killed_behind(monkeypatch, owner, name) -> None:
+    """Interrupts this process behind the first call of `owner.name`."""
+    original = getattr(owner, name)
+
+    def call(*arguments):
+        original(*arguments)
+        monkeypatch.setattr(owner, name, original)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
+    for name in ("save_epoch", "save_results"):
+        killed_behind(monkeypatch, RunFolder, name)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(plan, tmp_path)
     assert run_sweep(plan, tmp_path)["finished"]
-    assert sorted(trained) == ["base_lr=0.1", "base_lr=0.5", "seed-1"]
+    study, _ = sweep._open_studies(plan, digest_inputs(plan, TrainingCache()), tmp_path, None)
+    rows = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).read().metrics
+    assert study.best_trial.intermediate_values == {row["epoch"]: row["val_accuracy"] for row in rows}
+
+
+def test_checkpoint_that_a_killed_process_left_at_a_trial_s_end_is_removed(settings, tmp_path):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
+    run_sweep(plan, tmp_path)
+    checkpoint = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).checkpoint
+    checkpoint.touch()
+    run_sweep(plan, tmp_path)
+    assert not checkpoint.exists()
+
+
+def test_sweep_removes_temporary_files_of_a_process_that_was_killed(settings, tmp_path):
+    left = [tmp_path / name for name in (".sweep.yaml.abcd_123.yaml", ".results.json.abcd_123.json")]
+    for path in left:
+        path.touch()
+    sweep._begin(Sweep(settings, {}, seeds=(1,)), {}, tmp_path)
+    assert not any(path.exists() for path in left)
 
 
 def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trained):
