@@ -212,6 +212,27 @@ def test_ablation_may_be_given_more_points(settings, ablated) -> None:
     assert len(run_ablation("length", points, ablated)["points"]) == 4
 
 
+def test_points_stay_recorded_while_the_command_is_repeated(settings, ablated, monkeypatch) -> None:
+    def run_and_stop(*arguments, stop, **options):
+        found = sweep.run_sweep(*arguments, stop=stop, **options)
+        stop.set()
+        return found
+
+    written = (ablated / "results.json").read_bytes()
+    monkeypatch.setattr(ablations, "run_sweep", run_and_stop)
+    run_ablation("length", plan_ablation("length", settings, seeds=(1,)), ablated)
+    assert (ablated / "results.json").read_bytes() == written
+
+
+def test_ablation_removes_temporary_files_of_a_process_that_was_killed(settings, tmp_path) -> None:
+    left = tmp_path / ".ablation.png.abcd_123.png"
+    left.touch()
+    points = plan_ablation("length", {**settings, "data": str(tmp_path / "none")}, seeds=(1,))
+    with pytest.raises(ValueError, match="none"):
+        run_ablation("length", points, tmp_path)
+    assert not left.exists()
+
+
 def test_folder_of_something_else_is_refused_by_an_ablation(settings, tmp_path) -> None:
     (tmp_path / "results.json").write_text('{"kind": "sweep"}')
     with pytest.raises(ValueError, match=r"results\.json is not what an ablation writes"):
