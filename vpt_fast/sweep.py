@@ -698,8 +698,12 @@ class _Worker:
                 for params in lost if self.wanted is None else self.wanted:
                     if params not in taken and params not in missing:
                         missing.append(params)
-                for params in missing:
-                    self.study.enqueue_trial(params)
+                # One after the other: a trial that was stopped goes on before the next, and the pruner
+                # decides as if it had not been. Where a process in another folder could take the only one
+                # that is queued, all are.
+                if "WAITING" not in states:
+                    for params in missing[:1] if self.is_only_folder else missing:
+                        self.study.enqueue_trial(params)
                 self.display.done(sum(map(_is_done, trials)))
                 draws = self.wanted is None and len(taken) < self.limit
                 if missing or draws or "WAITING" in states:

@@ -202,6 +202,18 @@ def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, mon
     assert study.best_trial.intermediate_values == {row["epoch"]: row["val_accuracy"] for row in rows}
 
 
+def test_trial_that_was_stopped_goes_on_before_the_next(settings, tmp_path, monkeypatch):
+    def train(recipe, out, **options):
+        trained.append(out.name)
+        raise sweep.Stopped
+
+    trained = []
+    monkeypatch.setattr(sweep, "train", train)
+    for _ in range(2):
+        run_sweep(Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,)), tmp_path)
+    assert trained == ["base_lr=0.5"] * 2
+
+
 def test_checkpoint_that_a_killed_process_left_at_a_trial_s_end_is_removed(settings, tmp_path):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
     run_sweep(plan, tmp_path)
