@@ -74,7 +74,7 @@ def _scratch_folder(root: Path) -> Iterator[Path]:
     for left in root.parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(FileNotFoundError), _locked(left) as is_abandoned:
             if is_abandoned:
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as scratch, _locked(Path(scratch)):
         yield Path(scratch)
 
