@@ -29,7 +29,7 @@ from vpt_fast import (
 )
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.engine.block import FrozenBlock
-from vpt_fast.files import replacing
+from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import MLPProbe
 
@@ -754,6 +754,13 @@ class TestReplacing:
             temporary.write_text("half")
             raise KeyboardInterrupt
         assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+    def test_files_of_a_killed_process_are_removed_and_those_being_written_stay(self, tmp_path: Path) -> None:
+        left = tmp_path / ".a.txt.abcd_123.txt"
+        left.touch()
+        with replacing(tmp_path / "a.txt") as temporary:
+            remove_unfinished(tmp_path / "a.txt")
+            assert temporary.exists() and not left.exists()
 
     def test_file_is_readable_by_others_as_any_new_file_is(self, tmp_path: Path) -> None:
         with replacing(tmp_path / "a.txt") as temporary:

@@ -22,6 +22,7 @@ from rich.console import Console
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
+from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import METHOD_KNOBS, SEGMENTATION, Recipe, parse_method
@@ -206,7 +207,9 @@ def run_ablation(
     Raises:
         ValueError: as for `run_sweep`, or `out` holds another ablation.
     """
-    _require_same_ablation(name, points, out)
+    recorded = _require_same_ablation(name, points, out)
+    results_file, picture = out / "results.json", out / "ablation.png"
+    remove_unfinished(results_file, picture)
     console = console or Console(quiet=True)
     ablation, cache, stop = ABLATIONS[name], TrainingCache(), threading.Event()
     for point in points:
@@ -237,22 +240,24 @@ def run_ablation(
             }
         )
         results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
-        write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-        _draw(ablation, rows, out / "ablation.png")
+        # Until all points that are recorded have been read again, the files are the record of them.
+        if recorded <= {(row["line"], row["value"]) for row in rows}:
+            write(results_file, (json.dumps(results, indent=2) + "\n").encode())
+            _draw(ablation, rows, picture)
         if stop.is_set():  # after this point had finished
             break
     return results
 
 
-def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> None:
-    """Raises ValueError if results.json is of another ablation, or has points that would be lost because
-    they are not among `points`.
+def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> set[tuple[str, Any]]:
+    """The line and value of each point in results.json. Raises ValueError if it is of another ablation, or
+    has points that would be lost because they are not among `points`.
 
     Other differences are refused by the points' own folders.
     """
     path = out / "results.json"
     if not path.exists():
-        return
+        return set()
     planned = [(point.line, point.value) for point in points]
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -266,6 +271,7 @@ def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> Non
             f"{out} holds an ablation with points that this one has not: {', '.join(lost)}; choose another "
             "--out"
         )
+    return set(rows)
 
 
 def _draw(ablation: Ablation, rows: Sequence[Mapping[str, Any]], path: Path) -> None:

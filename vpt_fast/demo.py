@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vpt_fast.data import export_digits
+from vpt_fast.files import remove_unfinished
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.plots import plot_comparison
@@ -60,8 +61,11 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
     digits = out / "digits"
     console.print(f"1,797 handwritten digits: {digits}")
     export_digits(digits, seed=SEED)
-    results_file = out / "results.json"
-    known = json.loads(results_file.read_text()) if results_file.exists() and not fresh else {}
+    results_file, plot = out / "results.json", out / "comparison.png"
+    remove_unfinished(results_file, plot)
+    if fresh:  # else, after a kill, the old results would pass for those of the new runs
+        results_file.unlink(missing_ok=True)
+    known = json.loads(results_file.read_text()) if results_file.exists() else {}
     results: dict[str, dict[str, Any]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
     stop = threading.Event()
@@ -86,7 +90,6 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
                 "images_per_second": images / seconds,
                 "run": str(run),
             }
-    plot = out / "comparison.png"
     plot_comparison(curves, {name: found["test_accuracy"] for name, found in results.items()}, plot)
     write(results_file, (json.dumps(results, indent=2) + "\n").encode())
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import glob
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of an empty temporary file beside `path`, which replaces `path` if the block succeeds.
 
@@ -25,9 +26,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     except OSError as error:  # raised again with the caller's path instead of the temporary file's
         raise type(error)(error.errno, error.strerror, str(path)) from None
-    os.close(descriptor)
     temporary = Path(name)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `remove_unfinished` that it is being written
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -37,6 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def unfinished(path: str | os.PathLike[str]) -> list[Path]:
@@ -44,3 +47,12 @@ def unfinished(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     name, suffix = glob.escape(path.name), glob.escape(path.suffix)
     return sorted(path.parent.glob(f".{name}.{'?' * 8}{suffix}"))
+
+
+def remove_unfinished(*paths: str | os.PathLike[str]) -> None:
+    """Removes the temporary files for `paths` that a killed process left; those being written now stay."""
+    for path in paths:
+        for left in unfinished(path):
+            with contextlib.suppress(OSError), open(left, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink(missing_ok=True)

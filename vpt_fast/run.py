@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data.factory import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import replacing, unfinished
+from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.tuned_model import TunedModel
@@ -45,6 +46,11 @@ PROMPTS_GONE = (
     "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
     "sweep's trials the best one's are kept); --fresh trains it again"
 )
+
+# Decoding workers, forked while a folder is locked, outlive a killed process by seconds. With a copy of its
+# lock they would keep the folder from the process that is to resume the run.
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 
 class RunError(ValueError):
@@ -156,9 +162,7 @@ class RunFolder:
             return
         files = [self.config, self.facts, self.metrics, self.results, self.curves, self.checkpoint]
         files += [self.prompts / name for name in (LABELS_FILE, CONFIG_FILE, WEIGHTS_FILE)]
-        for path in files:
-            for left in unfinished(path):
-                left.unlink(missing_ok=True)
+        remove_unfinished(*files)
 
     def require_clearable(self) -> None:
         """Raises RunError if `clear` would remove files that are not a run's."""
@@ -208,6 +212,7 @@ class RunFolder:
         """Writes what stays the same for the whole run; config.yaml last, since it marks a run's folder."""
         write(self.facts, _json(facts).encode())
         write(self.config, recipe.to_yaml().encode())
+        self.remove_unfinished()  # of a process that was killed before this folder was marked as a run's
 
     def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
         """Writes metrics first: a resumed run drops rows past the checkpoint, but could not restore missing
@@ -287,6 +292,7 @@ def _lock(folder: Path) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / ".lock", "w")
+            _locks.add(lock)
         except OSError as error:
             raise RunError(f"out is {folder}, which cannot be written: {error.strerror}") from None
         try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -40,6 +41,7 @@ from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
+from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
@@ -286,6 +288,7 @@ def run_sweep(
         _require_same_sweep(sweep, inputs, out)
         search, final = open_studies(sweep.study_name(inputs), out, storage)
         _begin(sweep, inputs, out)
+    folder_lock = functools.partial(_lock, out)
     search_with(search, sweep.sampler, sweep.pruner, int(sweep.settings.get("seed", 0)))
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
@@ -308,8 +311,12 @@ def run_sweep(
                     display=display,
                     after=lambda: _tidy(collect(), out),
                     stop=stop,
+                    folder_lock=folder_lock,
+                    is_only_folder=storage is None,
                 ).work()
         results = collect()
+        if sweep.axes:
+            _tidy(results, out)  # after a trial of a process that died before it could
         if sweep.axes and results["best"] is None:
             reasons = "; ".join(
                 dict.fromkeys(trial["reason"] for trial in results["trials"] if trial["reason"])
@@ -329,6 +336,8 @@ def run_sweep(
                 display=display,
                 after=collect,
                 stop=stop,
+                folder_lock=folder_lock,
+                is_only_folder=storage is None,
             ).work()
     return collect()
 
@@ -532,7 +541,9 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
 
 
 def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
-    """Writes sweep.yaml if there is none; from then on the folder belongs to this sweep."""
+    """Writes sweep.yaml if there is none; from then on the folder belongs to this sweep. Removes temporary
+    files that a killed process left."""
+    remove_unfinished(out / "sweep.yaml", out / "results.json")
     if not (out / "sweep.yaml").exists():
         values = {**sweep.to_dict(), "inputs": dict(inputs)}
         write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
@@ -635,8 +646,9 @@ def _collect(
         },
         "finished": len(ordered) + len(failed) == len(sweep.seeds),
     }
-    if not _holds_more(out / "results.json", results):
-        write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    with _lock(out):
+        if not _holds_more(out / "results.json", results):
+            write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
 
 

@@ -23,6 +23,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
+from vpt_fast.run import RunFolder
 
 if TYPE_CHECKING:
     import optuna
@@ -119,6 +120,9 @@ class Worker:
     """Runs the trials of a study one by one, until none is left to run, here or in another process.
 
     wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
+    folder_lock: locks the sweep's folder. One process at a time takes a trial, so that no two take the same
+        or, together, more than `limit`.
+    is_only_folder: whether all processes that share the study use this folder.
     """
 
     study: optuna.Study
@@ -132,41 +136,54 @@ class Worker:
     display: Display
     after: Callable[[], Any]
     stop: threading.Event
+    folder_lock: Callable[[], contextlib.AbstractContextManager[None]]
+    is_only_folder: bool
 
     def work(self) -> None:
         while True:
-            self._give_back_dead()
-            trials = self.study.get_trials(deepcopy=False)
-            states = [trial.state.name for trial in trials]
-            taken = [params_of(t) for t in trials if is_done(t) or t.state.name in ("RUNNING", "WAITING")]
-            lost = [params_of(t) for t in trials if t.state.name == "FAIL" and params_of(t)]
-            missing: list[Params] = []
-            for params in lost if self.wanted is None else self.wanted:
-                if params not in taken and params not in missing:
-                    missing.append(params)
-            for params in missing:
-                self.study.enqueue_trial(params)
-            self.display.done(sum(map(is_done, trials)))
-            draws = self.wanted is None and len(taken) < self.limit
-            if missing or draws or "WAITING" in states:
-                self._take_one()
-            elif "RUNNING" in states:
-                self.display.wait(states.count("RUNNING"))
-                time.sleep(POLL_SECONDS)
-            else:
+            with contextlib.ExitStack() as taking:
+                taking.enter_context(self.folder_lock())
+                self._give_back_dead()
+                trials = self.study.get_trials(deepcopy=False)
+                states = [trial.state.name for trial in trials]
+                taken = [params_of(t) for t in trials if is_done(t) or t.state.name in ("RUNNING", "WAITING")]
+                lost = [params_of(t) for t in trials if t.state.name == "FAIL" and params_of(t)]
+                missing: list[Params] = []
+                for params in lost if self.wanted is None else self.wanted:
+                    if params not in taken and params not in missing:
+                        missing.append(params)
+                # One after the other: a trial that was stopped goes on before the next, and the pruner
+                # decides as if it had not been. Where a process in another folder could take the only one
+                # that is queued, all are.
+                if "WAITING" not in states:
+                    for params in missing[:1] if self.is_only_folder else missing:
+                        self.study.enqueue_trial(params)
+                self.display.done(sum(map(is_done, trials)))
+                draws = self.wanted is None and len(taken) < self.limit
+                if missing or draws or "WAITING" in states:
+                    self._take_one(taking)
+                    continue
+            if "RUNNING" not in states:
                 return
+            self.display.wait(states.count("RUNNING"))
+            time.sleep(POLL_SECONDS)
 
-    def _take_one(self) -> None:
-        self.study.optimize(self._objective, n_trials=1, catch=(TrainingDiverged, _Twin))
+    def _take_one(self, taking: contextlib.ExitStack) -> None:
+        """Runs a trial; `taking` is closed, which unlocks the folder, once its owner and its settings are
+        recorded."""
+        self.study.optimize(
+            lambda trial: self._objective(trial, taking), n_trials=1, catch=(TrainingDiverged, _Twin)
+        )
         self.after()
         if self.stop.is_set():  # after the trial had finished
             raise Stopped
 
-    def _objective(self, trial: Trial) -> float:
+    def _objective(self, trial: Trial, taking: contextlib.ExitStack) -> float:
         import optuna
 
         trial.set_user_attr("owner", _owner())
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
+        taking.close()
         twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
         if done := next(filter(is_done, twins), None):
             return self._repeat(trial, done)
@@ -174,18 +191,22 @@ class Worker:
             time.sleep(POLL_SECONDS)
             raise _Twin
 
-        recipe = self.recipe(**params)
+        recipe, folder = self.recipe(**params), self.folder(params)
 
-        def on_epoch(row: dict[str, Any]) -> None:
+        def on_epoch(row: dict[str, Any], *, may_prune: bool = True) -> None:
             self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
             if row["val_accuracy"] is not None:
                 trial.report(row["val_accuracy"], row["epoch"])
-                if trial.should_prune():
+                if may_prune and trial.should_prune():
                     raise optuna.TrialPruned
 
         self.display.begin(params)
         try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
+            # Of a run that goes on, the pruner has to see all epochs, as of one that was never stopped.
+            if begun := RunFolder(folder).read():
+                for row in begun.metrics:
+                    on_epoch(row, may_prune=begun.results is None)
+            result = train(recipe, folder, cache=self.cache, on_epoch=on_epoch, stop=self.stop)
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -230,7 +251,7 @@ class Worker:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if not _is_alive(trial):
+            if not _is_alive(trial, nobody_takes_one=self.is_only_folder):  # the folder is locked
                 with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
@@ -258,10 +279,12 @@ def _process_start(pid: int) -> str | None:
     return text.rpartition(")")[2].split()[19]
 
 
-def _is_alive(trial: FrozenTrial) -> bool:
+def _is_alive(trial: FrozenTrial, *, nobody_takes_one: bool) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is None:  # just taken: the owner is recorded moments later
-        return datetime.now() - trial.datetime_start < timedelta(seconds=GRACE_SECONDS)
+        return not nobody_takes_one and datetime.now() - trial.datetime_start < timedelta(
+            seconds=GRACE_SECONDS
+        )
     if owner["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
         return True  # its heartbeat decides
     return _process_start(owner["pid"]) == owner["started"]

@@ -10,6 +10,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from vpt_fast.data import DataError, decode_image, export_digits, open_splits
+from vpt_fast.data.digits import _scratch_folder
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,13 @@ def test_failed_export_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_digits(tmp_path / "digits", seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_folder_of_a_killed_process_is_removed_and_one_in_use_stays(tmp_path):
+    left = tmp_path / ".digits.unfinished-abcd_123"
+    left.mkdir()
+    with _scratch_folder(tmp_path / "digits") as in_use, _scratch_folder(tmp_path / "digits"):
+        assert in_use.exists() and not left.exists()
 
 
 def test_negative_seed_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vpt_fast import ablations, loop, plots, trials
+from vpt_fast import ablations, loop, plots, sweep, trials
 from vpt_fast.ablations import ABLATIONS, plan_ablation, run_ablation
 from vpt_fast.cli import app
 from vpt_fast.recipe import Recipe
@@ -209,6 +209,27 @@ def test_ctrl_c_that_is_too_late_for_a_point_stops_the_ablation_behind_it(
 def test_ablation_may_be_given_more_points(settings, ablated) -> None:
     points = plan_ablation("length", settings, methods=["vpt-deep", "vpt-shallow"], seeds=(1,))
     assert len(run_ablation("length", points, ablated)["points"]) == 4
+
+
+def test_points_stay_recorded_while_the_command_is_repeated(settings, ablated, monkeypatch) -> None:
+    def run_and_stop(*arguments, stop, **options):
+        found = sweep.run_sweep(*arguments, stop=stop, **options)
+        stop.set()
+        return found
+
+    written = (ablated / "results.json").read_bytes()
+    monkeypatch.setattr(ablations, "run_sweep", run_and_stop)
+    run_ablation("length", plan_ablation("length", settings, seeds=(1,)), ablated)
+    assert (ablated / "results.json").read_bytes() == written
+
+
+def test_ablation_removes_temporary_files_of_a_process_that_was_killed(settings, tmp_path) -> None:
+    left = tmp_path / ".ablation.png.abcd_123.png"
+    left.touch()
+    points = plan_ablation("length", {**settings, "data": str(tmp_path / "none")}, seeds=(1,))
+    with pytest.raises(ValueError, match="none"):
+        run_ablation("length", points, tmp_path)
+    assert not left.exists()
 
 
 def test_folder_of_something_else_is_refused_by_an_ablation(settings, tmp_path) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 
 from vpt_fast import demo, plots
 from vpt_fast.loop import train
@@ -71,6 +72,27 @@ def test_fresh_demo_trains_again(small_demo, command, tmp_path):
     command("demo", "--out", tmp_path / "demo")
     result = command("demo", "--out", tmp_path / "demo", "--fresh")
     assert result.exit_code == 0 and "epoch 2/2" in result.stdout
+
+
+def test_fresh_demo_that_is_stopped_leaves_no_results_of_the_earlier_one(
+    small_demo, command, tmp_path, late_ctrl_c
+):
+    results = tmp_path / "results.json"
+    results.write_text('{"linear probe": {}}')
+    assert command("demo", "--out", tmp_path, "--fresh").exit_code == 130
+    assert not results.exists()
+
+
+def test_demo_removes_temporary_files_of_a_process_that_was_killed(small_demo, tmp_path, monkeypatch):
+    def train(*arguments, **options):
+        raise KeyboardInterrupt
+
+    left = tmp_path / ".comparison.png.abcd_123.png"
+    left.touch()
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, console=Console(quiet=True))
+    assert not left.exists()
 
 
 def test_demo_table_repeats_what_eval_says(small_demo, command, tmp_path):

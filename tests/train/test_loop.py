@@ -7,10 +7,12 @@ import dataclasses
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
-from vpt_fast.run import RunError, RunFolder
+from vpt_fast.run import RunError, RunFolder, write
 from vpt_fast.step import build_optimizer
 
 
@@ -475,6 +477,29 @@ def test_folder_that_another_process_removes_while_it_is_locked_is_locked_anew(t
     with RunFolder.locked(path):
         with pytest.raises(RunError, match="another process is training in .*run"), RunFolder.locked(path):
             pass
+
+
+def test_run_removes_temporary_files_of_a_process_that_was_killed_as_it_began(recipe, tmp_path):
+    left = tmp_path / ".config.yaml.abcd_123.yaml"
+    left.touch()
+    RunFolder(tmp_path).begin(recipe, {})
+    assert not left.exists()
+
+
+def test_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path):
+    processes = multiprocessing.get_context("fork")
+    is_forked = processes.Event()
+    worker = processes.Process(target=lambda: is_forked.set() or time.sleep(60))
+    with RunFolder.locked(tmp_path / "run") as folder:
+        write(folder.metrics, b"")  # without any file, folder and lock would be removed
+        worker.start()
+        assert is_forked.wait(60)
+    try:
+        with RunFolder.locked(tmp_path / "run"):
+            pass
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -143,16 +144,94 @@ def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
     assert len(set(trained)) == 4 and len(found["trials"]) == 2
 
 
-def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
-    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    study, _ = studies(plan, tmp_path)
-    study.enqueue_trial({"base_lr": 0.5})
+@pytest.mark.parametrize("is_owner_recorded", [True, False], ids=["owned", "just taken"])
+def test_trial_of_a_process_that_died_is_taken_again_at_once(
+    settings, tmp_path, trained, monkeypatch, is_owner_recorded
+):
+    monkeypatch.setattr(trials.Display, "wait", lambda self, running: pytest.fail("it waits"))
+    plan = Sweep(settings, {}, seeds=(1,))
+    _, study = studies(plan, tmp_path)
+    study.enqueue_trial({"seed": 1})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
-    dead.suggest_categorical("base_lr", [0.5, 0.1])
-    dead.set_user_attr("owner", {**trials._owner(), "started": "another process's"})
+    if is_owner_recorded:
+        dead.set_user_attr("owner", {**trials._owner(), "started": "another process's"})
+        dead.suggest_categorical("seed", [1])
+    assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
+
+
+def test_one_process_at_a_time_takes_a_trial(settings, tmp_path, monkeypatch):
+    owner, found = trials._owner, []
+
+    def note(what):
+        with open(tmp_path / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append((what, "unlocked"))
+            except BlockingIOError:
+                found.append((what, "locked"))
+
+    def train(recipe, out, **options):
+        note("trained")
+        raise trials.Stopped
+
+    monkeypatch.setattr(trials, "_owner", lambda: note("taken") or owner())
+    monkeypatch.setattr(trials, "train", train)
+    run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
+    assert found == [("taken", "locked"), ("trained", "unlocked")]
+
+
+def killed_behind(monkeypatch, owner, name) -> None:
+    """Interrupts this process behind the first call of `owner.name`."""
+    original = getattr(owner, name)
+
+    def call(*arguments):
+        original(*arguments)
+        monkeypatch.setattr(owner, name, original)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
+    for name in ("save_epoch", "save_results"):
+        killed_behind(monkeypatch, RunFolder, name)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(plan, tmp_path)
     assert run_sweep(plan, tmp_path)["finished"]
-    assert sorted(trained) == ["base_lr=0.1", "base_lr=0.5", "seed-1"]
+    study, _ = studies(plan, tmp_path)
+    rows = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).read().metrics
+    assert study.best_trial.intermediate_values == {row["epoch"]: row["val_accuracy"] for row in rows}
+
+
+def test_trial_that_was_stopped_goes_on_before_the_next(settings, tmp_path, monkeypatch):
+    def train(recipe, out, **options):
+        trained.append(out.name)
+        raise trials.Stopped
+
+    trained = []
+    monkeypatch.setattr(trials, "train", train)
+    for _ in range(2):
+        run_sweep(Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,)), tmp_path)
+    assert trained == ["base_lr=0.5"] * 2
+
+
+def test_checkpoint_that_a_killed_process_left_at_a_trial_s_end_is_removed(settings, tmp_path):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
+    run_sweep(plan, tmp_path)
+    checkpoint = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).checkpoint
+    checkpoint.touch()
+    run_sweep(plan, tmp_path)
+    assert not checkpoint.exists()
+
+
+def test_sweep_removes_temporary_files_of_a_process_that_was_killed(settings, tmp_path):
+    left = [tmp_path / name for name in (".sweep.yaml.abcd_123.yaml", ".results.json.abcd_123.json")]
+    for path in left:
+        path.touch()
+    sweep._begin(Sweep(settings, {}, seeds=(1,)), {}, tmp_path)
+    assert not any(path.exists() for path in left)
 
 
 def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trained):

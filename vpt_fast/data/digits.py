@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +47,8 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     images = load_digits().images  # (1797, 8, 8), 0..16
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-        new = Path(scratch) / "new"
+    with _scratch_folder(root) as scratch:
+        new = scratch / "new"
         for name, index in files.items():
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +57,41 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
         manifest = {"source": "sklearn.datasets.load_digits", "seed": seed, "images": DIGITS_SPLITS}
         (new / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         if root.exists():
-            os.rename(root, Path(scratch) / "old")
+            os.rename(root, scratch / "old")
         try:
             os.rename(new, root)
         except OSError:
             # Another process, perhaps of the same run, may have been quicker.
             if not _is_complete(root, set(files)):
                 raise
+
+
+@contextlib.contextmanager
+def _scratch_folder(root: Path) -> Iterator[Path]:
+    """A temporary folder beside `root`, which is removed at the end, as are those that killed processes left.
+    A lock tells them from those in use."""
+    prefix = f".{root.name}.unfinished-"
+    for left in root.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(FileNotFoundError), _locked(left) as is_abandoned:
+            if is_abandoned:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root.parent) as scratch, _locked(Path(scratch)):
+        yield Path(scratch)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Yields whether it could be locked: not if another process has, and not where there are no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        is_locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            is_locked = False
+        yield is_locked
+    finally:
+        os.close(descriptor)
 
 
 def _split_digits(seed: int) -> dict[str, int]:

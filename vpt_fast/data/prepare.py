@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from vpt_fast.files import replacing, unfinished
+from vpt_fast.files import remove_unfinished, replacing, unfinished
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
@@ -204,9 +204,8 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes the temporary files that a killed process left; nobody else may be writing there."""
-    for name in (MANIFEST, *VTAB_FILES.values(), "train800val200.txt", "classnames.txt"):
-        for left in unfinished(folder / name):
-            left.unlink(missing_ok=True)
+    lists = (*VTAB_FILES.values(), "train800val200.txt", "classnames.txt")
+    remove_unfinished(*(folder / name for name in (MANIFEST, *lists)))
     for split in VTAB_FILES.values():
         for left in (folder / "images" / split.removesuffix(".txt")).glob(".*"):
             if _UNFINISHED_IMAGE.fullmatch(left.name):
