@@ -202,6 +202,15 @@ def check_shapes(inputs: Inputs, **of_queries: torch.Tensor | None) -> None:
     require_shape((copies, rows, *heads), prompt_k=inputs.prompt_k, prompt_v=inputs.prompt_v)
 
 
+def check_lse(q: torch.Tensor, lse: torch.Tensor, num_statistics: int) -> None:
+    """ValueError for a log-sum-exp that is not (B, H, num_statistics) as forward returns it."""
+    require_device(q=q, lse=lse)
+    require_shape((q.shape[0], q.shape[2], num_statistics), lse=lse)
+    require_dtype((torch.float32,), lse=lse.dtype)
+    if num_statistics > 1 and lse.stride(2) != 1:
+        raise ValueError(f"lse: got stride {lse.stride(2)} along the last dimension, want 1")
+
+
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
     """Strides of images, rows and heads; that of images is 0 if all share the tensor."""
     if t is None:
@@ -339,8 +348,7 @@ def _backward_launches(
     check_shapes(inputs, grad_out=grad_out, out=out)
     q, flags = inputs.q, inputs.flags
     batch, num_rows, num_heads, head_dim = q.shape
-    require_shape((batch, num_heads, num_rows), lse=lse)
-    require_dtype((torch.float32,), lse=lse.dtype)
+    check_lse(q, lse, num_rows)
     num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k)
     arch, has_out = arch_of(q.device), out is not None
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
