@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 # with two the copy of a tile is waited for as soon as it is issued. In the last block few rows are read (CLS
 # alone): a tile of 16 wastes least. On sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100, bfloat16) were
 # then timed on an H200 beside all candidates of benchmarks/tune.py: none was worth a change. Those of sm_80
-# and sm_100 have not been timed. In float32 some head dims have a limit on registers that is higher than what
+# and sm_100 have not been timed. Some head dims have a limit on registers that is higher than what
 # ptxas takes by itself: to fit one more program on an SM, it would spill.
 
 
@@ -72,15 +72,18 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dQ, and of the terms from the scores, which have the same operands."""
     if dtype == torch.float32:
-        limit = 128 if head_dim == 88 else None
-        return Tiles(16, 16, 8, 1, limit) if head_dim > 64 else Tiles(16, 32, 4, 1)
+        limit = {48: 176, 88: 128}.get(head_dim)
+        return Tiles(16, 16, 8, 1, limit) if head_dim > 64 else Tiles(16, 32, 4, 1, limit)
     if num_rows <= 16:
-        return Tiles(16, 32, 4, 3)
+        return Tiles(16, 32, 4, 3, 80 if arch == 80 and head_dim in (104, 112) else None)
     if arch == 80:
         return Tiles(64, 32, 4, 3)
     if head_dim > 64:
-        # On sm_90 a third stage would take the shared memory of a third program.
-        return Tiles(64, 64, 4, 2) if arch == 90 else Tiles(128, 32, 8, 3)
+        # On sm_90 a third stage would take the shared memory of a third program, and at head dim 96 ptxas by
+        # itself the registers.
+        if arch == 90:
+            return Tiles(64, 64, 4, 2, 168 if head_dim == 96 else None)
+        return Tiles(128, 32, 8, 3, 128 if head_dim == 80 else None)
     return Tiles(64, 64, 4, 3) if num_rows <= 64 else Tiles(128, 64, 8, 3)
 
 
