@@ -27,21 +27,24 @@ def second_width(D):
 
 
 @triton.jit
-def load_rows(rows, mask, D: tl.constexpr):
-    """Loads the two tiles of n rows. rows: pointers to their first elements; mask: which of them exist, None
-    for all."""
+def load_rows(rows, mask, D: tl.constexpr, offsets=0):
+    """Loads the two tiles of n rows.
+
+    rows: pointers to their first elements, or to what these are `offsets` (n, 1) elements after. mask: which
+    rows exist, None for all.
+    """
     D1: tl.constexpr = first_width(D)
     D2: tl.constexpr = second_width(D)
-    first = load_columns(rows, mask, 0, D1, D)
-    second = load_columns(rows, mask, D1, D2, D) if D2 > 0 else first
+    first = load_columns(rows, offsets, mask, 0, D1, D)
+    second = load_columns(rows, offsets, mask, D1, D2, D) if D2 > 0 else first
     return first, second
 
 
 @triton.jit
-def load_columns(rows, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+def load_columns(rows, offsets, mask, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """Loads WIDTH columns from START on; those past D are zeros."""
     columns = START + tl.arange(0, WIDTH)[None, :]
-    pointers = rows[:, None] + columns
+    pointers = rows[:, None] + (offsets + columns)
     if mask is None:
         if START + WIDTH <= D:
             return tl.load(pointers)

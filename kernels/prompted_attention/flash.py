@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,17 +175,17 @@ def _flash_attention_backward(
     )  # (B, R, H, D) and twice (B, m + N, H, D)
     grads = []
     if packed:
-        grads.append(torch.stack((grad_q, grad_k[:, m:], grad_v[:, m:]), dim=2))
+        grads.append(_join(torch.stack, (grad_q, grad_k[:, m:], grad_v[:, m:]), 2))
     elif need_q:
         grads.append(grad_q.contiguous())
     if need_kv and not packed:
-        grads.append(torch.stack((grad_k[:, m:], grad_v[:, m:]), dim=2))
+        grads.append(_join(torch.stack, (grad_k[:, m:], grad_v[:, m:]), 2))
     if prompt_k is not None:
         parts = [grad_k[:, :m], grad_v[:, :m]]
         if prompt_k.shape[0] == 1:
             stat = torch.promote_types(q.dtype, torch.float32)
             parts = [part.sum(0, keepdim=True, dtype=stat).to(q.dtype) for part in parts]
-        grads.append(torch.stack(parts, dim=2))
+        grads.append(_join(torch.stack, parts, 2))
     return grads
 
 
@@ -211,7 +211,30 @@ def _extend(prompts: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """Prompt rows before image rows: (1 or B, m, H, D) and (B, N, H, D) -> (B, m + N, H, D)."""
     if prompts is None:
         return x
-    return torch.cat((prompts.expand(x.shape[0], -1, -1, -1), x), dim=1)
+    return _join(torch.cat, (prompts.expand(x.shape[0], -1, -1, -1), x), 1)
+
+
+_WIDE = torch.complex128  # for its 16 bytes: nothing computes with it
+
+
+def _join(how: Callable[..., torch.Tensor], parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """torch.cat or torch.stack of tensors (B, rows, H, D) along an axis before the heads.
+
+    On a GPU PyTorch copies parts that are not contiguous, as these are, element by element, and computes an
+    index for each: on an H200 that took longer than the attention. So elements are 16 bytes where possible.
+    """
+    if not all(map(_has_wide_rows, parts)):
+        return how(parts, dim)
+    joined = how([x.flatten(2).view(_WIDE) for x in parts], dim)
+    return joined.view(parts[0].dtype).unflatten(-1, parts[0].shape[2:])
+
+
+def _has_wide_rows(x: torch.Tensor) -> bool:
+    """Whether each row of (B, rows, H, D) is one piece of memory from a multiple of 16 bytes to another."""
+    heads, head_dim = x.shape[2:]
+    is_one_piece = x.stride(3) == 1 and (heads == 1 or x.stride(2) == head_dim)
+    in_bytes = [n * x.element_size() for n in (x.storage_offset(), *x.stride()[:2], heads * head_dim)]
+    return is_one_piece and not any(n % _WIDE.itemsize for n in (x.data_ptr(), *in_bytes))
 
 
 # The libraries.

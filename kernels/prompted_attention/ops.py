@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 # with two the copy of a tile is waited for as soon as it is issued. In the last block few rows are read (CLS
 # alone): a tile of 16 wastes least. On sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100, bfloat16) were
 # then timed on an H200 beside all candidates of benchmarks/tune.py: none was worth a change. Those of sm_80
-# and sm_100 have not been timed. In float32 some head dims have a limit on registers that is higher than what
+# and sm_100 have not been timed. Some head dims have a limit on registers that is higher than what
 # ptxas takes by itself: to fit one more program on an SM, it would spill.
 
 
@@ -72,15 +72,18 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dQ, and of the terms from the scores, which have the same operands."""
     if dtype == torch.float32:
-        limit = 128 if head_dim == 88 else None
-        return Tiles(16, 16, 8, 1, limit) if head_dim > 64 else Tiles(16, 32, 4, 1)
+        limit = {48: 176, 88: 128}.get(head_dim)
+        return Tiles(16, 16, 8, 1, limit) if head_dim > 64 else Tiles(16, 32, 4, 1, limit)
     if num_rows <= 16:
-        return Tiles(16, 32, 4, 3)
+        return Tiles(16, 32, 4, 3, 80 if arch == 80 and head_dim in (104, 112) else None)
     if arch == 80:
         return Tiles(64, 32, 4, 3)
     if head_dim > 64:
-        # On sm_90 a third stage would take the shared memory of a third program.
-        return Tiles(64, 64, 4, 2) if arch == 90 else Tiles(128, 32, 8, 3)
+        # On sm_90 a third stage would take the shared memory of a third program, and at head dim 96 ptxas by
+        # itself the registers.
+        if arch == 90:
+            return Tiles(64, 64, 4, 2, 168 if head_dim == 96 else None)
+        return Tiles(128, 32, 8, 3, 128 if head_dim == 80 else None)
     return Tiles(64, 64, 4, 3) if num_rows <= 64 else Tiles(128, 64, 8, 3)
 
 
@@ -200,6 +203,15 @@ def check_shapes(inputs: Inputs, **of_queries: torch.Tensor | None) -> None:
     copies = 1 if inputs.prompt_k is None or inputs.prompt_k.shape[0] == 1 else batch
     rows = num_rows_of(inputs.prompt_k)
     require_shape((copies, rows, *heads), prompt_k=inputs.prompt_k, prompt_v=inputs.prompt_v)
+
+
+def check_lse(q: torch.Tensor, lse: torch.Tensor, num_statistics: int) -> None:
+    """ValueError for a log-sum-exp that is not (B, H, num_statistics) as forward returns it."""
+    require_device(q=q, lse=lse)
+    require_shape((q.shape[0], q.shape[2], num_statistics), lse=lse)
+    require_dtype((torch.float32,), lse=lse.dtype)
+    if num_statistics > 1 and lse.stride(2) != 1:
+        raise ValueError(f"lse: got stride {lse.stride(2)} along the last dimension, want 1")
 
 
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
@@ -339,8 +351,7 @@ def _backward_launches(
     check_shapes(inputs, grad_out=grad_out, out=out)
     q, flags = inputs.q, inputs.flags
     batch, num_rows, num_heads, head_dim = q.shape
-    require_shape((batch, num_heads, num_rows), lse=lse)
-    require_dtype((torch.float32,), lse=lse.dtype)
+    check_lse(q, lse, num_rows)
     num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k)
     arch, has_out = arch_of(q.device), out is not None
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))

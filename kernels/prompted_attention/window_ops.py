@@ -20,6 +20,8 @@ from vpt_fast.kernels.prompted_attention.ops import (
     Inputs,
     Tiles,
     attention_backward,
+    check_lse,
+    check_shapes,
     check_tensors,
     empty_per_image,
     empty_terms,
@@ -159,6 +161,7 @@ def _check(
 def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Launch, _Sizes]:
     window_size, num_windows, num_rows = sizes = _check(num_fresh, **tensors)
     inputs = Inputs(**tensors)
+    check_shapes(inputs)
     q = inputs.q
     batch, _, num_heads, head_dim = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
@@ -237,11 +240,12 @@ def _backward_launches(
     sizes = _check(num_fresh, grad_out=grad_out, **tensors, out=out)
     window_size, num_windows, num_rows = sizes
     inputs = Inputs(**tensors)
+    check_shapes(inputs, grad_out=grad_out, out=out)
     q, flags = inputs.q, inputs.flags
     batch, rows, num_heads, head_dim = q.shape
     num_prompts = num_rows_of(inputs.prompt_k)
     sequences = (num_windows * num_heads, batch)
-    require_shape((batch, num_heads, num_windows * num_rows), lse=lse)
+    check_lse(q, lse, num_windows * num_rows)
     arch = arch_of(q.device)
     all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
     numbers = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)

@@ -337,6 +337,35 @@ def test_prompts_alone_are_handed_over_for_their_gradients(name: str, shape: str
     check_against_definition(name, make_case(shape), PROMPTS_ONLY)
 
 
+@pytest.mark.parametrize(("how", "dim"), [(torch.cat, 1), (torch.stack, 2)], ids=["cat", "stack"])
+def test_rows_are_joined_16_bytes_at_a_time(how: Any, dim: int) -> None:
+    q, k, v = torch.randn(2, 5, 3, 2, 8).bfloat16().unbind(2)
+    parts, sizes = (q[:1].expand(2, -1, -1, -1), k, v), []
+
+    def recorded(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+        sizes.extend(x.element_size() for x in parts)
+        return how(parts, dim)
+
+    joined = flash._join(recorded, parts, dim)
+    assert joined.is_contiguous() and torch.equal(joined, how(parts, dim))
+    assert sizes == [16, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 5, 3, 7),  # 84 bytes a row
+        torch.randn(2, 5, 2, 8, 3)[..., 0],
+        torch.randn(2, 2, 5, 8).transpose(1, 2),
+        torch.randn(2 * 5 * 16 + 1)[1:].view(2, 5, 2, 8),
+        torch.randn(2, 5, 18)[..., :16].unflatten(2, (2, 8)),
+    ],
+    ids=["short", "not contiguous", "heads apart", "offset", "rows apart"],
+)
+def test_rows_that_are_no_whole_16_bytes_are_joined_as_they_are(x: torch.Tensor) -> None:
+    assert torch.equal(flash._join(torch.cat, (x, x), 1), torch.cat((x, x), 1))
+
+
 def test_sdpa_flash_is_deterministic_and_leaves_the_mode_as_it_was(on_cpu: FakeAten) -> None:
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     check_against_definition("sdpa_flash", make_case("shared"), WANTED["packed"])

@@ -244,6 +244,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="lse: got shape"):
             ops.attention_backward(grad_out, q, k, v, *prompts, out, lse[:, :, :1], need_q=True, need_kv=True)
 
+    def test_log_sum_exp_that_is_not_contiguous(self, case) -> None:
+        (q, k, v, *prompts), grad_out = case
+        out, lse = ops.attention(q, k, v, *prompts)
+        apart = lse.repeat_interleave(2, dim=2)[:, :, ::2]
+        with pytest.raises(ValueError, match="lse: got stride 2 along the last dimension, want 1"):
+            ops.attention_backward(grad_out, q, k, v, *prompts, out, apart, need_q=True, need_kv=True)
+
     def test_image_keys_that_are_needed_and_missing(self, case) -> None:
         with pytest.raises(ValueError, match="k: got None"):
             backward(*case, need_q=True, need_kv=False, image=False)

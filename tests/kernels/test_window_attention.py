@@ -174,6 +174,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match="q: got 5 rows, 1 of them prompts', want those of all 8"):
             self.attend(case._replace(tensors=(q[:, :5], *rest)), num_fresh=1)
 
+    @pytest.mark.parametrize("name", ["v", "prompt_v"])
+    def test_values_of_another_number_than_keys(self, name: str) -> None:
+        case = self.case()
+        given = dict(zip(("q", "k", "v", "prompt_k", "prompt_v"), case.tensors, strict=True))
+        given[name] = given[name][:, 1:]
+        with pytest.raises(ValueError, match=rf"{name}: got shape .*, want \("):
+            self.attend(case._replace(tensors=tuple(given.values())))
+
+    def test_gradient_of_fewer_rows(self) -> None:
+        case = self.case()
+        with pytest.raises(ValueError, match=r"grad_out: got shape \(1, 7, .*, want \(1, 8, "):
+            backward(case._replace(grad=case.grad[:, 1:]), need_q=True, need_kv=True)
+
+    def test_log_sum_exp_in_another_dtype(self) -> None:
+        case = self.case()
+        out, lse = window_ops.window_attention(*case.tensors, case.bias, num_fresh=0)
+        wanted = dict(num_fresh=0, need_q=True, need_kv=True)
+        with pytest.raises(ValueError, match=r"torch.float64, want one of torch.float32"):
+            window_ops.window_attention_backward(
+                case.grad, *case.tensors, out, lse.double(), case.bias, **wanted
+            )
+
     def test_keys_that_are_needed_and_missing(self) -> None:
         for wanted in (dict(need_q=True, need_kv=False), dict(need_q=False, need_kv=False, keep_out=False)):
             with pytest.raises(ValueError, match="k: got None"):
