@@ -251,6 +251,12 @@ def test_a_library_that_ran_in_deterministic_mode_is_named(
     ) == said
 
 
+def test_what_a_results_file_remarks_stands_below_its_table(project: Project) -> None:
+    shape = {"batch_size": 64, "num_tokens": 197, "exact": True, "error": None, "forward_ms": 1.5}
+    project.add("attention-h100", [shape | {"impl": "triton"}], remarks=["Measured on a Monday."])
+    assert "| `triton` |" in project.text().split("Measured on a Monday.")[0]
+
+
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
     policies = [
         row("vpt_fast", 300.0, memory=name, kept_mib_per_image=kept)
