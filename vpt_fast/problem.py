@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +102,6 @@ class Problem(Protocol):
         """One line about the images, for the user."""
         ...
 
-    def describe_data(self, root: Path, splits: Any) -> dict[str, Any]:
-        """Counts, classes and a digest, for run.json."""
+    def describe_data(self, splits: Any) -> dict[str, Any]:
+        """Counts and classes, for run.json."""
         ...

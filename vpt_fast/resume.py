@@ -46,7 +46,7 @@ def describe_run(
         "parameters": {"trained": model.num_trainable_parameters, "backbone": model.num_backbone_parameters},
         "preprocessing": preprocessing.to_dict(),
         "data": {
-            **problem.describe_data(Path(recipe.data).expanduser(), splits),
+            **problem.describe_data(splits),
             "listed": {split: listed[split] for split in ("train", "val")},
             "used": {split: used[split] for split in ("train", "val")},
         },
@@ -56,9 +56,7 @@ def describe_run(
 def describe_backbone(recipe: Recipe, model: TunedModel) -> dict[str, Any]:
     """The backbone as run.json records it: its name, and its weights' fingerprint and settings."""
     found = model.config.backbone
-    read = {
-        name: value for name, value in (found.architecture or {}).items() if name not in model.unread_settings
-    }
+    read = {name: value for name, value in found.architecture.items() if name not in model.unread_settings}
     return {"name": recipe.backbone, "fingerprint": found.fingerprint, "architecture": read}
 
 
@@ -66,8 +64,6 @@ def backbone_changes(now: dict[str, Any], began: dict[str, Any]) -> list[str]:
     """What of a backbone is not as it was when the run began, from two of `describe_backbone`."""
     if now["fingerprint"] != began["fingerprint"]:
         return ["the backbone's weights"]
-    if "architecture" not in began:  # in runs of earlier versions
-        return []
     found = differences(began["architecture"], now["architecture"])
     return [f"the backbone's settings ({'; '.join(found)})"] if found else []
 
@@ -88,10 +84,9 @@ def require_same_inputs(facts: dict[str, Any], begun: Begun, folder: RunFolder) 
     """Raises RunError if the backbone, the preprocessing that follows from it, the images or the number of
     processes changed since the run began."""
     changed = backbone_changes(facts["backbone"], begun.facts["backbone"])
-    if found := differences(begun.facts.get("preprocessing", {}), facts["preprocessing"]):
+    if found := differences(begun.facts["preprocessing"], facts["preprocessing"]):
         changed.append(f"the preprocessing ({'; '.join(found)})")
-    digest = "used" if "used" in begun.facts["data"] else "digest"  # in runs of earlier versions
-    if facts["data"][digest] != begun.facts["data"][digest]:
+    if facts["data"]["used"] != begun.facts["data"]["used"]:
         changed.append("the images")
     if facts["processes"] != begun.facts["processes"]:
         changed.append("the number of processes")
@@ -116,39 +111,27 @@ def take_finished(
 
     Raises ValueError as the functions below do.
     """
-    require_same_images(problem, recipe, begun, splits, listed, folder)
+    require_same_images(recipe, begun, splits, listed, folder)
     require_same_weights(recipe, begun, splits, cache, folder)
     restore_prompts(problem, recipe, begun, folder, splits, cache, console)
 
 
 def require_same_images(
-    problem: Problem,
-    recipe: Recipe,
-    begun: Begun,
-    splits: Any,
-    listed: dict[str, str | None],
-    folder: RunFolder,
+    recipe: Recipe, begun: Begun, splits: Any, listed: dict[str, str | None], folder: RunFolder
 ) -> None:
     """Raises RunError if a finished run's results are for other images than the recipe names. No image is
     decoded."""
     theirs = begun.facts["data"]
-    ours = problem.describe_data(Path(recipe.data).expanduser(), splits)
     changed = None
-    if ours["classes"] != theirs["classes"]:
+    if list(splits.classes) != theirs["classes"]:
         changed = "classes"
-    elif "listed" in theirs:
+    else:
         # Images that could not be decoded may have been removed since.
         for split in ("train", "val"):
             if listed[split] not in (theirs["listed"][split], theirs["used"][split]):
                 changed = "images"
-    elif ours["digest"] != theirs["digest"]:
-        # The run was begun before lists were recorded. Its digest lacks images that could not be decoded,
-        # which are listed now.
-        pairs = [(ours[split], theirs[split]) for split in ("train", "val")]
-        if not any(one and other and one["images"] > other["images"] for one, other in pairs):
-            changed = "images"
     assert begun.results is not None, "the run is finished"
-    if not changed and recipe.test and begun.results.get("test_listed") not in (None, listed["test"]):
+    if not changed and recipe.test and begun.results["test_listed"] not in (None, listed["test"]):
         changed = "test images"
     if changed:
         raise RunError(
@@ -223,7 +206,7 @@ def restore_prompts(
         )
     model.load_trainable_state_dict(begun.checkpoint.trainable)
     with folder.saving("the prompts"):
-        val_listed = begun.facts["data"].get("listed", {}).get("val")
+        val_listed = begun.facts["data"]["listed"]["val"]
         preprocessing = problem.preprocessing(recipe, model)
         folder.save_prompts(model, labels_of(recipe, splits, preprocessing, val_listed))
     console.print(f"{folder.prompts} was damaged, and is written again from the checkpoint.", highlight=False)

@@ -81,7 +81,7 @@ class Labels:
     task: str | None = None
     train_on: str = "train"
     ignore_zero: bool | None = None  # of a segmenter's data
-    val_listed: str | None = None  # `list_digest` of val; None of a run without, or older than this field
+    val_listed: str | None = None  # `list_digest` of val; None of a run without
 
     def to_json(self) -> str:
         return _json(

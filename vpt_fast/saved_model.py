@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ WEIGHTS_FILE = "model.safetensors"
 @dataclass(frozen=True)
 class BackboneConfig(Origin):
     """A model's backbone: where it came from, the SHA-256 of its weights, and the settings that they do not
-    show (`backbones.architecture`), which files of earlier versions lack."""
+    show (`backbones.architecture`)."""
 
     fingerprint: str
-    architecture: dict[str, Any] | None = field(default=None, kw_only=True)
+    architecture: dict[str, Any]
 
     @property
     def call(self) -> str | None:
@@ -79,10 +79,10 @@ def write_pretrained(
     directory = Path(directory)
     text = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / WEIGHTS_FILE) as temporary:
-        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    with replacing(directory / CONFIG_FILE) as temporary:
-        temporary.write_text(text)
+    # Both are complete before the first takes its place: of an earlier model none is left without the other.
+    with replacing(directory / CONFIG_FILE) as settings, replacing(directory / WEIGHTS_FILE) as weights:
+        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
+        settings.write_text(text)
 
 
 def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -114,12 +114,11 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
 # Types of the values in config.json, and their names in error messages.
 _KINDS: dict[Any, str] = {
     str: "text", dict: "a mapping", bool: "true or false", str | None: "text or null",
-    dict | None: "a mapping or null",
 }  # fmt: skip
 _SETTINGS: dict[str, Any] = {"model": str, "backbone": dict, "options": dict, "backbone_call": str}
 _BACKBONE: dict[str, Any] = {
     "name": str | None, "pretrained": bool, "kwargs": dict, "checkpoint": str | None, "fingerprint": str,
-    "architecture": dict | None,
+    "architecture": dict,
 }  # fmt: skip
 
 

@@ -422,8 +422,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             model._backbone_config = saved
         if model._backbone_config.name is None:
             model._recorded_call = settings.get("backbone_call")
-            if saved.architecture:  # else the instance may have other settings than the name stands for
-                model._backbone_config = saved
+            model._backbone_config = saved
         # What a user had unfrozen in addition was saved too, and is unfrozen again.
         for name, parameter in model.named_parameters():
             if name in tensors:
@@ -485,8 +484,6 @@ def _require_backbone(model: TunedModel, saved: BackboneConfig, path: str | os.P
             f"backbone: its weights are not those that {path} was trained on (fingerprint {got[:12]}..., "
             f"want {saved.fingerprint[:12]}...); pass the right one as backbone=..."
         )
-    if not saved.architecture:  # a file of an earlier version
-        return
     changed = differences(saved.architecture, model.backbone.architecture, model.unread_settings)
     if changed:
         raise ValueError(

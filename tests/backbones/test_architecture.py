@@ -189,28 +189,13 @@ def test_model_on_the_meta_device_has_the_same_record() -> None:
     assert architecture(tiny_eva().to("meta")) == architecture(tiny_eva())
 
 
-def test_file_saved_without_the_record_loads_with_its_weights_alone(tmp_path: Path) -> None:
-    model = PromptedViT(tiny_vit(), 5, 4)
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    settings = json.loads(path.read_text())
-    del settings["backbone"]["architecture"]
-    path.write_text(json.dumps(settings))
-    images, _ = random_batch(model)
-    again = load_pretrained(tmp_path, tiny_vit())
-    assert torch.equal(again.double().eval()(images), model.double().eval()(images))
-    load_pretrained(tmp_path, tiny_vit(num_heads=4))
-
-
 def test_damaged_record_is_named(tmp_path: Path) -> None:
     PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text())
     settings["backbone"]["architecture"] = [1]
     path.write_text(json.dumps(settings))
-    with pytest.raises(
-        ValueError, match=r"config\.json: backbone\.architecture is \[1\], want a mapping or null"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: backbone\.architecture is \[1\], want a mapping"):
         load_pretrained(tmp_path, tiny_vit())
 
 

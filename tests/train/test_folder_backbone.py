@@ -153,17 +153,6 @@ def test_finished_run_does_not_answer_for_other_settings_in_its_folder(own, fold
         train(own, tmp_path / "run")
 
 
-def test_run_of_an_earlier_version_goes_on_without_a_record_of_settings(own, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at_step(patch, 5, signal.SIGINT)
-        train(own, tmp_path / "run")
-    path = tmp_path / "run" / "run.json"
-    facts = json.loads(path.read_text())
-    del facts["backbone"]["architecture"]
-    path.write_text(json.dumps(facts))
-    assert train(own, tmp_path / "run").is_finished
-
-
 def test_finished_run_answers_where_its_folder_is_gone(own, folder, tmp_path):
     train(own, tmp_path / "run")
     folder.rename(tmp_path / "elsewhere")

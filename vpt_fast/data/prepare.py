@@ -231,11 +231,6 @@ def _has_begun(folder: Path, manifest: dict[str, str]) -> bool:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise DataError(f"{path}: is not JSON; remove {folder}, or choose another folder") from None
-        if isinstance(found, dict) and "fingerprint" not in found:
-            raise DataError(
-                f"{folder}: was prepared by an earlier version, which did not record its source; choose "
-                "another folder, or remove this one to prepare it anew"
-            )
         if found != manifest:
             raise DataError(
                 f"{folder}: holds images of another source, {found}, and not {manifest}; go on with that, "
