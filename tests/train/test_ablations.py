@@ -19,8 +19,7 @@ NAMED = {"data": "images", "backbone": "vit_base_patch16_224"}
 
 
 @pytest.fixture
-def settings(color_images, monkeypatch) -> dict:
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+def settings(color_images) -> dict:
     return dict(
         data=str(color_images),
         backbone="train_test_vit",

@@ -263,6 +263,7 @@ def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
 def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
     recipe, tmp_path, monkeypatch, removals
 ):
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
     train(dataclasses.replace(recipe, tensorboard=False), tmp_path / "run")
     unlink, rmtree, done = Path.unlink, shutil.rmtree, []
 
@@ -281,7 +282,7 @@ def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
         with contextlib.suppress(KeyboardInterrupt):
             RunFolder(tmp_path / "run").clear()
     assert len(done) == removals
-    other = dataclasses.replace(recipe, base_lr=0.5)
+    other = dataclasses.replace(recipe, base_lr=0.25)
     fresh = (tmp_path / "run" / "config.yaml").exists()  # else there is no run to be seen
     interrupt_at_step(monkeypatch, 1)
     train(other, tmp_path / "run", fresh=fresh)

@@ -35,8 +35,7 @@ from vpt_fast.sweep import (
 
 
 @pytest.fixture
-def settings(color_images, monkeypatch) -> dict:
-    monkeypatch.setattr(loop, "plot_curves", lambda rows, path: None)  # most of so short a run
+def settings(color_images) -> dict:
     return dict(
         data=str(color_images),
         backbone="train_test_vit",

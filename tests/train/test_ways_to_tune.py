@@ -23,9 +23,8 @@ WITH_FROZEN_FEATURES = ("linear", "mlp-2", "partial-1")
 
 
 @pytest.fixture
-def small(color_images, monkeypatch):
+def small(color_images):
     """Recipes of two epochs of one step, by method."""
-    monkeypatch.setattr(loop, "plot_curves", lambda *arguments: None)
 
     def make(method: str, **settings) -> Recipe:
         size = {"img_size": 64, "patch_size": 16} if method == "sidetune" else {}
