@@ -582,15 +582,17 @@ def _open_studies(
     password.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError  # Optuna's storage is built on SQLAlchemy
+    from sqlalchemy.event import listen  # Optuna's storage is built on SQLAlchemy
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # The path is not put into the URL: it may contain characters that are special there, or to Optuna ({}).
     path = (out / "study.db").resolve()
     url = storage or "sqlite:///study.db"
-    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    connect: dict[str, Any] = {"timeout": 60, "isolation_level": None}
+    engine: dict[str, Any] = {"connect_args": connect} if url.startswith("sqlite:") else {}
     if storage is None:
-        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
+        engine = {"creator": lambda: sqlite3.connect(path, check_same_thread=False, **connect)}
     with _lock(out), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -601,6 +603,10 @@ def _open_studies(
             where = "storage" if storage else out / "study.db"
             reason = str(error).splitlines()[0].replace(url, "the URL")
             raise ValueError(f"{where} cannot be opened: {reason}") from None
+        if url.startswith("sqlite:"):
+            # Optuna takes a waiting trial by reading its state and then writing it. SQLite would lock its
+            # file for the writing alone, and two processes could take one trial.
+            listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         name, seed = sweep.study_name(inputs), int(sweep.settings.get("seed", 0))
         search = optuna.create_study(
             storage=opened, study_name=name, direction="maximize", load_if_exists=True
@@ -703,10 +709,10 @@ class _Worker:
 
         trial.set_user_attr("owner", _owner())
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
-        twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
-        if done := next(filter(_is_done, twins), None):
+        known = self.study.get_trials(deepcopy=False)
+        if done := next((other for other in known if other.params == params and _is_done(other)), None):
             return self._repeat(trial, done)
-        if any(twin.state.name == "RUNNING" and twin.number < trial.number for twin in twins):
+        if any(self._is_twin(other, trial.number, params) for other in known):
             time.sleep(POLL_SECONDS)
             raise _Twin
 
@@ -736,6 +742,17 @@ class _Worker:
         value = result.results[self.metric]
         self.display.end(params, self._outcome(value))
         return value
+
+    @staticmethod
+    def _is_twin(other: FrozenTrial, number: int, params: Params) -> bool:
+        """Whether `other` runs with these settings and began earlier. It may just have been taken and not
+        have recorded all of its settings yet: it is a twin unless one that is known differs."""
+        known = _params(other)
+        return (
+            other.state.name == "RUNNING"
+            and other.number < number
+            and all(known.get(name, value) == value for name, value in params.items())
+        )
 
     def _repeat(self, trial: Trial, done: FrozenTrial) -> float:
         """Ends a trial as the earlier one with its settings ended, which trained and would again give the

@@ -10,7 +10,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import optuna
 import pytest
 import timm
 import torch
@@ -139,9 +141,7 @@ def test_ctrl_c_that_is_too_late_for_a_run_stops_the_sweep_behind_it(
 
 def test_trial_of_a_process_that_died_is_taken_again(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    inputs = digest_inputs(plan, TrainingCache())
-    sweep._begin(plan, inputs, tmp_path)
-    study, _ = sweep._open_studies(plan, inputs, tmp_path, None)
+    study = open_study(plan, tmp_path)
     study.enqueue_trial({"base_lr": 0.5})
     with pytest.warns(UserWarning, match="Heartbeat"):
         dead = study.ask()
@@ -401,6 +401,55 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)
 
 
+def open_study(plan, tmp_path):
+    """The study of trials, as each process of a sweep opens it."""
+    inputs = digest_inputs(plan, TrainingCache())
+    if not (tmp_path / "sweep.yaml").exists():
+        sweep._begin(plan, inputs, tmp_path)
+    return sweep._open_studies(plan, inputs, tmp_path, None)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_waiting_trial_is_taken_by_one_process_alone(settings, tmp_path, monkeypatch):
+    from optuna.storages._rdb.models import TrialModel
+
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    one, other = (open_study(plan, tmp_path) for _ in range(2))
+    one.enqueue_trial({"base_lr": 0.5})
+    read = TrialModel.find_or_raise_by_id.__func__
+
+    def slowly(cls, *arguments, **options):
+        found = read(cls, *arguments, **options)
+        time.sleep(0.1)  # between the reading of a trial's state and its writing
+        return found
+
+    monkeypatch.setattr(TrialModel, "find_or_raise_by_id", classmethod(slowly))
+    with ThreadPoolExecutor(2) as threads:
+        taken = [trial.number for trial in threads.map(lambda study: study.ask(), (one, other))]
+    assert sorted(taken) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
+    settings, tmp_path, monkeypatch, trained
+):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
+    study = open_study(plan, tmp_path)
+    for _ in range(2):  # two processes that began at once found it missing
+        study.enqueue_trial({"base_lr": 0.5})
+    taken = study.ask()
+    taken.set_user_attr("owner", sweep._owner())
+
+    def pause(seconds):
+        assert trained == []
+        if not study.get_trials(deepcopy=False)[0].state.is_finished():
+            study.tell(taken, state=optuna.trial.TrialState.FAIL)
+
+    monkeypatch.setattr(sweep.time, "sleep", pause)
+    assert run_sweep(plan, tmp_path)["finished"]
+    assert trained == ["base_lr=0.5", "seed-1"]
+
+
 def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tmp_path):
     flags = [f"--data={color_images}", f"--out={tmp_path / 'sweep'}", "--backbone=train_test_vit"]
     flags += ["--method=linear", "--epochs=1", "--device=cpu", "--seeds=1,2", "--over=base_lr=0.5,0.1"]
@@ -430,7 +479,6 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
 @pytest.fixture
 def sampler_that_repeats(monkeypatch):
     """Chooses the first value in every trial."""
-    import optuna
 
     class First(optuna.samplers.RandomSampler):
         def sample_independent(self, study, trial, name, distribution):
@@ -456,8 +504,6 @@ def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
 def test_pruned_settings_that_a_sampler_repeats_are_pruned_again_without_training(
     settings, tmp_path, trained, sampler_that_repeats, monkeypatch
 ):
-    import optuna
-
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     with pytest.raises(ValueError, match="no trial in"):
         run_sweep(Sweep(settings, REPEATED, sampler="tpe", trials=2, pruner="median"), tmp_path)
@@ -488,8 +534,6 @@ def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
 
 
 def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
-    import optuna
-
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: self.params["base_lr"] == 0.5)
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median")
     found = run_sweep(plan, tmp_path)
