@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -727,7 +728,14 @@ class _Worker:
 
         self.display.begin(params)
         try:
-            result = train(recipe, self.folder(params), cache=self.cache, on_epoch=on_epoch, stop=self.stop)
+            result = train(
+                recipe,
+                self.folder(params),
+                cache=self.cache,
+                on_features=partial(self.display.features, params),
+                on_epoch=on_epoch,
+                stop=self.stop,
+            )
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -939,6 +947,10 @@ class _Display:
     def begin(self, params: Params) -> None:
         self._started = time.perf_counter()
         self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
+
+    def features(self, params: Params, images: int, of: int) -> None:
+        text = f"{self._name(params)}, frozen features {images:,}/{of:,}"
+        self._bars.update(self._task, description=text)
 
     def epoch(self, params: Params, epochs: int, of: int) -> None:
         text = f"{self._name(params)}, epoch {epochs}/{of}"

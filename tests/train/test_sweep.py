@@ -691,6 +691,23 @@ def test_time_left_is_by_what_a_trial_costs():
     assert "2 trials are left, about 2 min" in console.export_text()  # 2 trials of 50 s
 
 
+def test_trials_show_how_far_their_frozen_features_are(settings, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        sweep._Display, "features", lambda self, params, images, of: shown.append((params, images, of))
+    )
+    run_sweep(Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,)), tmp_path)
+    trial = [(images, of) for params, images, of in shown if params == {"base_lr": 0.5}]
+    assert trial == sorted(trial) and trial[0][0] > 0 and trial[-1] == (36, 36)  # train and val
+
+
+def test_description_of_a_trial_names_its_frozen_features():
+    display = sweep._Display(Console(), "trial", 1)
+    display.features({"base_lr": 0.5}, 1_024, 2_000)
+    (task,) = display._bars.tasks
+    assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
+
+
 def test_sweep_file_holds_what_was_asked(settings, tmp_path):
     run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
     values = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
