@@ -525,7 +525,7 @@ class TestStorage:
             ({"model": ["PromptedViT"]}, r"config\.json: model is \['PromptedViT'\], want text"),
             (
                 {"backbone": {}},
-                r"config\.json: lacks backbone\.architecture, backbone\.fingerprint, backbone\.kwargs, backbone\.name",
+                r"config\.json: lacks backbone\.architecture, backbone\.fingerprint, backbone\.kwargs",
             ),
         ],
     )

@@ -46,13 +46,17 @@ def feature_batches(
     world: World,
     console: Console,
     cache: TrainingCache,
+    on_features: Callable[[int, int], None] | None,
 ) -> tuple[FeatureBatches, FeatureBatches | None, float]:
     """The batches of train and val, each given with its images, with frozen features in their place; and the
-    seconds that train's took. Each process computes the features of all images."""
+    seconds that train's took. Each process computes the features of all images; `on_features` is called with
+    the number of images that are done and of all."""
     num_images = sum(batches.num_images for _, batches in filter(None, (train, val)))
     frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
 
-    with computing_features(console, num_images, feature_bytes(model, num_images), world.device) as advance:
+    num_bytes = feature_bytes(model, num_images)
+
+    with computing_features(console, num_images, num_bytes, world.device, on_features) as advance:
 
         def with_features(images: CheckedImages, batches: Batches) -> FeatureBatches:
             features, labels = cache.get(

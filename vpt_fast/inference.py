@@ -97,7 +97,7 @@ class LoadedRun:
             raise ValueError(
                 f"checkpoint: got {checkpoint}, and the run in {run} read its backbone's weights from no file"
             )
-        if checkpoint is not None and class_of(settings, folder)._stores_backbone(settings["options"]):
+        if checkpoint is not None and class_of(settings, folder).stores_backbone_with(settings["options"]):
             raise ValueError(
                 f"checkpoint: got {checkpoint}, and the run in {run} trained the whole backbone and holds "
                 "its weights itself; leave it out"

@@ -78,16 +78,18 @@ def train(
     console: Console | None = None,
     fresh: bool = False,
     cache: TrainingCache | None = None,
+    on_features: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     stop: threading.Event | None = None,
 ) -> TrainResult:
     """Trains ``recipe`` in the run folder ``out``, resuming an earlier call that was stopped.
 
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
-    first. ``cache`` holds what earlier runs in this process loaded. ``on_epoch`` is called with the row of
-    each epoch that this call completed and saved; an exception that it raises ends the call. ``stop`` is set
-    by the first of these signals. The signal may come too late to stop this run, so a caller with further
-    runs has to check it.
+    first. ``cache`` holds what earlier runs in this process loaded. ``on_features`` is called while frozen
+    features are computed, with the number of images that are done and of all. ``on_epoch`` is called with the
+    row of each epoch that this call completed and saved; an exception that it raises ends the call. ``stop``
+    is set by the first of these signals. The signal may come too late to stop this run, so a caller with
+    further runs has to check it.
 
     Raises:
         ValueError: the request cannot be met (RunError for the folder, DataError for the data).
@@ -170,6 +172,7 @@ def train(
                 world,
                 console,
                 cache,
+                on_features,
             )
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")

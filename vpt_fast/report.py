@@ -119,16 +119,30 @@ def evaluating(console: Console, split: str, total: int) -> contextlib.AbstractC
 
 @contextlib.contextmanager
 def computing_features(
-    console: Console, total: int, num_bytes: int, device: torch.device
+    console: Console,
+    total: int,
+    num_bytes: int,
+    device: torch.device,
+    on_features: Callable[[int, int], None] | None,
 ) -> Iterator[Advance]:
-    """Says what the frozen features of `total` images cost; then a progress bar."""
+    """Says what the frozen features of `total` images cost; then a progress bar. `on_features` is called with
+    the number of images that are done and with `total`."""
     console.print(
         f"Computing the frozen features of {total:,} images once, {filesize.decimal(num_bytes)} on {device}; "
         "epochs then train on these.",
         highlight=False,
     )
+    done = 0
     with progress_bar(console, "frozen features", total) as advance:
-        yield advance
+
+        def count(images: int) -> None:
+            nonlocal done
+            done += images
+            advance(images)
+            if on_features is not None:
+                on_features(done, total)
+
+        yield count
 
 
 class Progress:

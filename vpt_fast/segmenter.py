@@ -214,7 +214,7 @@ class PromptedSegmenter(TunedModel):
         return {**self.encoder._options(), **own}
 
     @classmethod
-    def _stores_backbone(cls, options: dict[str, Any]) -> bool:
+    def stores_backbone_with(cls, options: dict[str, Any]) -> bool:
         return ENCODERS[options["method"]].stores_backbone
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

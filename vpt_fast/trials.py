@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +54,17 @@ def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Stud
     password.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError  # Optuna's storage is built on SQLAlchemy
+    from sqlalchemy.event import listen  # Optuna's storage is built on SQLAlchemy
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # The path is not put into the URL: it may contain characters that are special there, or to Optuna ({}).
     path = (out / "study.db").resolve()
     url = storage or "sqlite:///study.db"
-    engine: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite:") else {}
+    connect: dict[str, Any] = {"timeout": 60, "isolation_level": None}
+    engine: dict[str, Any] = {"connect_args": connect} if url.startswith("sqlite:") else {}
     if storage is None:
-        engine = {"creator": lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)}
+        engine = {"creator": lambda: sqlite3.connect(path, check_same_thread=False, **connect)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -72,6 +75,10 @@ def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Stud
             where = "storage" if storage else out / "study.db"
             reason = str(error).splitlines()[0].replace(url, "the URL")
             raise ValueError(f"{where} cannot be opened: {reason}") from None
+        if url.startswith("sqlite:"):
+            # Optuna takes a waiting trial by reading its state and then writing it. SQLite would lock its
+            # file for the writing alone, and two processes with different folders could take one trial.
+            listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         search, final = (
             optuna.create_study(storage=opened, study_name=each, direction="maximize", load_if_exists=True)
             for each in (name, f"{name}-final")
@@ -184,10 +191,10 @@ class Worker:
         trial.set_user_attr("owner", _owner())
         params = {name: trial.suggest_categorical(name, list(axis)) for name, axis in self.axes.items()}
         taking.close()
-        twins = [twin for twin in self.study.get_trials(deepcopy=False) if twin.params == params]
-        if done := next(filter(is_done, twins), None):
+        known = self.study.get_trials(deepcopy=False)
+        if done := next((other for other in known if other.params == params and is_done(other)), None):
             return self._repeat(trial, done)
-        if any(twin.state.name == "RUNNING" and twin.number < trial.number for twin in twins):
+        if any(self._is_twin(other, trial.number, params) for other in known):
             time.sleep(POLL_SECONDS)
             raise _Twin
 
@@ -206,7 +213,14 @@ class Worker:
             if begun := RunFolder(folder).read():
                 for row in begun.metrics:
                     on_epoch(row, may_prune=begun.results is None)
-            result = train(recipe, folder, cache=self.cache, on_epoch=on_epoch, stop=self.stop)
+            result = train(
+                recipe,
+                folder,
+                cache=self.cache,
+                on_features=partial(self.display.features, params),
+                on_epoch=on_epoch,
+                stop=self.stop,
+            )
         except TrainingDiverged as error:
             trial.set_user_attr("diverged", str(error))
             self.display.end(params, f"diverged: {error}")
@@ -221,6 +235,18 @@ class Worker:
         value = result.results[self.metric]
         self.display.end(params, self._outcome(value))
         return value
+
+    @staticmethod
+    def _is_twin(other: FrozenTrial, number: int, params: Params) -> bool:
+        """Whether `other` runs with these settings and began earlier. A process in another folder may just
+        have taken it and not have recorded all of its settings: it is a twin unless one that is known
+        differs."""
+        known = params_of(other)
+        return (
+            other.state.name == "RUNNING"
+            and other.number < number
+            and all(known.get(name, value) == value for name, value in params.items())
+        )
 
     def _repeat(self, trial: Trial, done: FrozenTrial) -> float:
         """Ends a trial as the earlier one with its settings ended, which trained and would again give the
@@ -329,6 +355,10 @@ class Display:
     def begin(self, params: Params) -> None:
         self._started = time.perf_counter()
         self._bars.update(self._task, description=f"{self._name(params)}, reading backbone and images")
+
+    def features(self, params: Params, images: int, of: int) -> None:
+        text = f"{self._name(params)}, frozen features {images:,}/{of:,}"
+        self._bars.update(self._task, description=text)
 
     def epoch(self, params: Params, epochs: int, of: int) -> None:
         text = f"{self._name(params)}, epoch {epochs}/{of}"

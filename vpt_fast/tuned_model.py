@@ -126,7 +126,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         return {}
 
     @classmethod
-    def _stores_backbone(cls, options: dict[str, Any]) -> bool:
+    def stores_backbone_with(cls, options: dict[str, Any]) -> bool:
         """`stores_backbone` of a model built with these options."""
         del options
         return cls.stores_backbone
@@ -388,7 +388,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         if settings["model"] != cls.__name__:
             raise ValueError(f"{path}: holds a {settings['model']}, want a {cls.__name__}")
         options = dict(settings["options"])
-        stores_backbone = cls._stores_backbone(options)
+        stores_backbone = cls.stores_backbone_with(options)
         known = [name for name in ("dtype", "backend", "attention", "residual_dtype") if name in options]
         if not stores_backbone:
             known.append("checkpoint")

@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
+from vpt_fast import loop, plots
 from vpt_fast.data import export_digits
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -66,6 +67,19 @@ def digits(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "digits"
     export_digits(root, seed=42)
     return root
+
+
+@pytest.fixture(autouse=True)
+def curves_without_pixels(monkeypatch) -> None:
+    """Curves are drawn, but not rendered, which would be most of the time of so short a run."""
+    original = loop.plot_curves
+
+    def plot_curves(rows, path):
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "_save", lambda figure, path: None)
+            original(rows, path)
+
+    monkeypatch.setattr(loop, "plot_curves", plot_curves)
 
 
 @pytest.fixture

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vpt_fast.run import Begun, RunFolder
+from vpt_fast.run import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import scenes as generated  # noqa: E402
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ARGUMENTS = (
     "--backbone=vit_tiny_patch16_224",
     "--no-pretrained",
@@ -31,31 +32,14 @@ ARGUMENTS = (
     "--device=cpu",
 )
 
-
-def test_two_processes_equal_one_with_the_joined_batch(images, tmp_path, command):
-    # 26 train images: an even number, since processes repeat an image to share an odd one evenly.
-    (images / "train" / "red" / "0.png").unlink()
-    one, two = train(command, images, tmp_path)
-    assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
-    for row, other in zip(one.metrics, two.metrics, strict=True):
-        for name in ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"):
-            assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
-
-
-def test_two_processes_segment_as_one_with_the_joined_batch(tmp_path, command):
-    data = tmp_path / "scenes"
-    generated.write_scenes(data, {"training": 12, "validation": 4}, seed=0)
-    scenes = ("--task=segmentation", "--head-channels=8")
-    one, two = train(command, data, tmp_path, *scenes)
-    assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
-    for row, other in zip(one.metrics, two.metrics, strict=True):
-        for name in ("lr", "train_loss", "train_accuracy", "val_loss", "val_miou", "val_accuracy"):
-            assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
-
-
-JOINS_OFTEN = """
-import torch
+# Everything that two processes do here, since starting them takes longer than all of it.
+TWO_PROCESSES = """
+import json, sys, torch
+from vpt_fast.cli import app
 from vpt_fast.world import join_world
+
+for arguments in json.loads(sys.argv[1]):
+    app(arguments, standalone_mode=False)
 
 for time in range(20):
     with join_world("cpu") as world:
@@ -68,27 +52,56 @@ for time in range(20):
 """
 
 
-def test_the_same_processes_join_again_and_again_without_a_warning(tmp_path):
-    script = tmp_path / "joins_often.py"
-    script.write_text(JOINS_OFTEN)
-    found = run([*TORCHRUN, str(script)], timeout=120, PYTHONWARNINGS="error::FutureWarning")
-    assert found.count("joined") == 40
+def arguments(folder: Path, problem: str, processes: str) -> list[str]:
+    scenes = ("--task=segmentation", "--head-channels=8") if problem == "segmentation" else ()
+    return [
+        "train",
+        f"--data={folder / problem}",
+        f"--out={folder / problem}-{processes}",
+        *ARGUMENTS,
+        *scenes,
+    ]
 
 
-def train(command, data, folder: Path, *more: str) -> tuple[Begun, Begun]:
-    """The runs of one process, which is this one, and of two."""
-    one, two = folder / "one", folder / "two"
-    done = command("train", f"--data={data}", f"--out={one}", *ARGUMENTS, *more)
-    assert done.exit_code == 0, done.output
-    arguments = ["train", f"--data={data}", f"--out={two}", *ARGUMENTS, *more]
-    run([*TORCHRUN, "-m", "vpt_fast.cli", *arguments], timeout=300)
-    return RunFolder(one).read(), RunFolder(two).read()
-
-
-def run(arguments: list[str], timeout: float, **more: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+@pytest.fixture(scope="module")
+def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of the data and of the runs of two processes, and what they printed."""
+    folder = tmp_path_factory.mktemp("distributed")
+    images = Path(shutil.copytree(color_images, folder / "classification"))
+    # 26 train images: an even number, since processes repeat an image to share an odd one evenly.
+    (images / "train" / "red" / "0.png").unlink()
+    generated.write_scenes(folder / "segmentation", {"training": 12, "validation": 4}, seed=0)
+    (folder / "two_processes.py").write_text(TWO_PROCESSES)
+    commands = [arguments(folder, problem, "two") for problem in ("classification", "segmentation")]
     done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(folder / "two_processes.py"), json.dumps(commands)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("problem", "metrics"),
+    [("classification", ["val_accuracy"]), ("segmentation", ["val_miou", "val_accuracy"])],
+)
+def test_two_processes_equal_one_with_the_joined_batch(two_processes, command, problem, metrics):
+    folder, _ = two_processes
+    done = command(*arguments(folder, problem, "one"))
+    assert done.exit_code == 0, done.output
+    one, two = (RunFolder(folder / f"{problem}-{processes}").read() for processes in ("one", "two"))
+    assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
+    for row, other in zip(one.metrics, two.metrics, strict=True):
+        for name in ("lr", "train_loss", "train_accuracy", "val_loss", *metrics):
+            assert other[name] == pytest.approx(row[name], rel=1e-4), (row["epoch"], name)
+
+
+def test_the_same_processes_join_again_and_again_without_a_warning(two_processes):
+    _, printed = two_processes
+    assert printed.count("joined") == 40

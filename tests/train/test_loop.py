@@ -286,7 +286,7 @@ def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
         with contextlib.suppress(KeyboardInterrupt):
             RunFolder(tmp_path / "run").clear()
     assert len(done) == removals
-    other = dataclasses.replace(recipe, base_lr=0.5)
+    other = dataclasses.replace(recipe, base_lr=0.25)
     fresh = (tmp_path / "run" / "config.yaml").exists()  # else there is no run to be seen
     interrupt_at_step(monkeypatch, 1)
     train(other, tmp_path / "run", fresh=fresh)

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -484,6 +485,47 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_waiting_trial_is_taken_by_one_process_alone(settings, tmp_path, monkeypatch):
+    from optuna.storages._rdb.models import TrialModel
+
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
+    one, other = (studies(plan, tmp_path)[0] for _ in range(2))
+    one.enqueue_trial({"base_lr": 0.5})
+    read = TrialModel.find_or_raise_by_id.__func__
+
+    def slowly(cls, *arguments, **options):
+        found = read(cls, *arguments, **options)
+        time.sleep(0.1)  # between the reading of a trial's state and its writing
+        return found
+
+    monkeypatch.setattr(TrialModel, "find_or_raise_by_id", classmethod(slowly))
+    with ThreadPoolExecutor(2) as threads:
+        taken = [trial.number for trial in threads.map(lambda study: study.ask(), (one, other))]
+    assert sorted(taken) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
+    settings, tmp_path, monkeypatch, trained
+):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
+    study, _ = studies(plan, tmp_path)
+    for _ in range(2):  # two processes that began at once found it missing
+        study.enqueue_trial({"base_lr": 0.5})
+    taken = study.ask()
+    taken.set_user_attr("owner", trials._owner())
+
+    def pause(seconds):
+        assert trained == []
+        if not study.get_trials(deepcopy=False)[0].state.is_finished():
+            study.tell(taken, state=optuna.trial.TrialState.FAIL)
+
+    monkeypatch.setattr(trials.time, "sleep", pause)
+    assert run_sweep(plan, tmp_path)["finished"]
+    assert trained == ["base_lr=0.5", "seed-1"]
+
+
 def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tmp_path):
     flags = [f"--data={color_images}", f"--out={tmp_path / 'sweep'}", "--backbone=train_test_vit"]
     flags += ["--method=linear", "--epochs=1", "--device=cpu", "--seeds=1,2", "--over=base_lr=0.5,0.1"]
@@ -710,6 +752,23 @@ def test_time_left_is_by_what_a_trial_costs():
     display._started -= 10
     display.end({"epochs": 2}, "done")
     assert "2 trials are left, about 2 min" in console.export_text()  # 2 trials of 50 s
+
+
+def test_trials_show_how_far_their_frozen_features_are(settings, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        trials.Display, "features", lambda self, params, images, of: shown.append((params, images, of))
+    )
+    run_sweep(Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,)), tmp_path)
+    trial = [(images, of) for params, images, of in shown if params == {"base_lr": 0.5}]
+    assert trial == sorted(trial) and trial[0][0] > 0 and trial[-1] == (36, 36)  # train and val
+
+
+def test_description_of_a_trial_names_its_frozen_features():
+    display = trials.Display(Console(), "trial", 1)
+    display.features({"base_lr": 0.5}, 1_024, 2_000)
+    (task,) = display._bars.tasks
+    assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
 
 
 def test_sweep_file_holds_what_was_asked(settings, tmp_path):

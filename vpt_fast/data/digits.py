@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from .images import DataError
 
@@ -46,6 +44,8 @@ def export_digits(root: str | os.PathLike[str], *, seed: int) -> None:
     if _is_complete(root, set(files)):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
+    from sklearn.datasets import load_digits  # takes seconds
+
     images = load_digits().images  # (1797, 8, 8), 0..16
     with _scratch_folder(root) as scratch:
         new = scratch / "new"
@@ -96,6 +96,9 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 def _split_digits(seed: int) -> dict[str, int]:
     """File name below the root -> index of the image in scikit-learn's list."""
+    from sklearn.datasets import load_digits  # takes seconds
+    from sklearn.model_selection import train_test_split
+
     labels = load_digits().target
     chosen = np.arange(len(labels))
     train, rest = train_test_split(
