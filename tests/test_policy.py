@@ -82,10 +82,18 @@ def test_policy_may_be_changed_on_a_model(auto: PromptedViT) -> None:
     assert auto.memory_policy(1) == "compact"
 
 
-def test_auto_compiles(auto: PromptedViT) -> None:
-    images = random_batch(auto, 1, dtype=torch.float32)[0]
-    expected = auto(images)
-    torch.testing.assert_close(torch.compile(auto, backend="eager")(images), expected)
+def test_auto_chooses_in_the_first_compiled_step_of_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    auto = PromptedViT(tiny_vit(torch.float32, depth=1), 5, 3, memory="auto").train()
+    compiled = torch.compile(auto, backend="eager", fullgraph=True, dynamic=True)
+    small, large = (random_batch(auto, size, dtype=torch.float32)[0] for size in (6, 7))
+    chosen = []
+    for images, free, policy in ((small, None, "exact"), (large, 1, "recompute"), (small, 1, "exact")):
+        monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device, free=free: free)
+        logits = compiled(images)
+        chosen.append((auto.memory_policy(len(images)), policy))
+        torch.testing.assert_close(logits, auto(images))
+    assert all(ours == wanted for ours, wanted in chosen), chosen
 
 
 def test_inference_forms_no_codes(auto: PromptedViT) -> None:

@@ -325,12 +325,14 @@ class PromptedClassifier(FrozenClassifier):
         """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
-        key = (batch_size, num_tokens, self._compute_dtype, self.backbone.device)
+        # A compiler specialises symbolic sizes here: the choice is for these.
+        sizes = operator.index(batch_size), operator.index(num_tokens)
+        key = (*sizes, self._compute_dtype, self.backbone.device)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
 
-    @torch.compiler.disable
+    @torch.compiler.assume_constant_result  # Dynamo calls it when it traces the first step of these sizes
     def _choose_policy(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> str:
