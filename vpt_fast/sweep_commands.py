@@ -172,14 +172,12 @@ def ablate(
     [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
-        from vpt_fast.ablations import plan_ablation, run_ablation
-        from vpt_fast.run import default_run_folder
+        from vpt_fast.ablations import default_ablation_folder, plan_ablation, run_ablation
 
         settings = given_settings(config, flags)
         listed = [part.strip() for part in methods.split(",") if part.strip()]
         points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
-        run = default_run_folder(points[0].sweep.recipe(**points[0].sweep.points()[0]))
-        folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
+        folder = out or default_ablation_folder(name, points)
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
     if not found["finished"]:
