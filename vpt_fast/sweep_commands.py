@@ -209,13 +209,16 @@ def tsne(
     run: RunArgument,
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
-    data_root: Annotated[Path | None, typer.Option(help="As for train.", show_default="none")] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of t-SNE.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
+        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
     ] = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,
