@@ -9,6 +9,7 @@ each other one.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +198,7 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help should not rewrite the page
     path = Path(__file__).parents[1] / PAGE
     with replacing(path) as temporary:
         temporary.write_text(page(build_all()))

@@ -77,6 +77,7 @@ ROW_NAMES = (  # what the names of implementations say
     "`no_prompts`, a reference point, runs timm's blocks without prompts, with a backward pass through all "
     "of them.",
 )
+MARK = "†"  # of a setting in the summary to which UNGRAPHED applies
 UNGRAPHED = "Concatenation was not run in a CUDA graph in this measurement."
 
 Row = dict[str, Any]
@@ -165,7 +166,8 @@ class Group:
         return row["images_per_second"] / best["images_per_second"] if best and is_right(row) else None
 
     def title(self) -> str:
-        prompts = f"{self['num_prompts']} {self['prompt_type']} prompts"
+        count = self["num_prompts"]
+        prompts = f"{count} {self['prompt_type']} prompt{'s' * (count != 1)}"
         dtype = f", {self.dtypes[0]}" if len(self.dtypes) == 1 else ""
         return f"{model_name(self['model'])} with {prompts}, batch {self['batch_size']}{dtype}"
 
@@ -605,6 +607,45 @@ SECTIONS = {
 }
 
 
+def summary(those: Sequence[Group]) -> str:
+    """For each setting, how much faster than the best concatenation vpt_fast's rows are, from the slowest to
+    the fastest, and what the fastest keeps for backward; empty where nothing can be compared."""
+    lines = []
+    for group in those:
+        ours = [row for row in group.rows if row["impl"].startswith("vpt_fast") and is_right(row)]
+        best = group.best_concatenation
+        if best is None or not ours:
+            continue
+        ours.sort(key=lambda row: row["images_per_second"])
+        slowest, fastest = (f"{group.ratio(row):.2f}" for row in (ours[0], ours[-1]))
+        kept, of_best = (row.get("kept_mib_per_image") for row in (ours[-1], best))
+        mark = f" {MARK}" if group.graphs_ours_alone else ""
+        lines.append(
+            {
+                "device": group.report.device,
+                "setting": group.title(),
+                "speed": (slowest if len(ours) == 1 else f"{slowest} to {fastest}") + mark,
+                "fastest": name_of(ours[-1]),
+                "kept": f"{kept / of_best:.2f}" if kept and of_best else "",
+            }
+        )
+    if not lines:
+        return ""
+    columns: list[Column] = [
+        ("device", field("device")),
+        ("training step", field("setting")),
+        ("speed of vpt_fast, × best concatenation", field("speed")),
+        ("fastest row", field("fastest")),
+        ("it keeps for backward, × best concatenation", field("kept")),
+    ]
+    text = paragraph(
+        "Training steps of vpt_fast beside the fastest way to concatenate that was measured with it, from",
+        "vpt_fast's slowest row to its fastest; below 1.00 it is slower:",
+    )
+    notes = [f"{MARK} {UNGRAPHED}"] if any(MARK in line["speed"] for line in lines) else []
+    return "\n\n".join([text, table(lines, columns), *notes])
+
+
 def performance_page(root: Path, reports: list[Report]) -> str:
     """docs/performance.md"""
     text = [
@@ -616,6 +657,8 @@ def performance_page(root: Path, reports: list[Report]) -> str:
             "[benchmarks/results](../benchmarks/results), linked beside the command that repeats the",
             "measurement. Settings in which vpt_fast is slower are included.",
         ),
+        *filter(None, [summary(groups(reports))]),
+        "## How it was measured",
         paragraph(
             "Times are medians. The rows of one table were measured in one process, in alternation. The",
             "gradient error is the largest relative error over the trained tensors, against concatenation in",

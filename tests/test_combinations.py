@@ -25,6 +25,14 @@ def test_the_committed_page_is_the_generated_one(built) -> None:
     assert (ROOT / page.PAGE).read_text() == page.page(built), "run scripts/combinations.py"
 
 
+def test_help_builds_and_writes_nothing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["combinations.py", "--help"])
+    monkeypatch.setattr(page, "build_all", lambda: pytest.fail("built"))
+    with pytest.raises(SystemExit, match="^0$"):
+        page.main()
+    assert "docs/combinations.md" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_combination_trains_or_names_both_of_its_sides(name: str, built) -> None:
     combination, result = built[name]

@@ -131,6 +131,30 @@ def test_what_lost_is_said(project: Project) -> None:
     assert "Slower than the best concatenation: `vpt_fast`, memory recompute (0.75)." in project.text()
 
 
+def test_the_page_begins_with_the_slowest_and_fastest_row_of_each_setting(project: Project) -> None:
+    ours = [row("vpt_fast", 150.0, memory="recompute"), row("vpt_fast", 300.0, kept_mib_per_image=15.0)]
+    project.add("h100", [*ours, row("vpt_fast_torch", 900.0, exact=False), row("concat_timm", 200.0)])
+    before, _, _ = project.text().partition("## How it was measured")
+    setting = "| NVIDIA H100 | ViT-B/16 with 100 deep prompts, batch 64, bfloat16 |"
+    assert f"{setting} 0.75 to 1.50 | `vpt_fast` | 0.50 |" in before
+
+
+def test_the_summary_says_where_only_our_steps_were_graphed(project: Project) -> None:
+    project.add("h100", [row("vpt_fast_graphed", 300.0), row("concat_timm", 200.0)])
+    before, _, _ = project.text().partition("## How it was measured")
+    assert "| 1.50 † |" in before and f"† {page.UNGRAPHED}" in before
+
+
+def test_one_prompt_is_in_the_singular(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0, num_prompts=1), row("concat_timm", 200.0, num_prompts=1)])
+    assert "with 1 deep prompt, batch" in project.text()
+
+
+def test_the_page_has_no_summary_of_rows_that_cannot_be_compared(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0, exact=False)])
+    assert "the fastest way to concatenate" not in project.text()
+
+
 def test_of_a_setting_measured_twice_on_a_device_the_newest_counts(project: Project) -> None:
     project.add("old", [row("vpt_fast", 111.0), row("concat_timm", 50.0)], date="2026-11-22")
     project.add("new", [row("vpt_fast", 222.0), row("concat_timm", 50.0)])

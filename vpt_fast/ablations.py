@@ -26,7 +26,7 @@ from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import METHOD_KNOBS, SEGMENTATION, Recipe, parse_method
-from vpt_fast.run import write
+from vpt_fast.run import data_and_backbone, write
 from vpt_fast.sweep import Sweep, default_axes, require_trials, run_sweep
 
 LENGTHS = (1, 10, 50, 100, 200)
@@ -46,12 +46,14 @@ class Ablation:
 
     Attributes:
         title, x_label: of the plot.
+        figure: the paper's.
         methods: default methods, one line each.
         varied: the settings that the points set.
         points: (method, recipe) -> {line: {value: settings}}.
     """
 
     title: str
+    figure: str
     x_label: str
     methods: tuple[str, ...]
     varied: tuple[str, ...]
@@ -96,18 +98,19 @@ def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[st
 
 
 ABLATIONS = {
-    "length": Ablation("Prompt length (Fig. 6)", "prompts", ("vpt-deep",), ("num_prompts",), _length),
+    "length": Ablation("Prompt length", "Fig. 6", "prompts", ("vpt-deep",), ("num_prompts",), _length),
     "depth": Ablation(
-        "Prompt depth (Fig. 7)", "blocks with prompts", ("vpt-deep",), ("prompt_layers",), _depth
+        "Prompt depth", "Fig. 7", "blocks with prompts", ("vpt-deep",), ("prompt_layers",), _depth
     ),
     "location": Ablation(
-        "Prompt location (Fig. 5)", "location", tuple(LOCATIONS), ("prompt_location",), _location
+        "Prompt location", "Fig. 5", "location", tuple(LOCATIONS), ("prompt_location",), _location
     ),
     "output": Ablation(
-        "What the head reads (Fig. 8)", "output", ("vpt-deep", "vpt-shallow"), ("pool",), _output
+        "What the head reads", "Fig. 8", "output", ("vpt-deep", "vpt-shallow"), ("pool",), _output
     ),
     "data-size": Ablation(
-        "Training data (Fig. 3)",
+        "Training data",
+        "Fig. 3",
         "share of the training images",
         ("linear", "vpt-shallow", "vpt-deep", "full"),
         ("train_fraction",),
@@ -197,6 +200,11 @@ def plan_ablation(
     return found
 
 
+def default_ablation_folder(name: str, points: Sequence[Point]) -> Path:
+    """runs/ablation-<name>-<data>-<backbone>: the same command gives the same folder."""
+    return Path("runs") / f"ablation-{name}-{data_and_backbone(points[0].sweep.first_recipe)}"
+
+
 def run_ablation(
     name: str, points: Sequence[Point], out: Path, *, console: Console | None = None
 ) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def run_ablation(
             require_trials(point.sweep, cache)
         except ValueError as error:
             raise ValueError(f"{point.line}, {ablation.x_label} {point.value}: {error}") from None
-    console.print(f"{ablation.title}: {len(points)} points, of each:", highlight=False)
+    console.print(f"{ablation.title} (the paper's {ablation.figure}): {len(points)} points", highlight=False)
     rows: list[dict[str, Any]] = []
     for point in points:
         console.rule(f"{point.line}: {ablation.x_label} {point.value}")

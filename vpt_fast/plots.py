@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1a5276", "linestyle": (0, (8, 3)), "marker": "*"},
 )
 MOST_IN_LEGEND = 20  # classes
+LONGEST_NAME = 10  # letters in a line below a group of bars
 
 
 def plot_curves(rows: Rows, path: Path) -> None:
@@ -84,7 +86,7 @@ def plot_ablation(
     """Accuracy against the varied setting; `lines`: line -> {value: (mean, standard deviation or None)}.
 
     Numeric values are drawn as curves, on a logarithmic axis if they span more than a factor of 30; other
-    values as groups of bars.
+    values as groups of bars, each group centred on its name. Bars of error are one standard deviation.
 
     Raises ValueError for more lines than there are styles.
     """
@@ -102,11 +104,14 @@ def plot_ablation(
             axes.errorbar(list(line), means, errors, label=name, markersize=5, capsize=3, **style)
         else:
             width = 0.8 / len(lines)
-            places = [values.index(value) - 0.4 + (i + 0.5) * width for value in line]
+            places = []
+            for value in line:
+                group = [other for other in lines if value in lines[other]]
+                places.append(values.index(value) + (group.index(name) - (len(group) - 1) / 2) * width)
             hatch = ("", "//", "..", "xx", "\\\\", "--", "oo", "++")[i]
             axes.bar(
                 places, means, width, yerr=errors, label=name, hatch=hatch, facecolor=style["color"],
-                edgecolor="white", capsize=3,
+                edgecolor="white", ecolor="#888888", capsize=3,  # grey shows on a black bar too
             )  # fmt: skip
     if is_numeric:
         if min(values) > 0 and max(values) / min(values) > 30:
@@ -114,10 +119,13 @@ def plot_ablation(
         axes.set_xticks(values, labels=[f"{value:g}" for value in values])
         axes.minorticks_off()
     else:
-        axes.set_xticks(range(len(values)), labels=[str(value) for value in values])
+        # In lines, since neighbouring names would run into each other.
+        names = [textwrap.fill(str(value).replace("_", " "), LONGEST_NAME) for value in values]
+        axes.set_xticks(range(len(values)), labels=names)
     axes.set_title(title)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    has_errors = any(deviation is not None for line in lines.values() for _, deviation in line.values())
+    axes.set_ylabel(f"{y_label} (mean ± std)" if has_errors else y_label)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -312,13 +312,18 @@ def _lock(folder: Path) -> IO[str]:
 
 def default_run_folder(recipe: Recipe) -> Path:
     """runs/<data>-<backbone>-<method>: the same command gives the same folder."""
+    return Path("runs") / f"{data_and_backbone(recipe)}-{recipe.method}"
+
+
+def data_and_backbone(recipe: Recipe) -> str:
+    """<data>-<backbone>, as folders of runs are named by default."""
     data = Path(recipe.data).resolve().name
     if recipe.task == SEGMENTATION:
         data += "-segmentation"
     elif recipe.task is not None:
         data = recipe.task.replace("/", "-")
     backbone = recipe.backbone.replace("/", "_").replace(":", "_")
-    return Path("runs") / f"{data}-{backbone}-{recipe.method}"
+    return f"{data}-{backbone}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -173,14 +173,12 @@ def ablate(
     [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
-        from vpt_fast.ablations import plan_ablation, run_ablation
-        from vpt_fast.run import default_run_folder
+        from vpt_fast.ablations import default_ablation_folder, plan_ablation, run_ablation
 
         settings = given_settings(config, flags)
         listed = [part.strip() for part in methods.split(",") if part.strip()]
         points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
-        run = default_run_folder(points[0].sweep.first_recipe)
-        folder = out or run.with_name(f"ablation-{name}-{run.name.rsplit('-', 2)[0]}")
+        folder = out or default_ablation_folder(name, points)
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
     if not found["finished"]:
@@ -212,13 +210,16 @@ def tsne(
     run: RunArgument,
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
-    data_root: Annotated[Path | None, typer.Option(help="As for train.", show_default="none")] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of t-SNE.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes for decoding images.", show_default="one per core")
+        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
     ] = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,

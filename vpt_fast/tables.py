@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,19 @@ class Entry:
         return accuracies.get(self.method, {}).get(self.task)
 
 
+Key = tuple[str, str, str]  # backbone, method, task
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's folder, and what its config.yaml, run.json and results.json hold."""
+
+    path: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    results: dict[str, Any]
+
+
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     """Reads sweep folders, run folders, and folders of these; also returns notes on what was left out.
 
@@ -77,8 +90,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             name.
     """
     data: dict[str, tuple[Path, list[str]]] = {}  # by task: the first folder with it, and the classes there
-    entries: dict[tuple[str, str, str], Entry] = {}
-    runs: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = {}
+    sweeps: dict[Key, Path] = {}
+    entries: dict[Key, Entry] = {}
+    runs: dict[Key, list[FinishedRun]] = {}
     notes: list[str] = []
     paths: list[Path] = []
     for folder in folders:
@@ -100,9 +114,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             entry = _sweep_entry(results)
             _require_same_classes(data, entry.task, path, results.get("classes"))
             key = (entry.backbone, entry.method, entry.task)
-            if key in entries or key in runs:
-                raise ValueError(f"{path}: there are results of {entry.method} on {entry.task} already")
-            entries[key] = entry
+            _require_once(key, path, sweeps.get(key) or next((run.path for run in runs.get(key, ())), None))
+            sweeps[key], entries[key] = path, entry
         elif "val_accuracy" in results:
             config = Recipe.from_yaml(RunFolder(path).config).to_dict()
             if config["task"] == SEGMENTATION:
@@ -112,9 +125,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             _require(path / "results.json", results, "test_accuracy")
             key = (config["backbone"], config["method"], _task(config))
             _require_same_classes(data, key[2], path, facts.get("data", {}).get("classes"))
-            if key in entries:
-                raise ValueError(f"{path}: there are results of {key[1]} on {key[2]} already")
-            runs.setdefault(key, []).append((config, facts, results))
+            _require_once(key, path, sweeps.get(key))
+            runs.setdefault(key, []).append(FinishedRun(path, config, facts, results))
         elif "ablation" in results:
             notes.append(f"{path}: an ablation, whose points are sweeps below it{LEFT_OUT}")
         else:
@@ -185,6 +197,15 @@ def _require_same_classes(
         )
 
 
+def _require_once(key: Key, path: Path, earlier: Path | None) -> None:
+    """Raises ValueError if the folder `earlier` holds results of the same method and task as `path`."""
+    if earlier is not None:
+        raise ValueError(
+            f"{earlier} and {path} both hold results of {key[1]} on {key[2]} with {key[0]}; tabulate one "
+            "without the other"
+        )
+
+
 def _sweep_entry(results: dict[str, Any]) -> Entry:
     final = results["final"]
     deviation = final["standard_deviation"]
@@ -208,24 +229,25 @@ def _has_weights(settings: dict[str, Any]) -> bool:
     return settings.get("pretrained") is not False or settings.get("checkpoint") is not None
 
 
-def _run_entry(
-    key: tuple[str, str, str], found: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
-) -> Entry:
-    first = Recipe.from_dict(found[0][0])
-    for config, *_ in found[1:]:
-        if set(other := first.differences(Recipe.from_dict(config))) != {"seed"}:
-            what = ", ".join(sorted(set(other) - {"seed"})) or "nothing, not even the seed"
-            raise ValueError(f"{key[1]} on {key[2]} comes twice; the two differ in {what}")
-    seeds = Counter(Recipe.from_dict(config).seed for config, *_ in found)
-    if (most := seeds.most_common(1)[0])[1] > 1:
-        raise ValueError(f"{key[1]} on {key[2]} comes twice with the seed {most[0]}")
-    split = "test" if all(results["test_accuracy"] is not None for *_, results in found) else "val"
-    values = [results[f"{split}_accuracy"] for *_, results in found]
+def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
+    recipes = [Recipe.from_dict(run.config) for run in found]
+    first, named = recipes[0], f"{key[1]} on {key[2]}"
+    by_seed = {first.seed: found[0].path}
+    for run, recipe in zip(found[1:], recipes[1:], strict=True):
+        both = f"{found[0].path} and {run.path}"
+        if others := sorted(set(first.differences(recipe)) - {"seed"}):
+            raise ValueError(f"{named} comes twice; {both} differ in {', '.join(others)}")
+        if recipe.seed in by_seed:
+            both = f"{by_seed[recipe.seed]} and {run.path}"
+            raise ValueError(f"{named} comes twice with the seed {recipe.seed}, in {both}")
+        by_seed[recipe.seed] = run.path
+    split = "test" if all(run.results["test_accuracy"] is not None for run in found) else "val"
+    values = [run.results[f"{split}_accuracy"] for run in found]
     if None in values:
-        raise ValueError(f"{key[1]} on {key[2]}: of some runs there is neither test nor val accuracy")
-    if first.train_fraction == 1 and len({repr(_images_by_class(facts)) for _, facts, _ in found}) > 1:
-        raise ValueError(f"{key[1]} on {key[2]}: the runs are of other images; tabulate them apart")
-    parameters = found[0][1]["parameters"]
+        raise ValueError(f"{named}: of some runs there is neither test nor val accuracy")
+    if first.train_fraction == 1 and len({repr(_images_by_class(run.facts)) for run in found}) > 1:
+        raise ValueError(f"{named}: the runs are of other images; tabulate them apart")
+    parameters = found[0].facts["parameters"]
     return Entry(
         method=key[1],
         task=key[2],
@@ -237,7 +259,7 @@ def _run_entry(
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
         prompt_location=first.prompt_location,
-        has_weights=_has_weights(found[0][0]),
+        has_weights=_has_weights(found[0].config),
     )
 
 
@@ -285,15 +307,25 @@ class Row:
     @property
     def is_papers(self) -> bool:
         """Whether its backbone is that of the paper's Table 1."""
-        return published_of(self._first.backbone) is PUBLISHED[BACKBONE]
+        return published_of(self.backbone) is PUBLISHED[BACKBONE]
 
     @property
     def published_accuracies(self) -> dict[str, float]:
         """Published accuracies of the method on this backbone, also for tasks without an entry."""
         if not self._first.has_weights:
             return {}
-        published = published_of(self._first.backbone, self._first.prompt_location)
+        published = published_of(self.backbone, self._first.prompt_location)
         return published.accuracies.get(self.method, {}) if published is not None else {}
+
+    @property
+    def has_published_mean(self) -> bool:
+        """Whether a published number stands against the row in the table of groups."""
+        has_total = self.is_papers and self.method in PAPER_TOTALS
+        return has_total or any(mean.published is not None for mean in self.means.values())
+
+    @property
+    def backbone(self) -> str:
+        return self._first.backbone
 
     @property
     def _first(self) -> Entry:
@@ -399,7 +431,8 @@ def _summary(rows: list[Row]) -> Lines:
     for row in rows:
         tasks = len(row.entries)
         paper = PAPER_TOTALS.get(row.method) if row.is_papers else None
-        cells: Lines = [[row.name, f"{row.total:.2f}× of {tasks} tasks"], ["published"], ["difference"]]
+        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
+        cells: Lines = [[row.name, f"{row.total:.2f}× of {of_tasks}"], ["published"], ["difference"]]
         cells[1].append(MISSING if paper is None else f"{paper:.2f}× of 24 tasks")
         cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and tasks == 24 else MISSING)
         for group in groups:
@@ -415,7 +448,7 @@ def _summary(rows: list[Row]) -> Lines:
             cells[0].append(f"{mean.accuracy:.2f}{wins}{missing}")
             cells[1].append(MISSING if mean.published is None else f"{mean.published:.2f}{all_tasks}")
             cells[2].append(MISSING if mean.difference is None else f"{mean.difference:+.2f}")
-        lines += cells
+        lines += cells if row.has_published_mean else cells[:1]
     return lines
 
 
@@ -436,23 +469,23 @@ def _tasks(rows: list[Row]) -> Lines:
     names = dict.fromkeys(task for row in rows for task in row.entries)
     groups = {TASKS[name].group for name in names if name in TASKS}
     shown = [name for name, task in TASKS.items() if task.group in groups]  # missing ones too
-    lines = [["task", *(title for row in rows for title in (row.name, "published", "difference"))]]
+    lines = [["task"]]
+    for row in rows:
+        lines[0] += [row.name, *(["published", "difference"] if row.published_accuracies else [])]
     for name in [*shown, *(name for name in names if name not in TASKS)]:
         line = [name]
         for row in rows:
             entry = row.entries.get(name)
+            published = entry.published_accuracy if entry else row.published_accuracies.get(name)
             if entry is None:
-                paper = row.published_accuracies.get(name)
-                line += ["missing", MISSING if paper is None else f"{paper:.1f}", MISSING]
-                continue
-            spread = "" if entry.standard_deviation is None else f" ± {entry.standard_deviation:.2f}"
-            published = entry.published_accuracy
-            line += [f"{entry.accuracy:.2f}{spread}"]
-            line += (
-                [MISSING, MISSING]
-                if published is None
-                else [f"{published:.1f}", f"{entry.accuracy - published:+.2f}"]
-            )
+                line += ["missing"]
+            else:
+                spread = "" if entry.standard_deviation is None else f" ± {entry.standard_deviation:.2f}"
+                line += [f"{entry.accuracy:.2f}{spread}"]
+            if row.published_accuracies:
+                difference = None if entry is None or published is None else entry.accuracy - published
+                line += [MISSING if published is None else f"{published:.1f}"]
+                line += [MISSING if difference is None else f"{difference:+.2f}"]
         lines.append(line)
     return lines
 
@@ -474,6 +507,10 @@ def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
     """LaTeX tables with booktabs."""
 
     def escaped(text: str) -> str:
+        if text == MISSING:
+            return "--"
+        if re.fullmatch(r"[+-][\d.]+", text):  # in text, LaTeX sets a minus as a hyphen
+            return f"${text}$"
         return "".join(_LATEX.get(character, character) for character in text)
 
     tables = [r"% needs \usepackage{booktabs}"]
@@ -489,35 +526,39 @@ def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
     return "\n\n".join([*tables, *map(escaped, notes)]) + "\n"
 
 
+CSV_COLUMNS = (
+    "method", "backbone", "of", "accuracy", "standard_deviation", "runs", "tasks", "split",
+    "stored_parameters", "published", "difference", "wins",
+)  # fmt: skip
+
+
 def _csv(rows: list[Row]) -> str:
     """A line for each method and task, then for each method and group."""
     text = io.StringIO()
-    columns = (
-        "method", "of", "accuracy", "standard_deviation", "runs", "tasks", "split", "published", "difference",
-        "wins",
-    )  # fmt: skip
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
+        named = {"method": row.method, "backbone": row.backbone}
         for entry in row.entries.values():
             published = entry.published_accuracy
             writer.writerow(
-                {
-                    "method": row.name,
+                named
+                | {
                     "of": entry.task,
                     "accuracy": entry.accuracy,
                     "standard_deviation": entry.standard_deviation,
                     "runs": entry.runs,
                     "tasks": 1,
                     "split": entry.split,
+                    "stored_parameters": entry.stored,
                     "published": published,
                     "difference": None if published is None else round(entry.accuracy - published, 6),
                 }
             )
         for group, mean in row.means.items():
             writer.writerow(
-                {
-                    "method": row.name,
+                named
+                | {
                     "of": group,
                     "accuracy": mean.accuracy,
                     "tasks": mean.tasks,

@@ -371,7 +371,8 @@ class Display:
         if self._first_seconds is None and left > 0:
             self._first_seconds = seconds
             about = _duration(left * seconds / self._relative_cost(params))
-            self._console.print(f"{left} {self._noun}s are left, about {about}", highlight=False)
+            are_left = f"{self._noun} is left" if left == 1 else f"{self._noun}s are left"
+            self._console.print(f"{left} {are_left}, about {about}", highlight=False)
 
     def repeat(self, params: Params, outcome: str) -> None:
         self._console.print(f"{self._name(params)}: as before, {outcome}", highlight=False)

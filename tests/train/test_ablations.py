@@ -246,20 +246,44 @@ def test_values_that_are_no_numbers_are_bars_side_by_side(tmp_path, drawn) -> No
     assert sorted(bar.get_height() for bar in axes.patches) == [0.4, 0.5, 0.6]
 
 
-def test_names_of_locations_stand_side_by_side(tmp_path, drawn) -> None:
-    lines = {
-        method: dict.fromkeys(locations, (0.5, None)) for method, locations in ablations.LOCATIONS.items()
-    }
+def test_group_of_bars_that_lacks_a_line_is_centred_on_its_name(tmp_path, drawn) -> None:
+    lines = {"shallow": {"add": (0.5, None), "pad": (0.6, None)}, "deep": {"add": (0.4, None)}}
+    plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+    centres = sorted(bar.get_x() + bar.get_width() / 2 for bar in drawn[0].axes[0].patches)
+    assert centres == pytest.approx([-0.2, 0.2, 1.0])
+
+
+@pytest.mark.parametrize("deviation, label", [(None, "y"), (0.1, "y (mean ± std)")])
+def test_axis_says_what_bars_of_error_are(deviation, label, tmp_path, drawn) -> None:
+    plots.plot_ablation(
+        {"deep": {1: (0.5, deviation)}}, tmp_path / "a.png", title="t", x_label="x", y_label="y"
+    )
+    assert drawn[0].axes[0].get_ylabel() == label
+
+
+@pytest.mark.parametrize(
+    "names", [ablations.LOCATIONS["vpt-shallow"], ablations.POOLS], ids=["location", "output"]
+)
+def test_names_of_bars_stand_side_by_side(names, tmp_path, drawn) -> None:
+    lines = {method: dict.fromkeys(names, (0.5, None)) for method in ablations.LOCATIONS}
     plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
     figure = drawn[-1]
     boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
-    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    gap = boxes[0].height
+    assert all(left.x1 + gap < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_more_lines_than_styles_are_refused(tmp_path) -> None:
     lines = {str(i): {1: (0.5, None)} for i in range(len(plots.STYLES) + 1)}
     with pytest.raises(ValueError, match="lines: got 9, want at most 8"):
         plots.plot_ablation(lines, tmp_path / "a.png", title="t", x_label="x", y_label="y")
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt-deep", "partial-1"])
+def test_folder_is_named_by_data_and_backbone_whatever_the_method(method) -> None:
+    points = plan_ablation("data-size", NAMED, methods=[method], seeds=(1,))
+    folder = ablations.default_ablation_folder("data-size", points)
+    assert str(folder) == "runs/ablation-data-size-images-vit_base_patch16_224"
 
 
 def test_every_ablation_of_the_paper_is_a_command() -> None:

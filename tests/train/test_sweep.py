@@ -535,7 +535,7 @@ def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tm
         "2 trials of 1 epochs on 27 images, by grid: base_lr 0.5, 0.1",
         "2 of 1 epochs on 36 images, trained on train and val; seeds 1, 2",
         "126 images trained on",  # 2 · 27 + 2 · 36
-        "1 trials are left, about",
+        "1 trial is left, about",
         "best of 2 trials: base_lr",
         "standard deviation, n - 1",
     ):

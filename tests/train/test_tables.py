@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import statistics
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_backbone_that_nothing_was_published_of_is_said(sweep):
     assert row.means["natural"].published is None and row.entries["vtab/cifar"].published_accuracy is None
     assert notes == ["nothing was published of vit_tiny_patch16_224, by this name, to hold its runs against"]
     text = format_table(entries, notes, "markdown")
-    assert "| published | - | - | - | - | - |" in text and "78.8" not in text
+    assert "78.8" not in text and "| published" not in text and "| difference" not in text
 
 
 def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
@@ -181,8 +182,9 @@ def test_accuracy_on_val_is_held_against_nothing(sweep):
 
 def test_two_runs_of_one_seed_beside_one_of_another_are_refused(run):
     folders = [run(f"{i}", seed=seed, test_accuracy=0.7) for i, seed in enumerate((1, 2, 2))]
-    with pytest.raises(ValueError, match="vpt-deep on vtab/cifar comes twice with the seed 2"):
+    with pytest.raises(ValueError, match="vpt-deep on vtab/cifar comes twice with the seed 2") as raised:
         read_entries(folders)
+    assert str(raised.value).endswith(f"in {folders[1]} and {folders[2]}")
 
 
 def test_runs_that_differ_in_their_seed_are_taken_together(run):
@@ -195,8 +197,25 @@ def test_runs_that_differ_in_their_seed_are_taken_together(run):
 
 def test_runs_that_differ_in_more_are_refused(run):
     folders = [run("a", base_lr=1, test_accuracy=0.7), run("b", base_lr=2, seed=2, test_accuracy=0.8)]
-    with pytest.raises(ValueError, match="comes twice; the two differ in base_lr"):
+    with pytest.raises(ValueError, match="comes twice; .* differ in base_lr$") as raised:
         read_entries(folders)
+    assert f"{folders[0]} and {folders[1]} differ" in str(raised.value)
+
+
+@pytest.mark.parametrize("first, second", [("sweep", "sweep"), ("sweep", "run"), ("run", "sweep")])
+def test_two_folders_with_results_of_one_method_and_task_are_both_named(run, sweep, first, second):
+    folders = {}
+    for name in {"run", first, second}:
+        folders[name] = (
+            run("a", seed=1, test_accuracy=0.7) if name == "run" else sweep("vpt-deep", "vtab/cifar", 1)
+        )
+    earlier, later = folders[first], folders[second]
+    if first == second:  # a copy of the sweep
+        later = earlier.with_name("again")
+        shutil.copytree(earlier, later)
+    with pytest.raises(ValueError) as raised:
+        read_entries([earlier, later])
+    assert str(raised.value).startswith(f"{earlier} and {later} both hold results of vpt-deep on vtab/cifar")
 
 
 def test_run_of_segmentation_is_left_out_and_said_so(run):
@@ -290,7 +309,7 @@ def test_table_command_refuses_folders_without_any_finished_run(command, run, tm
 def test_markdown_shows_what_is_missing(sweep, tmp_path):
     sweep("vpt-deep", "vtab/cifar", 0.80, 0.82)
     text = format_table(*read_entries([tmp_path]), "markdown")
-    assert "| vpt-deep | 1.01× of 1 tasks | 81.00 (1), 1 of 7 tasks | - | - | - |" in text
+    assert "| vpt-deep | 1.01× of 1 task | 81.00 (1), 1 of 7 tasks | - | - | - |" in text
     assert "| published | 1.18× of 24 tasks | 78.80 | - | - | - |" in text
     assert "| difference | - | +2.20 | - | - | - |" in text
     assert "| vtab/cifar | 81.00 ± 1.41 | 78.8 | +2.20 |" in text
@@ -321,6 +340,31 @@ def test_latex_is_escaped_and_every_row_has_all_columns(sweep):
         columns = len(tabular.partition("}")[0])
         lines = [line for line in tabular.splitlines() if line.endswith(r"\\")]
         assert {line.count(" & ") + 1 for line in lines} == {columns}
+
+
+def test_differences_in_latex_have_a_minus_and_not_a_hyphen(sweep):
+    text = format_table(*read_entries([sweep("vpt-deep", "vtab/cifar", 0.70)]), "latex")
+    assert "$-8.80$" in text and "& -8.80" not in text
+
+
+def test_only_methods_with_published_numbers_have_columns_for_them(sweep):
+    folders = [sweep("vpt-deep", "vtab/cifar", 0.80), sweep("lora", "vtab/cifar", 0.81)]
+    text = format_table(*read_entries(folders), "markdown")
+    assert "| task | vpt-deep | published | difference | lora |\n" in text
+    assert "| vtab/cifar | 80.00 | 78.8 | +1.20 | 81.00 |\n" in text
+    assert text.count("| published | 1.18× of 24 tasks") == text.count("| published | ") - 1 == 1
+
+
+def test_csv_has_the_backbone_and_stored_parameters_in_columns(sweep):
+    folders = [sweep("linear", "vtab/cifar", 0.8, backbone=name) for name in ("mae_vitb16", BACKBONE)]
+    rows = list(csv.DictReader(io.StringIO(format_table(*read_entries(folders), "csv"))))
+    assert {row["method"] for row in rows} == {"linear"}
+    assert [(row["backbone"], row["of"], row["stored_parameters"]) for row in rows] == [
+        ("mae_vitb16", "vtab/cifar", "10"),
+        ("mae_vitb16", "natural", ""),
+        (BACKBONE, "vtab/cifar", "10"),
+        (BACKBONE, "natural", ""),
+    ]
 
 
 def test_names_that_mean_something_to_latex_and_markdown_are_escaped(run):
@@ -363,7 +407,7 @@ def test_table_command_writes_a_file(command, sweep, tmp_path):
     folder = sweep("linear", "vtab/cifar", 0.5)
     result = command("table", folder, "--format", "csv", "--out", tmp_path / "table.csv")
     assert result.exit_code == 0 and result.output == ""
-    assert (tmp_path / "table.csv").read_text().startswith("method,of,accuracy")
+    assert (tmp_path / "table.csv").read_text().startswith("method,backbone,of,accuracy")
 
 
 def test_table_of_nothing_finished_is_refused(command, sweep):
