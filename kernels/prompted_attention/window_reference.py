@@ -126,7 +126,7 @@ def window_attention_backward(
     probabilities.sub_(window_lse.unsqueeze(-1)).exp_()
     grad_scores = torch.matmul(grad, values.transpose(-1, -2))
 
-    # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so there δ is computed from the scores.
+    # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so theirs is from the scores.
     known = num_rows // num_windows if out is not None else 0
     delta = delta_of_scores(probabilities[..., known:, :], grad_scores[..., known:, :])
     if out is not None and known:
