@@ -299,7 +299,8 @@ def terms_kernel(
     D: tl.constexpr, PROMPTS: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
     HAS_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ), which is the same."""
+    """Terms of BLOCK_M query rows. δ = rowsum(dO ∘ O), or without O rowsum(P ∘ dO Vᵀ) / rowsum(P): see
+    `reference.delta_of_scores`."""
     tile, head, image, window = find_program(num_heads, WINDOWS)
     num_tokens, window_size = num_rows - num_fresh, num_keys - num_prompts  # of a window
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -324,6 +325,7 @@ def terms_kernel(
             image, window, head, window_size, WINDOWS,
         )  # fmt: skip
         delta = tl.zeros((BLOCK_M,), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, num_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             keys_exist = keys < num_keys
@@ -340,7 +342,9 @@ def terms_kernel(
                 start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
+            row_sum += tl.sum(weights, 1)
             delta += tl.sum(weights * dot_rows(g1, g2, v1, v2, D), 1)
+        delta /= row_sum
     _, rows_of_lse = count_rows(num_rows, num_windows, num_fresh, WINDOWS)
     terms += (image * num_heads + head) * rows_of_lse * 2
     store_terms(

@@ -112,8 +112,8 @@ def attention_backward(
     Args:
         grad_out: dO (B, R, H, D).
         q, k, v, prompt_k, prompt_v: as given to `attention`.
-        out, lse: as it returned them. Without `out`, δ is computed as rowsum(P ∘ dO Vᵀ), which needs all
-        keys.
+        out, lse: as it returned them. Without `out`, δ is computed from the scores (`delta_of_scores`), which
+        needs all keys.
         need_q: compute dQ.
         need_kv: compute dK and dV of the image-side tokens.
         packed: return dQ, dK and dV as one tensor; requires `need_q`, `need_kv` and R = N.
@@ -131,7 +131,7 @@ def attention_backward(
     probabilities = torch.matmul(queries, keys.transpose(-1, -2)).sub_(lse.unsqueeze(-1)).exp_()
     grad_scores = torch.matmul(grad, values.transpose(-1, -2))
     if out is None:
-        delta = (probabilities * grad_scores).sum(-1, keepdim=True)  # (B, H, R, 1)
+        delta = delta_of_scores(probabilities, grad_scores)  # (B, H, R, 1)
     else:
         delta = (grad * _heads_first(out)).sum(-1, keepdim=True)
     grad_scores.sub_(delta).mul_(probabilities)
@@ -156,6 +156,17 @@ def attention_backward(
         kv=_rows_first(image_kv, q.dtype) if need_kv else None,
         prompt_kv=grad_prompt_kv,
     )
+
+
+def delta_of_scores(probabilities: torch.Tensor, grad_probabilities: torch.Tensor) -> torch.Tensor:
+    """δ = rowsum(P ∘ dP) / rowsum(P), (.., rows, keys) -> (.., rows, 1), with dP = dO Vᵀ.
+
+    The row sum of P = exp(S - lse) is 1 but for the rounding of lse: at scores of 1000 in float32, 1e-4. In a
+    row with nearly all of its weight on one key, dP - δ is nearly zero there, and without the division it
+    would be off by that part of dP.
+    """
+    weighted = (probabilities * grad_probabilities).sum(-1, keepdim=True)
+    return weighted / probabilities.sum(-1, keepdim=True)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:

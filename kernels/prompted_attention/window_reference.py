@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, delta_of_scores
 
 # What timm and the original authors add to the scores of tokens that must not see each other. An integer: of
 # a float torch.compile(dynamic=True) makes a symbol, and fails where two blocks share it.
@@ -126,9 +126,9 @@ def window_attention_backward(
     probabilities.sub_(window_lse.unsqueeze(-1)).exp_()
     grad_scores = torch.matmul(grad, values.transpose(-1, -2))
 
-    # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so there δ is rowsum(P ∘ dO Vᵀ).
+    # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so theirs is from the scores.
     known = num_rows // num_windows if out is not None else 0
-    delta = (probabilities[..., known:, :] * grad_scores[..., known:, :]).sum(-1, keepdim=True)
+    delta = delta_of_scores(probabilities[..., known:, :], grad_scores[..., known:, :])
     if out is not None and known:
         known_delta = grad[..., :known, :] * _windows(out[:, :num_rows], num_windows)
         delta = torch.cat((known_delta.sum(-1, keepdim=True), delta), dim=-2)  # (B, W, H, T + f, 1)

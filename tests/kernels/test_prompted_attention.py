@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from attention_definition import assert_forward_and_backward, inputs, random
 from vpt_fast.kernels.checks import forget_layouts
 from vpt_fast.kernels.launch import Launch
-from vpt_fast.kernels.prompted_attention import HEAD_DIMS, ops
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS, ops, reference
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -85,6 +87,20 @@ def test_gradients_without_the_output_are_the_same(case) -> None:
     formed = backward(*case, need_q=True, need_kv=True, keep_out=False)
     for actual, expected in ((formed.q, kept.q), (formed.kv, kept.kv), (formed.prompt_kv, kept.prompt_kv)):
         assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["triton", "torch"])
+def test_without_the_output_an_error_of_lse_only_scales_the_gradients(implementation) -> None:
+    """P = exp(S - lse) is then wrong by one factor per row, as it is by rounding where scores are large."""
+    given = inputs((2, 7, 7, 5, 2, 32), True, torch.float32)
+    grad = random(*given[0].shape, seed=9).float()
+    _, lse = implementation.attention(*given)
+    exact, scaled = (
+        implementation.attention_backward(grad, *given, None, of_rows, need_q=True, need_kv=True)
+        for of_rows in (lse, lse - math.log(2))
+    )
+    for actual, expected in ((scaled.q, exact.q), (scaled.kv, exact.kv), (scaled.prompt_kv, exact.prompt_kv)):
+        assert_same(actual, 2 * expected)
 
 
 def test_prompts_alone_need_no_image_keys(case) -> None:

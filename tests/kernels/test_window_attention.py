@@ -3,6 +3,8 @@ autograd on every window's joined sequence."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from attention_definition import error
@@ -61,6 +63,22 @@ def test_plain_pytorch_equals_the_definition(size: Size, is_shared: bool, keep_o
 @pytest.mark.parametrize("size", [PLAIN, MIXED], ids=str)
 def test_gradients_without_the_output_are_as_good(size: Size) -> None:
     assert_forward_and_backward(window_ops, make_case(size, True, torch.float32), keep_out=False)
+
+
+@pytest.mark.parametrize("implementation", [window_ops, window_reference], ids=["triton", "torch"])
+def test_without_the_output_an_error_of_lse_only_scales_the_gradients(implementation) -> None:
+    """P = exp(S - lse) is then wrong by one factor per row, as it is by rounding where scores are large."""
+    case = make_case(MIXED, True, torch.float32)
+    _, lse = implementation.window_attention(*case.tensors, case.bias, num_fresh=case.num_fresh)
+    exact, scaled = (
+        implementation.window_attention_backward(
+            case.grad, *case.tensors, None, of_rows, case.bias, num_fresh=case.num_fresh, need_q=True,
+            need_kv=True,
+        )
+        for of_rows in (lse, lse - math.log(2))
+    )  # fmt: skip
+    for actual, expected in ((scaled.q, exact.q), (scaled.kv, exact.kv), (scaled.prompt_kv, exact.prompt_kv)):
+        assert_same(actual, 2 * expected)
 
 
 def backward(case: Case, *, keep_out: bool = True, tokens: bool = True, **wanted: bool):
