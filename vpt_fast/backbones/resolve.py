@@ -31,6 +31,8 @@ from vpt_fast.backbones.sources import Source, close_names, find_source, reposit
 
 # Keyword arguments of timm that may say where weights are.
 _SAY_WHERE = {"pretrained_cfg", "pretrained_cfg_overlay"}
+# Those of its settings of a model, which an overlay may replace, that do.
+_SAY_WHERE_IN_SETTINGS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def resolve_backbone(
         ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
             divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
             that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or
-            weights that do not fit, or lack a tensor of the model.
+            weights that do not fit, lack a tensor of the model, or hold one that it has no place for.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -345,6 +347,7 @@ def _build(
     if known is None:
         with _downloading(name):
             if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
+                _require_place(name, kwargs)
                 return _with_all_weights(name, kwargs)
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if file is not None:
@@ -359,7 +362,10 @@ def _build(
     return model
 
 
-_STRICT = "want other arguments, or pretrained_strict=False to keep initial values where weights are missing"
+_STRICT = (
+    "want other arguments, or pretrained_strict=False to keep initial values where weights are missing and "
+    "to ignore weights without a place"
+)
 
 
 class _Written(TorchFunctionMode):
@@ -411,6 +417,32 @@ def _with_all_weights(name: str, kwargs: dict[str, Any]) -> nn.Module:
         warnings.warn(f"{lacking}, the final norm, which keeps its initial weight 1 and bias 0", stacklevel=2)
         return model
     raise ValueError(f"{lacking}{norm_hint(lacking)}; {_STRICT}")
+
+
+def _require_place(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model of timm's registry has parameters that these arguments leave out, such as
+    the blocks after the sixth with depth=6. Its published weights hold them all: nothing is downloaded.
+
+    Weights that the arguments themselves name may be those of another architecture, and are not checked.
+    """
+    if not kwargs or _names_weights(kwargs):
+        return
+    with without_values():
+        published, model = (timm.create_model(name, num_classes=0, **given) for given in ({}, kwargs))
+    own = dict(model.named_parameters())
+    left_out = [each for each, _ in published.named_parameters() if each not in own]
+    if left_out:
+        instead = " ".join(own.keys() - dict(published.named_parameters()).keys())
+        raise ValueError(
+            f"pretrained: {_call(name, kwargs)} has no place for {_listed(left_out)} of the weights"
+            f"{norm_hint(instead)}; {_STRICT}"
+        )
+
+
+def _names_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Whether these arguments of timm, and not the model's name alone, say where weights are."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    return "pretrained_cfg" in kwargs or bool(_SAY_WHERE_IN_SETTINGS & overlay.keys())
 
 
 def _call(name: str, kwargs: Mapping[str, Any]) -> str:
