@@ -154,6 +154,13 @@ class TestWithoutAPlace:
         assert all(torch.equal(tensor, whole[name]) for name, tensor in vit.state_dict().items())
 
 
+def test_unreachable_hub_is_asked_for_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = unreachable_hub(monkeypatch)
+    with pytest.raises(ValueError, match="pretrained: the weights of test_vit cannot be downloaded: no way"):
+        resolve_backbone("test_vit", True, {})
+    assert asked == ["model.safetensors"]
+
+
 class TestStrictIsOff:
     """pretrained_strict=False, timm's argument, keeps initial values where weights are missing."""
 

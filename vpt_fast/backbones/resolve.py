@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -27,7 +27,14 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
-from vpt_fast.backbones.sources import Source, close_names, find_source, repository, said_by_hub
+from vpt_fast.backbones.sources import (
+    WEIGHTS_FILE,
+    Source,
+    close_names,
+    find_source,
+    repository,
+    said_by_hub,
+)
 
 # Keyword arguments of timm that may say where weights are.
 _SAY_WHERE = {"pretrained_cfg", "pretrained_cfg_overlay"}
@@ -346,9 +353,12 @@ def _build(
     known = KNOWN.get(name)
     if known is None:
         with _downloading(name):
-            if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
-                _require_place(name, kwargs)
-                return _with_all_weights(name, kwargs)
+            if pretrained and timm.model_entrypoint(name).__module__.startswith("timm."):
+                if strict:
+                    _require_place(name, kwargs)
+                _download(name, kwargs)
+                if strict:
+                    return _with_all_weights(name, kwargs)
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if file is not None:
             load_checkpoint(model, file, strict=strict)
@@ -445,6 +455,27 @@ def _names_weights(kwargs: Mapping[str, Any]) -> bool:
     return "pretrained_cfg" in kwargs or bool(_SAY_WHERE_IN_SETTINGS & overlay.keys())
 
 
+def _download(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Downloads the weights of a model of timm's registry, unless they are cached, before timm does.
+
+    timm takes a hub that cannot be reached for a repository without model.safetensors and asks for its other
+    files, each with half a minute of huggingface_hub's retries.
+    """
+    settings = timm.get_pretrained_cfg(name)
+    if settings is None or not settings.hf_hub_id or settings.hf_hub_filename or _names_weights(kwargs):
+        return
+    repository, _, revision = settings.hf_hub_id.partition("@")
+    place: dict[str, Any] = {"revision": revision or None, "cache_dir": kwargs.get("cache_dir")}
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, WEIGHTS_FILE, **place), str):
+        return
+    try:
+        huggingface_hub.hf_hub_download(repository, WEIGHTS_FILE, **place)
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
+    except EntryNotFoundError:  # the repository has other files, which timm knows
+        pass
+
+
 def _call(name: str, kwargs: Mapping[str, Any]) -> str:
     """The model and its arguments as text, without mappings, which may hold weights."""
     plain = {key: value for key, value in kwargs.items() if not isinstance(value, Mapping)}
@@ -461,7 +492,7 @@ def _from_hub(known: KnownBackbone) -> str:
     """The path of timm's copy of the weights, downloaded unless it is cached."""
     assert known.hub is not None
     with _downloading(known.name):
-        return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")
+        return huggingface_hub.hf_hub_download(known.hub, WEIGHTS_FILE)
 
 
 @contextlib.contextmanager
