@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from checkpoint_files import SMALL_CONVNEXT, SMALL_SWIN, SMALL_VIT, save_jax, small, small_vit, swin
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from tiny import randomise
@@ -34,6 +36,20 @@ def from_timm(
     """What a name stands for whose published weights are this file."""
     settings = {"file": str(file), **overlay}
     return resolve_backbone(name, True, {**arguments, "pretrained_cfg_overlay": settings}, kind=kind)[0]
+
+
+def unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that a hub, which cannot be reached and has nothing cached, is asked for."""
+    asked: list[str] = []
+
+    def download(repo_id: str, filename: str, **arguments: Any) -> str:
+        asked.append(filename)
+        raise LocalEntryNotFoundError("no way there")
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    return asked
 
 
 @pytest.fixture
@@ -89,6 +105,60 @@ class TestLacking:
                 "convnextv2_atto.fcmae", tmp_path / "model.safetensors", SMALL_CONVNEXT, CONVNET
             )
         assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
+
+
+class TestWithoutAPlace:
+    """test_vit has six blocks. The hub is not reached: the published weights are known by the name."""
+
+    @pytest.fixture(autouse=True)
+    def hub(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        return unreachable_hub(monkeypatch)
+
+    @pytest.mark.parametrize("name", ["test_vit", "test_vit.r160_in1k"])
+    def test_blocks_that_arguments_leave_out_are_named(self, name: str, hub: list[str]) -> None:
+        with pytest.raises(
+            ValueError, match=f"pretrained: {name} with depth=5 .*blocks.5.norm1.*pretrained_strict=False"
+        ):
+            resolve_backbone(name, True, {"depth": 5})
+        assert hub == []
+
+    def test_blocks_of_a_swin_are_named(self) -> None:
+        with pytest.raises(ValueError, match="pretrained: .*no place for layers.2.blocks.2.norm1.weight"):
+            resolve_backbone("swin_tiny_patch4_window7_224", True, {"depths": (2, 2, 2, 2)}, kind=SWIN)
+
+    def test_final_norm_in_place_of_which_a_mean_has_its_own_is_explained(self) -> None:
+        with pytest.raises(ValueError, match="pretrained: .*no place for norm.weight.*pass fc_norm=False"):
+            resolve_backbone("test_vit", True, {"global_pool": "avg"})
+
+    @pytest.mark.parametrize("arguments", [{"img_size": 64}, {"depth": 5, "pretrained_strict": False}])
+    def test_arguments_with_a_place_for_all_or_leave_to_ignore_some_go_on_to_the_hub(
+        self, arguments: dict[str, Any], hub: list[str]
+    ) -> None:
+        with pytest.raises(ValueError, match="cannot be downloaded"):
+            resolve_backbone("test_vit", True, arguments)
+        assert hub
+
+    def test_blocks_without_a_place_in_a_file_are_named(self, headless: Path) -> None:
+        with pytest.raises(ValueError, match="checkpoint: .*it holds blocks.1..*no place for"):
+            resolve_backbone(NAME, False, dict(SMALL_VIT, depth=1), checkpoint=headless)
+
+    def test_blocks_without_a_place_in_a_folder_are_named(self, tmp_path: Path) -> None:
+        save_for_hf(small_vit(1), str(tmp_path), safe_serialization=True)
+        with pytest.raises(ValueError, match="pretrained: .*it holds blocks.1..*no place for"):
+            resolve_backbone(f"local-dir:{tmp_path}", True, {"depth": 1})
+
+    def test_first_blocks_of_a_file_are_loaded_if_strict_is_off(self, headless: Path) -> None:
+        arguments = dict(SMALL_VIT, depth=1, pretrained_strict=False)
+        vit = resolve_backbone(NAME, False, arguments, checkpoint=headless)[0]
+        whole = small_vit(1).state_dict()
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_unreachable_hub_is_asked_for_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = unreachable_hub(monkeypatch)
+    with pytest.raises(ValueError, match="pretrained: the weights of test_vit cannot be downloaded: no way"):
+        resolve_backbone("test_vit", True, {})
+    assert asked == ["model.safetensors"]
 
 
 class TestStrictIsOff:

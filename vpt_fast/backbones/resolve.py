@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from timm.layers import to_2tuple
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -27,10 +27,19 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.layers import class_name
-from vpt_fast.backbones.sources import Source, close_names, find_source, repository, said_by_hub
+from vpt_fast.backbones.sources import (
+    WEIGHTS_FILE,
+    Source,
+    close_names,
+    find_source,
+    repository,
+    said_by_hub,
+)
 
 # Keyword arguments of timm that may say where weights are.
 _SAY_WHERE = {"pretrained_cfg", "pretrained_cfg_overlay"}
+# Those of its settings of a model, which an overlay may replace, that do.
+_SAY_WHERE_IN_SETTINGS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def resolve_backbone(
         ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
             divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
             that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or
-            weights that do not fit, or lack a tensor of the model.
+            weights that do not fit, lack a tensor of the model, or hold one that it has no place for.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -344,8 +353,12 @@ def _build(
     known = KNOWN.get(name)
     if known is None:
         with _downloading(name):
-            if pretrained and strict and timm.model_entrypoint(name).__module__.startswith("timm."):
-                return _with_all_weights(name, kwargs)
+            if pretrained and timm.model_entrypoint(name).__module__.startswith("timm."):
+                if strict:
+                    _require_place(name, kwargs)
+                _download(name, kwargs)
+                if strict:
+                    return _with_all_weights(name, kwargs)
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
         if file is not None:
             load_checkpoint(model, file, strict=strict)
@@ -359,7 +372,10 @@ def _build(
     return model
 
 
-_STRICT = "want other arguments, or pretrained_strict=False to keep initial values where weights are missing"
+_STRICT = (
+    "want other arguments, or pretrained_strict=False to keep initial values where weights are missing and "
+    "to ignore weights without a place"
+)
 
 
 class _Written(TorchFunctionMode):
@@ -413,6 +429,53 @@ def _with_all_weights(name: str, kwargs: dict[str, Any]) -> nn.Module:
     raise ValueError(f"{lacking}{norm_hint(lacking)}; {_STRICT}")
 
 
+def _require_place(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a model of timm's registry has parameters that these arguments leave out, such as
+    the blocks after the sixth with depth=6. Its published weights hold them all: nothing is downloaded.
+
+    Weights that the arguments themselves name may be those of another architecture, and are not checked.
+    """
+    if not kwargs or _names_weights(kwargs):
+        return
+    with without_values():
+        published, model = (timm.create_model(name, num_classes=0, **given) for given in ({}, kwargs))
+    own = dict(model.named_parameters())
+    left_out = [each for each, _ in published.named_parameters() if each not in own]
+    if left_out:
+        instead = " ".join(own.keys() - dict(published.named_parameters()).keys())
+        raise ValueError(
+            f"pretrained: {_call(name, kwargs)} has no place for {_listed(left_out)} of the weights"
+            f"{norm_hint(instead)}; {_STRICT}"
+        )
+
+
+def _names_weights(kwargs: Mapping[str, Any]) -> bool:
+    """Whether these arguments of timm, and not the model's name alone, say where weights are."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    return "pretrained_cfg" in kwargs or bool(_SAY_WHERE_IN_SETTINGS & overlay.keys())
+
+
+def _download(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Downloads the weights of a model of timm's registry, unless they are cached, before timm does.
+
+    timm takes a hub that cannot be reached for a repository without model.safetensors and asks for its other
+    files, each with half a minute of huggingface_hub's retries.
+    """
+    settings = timm.get_pretrained_cfg(name)
+    if settings is None or not settings.hf_hub_id or settings.hf_hub_filename or _names_weights(kwargs):
+        return
+    repository, _, revision = settings.hf_hub_id.partition("@")
+    place: dict[str, Any] = {"revision": revision or None, "cache_dir": kwargs.get("cache_dir")}
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, WEIGHTS_FILE, **place), str):
+        return
+    try:
+        huggingface_hub.hf_hub_download(repository, WEIGHTS_FILE, **place)
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
+    except EntryNotFoundError:  # the repository has other files, which timm knows
+        pass
+
+
 def _call(name: str, kwargs: Mapping[str, Any]) -> str:
     """The model and its arguments as text, without mappings, which may hold weights."""
     plain = {key: value for key, value in kwargs.items() if not isinstance(value, Mapping)}
@@ -429,7 +492,7 @@ def _from_hub(known: KnownBackbone) -> str:
     """The path of timm's copy of the weights, downloaded unless it is cached."""
     assert known.hub is not None
     with _downloading(known.name):
-        return huggingface_hub.hf_hub_download(known.hub, "model.safetensors")
+        return huggingface_hub.hf_hub_download(known.hub, WEIGHTS_FILE)
 
 
 @contextlib.contextmanager
