@@ -456,7 +456,8 @@ def _names_weights(kwargs: Mapping[str, Any]) -> bool:
 
 
 def _download(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Downloads the weights of a model of timm's registry, unless they are cached, before timm does.
+    """Downloads the weights of a model of timm's registry before timm does, unless they are cached, or the
+    repository is known to have no such file.
 
     timm takes a hub that cannot be reached for a repository without model.safetensors and asks for its other
     files, each with half a minute of huggingface_hub's retries.
@@ -466,7 +467,7 @@ def _download(name: str, kwargs: Mapping[str, Any]) -> None:
         return
     repository, _, revision = settings.hf_hub_id.partition("@")
     place: dict[str, Any] = {"revision": revision or None, "cache_dir": kwargs.get("cache_dir")}
-    if isinstance(huggingface_hub.try_to_load_from_cache(repository, WEIGHTS_FILE, **place), str):
+    if huggingface_hub.try_to_load_from_cache(repository, WEIGHTS_FILE, **place) is not None:
         return
     try:
         huggingface_hub.hf_hub_download(repository, WEIGHTS_FILE, **place)
