@@ -36,7 +36,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
 	@touch $(VENV)/installing
 	@echo "  environment made, installing PyTorch and the other packages ..."
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@$(VENV)/bin/python -c "import vpt_fast"
 	@rm $(VENV)/installing && touch $@
 	@echo "  ready."
