@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -20,6 +21,13 @@ if os.environ["TRITON_INTERPRET"] == "1":
     from interpreter import amend_interpreter
 
     amend_interpreter()
+
+gc.disable()  # until all tests are collected, as these and all imported live to the end
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # nothing looks for garbage among them either
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
