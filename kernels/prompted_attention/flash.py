@@ -430,9 +430,7 @@ def _swap_heads(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 _mode_lock = threading.Lock()
-_mode_users: list[
-    tuple[int, bool]
-] = []  # for each thread inside, the settings from before the first one entered
+_mode_users: list[tuple[int, bool]] = []  # a thread inside each: the settings before the first entered
 
 
 @contextlib.contextmanager

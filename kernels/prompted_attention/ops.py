@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:  # no tensor cores: the operands of every matmul are in registers
-        limit = 128 if head_dim in (48, 72, 88) else None
+        limit = 128 if head_dim in (48, 72, 80, 88) else None
         if head_dim > 64:
             return Tiles(16, 32, 8 if head_dim > 96 else 4, 1, limit)
         return Tiles(16, 16, 4, 1, limit) if num_rows <= 16 else Tiles(32, 32, 8, 1, limit)
