@@ -102,7 +102,8 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
         return Tiles(32, 32, 8 if 80 < head_dim <= 96 else 4, 3)
     if arch == 90:
         return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3)
-    return Tiles(64, 64, 8 if head_dim > 32 else 4, 3)
+    # Left to itself, ptxas takes 80 registers for 48 and 64, to which Triton 3.6 has it spill.
+    return Tiles(64, 64, 8 if head_dim > 32 else 4, 3, 128 if head_dim in (48, 64) else None)
 
 
 _TAIL = 16  # rows of the smallest tile that tensor cores take
