@@ -90,7 +90,7 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
 def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
     """Tiles of dK and dV, in whose matmuls the keys are the first dimension."""
     if dtype == torch.float32:
-        limit = 128 if head_dim == 88 else None
+        limit = 128 if head_dim in (88, 128) else None
         return Tiles(16, 32, 8 if head_dim > 64 else 4, 1, limit)
     if num_rows <= 16:
         return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1)
