@@ -93,7 +93,8 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
         limit = 128 if head_dim in (88, 128) else None
         return Tiles(16, 32, 8 if head_dim > 64 else 4, 1, limit)
     if num_rows <= 16:
-        return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1)
+        limit = 128 if arch == 100 and head_dim == 48 else None  # as for more rows
+        return Tiles(16, 64, 8 if head_dim > 64 and arch != 90 else 4, 1, limit)
     if arch == 80:
         if head_dim <= 64:
             return Tiles(64, 64 if head_dim <= 32 else 32, 4, 3)
