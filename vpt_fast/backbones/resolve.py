@@ -94,6 +94,12 @@ def kind_of(backbone: Any) -> Kind:
     return next((kind for kind in (SWIN, CONVNET) if module in kind.modules), VIT)
 
 
+def kind_among(backbone: Any, kinds: tuple[Kind, ...]) -> Kind:
+    """`kind_of`, or the first of `kinds` if that is none of them, so that `resolve_backbone` refuses it."""
+    kind = kind_of(backbone)
+    return kind if kind in kinds else kinds[0]
+
+
 def _timm_name(backbone: str, source: Source | None) -> str:
     """The timm model that a name stands for; `source`: from `find_source`."""
     known = KNOWN.get(backbone)
