@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from performance_page import replace_block
+from page_text import replace_block
 from rich.console import Console
 
 from vpt_fast.cache import TrainingCache
