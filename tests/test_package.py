@@ -60,7 +60,7 @@ LAYERS = {
         "scene_inference",
         "tsne",
     ],
-    "sweeps": ["published", "trials", "sweep", "tables", "ablations"],
+    "sweeps": ["published", "trials", "sweep", "entries", "tables", "ablations"],
     "commands": [
         "flags",
         "sweep_commands",

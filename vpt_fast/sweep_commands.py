@@ -262,8 +262,9 @@ def table(
 ) -> None:
     """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
+        from vpt_fast.entries import LEFT_OUT, read_entries
         from vpt_fast.run import write
-        from vpt_fast.tables import LEFT_OUT, format_table, read_entries
+        from vpt_fast.tables import format_table
 
         if out is not None:
             require_place("out", out)

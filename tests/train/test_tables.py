@@ -13,9 +13,10 @@ import yaml
 
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data import TASKS
+from vpt_fast.entries import read_entries
 from vpt_fast.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.recipe import Recipe
-from vpt_fast.tables import format_table, make_rows, read_entries
+from vpt_fast.tables import format_table, make_rows
 
 
 @pytest.fixture
@@ -231,6 +232,14 @@ def test_run_of_segmentation_is_left_out_and_said_so(run):
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
     assert entries == [] and "not finished" in notes[0]
+
+
+def test_sweep_whose_final_runs_all_diverged_is_left_out_and_said_so(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.7)
+    results = json.loads((folder / "results.json").read_text())
+    results["final"] |= {"accuracies": {}, "mean": None, "diverged": {"0": "the loss is inf"}}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert read_entries([folder]) == ([], [f"{folder}: every final run of the sweep diverged; left out"])
 
 
 def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):
