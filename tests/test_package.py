@@ -42,6 +42,8 @@ LAYERS = {
         "methods",
         "parameters",
         "failures",
+        "method_rules",
+        "setting_values",
         "recipe",
         "world",
         "plots",

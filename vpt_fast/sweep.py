@@ -42,9 +42,11 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.files import remove_unfinished
+from vpt_fast.method_rules import parse_method
 from vpt_fast.methods import build_model_without_values, require_attention
-from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
+from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
+from vpt_fast.setting_values import read_yaml, yaml_value
 from vpt_fast.step import graph_obstacle
 from vpt_fast.trials import (
     Display,
