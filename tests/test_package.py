@@ -62,7 +62,7 @@ LAYERS = {
         "scene_inference",
         "tsne",
     ],
-    "sweeps": ["published", "trials", "sweep", "entries", "tables", "ablations"],
+    "sweeps": ["published", "trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
     "commands": [
         "flags",
         "sweep_commands",

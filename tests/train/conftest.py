@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
-from vpt_fast import loop, plots
+from vpt_fast import loop, trials
 from vpt_fast.data import export_digits
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -69,19 +69,6 @@ def digits(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def curves_without_pixels(monkeypatch) -> None:
-    """Curves are drawn, but not rendered, which would be most of the time of so short a run."""
-    original = loop.plot_curves
-
-    def plot_curves(rows, path):
-        with monkeypatch.context() as patch:
-            patch.setattr(plots, "_save", lambda figure, path: None)
-            original(rows, path)
-
-    monkeypatch.setattr(loop, "plot_curves", plot_curves)
-
-
 @pytest.fixture
 def recipe(color_images) -> Recipe:
     """VPT-Deep in 4 epochs of 4 steps, the last of 3 images, with prompt dropout."""
@@ -96,6 +83,33 @@ def recipe(color_images) -> Recipe:
         prompt_dropout=0.2,
         device="cpu",
     )
+
+
+@pytest.fixture
+def settings(color_images) -> dict:
+    """Of a sweep of linear probes on the color images."""
+    return dict(
+        data=str(color_images),
+        backbone="train_test_vit",
+        method="linear",
+        epochs=2,
+        warmup_epochs=0,
+        batch_size=9,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The names of the run folders that trials have trained in, in order."""
+    original, folders = loop.train, []
+
+    def train(recipe, out, **options):
+        folders.append(out.name)
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(trials, "train", train)
+    return folders
 
 
 @pytest.fixture(autouse=True)
