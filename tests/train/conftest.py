@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +112,35 @@ def trained(monkeypatch) -> list:
 
     monkeypatch.setattr(trials, "train", train)
     return folders
+
+
+@pytest.fixture(scope="session")
+def empty_study(tmp_path_factory) -> Path:
+    """The file of a sweep's studies before the first, with Optuna's tables."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "sqlite3", sqlite3)  # and not what `quick_studies` has made of it
+        trials.open_studies("none", folder, None)
+    with sqlite3.connect(folder / "study.db") as file:
+        file.execute("DELETE FROM study_directions")
+        file.execute("DELETE FROM studies")
+    return folder / "study.db"
+
+
+@pytest.fixture(autouse=True)
+def quick_studies(request, monkeypatch) -> None:
+    """Studies in a sweep's folder begin as a copy of `empty_study`, as making the tables takes most of a
+    second, and nothing waits until they are on the disk."""
+
+    def connect(path, **options):
+        if not path.exists():
+            shutil.copy(request.getfixturevalue("empty_study"), path)
+        connection = original(path, **options)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    original = sqlite3.connect
+    monkeypatch.setattr(trials, "sqlite3", SimpleNamespace(connect=connect))
 
 
 @pytest.fixture(autouse=True)
