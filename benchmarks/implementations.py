@@ -21,16 +21,8 @@ from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
-from vpt_fast.backbones.resolve import (
-    CONVNET,
-    SWIN,
-    VIT,
-    Kind,
-    is_supported,
-    kind_of,
-    resolve_backbone,
-    without_values,
-)
+from vpt_fast.backbones.creation import without_values
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, is_supported, kind_of, resolve_backbone
 from vpt_fast.engine.policy import POLICIES
 
 NUM_CLASSES = 100

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.files import replacing
 from vpt_fast.method_rules import METHODS
 from vpt_fast.methods import build_model

@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
+from vpt_fast.backbones.creation import without_values
+from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.files import remove_unfinished

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, require_published, without_values
+from vpt_fast.backbones.creation import require_published, without_values
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.method_rules import ENGINE_KNOBS, parse_method

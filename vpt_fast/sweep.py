@@ -35,7 +35,7 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
