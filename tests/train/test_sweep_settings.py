@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vpt_fast import sweep_settings
+from vpt_fast import sweep_commands, sweep_settings
 from vpt_fast.recipe import Recipe
 from vpt_fast.sweep_settings import Sweep, default_axes, parse_axes, parse_axis
+
+
+def test_commands_have_the_paper_s_seeds():
+    assert sweep_commands.parse_seeds(sweep_commands.SEEDS) == sweep_settings.SEEDS
 
 
 @pytest.mark.parametrize(

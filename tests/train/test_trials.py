@@ -75,6 +75,13 @@ def test_trial_of_a_process_that_died_is_taken_again_at_once(
     assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
 
 
+def test_process_of_which_only_the_exit_status_is_left_has_died():
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not collected
+    assert trials._process_start(process.pid) is None
+    process.wait()
+
+
 def test_one_process_at_a_time_takes_a_trial(settings, tmp_path, monkeypatch):
     owner, found = trials._owner, []
 
