@@ -127,10 +127,12 @@ def mapped_settings(
     }
     if location in _TOKEN_LOCATIONS and prompt["PROJECT"] > -1:
         settings["prompt_project"] = prompt["PROJECT"]
-    if not deep:
-        return settings
+    return settings | _mapped_deep_settings(prompt, depth) if deep else settings
 
-    first = prompt["NUM_DEEP_LAYERS"]
+
+def _mapped_deep_settings(prompt: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """What `mapped_settings` adds or replaces for deep prompts in a supervised ViT."""
+    first, location, pool = prompt["NUM_DEEP_LAYERS"], prompt["LOCATION"], prompt["VIT_POOL_TYPE"]
     if first is not None and not 1 <= first <= depth:
         raise Unmapped(f"NUM_DEEP_LAYERS {first} of {depth} blocks")
     if prompt["REVERSE_DEEP"]:
@@ -141,13 +143,12 @@ def mapped_settings(
                 "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never "
                 "inserted, so it loses the first num_prompts patches"
             )
-        return settings | {"prompt_layers": -first}
+        return {"prompt_layers": -first}
 
     drop = prompt["FORWARD_DEEP_NOEXPAND"]
     if drop and location != "prepend":
         raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
-    if first is not None:
-        settings["prompt_layers"] = first
+    settings: dict[str, Any] = {} if first is None else {"prompt_layers": first}
     settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path ignores it
     settings["after_prompts"] = "drop" if drop else "flow"
     if drop and first is not None and first < depth:
