@@ -225,7 +225,16 @@ def to_our_names(
 def to_official_names(
     ours: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `to_our_names`: trained tensors under the official names, without prefix."""
+    """The inverse of `to_our_names`: trained tensors under the official names, without prefix.
+
+    Raises:
+        Unmapped: a tensor without a counterpart, such as one of the backbone's that was unfrozen.
+    """
+    known: tuple[str, ...] = ("head.", "prompts", "prompt_projection.")
+    if settings["prompt_location"] == "concat-channel":
+        known = (*known, f"{_PATCH_EMBEDDING}.")
+    if others := sorted(name for name in ours if not name.startswith(known)):
+        raise Unmapped(f"{', '.join(others)}: trained here; the official code loads its own backbone instead")
     tensors = dict(ours)
     official = {f"head.last_layer.{part}": tensors.pop(f"head.{part}") for part in ("weight", "bias")}
     if "prompts.0" in tensors:
@@ -338,7 +347,7 @@ def export_prompts(
 
     Raises:
         Unmapped: the official code has no such model, or gets it wrong.
-        ValueError: encoder is not one of those named.
+        ValueError: encoder is not one of those named, or as `PromptedViT.storable_state_dict`.
     """
     stem = model.backbone.stem
     wanted = ("swin",) if isinstance(model, PromptedSwin) else VIT_ENCODERS
@@ -350,7 +359,7 @@ def export_prompts(
             encoder = "mocov3"
     if encoder not in wanted:
         raise ValueError(f"encoder: got {encoder!r}, want one of {', '.join(map(repr, wanted))}")
-    options = model.prompt_settings
+    trained, options = model.storable_state_dict(), model.prompt_settings
     prompt = _official_settings(model, encoder)
     num_prompts = int(prompt["NUM_TOKENS"])
     mapped = mapped_settings(prompt, encoder=encoder, depth=model.num_blocks, num_prompts=num_prompts)
@@ -368,7 +377,7 @@ def export_prompts(
     prefix = "enc.transformer." if encoder == "sup" else "enc."
     tensors = {
         (name if name.startswith("head.") else prefix + name): tensor.cpu().clone()
-        for name, tensor in to_official_names(model.trainable_state_dict(), settings).items()
+        for name, tensor in to_official_names(trained, settings).items()
     }
     with replacing(path) as temporary:
         torch.save({"model": tensors, "prompt": prompt}, temporary)
