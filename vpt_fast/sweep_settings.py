@@ -97,8 +97,10 @@ class Sweep:
         if (self.trials is None) != (self.sampler == "grid") or (self.trials is not None and self.trials < 1):
             wanted = "left out with sampler grid, and at least 1 with the others"
             raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {list(self.seeds)}; it must be one or more, each at least 0")
+        if not self.seeds or min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds):
+            raise ValueError(
+                f"seeds is {list(self.seeds)}; it must be one or more, each at least 0, and no two the same"
+            )
         if self.settings.get("task") == SEGMENTATION:
             raise ValueError("task is segmentation, which no sweep searches; train it setting by setting")
         for name in SET_BY_SWEEP:
@@ -108,7 +110,11 @@ class Sweep:
             raise ValueError(
                 f"seed is given as {self.settings['seed']} with nothing to search; seeds name it"
             )
-        for name in self.axes:
+        for name, values in self.axes.items():
+            if not values or len({*values}) < len(values):
+                raise ValueError(
+                    f"axes: got {list(values)} for {name}, want one or more values, and no two the same"
+                )
             if name in self.settings:
                 raise ValueError(
                     f"{name} is given as {self.settings[name]} and searched over too; leave out one of them "

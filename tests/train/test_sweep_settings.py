@@ -70,6 +70,9 @@ def test_setting_searched_twice_is_refused():
         (dict(sampler="tpe"), "trials is None with sampler tpe"),
         (dict(trials=3), "trials is 3 with sampler grid"),
         (dict(seeds=()), "seeds is"),
+        (dict(seeds=(1, 1)), r"seeds is \[1, 1\]; it must be .* no two the same"),
+        (dict(axes={"base_lr": ()}), r"axes: got \[\] for base_lr, want one or more values"),
+        (dict(axes={"base_lr": (0.5, 0.5)}), r"axes: got \[0.5, 0.5\] for base_lr, want .* no two the same"),
         (dict(axes={"epochs": (1, 2)}), "epochs is given as 2 and searched over too"),
     ],
 )
