@@ -80,13 +80,14 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
             name.
     """
     reader = _Reader()
-    paths: list[Path] = []
+    paths: dict[Path, Path] = {}  # by where they are: a folder may be named beside the one that it lies in
     for folder in folders:
         found = _find(folder)
-        paths += found
+        for path in found:
+            paths.setdefault(path.resolve(), path)
         if not found:
             reader.leave_out(folder, "holds no run or sweep")
-    for path in paths:
+    for path in paths.values():
         reader.read(path)
     entries = reader.entries()
     notes = reader.notes

@@ -229,6 +229,12 @@ def test_run_of_segmentation_is_left_out_and_said_so(run):
     assert notes == [f"{folder}: a run of segmentation; tables are of classification; left out"]
 
 
+def test_sweep_and_run_that_are_named_twice_are_read_once(sweep, run, tmp_path):
+    folders = [sweep("linear", "vtab/dtd", 0.6), run("seed-1", seed=1, test_accuracy=0.5)]
+    entries, notes = read_entries([tmp_path, *folders])
+    assert [entry.runs for entry in entries] == [1, 1] and notes == []
+
+
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
     assert entries == [] and "not finished" in notes[0]
