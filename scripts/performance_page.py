@@ -107,6 +107,20 @@ def summary(those: Sequence[Group]) -> str:
     return "\n\n".join([text, table(lines, columns), *notes])
 
 
+def device_sections(device: str, reports: list[Report]) -> list[str]:
+    """The sections of a device, whose reports these are."""
+    versions = dict.fromkeys(report.versions() for report in reports)
+    text = [f"## {device}", paragraph("; ".join(versions) + ".")]
+    if measured := groups(reports):
+        text.append("### Training")
+        text += [throughput_section(group) for group in measured]
+        text += [search_section(group) for group in searches(reports)]
+    newest = {report.subject: report for report in reversed(reports)}.values()
+    for kind in KINDS:
+        text += [SECTIONS[kind](report) for report in newest if report.kind == kind]
+    return text
+
+
 def performance_page(root: Path, reports: list[Report]) -> str:
     """docs/performance.md"""
     text = [
@@ -147,17 +161,7 @@ def performance_page(root: Path, reports: list[Report]) -> str:
             )
         )
     for device in dict.fromkeys(report.device for report in reports):
-        here = [report for report in reports if report.device == device]
-        text.append(f"## {device}")
-        text.append(paragraph("; ".join(dict.fromkeys(report.versions() for report in here)) + "."))
-        of_device = groups(here)
-        if of_device:
-            text.append("### Training")
-            text += [throughput_section(group) for group in of_device]
-            text += [search_section(group) for group in searches(here)]
-        newest = {report.subject: report for report in reversed(here)}.values()
-        for kind in KINDS:
-            text += [SECTIONS[kind](report) for report in newest if report.kind == kind]
+        text += device_sections(device, [report for report in reports if report.device == device])
     plots = sorted((root / PAGE.with_suffix("")).glob("*.png"))
     if plots:
         text.append("## Plots")
@@ -232,6 +236,11 @@ def readme_block(reports: list[Report]) -> str:
         if group.report.on_gpu and other["model"] != group["model"] and is_alike(other, group):
             title = f"{other.title()} ({other.report.link(README, 'results')}):"
             text += [paragraph(title), readme_table(other, ends(other))]
+    return "\n\n".join([*text, readme_closing(group, shown)])
+
+
+def readme_closing(group: Group, shown: Sequence[Row]) -> str:
+    """What README.md says below the tables; shown: the rows of the first."""
     ours = next((row for row in shown if row["impl"] == "vpt_fast"), None)
     bound = next((row for row in shown if row["impl"] == "no_prompts"), None)
     closing = ["The gradients of every row were checked against float64 in the same run."]
@@ -253,7 +262,7 @@ def readme_block(reports: list[Report]) -> str:
             "and `make gpu` measures them."
         )
     closing.append(f"[{PAGE}]({PAGE}) has every measured setting, including those where vpt_fast is slower.")
-    return "\n\n".join([*text, paragraph(*closing)])
+    return paragraph(*closing)
 
 
 def memory_block(reports: list[Report]) -> str:
