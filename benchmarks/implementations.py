@@ -21,16 +21,8 @@ from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
-from vpt_fast.backbones.resolve import (
-    CONVNET,
-    SWIN,
-    VIT,
-    Kind,
-    is_supported,
-    kind_of,
-    resolve_backbone,
-    without_values,
-)
+from vpt_fast.backbones.creation import without_values
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, is_supported, kind_of, resolve_backbone
 from vpt_fast.engine.policy import POLICIES
 
 NUM_CLASSES = 100
@@ -255,11 +247,7 @@ def peer(
             own = "amp"
         model = build(start.peer_backbone if own == "bfloat16" else start.backbone, start.state)
         model = model.to(start.device).train()
-        run = model
-        if compiled is not None:
-            # Static shapes, since all batches of a setting have one size. One graph, so that a graph break,
-            # or a recompilation too many, is an error and not a slow row.
-            run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
+        run = compiled_model(model, compiled)
         return Contender(name, model, run, autocast_dtype(own), graphed, compiled == "max-autotune")
 
     return contender
@@ -301,13 +289,19 @@ def prompted(
         if name not in start.models:
             start.models[name] = build(start)
         model = twin(start.models[name])
-        run = model
-        if compiled is not None:
-            run = torch.compile(model, dynamic=False, fullgraph=True, mode=compiled)
-        captures = compiled is not None
+        run, captures = compiled_model(model, compiled), compiled is not None
         return Contender(name, model, run, autocast_dtype(start.setting.dtype), graphed, captures)
 
     return contender
+
+
+def compiled_model(model: nn.Module, mode: str | None) -> Callable[..., Any]:
+    """The model under torch.compile in this mode; the model itself for None."""
+    if mode is None:
+        return model
+    # Static shapes, since all batches of a setting have one size. One graph, so that a graph break, or a
+    # recompilation too many, is an error and not a slow row.
+    return torch.compile(model, dynamic=False, fullgraph=True, mode=mode)
 
 
 def twin(model: nn.Module) -> Any:

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.files import replacing
+from vpt_fast.method_rules import METHODS
 from vpt_fast.methods import build_model
-from vpt_fast.recipe import METHODS, Recipe
+from vpt_fast.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel
 
 PAGE = Path("docs/combinations.md")

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from performance_page import replace_block
+from page_text import replace_block
 from rich.console import Console
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.files import replacing
 from vpt_fast.plots import plot_ablation
-from vpt_fast.sweep import Sweep, run_sweep
+from vpt_fast.sweep import run_sweep
+from vpt_fast.sweep_settings import Sweep
 
 MARKER = "small tasks"
 TASKS = ("digits", "photo_turn", "shape_position", "shape_count")

@@ -155,6 +155,10 @@ def test_the_hub_here_knows_all_that_is_asked_of_it(hub: Any) -> None:
         (Origin("vit_base_patch16_224", False, {}), None),
         (Origin("vit_base_patch16_224", False, {}, checkpoint="vit.npz"), None),
         (Origin("vit_base_patch16_224", True, {"pretrained_cfg_overlay": {"file": "vit.npz"}}), None),
+        (
+            Origin("vit_tiny_patch16_224", True, {"pretrained_cfg_overlay": {"crop_pct": 1.0}}),
+            "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        ),
         (Origin("local-dir:/vit", True, {}), None),
         (Origin("vpt_fast_demo", True, {}), None),
         (Origin(None, False, {}), None),

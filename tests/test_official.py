@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny import tiny_vit
+from tiny import tiny_swin, tiny_vit
 from typer.testing import CliRunner
 
-from vpt_fast import PromptedViT, load_pretrained
+from vpt_fast import PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.cli import app
 from vpt_fast.official import Unmapped, export_prompts, import_prompts
 
@@ -128,6 +128,23 @@ def test_a_model_that_the_official_code_does_not_have_is_not_written(
     with pytest.raises(Unmapped, match=reason):
         export_prompts(model, tmp_path / "file.pth")
     assert not (tmp_path / "file.pth").exists()
+
+
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+def test_a_norm_that_was_unfrozen_is_not_written_under_a_name_that_nobody_reads(
+    kind, backbone, tmp_path: Path
+) -> None:
+    model = kind(backbone(), 5, 2)
+    model.backbone.stem.norm.requires_grad_(True)
+    with pytest.raises(Unmapped, match=r"backbone\.stem\.norm\.bias, backbone\.stem\.norm\.weight: trained"):
+        export_prompts(model, tmp_path / "file.pth")
+
+
+def test_a_head_that_the_official_code_does_not_have_is_named(vit, tmp_path: Path) -> None:
+    model = PromptedViT(vit, 5, 2)
+    model.head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="head: got a Identity with no weights"):
+        export_prompts(model, tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("encoder, prefix", [("sup", PREFIX), ("mocov3", "enc.")])

@@ -42,6 +42,8 @@ LAYERS = {
         "methods",
         "parameters",
         "failures",
+        "method_rules",
+        "setting_values",
         "recipe",
         "world",
         "plots",
@@ -60,7 +62,7 @@ LAYERS = {
         "scene_inference",
         "tsne",
     ],
-    "sweeps": ["published", "trials", "sweep", "tables", "ablations"],
+    "sweeps": ["published", "trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
     "commands": [
         "flags",
         "sweep_commands",

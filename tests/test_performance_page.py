@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+import measurements  # noqa: E402
+import page_text  # noqa: E402
 import performance_page as page  # noqa: E402
 
 
@@ -25,7 +27,7 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root / page.RESULTS).mkdir(parents=True)
+        (root / measurements.RESULTS).mkdir(parents=True)
         (root / "docs").mkdir()
         (root / page.README).write_text("before\n<!-- performance -->\nold\n<!-- performance -->\nafter\n")
         (root / page.ENGINE).write_text("<!-- memory policies -->\n<!-- memory policies -->\n")
@@ -35,7 +37,7 @@ class Project:
         report = {**header, "dtype": "bfloat16", "date": "2026-11-23", **fields}
         if rows is not None:
             report["rows"] = rows
-        (self.root / page.RESULTS / f"{name}.json").write_text(json.dumps(report))
+        (self.root / measurements.RESULTS / f"{name}.json").write_text(json.dumps(report))
 
     def text(self, path: Path = page.PAGE) -> str:
         return page.pages(self.root)[path]
@@ -145,11 +147,6 @@ def test_the_summary_says_where_only_our_steps_were_graphed(project: Project) ->
     assert "| 1.50 † |" in before and f"† {page.UNGRAPHED}" in before
 
 
-def test_one_prompt_is_in_the_singular(project: Project) -> None:
-    project.add("h100", [row("vpt_fast", 300.0, num_prompts=1), row("concat_timm", 200.0, num_prompts=1)])
-    assert "with 1 deep prompt, batch" in project.text()
-
-
 def test_the_page_has_no_summary_of_rows_that_cannot_be_compared(project: Project) -> None:
     project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0, exact=False)])
     assert "the fastest way to concatenate" not in project.text()
@@ -213,7 +210,7 @@ def test_columns_in_which_nothing_stands_are_left_out(project: Project) -> None:
     [(None, ""), (0, "0"), (1234.5, "1,234"), (12.345, "12.3"), (0.0012345, "0.00123"), (1.5e-6, "1.50e-06")],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
-    assert page.number(value) == text
+    assert page_text.number(value) == text
 
 
 def test_a_row_that_failed_has_its_reason(project: Project) -> None:
@@ -298,40 +295,48 @@ def test_that_a_cpu_emulates_bfloat16_is_said(project: Project, dtype: str, said
     assert ("emulates bfloat16" in " ".join(project.text().split())) == said
 
 
-def test_attention_kernels_tasks_and_the_suite_have_sections(project: Project) -> None:
-    shape = {"batch_size": 64, "num_tokens": 197, "impl": "triton", "exact": True, "error": None}
-    project.add("attention-h100", [shape | {"forward_ms": 0.1234, "forward_ratio": 0.9}])
-    project.add(
-        "kernels-h100", [shape | {"op": "add_normalize", "kind": "layer_norm", "ms": 0.5, "ratio": 2.0}]
-    )
+def kernel_row(**fields: Any) -> dict[str, Any]:
+    start = {"batch_size": 64, "num_tokens": 197, "impl": "triton", "exact": True, "error": None}
+    return start | fields
+
+
+def test_attention_has_a_section(project: Project) -> None:
+    project.add("attention-h100", [kernel_row(forward_ms=0.1234, forward_ratio=0.9)])
+    text = project.text()
+    assert "0.123" in text and "slower than the best library in forward in 1 of 1 rows" in text
+
+
+def test_other_kernels_have_a_section(project: Project) -> None:
+    project.add("kernels-h100", [kernel_row(op="add_normalize", kind="layer_norm", ms=0.5, ratio=2.0)])
+    text = project.text()
+    assert "add_normalize" in text and "slower than the best other implementation in 0 of 1 rows" in text
+
+
+def recipe(**fields: Any) -> dict[str, Any]:
     measured = {"train_steps": 50, "inference_batches": 40, "train_ms": 20.0, "inference_ms": 5.0}
     hours = {"sweep_seconds": 7200.0, "runs_seconds": 3600.0, "task_seconds": 10800.0}
-    names = ("points", "epochs", "sweep_train", "val", "runs", "run_train", "test")
     task = {"impl": "vpt_fast", "exact": True, "error": None, "measured": measured, "extrapolated": hours}
-    way = {
-        "impl": "vpt_fast",
-        "pixels": "decoded",
-        "workers": 8,
-        "images_per_second": 900.0,
-        "share_lost": 0.25,
-    }
-    setting = {
-        name: row("", None)[name] for name in ("model", "num_prompts", "prompt_type", "batch_size", "dtype")
-    }
-    project.add(
-        "recipe-h100",
-        [task],
-        protocol=dict.fromkeys(names, 40),
-        end_to_end=[way],
-        decode_seconds=1.0,
-        **setting,
-    )
-    project.add("gpu-suite-h100", parts={"test_gemm_gpu": {"state": "failed", "seconds": 12.0}})
+    names = ("points", "epochs", "sweep_train", "val", "runs", "run_train", "test")
+    own = {"rows": [task], "protocol": dict.fromkeys(names, 40), "end_to_end": []}
+    setting = ("model", "num_prompts", "prompt_type", "batch_size", "dtype")
+    return {name: row("", None)[name] for name in setting} | own | fields
+
+
+def test_a_whole_task_has_a_section(project: Project) -> None:
+    project.add("recipe-h100", **recipe())
     text = " ".join(project.text().split())
-    assert "0.123" in text and "slower than the best library in forward in 1 of 1 rows" in text
-    assert "add_normalize" in text and "slower than the best other implementation in 0 of 1 rows" in text
     assert "Extrapolated from 50 measured training steps" in text and "| 2.00 | 1.00 | 3.00 |" in text
-    assert "| decoded, 8 workers | 900 | 25 % |" in text
+
+
+def test_a_whole_task_is_shown_with_what_loading_costs(project: Project) -> None:
+    way = {"impl": "vpt_fast", "pixels": "decoded", "workers": 8, "images_per_second": 900.0}
+    project.add("recipe-h100", **recipe(end_to_end=[way | {"share_lost": 0.25}]))
+    assert "| decoded, 8 workers | 900 | 25 % |" in project.text()
+
+
+def test_the_suite_has_a_section(project: Project) -> None:
+    project.add("gpu-suite-h100", parts={"test_gemm_gpu": {"state": "failed", "seconds": 12.0}})
+    text = project.text()
     assert "0 of 1 parts passed" in text and "| test_gemm_gpu | failed | 12 |" in text
 
 
@@ -393,6 +398,20 @@ def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(pro
     assert line_of(text, "`nvjet_tst`") == "| `nvjet_tst` | products | 6.00 | 75 % | 12 |"
     assert line_of(text, "idle") == "| idle | 2.00 | 25 % |"
     assert "the CPU is busy for 2.50 ms per step" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("vit_base", {"rows": [row("vpt_fast", 300.0, num_prompts=1)]}),
+        ("recipe-h100", recipe(num_prompts=1)),
+        ("profile-h100", profile("vit_base_patch16_224", num_prompts=1)),
+    ],
+    ids=["throughput", "recipe", "profile"],
+)
+def test_one_prompt_is_in_the_singular(project: Project, name: str, report: dict[str, Any]) -> None:
+    project.add(name, **report)
+    assert "with 1 deep prompt, batch" in " ".join(project.text().split())
 
 
 def test_profiles_of_two_settings_of_a_model_stand_side_by_side(project: Project) -> None:

@@ -19,15 +19,18 @@ from typing import Any
 
 from rich.console import Console
 
-from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone, without_values
+from vpt_fast.backbones.creation import without_values
+from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.files import remove_unfinished
+from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
-from vpt_fast.recipe import METHOD_KNOBS, SEGMENTATION, Recipe, parse_method
+from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run import data_and_backbone, write
-from vpt_fast.sweep import Sweep, default_axes, require_trials, run_sweep
+from vpt_fast.sweep import require_trials, run_sweep
+from vpt_fast.sweep_settings import Sweep, default_axes
 
 LENGTHS = (1, 10, 50, 100, 200)
 DEPTHS = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 1.0)  # share of the blocks: 1, 3, 6, 9 and 12 of ViT-B's

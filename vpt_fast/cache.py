@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
-from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
 
 KEPT = 4  # per kind: train and val of a search, train+val and test of the final runs
 

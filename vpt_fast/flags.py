@@ -21,7 +21,8 @@ from rich.rule import Rule
 from rich.text import TextType
 
 from vpt_fast.failures import SavingFailed, TrainingDiverged
-from vpt_fast.recipe import Recipe, read_yaml
+from vpt_fast.recipe import Recipe
+from vpt_fast.setting_values import read_yaml
 
 
 def _path(text: str) -> Path:

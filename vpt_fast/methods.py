@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of, require_published, without_values
+from vpt_fast.backbones.creation import require_published, without_values
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
+from vpt_fast.method_rules import ENGINE_KNOBS, parse_method
 from vpt_fast.precision import autocast
 from vpt_fast.pretrained import MODELS
-from vpt_fast.recipe import ENGINE_KNOBS, SEGMENTATION, Recipe, parse_method
+from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.segmenter import ENCODERS
 from vpt_fast.tuned_model import TunedModel
 

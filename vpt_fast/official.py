@@ -127,10 +127,12 @@ def mapped_settings(
     }
     if location in _TOKEN_LOCATIONS and prompt["PROJECT"] > -1:
         settings["prompt_project"] = prompt["PROJECT"]
-    if not deep:
-        return settings
+    return settings | _mapped_deep_settings(prompt, depth) if deep else settings
 
-    first = prompt["NUM_DEEP_LAYERS"]
+
+def _mapped_deep_settings(prompt: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """What `mapped_settings` adds or replaces for deep prompts in a supervised ViT."""
+    first, location, pool = prompt["NUM_DEEP_LAYERS"], prompt["LOCATION"], prompt["VIT_POOL_TYPE"]
     if first is not None and not 1 <= first <= depth:
         raise Unmapped(f"NUM_DEEP_LAYERS {first} of {depth} blocks")
     if prompt["REVERSE_DEEP"]:
@@ -141,13 +143,12 @@ def mapped_settings(
                 "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never "
                 "inserted, so it loses the first num_prompts patches"
             )
-        return settings | {"prompt_layers": -first}
+        return {"prompt_layers": -first}
 
     drop = prompt["FORWARD_DEEP_NOEXPAND"]
     if drop and location != "prepend":
         raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
-    if first is not None:
-        settings["prompt_layers"] = first
+    settings: dict[str, Any] = {} if first is None else {"prompt_layers": first}
     settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path ignores it
     settings["after_prompts"] = "drop" if drop else "flow"
     if drop and first is not None and first < depth:
@@ -224,7 +225,16 @@ def to_our_names(
 def to_official_names(
     ours: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `to_our_names`: trained tensors under the official names, without prefix."""
+    """The inverse of `to_our_names`: trained tensors under the official names, without prefix.
+
+    Raises:
+        Unmapped: a tensor without a counterpart, such as one of the backbone's that was unfrozen.
+    """
+    known: tuple[str, ...] = ("head.", "prompts", "prompt_projection.")
+    if settings["prompt_location"] == "concat-channel":
+        known = (*known, f"{_PATCH_EMBEDDING}.")
+    if others := sorted(name for name in ours if not name.startswith(known)):
+        raise Unmapped(f"{', '.join(others)}: trained here; the official code loads its own backbone instead")
     tensors = dict(ours)
     official = {f"head.last_layer.{part}": tensors.pop(f"head.{part}") for part in ("weight", "bias")}
     if "prompts.0" in tensors:
@@ -337,7 +347,7 @@ def export_prompts(
 
     Raises:
         Unmapped: the official code has no such model, or gets it wrong.
-        ValueError: encoder is not one of those named.
+        ValueError: encoder is not one of those named, or as `PromptedViT.storable_state_dict`.
     """
     stem = model.backbone.stem
     wanted = ("swin",) if isinstance(model, PromptedSwin) else VIT_ENCODERS
@@ -349,7 +359,7 @@ def export_prompts(
             encoder = "mocov3"
     if encoder not in wanted:
         raise ValueError(f"encoder: got {encoder!r}, want one of {', '.join(map(repr, wanted))}")
-    options = model.prompt_settings
+    trained, options = model.storable_state_dict(), model.prompt_settings
     prompt = _official_settings(model, encoder)
     num_prompts = int(prompt["NUM_TOKENS"])
     mapped = mapped_settings(prompt, encoder=encoder, depth=model.num_blocks, num_prompts=num_prompts)
@@ -367,7 +377,7 @@ def export_prompts(
     prefix = "enc.transformer." if encoder == "sup" else "enc."
     tensors = {
         (name if name.startswith("head.") else prefix + name): tensor.cpu().clone()
-        for name, tensor in to_official_names(model.trainable_state_dict(), settings).items()
+        for name, tensor in to_official_names(trained, settings).items()
     }
     with replacing(path) as temporary:
         torch.save({"model": tensors, "prompt": prompt}, temporary)

@@ -10,7 +10,8 @@ import yaml
 from rich.markup import escape
 
 from vpt_fast.flags import PATH, DebugFlag, OutputConsole, one_line_errors, require_place
-from vpt_fast.recipe import Recipe, yaml_value
+from vpt_fast.recipe import Recipe
+from vpt_fast.setting_values import yaml_value
 
 
 def import_prompts(

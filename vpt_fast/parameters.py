@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone, without_values
+from vpt_fast.backbones.creation import without_values
+from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS

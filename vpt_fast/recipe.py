@@ -9,63 +9,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
+
+from vpt_fast.method_rules import METHOD_KNOBS, METHODS, parse_method
+from vpt_fast.setting_values import read_yaml, typed
 
 REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
 # Default for a user's own data with fewer images than the method's batch: one step per epoch, at a rate for
 # 2048 images, would be no sensible recipe.
 SMALL_SET_BATCH = 64
 NUM_PROMPTS = 10  # the length that the paper chose most often on VTAB-1k for VPT-Deep
-PROMPT_KNOBS = (
-    "num_prompts",
-    "prompt_layers",
-    "after_prompts",
-    "prompt_location",
-    "prompt_shared",
-    "prompt_project",
-    "prompt_dropout",
-    "prompt_dropout_per",
-)
 SEGMENTATION = "segmentation"  # the only task that is not a benchmark
 POLY_POWER = 0.9
 LARGEST_RATE = 1e38  # for base_lr and weight_decay: about float32's largest number
-ENGINE_KNOBS = ("dtype", "backend", "attention")  # for methods whose frozen blocks run on the engine
-
-
-@dataclass(frozen=True)
-class MethodRule:
-    """A method's own settings (`knobs`) and its defaults in the standard recipe: optimizer, batch size and
-    maximum of warm-up epochs as in the paper's appendix, base_lr from its grid."""
-
-    knobs: tuple[str, ...] = ()
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    base_lr: float = 1.0
-    batch_size: int = 128
-    warmup_epochs: int = 10
-
-
-_ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
-METHODS: dict[str, MethodRule] = {
-    "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
-    "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
-    # At the learning rate that prompts need, SGD would make the biases diverge.
-    "vpt+bias": MethodRule(("num_prompts", "prompt_dropout", "prompt_dropout_per"), **_ADAMW),
-    "cls-token": MethodRule(ENGINE_KNOBS),
-    "linear": MethodRule(ENGINE_KNOBS, batch_size=2048),
-    "mlp-K": MethodRule(ENGINE_KNOBS),
-    "partial-K": MethodRule(ENGINE_KNOBS, batch_size=1280, **_ADAMW),
-    "sidetune": MethodRule(ENGINE_KNOBS),
-    "bias": MethodRule(**_ADAMW),
-    "adapter": MethodRule(("adapter_reduction",), **_ADAMW),
-    "lora": MethodRule(("lora_rank",), **_ADAMW),
-    "full": MethodRule(**_ADAMW),
-}
 SEGMENTATION_KNOBS = ("ignore_zero", "head_channels", "aux_weight")
 CLASSIFICATION_KNOBS = (  # settings that segmentation does not have
     "data_root",
@@ -79,26 +40,6 @@ CLASSIFICATION_KNOBS = (  # settings that segmentation does not have
     "pool",
     "class_weights",
 )
-METHOD_KNOBS = tuple(dict.fromkeys(knob for rule in METHODS.values() for knob in rule.knobs))
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method: its name in METHODS, its rule, and K if the name has one (partial-2, mlp-3)."""
-
-    name: str
-    rule: MethodRule
-    count: int | None
-
-
-def parse_method(method: str) -> Method:
-    """Raises ValueError for an unknown method."""
-    if method in METHODS and not method.endswith("-K"):
-        return Method(method, METHODS[method], None)
-    stem, _, count = method.rpartition("-")
-    if f"{stem}-K" in METHODS and count.isascii() and count.isdecimal() and int(count) >= 1:
-        return Method(f"{stem}-K", METHODS[f"{stem}-K"], int(count))
-    raise ValueError(f"method is {method!r}; it must be one of {', '.join(METHODS)}, with a K from 1")
 
 
 def _knob(
@@ -358,7 +299,7 @@ class Recipe:
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
         for field in dataclasses.fields(self):
-            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            value = typed(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
         for name, low in (
             ("num_prompts", 1),
@@ -417,11 +358,14 @@ class Recipe:
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value}; it must be {wanted}")
 
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Those of the settings that do not have their default value."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def _reject_knobs_of_other_tasks(self) -> None:
         is_segmentation = self.task == SEGMENTATION
-        other = CLASSIFICATION_KNOBS if is_segmentation else SEGMENTATION_KNOBS
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        if given := [name for name in other if getattr(self, name) != defaults[name]]:
+        if given := self._given(CLASSIFICATION_KNOBS if is_segmentation else SEGMENTATION_KNOBS):
             task = (
                 "task segmentation has no such setting"
                 if is_segmentation
@@ -431,9 +375,7 @@ class Recipe:
 
     def _reject_knobs_of_other_methods(self) -> None:
         own = parse_method(self.method).rule.knobs
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        given = [name for name in METHOD_KNOBS if name not in own and getattr(self, name) != defaults[name]]
-        if given:
+        if given := self._given(name for name in METHOD_KNOBS if name not in own):
             takers = [name for name, rule in METHODS.items() if set(given) <= set(rule.knobs)]
             hint = f" or choose {' or '.join(takers)}" if takers else ""
             raise ValueError(
@@ -542,8 +484,8 @@ class Recipe:
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of a resolved recipe in ``epoch`` (counted from 0)."""
-        assert self.warmup_epochs is not None, "resolve the recipe first"
-        warmup, schedule = self.warmup_epochs, self.schedule or "cosine"
+        warmup, schedule = self.warmup_epochs, self.schedule
+        assert warmup is not None and schedule is not None, "resolve the recipe first"
         return self.peak_lr * lr_factor(epoch, warmup_epochs=warmup, epochs=self.epochs, schedule=schedule)
 
     @classmethod
@@ -596,117 +538,3 @@ def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "c
     if schedule == "poly":
         return (1.0 - progress) ** POLY_POWER
     return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ValueError if there is none."""
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ValueError(f"configuration file {path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"configuration file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration file {path} is not YAML: {_problem(error)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"configuration file {path} holds no mapping of settings")
-    return values
-
-
-def yaml_value(name: str, text: str, value: str) -> Any:
-    """``value``, a part of ``text`` on the command line, parsed as YAML; its ValueError names the flag."""
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{name} is {text!r}, whose value {value!r} is not YAML: {_problem(error)}"
-        ) from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses duplicate keys in a mapping; PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []  # not a set: keys may be unhashable
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<", whose keys are defaults
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key!r} comes twice", problem_mark=key_node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-def _problem(error: Exception) -> str:
-    """The error in one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the field's type. Text is parsed (in YAML, "1e-4" is text); ValueError for other types."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    if name == "prompt_layers":
-        return _prompt_layers(value)
-    kind = next(option for option in options if option is not type(None))
-    if name == "backbone_arg":
-        return _backbone_arg(value)
-    if get_origin(kind) is Literal:
-        if value is False and "off" in get_args(kind):
-            return "off"  # YAML reads a bare off as False
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
-        return value
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        if kind is int and isinstance(value, int):
-            return value  # a float would round a large one
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not math.isnan(number) and (kind is float or number.is_integer()):
-            return kind(number)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-    raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-
-
-def _prompt_layers(value: Any) -> int | list[int]:
-    parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, int) and not isinstance(parts, bool):
-        return parts
-    try:
-        indices = [int(part) for part in parts if str(part).strip()]
-    except (TypeError, ValueError):
-        indices = []
-    if not indices:
-        raise ValueError(
-            f"prompt_layers is {value!r}; it must be K, -K or a list of block indices such as 0,2,5"
-        )
-    return indices[0] if isinstance(value, str) and "," not in value else indices
-
-
-def _backbone_arg(value: Any) -> dict[str, Any]:
-    """A mapping, or a list of KEY=VALUE whose values are parsed as YAML (img_size=384, global_pool=avg)."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"backbone_arg is {value!r}; it must be a mapping, or a list of KEY=VALUE")
-    arguments: dict[str, Any] = {}
-    for text in value:
-        key, equals, content = str(text).partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"backbone_arg is {text!r}; it must be KEY=VALUE")
-        if key in arguments:
-            raise ValueError(f"backbone_arg is {text!r}, and {key} is given before; leave out one of them")
-        arguments[key] = yaml_value("backbone_arg", str(text), content)
-    return arguments

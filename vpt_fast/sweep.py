@@ -19,7 +19,6 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
@@ -36,16 +35,18 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from vpt_fast.backbones.resolve import sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.data import find_task
 from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import build_model_without_values, require_attention
-from vpt_fast.recipe import DATA, MODEL, PROMPTS, SEGMENTATION, Recipe, parse_method, read_yaml, yaml_value
+from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
+from vpt_fast.setting_values import read_yaml
 from vpt_fast.step import graph_obstacle
+from vpt_fast.sweep_settings import Sweep
 from vpt_fast.trials import (
     Display,
     Params,
@@ -61,173 +62,6 @@ from vpt_fast.world import find_device
 
 if TYPE_CHECKING:
     import optuna
-
-# The grids of the paper's appendix and of KMnP/vpt, for SGD and for methods that use AdamW.
-SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
-FGVC_RATES = SGD_RATES[:-1]
-WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
-ADAMW_RATES = (5e-3, 1e-3, 5e-4, 1e-4)
-SEEDS = (42, 44, 82, 100, 800)  # of the final runs
-
-SAMPLERS = ("grid", "tpe", "random")
-PRUNERS = ("none", "median", "hyperband")
-SET_BY_SWEEP = ("train_on", "test")
-NOT_SEARCHED = ("task", "train_on", "val_fraction", "backbone_arg", "seed")
-
-
-def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
-    """The paper's grid for a recipe's method: setting -> values."""
-    if parse_method(recipe.method).rule.optimizer == "adamw":
-        return {"base_lr": ADAMW_RATES}
-    is_fgvc = recipe.task not in (None, SEGMENTATION) and find_task(recipe.task).suite == "fgvc"
-    return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
-
-
-def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    """Parses `KEY=A,B,C` to a setting of the recipe and its values; `;` separates values that contain commas.
-
-    Raises:
-        ValueError: an unknown setting, one that cannot be searched, or a value that the recipe refuses.
-    """
-    name, equals, listed = text.partition("=")
-    name = name.strip().replace("-", "_")
-    parts = [part.strip() for part in listed.split(";" if ";" in listed else ",")]
-    if not equals or not all(parts):
-        raise ValueError(f"over is {text!r}; it must be KEY=A,B,C")
-    field = next((f for f in dataclasses.fields(Recipe) if f.name == name), None)
-    if field and (name in NOT_SEARCHED or not field.metadata["result"]):
-        raise ValueError(f"over is {text!r}; {name} is no setting of the training, and cannot be searched")
-    values: list[Any] = []
-    for part in parts:
-        value: Any = yaml_value("over", text, part)
-        if isinstance(value, list) or value is None:
-            raise ValueError(f"over is {text!r}, whose value {part!r} is none that can be searched")
-        recipe = Recipe.from_dict({**settings, name: value})  # its error names what is wrong
-        value = getattr(recipe, name)
-        values.append(part if isinstance(value, list | dict) else value)
-    return name, tuple(dict.fromkeys(values))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to search and how, and the seeds of the final runs.
-
-    Attributes:
-        settings: of the recipe, shared by all runs, as `Recipe.from_dict` takes them.
-        axes: setting -> values to search; {} searches nothing: `settings` are final.
-        seeds: of the final runs.
-        sampler: "grid" tries every combination; "tpe" or "random" (Optuna's) choose `trials` of them.
-        trials: number of trials, for "tpe" and "random". Settings that the sampler chooses again count as a
-            trial, as in Optuna, and are not trained again.
-        pruner: "none", or Optuna's "median" or "hyperband", which end trials with a low val accuracy early.
-
-    Raises:
-        ValueError: an argument cannot be used; the message names it.
-    """
-
-    settings: dict[str, Any]
-    axes: dict[str, tuple[Any, ...]]
-    seeds: tuple[int, ...] = SEEDS
-    sampler: str = "grid"
-    trials: int | None = None
-    pruner: str = "none"
-
-    def __post_init__(self) -> None:
-        if importlib.util.find_spec("optuna") is None:
-            raise ValueError("a sweep needs optuna, which is not installed; pip install optuna")
-        for name, value, known in (("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        if (self.trials is None) != (self.sampler == "grid") or (self.trials is not None and self.trials < 1):
-            wanted = "left out with sampler grid, and at least 1 with the others"
-            raise ValueError(f"trials is {self.trials} with sampler {self.sampler}; it must be {wanted}")
-        if not self.seeds or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {list(self.seeds)}; it must be one or more, each at least 0")
-        if self.settings.get("task") == SEGMENTATION:
-            raise ValueError("task is segmentation, which no sweep searches; train it setting by setting")
-        for name in SET_BY_SWEEP:
-            if name in self.settings:
-                raise ValueError(f"{name} is given; a sweep sets it itself: val for the search, then test")
-        if not self.axes and "seed" in self.settings:
-            raise ValueError(
-                f"seed is given as {self.settings['seed']} with nothing to search; seeds name it"
-            )
-        for name in self.axes:
-            if name in self.settings:
-                raise ValueError(
-                    f"{name} is given as {self.settings[name]} and searched over too; leave out one of them "
-                    "(--over names what to search instead)"
-                )
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                "a sweep does not run under torchrun; start the same command several times instead"
-            )
-        for point in self.points():
-            self.recipe(**point)
-        for seed in self.seeds:
-            self.recipe(**{**self.points()[0], "seed": seed})
-
-    def points(self) -> list[Params]:
-        """Every combination, in the axes' order."""
-        return [
-            dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())
-        ]
-
-    @property
-    def first_recipe(self) -> Recipe:
-        """The recipe of the first combination, for what all of them share."""
-        return self.recipe(**self.points()[0])
-
-    def recipe(self, **changes: Any) -> Recipe:
-        return Recipe.from_dict({"tensorboard": False, **self.settings, **changes})
-
-    @property
-    def num_trials(self) -> int:
-        if not self.axes:
-            return 0
-        return len(self.points()) if self.trials is None else self.trials
-
-    def to_dict(self) -> dict[str, Any]:
-        """What sweep.yaml holds."""
-        values = dataclasses.asdict(self)
-        return {
-            **values,
-            "axes": {name: list(axis) for name, axis in self.axes.items()},
-            "seeds": list(self.seeds),
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """All that the results depend on."""
-        recipe = self.first_recipe.to_dict()
-        fields = dataclasses.fields(Recipe)
-        kept = {f.name: recipe[f.name] for f in fields if f.metadata["result"] and f.name not in self.axes}
-        return {**self.to_dict(), "settings": kept}
-
-    def study_name(self, inputs: Mapping[str, str | None]) -> str:
-        """The same for the same sweep with the same `digest_inputs`, wherever the files are."""
-        text = json.dumps([self.identity(), inputs], sort_keys=True)
-        return f"vpt-fast-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def parse_axes(texts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Parses each text with `parse_axis`; also raises ValueError for a duplicate setting.
-
-    A searched backbone comes first: no setting's values can be checked without a backbone.
-    """
-    axes: dict[str, tuple[Any, ...]] = {}
-    for text in sorted(texts, key=lambda text: text.partition("=")[0].strip() != "backbone"):
-        name, values = parse_axis(text, {**first_backbone(axes), **settings})
-        if name in axes:
-            raise ValueError(
-                f"over is {text!r}, and {name} is searched already; name all values in one --over"
-            )
-        axes[name] = values
-    return axes
-
-
-def first_backbone(axes: Mapping[str, Sequence[Any]]) -> Params:
-    """A setting that a recipe cannot be without, if it is searched: its first value."""
-    return {"backbone": axes["backbone"][0]} if "backbone" in axes else {}
 
 
 def default_sweep_folder(recipe: Recipe) -> Path:
@@ -288,7 +122,6 @@ def run_sweep(
         _require_same_sweep(sweep, inputs, out)
         search, final = open_studies(sweep.study_name(inputs), out, storage)
         _begin(sweep, inputs, out)
-    folder_lock = functools.partial(_lock, out)
     search_with(search, sweep.sampler, sweep.pruner, int(sweep.settings.get("seed", 0)))
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
@@ -296,10 +129,18 @@ def run_sweep(
     def collect() -> dict[str, Any]:
         return _collect(sweep, plan, search, final, out)
 
+    worker = functools.partial(
+        Worker,
+        cache=cache,
+        stop=stop,
+        folder_lock=functools.partial(_lock, out),
+        is_only_folder=storage is None,
+    )
     with saving_studies(out), contextlib.suppress(Stopped):
+        best: Params = {}
         if sweep.axes:
             with Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
-                Worker(
+                worker(
                     study=search,
                     axes=sweep.axes,
                     wanted=sweep.points() if sweep.sampler == "grid" else None,
@@ -307,24 +148,14 @@ def run_sweep(
                     recipe=sweep.recipe,
                     folder=lambda params: trial_folder(out, params),
                     metric="val_accuracy",
-                    cache=cache,
                     display=display,
                     after=lambda: _tidy(collect(), out),
-                    stop=stop,
-                    folder_lock=folder_lock,
-                    is_only_folder=storage is None,
                 ).work()
-        results = collect()
-        if sweep.axes:
+            results = collect()
             _tidy(results, out)  # after a trial of a process that died before it could
-        if sweep.axes and results["best"] is None:
-            reasons = "; ".join(
-                dict.fromkeys(trial["reason"] for trial in results["trials"] if trial["reason"])
-            )
-            raise ValueError(f"no trial in {out} came to an end: {reasons}")
-        best = results["best"]["params"] if sweep.axes else {}
+            best = _require_best(results, out)
         with Display(console, "final run", len(sweep.seeds)) as display:
-            Worker(
+            worker(
                 study=final,
                 axes={"seed": sweep.seeds},
                 wanted=[{"seed": seed} for seed in sweep.seeds],
@@ -332,14 +163,18 @@ def run_sweep(
                 recipe=lambda seed: sweep.recipe(**best, **plan.changes, seed=seed),
                 folder=lambda params: out / "final" / f"seed-{params['seed']}",
                 metric=f"{plan.split}_accuracy",
-                cache=cache,
                 display=display,
                 after=collect,
-                stop=stop,
-                folder_lock=folder_lock,
-                is_only_folder=storage is None,
             ).work()
     return collect()
+
+
+def _require_best(results: Mapping[str, Any], out: Path) -> Params:
+    """The settings of the best trial; raises ValueError with the reasons if all of them failed."""
+    if results["best"] is None:
+        reasons = dict.fromkeys(trial["reason"] or trial["state"] for trial in results["trials"])
+        raise ValueError(f"no trial in {out} came to an end: {'; '.join(reasons)}")
+    return results["best"]["params"]
 
 
 def require_trials(sweep: Sweep, cache: TrainingCache) -> None:

@@ -102,14 +102,8 @@ def sweep(
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
-        from vpt_fast.sweep import (
-            Sweep,
-            default_axes,
-            default_sweep_folder,
-            first_backbone,
-            parse_axes,
-            run_sweep,
-        )
+        from vpt_fast.sweep import default_sweep_folder, run_sweep
+        from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 
         settings = given_settings(config, flags)
         axes = parse_axes(over or (), settings)
@@ -262,8 +256,9 @@ def table(
 ) -> None:
     """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
+        from vpt_fast.entries import LEFT_OUT, read_entries
         from vpt_fast.run import write
-        from vpt_fast.tables import LEFT_OUT, format_table, read_entries
+        from vpt_fast.tables import format_table
 
         if out is not None:
             require_place("out", out)

@@ -297,12 +297,14 @@ def _owner() -> dict[str, Any]:
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process started, in kernel ticks, since process ids are reused; None if there is none."""
+    """When a process started, in kernel ticks, since process ids are reused; None if there is none, or only
+    its exit status is left."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return text.rpartition(")")[2].split()[19]
+    state, *fields = text.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
 
 
 def _is_alive(trial: FrozenTrial, *, nobody_takes_one: bool) -> bool:

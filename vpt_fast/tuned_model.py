@@ -311,13 +311,8 @@ class TunedModel(nn.Module, metaclass=_Built):
     def _require_storable_head(self) -> None:
         """Raises ValueError if `from_pretrained` would not build the head again."""
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the trained tensors, and what is needed to rebuild the model, to a folder.
-
-        config.json holds the settings and the backbone's fingerprint, model.safetensors only the trained
-        tensors. Existing files are replaced one by one, each completely or not at all. If JSON cannot hold a
-        keyword argument for timm (a class of layers, say), the model is saved like one whose backbone was
-        given as an instance, which `from_pretrained` asks for, and a UserWarning says so.
+    def storable_state_dict(self) -> dict[str, torch.Tensor]:
+        """`trainable_state_dict`, if a file of it holds all that the model needs.
 
         Raises:
             ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
@@ -328,8 +323,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         lacking = self._stored_names - self._stored().keys()
         if lacking:
             raise ValueError(
-                f"{', '.join(sorted(lacking))}: no parameter of the model any more, which from_pretrained "
-                "would miss; want it back as one (parametrize.remove_parametrizations), or else to save "
+                f"{', '.join(sorted(lacking))}: no parameter of the model any more, which the file "
+                "would lack; want it back as one (parametrize.remove_parametrizations), or else to save "
                 "model.trainable_state_dict() yourself"
             )
         trained = self.trainable_state_dict()
@@ -340,6 +335,20 @@ class TunedModel(nn.Module, metaclass=_Built):
                     "want the model as it was built, with the tensors that get_model_state_dict gathers "
                     "(StateDictOptions(full_state_dict=True)) loaded into it"
                 )
+        return trained
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the trained tensors, and what is needed to rebuild the model, to a folder.
+
+        config.json holds the settings and the backbone's fingerprint, model.safetensors only the trained
+        tensors. Existing files are replaced one by one, each completely or not at all. If JSON cannot hold a
+        keyword argument for timm (a class of layers, say), the model is saved like one whose backbone was
+        given as an instance, which `from_pretrained` asks for, and a UserWarning says so.
+
+        Raises:
+            ValueError: as `storable_state_dict`.
+        """
+        trained = self.storable_state_dict()
         config = self.config
         if (call := config.backbone.call) is not None:
             warnings.warn(  # and no error, which would come after the training

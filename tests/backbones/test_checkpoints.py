@@ -34,7 +34,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
-from vpt_fast.backbones import resolve
+from vpt_fast.backbones import creation, resolve
 from vpt_fast.backbones.checkpoints import check_jax_shapes, load_checkpoint
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.backbones.resolve import is_supported, resolve_backbone
@@ -342,7 +342,7 @@ class TestKnown:
             asked.append((repository, file))
             return str(tmp_path / file)
 
-        monkeypatch.setattr(resolve.huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(creation.huggingface_hub, "hf_hub_download", download)
         vit, origin = resolve_backbone("sup_vitb16_imagenet21k", True, SMALL_VIT)
         assert asked == [("timm/vit_base_patch16_224.orig_in21k", "model.safetensors")]
         assert_same_weights(vit, source)

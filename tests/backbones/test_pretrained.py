@@ -154,6 +154,12 @@ class TestWithoutAPlace:
         assert all(torch.equal(tensor, whole[name]) for name, tensor in vit.state_dict().items())
 
 
+def test_settings_that_do_not_say_where_weights_are_publish_none() -> None:
+    settings = {"pretrained_cfg_overlay": {"crop_pct": 1.0}, "pretrained_strict": False}
+    with pytest.raises(ValueError, match="pretrained: timm has no published weights of test_vit4"):
+        resolve_backbone("test_vit4", True, settings)
+
+
 def test_unreachable_hub_is_asked_for_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = unreachable_hub(monkeypatch)
     with pytest.raises(ValueError, match="pretrained: the weights of test_vit cannot be downloaded: no way"):

@@ -26,7 +26,8 @@ from vpt_fast import (
     PromptedViT,
     load_pretrained,
 )
-from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone, sharing_backbones
+from vpt_fast.backbones.creation import sharing_backbones
+from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone
 from vpt_fast.methods import build_model
 from vpt_fast.parameters import count_parameters
 from vpt_fast.recipe import Recipe

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
-from vpt_fast import loop, plots
+from vpt_fast import loop, trials
 from vpt_fast.data import export_digits
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -69,19 +71,6 @@ def digits(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def curves_without_pixels(monkeypatch) -> None:
-    """Curves are drawn, but not rendered, which would be most of the time of so short a run."""
-    original = loop.plot_curves
-
-    def plot_curves(rows, path):
-        with monkeypatch.context() as patch:
-            patch.setattr(plots, "_save", lambda figure, path: None)
-            original(rows, path)
-
-    monkeypatch.setattr(loop, "plot_curves", plot_curves)
-
-
 @pytest.fixture
 def recipe(color_images) -> Recipe:
     """VPT-Deep in 4 epochs of 4 steps, the last of 3 images, with prompt dropout."""
@@ -96,6 +85,62 @@ def recipe(color_images) -> Recipe:
         prompt_dropout=0.2,
         device="cpu",
     )
+
+
+@pytest.fixture
+def settings(color_images) -> dict:
+    """Of a sweep of linear probes on the color images."""
+    return dict(
+        data=str(color_images),
+        backbone="train_test_vit",
+        method="linear",
+        epochs=2,
+        warmup_epochs=0,
+        batch_size=9,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The names of the run folders that trials have trained in, in order."""
+    original, folders = loop.train, []
+
+    def train(recipe, out, **options):
+        folders.append(out.name)
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(trials, "train", train)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def empty_study(tmp_path_factory) -> Path:
+    """The file of a sweep's studies before the first, with Optuna's tables."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "sqlite3", sqlite3)  # and not what `quick_studies` has made of it
+        trials.open_studies("none", folder, None)
+    with sqlite3.connect(folder / "study.db") as file:
+        file.execute("DELETE FROM study_directions")
+        file.execute("DELETE FROM studies")
+    return folder / "study.db"
+
+
+@pytest.fixture(autouse=True)
+def quick_studies(request, monkeypatch) -> None:
+    """Studies in a sweep's folder begin as a copy of `empty_study`, as making the tables takes most of a
+    second, and nothing waits until they are on the disk."""
+
+    def connect(path, **options):
+        if not path.exists():
+            shutil.copy(request.getfixturevalue("empty_study"), path)
+        connection = original(path, **options)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    original = sqlite3.connect
+    monkeypatch.setattr(trials, "sqlite3", SimpleNamespace(connect=connect))
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from vpt_fast.data import Preprocessing
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import Labels, RunError, RunFolder
-from vpt_fast.sweep import Sweep, run_sweep
+from vpt_fast.sweep import run_sweep
+from vpt_fast.sweep_settings import Sweep
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 

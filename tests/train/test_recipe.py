@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from vpt_fast import cli
-from vpt_fast.recipe import Recipe, lr_factor, read_yaml
+from vpt_fast.recipe import Recipe, lr_factor
+from vpt_fast.setting_values import read_yaml
 
 
 def make(**values) -> Recipe:
@@ -152,8 +153,9 @@ def test_off_in_yaml_is_the_choice_of_that_name():
     assert Recipe.from_dict(yaml.safe_load("{data: x, backbone: y, resident: off}")).resident == "off"
 
 
-def test_large_seed_is_not_rounded():
-    assert make(seed=2**63 + 1).seed == 2**63 + 1
+@pytest.mark.parametrize("given", [2**63 + 1, str(2**63 + 1)])
+def test_large_seed_is_not_rounded(given):
+    assert make(seed=given).seed == 2**63 + 1
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import yaml
 
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data import TASKS
+from vpt_fast.entries import read_entries
 from vpt_fast.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.recipe import Recipe
-from vpt_fast.tables import format_table, make_rows, read_entries
+from vpt_fast.tables import format_table, make_rows
 
 
 @pytest.fixture
@@ -228,9 +229,23 @@ def test_run_of_segmentation_is_left_out_and_said_so(run):
     assert notes == [f"{folder}: a run of segmentation; tables are of classification; left out"]
 
 
+def test_sweep_and_run_that_are_named_twice_are_read_once(sweep, run, tmp_path):
+    folders = [sweep("linear", "vtab/dtd", 0.6), run("seed-1", seed=1, test_accuracy=0.5)]
+    entries, notes = read_entries([tmp_path, *folders])
+    assert [entry.runs for entry in entries] == [1, 1] and notes == []
+
+
 def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
     assert entries == [] and "not finished" in notes[0]
+
+
+def test_sweep_whose_final_runs_all_diverged_is_left_out_and_said_so(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.7)
+    results = json.loads((folder / "results.json").read_text())
+    results["final"] |= {"accuracies": {}, "mean": None, "diverged": {"0": "the loss is inf"}}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert read_entries([folder]) == ([], [f"{folder}: every final run of the sweep diverged; left out"])
 
 
 def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):

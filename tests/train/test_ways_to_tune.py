@@ -15,8 +15,9 @@ from test_loop import interrupt_at_step, require_equal, trained
 from vpt_fast import LinearProbe, features, load_pretrained, loop, report
 from vpt_fast.classification import Classification, CrossEntropy, class_weights
 from vpt_fast.loop import train
+from vpt_fast.method_rules import METHODS
 from vpt_fast.methods import build_model
-from vpt_fast.recipe import METHODS, Recipe
+from vpt_fast.recipe import Recipe
 from vpt_fast.step import TrainStep
 
 ALL = [name.replace("K", "2") for name in METHODS if name not in ("vpt-deep", "vpt-shallow")]

@@ -330,10 +330,20 @@ def test_adapters_start_as_the_identity_with_a_gradient() -> None:
 
 
 def test_side_network_starts_from_published_weights_where_they_can_be_had(monkeypatch) -> None:
-    published = torchvision.models.alexnet().state_dict()
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **settings: published)
+    published = {f"features.{k}": v for k, v in torchvision.models.alexnet().features.state_dict().items()}
+    classifier = {"classifier.1.weight": torch.empty(4096, 9216, device="meta")}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **settings: published | classifier)
     model = SideTuning(tiny_vit(img_size=64, patch_size=16), CLASSES, side_pretrained=True)
-    assert torch.equal(model.side[0][0].weight, published["features.0.weight"])
+    found = model.side[0].state_dict()
+    assert len(found) == len(published)
+    assert all(torch.equal(tensor, published[f"features.{name}"]) for name, tensor in found.items())
+
+
+def test_side_network_takes_no_memory_for_alexnets_classifier(monkeypatch) -> None:
+    built, start = [], nn.Linear.reset_parameters
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda self: (built.append(self.weight), start(self)))
+    SideTuning(tiny_vit(img_size=64, patch_size=16), CLASSES)
+    assert max(weight.numel() for weight in built if not weight.is_meta) == 9216 * 32
 
 
 def test_side_network_that_starts_random_says_so(monkeypatch) -> None:

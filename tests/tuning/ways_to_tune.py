@@ -48,11 +48,12 @@ def logits(method: str, vit: VisionTransformer, images: Tensor, trained: dict[st
     else:
         x = functional_call(features, in_timm(trained), images)  # (B, d)
     if method == "sidetune":
-        alexnet = torchvision.models.alexnet().to(images.dtype)
-        side = nn.Sequential(alexnet.features, alexnet.avgpool, nn.Flatten(), nn.Linear(9216, x.shape[1]))
+        with torch.device("meta"):  # every weight is among the trained tensors
+            alexnet = torchvision.models.alexnet()
+            side = nn.Sequential(alexnet.features, alexnet.avgpool, nn.Flatten(), nn.Linear(9216, x.shape[1]))
         tensors = {k.removeprefix("side."): v for k, v in trained.items() if k.startswith("side.")}
         alpha = torch.sigmoid(trained["alpha"])
-        x = alpha * x + (1 - alpha) * functional_call(side.to(images.dtype), tensors, images)
+        x = alpha * x + (1 - alpha) * functional_call(side, tensors, images)
     if method.startswith("mlp"):
         for i in range(int(method.removeprefix("mlp-")) - 1):
             x = F.relu(F.linear(x, trained[f"hidden.{2 * i}.weight"], trained[f"hidden.{2 * i}.bias"]))

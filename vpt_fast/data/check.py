@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .images import DataError
 from .shards import holds_shards
-from .tasks import TASKS, Task, find_task_folder, read_task
+from .task_files import find_task_folder, read_task
+from .tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from .factory import PREFIXES, is_factory_name, open_factory
 from .folder import LAYOUTS, open_folder
 from .images import DataError, Splits, take_fraction
 from .shards import holds_shards, open_shards
-from .tasks import find_task, open_task
+from .task_files import open_task
+from .tasks import find_task
 
 TRAIN_ON = ("train", "train+val")
 

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.backbones.timm_eva import TimmViT
-from vpt_fast.classifier import FrozenClassifier, check_arguments
+from vpt_fast.backbones.resolve import VIT
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
+from vpt_fast.tuning.folded import FoldedClassifier
 
 
-class ClsTokenTuning(FrozenClassifier):
+class ClsTokenTuning(FoldedClassifier):
     """Trains the CLS token that enters the first block, and the head; all blocks are frozen.
 
     Args and errors are those of `LinearProbe` with a vision transformer; one without a CLS token raises
     ValueError too.
     """
 
-    def __init__(
-        self,
-        backbone: str | TimmViT,
-        num_classes: int,
-        *,
-        pool: str | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        attention: str = "auto",
-        pretrained: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **timm_kwargs: Any,
-    ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
-        if vit.cls_token is None:
+    kinds = (VIT,)
+
+    def _check_model(self, model: Any) -> None:
+        if model.cls_token is None:
             raise ValueError("backbone: it has no CLS token to tune")
-        super().__init__(
-            vit, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
-        )
-        self._reads = self.backbone.head_reads_of_image(pool)
-        token = self.backbone.stem.cls_token
-        wide = torch.promote_types(vit.cls_token.dtype, torch.float32)
-        self.backbone.stem.cls_token = nn.Parameter(vit.cls_token.detach().to(token.device, wide, copy=True))
+
+    def _unfreeze(self, model: Any) -> None:
+        wide = torch.promote_types(model.cls_token.dtype, torch.float32)
+        token = model.cls_token.detach().to(self.backbone.device, wide, copy=True)
+        self.backbone.stem.cls_token = nn.Parameter(token)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)

@@ -3,24 +3,23 @@ Swin or ConvNet."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from vpt_fast.backbones.resolve import CONVNET, SWIN, resolve_backbone
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
-from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 from vpt_fast.tuned_model import check_count
+from vpt_fast.tuning.folded import FoldedClassifier
 from vpt_fast.tuning.timm_blocks import TimmClassifier, timm_block_bytes
 
 
-class PartialTuning(FrozenClassifier):
+class PartialTuning(FoldedClassifier):
     """Trains the last k blocks of a vision transformer, the final norm and the head: partial-k in Table 1 of
     the VPT paper.
 
@@ -29,56 +28,35 @@ class PartialTuning(FrozenClassifier):
     attention-pool head stays frozen.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is
-            not changed.
-        num_classes: outputs of the head.
+        backbone, num_classes, settings: see `LinearProbe`; the backbone is a vision transformer, and `dtype`,
+            `backend` and `attention` are those of its frozen blocks.
         num_tuned_blocks: k, from 1 to the number of blocks.
-        pool: None for the backbone's own pooling; ``"cls"`` or ``"image"``.
-        dtype: of the frozen weights; None for the backbone's own. Trained parameters are at least float32.
-        backend, attention: of the frozen blocks, see `kernels.get_backend`.
-        pretrained: load the published weights (only with a name).
-        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
-        timm_kwargs: passed to timm.create_model (only with a name).
 
     Raises:
-        ValueError: an argument out of range, or a part of the backbone that is not supported.
+        ValueError: as `LinearProbe`, and for more blocks than the backbone has.
     """
 
+    kinds = (VIT,)
+
     def __init__(
-        self,
-        backbone: str | TimmViT,
-        num_classes: int,
-        num_tuned_blocks: int = 1,
-        *,
-        pool: str | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        attention: str = "auto",
-        pretrained: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **timm_kwargs: Any,
+        self, backbone: str | TimmViT, num_classes: int, num_tuned_blocks: int = 1, **settings: Any
     ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
-        k = check_count("num_tuned_blocks", num_tuned_blocks)
-        vit, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint)
-        if k > len(vit.blocks):
-            raise ValueError(f"num_tuned_blocks: got {k}, and the backbone has {len(vit.blocks)} blocks")
-        super().__init__(
-            vit,
-            origin,
-            num_classes,
-            pool=pool,
-            dtype=dtype,
-            backend=backend,
-            attention=attention,
-            timm_blocks=k,
-        )
-        self._reads = self.backbone.head_reads_of_image(pool)
+        self.num_tuned_blocks = check_count("num_tuned_blocks", num_tuned_blocks)  # read by the base class
+        super().__init__(backbone, num_classes, **settings)
+
+    def _check_model(self, model: Any) -> None:
+        if self.num_tuned_blocks > len(model.blocks):
+            raise ValueError(
+                f"num_tuned_blocks: got {self.num_tuned_blocks}, and the backbone has {len(model.blocks)} "
+                "blocks"
+            )
+
+    def _unfreeze(self, model: Any) -> None:
         for module in (*self.backbone.timm_blocks, self.backbone.stem.norm, self.backbone.stem.fc_norm):
             module.requires_grad_(True)
 
     def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "num_tuned_blocks": len(self.backbone.timm_blocks)}
+        return {**super()._options(), "num_tuned_blocks": self.num_tuned_blocks}
 
     @property
     def feature_shape(self) -> tuple[int, ...]:

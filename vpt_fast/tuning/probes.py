@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +10,15 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
-from vpt_fast.backbones.resolve import kind_of, resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 from vpt_fast.tuned_model import check_count
+from vpt_fast.tuning.folded import FoldedClassifier
 
 
-class LinearProbe(FrozenClassifier):
+class LinearProbe(FoldedClassifier):
     """A linear head on the features of a frozen vision transformer, Swin or ConvNet.
 
     Args:
@@ -42,28 +40,6 @@ class LinearProbe(FrozenClassifier):
     Raises:
         ValueError: an argument out of range, or a part of the backbone that is not supported.
     """
-
-    def __init__(
-        self,
-        backbone: str | TimmViT | SwinTransformer,
-        num_classes: int,
-        *,
-        pool: str | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        attention: str = "auto",
-        pretrained: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **timm_kwargs: Any,
-    ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
-        model, origin = resolve_backbone(
-            backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind_of(backbone)
-        )
-        super().__init__(
-            model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
-        )
-        self._reads = self.backbone.head_reads_of_image(pool)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:

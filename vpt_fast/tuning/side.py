@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
@@ -11,16 +10,15 @@ import torchvision
 from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
-from vpt_fast.backbones.resolve import kind_of, resolve_backbone
-from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
+from vpt_fast.tuning.folded import FoldedClassifier
 
 _MIN_SIZE = 63  # pixels: AlexNet's strides leave nothing of smaller images
 _SIDE_CHANNELS = 3
 _SIDE_FEATURES = 256 * 6 * 6  # after AlexNet's average pool
 
 
-class SideTuning(FrozenClassifier):
+class SideTuning(FoldedClassifier):
     """A side network trained beside the frozen backbone (Zhang et al., ECCV 2020; the VPT paper's Sidetune).
 
     The head reads α · backbone(x) + (1 - α) · side(x), where α is the sigmoid of one trained scalar that
@@ -28,8 +26,7 @@ class SideTuning(FrozenClassifier):
     linear layer from their 9216 features to d. Its input is normalised for the backbone.
 
     Args:
-        backbone, num_classes, pool, dtype, backend, attention, pretrained, checkpoint, timm_kwargs: see
-            `LinearProbe`.
+        backbone, num_classes, settings: see `LinearProbe`.
         side_pretrained: initialise the side network with torchvision's ImageNet weights of AlexNet; if they
             cannot be downloaded, it is initialised at random, with a warning.
 
@@ -42,40 +39,27 @@ class SideTuning(FrozenClassifier):
     """
 
     def __init__(
-        self,
-        backbone: str | nn.Module,
-        num_classes: int,
-        *,
-        pool: str | None = None,
-        dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        attention: str = "auto",
-        side_pretrained: bool = False,
-        pretrained: bool = False,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **timm_kwargs: Any,
+        self, backbone: str | nn.Module, num_classes: int, *, side_pretrained: bool = False, **settings: Any
     ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
-        model, origin = resolve_backbone(
-            backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind_of(backbone)
-        )
-        super().__init__(
-            model, origin, num_classes, pool=pool, dtype=dtype, backend=backend, attention=attention
-        )
-        self._reads = self.backbone.head_reads_of_image(pool)
+        super().__init__(backbone, num_classes, **settings)
         height, width = self.image_size
         if self.backbone.in_chans != _SIDE_CHANNELS or min(height, width) < _MIN_SIZE:
             raise ValueError(
                 f"backbone: its images are {self.backbone.in_chans}x{height}x{width}, and the side network, "
                 f"an AlexNet, wants {_SIDE_CHANNELS} channels of at least {_MIN_SIZE}x{_MIN_SIZE}"
             )
-        alexnet = torchvision.models.alexnet(weights=None)
+        device = self.backbone.device
+        with torch.device("meta"):  # its classifier, which is not used, has 59 million weights
+            alexnet = torchvision.models.alexnet(weights=None)
+        convolutions = alexnet.features.to_empty(device=device)
+        for layer in convolutions:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
         if side_pretrained:
-            _load_published_weights(alexnet)
-        linear = nn.Linear(_SIDE_FEATURES, self.embed_dim)
-        side = nn.Sequential(alexnet.features, alexnet.avgpool, nn.Flatten(), linear)
-        self.side = side.to(self.backbone.device)
-        self.alpha = nn.Parameter(torch.zeros((), device=self.backbone.device))
+            _load_published_weights(convolutions)
+        linear = nn.Linear(_SIDE_FEATURES, self.embed_dim, device=device)
+        self.side = nn.Sequential(convolutions, alexnet.avgpool, nn.Flatten(), linear)
+        self.alpha = nn.Parameter(torch.zeros((), device=device))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
@@ -98,7 +82,7 @@ class SideTuning(FrozenClassifier):
         )
 
 
-def _load_published_weights(alexnet: nn.Module) -> None:
+def _load_published_weights(convolutions: nn.Module) -> None:
     url = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url
     try:
         weights = torch.hub.load_state_dict_from_url(
@@ -110,4 +94,5 @@ def _load_published_weights(alexnet: nn.Module) -> None:
             stacklevel=3,
         )
         return
-    alexnet.load_state_dict(weights)
+    own = {name.removeprefix("features."): t for name, t in weights.items() if name.startswith("features.")}
+    convolutions.load_state_dict(own)

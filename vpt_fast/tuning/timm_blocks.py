@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
-from vpt_fast.backbones.resolve import VIT, Kind, kind_of, resolve_backbone
+from vpt_fast.backbones.resolve import VIT, Kind, kind_among, resolve_backbone
 from vpt_fast.backbones.timm_eva import frozen_vit
 from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
@@ -62,9 +62,7 @@ class TimmClassifier(TunedClassifier):
                 f"dtype: got {dtype} with {type(self).__name__}, whose modules run in float32 or more; want "
                 "autocast for products of 16 bits"
             )
-        kind = kind_of(backbone)
-        if kind not in self.kinds:
-            kind = self.kinds[0]  # so that `resolve_backbone` raises
+        kind = kind_among(backbone, self.kinds)
         model, origin = resolve_backbone(backbone, pretrained, timm_kwargs, checkpoint=checkpoint, kind=kind)
         if kind is not VIT:
             whole = WholeBackbone(model)

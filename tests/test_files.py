@@ -1,0 +1,41 @@
+"""Files that are written completely or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vpt_fast.files import remove_unfinished, replacing
+
+
+def test_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with replacing(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_interruption_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_files_of_a_killed_process_are_removed_and_those_being_written_stay(tmp_path: Path) -> None:
+    left = tmp_path / ".a.txt.abcd_123.txt"
+    left.touch()
+    with replacing(tmp_path / "a.txt") as temporary:
+        remove_unfinished(tmp_path / "a.txt")
+        assert temporary.exists() and not left.exists()
+
+
+def test_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    (tmp_path / "b.txt").write_text("plain")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
