@@ -69,6 +69,7 @@ LAYERS = {
         "official_commands",
         "demo",
         "cli",
+        "__main__",
     ],
 }
 BELOW = {
@@ -160,6 +161,13 @@ def test_public_names_are_there_when_asked_for():
 def test_commands_are_known_without_torch_and_timm():
     code = "import sys, vpt_fast.cli; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_entry_of_the_command_imports_no_library():
+    code = "import sys; before = {*sys.modules}; import vpt_fast.__main__; print(*{*sys.modules} - before)"
+    ended = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    roots = {name.partition(".")[0] for name in ended.stdout.split()}
+    assert roots - sys.stdlib_module_names == {"vpt_fast"}, ended.stderr
 
 
 def test_weights_of_the_demo_backbone_are_package_data():

@@ -333,7 +333,3 @@ def main() -> None:
         if "--debug" in sys.argv or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         sys.exit(f"error: the output cannot be written: {error.strerror}")
-
-
-if __name__ == "__main__":
-    main()

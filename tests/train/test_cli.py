@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vpt_fast import loop
+from vpt_fast.__main__ import main
 from vpt_fast.cli import app
 from vpt_fast.flags import LastingConsole
 from vpt_fast.inference import LoadedRun, require_same_classes
@@ -461,6 +462,20 @@ def test_diverging_training_fails_with_epoch_and_learning_rate(command, color_im
     assert result.exit_code == 1
     assert "in epoch 2 of 3" in result.stderr and "learning rate" in result.stderr
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
+
+
+def test_ctrl_c_while_the_commands_are_imported_ends_in_one_line(monkeypatch, capsys):
+    class CtrlC:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            assert name == "vpt_fast.cli"
+            raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "vpt_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 
 def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
