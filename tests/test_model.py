@@ -29,7 +29,7 @@ from vpt_fast import (
 )
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.engine.block import FrozenBlock
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import remove_unfinished, replacing, unfinished
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import MLPProbe
 
@@ -753,6 +753,29 @@ class TestReplacing:
         with replacing(tmp_path / "a.txt") as temporary:
             remove_unfinished(tmp_path / "a.txt")
             assert temporary.exists() and not left.exists()
+
+    def test_files_of_a_killed_process_are_known_by_the_names_that_they_were_to_have(
+        self, tmp_path: Path
+    ) -> None:
+        names = ("a", "a.abcd_123", "a.txt", "new\nline.txt")
+        left = [f".{name}.12345678{Path(name).suffix}" for name in names]
+        for name in (
+            *left,
+            ".b.txt.12345678.txt",
+            ".a.txt.12345678",
+            ".a.txt.1234567.txt",
+            "a.txt.12345678.txt",
+        ):
+            (tmp_path / name).touch()
+        assert unfinished(*map(tmp_path.joinpath, names)) == sorted(map(tmp_path.joinpath, left))
+        assert unfinished(tmp_path / "a.txt") == [tmp_path / ".a.txt.12345678.txt"]
+        assert unfinished(tmp_path / "nowhere" / "a.txt") == []
+
+    def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(self, tmp_path: Path) -> None:
+        for name in (".config.json.abcd_123.json", ".model.safetensors.abcd_123.safetensors"):
+            (tmp_path / name).touch()
+        PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
     def test_file_is_readable_by_others_as_any_new_file_is(self, tmp_path: Path) -> None:
         with replacing(tmp_path / "a.txt") as temporary:

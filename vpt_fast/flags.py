@@ -21,6 +21,7 @@ from rich.rule import Rule
 from rich.text import TextType
 
 from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe, read_yaml
 
 
@@ -151,11 +152,13 @@ def fail(error: Exception | str, code: int) -> None:
 
 
 def require_place(name: str, path: Path) -> None:
-    """Raises ValueError if no file can be written at ``path``; called before the work starts."""
+    """Raises ValueError if no file can be written at ``path``; called before the work starts. What a killed
+    command left of such a file is removed."""
     if path.is_dir():
         raise ValueError(f"{name} is {path}, a folder; it must be a file")
     if not path.parent.is_dir():
         raise ValueError(f"{name} is {path}, and {path.parent} is no folder")
+    remove_unfinished(path)
 
 
 def refuse(run: str, **flags: Any) -> None:

@@ -192,6 +192,13 @@ def test_repeated_prediction_replaces_its_own_files_and_joins_others(run, comman
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_prediction_removes_files_that_a_killed_one_left_half_written(run, command, scenes, tmp_path):
+    for name in (".0000.png.abcd_123.png", ".0000-overlay.png.abcd_123.png"):
+        (tmp_path / name).touch()
+    command("predict", run[1].path, scenes / "images" / "validation" / "0000.jpg", "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"0000.png", "0000-overlay.png"}
+
+
 def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
     (tmp_path / "file").write_text("")
     result = command("predict", run[1].path, scenes / "images" / "validation", "--out", tmp_path / "file")
