@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.text import TextType
 
+from vpt_fast.data_names import PREFIXES, is_factory_name
 from vpt_fast.failures import SavingFailed, TrainingDiverged
 from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe, read_yaml
@@ -151,6 +152,20 @@ def fail(error: Exception | str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def require_folder(name: str, path: Path) -> None:
+    """Raises ValueError if there is no such folder. Commands check this, and the data, before they import
+    what takes seconds."""
+    if not path.is_dir():
+        raise ValueError(f"{name} is {path}, which is no folder")
+
+
+def require_data(data: str) -> None:
+    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's."""
+    if not os.path.exists(os.path.expanduser(data) or ".") and not is_factory_name(data):
+        names = ", ".join(f"{prefix}/NAME" for prefix in PREFIXES)
+        raise ValueError(f"data is {data}; there is no such folder, and it is none of {names}")
+
+
 def require_place(name: str, path: Path) -> None:
     """Raises ValueError if no file can be written at ``path``; called before the work starts. What a killed
     command left of such a file is removed."""
@@ -196,9 +211,15 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration file, overridden by the flags that were given."""
+    """The settings of a configuration file, overridden by the flags that were given.
+
+    Raises ValueError if the file cannot be read or the data are not there.
+    """
     given = {name: value for name, value in flags.items() if value not in (None, [])}
-    return {**(read_yaml(config) if config else {}), **given}
+    settings = {**(read_yaml(config) if config else {}), **given}
+    if isinstance(data := settings.get("data"), str):  # the recipe refuses what is no text
+        require_data(data)
+    return settings
 
 
 def flag_type(name: str, hint: Any) -> tuple[str, Any]:
