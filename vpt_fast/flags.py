@@ -73,7 +73,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         yield
         return
     try:
-        with _terminated_as_by_ctrl_c():
+        with _terminated_as_by_ctrl_c(), _keeping_ctrl_c():
             yield
     except (TrainingDiverged, SavingFailed) as error:
         fail(error, 1)
@@ -101,6 +101,31 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def _keeping_ctrl_c() -> Iterator[None]:
+    """Sends a KeyboardInterrupt again that came up in a finalizer or a callback of a weak reference, where
+    Python prints exceptions and drops them: the work would go on. Building a model runs many of these."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # a signal sent from here would be dropped here
+        else:
+            old_hook(unraisable)
+
+    old_handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = old_hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_handler)
 
 
 class NameConsole(Console):

@@ -9,18 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from vpt_fast import loop
 from vpt_fast.__main__ import main
 from vpt_fast.cli import app
-from vpt_fast.flags import LastingConsole
+from vpt_fast.flags import LastingConsole, one_line_errors
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
 
@@ -476,6 +478,17 @@ def test_ctrl_c_while_the_commands_are_imported_ends_in_one_line(monkeypatch, ca
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130 and capsys.readouterr().err == "error: stopped\n"
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(capsys):
+    class Finalized:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        Finalized()
+        time.sleep(10)
+    assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 
 def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):
