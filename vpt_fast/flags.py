@@ -105,8 +105,12 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeping_ctrl_c() -> Iterator[None]:
-    """Sends a KeyboardInterrupt again that came up in a finalizer or a callback of a weak reference, where
-    Python prints exceptions and drops them: the work would go on. Building a model runs many of these."""
+    """Keeps a KeyboardInterrupt from being lost where libraries are interrupted.
+
+    In a finalizer or a callback of a weak reference, Python prints exceptions and drops them, and the work
+    would go on: it is sent again. One that another error hides (Optuna's UnboundLocalError, when interrupted
+    while it saves the end of a trial) is raised in its place.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,6 +126,13 @@ def _keeping_ctrl_c() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
     finally:
         sys.unraisablehook = old_hook
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -117,20 +117,17 @@ def find_pruner(name: str) -> BasePruner:
 
 @contextlib.contextmanager
 def saving_studies(out: Path) -> Iterator[None]:
-    """Turns errors of the studies' storage, such as a full disk or a lost connection, into SavingFailed, and
-    one that hides a Ctrl-C into KeyboardInterrupt."""
+    """Turns errors of the studies' storage, such as a full disk or a lost connection, into SavingFailed."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    # If Optuna cannot save how a trial ended, an error of its own code (UnboundLocalError) hides the cause.
+    # If Optuna cannot save that a trial failed either, an error of its own code hides the cause.
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SQLAlchemyError | KeyboardInterrupt):
+        while cause is not None and not isinstance(cause, SQLAlchemyError):
             cause = cause.__cause__ or cause.__context__
-        if isinstance(error, UnboundLocalError) and isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        if not isinstance(cause, SQLAlchemyError):
+        if cause is None:
             raise
         raise SavingFailed(
             f"the studies of the sweep in {out} could not be saved: {str(cause).splitlines()[0]}; what was "

@@ -487,7 +487,16 @@ def test_ctrl_c_in_a_finalizer_is_not_lost(capsys):
 
     with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
         Finalized()
-        time.sleep(10)
+        time.sleep(2)
+    assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
+
+
+def test_ctrl_c_hidden_by_another_error_is_not_lost(capsys):
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("as of Optuna, interrupted while it saves the end of a trial")
     assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 

@@ -308,16 +308,6 @@ def test_study_that_can_no_longer_be_saved_is_named(settings, tmp_path, monkeypa
         run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
 
 
-def test_ctrl_c_while_a_trial_s_end_is_saved_is_no_other_error(tmp_path):
-    class Interrupted(optuna.storages.InMemoryStorage):
-        def set_trial_state_values(self, *arguments, **options):
-            raise KeyboardInterrupt
-
-    study = optuna.create_study(storage=Interrupted())
-    with pytest.raises(KeyboardInterrupt), trials.saving_studies(tmp_path):
-        study.optimize(lambda trial: 1.0, n_trials=1)
-
-
 def test_empty_storage_is_not_the_sweep_s_own(settings, tmp_path):
     with pytest.raises(ValueError, match="storage is ''; it must be the URL"):
         run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path / "sweep", storage="")
