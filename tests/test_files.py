@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import remove_unfinished, replacing, unfinished
 
 
 def test_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -32,6 +32,24 @@ def test_files_of_a_killed_process_are_removed_and_those_being_written_stay(tmp_
     with replacing(tmp_path / "a.txt") as temporary:
         remove_unfinished(tmp_path / "a.txt")
         assert temporary.exists() and not left.exists()
+
+
+def test_files_of_a_killed_process_are_known_by_the_names_that_they_were_to_have(
+    tmp_path: Path,
+) -> None:
+    names = ("a", "a.abcd_123", "a.txt", "new\nline.txt")
+    left = [f".{name}.12345678{Path(name).suffix}" for name in names]
+    for name in (
+        *left,
+        ".b.txt.12345678.txt",
+        ".a.txt.12345678",
+        ".a.txt.1234567.txt",
+        "a.txt.12345678.txt",
+    ):
+        (tmp_path / name).touch()
+    assert unfinished(*map(tmp_path.joinpath, names)) == sorted(map(tmp_path.joinpath, left))
+    assert unfinished(tmp_path / "a.txt") == [tmp_path / ".a.txt.12345678.txt"]
+    assert unfinished(tmp_path / "nowhere" / "a.txt") == []
 
 
 def test_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:

@@ -154,6 +154,14 @@ def test_names_written_are_those_of_the_encoder(vit, encoder: str, prefix: str, 
     assert f"{prefix}deep_prompt_embeddings" in names
 
 
+def test_same_prompts_give_the_same_file(vit, tmp_path: Path) -> None:
+    model = PromptedViT(vit, 5, 2)
+    files = [tmp_path / "one.pth", tmp_path / "other.pth"]
+    for file in files:
+        export_prompts(model, file, encoder="sup")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_an_encoder_of_another_kind_is_refused(vit, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="encoder: got 'swin', want one of 'sup', 'mae', 'mocov3'"):
         export_prompts(PromptedViT(vit, 5, 2), tmp_path / "file.pth", encoder="swin")

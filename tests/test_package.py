@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files", "free_memory"],
+    "files": ["files", "free_memory", "data_names"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
@@ -71,6 +71,7 @@ LAYERS = {
         "official_commands",
         "demo",
         "cli",
+        "__main__",
     ],
 }
 BELOW = {
@@ -162,6 +163,36 @@ def test_public_names_are_there_when_asked_for():
 def test_commands_are_known_without_torch_and_timm():
     code = "import sys, vpt_fast.cli; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+REFUSED = """
+import sys
+from typer.testing import CliRunner
+from vpt_fast.cli import app
+out = sys.argv[1]
+for words in (
+    "train --data=nowhere --backbone=x", "sweep --data=nowhere --backbone=x", "ablate length --data=nowhere",
+    "eval nowhere --data=.", "eval . --data=nowhere", "predict nowhere x.jpg", "plot tsne nowhere --data=.",
+    f"plot tsne . --data=. --out={out}", f"table . --out={out}", "data check nowhere",
+    f"import-prompts nowhere --backbone=x --out=x", f"export-prompts . --out={out}",
+    "sweep --backbone=x --seeds=x", "ablate length --seeds=x",
+):
+    ended = CliRunner().invoke(app, words.split())
+    assert ended.exit_code == 2 and ended.stderr.startswith("error: "), (words, ended.output)
+    assert not {"torch", "timm", "matplotlib"} & {*sys.modules}, words
+"""
+
+
+def test_commands_refuse_what_is_not_there_before_they_import_torch(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_entry_of_the_command_imports_no_library():
+    code = "import sys; before = {*sys.modules}; import vpt_fast.__main__; print(*{*sys.modules} - before)"
+    ended = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    roots = {name.partition(".")[0] for name in ended.stdout.split()}
+    assert roots - sys.stdlib_module_names == {"vpt_fast"}, ended.stderr
 
 
 def test_weights_of_the_demo_backbone_are_package_data():

@@ -263,6 +263,13 @@ def test_full_disk_leaves_the_last_good_files(tmp_path: Path, monkeypatch: pytes
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(tmp_path: Path) -> None:
+    for name in (".config.json.abcd_123.json", ".model.safetensors.abcd_123.safetensors"):
+        (tmp_path / name).touch()
+    PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_push_to_hub_passes_the_token_and_privacy_on(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = {}
 

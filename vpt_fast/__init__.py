@@ -7,7 +7,6 @@ the prompts to the sequence, at about the cost of a ViT without prompts.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from vpt_fast.swin import PromptedSwin
     from vpt_fast.tuning.probes import LinearProbe
 
-__version__ = version("vpt_fast")
+    __version__: str
+
 __all__ = [
     "GraphedStep",
     "LinearProbe",
@@ -31,7 +31,8 @@ __all__ = [
     "load_pretrained",
 ]
 
-# Imported on first access: importing torch and timm takes seconds, and `vpt-fast --help` needs neither.
+# Imported on first access, as the version is read: importing torch and timm takes seconds, and
+# `vpt-fast --help` needs neither.
 _MODULES = {
     "GraphedStep": "graphed",
     "LinearProbe": "tuning.probes",
@@ -44,15 +45,17 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("vpt_fast")
+    elif name in _MODULES:
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-del version

@@ -34,6 +34,8 @@ from vpt_fast.flags import (
     one_line_errors,
     print_error,
     refuse,
+    require_data,
+    require_folder,
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
@@ -145,6 +147,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run in fp32: accuracy, or mIoU for segmentation, overall and per class."""
     with one_line_errors(debug):
+        require_folder("RUN", run)
+        require_data(data)
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
         loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
@@ -235,6 +239,7 @@ def predict(
 ) -> None:
     """Classify or segment images. The exit status is 1 if an image cannot be read."""
     with one_line_errors(debug):
+        require_folder("RUN", run)
         from vpt_fast.inference import LoadedRun, expand_images, predict_images
 
         paths = expand_images(images)
@@ -333,7 +338,3 @@ def main() -> None:
         if "--debug" in sys.argv or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         sys.exit(f"error: the output cannot be written: {error.strerror}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors
+from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors, require_folder
 
 if TYPE_CHECKING:  # torch: imported by the commands
     from vpt_fast.data import Splits
@@ -36,12 +36,11 @@ def check(
     task is reported as train would read it.
     """
     with one_line_errors(debug):
+        require_folder("DIR", root)
         from vpt_fast.data import TASKS, DataError, find_task, open_splits
         from vpt_fast.data.check import check_task, find_tasks
         from vpt_fast.data.tasks import HOW_TO_GET
 
-        if not root.is_dir():
-            raise ValueError(f"DIR is {root}, which is no folder")
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
         shown = [check_task(each, root) for each in named] or find_tasks(root)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# The name that mkstemp gives a file in `replacing`, without its suffix.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -42,17 +45,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def unfinished(path: str | os.PathLike[str]) -> list[Path]:
-    """The temporary files of `replacing` for `path`, left by a killed process or being written now."""
-    path = Path(path)
-    name, suffix = glob.escape(path.name), glob.escape(path.suffix)
-    return sorted(path.parent.glob(f".{name}.{'?' * 8}{suffix}"))
+def unfinished(*paths: str | os.PathLike[str]) -> list[Path]:
+    """The temporary files of `replacing` for `paths`, left by a killed process or being written now.
+
+    Each folder is listed once, however many of the paths are in it.
+    """
+    names: dict[Path, set[str]] = {}
+    for path in map(Path, paths):
+        names.setdefault(path.parent, set()).add(path.name)
+    found = []
+    for folder, wanted in names.items():
+        suffixes = {Path(name).suffix for name in wanted}
+        with contextlib.suppress(OSError):  # there may be no such folder
+            for entry in os.listdir(folder):
+                for suffix in suffixes:
+                    match = entry.endswith(suffix) and _TEMPORARY.fullmatch(entry.removesuffix(suffix))
+                    if match and match[1] in wanted and Path(match[1]).suffix == suffix:
+                        found.append(folder / entry)
+    return sorted(found)
 
 
 def remove_unfinished(*paths: str | os.PathLike[str]) -> None:
     """Removes the temporary files for `paths` that a killed process left; those being written now stay."""
-    for path in paths:
-        for left in unfinished(path):
-            with contextlib.suppress(OSError), open(left, "rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink(missing_ok=True)
+    for left in unfinished(*paths):
+        with contextlib.suppress(OSError), open(left, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink(missing_ok=True)

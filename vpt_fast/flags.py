@@ -20,7 +20,9 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.text import TextType
 
+from vpt_fast.data_names import PREFIXES, is_factory_name
 from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe
 from vpt_fast.setting_values import read_yaml
 
@@ -72,7 +74,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         yield
         return
     try:
-        with _terminated_as_by_ctrl_c():
+        with _terminated_as_by_ctrl_c(), _keeping_ctrl_c():
             yield
     except (TrainingDiverged, SavingFailed) as error:
         fail(error, 1)
@@ -100,6 +102,42 @@ def _terminated_as_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def _keeping_ctrl_c() -> Iterator[None]:
+    """Keeps a KeyboardInterrupt from being lost where libraries are interrupted.
+
+    In a finalizer or a callback of a weak reference, Python prints exceptions and drops them, and the work
+    would go on: it is sent again. One that another error hides (Optuna's UnboundLocalError, when interrupted
+    while it saves the end of a trial) is raised in its place.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old_hook = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # a signal sent from here would be dropped here
+        else:
+            old_hook(unraisable)
+
+    old_handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+    finally:
+        sys.unraisablehook = old_hook
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old_handler)
 
 
 class NameConsole(Console):
@@ -151,12 +189,28 @@ def fail(error: Exception | str, code: int) -> None:
     raise typer.Exit(code)
 
 
+def require_folder(name: str, path: Path) -> None:
+    """Raises ValueError if there is no such folder. Commands check this, and the data, before they import
+    what takes seconds."""
+    if not path.is_dir():
+        raise ValueError(f"{name} is {path}, which is no folder")
+
+
+def require_data(data: str) -> None:
+    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's."""
+    if not os.path.exists(os.path.expanduser(data) or ".") and not is_factory_name(data):
+        names = ", ".join(f"{prefix}/NAME" for prefix in PREFIXES)
+        raise ValueError(f"data is {data}; there is no such folder, and it is none of {names}")
+
+
 def require_place(name: str, path: Path) -> None:
-    """Raises ValueError if no file can be written at ``path``; called before the work starts."""
+    """Raises ValueError if no file can be written at ``path``; called before the work starts. What a killed
+    command left of such a file is removed."""
     if path.is_dir():
         raise ValueError(f"{name} is {path}, a folder; it must be a file")
     if not path.parent.is_dir():
         raise ValueError(f"{name} is {path}, and {path.parent} is no folder")
+    remove_unfinished(path)
 
 
 def refuse(run: str, **flags: Any) -> None:
@@ -194,9 +248,15 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a configuration file, overridden by the flags that were given."""
+    """The settings of a configuration file, overridden by the flags that were given.
+
+    Raises ValueError if the file cannot be read or the data are not there.
+    """
     given = {name: value for name, value in flags.items() if value not in (None, [])}
-    return {**(read_yaml(config) if config else {}), **given}
+    settings = {**(read_yaml(config) if config else {}), **given}
+    if isinstance(data := settings.get("data"), str):  # the recipe refuses what is no text
+        require_data(data)
+    return settings
 
 
 def flag_type(name: str, hint: Any) -> tuple[str, Any]:

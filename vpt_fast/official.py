@@ -379,8 +379,9 @@ def export_prompts(
         (name if name.startswith("head.") else prefix + name): tensor.cpu().clone()
         for name, tensor in to_official_names(trained, settings).items()
     }
-    with replacing(path) as temporary:
-        torch.save({"model": tensors, "prompt": prompt}, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        # To a file, not to its path: torch would write the temporary name into the archive.
+        torch.save({"model": tensors, "prompt": prompt}, file)
     return prompt
 
 

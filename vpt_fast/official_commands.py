@@ -50,8 +50,8 @@ def import_prompts(
 ) -> None:
     """Convert prompts trained with the official code (KMnP/vpt) to a saved model of this package."""
     with one_line_errors(debug):
-        from vpt_fast import official
-
+        if not file.is_file():
+            raise ValueError(f"FILE is {file}, which is no file")
         prompt = {}
         for text in setting or []:
             name, equals, value = text.partition("=")
@@ -66,6 +66,8 @@ def import_prompts(
             checkpoint=None if checkpoint is None else str(checkpoint),
             backbone_arg=backbone_arg or [],  # type: ignore[arg-type]
         ).resolved(num_train_images=1, device_type="cpu")
+        from vpt_fast import official
+
         model = official.import_prompts(
             file,
             recipe.backbone,
@@ -104,10 +106,10 @@ def export_prompts(
 ) -> None:
     """Convert a saved model's prompts and head to a file for the official code (KMnP/vpt)."""
     with one_line_errors(debug):
+        require_place("out", out)
         from vpt_fast import PromptedViT, load_pretrained, official
         from vpt_fast.swin import PromptedSwin
 
-        require_place("out", out)
         saved = load_pretrained(model)
         if not isinstance(saved, PromptedViT | PromptedSwin):
             raise ValueError(

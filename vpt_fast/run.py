@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
-from vpt_fast.data.factory import is_factory_name
+from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
 from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from vpt_fast.backbones.resolve import Origin
-from vpt_fast.files import replacing
+from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.hub import download_saved
 
 CONFIG_FILE = "config.json"
@@ -79,6 +79,7 @@ def write_pretrained(
     directory = Path(directory)
     text = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # of a process that was killed
     # Both are complete before the first takes its place: of an earlier model none is left without the other.
     with replacing(directory / CONFIG_FILE) as settings, replacing(directory / WEIGHTS_FILE) as weights:
         safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, weights)

@@ -23,7 +23,7 @@ from vpt_fast.data import (
     open_scenes,
 )
 from vpt_fast.data.scenes import FOLDERS, holds_scenes
-from vpt_fast.files import replacing
+from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.plots import class_colors, plot_segmentation
 from vpt_fast.report import checking_images, evaluating
@@ -104,6 +104,8 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
     """
     require_masks_folder(paths, out)
     out.mkdir(parents=True, exist_ok=True)
+    written = (file for path in paths for file in _files_of(path, out))
+    remove_unfinished(*written)  # what a killed process left of them
     labels, preprocessing = run.labels, run.scene_preprocessing
     first = 1 if ignores_zero(len(labels.classes), labels.ignore_zero) else 0
     for path in paths:

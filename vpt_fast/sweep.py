@@ -52,11 +52,12 @@ from vpt_fast.trials import (
     Params,
     Stopped,
     Worker,
+    find_pruner,
+    find_sampler,
     is_done,
     open_studies,
     params_of,
     saving_studies,
-    search_with,
 )
 from vpt_fast.world import find_device
 
@@ -122,7 +123,10 @@ def run_sweep(
         _require_same_sweep(sweep, inputs, out)
         search, final = open_studies(sweep.study_name(inputs), out, storage)
         _begin(sweep, inputs, out)
-    search_with(search, sweep.sampler, sweep.pruner, int(sweep.settings.get("seed", 0)))
+    search.pruner = find_pruner(sweep.pruner)
+    sampler = None
+    if sweep.sampler != "grid":
+        sampler = functools.partial(find_sampler, sweep.sampler, sweep.first_recipe.seed)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
 
@@ -143,7 +147,8 @@ def run_sweep(
                 worker(
                     study=search,
                     axes=sweep.axes,
-                    wanted=sweep.points() if sweep.sampler == "grid" else None,
+                    wanted=sweep.points() if sampler is None else None,
+                    sampler=sampler,
                     limit=sweep.num_trials,
                     recipe=sweep.recipe,
                     folder=lambda params: trial_folder(out, params),
@@ -159,6 +164,7 @@ def run_sweep(
                 study=final,
                 axes={"seed": sweep.seeds},
                 wanted=[{"seed": seed} for seed in sweep.seeds],
+                sampler=None,
                 limit=len(sweep.seeds),
                 recipe=lambda seed: sweep.recipe(**best, **plan.changes, seed=seed),
                 folder=lambda params: out / "final" / f"seed-{params['seed']}",

@@ -19,6 +19,8 @@ from vpt_fast.flags import (
     fail,
     given_settings,
     one_line_errors,
+    require_data,
+    require_folder,
     require_place,
     with_recipe_flags,
 )
@@ -102,14 +104,15 @@ def sweep(
     [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
+        settings = given_settings(config, flags)
+        final_seeds = parse_seeds(seeds)
         from vpt_fast.sweep import default_sweep_folder, run_sweep
         from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 
-        settings = given_settings(config, flags)
         axes = parse_axes(over or (), settings)
         recipe = Recipe.from_dict({**first_backbone(axes), **settings})
         axes = axes or default_axes(recipe)
-        plan = Sweep(settings, axes, parse_seeds(seeds), sampler, trials, pruner)
+        plan = Sweep(settings, axes, final_seeds, sampler, trials, pruner)
         folder = out or default_sweep_folder(recipe)
         console = LastingConsole()
         found = run_sweep(plan, folder, storage=storage, console=console)
@@ -167,11 +170,12 @@ def ablate(
     [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
     """
     with one_line_errors(debug):
+        settings = given_settings(config, flags)
+        final_seeds = parse_seeds(seeds)
         from vpt_fast.ablations import default_ablation_folder, plan_ablation, run_ablation
 
-        settings = given_settings(config, flags)
         listed = [part.strip() for part in methods.split(",") if part.strip()]
-        points = plan_ablation(name, settings, methods=listed, seeds=parse_seeds(seeds), search=search)
+        points = plan_ablation(name, settings, methods=listed, seeds=final_seeds, search=search)
         folder = out or default_ablation_folder(name, points)
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
@@ -222,11 +226,13 @@ def tsne(
 ) -> None:
     """Plot the head's input features of a split with t-SNE, coloured by class (Fig. 9)."""
     with one_line_errors(debug):
+        path = out or run / f"tsne-{split}.png"
+        require_folder("RUN", run)
+        require_data(data)
+        require_place("out", path)
         from vpt_fast.plots import plot_embedding
         from vpt_fast.tsne import embed_run
 
-        path = out or run / f"tsne-{split}.png"
-        require_place("out", path)
         console = LastingConsole()
         found = embed_run(
             run, data, split, seed=seed, backbone=backbone, checkpoint=checkpoint, device=device,
@@ -256,12 +262,12 @@ def table(
 ) -> None:
     """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
+        if out is not None:
+            require_place("out", out)
         from vpt_fast.entries import LEFT_OUT, read_entries
         from vpt_fast.run import write
         from vpt_fast.tables import format_table
 
-        if out is not None:
-            require_place("out", out)
         entries, notes = read_entries(runs)
         text = format_table(entries, notes, form)
         for note in notes:

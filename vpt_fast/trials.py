@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,6 +29,8 @@ from vpt_fast.run import RunFolder
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, Trial
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 300  # of trials on other machines
@@ -87,19 +90,29 @@ def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Stud
     return search, final
 
 
-def search_with(study: optuna.Study, sampler: str, pruner: str, seed: int) -> None:
-    """Sets a study's sampler and pruner, by a sweep's names for them, and the sampler's seed."""
+def find_sampler(name: str, seed: int, taken: int) -> BaseSampler:
+    """Optuna's sampler by a sweep's name for it, for the draw that follows `taken` trials.
+
+    It draws by their results and these numbers alone, so that a search that was interrupted goes
+    on as if it had not been.
+    """
     import optuna
 
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-    if sampler in samplers:
-        # With the same seed, a resumed sampler would repeat its first draws; numpy's seeds have 32 bits.
-        study.sampler = samplers[sampler](seed=(seed + len(study.trials)) % 2**32)
-    study.pruner = {
+    # numpy's seeds have 32 bits.
+    return samplers[name](seed=int(np.random.SeedSequence((seed, taken)).generate_state(1)[0]))
+
+
+def find_pruner(name: str) -> BasePruner:
+    """Optuna's pruner by a sweep's name for it."""
+    import optuna
+
+    pruners = {
         "none": optuna.pruners.NopPruner,
         "median": optuna.pruners.MedianPruner,
         "hyperband": optuna.pruners.HyperbandPruner,
-    }[pruner]()
+    }
+    return pruners[name]()
 
 
 @contextlib.contextmanager
@@ -126,7 +139,8 @@ def saving_studies(out: Path) -> Iterator[None]:
 class Worker:
     """Runs the trials of a study one by one, until none is left to run, here or in another process.
 
-    wanted: the settings to try; None lets the study's sampler choose them, `limit` times.
+    wanted: the settings to try; None if a sampler chooses them, `limit` times.
+    sampler: number of trials taken -> the sampler for the next; None if the settings are known.
     folder_lock: locks the sweep's folder. One process at a time takes a trial, so that no two take the same
         or, together, more than `limit`.
     is_only_folder: whether all processes that share the study use this folder.
@@ -135,6 +149,7 @@ class Worker:
     study: optuna.Study
     axes: Mapping[str, Sequence[Any]]
     wanted: list[Params] | None
+    sampler: Callable[[int], BaseSampler] | None
     limit: int
     recipe: Callable[..., Recipe]
     folder: Callable[[Params], Path]
@@ -154,7 +169,9 @@ class Worker:
                 trials = self.study.get_trials(deepcopy=False)
                 states = [trial.state.name for trial in trials]
                 taken = [params_of(t) for t in trials if is_done(t) or t.state.name in ("RUNNING", "WAITING")]
-                lost = [params_of(t) for t in trials if t.state.name == "FAIL" and params_of(t)]
+                # Without all its settings a trial is drawn again: the sampler will choose the same.
+                lost = [params_of(t) for t in trials if t.state.name == "FAIL"]
+                lost = [params for params in lost if params.keys() == self.axes.keys()]
                 missing: list[Params] = []
                 for params in lost if self.wanted is None else self.wanted:
                     if params not in taken and params not in missing:
@@ -166,7 +183,9 @@ class Worker:
                     for params in missing[:1] if self.is_only_folder else missing:
                         self.study.enqueue_trial(params)
                 self.display.done(sum(map(is_done, trials)))
-                draws = self.wanted is None and len(taken) < self.limit
+                draws = self.sampler is not None and len(taken) < self.limit
+                if draws:
+                    self.study.sampler = self.sampler(len(taken))
                 if missing or draws or "WAITING" in states:
                     self._take_one(taking)
                     continue

@@ -9,17 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from vpt_fast import loop
+from vpt_fast.__main__ import main
 from vpt_fast.cli import app
-from vpt_fast.flags import LastingConsole
+from vpt_fast.flags import LastingConsole, one_line_errors
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
 
@@ -461,6 +464,40 @@ def test_diverging_training_fails_with_epoch_and_learning_rate(command, color_im
     assert result.exit_code == 1
     assert "in epoch 2 of 3" in result.stderr and "learning rate" in result.stderr
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
+
+
+def test_ctrl_c_while_the_commands_are_imported_ends_in_one_line(monkeypatch, capsys):
+    class CtrlC:
+        @staticmethod
+        def find_spec(name, path, target=None):
+            assert name == "vpt_fast.cli"
+            raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "vpt_fast.cli")
+    monkeypatch.setattr(sys, "meta_path", [CtrlC])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "error: stopped\n"
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(capsys):
+    class Finalized:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        Finalized()
+        time.sleep(2)
+    assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
+
+
+def test_ctrl_c_hidden_by_another_error_is_not_lost(capsys):
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("as of Optuna, interrupted while it saves the end of a trial")
+    assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 
 def test_ctrl_c_says_how_to_go_on(command, color_images, tmp_path, monkeypatch):

@@ -163,6 +163,7 @@ def test_folder_of_the_images_is_refused_for_masks_before_the_run_is_loaded(comm
         "link in the folder": (links, links),
         "link to the image": (links, photos),
     }[way]
+    (tmp_path / "no run").mkdir()
     result = command("predict", tmp_path / "no run", images, "--out", out)
     assert result.exit_code == 2 and "which holds the image" in result.stderr
     assert [path.name for path in photos.iterdir()] == ["photo.jpg"]
@@ -190,6 +191,13 @@ def test_repeated_prediction_replaces_its_own_files_and_joins_others(run, comman
         result = command("predict", run[1].path, *(images / name for name in names), "--out", tmp_path)
         assert result.exit_code == 0, result.output
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_prediction_removes_files_that_a_killed_one_left_half_written(run, command, scenes, tmp_path):
+    for name in (".0000.png.abcd_123.png", ".0000-overlay.png.abcd_123.png"):
+        (tmp_path / name).touch()
+    command("predict", run[1].path, scenes / "images" / "validation" / "0000.jpg", "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"0000.png", "0000-overlay.png"}
 
 
 def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
@@ -230,7 +238,7 @@ def test_other_methods_train(scenes, tmp_path, method):
         ({"prompt-location": "add", "num-prompts": None}, "prompt_location: got 'add' with a segmenter"),
         ({"task": None, "aux-weight": 0.1}, "aux_weight: only goes with task segmentation"),
         ({"cuda-graph": True}, "a segmenter has several outputs|the device is cpu"),
-        ({"data": "nowhere"}, "nowhere: there is no such folder; wanted images/training/NAME.jpg"),
+        ({"data": "nowhere"}, "data is nowhere; there is no such folder"),
         ({"backbone-arg": "img_size=30"}, "img_size"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,

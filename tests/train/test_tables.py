@@ -425,6 +425,14 @@ def test_table_command_writes_a_file(command, sweep, tmp_path):
     assert (tmp_path / "table.csv").read_text().startswith("method,backbone,of,accuracy")
 
 
+def test_command_that_writes_a_file_removes_what_a_killed_one_left_of_it(command, sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".table.csv.abcd_123.csv").touch()
+    folder = sweep("linear", "vtab/cifar", 0.5)
+    command("table", folder, "--format", "csv", "--out", tmp_path / "out" / "table.csv")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.csv"]
+
+
 def test_table_of_nothing_finished_is_refused(command, sweep):
     result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
     assert result.exit_code == 2 and "no finished runs" in result.stderr

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
+import itertools
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -247,6 +252,57 @@ def test_samplers_take_as_many_trials_as_asked(settings, tmp_path, sampler):
     )
     found = run_sweep(plan, tmp_path)
     assert found["finished"] and 1 <= len(found["trials"]) <= 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_sampler_chooses_after_interruptions_what_it_would_have_chosen(sampler, tmp_path, monkeypatch):
+    axes = {"base_lr": (0.8, 0.4, 0.2, 0.1), "weight_decay": (0.1, 0.01, 0.001, 0.0)}
+    suggest = optuna.Trial.suggest_categorical
+
+    def train(recipe, out, **options):
+        results = {"val_accuracy": recipe.base_lr - recipe.weight_decay}
+        return SimpleNamespace(results=results, facts={"parameters": None})
+
+    def choices(interrupted: tuple[int, ...]) -> list[dict]:
+        """The settings of 14 trials (TPE's first ten are random), interrupted behind these of all the records
+        of a setting."""
+        recorded = itertools.count(1)
+
+        def record(*arguments):
+            value = suggest(*arguments)
+            if next(recorded) in interrupted:
+                raise KeyboardInterrupt
+            return value
+
+        monkeypatch.setattr(optuna.Trial, "suggest_categorical", record)
+        study = optuna.create_study(direction="maximize")
+        worker = trials.Worker(
+            study=study,
+            axes=axes,
+            wanted=None,
+            sampler=functools.partial(trials.find_sampler, sampler, 42),
+            limit=14,
+            recipe=lambda **params: SimpleNamespace(epochs=1, **params),
+            folder=lambda params: tmp_path,
+            metric="val_accuracy",
+            cache=TrainingCache(),
+            display=trials.Display(Console(quiet=True), "trial", 14),
+            after=lambda: None,
+            stop=threading.Event(),
+            folder_lock=contextlib.nullcontext,
+            is_only_folder=True,
+        )
+        for _ in interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                worker.work()
+        worker.work()
+        return [trial.params for trial in study.trials if trials.is_done(trial)]
+
+    monkeypatch.setattr(trials, "train", train)
+    undisturbed = choices(())
+    assert len(undisturbed) == 14 and len({tuple(params.values()) for params in undisturbed}) > 4
+    # With half of the second trial's settings recorded, all of the third's, and half of a late one's.
+    assert choices((3, 8, 29)) == undisturbed
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from torch.utils.data import IterableDataset
 from .images import DataError, ImageItem, ImageList, Splits, hold_out
 from .resident import host_budget
 
-PREFIXES = ("torch", "hfds", "hfids", "wds", "tfds")
 _LABEL_FIELDS = ("targets", "labels", "_labels")  # their names in torchvision's data sets
 
 
@@ -51,12 +49,6 @@ class HeldImage:
 
     def open(self) -> Image.Image:
         return Image.fromarray(self.pixels)
-
-
-def is_factory_name(data: str) -> bool:
-    """Whether `data` is a name such as torch/cifar10 and not a folder."""
-    prefix, slash, name = data.partition("/")
-    return prefix in PREFIXES and bool(slash and name) and not Path(data).is_dir()
 
 
 def open_factory(

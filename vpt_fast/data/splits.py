@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .factory import PREFIXES, is_factory_name, open_factory
+from vpt_fast.data_names import PREFIXES, is_factory_name
+
+from .factory import open_factory
 from .folder import LAYOUTS, open_folder
 from .images import DataError, Splits, take_fraction
 from .shards import holds_shards, open_shards

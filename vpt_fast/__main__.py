@@ -1,0 +1,23 @@
+"""The entry of the vpt-fast command and of python -m vpt_fast.
+
+Importing it takes no time, so that Ctrl-C ends the command in one line from its first moment, as
+`flags.one_line_errors` does later.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    try:
+        from vpt_fast.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
