@@ -345,16 +345,6 @@ def test_two_backward_passes_through_one_graph_give_the_same_gradients() -> None
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_double_backward_raises() -> None:
-    model = build()
-    images, labels = random_batch(model)
-    (gradient,) = torch.autograd.grad(
-        F.cross_entropy(model(images), labels), [model.prompts], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
-
-
 def test_deepcopy_is_equal_and_independent() -> None:
     model = build()
     images, labels = random_batch(model)
@@ -583,6 +573,28 @@ def test_several_gradients_in_one_backward_pass_are_refused_with_what_to_do_inst
     each = torch.eye(NUM_CLASSES, dtype=logits.dtype)
     with pytest.raises(NotImplementedError, match=r"is_grads_batched.* want one backward pass for each"):
         torch.autograd.grad(logits, trained, each, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_second_derivatives_are_refused_when_they_are_asked_for(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    logits = model(random_batch(model, 1)[0])
+    # Not by the next pass: one for some of the gradients alone need not reach the blocks.
+    with pytest.raises(NotImplementedError, match="second derivatives .*want create_graph=False"):
+        torch.autograd.grad(logits.sum(), trained, create_graph=True)
+
+
+def test_second_derivatives_that_pass_no_block_are_those_of_the_head() -> None:
+    model = build()
+    images, labels = random_batch(model)
+    features = model.image_features(images).detach()
+    found = []
+    for logits in (model(images), model.head(features)):
+        loss = F.cross_entropy(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, [model.head.weight], create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), [model.head.weight])[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that shapes are taken for constants

@@ -73,6 +73,17 @@ def require_single_gradient(grad: torch.Tensor) -> None:
         )
 
 
+def require_first_order() -> None:
+    """Raises NotImplementedError in a backward pass that autograd records, for second derivatives."""
+    # Here and not with `once_differentiable`, whose error comes only if a later backward pass gets to it:
+    # torch.autograd.grad takes its outputs for independent of the model's inputs.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "backbone: second derivatives (create_graph=True, torch.autograd.functional.hvp) are not there "
+            "for frozen blocks; want create_graph=False"
+        )
+
+
 def require_no_forward_ad() -> None:
     """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not propagate."""
     # There is no public API for it; a PyTorch without this one counts as never in forward mode.
