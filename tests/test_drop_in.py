@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
+from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
 from vpt_fast.tuning.bias import PromptAndBiasConvNetTuning, PromptAndBiasSwinTuning
 from vpt_fast.tuning.full import FullTuning
@@ -286,6 +286,31 @@ def test_grad_scaler() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert torch.allclose(model.prompts, before - 0.1 * expected.gradients["prompts"])
+
+
+def test_hook_on_a_block_gets_the_tokens_and_their_gradient() -> None:
+    model = build()
+    plain = ConcatenatedViT(tiny_vit(depth=2), NUM_CLASSES, **PROMPTS["deep"]).double()
+    plain.load_trainables(model.trainable_state_dict())
+    images, _ = random_batch(model)
+    found: list[Tensor] = []
+
+    def of_stream(block: nn.Module, inputs: tuple[Any, ...], output: Stream) -> None:
+        found.append(output.sum())
+        output.update.register_hook(found.append)
+
+    def of_tokens(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        found.append(output)
+        output.register_hook(found.append)
+
+    model.backbone.blocks[0].register_forward_hook(of_stream)
+    plain.vit.blocks[0].register_forward_hook(of_tokens)
+    for each in (model, plain):
+        each(images)[:, 1].sum().backward()
+    tokens, gradient, *expected = found
+    without_prompts = [plain.without_prompts(each, PROMPTS["deep"]["num_prompts"]) for each in expected]
+    assert relative_error(tokens, without_prompts[0]) < 1e-12
+    assert relative_error(gradient, without_prompts[1]) < 1e-12
 
 
 def test_gradient_accumulation_equals_the_joined_batch() -> None:
@@ -613,6 +638,56 @@ def test_optimizers_of_timm_take_what_is_trained() -> None:
     optimizer = timm.optim.create_optimizer_v2(model, "adamw", lr=0.1, weight_decay=0.1)
     taken = {p for group in optimizer.param_groups for p in group["params"]}
     assert taken == {p for p in model.parameters() if p.requires_grad}
+
+
+LAYER_DECAY = {
+    "vit": lambda: tiny_vit(torch.float32, class_token=False, global_pool="avg"),
+    "rotary": lambda: tiny_eva(torch.float32),
+    "swin": lambda: tiny_swin(torch.float32),
+    "convnet": lambda: timm.create_model("convnext_atto", depths=[1] * 4, dims=[8, 8, 16, 32]),
+}
+
+
+def rates_of_timm(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Of each trained parameter, by its name in timm, the factor of its rate and its weight decay."""
+    name_of = {}
+    for name, parameter in model.named_parameters():
+        for place in ("encoder.", "backbone.stem.", "backbone."):
+            name = name.removeprefix(place)
+        name_of[parameter] = name
+    optimizer = timm.optim.create_optimizer_v2(model, "adamw", weight_decay=0.1, layer_decay=0.5)
+    return {
+        name_of[p]: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("backbone", LAYER_DECAY)
+def test_fine_tuning_has_the_rates_and_decays_of_timm_s_own_model(backbone: str) -> None:
+    network = LAYER_DECAY[backbone]()
+    network.reset_classifier(NUM_CLASSES)
+    expected, found = rates_of_timm(network), rates_of_timm(FullTuning(network, NUM_CLASSES))
+    heads = [name for name in expected if name.startswith("head.fc.")]
+    expected |= {name.replace("head.fc.", "head."): expected.pop(name) for name in heads}
+    assert found == expected
+    assert len(set(found.values())) > 3  # and not all in one layer
+
+
+def test_layer_wise_rates_of_a_segmenter_s_backbone_are_those_of_a_classifier_s() -> None:
+    vit = tiny_vit(torch.float32)
+    expected = rates_of_timm(FullTuning(vit, NUM_CLASSES))
+    found = rates_of_timm(PromptedSegmenter(vit, NUM_CLASSES, "full", head_channels=8))
+    own = {name for name in expected if not name.startswith(("head.", "norm."))}  # its heads have the norms
+    assert {name: found[name] for name in own} == {name: expected[name] for name in own}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_layer_wise_rates_leave_prompts_and_head_at_the_full_one(prompts: str) -> None:
+    model = PromptedViT("vit_tiny_patch16_224", NUM_CLASSES, img_size=32, **PROMPTS[prompts])
+    rates = rates_of_timm(model)
+    assert rates.keys() == TRAINED
+    assert {scale for scale, _ in rates.values()} == {1.0}
 
 
 def test_new_head_has_another_number_of_classes_and_the_prompts_stay(tmp_path: Path) -> None:
