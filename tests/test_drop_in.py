@@ -590,6 +590,22 @@ def test_torch_func_s_grad_is_refused_with_what_to_do_instead(make) -> None:
         torch.func.grad(loss)(trainable(model))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mapped", ["images", "prompts"])
+def test_vmap_is_refused_without_gradients_too(mapped: str) -> None:
+    model = build()
+    images, _ = random_batch(model)
+
+    def logits(images: Tensor, prompts: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"prompts": prompts}, (images,))
+
+    arguments = {"images": images, "prompts": model.prompts.detach()}
+    dims = tuple(0 if name == mapped else None for name in arguments)
+    arguments[mapped] = torch.stack([arguments[mapped]] * 2)
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.vmap .*want the images as one batch"):
+        torch.func.vmap(logits, in_dims=dims)(*arguments.values())
+
+
 @pytest.mark.parametrize("name", ["ViT", "Swin"])
 def test_several_gradients_in_one_backward_pass_are_refused_with_what_to_do_instead(name: str) -> None:
     model = OUTSIDE_OF_AUTOGRAD[name]()

@@ -16,6 +16,7 @@ from vpt_fast.engine.contexts import (
     compute_dtype,
     require_first_order,
     require_no_forward_ad,
+    require_no_vmap,
     require_plain_autograd,
     require_single_gradient,
     without_autocast,
@@ -141,6 +142,8 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
+        if prompts is not None:
+            require_no_vmap()
         if call.ops.name != "torch":
             require_no_forward_ad()
         with without_autocast(device_type):

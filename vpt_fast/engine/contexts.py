@@ -38,8 +38,9 @@ def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-# There is no public API for either; a PyTorch without them raises its own errors, which name no way out.
+# There is no public API for these; a PyTorch without them raises its own errors, which name no way out.
 _is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_transforms = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
@@ -60,6 +61,18 @@ def require_plain_autograd(*, recorded: bool) -> None:
         raise NotImplementedError(
             "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
             "torch.no_grad(), or torch.export"
+        )
+
+
+def require_no_vmap() -> None:
+    """Raises NotImplementedError under `torch.func.vmap`, which does not batch writing prompts' and tokens'
+    rows into one tensor."""
+    if torch.compiler.is_compiling() or not _is_in_transform():
+        return
+    if any(transform.key().name == "Vmap" for transform in _transforms() or ()):
+        raise NotImplementedError(
+            "backbone: torch.func.vmap is not there for frozen blocks with prompts; want the images as one "
+            "batch, and a call for each set of prompts"
         )
 
 
