@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.distributed as dist
 import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
@@ -588,6 +591,36 @@ def test_torch_func_s_grad_is_refused_with_what_to_do_instead(make) -> None:
 
     with pytest.raises(NotImplementedError, match=r"torch\.func's transforms .* want torch\.autograd\.grad"):
         torch.func.grad(loss)(trainable(model))
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_flops_are_counted_without_gradients(name: str, context: Any) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]().eval()
+    images, _ = random_batch(model)
+    found = []
+    for each in (torch.enable_grad, context):
+        with FlopCounterMode(display=False) as counter, each():
+            model(images)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own use of it
+def test_forward_mode_derivative_of_the_prompts_is_that_of_concatenation() -> None:
+    model = build()
+    plain = ConcatenatedViT(tiny_vit(depth=2), NUM_CLASSES, **PROMPTS["deep"]).double()
+    plain.load_trainables(model.trainable_state_dict())
+    images, _ = random_batch(model)
+    direction = torch.randn(model.prompts.shape, generator=torch.Generator().manual_seed(0)).double()
+    tangents = []
+    for each in (model, plain):
+        with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            given = {"prompts": fwAD.make_dual(each.prompts, direction)}
+            logits = torch.func.functional_call(each, given, (images,))
+            tangents.append(fwAD.unpack_dual(logits).tangent)
+    assert relative_error(*tangents) < 1e-12
 
 
 @torch.no_grad()
