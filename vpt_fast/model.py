@@ -28,6 +28,7 @@ from vpt_fast.prompts import (
     mask_bytes,
     pad_image,
     require_shape,
+    split_sets,
 )
 
 # Not float16: the residual streams of large ViTs exceed its range.
@@ -302,8 +303,7 @@ class PromptedViT(PromptedClassifier):
         if settings.prompt_location not in IN_TOKENS:
             return ()
         prompts = self.prompts if self.prompt_projection is None else self.prompt_projection(self.prompts)
-        # unbind, not indexing: its backward is one stack, where each index would fill a full-size zero tensor
-        sets = prompts.unsqueeze(1).unbind(0)
+        sets = split_sets(prompts)
         return sets * len(self._prompted) if settings.prompt_shared else sets
 
     def _num_rows_read(self, num_tokens: int) -> int:

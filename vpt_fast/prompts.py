@@ -190,6 +190,16 @@ def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "promp
         )
 
 
+def split_sets(prompts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Prompts (sets, m, d) to one tensor (1, m, d) for every set."""
+    if prompts.requires_grad and not torch.is_grad_enabled():
+        # Views would claim to require a gradient that no graph has, which breaks tools that look for one in a
+        # block's arguments (FlopCounterMode). Not detached, which forward-mode tangents would not survive.
+        prompts = prompts.clone()
+    # unbind, not indexing: its backward is one stack, where each index would fill a full-size zero tensor
+    return prompts.unsqueeze(1).unbind(0)
+
+
 def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:
     """Dropout on the prompts of one block. Applied to all blocks at once with a mask per image, the results
     would stay in memory until the last block has run.

@@ -16,7 +16,15 @@ from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
-from vpt_fast.prompts import PromptConfig, drop, init_bound, mask_bytes, refuse_settings, require_shape
+from vpt_fast.prompts import (
+    PromptConfig,
+    drop,
+    init_bound,
+    mask_bytes,
+    refuse_settings,
+    require_shape,
+    split_sets,
+)
 
 POOLS = ("image", "prompts", "image_and_prompts")
 
@@ -166,8 +174,7 @@ class PromptedSwin(PromptedClassifier):
         """New prompts (1, m, d) for each block that gets some: all blocks if deep, else the first."""
         for index, (stage, shape) in enumerate(zip(self.prompts, self._prompt_shapes, strict=True)):
             require_shape(stage, shape, f"prompts.{index}")
-        # unbind, not indexing: its backward is one stack
-        return [prompts for stage in self.prompts for prompts in stage.unsqueeze(1).unbind(0)]
+        return [prompts for stage in self.prompts for prompts in split_sets(stage)]
 
     def _rows(self, index: int) -> tuple[int, int]:
         """Half-open range of the rows that are read of a block's output: N tokens, then m prompts."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from vpt_fast.backbones.architecture import POOLING, differences
@@ -213,6 +217,29 @@ class TunedModel(nn.Module, metaclass=_Built):
         """timm's description of the backbone's weights, under the name that `timm.data.resolve_data_config`
         reads."""
         return getattr(self.backbone.stem, "pretrained_cfg", {})
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters that timm's optimizers do not decay, as in timm's own model
+        (positions and CLS token, say). They matter to methods that train them."""
+        names: set[str] = getattr(self.backbone.stem, "no_weight_decay", set)()
+        return {own for own, _ in self.named_parameters() if _name_in_timm(own) in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layers of timm's layer-wise learning rates (`timm.optim.create_optimizer_v2(layer_decay=...)`).
+
+        The backbone's parameters are in the layers that they are in in timm's own model. All that is trained
+        beside it is in the head's, at the full rate: prompts too, as those of all blocks are one tensor.
+
+        Args:
+            coarse: whole stages instead of blocks, in networks that have them.
+
+        Returns:
+            From the name of a parameter to its layer, from 0.
+        """
+        own = {_name_in_timm(name): name for name, _ in self.named_parameters()}
+        renamed: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in own))
+        layers = group_parameters(renamed, self.backbone.stem.group_matcher(coarse), reverse=True)
+        return {own[name]: layer for name, layer in layers.items()}.__getitem__
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -466,6 +493,16 @@ class TunedModel(nn.Module, metaclass=_Built):
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
         return str(commit)
+
+
+def _name_in_timm(name: str) -> str:
+    """The name that a parameter has in timm's model; of one that is not in it, a name in its head."""
+    of_backbone = _OF_BACKBONE.match(name)
+    return f"head.{name}" if of_backbone is None else of_backbone[1]
+
+
+# A segmenter has its backbone in the encoder. Blocks are beside the rest of timm's model.
+_OF_BACKBONE = re.compile(r"(?:encoder\.)?backbone\.(?:stem\.)?(.+)")
 
 
 def _name_to_build(saved: BackboneConfig, call: str | None, path: str | os.PathLike[str]) -> str:

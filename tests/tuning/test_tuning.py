@@ -246,13 +246,31 @@ def test_estimate_covers_what_is_kept(method: str, backbone: str) -> None:
     assert 0.98 * sum(kept.values()) <= estimate["kept"] <= 1.5 * sum(kept.values())
 
 
-@pytest.mark.parametrize("method", ["full", "bias", "adapter"])
-def test_dropout_of_timms_acts_in_training_alone(method: str) -> None:
-    _, model = make(method, proj_drop_rate=0.5)
+@pytest.mark.parametrize("rate", ["proj_drop_rate", "drop_rate"])
+@pytest.mark.parametrize("method", ["full", "bias", "adapter", "partial-1"])
+def test_dropout_of_timms_acts_in_training_alone(method: str, rate: str) -> None:
+    _, model = make(method, **{rate: 0.5})
     images, _ = random_batch(model)
     assert torch.equal(model(images), model(images))
     model.train()
     assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "rate", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"]
+)
+@pytest.mark.parametrize("build", [tiny_vit, tiny_eva])
+def test_full_tuning_drops_what_timm_s_own_model_drops(build, rate: str) -> None:
+    vit, model = make("full", build=build, num_classes=CLASSES, **{rate: 0.5})
+    vit.load_state_dict(
+        {name.removeprefix("backbone.").removeprefix("stem."): t for name, t in model.state_dict().items()}
+    )
+    images, _ = random_batch(model, 4)
+    logits_of = []
+    for each in (model.train(), vit.train()):
+        torch.manual_seed(0)
+        logits_of.append(each(images))
+    assert relative_error(*logits_of) < 1e-12
 
 
 def test_full_tuning_is_loaded_without_the_weights_that_it_began_from(tmp_path) -> None:

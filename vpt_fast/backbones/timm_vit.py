@@ -62,7 +62,8 @@ class FrozenViT(nn.Module):
 
     The given model is read and not changed: the blocks' weights are folded copies, the rest is copied.
     Every parameter has requires_grad False. The module stays in eval mode whatever `train` is called with,
-    since a frozen backbone has no dropout to enable; only timm's own blocks change mode.
+    since a frozen backbone has no dropout to enable; only timm's own blocks, and the dropout behind them,
+    change mode.
 
     Args:
         vit: the model to read.
@@ -120,10 +121,12 @@ class FrozenViT(nn.Module):
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
-        """Sets the mode of timm's own blocks; everything else stays in eval mode."""
+        """Sets the mode of timm's own blocks and of the dropout behind them; everything else stays in eval
+        mode."""
         super().train(False)
-        for block in self.timm_blocks:
-            block.train(mode)
+        if self.timm_blocks:
+            for module in (*self.timm_blocks, self.stem.head_drop):
+                module.train(mode)
         return self
 
     @property
@@ -401,7 +404,7 @@ class FrozenViT(nn.Module):
         """Bytes that `features` keeps for backward of one image with `num_rows` rows, counted on the meta
         device in the modules' own dtype."""
         stem, weights = self.stem, nn.ModuleDict()
-        for name in ("norm", "attn_pool", "fc_norm"):
+        for name in ("norm", "attn_pool", "fc_norm", "head_drop"):
             if getattr(stem, name) is not None:
                 weights[name] = on_meta(getattr(stem, name))
         parts = {"attn_pool": None, "global_pool": stem.global_pool, **weights}
@@ -430,7 +433,7 @@ class FrozenViT(nn.Module):
             x = x.amax(dim=1)
         else:  # avgmax; _check lets no other through
             x = 0.5 * (x.amax(dim=1) + x.mean(dim=1))
-        return stem.fc_norm(x)
+        return stem.head_drop(stem.fc_norm(x))
 
 
 def _at_least_float32(module: nn.Module) -> nn.Module:

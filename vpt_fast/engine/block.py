@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from vpt_fast.engine import passes
 from vpt_fast.engine.call import Call, Kept, Rotation, Windows
 from vpt_fast.engine.contexts import (
     compute_dtype,
+    require_first_order,
     require_no_forward_ad,
+    require_no_vmap,
     require_plain_autograd,
     require_single_gradient,
     without_autocast,
@@ -141,6 +142,8 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
+        if prompts is not None:
+            require_no_vmap()
         if call.ops.name != "torch":
             require_no_forward_ad()
         with without_autocast(device_type):
@@ -178,11 +181,11 @@ class _FrozenBlockFunction(torch.autograd.Function):
         return output.base, output.update
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: None, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         num_weights = len(BlockWeights._fields)
         if grad is None:  # nothing above depends on the block
             return (None,) * (7 + num_weights)
+        require_first_order()
         require_single_gradient(grad)
         # Autograd may pass a gradient with any strides, such as a decoder's transposition leaves.
         grad = grad.contiguous()

@@ -38,8 +38,9 @@ def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-# There is no public API for either; a PyTorch without them raises its own errors, which name no way out.
+# There is no public API for these; a PyTorch without them raises its own errors, which name no way out.
 _is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_transforms = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
@@ -63,6 +64,18 @@ def require_plain_autograd(*, recorded: bool) -> None:
         )
 
 
+def require_no_vmap() -> None:
+    """Raises NotImplementedError under `torch.func.vmap`, which does not batch writing prompts' and tokens'
+    rows into one tensor."""
+    if torch.compiler.is_compiling() or not _is_in_transform():
+        return
+    if any(transform.key().name == "Vmap" for transform in _transforms() or ()):
+        raise NotImplementedError(
+            "backbone: torch.func.vmap is not there for frozen blocks with prompts; want the images as one "
+            "batch, and a call for each set of prompts"
+        )
+
+
 def require_single_gradient(grad: torch.Tensor) -> None:
     """Raises NotImplementedError in a backward pass of several gradients at once."""
     if not torch.compiler.is_compiling() and _is_batched(grad):
@@ -70,6 +83,17 @@ def require_single_gradient(grad: torch.Tensor) -> None:
             "backbone: several gradients in one backward pass (is_grads_batched, "
             "torch.autograd.functional.jacobian(vectorize=True)) are not there for frozen blocks; want "
             "one backward pass for each (vectorize=False)"
+        )
+
+
+def require_first_order() -> None:
+    """Raises NotImplementedError in a backward pass that autograd records, for second derivatives."""
+    # Here and not with `once_differentiable`, whose error comes only if a later backward pass gets to it:
+    # torch.autograd.grad takes its outputs for independent of the model's inputs.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "backbone: second derivatives (create_graph=True, torch.autograd.functional.hvp) are not there "
+            "for frozen blocks; want create_graph=False"
         )
 
 

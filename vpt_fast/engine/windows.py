@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.call import Windows
-from vpt_fast.engine.contexts import compute_dtype, require_plain_autograd, without_autocast
+from vpt_fast.engine.contexts import (
+    compute_dtype,
+    require_first_order,
+    require_plain_autograd,
+    without_autocast,
+)
 from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
@@ -185,7 +189,6 @@ class _MoveFunction(torch.autograd.Function):
         return _gather(tokens, index, holes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         back, back_holes = ctx.saved_tensors
         return _gather(grad, back, back_holes), None, None, None, None
@@ -275,8 +278,8 @@ class _ReduceFunction(torch.autograd.Function):
         return _returned(output, x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        require_first_order()
         weight, x_hat, rstd, scale = ctx.saved_tensors
         with without_autocast(grad.device.type):
             grad_x_hat = grad.to(ctx.dtype) @ _layer(weight, x_hat.shape[-1], ctx.dtype)

@@ -14,7 +14,7 @@ from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
 from vpt_fast.backbones.timm_swin import check_swin, prompted_attention_branch
 from vpt_fast.backbones.timm_vit import Positions
 from vpt_fast.convnet import border_prompts
-from vpt_fast.prompts import PromptConfig, drop, init_bound, pad_image, refuse_settings
+from vpt_fast.prompts import PromptConfig, drop, init_bound, pad_image, refuse_settings, split_sets
 from vpt_fast.swin import POOLS
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
@@ -97,7 +97,7 @@ class PromptAndBiasTuning(_PromptAndBiasTuning):
         self.prompts = nn.Parameter(torch.empty(shape, device=self.backbone.device).uniform_(-bound, bound))
 
     def _outputs(self, x: torch.Tensor, positions: Positions, wanted: Sequence[int]) -> list[torch.Tensor]:
-        sets = self.prompts.to(x.dtype).unsqueeze(1).unbind(0)  # L of (1, m, d)
+        sets = split_sets(self.prompts.to(x.dtype))  # L of (1, m, d)
         outputs = []
         for index, prompts in enumerate(sets[: wanted[-1] + 1]):
             prompts = drop(prompts, self.prompt_settings, x.shape[0], training=self.training)
@@ -160,7 +160,7 @@ class PromptAndBiasSwinTuning(_PromptAndBiasTuning):
         x = swin.patch_embed(network.cast(images))  # (B, height, width, d)
         for stage, prompts in zip(swin.layers, self.prompts, strict=True):
             x = stage.downsample(x)
-            for block, own in zip(stage.blocks, prompts.unsqueeze(1).unbind(0), strict=True):
+            for block, own in zip(stage.blocks, split_sets(prompts), strict=True):
                 x = self._run_swin_block(block, x, own, is_last=block is swin.layers[-1].blocks[-1])
         return swin.forward_head(swin.norm(x), pre_logits=True).to(self._feature_dtype)
 
