@@ -31,21 +31,21 @@ def test_position_is_that_of_the_shape_s_middle() -> None:
         assert abs((middle - 0.15) / 0.7 * small_tasks.NUM_POSITIONS - (label + 0.5)) < 1
 
 
-def test_turn_is_where_the_shape_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    needle = np.array([(1.0, 0.0), (-0.5, 0.3), (-0.5, -0.3)])
-    monkeypatch.setattr(small_tasks, "SHAPES", (lambda: needle,))
-    for pixels, label in drawn("shape_turn"):
-        points = np.argwhere(pixels > 0.5)[:, ::-1]  # x, y
-        middle = points.mean(0)
-        tip = points[np.argmax(np.linalg.norm(points - middle, axis=1))] - middle
-        turns = np.arctan2(tip[1], tip[0]) / (2 * np.pi) * small_tasks.NUM_TURNS
-        away = (turns - (label + 0.5) + small_tasks.NUM_TURNS / 2) % small_tasks.NUM_TURNS
-        assert abs(away - small_tasks.NUM_TURNS / 2) < 1.2
-
-
 def test_count_is_that_of_separate_shapes() -> None:
     for pixels, label in drawn("shape_count"):
         assert ndimage.label(pixels > 0, structure=np.ones((3, 3)))[1] == label + 1
+
+
+def test_images_are_drawn_with_the_seeds_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, right = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or right(seed))
+    for name, split in itertools.product(("shape_position", "shape_count"), small_tasks.SPLITS):
+        drawn(name, split, count=1)
+    assert seeds == [[0, number, split] for number in (0, 2) for split in (0, 1, 2)]
+
+
+def test_what_is_drawn_is_what_the_study_uses() -> None:
+    assert {*study.TASKS} == {"digits", "photo_turn", *small_tasks.DRAWN}
 
 
 @pytest.mark.parametrize("name", small_tasks.DRAWN)
