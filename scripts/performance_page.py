@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -700,7 +701,7 @@ def performance_page(root: Path, reports: list[Report]) -> str:
     plots = sorted((root / PAGE.with_suffix("")).glob("*.png"))
     if plots:
         text.append("## Plots")
-        text += [f"![{path.stem}]({PAGE.stem}/{path.name})" for path in plots]
+        text += [f"![{alt_text(path, reports)}]({PAGE.stem}/{path.name})" for path in plots]
     return "\n\n".join(text) + "\n"
 
 
@@ -736,6 +737,30 @@ def readme_table(group: Group, rows: list[Row]) -> str:
         ("peak, MiB", field("peak_mib", ",.0f")),
     ]
     return table(rows, columns)
+
+
+def alt_text(plot: Path, reports: Sequence[Report]) -> str:
+    """What a picture of benchmarks/plots.py shows, by its name: that of its results file and of its sweep.
+
+    Raises:
+        ValueError: the name is no such name, or there is no such results file.
+    """
+    of_a_sweep = (
+        r"(?P<model>[^-]+)-(?P<prompt_type>deep|shallow)-(?P<fixed>batch-\d+|\d+-prompts)-by-(?P<axis>.+)"
+    )
+    for report in reports:
+        found = re.fullmatch(f"{re.escape(report.path.stem)}-{of_a_sweep}", plot.stem)
+        if found is None:
+            continue
+        names = {row["impl"]: None for row in report.rows if row["model"] == found["model"]}
+        memory = "peak memory" if report.on_gpu else "memory kept for backward per image"
+        axis = {"prompts": "number of prompts", "batch-size": "batch size"}[found["axis"]]
+        return (
+            f"Two line plots against the {axis}: images per second on the left, {memory} on the right; "
+            f"{MODELS.get(found['model'], found['model'])}, {found['prompt_type']} prompts, "
+            f"{found['fixed'].replace('-', ' ')}, on {report.device}; a line each for {', '.join(names)}"
+        )
+    raise ValueError(f"{plot}: want a picture that benchmarks/plots.py drew of a file in {RESULTS}")
 
 
 def readme_block(reports: list[Report]) -> str:
