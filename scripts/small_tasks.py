@@ -141,15 +141,23 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the splits, and of all that is drawn.")] = 0,
 ) -> None:
     """Write the tasks that are not there yet."""
-    export_digits(out / "digits", seed=seed)
-    for name in DRAWN:
-        write_task(out / name, {split: drawn_images(name, split, seed) for split in SPLITS})
     if photographs is not None:
-        images, _, _ = read_archive(photographs, out / "photographs.safetensors")
+        out.mkdir(parents=True, exist_ok=True)
+        cache = out / "photographs.safetensors"
+        images, _, _ = read_archive(photographs, cache)
         held_out, _ = split_photographs(len(images), Recipe(), seed=0)  # the backbone's training seed
+        if len(held_out) < (wanted := sum(SPLITS.values())):
+            cache.unlink()  # it would be read instead of the next archive
+            raise typer.BadParameter(
+                f"photographs: got {photographs} with {len(images)}, want {wanted} or more: the CIFAR-10 "
+                "training images"
+            )
         pixels = images[held_out].permute(0, 2, 3, 1).numpy()
         splits = turned_photographs(pixels, seed)
         write_task(out / "photo_turn", {split: iter(found) for split, found in splits.items()})
+    export_digits(out / "digits", seed=seed)
+    for name in DRAWN:
+        write_task(out / name, {split: drawn_images(name, split, seed) for split in SPLITS})
     names = sorted(path.name for path in out.iterdir() if path.is_dir())
     typer.echo(f"{out}: {', '.join(names)}")
 

@@ -6,12 +6,14 @@ import itertools
 import json
 import re
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 from scipy import ndimage
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +73,40 @@ def test_every_photograph_is_in_one_split_under_one_turn() -> None:
             assert pixel[2] == 255
             seen.append(int(pixel[0]) * 100 + int(pixel[1]))
     assert sorted(seen) == list(range(total))
+
+
+def archive_of(path: Path, *pictures: tuple[int, int]) -> Path:
+    """A tar archive of one class with black JPEG files of these (width, height)."""
+    with tarfile.open(path, "w:gz") as tar:
+        for index, size in enumerate(pictures):
+            file = path.with_suffix(".jpg")
+            Image.new("RGB", size).save(file)
+            tar.add(file, f"cat/{index}.jpg")
+    return path
+
+
+def test_an_archive_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    archive = tmp_path / "notes.tar.gz"
+    archive.write_text("by hand")
+    with pytest.raises(typer.BadParameter, match=r"notes.tar.gz is no tar archive"):
+        small_tasks.main(tmp_path / "tasks", archive, 0)
+    assert list((tmp_path / "tasks").iterdir()) == []
+
+
+def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="cat/1.jpg is 64x48, wanted 32x32"):
+        small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32), (64, 48)), 0)
+
+
+def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"a.tar.gz with 1, want 2000 or more"):
+        small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32)), 0)
+    assert list((tmp_path / "tasks").iterdir()) == []  # nothing that another archive's would be taken from
+
+
+def test_a_task_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="small_tasks.py writes it with --photographs"):
+        study.main(tmp_path, tmp_path / "out", "photo_turn", None)
 
 
 @pytest.mark.parametrize("method", study.METHODS)
