@@ -752,13 +752,17 @@ def alt_text(plot: Path, reports: Sequence[Report]) -> str:
         found = re.fullmatch(f"{re.escape(report.path.stem)}-{of_a_sweep}", plot.stem)
         if found is None:
             continue
-        names = {row["impl"]: None for row in report.rows if row["model"] == found["model"]}
+        lines = dict.fromkeys(
+            row["impl"] if row["memory"] in (None, "exact") else f"{row['impl']} under {row['memory']}"
+            for row in report.rows
+            if row["model"] == found["model"] and row["exact"] and row["images_per_second"] is not None
+        )
         memory = "peak memory" if report.on_gpu else "memory kept for backward per image"
         axis = {"prompts": "number of prompts", "batch-size": "batch size"}[found["axis"]]
         return (
             f"Two line plots against the {axis}: images per second on the left, {memory} on the right; "
             f"{MODELS.get(found['model'], found['model'])}, {found['prompt_type']} prompts, "
-            f"{found['fixed'].replace('-', ' ')}, on {report.device}; a line each for {', '.join(names)}"
+            f"{found['fixed'].replace('-', ' ')}, on {report.device}; a line each for {', '.join(lines)}"
         )
     raise ValueError(f"{plot}: want a picture that benchmarks/plots.py drew of a file in {RESULTS}")
 

@@ -2,8 +2,8 @@
 
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
 
-As in VTAB-1k, there are natural images, and structured tasks whose labels are positions and
-counts. Each is a folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
+As in VTAB-1k, there are natural images, and structured tasks whose labels are positions and counts. Each is a
+folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
 
     digits         10 classes: the handwritten digits that scikit-learn ships (real scans)
     photo_turn      4 classes: the quarter turns by which a photograph was rotated (real ones that the

@@ -352,11 +352,12 @@ def add_plot(project: Project, name: str) -> None:
     ],
 )
 def test_plots_are_shown_with_words_that_say_what_they_show(project: Project, sweep: str, words: str) -> None:
-    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0)])
+    drawn = [row("vpt_fast", 300.0, memory="compact"), row("concat_timm", 200.0)]
+    project.add("h100", [*drawn, row("concat_reference", 9.0, exact=False)])
     name = f"h100-vit_base_patch16_224-{sweep}.png"
     add_plot(project, name)
     found = re.search(rf"!\[(.*)\]\(performance/{name}\)", project.text())
-    assert re.search(f"{words}NVIDIA H100; a line each for vpt_fast, concat_timm$", found[1])
+    assert re.search(f"{words}NVIDIA H100; a line each for vpt_fast under compact, concat_timm$", found[1])
 
 
 def test_a_plot_of_no_results_file_is_named(project: Project) -> None:
