@@ -8,7 +8,8 @@ concatenation (and in backward the splitting) that they need, and from tensors t
 FlashAttention's backward is timed in its deterministic mode, with which vpt_fast trains so that runs repeat
 bit for bit; its default mode, which may be faster, is not timed. cuDNN has no such mode. On a CPU, PyTorch's
 own implementations are compared, at small sizes. An implementation whose output or gradients are wrong is
-marked, and not compared with. A sweep is one command too; the same command resumes one that was interrupted:
+marked, and not compared with. The same command resumes an interrupted run; `--fresh` starts again. A sweep is
+one command too:
 
     python benchmarks/attention.py --head-dim 64,80 --num-tokens 197,577 --num-heads 12 --num-prompts 10,100
 """
@@ -27,7 +28,7 @@ import torch
 import typer
 from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, Work, number
-from reports import listed, positive_numbers
+from reports import Fresh, listed, positive_numbers
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -123,8 +124,12 @@ class Row:
     error: str | None = None
 
     @property
-    def shape(self) -> Shape:
+    def case(self) -> Shape:
         return Shape(**{field.name: getattr(self, field.name) for field in fields(Shape)})
+
+    @property
+    def contender(self) -> str:
+        return self.impl
 
 
 Functions = tuple[Callable[..., Any], Callable[..., Any]]
@@ -229,7 +234,7 @@ def measure_shape(shape: Shape, names: Iterable[str], settings: Settings) -> lis
 
 
 def fill_rates(row: Row, settings: Settings) -> None:
-    shape, dtype = row.shape, settings.dtype
+    shape, dtype = row.case, settings.dtype
     for part, work in (("forward", shape.forward(dtype)), ("backward", shape.backward(dtype))):
         milliseconds = getattr(row, f"{part}_ms")
         if milliseconds is not None:
@@ -316,8 +321,10 @@ def main(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; default by device")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: results/attention-<device>-<date>.json")
+    ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Measure prompted attention, forward and backward."""
     on_gpu = operations.choose_device(device).type == "cuda"
@@ -327,18 +334,17 @@ def main(
     console = Console()
     console.width = max(console.width, 200)  # a table cut to a pipe's 80 columns says nothing
     settings, report = operations.start(
-        "attention", Row, console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
-    )
-    rows = [Row(**row) for row in report.rows]
+        "attention", Row, console,
+        device=device, dtype=dtype, repeats=repeats, output=output, asked=shapes, fresh=fresh,
+    )  # fmt: skip
     console.print(f"{len(shapes)} shapes, of each {len(names)} implementations, forward and backward.")
+    console.print(report.describe(), soft_wrap=True)
     with Progress(console=console, transient=True) as progress:
         for shape in progress.track(shapes, description="shapes"):
-            there = [row for row in rows if row.shape == shape and row.impl in names]
+            there = [row for row in report.rows_of(shape) if row.impl in names]
             if len(there) < len(names):  # the whole shape again, so that compared rows ran in turns
-                others = [row.impl for row in rows if row.shape == shape and row.impl not in names]
-                there = measure_shape(shape, [*names, *others], settings)
-                rows = [row for row in rows if row.shape != shape] + there
-                report.write([asdict(row) for row in rows])
+                there = measure_shape(shape, report.contenders(shape, names), settings)
+                report.replace(shape, there)
             console.print(make_table(there))
     console.print(f"written: {report.path}")
 

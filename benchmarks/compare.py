@@ -4,7 +4,8 @@
 
 Rows are matched by what was measured. A change counts if the ranges of the two files, smallest to largest of
 the repetitions, do not overlap; else it is within noise. With `--fail-below 0.95` the exit status is 1 if a
-row's speed fell below that ratio, beyond noise, or if a row is no longer measured.
+row's speed fell below that ratio, beyond noise, or if a row of both files is wrong or failed in the new one
+alone. Rows that only one file has are listed, and count for nothing.
 """
 
 from __future__ import annotations
@@ -158,9 +159,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Compares everything that either file measured.
 
     Raises:
-        ValueError: two rows of one file measured the same.
+        ValueError: two rows of one file measured the same, or no row of one is in the other.
     """
     before, after = keyed_rows(old), keyed_rows(new)
+    if not before.keys() & after.keys():
+        raise ValueError("the files have no row in common, want two of the same benchmark and settings")
     result = Comparison(
         [], [key for key in before if key not in after], [key for key in after if key not in before], [], []
     )

@@ -6,7 +6,7 @@ times them at the shapes of ViT-B/16, L/16 and H/14, each beside its definition 
 and the least time that its memory traffic and matmuls can take on this device; prints a table for each shape
 and writes results/kernels-<device>-<date>.json as it goes. Layer norm and GELU are measured at every shape,
 the other kinds at the first; `--kinds` names kinds to measure at every shape. A wrong implementation is
-marked, and not compared with. The same command resumes an interrupted run.
+marked, and not compared with. The same command resumes an interrupted run; `--fresh` starts again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import typer
 from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, Work, number
-from reports import listed
+from reports import Fresh, listed
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -346,6 +346,10 @@ class Row:
     def case(self) -> Case:
         return Case(**{field.name: getattr(self, field.name) for field in fields(Case)})
 
+    @property
+    def contender(self) -> str:
+        return self.impl
+
 
 def implementation(name: str, case: Case, dtype: torch.dtype) -> Callable[..., Any]:
     """What is called on the case's inputs."""
@@ -500,8 +504,10 @@ def main(
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; default by device")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: results/kernels-<device>-<date>.json")
+    ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Measure the operations of a block, forward and backward."""
     on_gpu = operations.choose_device(device).type == "cuda"
@@ -518,22 +524,21 @@ def main(
     console = Console()
     console.width = max(console.width, 140)  # a table cut to a pipe's 80 columns says nothing
     settings, report = operations.start(
-        "kernels", Row, console, device=device, dtype=dtype, repeats=repeats, output=output, fresh=fresh
-    )
-    rows = [Row(**row) for row in report.rows]
+        "kernels", Row, console,
+        device=device, dtype=dtype, repeats=repeats, output=output, asked=cases, fresh=fresh,
+    )  # fmt: skip
     console.print(f"{len(cases)} operations, of each up to {len(names)} implementations.")
+    console.print(report.describe(), soft_wrap=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("operations", total=len(cases))
         for _, of_shape in itertools.groupby(cases, key=lambda case: (case.num_tokens, case.width)):
             shown: list[Row] = []
             for case in of_shape:
                 wanted = implementations_of(case.op, names)
-                there = [row for row in rows if row.case == case and row.impl in wanted]
+                there = [row for row in report.rows_of(case) if row.impl in wanted]
                 if len(there) < len(wanted):  # the whole case again, so that compared rows ran in turns
-                    others = [row.impl for row in rows if row.case == case and row.impl not in wanted]
-                    there = measure_case(case, [*wanted, *others], settings)
-                    rows = [row for row in rows if row.case != case] + there
-                    report.write([asdict(row) for row in rows])
+                    there = measure_case(case, report.contenders(case, wanted), settings)
+                    report.replace(case, there)
                 shown += there
                 progress.advance(task)
             if shown:

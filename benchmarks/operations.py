@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import measure
 import torch
 import typer
 from ceilings import large_product
-from reports import make_header, one_of, output_path, resumed, write_report
+from reports import Report, make_header, one_of, output_path
 from rich.console import Console
 from torch import Tensor
 
@@ -76,32 +76,6 @@ class Settings:
         }
 
 
-class Report:
-    """A results file that is written as it grows; the same command resumes it.
-
-    Args:
-        row_type: the dataclass of its rows.
-
-    Attributes:
-        rows: those of an earlier run with the same machine, versions, day and settings.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any], row_type: type, fresh: bool) -> None:
-        self.path = path
-        found = resumed(path, header, row_type)
-        self._report = {**header, "bounds": None, "rows": []} if fresh or found is None else found
-        self.rows: list[dict[str, Any]] = self._report["rows"]
-
-    def bounds(self, device: torch.device, dtype: torch.dtype, repeats: int) -> Bounds:
-        """Those in the file, else measured now."""
-        if self._report["bounds"] is None:
-            self._report["bounds"] = asdict(measure_bounds(device, dtype, repeats))
-        return Bounds(**self._report["bounds"])
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        write_report({**self._report, "rows": rows}, self.path)
-
-
 def start(
     benchmark: str,
     row_type: type,
@@ -111,23 +85,28 @@ def start(
     dtype: str,
     repeats: int,
     output: Path | None,
+    asked: Iterable[Hashable],
     fresh: bool,
 ) -> tuple[Settings, Report]:
     """Reads the flags that these benchmarks share, prints the device, and measures its bounds.
 
+    Args:
+        asked: the cases to measure, as of `Report`.
+
     Raises:
         typer.BadParameter: an unknown or missing device, an unknown dtype, an output that is not a report or
-            cannot be written.
+            cannot be written, or that holds another run's rows.
     """
     where = choose_device(device)
     name = one_of("dtype", dtype or ("bfloat16" if where.type == "cuda" else "float32"), DTYPES)
     header = {**make_header(where), "dtype": name, "repeats": repeats}
-    report = Report(output_path(output, header, row_type, benchmark), header, row_type, fresh)
+    report = Report(output_path(output, header, row_type, benchmark), header, row_type, asked, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {name}")
     if where.type == "cpu":
         console.print("Triton's kernels are not measured on a CPU: `torch` is their definition in PyTorch.")
     with console.status("bounds of the device"):
-        bounds = report.bounds(where, DTYPES[name], repeats)
+        found = report.once("bounds", lambda: asdict(measure_bounds(where, DTYPES[name], repeats)))
+        bounds = Bounds(**found)
     console.print(f"Bounds: copy {bounds.gb_per_second:.0f} GB/s, product {bounds.tflops:.2f} TFLOP/s.")
     return Settings(where, DTYPES[name], repeats, bounds), report
 

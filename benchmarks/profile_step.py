@@ -164,7 +164,10 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="under the profiler")] = 5,
     most: Annotated[int, typer.Option(min=1, help="kernels to print")] = 20,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
-    output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file, replaced if it is there; default: results/profile-...-<date>.json"),
+    ] = None,
 ) -> None:
     """Profile training steps."""
     where = choose_device(device)
@@ -193,13 +196,14 @@ def main(
     contender = require_built(implementation, start)
     if has_policies:
         contender.model.memory = memory
-    with console.status(f"{implementation}: {WARM_UP + contender.steps_to_settle} + {steps} steps"):
+    console.print(
+        f"{implementation}, {model}, m {setting.num_prompts}, batch {setting.batch_size}, {setting.dtype}: "
+        f"{WARM_UP + contender.steps_to_settle} steps of warm-up, {steps} under the profiler, {steps} without"
+    )
+    with console.status("steps"):
         batch = random_batch(start, setting.batch_size, where)
         entries, step_ms = profile_steps(contender, batch, steps)
         host = host_ms(contender, batch, steps)
-    console.print(
-        f"{implementation}, {model}, m {setting.num_prompts}, batch {setting.batch_size}, {setting.dtype}"
-    )
     for table in make_tables(entries, step_ms, most):
         console.print(table)
     console.print(f"The host is busy with a step for {host:.3f} ms, without the profiler.")

@@ -403,7 +403,10 @@ def main(
     ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/recipe-<setting>-<device>-<date>.json")
+        Path | None,
+        typer.Option(
+            help="JSON file, replaced if it is there; default: results/recipe-<setting>-<device>-<date>.json"
+        ),
     ] = None,
 ) -> None:
     """Measure what a VTAB-style task costs, and what loading its images adds."""

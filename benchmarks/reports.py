@@ -9,10 +9,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import measure
 import timm
@@ -20,6 +20,16 @@ import torch
 import typer
 
 RESULTS = Path(__file__).parent / "results"
+
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh",
+        help="measure again what the file holds of this run, and replace a file that holds another run's; "
+        "without it the same command goes on with the file",
+    ),
+]
+"""The flag of every benchmark that writes a `Report`."""
 
 
 def make_header(device: torch.device) -> dict[str, Any]:
@@ -71,15 +81,78 @@ def read_own(path: Path, row_type: type) -> dict[str, Any] | None:
     return report
 
 
-def resumed(path: Path, header: dict[str, Any], row_type: type) -> dict[str, Any] | None:
-    """The report in `path` if it has all of `header`: the machine, versions, day and settings of this run.
+class Report:
+    """A results file that grows case by case, a case being rows that are compared and so run in turns.
 
-    None where there is no file, or another run's, which this one replaces. Raises as `read_own`.
+    A case whose rows are in the file is not measured again, so that the same command goes on with what an
+    interrupted one has left. With `fresh` the cases that are asked for are; the file's other cases stay.
+
+    Args:
+        path: from `output_path`.
+        header: the machine, versions, day and settings of this run. A file of another day is gone on with,
+            and keeps its date.
+        row_type: the dataclass of its rows, whose property `case` is hashable.
+        asked: the cases that this run is to measure.
+        fresh: whether those in the file are measured again.
+
+    Raises:
+        typer.BadParameter: without `fresh`, a file of another machine, or of other versions or settings.
+
+    Attributes:
+        rows: all that the file holds.
     """
-    report = read_own(path, row_type)
-    if report is None or any(report.get(name) != value for name, value in header.items()):
-        return None
-    return report
+
+    def __init__(
+        self, path: Path, header: dict[str, Any], row_type: type, asked: Iterable[Hashable], fresh: bool
+    ) -> None:
+        self.path = path
+        self._once, self.rows, self._dropped = dict(header), list[Any](), list[Any]()
+        self._asked = {*asked}
+        found = read_own(path, row_type)
+        if found is None:
+            return
+        different = [name for name in header if name != "date" and found.get(name) != header[name]]
+        if different and not fresh:
+            there = ", ".join(f"{name} {found.get(name)!r}, here {header[name]!r}" for name in different)
+            raise typer.BadParameter(
+                f"output: got {path}, which holds another run's rows ({there}); want another file, or "
+                "--fresh to replace this one"
+            )
+        rows = [] if different else [row_type(**row) for row in found.pop("rows")]
+        for row in rows:
+            (self._dropped if fresh and row.case in self._asked else self.rows).append(row)
+        if self.rows:
+            self._once = found
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What the file states once for all rows, such as the device's bounds; measured if it does not."""
+        if self._once.get(name) is None:
+            self._once[name] = measure()
+        return self._once[name]
+
+    def rows_of(self, case: Hashable) -> list[Any]:
+        return [row for row in self.rows if row.case == case]
+
+    def contenders(self, case: Hashable, wanted: Sequence[Any]) -> list[Any]:
+        """Whom to measure at a case: `wanted`, and which else it was measured of, by `row.contender`."""
+        there = (row.contender for row in (*self.rows, *self._dropped) if row.case == case)
+        return list(dict.fromkeys([*wanted, *there]))
+
+    def replace(self, case: Hashable, rows: list[Any]) -> None:
+        """Puts the case's rows into the file."""
+        self.rows = [row for row in self.rows if row.case != case] + rows
+        self.write()
+
+    def write(self) -> None:
+        write_report({**self._once, "rows": [asdict(row) for row in self.rows]}, self.path)
+
+    def describe(self) -> str:
+        """Where results go, and how many are there already."""
+        there = sum(row.case in self._asked for row in self.rows)
+        if there:
+            rows = f"{there} row{'s' if there > 1 else ''} of {self._once['date']}"
+            return f"{self.path} has {rows} already, which --fresh measures again."
+        return f"What is done stands in {self.path}; the same command goes on with it."
 
 
 def default_path(header: dict[str, Any], benchmark: str = "") -> Path:

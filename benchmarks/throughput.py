@@ -5,7 +5,8 @@
 measures a sensible setting for the device at hand, prints a table and writes
 results/<dtype>-<device>-<date>.json next to this file. `--help` lists the flags; benchmarks/plots.py draws
 what was written. Every implementation starts from the same weights and the same trainable tensors; one whose
-gradients differ from those of concatenation in float64 is marked and not ranked.
+gradients differ from those of concatenation in float64 is marked and not ranked. The same command resumes an
+interrupted run; `--fresh` starts again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,14 +45,14 @@ from implementations import (
 from measure import MIB, Contender
 from operations import choose_device
 from reports import (
+    Fresh,
+    Report,
     listed,
     make_header,
     one_of,
     output_path,
     positive_numbers,
     require_model,
-    resumed,
-    write_report,
 )
 from rich import box
 from rich.console import Console
@@ -113,13 +115,20 @@ class Row:
     error: str | None = None
 
     @property
-    def entrant(self) -> Entrant:
+    def case(self) -> Case:
+        return case_of(self)
+
+    @property
+    def contender(self) -> Entrant:
         return Entrant(self.impl, self.memory)
 
-    def is_of(self, setting: Setting) -> bool:
-        """Whether it was measured at this setting, whose other fields are common to all rows of a file."""
-        names = ("model", "num_prompts", "batch_size", "prompt_type")
-        return all(getattr(self, name) == getattr(setting, name) for name in names)
+
+Case = tuple[str, int, int, str]
+
+
+def case_of(row: Row | Setting) -> Case:
+    """What tells a setting from the others of a file; the rest of it is common to all rows."""
+    return row.model, row.num_prompts, row.batch_size, row.prompt_type
 
 
 @dataclass(frozen=True)
@@ -328,7 +337,7 @@ def find_batches(rows: list[Row], setting: Setting, device: torch.device, consol
                 status.update(f"largest batch of {name}: {text}")
 
             try:
-                row.largest_batch = largest_batch(row.entrant.build, start, device, progress)
+                row.largest_batch = largest_batch(row.contender.build, start, device, progress)
             except RuntimeError as failure:
                 console.print(f"largest batch of {name}: not found, {failure}", markup=False)
 
@@ -388,46 +397,11 @@ def place(row: Row) -> str:
     return "bound" if row.impl in BOUNDS else str(row.rank)
 
 
-class Report:
-    """The results file, which keeps its rows of other settings. An interrupted run is resumed; in a finished
-    file, this run's settings are measured again.
-
-    Args:
-        path: None for results/<dtype>[-<image size>-pixels]-<device>-<date>.json.
-        header: the machine, versions, day and what all settings have in common; only a file with the same
-            header is kept.
-        asked: what this run is to measure.
-
-    Attributes:
-        entrants: by setting, what was asked for and what else the file has of it, since compared rows run in
-            turns.
-    """
-
-    def __init__(
-        self, path: Path | None, header: dict[str, Any], asked: dict[Setting, list[Entrant]]
-    ) -> None:
-        size = f"{header['image_size']}-pixels" if header["image_size"] else ""
-        self.path = output_path(path, header, Row, "-".join(filter(None, [header["dtype"], size])))
-        found = resumed(self.path, header, Row) or {"ceiling_tflops": None, "finished": True, "rows": []}
-        self.header, self.ceiling_tflops = header, found["ceiling_tflops"]
-        there = [Row(**row) for row in found["rows"]]
-        known = [row for row in there if row.impl in IMPLEMENTATIONS]
-        self.entrants = {
-            setting: list(dict.fromkeys([*those, *(row.entrant for row in known if row.is_of(setting))]))
-            for setting, those in asked.items()
-        }
-        self.rows = [row for row in there if not any(row.is_of(setting) for setting in asked)]
-        self._left = [] if found["finished"] else [row for row in there if row not in self.rows]
-
-    def measured(self, setting: Setting) -> list[Row]:
-        """The rows of a setting that the interrupted run had finished; none if one is missing."""
-        rows = [row for row in self._left if row.is_of(setting)]
-        return rows if {row.entrant for row in rows} == {*self.entrants[setting]} else []
-
-    def write(self, finished: bool = False) -> None:
-        rows = [asdict(row) for row in self.rows]
-        report = {"ceiling_tflops": self.ceiling_tflops, "finished": finished, "rows": rows}
-        write_report({**self.header, **report}, self.path)
+def open_report(path: Path | None, header: dict[str, Any], asked: Iterable[Setting], fresh: bool) -> Report:
+    """The results file; `path` None is results/<dtype>[-<image size>-pixels]-<device>-<date>.json."""
+    size = f"{header['image_size']}-pixels" if header["image_size"] else ""
+    name = "-".join(filter(None, [header["dtype"], size]))
+    return Report(output_path(path, header, Row, name), header, Row, map(case_of, asked), fresh)
 
 
 def main(
@@ -461,8 +435,10 @@ def main(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file; default: results/<dtype>-<device>-<date>.json")
+        Path | None,
+        typer.Option(help="JSON file; default: results/<dtype>[-<image size>-pixels]-<device>-<date>.json"),
     ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Measure training throughput and memory; every flag has a default that suits the device.
 
@@ -495,28 +471,32 @@ def main(
     console.width = max(console.width, TABLE_WIDTH)  # a table cut to a pipe's 80 columns says nothing
     steps = steps or (10 if on_gpu else 1)
     common = {"dtype": dtype, "image_size": image_size, "repeats": repeats, "steps": steps}
-    report = Report(output, {**make_header(where), **common}, settings)
+    report = open_report(output, {**make_header(where), **common}, settings, fresh)
     console.print(f"{measure.device_name(where)}, torch {torch.__version__}, {dtype}")
-    if report.ceiling_tflops is None:
-        with console.status("one large product"):
-            report.ceiling_tflops = ceilings.large_product(where, product_dtype(dtype))
-    console.print(f"Ceiling: {report.ceiling_tflops:.3g} TFLOP/s, one large product.")
+    with console.status("one large product"):
+        ceiling = report.once("ceiling_tflops", lambda: ceilings.large_product(where, product_dtype(dtype)))
+    console.print(f"Ceiling: {ceiling:.3g} TFLOP/s, one large product.")
+    running = {
+        # Rows may be of implementations that are no longer there.
+        setting: [one for one in report.contenders(case_of(setting), those) if one.name in IMPLEMENTATIONS]
+        for setting, those in settings.items()
+    }
     count = f"{len(settings)} setting{'s' if len(settings) > 1 else ''}"
-    total = sum(map(len, report.entrants.values()))
-    console.print(f"{count}, {total} rows; what is done stands in {report.path}.")
+    total = sum(map(len, running.values()))
+    rounds = f"{repeats} round{'s' if repeats > 1 else ''} of {steps} step{'s' if steps > 1 else ''}"
+    console.print(f"{count}, {total} rows, {rounds} each after one of warm-up.")
+    console.print(report.describe(), soft_wrap=True)
     first_size = next(iter(settings)).batch_size
-    for setting, those in report.entrants.items():
-        rows = report.measured(setting)
-        if not rows:
-            rows = measure_setting(setting, those, where, repeats, steps, console, report.ceiling_tflops)
-        report.rows += rows
-        report.write()
+    for setting, those in running.items():
+        rows = report.rows_of(case_of(setting))
+        if not {*those} <= {row.contender for row in rows}:  # all again, so that compared rows ran in turns
+            rows = measure_setting(setting, those, where, repeats, steps, console, ceiling)
+            report.replace(case_of(setting), rows)
         is_first_size = setting.batch_size == first_size
         if find_batch and is_first_size and all(row.largest_batch is None for row in rows):
             find_batches(rows, setting, where, console)
             report.write()
         console.print(make_table(rows, dtype))
-    report.write(finished=True)
     console.print(f"written: {report.path}")
     if wrong := [row for row in report.rows if is_our_mistake(row)]:
         names = dict.fromkeys(measure.label(row.impl, row.memory) for row in wrong)

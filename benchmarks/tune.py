@@ -5,8 +5,8 @@
 launches attention's kernels, and the GEMMs with an activation, at the shapes of ViT-B/16, L/16 and H/14 with
 each of the tiles, warps and stages below, prints a table for each and writes
 results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
-cores. The same command resumes an interrupted run. Attention at other shapes, such
-as those of SO400M/14 and of giants, is a command too:
+cores. The same command resumes an interrupted run; `--fresh` starts again. Attention at other shapes, such as
+those of SO400M/14 and of giants, is a command too:
 
     python benchmarks/tune.py --kernels forward,grad_q,grad_kv --head-dim 72,88 --num-heads 16
 
@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -33,7 +33,7 @@ import torch
 import typer
 from measure import first_line
 from operations import DTYPES, ERROR_BELOW, Settings, number
-from reports import listed
+from reports import Fresh, listed
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -63,6 +63,10 @@ class Row:
     ratio: float | None = None  # speed relative to the recorded launch
     error: str | None = None
 
+    @property
+    def case(self) -> tuple[str, str]:
+        return self.kernel, self.shape
+
 
 class Target(NamedTuple):
     """A kernel at a shape, and how to launch it differently.
@@ -82,6 +86,12 @@ class Target(NamedTuple):
     candidates: list[Launch]
     call: Callable[[], object]
     error: Callable[[], float]
+
+
+def described(case: attention.Shape | kernels.Case) -> str:
+    """A `Row.shape`."""
+    names = ("batch_size", "num_tokens", "num_prompts", "num_heads", "head_dim", "width")
+    return ", ".join(f"{name} {getattr(case, name)}" for name in names if hasattr(case, name))
 
 
 def launches(**choices: tuple[int | None, ...]) -> list[Launch]:
@@ -146,7 +156,7 @@ def attention_targets(shape: attention.Shape, names: list[str], settings: Settin
     return [
         Target(
             kernel=name,
-            shape=", ".join(f"{field} {value}" for field, value in asdict(shape).items()),
+            shape=described(shape),
             module=ops,
             function=ATTENTION_KERNELS[name],
             of_launch=lambda launch: ops.Tiles(*launch.values()),
@@ -171,7 +181,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
     return [
         Target(
             kernel=case.op,
-            shape=f"batch_size {case.batch_size}, num_tokens {case.num_tokens}, width {case.width}",
+            shape=described(case),
             module=gemm,
             function="_tma_config" if by_descriptors else "_config",
             of_launch=dict,
@@ -275,8 +285,10 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="images")] = 64,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}")] = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="timed rounds after warm-up")] = 5,
-    output: Annotated[Path | None, typer.Option(help="JSON file")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what the file holds already")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: results/tune-<device>-<date>.json")
+    ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Time how kernels could be launched."""
     wanted = listed("kernels", names, KERNELS)
@@ -285,28 +297,34 @@ def main(
     console.width = max(console.width, 120)
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device here, and nothing else is tuned")
+    cases = [
+        kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))
+        for name, model in itertools.product(wanted, kernels.MODELS)
+        if name in LINEAR_KERNELS
+    ]
+    of_attention = [name for name in wanted if name in ATTENTION_KERNELS]
+    asked = [(name, described(shape)) for name, shape in itertools.product(of_attention, shapes)]
+    asked += [(case.op, described(case)) for case in cases]
     settings, report = operations.start(
-        "tune", Row, console, device="cuda", dtype=dtype, repeats=repeats, output=output, fresh=fresh
-    )
-    rows = [Row(**row) for row in report.rows]
+        "tune", Row, console,
+        device="cuda", dtype=dtype, repeats=repeats, output=output, asked=asked, fresh=fresh,
+    )  # fmt: skip
+    console.print(f"{len(asked)} kernels at a shape, of each the recorded launch and others.")
+    console.print(report.describe(), soft_wrap=True)
     groups: list[Callable[[], list[Target]]] = []
-    if of_attention := [name for name in wanted if name in ATTENTION_KERNELS]:
+    if of_attention:
         groups += [partial(attention_targets, shape, of_attention, settings) for shape in shapes]
-    for name, model in itertools.product(wanted, kernels.MODELS):
-        if name in LINEAR_KERNELS:
-            case = kernels.Case(name, "gelu", False, batch_size, *map(int, model.split("x")))
-            groups.append(partial(linear_targets, case, settings))
+    groups += [partial(linear_targets, case, settings) for case in cases]
     with Progress(console=console, transient=True) as progress:
-        done = {(row.kernel, row.shape) for row in rows}
-        left = [group for group in groups if any((t.kernel, t.shape) not in done for t in group())]
+        left = [group for group in groups if any(not report.rows_of((t.kernel, t.shape)) for t in group())]
         build_all(left, len(os.sched_getaffinity(0)), progress)
         for group in progress.track(groups, description="shapes"):
             for target in group():
-                there = [row for row in rows if (row.kernel, row.shape) == (target.kernel, target.shape)]
+                case = (target.kernel, target.shape)
+                there = report.rows_of(case)
                 if not there:
                     there = measure_target(target, settings)
-                    rows += there
-                    report.write([asdict(row) for row in rows])
+                    report.replace(case, there)
                 console.print(make_table(there))
     console.print(f"written: {report.path}")
 

@@ -203,6 +203,7 @@ def main() -> None:
     path = Path(__file__).parents[1] / PAGE
     with replacing(path) as temporary:
         temporary.write_text(page(build_all()))
+    print(f"written: {PAGE}")
 
 
 if __name__ == "__main__":

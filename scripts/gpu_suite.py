@@ -49,6 +49,8 @@ MEMORY = ("exact", "compact", "recompute")
 `ALIKE` are the peers that are spared launches, as `OURS` are, or recompute, as memory "recompute" does. The
 peer that is compiled under autocast was the slower one on an H200, and takes longest of all to compile.
 `BETWEEN` is wider and deeper than `SMALLEST` and otherwise the same: "exact" has to do, without a profile."""
+GO_ON = tuple(f"benchmarks/{name}.py" for name in ("attention", "kernels", "throughput", "tune"))
+"""What does not measure again the rows that its results file has, unless it gets --fresh."""
 MOST_AT_ONCE = 16  # concurrent processes, a core each
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0  # seconds; what takes that long hangs
@@ -228,7 +230,15 @@ class Record:
 class Running:
     """A part's process, in a group of its own so that it can be stopped with all that it has started."""
 
-    def __init__(self, part: Part, root: Path, logs: Path, deadline: float, threads: int) -> None:
+    def __init__(
+        self,
+        part: Part,
+        command: tuple[str, ...],
+        root: Path,
+        logs: Path,
+        deadline: float,
+        threads: int,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.part = part
         self.root = root
@@ -237,10 +247,10 @@ class Running:
         self.limit = min(self.started + part.limit, deadline)
         self.over_budget = deadline < self.started + part.limit
         with open(self.log, "w") as output:
-            command = shlex.join(part.command).replace(sys.executable, "python", 1)
-            print(f"$ {command}", file=output, flush=True)
+            shown = shlex.join(command).replace(sys.executable, "python", 1)
+            print(f"$ {shown}", file=output, flush=True)
             self.process = subprocess.Popen(
-                part.command,
+                command,
                 cwd=root,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -335,7 +345,7 @@ def run(
                         continue
                     started = True
                     threads = cores if part.alone else max(1, cores // most)
-                    running.append(Running(part, root, logs, deadline, threads))
+                    running.append(Running(part, command_of(part, record), root, logs, deadline, threads))
                     if not console.is_terminal:  # a terminal shows what is running all the time
                         console.print(f"started    {part.name}")
                 names = ", ".join(job.part.name for job in running)
@@ -361,6 +371,13 @@ def _may_start(part: Part, running: list[Running], most: int) -> bool:
 def state_of(part: Part, record: Record) -> str | None:
     outcome = record.outcomes.get(part.name)
     return None if outcome is None else outcome.state
+
+
+def command_of(part: Part, record: Record) -> tuple[str, ...]:
+    """The part's command. A benchmark goes on with its results file only where it was stopped: else the rows
+    may be of other sources, or be why it failed."""
+    begins = part.command[1] in GO_ON and state_of(part, record) != UNFINISHED
+    return (*part.command, "--fresh") if begins else part.command
 
 
 def expected_seconds(part: Part, record: Record) -> float:

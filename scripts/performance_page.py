@@ -19,7 +19,7 @@ from typing import Any
 
 from measurements import KINDS, Group, Report, groups, is_right, name_of, read_reports, searches
 from page_text import Column, Row, field, paragraph, replace_block, table
-from performance_sections import PAGE, SECTIONS, UNGRAPHED, search_section, throughput_section
+from performance_sections import PAGE, SECTIONS, UNGRAPHED, alt_text, search_section, throughput_section
 
 from vpt_fast.files import replacing
 
@@ -165,7 +165,7 @@ def performance_page(root: Path, reports: list[Report]) -> str:
     plots = sorted((root / PAGE.with_suffix("")).glob("*.png"))
     if plots:
         text.append("## Plots")
-        text += [f"![{path.stem}]({PAGE.stem}/{path.name})" for path in plots]
+        text += [f"![{alt_text(path, reports)}]({PAGE.stem}/{path.name})" for path in plots]
     return "\n\n".join(text) + "\n"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from measurements import Group, Report, name_of, setting_title
+from measurements import MODELS, RESULTS, Group, Report, name_of, setting_title
 from page_text import Column, Row, field, number, paragraph, percent, spread, table
 
 PAGE = Path("docs/performance.md")
@@ -287,6 +288,34 @@ def suite_section(report: Report) -> str:
             table(parts, columns),
         ]
     )
+
+
+def alt_text(plot: Path, reports: Sequence[Report]) -> str:
+    """What a picture of benchmarks/plots.py shows, by its name: that of its results file and of its sweep.
+
+    Raises:
+        ValueError: the name is no such name, or there is no such results file.
+    """
+    of_a_sweep = (
+        r"(?P<model>[^-]+)-(?P<prompt_type>deep|shallow)-(?P<fixed>batch-\d+|\d+-prompts)-by-(?P<axis>.+)"
+    )
+    for report in reports:
+        found = re.fullmatch(f"{re.escape(report.path.stem)}-{of_a_sweep}", plot.stem)
+        if found is None:
+            continue
+        lines = dict.fromkeys(
+            row["impl"] if row["memory"] in (None, "exact") else f"{row['impl']} under {row['memory']}"
+            for row in report.rows
+            if row["model"] == found["model"] and row["exact"] and row["images_per_second"] is not None
+        )
+        memory = "peak memory" if report.on_gpu else "memory kept for backward per image"
+        axis = {"prompts": "number of prompts", "batch-size": "batch size"}[found["axis"]]
+        return (
+            f"Two line plots against the {axis}: images per second on the left, {memory} on the right; "
+            f"{MODELS.get(found['model'], found['model'])}, {found['prompt_type']} prompts, "
+            f"{found['fixed'].replace('-', ' ')}, on {report.device}; a line each for {', '.join(lines)}"
+        )
+    raise ValueError(f"{plot}: want a picture that benchmarks/plots.py drew of a file in {RESULTS}")
 
 
 SECTIONS = {

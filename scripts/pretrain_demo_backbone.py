@@ -115,14 +115,23 @@ def make_optimizers(model: VisionTransformer, recipe: Recipe) -> list[torch.opti
 
 
 def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
-    """Images (n, 3, 32, 32) uint8, labels (n,) int64 and the number of classes, in the order of the paths."""
+    """Images (n, 3, 32, 32) uint8, labels (n,) int64 and the number of classes, in the order of the paths.
+
+    Raises:
+        typer.BadParameter: no tar archive, one without JPEG files, or a picture that is not 32x32.
+    """
     if not cache.exists():
         names, files = [], []
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and member.name.endswith(".jpg"):
-                    names.append(member.name)
-                    files.append(tar.extractfile(member).read())  # type: ignore[union-attr]
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.endswith(".jpg"):
+                        names.append(member.name)
+                        files.append(tar.extractfile(member).read())  # type: ignore[union-attr]
+        except tarfile.TarError:
+            raise typer.BadParameter(
+                f"{archive} is no tar archive; wanted one folder of JPEGs per class"
+            ) from None
         if not names:
             raise typer.BadParameter(f"{archive} holds no .jpg file; wanted one folder of JPEGs per class")
         order = sorted(range(len(names)), key=names.__getitem__)
@@ -130,6 +139,10 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
         images = torch.empty(len(names), 3, 32, 32, dtype=torch.uint8)
         for row, i in enumerate(order):
             with Image.open(io.BytesIO(files[i])) as image:
+                if image.size != (32, 32):
+                    raise typer.BadParameter(
+                        f"{archive}: {names[i]} is {image.width}x{image.height}, wanted 32x32"
+                    )
                 raw = bytearray(image.convert("RGB").tobytes())
             images[row] = torch.frombuffer(raw, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         labels = torch.tensor([classes.index(Path(names[i]).parent.name) for i in order])

@@ -1,15 +1,14 @@
-"""Write five small tasks of different kinds for the packaged backbone, each 800 + 200 training images.
+"""Write four small tasks of different kinds for the packaged backbone, each 800 + 200 training images.
 
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
 
-As in VTAB-1k, there are natural images, and structured tasks whose labels are positions, orientations and
-counts. Each is a folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
+As in VTAB-1k, there are natural images, and structured tasks whose labels are positions and counts. Each is a
+folder with train/ (800), val/ (200) and test/ of class folders, 32x32 PNGs:
 
     digits         10 classes: the handwritten digits that scikit-learn ships (real scans)
     photo_turn      4 classes: the quarter turns by which a photograph was rotated (real ones that the
                     backbone was not trained on; only with --photographs, the archive that holds them)
     shape_position  8 classes: the eighth of the range of horizontal positions that a shape's centre lies in
-    shape_turn      8 classes: the eighth of a full turn in which a shape points
     shape_count     6 classes: the number of shapes, 1 to 6
 
 Shapes are drawn like dSprites: white on black, with random kind, size, position and orientation.
@@ -35,7 +34,6 @@ SPLITS = {"train": 800, "val": 200, "test": 1000}
 SIZE = 32
 FINE = 8  # shapes are drawn this much larger and downsampled, for smooth edges
 NUM_POSITIONS = 8
-NUM_TURNS = 8
 MOST_SHAPES = 6
 QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 
@@ -43,7 +41,7 @@ Labelled = tuple[Image.Image, int]
 
 
 def arrow() -> np.ndarray:
-    """A shape without rotational symmetry: corners (n, 2) in the unit circle."""
+    """Corners (n, 2) in the unit circle, as of every shape."""
     return np.array([(1.0, 0.0), (-0.7, 0.7), (-0.3, 0.0), (-0.7, -0.7)])
 
 
@@ -80,12 +78,6 @@ def shape_position(rng: np.random.Generator, label: int) -> Image.Image:
     return draw([(int(rng.integers(len(SHAPES))), x, y, radius, rng.uniform(0, 2 * math.pi))])
 
 
-def shape_turn(rng: np.random.Generator, label: int) -> Image.Image:
-    turn = 2 * math.pi * (label + rng.random()) / NUM_TURNS
-    x, y = rng.uniform(0.3, 0.7, size=2)
-    return draw([(int(rng.integers(len(SHAPES))), x, y, rng.uniform(0.15, 0.28), turn)])
-
-
 def shape_count(rng: np.random.Generator, label: int) -> Image.Image:
     """Shapes in different cells of a 3 by 3 grid, so that none covers another."""
     shapes = []
@@ -96,18 +88,18 @@ def shape_count(rng: np.random.Generator, label: int) -> Image.Image:
     return draw(shapes)
 
 
-DRAWN: dict[str, tuple[int, Callable[[np.random.Generator, int], Image.Image]]] = {
-    "shape_position": (NUM_POSITIONS, shape_position),
-    "shape_turn": (NUM_TURNS, shape_turn),
-    "shape_count": (MOST_SHAPES, shape_count),
+# The numbers in the seeds are those with which the study's images were drawn.
+DRAWN: dict[str, tuple[int, int, Callable[[np.random.Generator, int], Image.Image]]] = {
+    "shape_position": (0, NUM_POSITIONS, shape_position),
+    "shape_count": (2, MOST_SHAPES, shape_count),
 }
-"""Name -> the number of classes, and a function that draws an image of a class."""
+"""Name -> a number in the seed, the number of classes, and a function that draws an image of a class."""
 
 
 def drawn_images(name: str, split: str, seed: int) -> Iterator[Labelled]:
     """A split of a drawn task, with the classes as balanced as possible."""
-    num_classes, image_of = DRAWN[name]
-    rng = np.random.default_rng([seed, list(DRAWN).index(name), list(SPLITS).index(split)])
+    number, num_classes, image_of = DRAWN[name]
+    rng = np.random.default_rng([seed, number, list(SPLITS).index(split)])
     for i in range(SPLITS[split]):
         yield image_of(rng, i % num_classes), i % num_classes
 
@@ -149,15 +141,23 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the splits, and of all that is drawn.")] = 0,
 ) -> None:
     """Write the tasks that are not there yet."""
-    export_digits(out / "digits", seed=seed)
-    for name in DRAWN:
-        write_task(out / name, {split: drawn_images(name, split, seed) for split in SPLITS})
     if photographs is not None:
-        images, _, _ = read_archive(photographs, out / "photographs.safetensors")
+        out.mkdir(parents=True, exist_ok=True)
+        cache = out / "photographs.safetensors"
+        images, _, _ = read_archive(photographs, cache)
         held_out, _ = split_photographs(len(images), Recipe(), seed=0)  # the backbone's training seed
+        if len(held_out) < (wanted := sum(SPLITS.values())):
+            cache.unlink()  # it would be read instead of the next archive
+            raise typer.BadParameter(
+                f"photographs: got {photographs} with {len(images)}, want {wanted} or more: the CIFAR-10 "
+                "training images"
+            )
         pixels = images[held_out].permute(0, 2, 3, 1).numpy()
         splits = turned_photographs(pixels, seed)
         write_task(out / "photo_turn", {split: iter(found) for split, found in splits.items()})
+    export_digits(out / "digits", seed=seed)
+    for name in DRAWN:
+        write_task(out / name, {split: drawn_images(name, split, seed) for split in SPLITS})
     names = sorted(path.name for path in out.iterdir() if path.is_dir())
     typer.echo(f"{out}: {', '.join(names)}")
 

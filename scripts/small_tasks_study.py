@@ -150,8 +150,13 @@ def main(
     console = Console()
     chosen = only.split(",")
     for task in chosen:
-        if task not in TASKS or not (tasks / task).is_dir():
-            raise typer.BadParameter(f"got {task!r}, want folders in {tasks} out of {', '.join(TASKS)}")
+        if task not in TASKS:
+            raise typer.BadParameter(f"tasks: got {task!r}, want some of {', '.join(TASKS)}")
+        if not (tasks / task).is_dir():
+            raise typer.BadParameter(
+                f"tasks: got {task}, and there is no folder {tasks / task}; small_tasks.py writes it"
+                + (" with --photographs" if task == "photo_turn" else "")
+            )
     if docs is not None:
         write_docs(collect(out, chosen), docs)
         return

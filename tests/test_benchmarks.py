@@ -283,7 +283,7 @@ def test_the_command_fails_where_vpt_fast_is_wrong(tmp_path: Path, monkeypatch: 
     result = CliRunner().invoke(app, [*arguments.split(), *chosen])
     assert result.exit_code == 1
     assert "wrong gradients: vpt_fast_wrong" in result.output
-    assert json.loads((tmp_path / "report.json").read_text())["finished"] is True
+    assert len(json.loads((tmp_path / "report.json").read_text())["rows"]) == 2
 
 
 def test_a_gpus_longest_row_is_printed_whole() -> None:
@@ -576,9 +576,8 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [output]
     assert report.keys() == {
         "device", "torch", "triton", "timm", "cuda", "date", "dtype", "image_size", "repeats", "steps",
-        "ceiling_tflops", "finished", "rows",
+        "ceiling_tflops", "rows",
     }  # fmt: skip
-    assert report["finished"] is True
     assert report["torch"] == torch.__version__
     assert [row["impl"] for row in report["rows"]] == names
     fields = {field.name for field in dataclasses.fields(throughput.Row)}
@@ -592,7 +591,7 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
         assert row["error"] is None
 
 
-def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
+def test_the_same_command_measures_what_is_missing_and_fresh_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int] = []
@@ -610,18 +609,16 @@ def test_an_interrupted_run_is_gone_on_with_and_a_finished_one_is_not(
     app = throughput.typer.Typer()
     app.command()(throughput.main)
 
-    def run() -> dict[str, Any]:
-        CliRunner().invoke(app, [*arguments, "--output", str(output)])
-        return json.loads(output.read_text())
+    def run(*more: str) -> list[int]:
+        CliRunner().invoke(app, [*arguments, "--output", str(output), *more])
+        return [row["num_prompts"] for row in json.loads(output.read_text())["rows"]]
 
     stops_at = 3
-    report = run()
-    assert not report["finished"] and [row["num_prompts"] for row in report["rows"]] == [1, 2]
+    assert run() == [1, 2]
     stops_at = 0
-    report = run()
-    assert report["finished"] and [row["num_prompts"] for row in report["rows"]] == [1, 2, 3]
+    assert run() == run() == [1, 2, 3]
     assert measured == [1, 2, 3]
-    run()
+    assert run("--fresh") == [1, 2, 3]
     assert measured == [1, 2, 3, 1, 2, 3]
 
 
@@ -647,25 +644,27 @@ def rows_after(
     return [(row["num_prompts"], row["impl"], row["memory"]) for row in json.loads(path.read_text())["rows"]]
 
 
+@pytest.mark.parametrize("flags", [[], ["--fresh"]], ids=["", "fresh"])
 def test_rows_of_settings_that_are_not_asked_for_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [["--implementations", "concat_timm", "--num-prompts", m] for m in ("1,2", "3", "2")]
+    runs = [["--implementations", "concat_timm", "--num-prompts", m, *flags] for m in ("1,2", "3", "2")]
     found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
     assert sorted(found) == [(m, "concat_timm", None) for m in (1, 2, 3)]
 
 
-def test_rows_of_implementations_that_are_not_asked_for_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flags", [[], ["--fresh"]], ids=["", "fresh"])
+def test_implementations_that_are_not_asked_for_are_measured_again_beside_those_that_are(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [["--implementations", name, "--num-prompts", "1"] for name in ("concat_timm", "vpt_fast")]
-    found = rows_after(tmp_path / "report.json", monkeypatch, *runs)
+    found = rows_after(tmp_path / "report.json", monkeypatch, runs[0], [*runs[1], *flags])
     assert sorted(found) == [(1, "concat_timm", None), (1, "vpt_fast", "exact")]
 
 
 def test_the_default_file_s_name_has_what_its_rows_have_in_common() -> None:
     header = {"device": "AMD EPYC", "date": "2026-11-26", "dtype": "float32", "image_size": 384}
-    path = throughput.Report(None, header, {}).path
+    path = throughput.open_report(None, header, [], fresh=False).path
     assert path.name == "float32-384-pixels-amd-epyc-2026-11-26.json"
 
 

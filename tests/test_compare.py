@@ -180,6 +180,12 @@ def test_other_devices_are_compared_on_request_only(tmp_path: Path) -> None:
     assert run(tmp_path, old, new, "--across-devices").exit_code == 0
 
 
+def test_files_without_a_row_in_common_are_refused(tmp_path: Path) -> None:
+    old, new = report(throughput("vpt_fast", 1.0)), report(throughput("concat_timm", 1.0))
+    result = run(tmp_path, old, new, "--fail-below", "0.95")
+    assert result.exit_code == 2 and "no row in common" in result.output
+
+
 @pytest.mark.parametrize(
     "content", [[], {"device": "H100"}, {"rows": []}], ids=["list", "no_rows", "no_device"]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -147,6 +148,27 @@ def test_an_interruption_loses_nothing_that_is_done(
     assert [part["state"] for part in project.report()["parts"].values()] == ["passed", "unfinished"]
 
 
+@pytest.mark.parametrize("state", [None, "failed", "unfinished"])
+def test_a_benchmark_goes_on_with_its_file_only_where_it_was_stopped(
+    tmp_path: Path, state: str | None
+) -> None:
+    record = gpu_suite.Record(tmp_path, HEADER, "digest")
+    if state is not None:
+        record.outcomes["throughput"] = gpu_suite.Outcome(state, 1.0, 1, [])
+    part = Part("throughput", (sys.executable, "benchmarks/throughput.py"), 1.0, 1.0, alone=True)
+    fresh = () if state == "unfinished" else ("--fresh",)
+    assert gpu_suite.command_of(part, record) == (*part.command, *fresh)
+
+
+def test_a_part_is_run_by_the_command_that_it_is_given(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.part("throughput", "import sys; print(sys.argv[1:])")
+    monkeypatch.setattr(gpu_suite, "command_of", lambda part, record: (*part.command, "--fresh"))
+    project.run()
+    assert project.report()["parts"]["throughput"]["tail"][-1] == "['--fresh']"
+
+
 def test_what_has_failed_before_comes_after_what_has_not_run(project: Project) -> None:
     project.part("first", "raise SystemExit(1)", alone=True)
     project.run()
@@ -241,6 +263,13 @@ def test_what_the_suite_passes_on_is_what_the_benchmarks_take(name: str) -> None
     for part in gpu_suite.parts_of(HEADER):
         if part.command[1] == f"benchmarks/{name}.py":
             command.make_context(name, list(part.command[2:]))  # refuses what it does not know
+
+
+@pytest.mark.parametrize("name", ["throughput", "profile_step", "kernels", "recipe", "attention", "tune"])
+def test_the_suite_knows_which_benchmarks_go_on_with_their_files(name: str) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    parameters = inspect.signature(importlib.import_module(name).main).parameters
+    assert (f"benchmarks/{name}.py" in gpu_suite.GO_ON) == ("fresh" in parameters)
 
 
 def test_the_rows_are_known_and_what_is_compiled_is_measured() -> None:

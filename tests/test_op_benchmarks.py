@@ -361,16 +361,70 @@ def test_rows_of_implementations_that_are_not_asked_for_stay(
     assert {row["impl"] for row in rows} == {*implementations}
 
 
-@pytest.mark.parametrize("key, value", [("date", "2020-01-01"), ("torch", "2.0"), ("repeats", 1)])
-def test_another_runs_report_is_not_gone_on_with(key: str, value: Any, tmp_path: Path) -> None:
-    header = {"device": "x", "torch": "2.11", "date": "2026-11-23", "repeats": 5}
-    path = tmp_path / "report.json"
-    assert reports.resumed(path, header, kernels.Row) is None
-    report = {**header, "rows": [{"op": "normalize"}]}
-    reports.write_report(report, path)
-    assert reports.resumed(path, header, kernels.Row) == report
-    reports.write_report({**report, key: value}, path)
-    assert reports.resumed(path, header, kernels.Row) is None
+@dataclasses.dataclass
+class Counted:
+    """A row that says in which run it was measured."""
+
+    case: int
+    run: int
+    contender: str = "torch"
+
+
+REPORT_HEADER = {"device": "x", "torch": "2.11", "date": "2026-11-23", "repeats": 5}
+
+
+def report_of(path: Path, asked: list[int], fresh: bool = False, **header: Any) -> reports.Report:
+    return reports.Report(path, REPORT_HEADER | header, Counted, asked, fresh)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A file of the first run, which measured the cases 1 and 2."""
+    report = report_of(tmp_path / "report.json", [1, 2])
+    report.once("bounds", lambda: 7)
+    for case in (1, 2):
+        report.replace(case, [Counted(case, run=1)])
+    return report.path
+
+
+@pytest.mark.parametrize("key, value", [("torch", "2.0"), ("repeats", 1), ("device", "y")])
+def test_another_runs_file_is_refused_by_what_differs(written: Path, key: str, value: Any) -> None:
+    before = written.read_text()
+    with pytest.raises(
+        typer.BadParameter, match=rf"\({key} .*, here {value!r}\); want another file, or --fresh"
+    ):
+        report_of(written, [1], **{key: value})
+    assert written.read_text() == before
+
+
+def test_another_runs_file_is_replaced_by_a_fresh_one(written: Path) -> None:
+    report = report_of(written, [1], fresh=True, repeats=1)
+    assert report.rows == [] and report.once("bounds", lambda: 8) == 8
+
+
+def test_a_file_of_another_day_is_gone_on_with_and_keeps_its_date(written: Path) -> None:
+    report = report_of(written, [1, 3], date="2026-11-24")
+    report.replace(3, [Counted(3, run=2)])
+    found = json.loads(written.read_text())
+    assert found["date"] == REPORT_HEADER["date"] and [row["run"] for row in found["rows"]] == [1, 1, 2]
+
+
+def test_a_fresh_run_that_is_interrupted_is_gone_on_with_without_the_flag(written: Path) -> None:
+    report_of(written, [1, 2], fresh=True).replace(1, [Counted(1, run=2)])
+    report = report_of(written, [1, 2])
+    assert report.rows_of(1) == [Counted(1, run=2)] and report.rows_of(2) == []
+
+
+def test_a_file_s_bounds_stay_as_long_as_any_of_its_rows_do(written: Path) -> None:
+    assert report_of(written, [1], fresh=True).once("bounds", lambda: 8) == 7
+    assert report_of(written, [1, 2], fresh=True).once("bounds", lambda: 8) == 8
+
+
+def test_a_run_says_what_its_file_has_already(written: Path) -> None:
+    assert (
+        "has 1 row of 2026-11-23 already, which --fresh measures again" in report_of(written, [1]).describe()
+    )
+    assert "the same command goes on with it" in report_of(written, [3]).describe()
 
 
 def test_by_default_every_kind_is_measured_at_the_first_shape_and_a_vits_at_the_others() -> None:

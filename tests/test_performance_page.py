@@ -340,12 +340,36 @@ def test_the_suite_has_a_section(project: Project) -> None:
     assert "0 of 1 parts passed" in text and "| test_gemm_gpu | failed | 12 |" in text
 
 
-def test_plots_that_are_there_are_shown(project: Project) -> None:
-    project.add("h100", [row("vpt_fast", 300.0)])
+def add_plot(project: Project, name: str) -> None:
     folder = project.root / "docs" / "performance"
-    folder.mkdir()
-    (folder / "h100-num-prompts.png").touch()
-    assert "![h100-num-prompts](performance/h100-num-prompts.png)" in project.text()
+    folder.mkdir(exist_ok=True)
+    (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    "sweep, words",
+    [
+        (
+            "deep-batch-64-by-prompts",
+            "against the number of prompts: .* ViT-B/16, deep prompts, batch 64, on ",
+        ),
+        ("shallow-10-prompts-by-batch-size", "against the batch size: .* shallow prompts, 10 prompts, on "),
+    ],
+)
+def test_plots_are_shown_with_words_that_say_what_they_show(project: Project, sweep: str, words: str) -> None:
+    drawn = [row("vpt_fast", 300.0, memory="compact"), row("concat_timm", 200.0)]
+    project.add("h100", [*drawn, row("concat_reference", 9.0, exact=False)])
+    name = f"h100-vit_base_patch16_224-{sweep}.png"
+    add_plot(project, name)
+    found = re.search(rf"!\[(.*)\]\(performance/{name}\)", project.text())
+    assert re.search(f"{words}NVIDIA H100; a line each for vpt_fast under compact, concat_timm$", found[1])
+
+
+def test_a_plot_of_no_results_file_is_named(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0)])
+    add_plot(project, "h200-vit_base_patch16_224-deep-batch-64-by-prompts.png")
+    with pytest.raises(ValueError, match=r"h200-vit.*\.png: want a picture that benchmarks/plots.py drew"):
+        project.text()
 
 
 def test_check_shows_the_difference_and_changes_nothing(

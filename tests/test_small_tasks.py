@@ -6,12 +6,14 @@ import itertools
 import json
 import re
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 from scipy import ndimage
 
 ROOT = Path(__file__).parents[1]
@@ -31,21 +33,21 @@ def test_position_is_that_of_the_shape_s_middle() -> None:
         assert abs((middle - 0.15) / 0.7 * small_tasks.NUM_POSITIONS - (label + 0.5)) < 1
 
 
-def test_turn_is_where_the_shape_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    needle = np.array([(1.0, 0.0), (-0.5, 0.3), (-0.5, -0.3)])
-    monkeypatch.setattr(small_tasks, "SHAPES", (lambda: needle,))
-    for pixels, label in drawn("shape_turn"):
-        points = np.argwhere(pixels > 0.5)[:, ::-1]  # x, y
-        middle = points.mean(0)
-        tip = points[np.argmax(np.linalg.norm(points - middle, axis=1))] - middle
-        turns = np.arctan2(tip[1], tip[0]) / (2 * np.pi) * small_tasks.NUM_TURNS
-        away = (turns - (label + 0.5) + small_tasks.NUM_TURNS / 2) % small_tasks.NUM_TURNS
-        assert abs(away - small_tasks.NUM_TURNS / 2) < 1.2
-
-
 def test_count_is_that_of_separate_shapes() -> None:
     for pixels, label in drawn("shape_count"):
         assert ndimage.label(pixels > 0, structure=np.ones((3, 3)))[1] == label + 1
+
+
+def test_images_are_drawn_with_the_seeds_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, right = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or right(seed))
+    for name, split in itertools.product(("shape_position", "shape_count"), small_tasks.SPLITS):
+        drawn(name, split, count=1)
+    assert seeds == [[0, number, split] for number in (0, 2) for split in (0, 1, 2)]
+
+
+def test_what_is_drawn_is_what_the_study_uses() -> None:
+    assert {*study.TASKS} == {"digits", "photo_turn", *small_tasks.DRAWN}
 
 
 @pytest.mark.parametrize("name", small_tasks.DRAWN)
@@ -71,6 +73,40 @@ def test_every_photograph_is_in_one_split_under_one_turn() -> None:
             assert pixel[2] == 255
             seen.append(int(pixel[0]) * 100 + int(pixel[1]))
     assert sorted(seen) == list(range(total))
+
+
+def archive_of(path: Path, *pictures: tuple[int, int]) -> Path:
+    """A tar archive of one class with black JPEG files of these (width, height)."""
+    with tarfile.open(path, "w:gz") as tar:
+        for index, size in enumerate(pictures):
+            file = path.with_suffix(".jpg")
+            Image.new("RGB", size).save(file)
+            tar.add(file, f"cat/{index}.jpg")
+    return path
+
+
+def test_an_archive_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    archive = tmp_path / "notes.tar.gz"
+    archive.write_text("by hand")
+    with pytest.raises(typer.BadParameter, match=r"notes.tar.gz is no tar archive"):
+        small_tasks.main(tmp_path / "tasks", archive, 0)
+    assert list((tmp_path / "tasks").iterdir()) == []
+
+
+def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="cat/1.jpg is 64x48, wanted 32x32"):
+        small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32), (64, 48)), 0)
+
+
+def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"a.tar.gz with 1, want 2000 or more"):
+        small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32)), 0)
+    assert list((tmp_path / "tasks").iterdir()) == []  # nothing that another archive's would be taken from
+
+
+def test_a_task_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="small_tasks.py writes it with --photographs"):
+        study.main(tmp_path, tmp_path / "out", "photo_turn", None)
 
 
 @pytest.mark.parametrize("method", study.METHODS)

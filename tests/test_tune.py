@@ -149,7 +149,7 @@ def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:
 
 
 def test_head_dims_of_other_models_are_launched_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = types.SimpleNamespace(rows=[], path=None)
+    report = types.SimpleNamespace(rows_of=lambda case: [], describe=str, path=None)
     launched: list[tuple[int, ...]] = []
 
     def targets(shape: attention.Shape, names: list[str], settings: Any) -> list[tune.Target]:
