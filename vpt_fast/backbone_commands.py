@@ -40,8 +40,8 @@ def backbones(
         return
     # Two lines each, so that names are whole, and can be copied, in a terminal of 80 columns.
     shown = Table("name\ntrained, normalisation", "timm name\nfile")
-    for name, trained, timm_name, normalization, file, has_weights, is_tuned in rows:
-        remarks = ["not in timm"] * (has_weights == "no") + ["not tuned here"] * (is_tuned == "no")
+    for name, trained, timm_name, normalization, file, has_weights in rows:
+        remarks = ["not in timm"] * (has_weights == "no")
         shown.add_row(f"{name}\n{trained}; {normalization}", "\n".join((timm_name, file, *remarks)))
         shown.add_section()
     console = OutputConsole()

@@ -328,8 +328,11 @@ class TestKnown:
         with pytest.raises(ValueError, match="close names: .*mocov3_vitb"):
             resolve_backbone("mocov3_vitb16", False, {})
 
-    def test_convnets_are_known_but_not_tuned(self) -> None:
-        assert not is_supported(KNOWN["imagenet_sup_rn50"].timm_name, resolve.VIT, resolve.SWIN)
+    def test_every_name_is_of_a_kind_that_is_tuned(self) -> None:
+        kinds = (resolve.VIT, resolve.SWIN, resolve.CONVNET)
+        assert all(is_supported(known.timm_name, *kinds) for known in KNOWN.values())
+
+    def test_a_convnets_name_is_refused_where_a_vit_is_wanted(self) -> None:
         with pytest.raises(ValueError, match="'imagenet_sup_rn50' is not a timm VisionTransformer"):
             resolve_backbone("imagenet_sup_rn50", False, {})
 

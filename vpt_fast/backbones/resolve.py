@@ -244,7 +244,7 @@ def is_supported(timm_name: str, *kinds: Kind) -> bool:
 
 def table() -> list[tuple[str, ...]]:
     """`KNOWN` as rows of text; the first is the header."""
-    header = ("name", "trained", "timm name", "normalisation", "file", "timm has it", "tuned here")
+    header = ("name", "trained", "timm name", "normalisation", "file", "timm has it")
     return [
         header,
         *(
@@ -255,7 +255,6 @@ def table() -> list[tuple[str, ...]]:
                 known.normalization,
                 known.file,
                 "yes" if known.hub else "no",
-                "yes" if is_supported(known.timm_name, VIT, SWIN, CONVNET) else "no",
             )
             for known in KNOWN.values()
         ),
