@@ -64,6 +64,14 @@ def test_fewer_deep_prompts_than_blocks_are_those_of_the_first(vit, tmp_path: Pa
     assert model.prompt_settings.prompt_layers == 2
 
 
+def test_deep_prompts_without_a_shallow_one_are_those_of_the_last_blocks(vit, tmp_path: Path) -> None:
+    tensors = official_model()
+    del tensors[f"{PREFIX}prompt_embeddings"]
+    tensors[f"{PREFIX}deep_prompt_embeddings"] = torch.randn(2, 17, 32)  # a prompt for each token
+    model = import_prompts(save(tensors, tmp_path / "file.pth"), vit, prompt={"LOCATION": "add"})
+    assert model.prompt_settings.prompt_layers == -2
+
+
 def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_path: Path) -> None:
     name = f"{PREFIX}embeddings.cls_token"
     import_prompts(save({**official_model(), name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)

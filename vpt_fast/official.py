@@ -279,8 +279,9 @@ def import_prompts(
         path: a file with the whole model, or prompt_epN.pth, which has no head: a new one is initialised.
         backbone, pretrained, checkpoint, timm_kwargs: the backbone that the prompts were trained on, as for
             PromptedViT.
-        prompt: official settings (MODEL.PROMPT). Those that the tensors imply (DEEP, PROJECT, NUM_TOKENS, the
-            number of deep layers, locations in pixel space) or `export_prompts` recorded may be left out.
+        prompt: official settings (MODEL.PROMPT). Those that the tensors imply (DEEP, NUM_DEEP_LAYERS,
+            REVERSE_DEEP, PROJECT, NUM_TOKENS, a LOCATION in pixel space) or `export_prompts` recorded may be
+            left out.
         num_classes: of the new head; None if the file has one.
 
     Raises:
@@ -487,7 +488,9 @@ def _told_settings(trained: Mapping[str, torch.Tensor], depth: int, patch_width:
         told["PROJECT"] = tensors["prompt_proj.weight"].shape[1]
     if deep is not None:
         told["DEEP"] = True
-        if prompts is not None and deep.shape[0] + 1 != depth:
+        if prompts is None:
+            told |= {"REVERSE_DEEP": True, "NUM_DEEP_LAYERS": deep.shape[0]}
+        elif deep.shape[0] + 1 != depth:
             told["NUM_DEEP_LAYERS"] = deep.shape[0] + 1
     first = prompts if prompts is not None else deep
     assert first is not None  # ensured by _split
