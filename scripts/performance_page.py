@@ -113,12 +113,17 @@ def device_sections(device: str, reports: list[Report]) -> list[str]:
     text = [f"## {device}", paragraph("; ".join(versions) + ".")]
     if measured := groups(reports):
         text.append("### Training")
-        text += [throughput_section(group) for group in measured]
-        text += [search_section(group) for group in searches(reports)]
+        text += [with_remarks(throughput_section(group), group.report) for group in measured]
+        text += [with_remarks(search_section(group), group.report) for group in searches(reports)]
     newest = {report.subject: report for report in reversed(reports)}.values()
     for kind in KINDS:
-        text += [SECTIONS[kind](report) for report in newest if report.kind == kind]
+        text += [with_remarks(SECTIONS[kind](report), report) for report in newest if report.kind == kind]
     return text
+
+
+def with_remarks(section: str, report: Report) -> str:
+    """The section, and below it what a reader must know of its results file, as that says itself."""
+    return "\n\n".join([section, *map(paragraph, report.content.get("remarks", ()))])
 
 
 def performance_page(root: Path, reports: list[Report]) -> str:

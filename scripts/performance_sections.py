@@ -107,7 +107,6 @@ def attention_section(report: Report) -> str:
                 "deterministic mode.",
             )
         )
-    text += map(paragraph, report.content.get("remarks", ()))
     text += [f"Not measured: `{name}`: {reason}." for name, reason in absent.items()]
     for part in ("forward", "backward"):
         text += lost(report.rows, f"{part}_ratio", f"the best library in {part}")

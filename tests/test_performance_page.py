@@ -272,12 +272,6 @@ def test_a_library_that_ran_in_deterministic_mode_is_named(
     ) == said
 
 
-def test_what_a_results_file_remarks_stands_below_its_table(project: Project) -> None:
-    shape = {"batch_size": 64, "num_tokens": 197, "exact": True, "error": None, "forward_ms": 1.5}
-    project.add("attention-h100", [shape | {"impl": "triton"}], remarks=["Measured on a Monday."])
-    assert "| `triton` |" in project.text().split("Measured on a Monday.")[0]
-
-
 def test_engine_has_the_memory_policies_of_one_run(project: Project) -> None:
     policies = [
         row("vpt_fast", 300.0, memory=name, kept_mib_per_image=kept)
@@ -436,6 +430,26 @@ def test_profiles_of_several_models_stand_side_by_side_and_of_one_the_newest(pro
 def test_one_prompt_is_in_the_singular(project: Project, name: str, report: dict[str, Any]) -> None:
     project.add(name, **report)
     assert "with 1 deep prompt, batch" in " ".join(project.text().split())
+
+
+@pytest.mark.parametrize(
+    ("name", "report", "in_its_table"),
+    [
+        ("h100", {"rows": [row("vpt_fast", 300.0)]}, "| 300"),
+        ("attention-h100", {"rows": [kernel_row(forward_ms=1.5)]}, "| 1.50 |"),
+        ("kernels-h100", {"rows": [kernel_row(op="rotate", ms=1.5)]}, "| 1.50 |"),
+        ("recipe-h100", recipe(), "| 2.00 |"),
+        ("profile-h100", profile("vit_base_patch16_224"), "| 6.00 |"),
+        ("gpu-suite-h100", {"parts": {"tests": {"state": "passed", "seconds": 12.0}}}, "| passed |"),
+    ],
+    ids=["throughput", "attention", "kernels", "recipe", "profile", "gpu-suite"],
+)
+def test_what_a_results_file_remarks_stands_below_its_table(
+    project: Project, name: str, report: dict[str, Any], in_its_table: str
+) -> None:
+    project.add(name, **report, remarks=["Measured on a Monday."])
+    above, _ = project.text().split("Measured on a Monday.")
+    assert in_its_table in above
 
 
 def test_profiles_of_two_settings_of_a_model_stand_side_by_side(project: Project) -> None:
