@@ -319,10 +319,10 @@ def test_flags_go_over_the_configuration_file(tmp_path, command, monkeypatch):
         raise ValueError("seen enough")
 
     monkeypatch.setattr("vpt_fast.loop.train", train)
-    config = tmp_path / "recipe.yaml"
-    config.write_text(make(epochs=7, base_lr=3.0, prompt_shared=True).to_yaml())
+    config, data = tmp_path / "recipe.yaml", str(tmp_path)
+    config.write_text(make(data=data, epochs=7, base_lr=3.0, prompt_shared=True).to_yaml())
     command("train", "--config", config, "--epochs", 9, "--no-prompt-shared", "--backbone-arg", "img_size=32")
-    assert seen == [make(epochs=9, base_lr=3.0, backbone_arg={"img_size": 32})]
+    assert seen == [make(data=data, epochs=9, base_lr=3.0, backbone_arg={"img_size": 32})]
 
 
 @pytest.mark.parametrize("dtype, precision", [("float16", "bf16"), ("bfloat16", "fp16")])
