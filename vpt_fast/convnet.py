@@ -32,20 +32,21 @@ class PromptedConvNet(FrozenClassifier):
     """A frozen ConvNet tuned by visual prompts in its input (Jia et al., ECCV 2022, sec. 4.3).
 
     Args:
-        backbone: a timm name, or a timm ConvNet of a family in `resolve.CONVNET`, whose weights are used as
-            they are and which is not changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm ConvNet of a family in
+            `resolve.CONVNET`, whose weights are used as they are and which is not changed.
         num_classes: outputs of the head.
         num_prompts: m: pixels of border on each side (pad), or extra input channels (concat-channel).
         prompt_type: ``"shallow"``: prompts are part of the image.
         prompt_location: ``"pad"``: a border of pixels around the image; ``"concat-channel"``: extra input
             channels, with the whole first convolution trained.
         pool: None, the backbone's own pooling.
-        dtype: of the frozen weights; None for the backbone's own. Prompts and head are at least float32.
+        dtype: of the frozen weights; None for the backbone's own. Prompts and head are at least float32, and
+            with concat-channel so is the whole network.
         backend: ``"auto"`` or ``"torch"``.
         attention: ``"auto"``.
         memory: ``"auto"`` or ``"exact"``, which mean the same here.
         pretrained: load the published weights (only with a name).
-        checkpoint: load the weights from this file instead (only with a name).
+        checkpoint: load the weights from this file instead (only with a name), see docs/backbones.md.
         timm_kwargs: passed to timm.create_model (only with a name), except img_size, the image's size
             without the border, and the other settings of `prompts.PromptConfig`, which must have their
             default values.

@@ -76,8 +76,8 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     run at all (`runs/*` may name anything), is left out; its note ends with `LEFT_OUT`.
 
     Raises:
-        ValueError: there is no such folder, a method and task occur twice, or two data sets have the same
-            name.
+        ValueError: there is no such folder, a file in one cannot be used, a method and task occur twice (not
+            in runs of other seeds alone), or two data sets have the same name and other classes.
     """
     reader = _Reader()
     paths: dict[Path, Path] = {}  # by where they are: a folder may be named beside the one that it lies in

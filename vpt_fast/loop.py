@@ -55,8 +55,8 @@ class TrainResult:
     """The outcome of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
 
     The last ``new_epochs`` rows are from this call. ``results``, the contents of results.json, is None until
-    the last epoch is done: {val,test}_{accuracy,loss,images}, for segmentation also miou, each None if there
-    was no such evaluation.
+    the last epoch is done: {val,test}_{accuracy,loss,images}, for segmentation also miou, and test_listed,
+    the digest of the list of test images; each None if there was no such evaluation.
     """
 
     path: Path

@@ -16,7 +16,10 @@ from vpt_fast.setting_values import yaml_value
 
 def import_prompts(
     file: Annotated[
-        Path, typer.Argument(help="File saved by the official code: a whole model, or prompt_epN.pth.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="File saved by the official code: a whole model, or prompt_epN.pth."
+        ),
     ],
     backbone: Annotated[str, typer.Option(help="Backbone that the prompts were trained on, as for train.")],
     out: Annotated[Path, typer.Option(help="Folder to write the model to.", **PATH)],
@@ -98,9 +101,7 @@ def export_prompts(
     out: Annotated[Path, typer.Option(help="File to write.", **PATH)],
     encoder: Annotated[
         str | None,
-        typer.Option(
-            help="Official backbone class: sup, mae or mocov3.", show_default="by the backbone's name"
-        ),
+        typer.Option(help="Official backbone class: sup, mae or mocov3.", show_default="by the backbone"),
     ] = None,
     debug: DebugFlag = False,
 ) -> None:

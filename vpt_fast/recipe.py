@@ -162,7 +162,10 @@ class Recipe:
         metavar="KEY=VALUE",
     )
     pool: Literal["cls", "image", "prompts", "image_and_prompts"] | None = _knob(
-        None, "Output tokens that are averaged for the head.", MODEL, shown="the backbone's own"
+        None,
+        "What the head reads: the CLS token, or the mean of these output tokens.",
+        MODEL,
+        shown="the backbone's own; image_and_prompts for prompts on mae_* and on a Swin",
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = _knob(
         None, "Data type of the frozen weights.", MODEL, shown="the backbone's own"
@@ -279,14 +282,14 @@ class Recipe:
         shown="bf16 on CUDA (fp16 on GPUs without bf16), fp32 on a CPU",
     )
     seed: int = _knob(
-        42, "Random seed: validation split, initialisation, image order, dropout.", OPTIMISATION
+        42, "Random seed: splits, initialisation, image order, augmentation, dropout.", OPTIMISATION
     )
 
     cuda_graph: bool | None = _knob(
         None,
         "Capture the training step in a CUDA graph.",
         RUN,
-        shown="on if possible: one CUDA process, accumulate 1, not fp16",
+        shown="on if possible: classification, one CUDA process, accumulate 1, not fp16",
         result=False,
     )
     device: str | None = _knob(

@@ -3,13 +3,14 @@
     config.yaml              the resolved recipe
     run.json                 versions, device, backbone, data
     metrics.jsonl            one line per epoch
-    results.json             accuracy and loss on val and test after the last epoch
+    results.json             scores and loss on val and test after the last epoch
     curves.png
-    prompts/                 prompts and head (save_pretrained), class names and preprocessing: all that
-                             inference needs
-    checkpoint.safetensors   prompts, head and optimizer after the last completed epoch
+    prompts/                 what the method trains, such as prompts and head (save_pretrained), class names
+                             and preprocessing: with the backbone, all that inference needs
+    checkpoint.safetensors   the same and the optimizer after the last completed epoch
+    tensorboard/             if tensorboard is installed
 
-Every file is replaced atomically, so an interruption or a full disk leaves the last good one.
+Each but the last is replaced atomically, so an interruption or a full disk leaves the last good one.
 """
 
 from __future__ import annotations

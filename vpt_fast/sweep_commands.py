@@ -32,7 +32,7 @@ PANEL = "Sweep"
 
 ConfigFlag = Annotated[
     Path | None,
-    typer.Option(help="YAML file with any of these settings; flags override it.", rich_help_panel="Run"),
+    typer.Option(help="YAML file with settings of train; flags override it.", rich_help_panel="Run"),
 ]
 OverFlag = Annotated[
     list[str] | None,
@@ -155,7 +155,7 @@ def ablate(
     ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEEDS,
     search: Annotated[
-        bool, typer.Option("--sweep", help="Search base_lr and weight_decay at each point first.")
+        bool, typer.Option("--sweep", help="Search the method's grid at each point first, as sweep does.")
     ] = False,
     debug: DebugFlag = False,
     **flags: Any,

@@ -115,7 +115,7 @@ def prepare_task(
     Raises:
         DataError: the task is not defined by ranges of a data set; the source is another data set or has the
             wrong number of images; the folder was prepared from another source, by the fingerprint in its
-            prepared.json; another process is preparing it.
+            prepared.json, or holds files that were not prepared here; another process is preparing it.
     """
     if task.name not in TFDS_RANGES:
         why = "its lists name their images one by one"
