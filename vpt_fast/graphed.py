@@ -165,7 +165,10 @@ def train_step(
     autocast_dtype: torch.dtype | None = None,
     max_grad_norm: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, backward and optimizer step; returns the loss () and the logits (b, classes), detached."""
+    """Forward, backward and optimizer step; returns the loss () and the logits (b, classes), detached.
+
+    Raises ValueError if the model returns anything but one tensor, or the loss is not a scalar.
+    """
     optimizer.zero_grad(set_to_none=True)
     # No cache of cast weights: a cast made before the capture would not be repeated in a replay.
     with torch.autocast(

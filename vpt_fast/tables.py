@@ -153,7 +153,7 @@ def _tasks_of(group: str) -> int:
 
 
 def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> str:
-    """The tables as text, in one of `FORMATS`."""
+    """The tables as text, in one of `FORMATS`. Raises ValueError for another, or if there are no entries."""
     if form not in FORMATS:
         raise ValueError(f"format is {form!r}; it must be one of {', '.join(FORMATS)}")
     if not entries:

@@ -106,7 +106,11 @@ def join_world(device: str | None) -> Iterator[World]:
 
 
 def find_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; None is this process's GPU if there is one, else the CPU."""
+    """The device called ``name``; None is this process's GPU if there is one, else the CPU.
+
+    Raises ValueError for a device that torch does not know or this machine does not have, or that is neither
+    a CPU nor a CUDA device.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

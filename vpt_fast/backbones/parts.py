@@ -26,6 +26,7 @@ def check_attention(attn: Any, kinds: tuple[type[nn.Module], ...], where: str) -
 
 
 def norm_parts(norm: nn.Module, where: str) -> NormParts:
+    """The kind, eps and affine of a norm over the last dimension; ValueError for another kind of norm."""
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1:
         return NormParts("layer", norm.eps, current(norm, "weight"), current(norm, "bias"))
     if isinstance(norm, (RmsNorm, nn.RMSNorm)) and len(norm.normalized_shape) == 1:
@@ -38,10 +39,12 @@ def norm_parts(norm: nn.Module, where: str) -> NormParts:
 
 
 def optional_norm_parts(norm: nn.Module, where: str) -> NormParts | None:
+    """As `norm_parts`; None for an nn.Identity."""
     return None if isinstance(norm, nn.Identity) else norm_parts(norm, where)
 
 
 def layer_scale(scale: nn.Module, where: str) -> torch.Tensor | None:
+    """The vector (d,) of a LayerScale, None for an nn.Identity; ValueError for anything else."""
     if isinstance(scale, nn.Identity):
         return None
     if isinstance(scale, LayerScale):
@@ -74,6 +77,7 @@ class MLPParts(TypedDict):
 
 
 def mlp_parts(mlp: Any, where: str) -> MLPParts:
+    """The layers of an MLP; ValueError for a class, an activation or a gate that is not supported."""
     if type(mlp) not in (Mlp, GluMlp, SwiGLU):
         raise ValueError(
             f"{where} is a {type(mlp).__name__}, which is not supported; want timm's Mlp, GluMlp or SwiGLU"
