@@ -74,7 +74,7 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with any of these settings, such as a run's config.yaml; flags override it.",
+            help="YAML file with settings, such as a run's config.yaml; flags override it.",
             rich_help_panel="Run",
         ),
     ] = None,

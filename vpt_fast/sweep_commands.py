@@ -128,7 +128,8 @@ def sweep(
     final = found["final"]
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
-    runs = f"{len(final['accuracies'])} runs, {final['note']}"
+    count = len(final["accuracies"])
+    runs = f"{count} run{'s' * (count != 1)}, {final['note']}"
     if final["mean"] is None:
         fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
