@@ -30,6 +30,7 @@ import find_batch  # noqa: E402
 import flops  # noqa: E402
 import implementations  # noqa: E402
 import measure  # noqa: E402
+import operations  # noqa: E402
 import peers  # noqa: E402
 import throughput  # noqa: E402
 
@@ -721,3 +722,11 @@ def test_a_wrong_flag_is_named(arguments: list[str], named: str, monkeypatch: py
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 2
     assert named in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_page_names_the_errors_up_to_which_a_row_counts_as_right():
+    page = " ".join((Path(__file__).parents[1] / "docs" / "performance.md").read_text().split())
+    assert implementations.EXACT_BELOW["amp"] == implementations.CODES_EXACT_BELOW
+    for limits in (implementations.EXACT_BELOW, operations.ERROR_BELOW):
+        exact, rounded = (f"{limits[key]:g}" for key in list(limits)[:2])  # float32, bfloat16
+        assert f"above {exact} in float32" in page and f"{rounded} in bfloat16" in page
