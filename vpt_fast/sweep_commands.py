@@ -245,8 +245,12 @@ def tsne(
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
+    """The seeds in a comma-separated list; `Sweep` refuses those that it cannot use, such as one named twice.
+
+    Raises ValueError for anything but whole numbers.
+    """
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"seeds is {text!r}; it must be whole numbers with commas between them") from None
 

@@ -13,6 +13,11 @@ def test_commands_have_the_paper_s_seeds():
     assert sweep_commands.parse_seeds(sweep_commands.SEEDS) == sweep_settings.SEEDS
 
 
+def test_a_seed_that_is_named_twice_is_refused():
+    with pytest.raises(ValueError, match=r"seeds is \[1, 2, 1\]; .* no two the same"):
+        Sweep({"data": "x", "backbone": "y"}, {}, sweep_commands.parse_seeds("1,2,1"))
+
+
 @pytest.mark.parametrize(
     ("method", "task", "axes"),
     [
