@@ -93,6 +93,11 @@ def test_means_wins_and_differences_by_hand(sweep):
     assert full.means["natural"].wins is None
 
 
+def test_tasks_of_full_share_no_backbone(sweep):
+    rows, _ = make_rows(read_entries([sweep("full", task, 0.7) for task in ("vtab/cifar", "vtab/dtd")])[0])
+    assert rows[0].total == pytest.approx(2 * 10 / 1000)
+
+
 def test_without_runs_of_full_wins_are_against_the_published_ones(sweep):
     rows, notes = make_rows(read_entries([sweep("vpt-deep", "vtab/cifar", 0.70)])[0])
     assert rows[0].means["natural"].wins == 1  # 68.9 published
