@@ -128,7 +128,8 @@ def sweep(
     final = found["final"]
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
-    runs = f"{len(final['accuracies'])} runs, {final['note']}"
+    lost = f", {len(final['diverged'])} more diverged" if final["diverged"] else ""
+    runs = f"{len(final['accuracies'])} runs{lost}, {final['note']}"
     if final["mean"] is None:
         fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
@@ -185,10 +186,11 @@ def ablate(
     shown = Table("line", "value", "accuracy", "standard deviation")
     for row in found["points"]:
         deviation = row["standard_deviation"]
+        lost = f", {len(row['diverged'])} diverged" if row["diverged"] else ""
         shown.add_row(
             row["line"],
             str(row["value"]),
-            "diverged" if row["mean"] is None else f"{row['mean']:.2%}",
+            "diverged" if row["mean"] is None else f"{row['mean']:.2%}{lost}",
             "" if deviation is None else f"{deviation:.2%}",
         )
     console.print(shown)

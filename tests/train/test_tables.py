@@ -253,6 +253,17 @@ def test_sweep_whose_final_runs_all_diverged_is_left_out_and_said_so(sweep):
     assert read_entries([folder]) == ([], [f"{folder}: every final run of the sweep diverged; left out"])
 
 
+def test_mean_of_a_sweep_that_lacks_diverged_runs_says_so(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.7, 0.8)
+    results = json.loads((folder / "results.json").read_text())
+    results["final"]["diverged"] = {"2": "the loss is inf"}
+    (folder / "results.json").write_text(json.dumps(results))
+    (note,) = read_entries([folder])[1]
+    assert note == (
+        "vpt-deep on vtab/cifar: 1 of 3 final runs diverged; mean and standard deviation are of the others"
+    )
+
+
 def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):
     for seed in (1, 2, 3):
         run(f"seed-{seed}", seed=seed, test_accuracy=0.5)
