@@ -81,13 +81,19 @@ def open_set(name: str, root: str | None, split: str, label_field: str | None = 
     """
     try:
         field: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
-        return create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
+        dataset = create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
     # Each library behind timm raises its own exceptions for a set that does not exist.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{place(name, root, split)}: cannot be opened: {reason} (only hfds/ and hfids/ are downloaded)"
         ) from error
+    # Where several processes train, timm's readers of streams give each of them a part of the set. Here all
+    # have to list the same images: `Batches` divides these among the processes.
+    reader = getattr(dataset, "reader", None)
+    if hasattr(reader, "dist_num_replicas"):
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return dataset
 
 
 def place(name: str, root: str | None, split: str) -> str:
