@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from task_trees import picture
 from timm.data import readers
 from timm.data.dataset import ImageDataset, IterableImageDataset
@@ -96,6 +97,26 @@ def test_stream_is_held_in_its_order(stream):
     for number, (item, label) in enumerate(zip(images.items, images.labels, strict=True)):
         assert label == number % 2
         assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(number)))
+
+
+def test_image_of_a_stream_is_what_the_same_image_in_a_file_is(monkeypatch, tmp_path):
+    levels = Image.fromarray(np.arange(0, 60_000, 500, dtype=np.uint16).reshape(10, 12))
+    colors = np.random.default_rng(0).integers(0, 256, (2, 10, 12, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    levels.save(tmp_path / "16-bit.png")
+    Image.fromarray(colors[0]).save(tmp_path / "transparent.png")
+    Image.fromarray(colors[1][..., :3]).save(tmp_path / "turned.png", exif=turned)
+    files = sorted(tmp_path.iterdir())
+
+    def create(name, root, input_img_mode="RGB", **options):
+        stored = [Image.open(file) for file in files]
+        reader = [(image.convert(input_img_mode) if input_img_mode else image, 0) for image in stored]
+        return IterableImageDataset(root, reader=reader)
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    for item, file in zip(open_splits("wds/some", train_on="train+val").train.items, files, strict=True):
+        assert np.array_equal(np.asarray(decode_image(item)), np.asarray(decode_image(file))), file.name
 
 
 class Part:
