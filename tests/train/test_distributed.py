@@ -34,12 +34,12 @@ ARGUMENTS = (
 
 # Everything that two processes do here, since starting them takes longer than all of it.
 TWO_PROCESSES = """
-import json, sys, torch
+import json, os, sys, torch
 from vpt_fast.cli import app
 from vpt_fast.world import join_world
 
 for arguments in json.loads(sys.argv[1]):
-    app(arguments, standalone_mode=False)
+    app([part.replace("RANK", os.environ["RANK"]) for part in arguments], standalone_mode=False)
 
 for time in range(20):
     with join_world("cpu") as world:
@@ -73,6 +73,11 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
     generated.write_scenes(folder / "segmentation", {"training": 12, "validation": 4}, seed=0)
     (folder / "two_processes.py").write_text(TWO_PROCESSES)
     commands = [arguments(folder, problem, "two") for problem in ("classification", "segmentation")]
+    # Process 1 reads a folder that has an image less.
+    for rank in (0, 1):
+        shutil.copytree(images, folder / f"others-{rank}")
+    (folder / "others-1" / "val" / "red" / "0.png").unlink()
+    commands.append(arguments(folder, "others-RANK", "two"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -84,7 +89,7 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,3 +110,9 @@ def test_two_processes_equal_one_with_the_joined_batch(two_processes, command, p
 def test_the_same_processes_join_again_and_again_without_a_warning(two_processes):
     _, printed = two_processes
     assert printed.count("joined") == 40
+
+
+def test_processes_that_read_other_images_are_refused(two_processes):
+    folder, printed = two_processes
+    assert printed.count("not all processes read the same images") == 2
+    assert not (folder / "others-0-two").exists()
