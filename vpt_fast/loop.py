@@ -443,6 +443,7 @@ def evaluate_test(
     preprocessing = preprocessing.for_evaluation()
     with checking_images(console, len(splits.test)) as advance:
         images = problem.check(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
+    require_same_lists(recipe, replace(splits, test=images.images), world)
     print_skipped(console, images.skipped)
     batches = problem.batches(images, preprocessing, recipe, world, train=False)
     with evaluating(console, "test", len(images.images)) as count:

@@ -7,11 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
+from vpt_fast import loop
+from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import Classification
+from vpt_fast.data import Preprocessing, open_splits
 from vpt_fast.run import RunFolder
+from vpt_fast.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import scenes as generated  # noqa: E402
@@ -116,3 +124,13 @@ def test_processes_that_read_other_images_are_refused(two_processes):
     folder, printed = two_processes
     assert printed.count("not all processes read the same images") == 2
     assert not (folder / "others-0-two").exists()
+
+
+def test_processes_that_can_read_other_test_images_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr(World, "agree", lambda world, value: False)
+    splits = open_splits(recipe.data, with_test=True)
+    with pytest.raises(ValueError, match="not all processes read the same images"):
+        loop.evaluate_test(
+            Classification(), None, splits, Preprocessing((16, 16)), recipe, World(0, 2, torch.device("cpu")),
+            Console(quiet=True), TrainingCache(), threading.Event(),
+        )  # fmt: skip
