@@ -148,6 +148,11 @@ class _Reader:
             self.leave_out(path, "every final run of the sweep diverged")
             return
         entry = _sweep_entry(results)
+        if diverged := results["final"].get("diverged"):
+            self.notes.append(
+                f"{entry.method} on {entry.task}: {len(diverged)} of {entry.runs + len(diverged)} final runs "
+                "diverged; mean and standard deviation are of the others"
+            )
         self._require_same_classes(entry.task, path, results.get("classes"))
         key = (entry.backbone, entry.method, entry.task)
         self._require_first(key, path, runs=self._runs.get(key, []))

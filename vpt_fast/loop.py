@@ -38,6 +38,7 @@ from vpt_fast.resume import (
     digest_lists,
     labels_of,
     require_same_inputs,
+    require_same_lists,
     require_same_recipe,
     take_finished,
 )
@@ -143,6 +144,7 @@ def train(
         splits = replace(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
+        require_same_lists(recipe, splits, world)
         used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
@@ -441,6 +443,7 @@ def evaluate_test(
     preprocessing = preprocessing.for_evaluation()
     with checking_images(console, len(splits.test)) as advance:
         images = problem.check(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
+    require_same_lists(recipe, replace(splits, test=images.images), world)
     print_skipped(console, images.skipped)
     batches = problem.batches(images, preprocessing, recipe, world, train=False)
     with evaluating(console, "test", len(images.images)) as count:

@@ -3,6 +3,7 @@ the same folder, which may go on with the run or, if that is finished, takes its
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
 from vpt_fast.cache import TrainingCache
+from vpt_fast.data import SceneList
 from vpt_fast.methods import build_seeded
 from vpt_fast.problem import Problem
 from vpt_fast.recipe import Recipe
@@ -25,6 +27,23 @@ def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
     return {
         split: None if images is None else list_digest(recipe.data, images) for split, images in lists.items()
     }
+
+
+def require_same_lists(recipe: Recipe, splits: Any, world: World) -> None:
+    """Raises ValueError in all processes if one of them reads other images than the main one, by their names
+    and classes: each takes its share of what has to be one list."""
+    if world.size == 1:
+        return
+    digest = hashlib.sha256(repr(splits.classes).encode())
+    for images in (splits.train, splits.val, splits.test):
+        items = () if images is None else images.images if isinstance(images, SceneList) else images.items
+        names = [item.name if isinstance(item, Path) else str(item) for item in items]
+        digest.update(repr((names, getattr(images, "labels", None))).encode())
+    if not world.agree(digest.hexdigest()):
+        raise ValueError(
+            f"data is {recipe.data}, of which not all processes read the same images; its files must be "
+            "there, and readable, for each of them"
+        )
 
 
 def describe_run(

@@ -141,7 +141,7 @@ def run_sweep(
         is_only_folder=storage is None,
     )
     with saving_studies(out), contextlib.suppress(Stopped):
-        best: Params = {}
+        changes = plan.changes
         if sweep.axes:
             with Display(console, "trial", sweep.num_trials, _relative_costs(sweep, amounts)) as display:
                 worker(
@@ -159,6 +159,7 @@ def run_sweep(
             results = collect()
             _tidy(results, out)  # after a trial of a process that died before it could
             best = _require_best(results, out)
+            changes = {**best, **changes, "batch_size": _batch_size(sweep.recipe(**best), cache)}
         with Display(console, "final run", len(sweep.seeds)) as display:
             worker(
                 study=final,
@@ -166,7 +167,7 @@ def run_sweep(
                 wanted=[{"seed": seed} for seed in sweep.seeds],
                 sampler=None,
                 limit=len(sweep.seeds),
-                recipe=lambda seed: sweep.recipe(**best, **plan.changes, seed=seed),
+                recipe=lambda seed: sweep.recipe(**changes, seed=seed),
                 folder=lambda params: out / "final" / f"seed-{params['seed']}",
                 metric=f"{plan.split}_accuracy",
                 display=display,
@@ -181,6 +182,16 @@ def _require_best(results: Mapping[str, Any], out: Path) -> Params:
         reasons = dict.fromkeys(trial["reason"] or trial["state"] for trial in results["trials"])
         raise ValueError(f"no trial in {out} came to an end: {'; '.join(reasons)}")
     return results["best"]["params"]
+
+
+def _batch_size(recipe: Recipe, cache: TrainingCache) -> int:
+    """The batch size of a trial. A final run's own default could be larger, as it may have more images: the
+    learning rate, which follows the batch size, would not be the one that was chosen."""
+    splits = Classification().open(recipe, cache)
+    device = find_device(recipe.device)
+    resolved = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
+    assert resolved.batch_size is not None
+    return resolved.batch_size
 
 
 def require_trials(sweep: Sweep, cache: TrainingCache) -> None:

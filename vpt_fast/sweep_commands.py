@@ -129,7 +129,8 @@ def sweep(
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
     count = len(final["accuracies"])
-    runs = f"{count} run{'s' * (count != 1)}, {final['note']}"
+    lost = f", {len(final['diverged'])} more diverged" if final["diverged"] else ""
+    runs = f"{count} run{'s' * (count != 1)}{lost}, {final['note']}"
     if final["mean"] is None:
         fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
@@ -186,10 +187,11 @@ def ablate(
     shown = Table("line", "value", "accuracy", "standard deviation")
     for row in found["points"]:
         deviation = row["standard_deviation"]
+        lost = f", {len(row['diverged'])} diverged" if row["diverged"] else ""
         shown.add_row(
             row["line"],
             str(row["value"]),
-            "diverged" if row["mean"] is None else f"{row['mean']:.2%}",
+            "diverged" if row["mean"] is None else f"{row['mean']:.2%}{lost}",
             "" if deviation is None else f"{deviation:.2%}",
         )
     console.print(shown)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vpt_fast.data import TASKS
 from vpt_fast.entries import Entry
+from vpt_fast.methods import stores_backbone
 from vpt_fast.parameters import PAPER_TOTALS
 from vpt_fast.published import BACKBONE, PUBLISHED, published_of
 
@@ -100,7 +101,8 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             mine = {entry.task: entry for entry in here if entry.method == method}
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
             size = next(iter(mine.values())).backbone_parameters
-            total = (size + sum(entry.stored for entry in mine.values())) / size
+            shared = 0 if stores_backbone(method) else size
+            total = (shared + sum(entry.stored for entry in mine.values())) / size
             # Published accuracies are of pretrained backbones: without weights, only own runs are compared.
             has_baseline = any(entry.method == BASELINE for entry in here)
             against = full if has_baseline or all(entry.has_weights for entry in mine.values()) else {}

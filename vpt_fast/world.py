@@ -45,6 +45,11 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
 
+    def agree(self, value: object) -> bool:
+        """Whether ``value`` is in all processes what it is in the main one."""
+        theirs = self.from_main(lambda: value)
+        return not self.any(value != theirs)
+
     @contextlib.contextmanager
     def joined(self, network: nn.Module) -> Iterator[nn.Module]:
         """``network`` with gradients averaged over all processes, if there are several."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from task_trees import picture
+from timm.data import readers
 from timm.data.dataset import ImageDataset, IterableImageDataset
+from torch import distributed as dist
 
 from vpt_fast.data import DataError, check_images, decode_image, factory, open_splits
 
@@ -93,6 +97,54 @@ def test_stream_is_held_in_its_order(stream):
     for number, (item, label) in enumerate(zip(images.items, images.labels, strict=True)):
         assert label == number % 2
         assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(number)))
+
+
+def test_image_of_a_stream_is_what_the_same_image_in_a_file_is(monkeypatch, tmp_path):
+    levels = Image.fromarray(np.arange(0, 60_000, 500, dtype=np.uint16).reshape(10, 12))
+    colors = np.random.default_rng(0).integers(0, 256, (2, 10, 12, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    levels.save(tmp_path / "16-bit.png")
+    Image.fromarray(colors[0]).save(tmp_path / "transparent.png")
+    Image.fromarray(colors[1][..., :3]).save(tmp_path / "turned.png", exif=turned)
+    files = sorted(tmp_path.iterdir())
+
+    def create(name, root, input_img_mode="RGB", **options):
+        stored = [Image.open(file) for file in files]
+        reader = [(image.convert(input_img_mode) if input_img_mode else image, 0) for image in stored]
+        return IterableImageDataset(root, reader=reader)
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    for item, file in zip(open_splits("wds/some", train_on="train+val").train.items, files, strict=True):
+        assert np.array_equal(np.asarray(decode_image(item)), np.asarray(decode_image(file))), file.name
+
+
+class Part:
+    """How timm's readers of streams divide a set: by the process that they are made in."""
+
+    def __init__(self) -> None:
+        self.dist_rank, self.dist_num_replicas = dist.get_rank(), dist.get_world_size()
+
+    def __iter__(self):
+        for i in range(self.dist_rank, 8, self.dist_num_replicas):
+            yield picture(i), i % 2
+
+
+def test_stream_is_held_as_a_whole_in_each_of_several_processes(monkeypatch):
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        factory, "create_dataset", lambda name, root, **options: IterableImageDataset(root, reader=Part())
+    )
+    images = open_splits("wds/some", train_on="train+val").train
+    assert images.labels == (0, 1, 0, 1, 0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("reader", ["hfids", "tfds", "wds"])
+def test_readers_of_streams_divide_a_set_by_what_is_overridden(reader):
+    # By its text: the libraries that it imports need not be installed.
+    text = (Path(readers.__file__).parent / f"reader_{reader}.py").read_text()
+    assert "self.dist_rank = 0\n" in text and "self.dist_num_replicas = 1\n" in text
 
 
 def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):

@@ -32,6 +32,25 @@ def test_mask_goes_where_the_image_goes():
     assert right > 0.95 * total  # all but pixels along the edge
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("size", [54, 81, 117])
+def test_resized_mask_lies_on_its_image(monkeypatch, interpolation, size):
+    monkeypatch.setattr(scene_preprocessing, "SCALES", (size / 128, size / 128))
+    monkeypatch.setattr(scene_preprocessing.v2, "RandomPhotometricDistort", lambda: lambda pixels: pixels)
+    mask = np.zeros((60, 60), np.uint8)
+    mask[14:47, 17:40] = 1
+    image = Image.fromarray(np.repeat(255 * mask[..., None], 3, axis=2))
+    made = ScenePreprocessing((128, 128), interpolation, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels, labels = made.augment(image, mask, 0)
+
+    def middle(weights: torch.Tensor) -> torch.Tensor:
+        places = torch.stack(torch.meshgrid(*map(torch.arange, weights.shape), indexing="ij"))
+        return (weights * places).sum((1, 2)) / weights.sum()
+
+    shift = middle(labels.double() * (labels != IGNORED)) - middle(pixels[0].double())
+    assert shift.abs().max() < 0.2  # pixels
+
+
 def test_augmentation_depends_on_the_seed_and_leaves_torch_generator_alone():
     before = torch.get_rng_state()
     one, again, other = (PLAIN.augment(*scene(), seed) for seed in (3, 3, 4))

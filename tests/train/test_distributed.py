@@ -7,11 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
+from vpt_fast import loop
+from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import Classification
+from vpt_fast.data import Preprocessing, open_splits
 from vpt_fast.run import RunFolder
+from vpt_fast.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import scenes as generated  # noqa: E402
@@ -34,12 +42,12 @@ ARGUMENTS = (
 
 # Everything that two processes do here, since starting them takes longer than all of it.
 TWO_PROCESSES = """
-import json, sys, torch
+import json, os, sys, torch
 from vpt_fast.cli import app
 from vpt_fast.world import join_world
 
 for arguments in json.loads(sys.argv[1]):
-    app(arguments, standalone_mode=False)
+    app([part.replace("RANK", os.environ["RANK"]) for part in arguments], standalone_mode=False)
 
 for time in range(20):
     with join_world("cpu") as world:
@@ -73,6 +81,11 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
     generated.write_scenes(folder / "segmentation", {"training": 12, "validation": 4}, seed=0)
     (folder / "two_processes.py").write_text(TWO_PROCESSES)
     commands = [arguments(folder, problem, "two") for problem in ("classification", "segmentation")]
+    # Process 1 reads a folder that has an image less.
+    for rank in (0, 1):
+        shutil.copytree(images, folder / f"others-{rank}")
+    (folder / "others-1" / "val" / "red" / "0.png").unlink()
+    commands.append(arguments(folder, "others-RANK", "two"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -84,7 +97,7 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,3 +118,19 @@ def test_two_processes_equal_one_with_the_joined_batch(two_processes, command, p
 def test_the_same_processes_join_again_and_again_without_a_warning(two_processes):
     _, printed = two_processes
     assert printed.count("joined") == 40
+
+
+def test_processes_that_read_other_images_are_refused(two_processes):
+    folder, printed = two_processes
+    assert printed.count("not all processes read the same images") == 2
+    assert not (folder / "others-0-two").exists()
+
+
+def test_processes_that_can_read_other_test_images_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr(World, "agree", lambda world, value: False)
+    splits = open_splits(recipe.data, with_test=True)
+    with pytest.raises(ValueError, match="not all processes read the same images"):
+        loop.evaluate_test(
+            Classification(), None, splits, Preprocessing((16, 16)), recipe, World(0, 2, torch.device("cpu")),
+            Console(quiet=True), TrainingCache(), threading.Event(),
+        )  # fmt: skip

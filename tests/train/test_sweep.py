@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from rich.console import Console
 from vpt_fast import loop, sweep, trials
 from vpt_fast.cache import TrainingCache
 from vpt_fast.failures import TrainingDiverged
+from vpt_fast.method_rules import METHODS
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import best_trial, run_sweep, trial_folder
@@ -44,6 +46,16 @@ def test_best_trial_and_final_runs_are_those_trained_by_hand(settings, tmp_path)
     assert found["final"]["mean"] == pytest.approx((one + two) / 2)
     assert found["final"]["standard_deviation"] == pytest.approx(abs(one - two) / 2**0.5)
     assert found["finished"] and json.loads((tmp_path / "sweep" / "results.json").read_text()) == found
+
+
+def test_final_runs_on_more_images_have_the_batch_size_of_the_search(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "linear", replace(METHODS["linear"], batch_size=30))
+    del settings["batch_size"]
+    run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
+    trial, final = (Recipe.from_yaml(file) for file in sorted(tmp_path.rglob("config.yaml"), reverse=True))
+    # Fewer than 30 images are in batches of 64; train and val together are more.
+    assert (trial.train_on, trial.batch_size) == ("train", 64)
+    assert (final.train_on, final.batch_size) == ("train+val", 64)
 
 
 def test_results_name_the_method_that_a_search_of_methods_chose(settings, tmp_path, monkeypatch):
@@ -112,6 +124,22 @@ def test_final_runs_that_all_diverge_are_an_error_with_the_reason(
         "--out", tmp_path / "sweep", *flags,
     )  # fmt: skip
     assert result.exit_code == 1 and "every final run diverged: the loss is inf" in result.stderr
+
+
+def test_final_runs_that_diverged_are_counted_beside_the_mean(command, color_images, tmp_path, monkeypatch):
+    original = loop.train
+
+    def train(recipe, out, **options):
+        if out.name == "seed-2":
+            raise TrainingDiverged("the loss is inf")
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(trials, "train", train)
+    result = command(
+        "sweep", "--data", color_images, "--backbone", "train_test_vit", "--method", "linear", "--epochs", 1,
+        "--out", tmp_path / "sweep", "--over", "base_lr=0.1", "--seeds", "1,2", "--device", "cpu",
+    )  # fmt: skip
+    assert "1 runs, 1 more diverged, trained on train and val" in " ".join(result.output.split())
 
 
 def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_path):

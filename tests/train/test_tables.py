@@ -93,6 +93,11 @@ def test_means_wins_and_differences_by_hand(sweep):
     assert full.means["natural"].wins is None
 
 
+def test_tasks_of_full_share_no_backbone(sweep):
+    rows, _ = make_rows(read_entries([sweep("full", task, 0.7) for task in ("vtab/cifar", "vtab/dtd")])[0])
+    assert rows[0].total == pytest.approx(2 * 10 / 1000)
+
+
 def test_without_runs_of_full_wins_are_against_the_published_ones(sweep):
     rows, notes = make_rows(read_entries([sweep("vpt-deep", "vtab/cifar", 0.70)])[0])
     assert rows[0].means["natural"].wins == 1  # 68.9 published
@@ -246,6 +251,17 @@ def test_sweep_whose_final_runs_all_diverged_is_left_out_and_said_so(sweep):
     results["final"] |= {"accuracies": {}, "mean": None, "diverged": {"0": "the loss is inf"}}
     (folder / "results.json").write_text(json.dumps(results))
     assert read_entries([folder]) == ([], [f"{folder}: every final run of the sweep diverged; left out"])
+
+
+def test_mean_of_a_sweep_that_lacks_diverged_runs_says_so(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.7, 0.8)
+    results = json.loads((folder / "results.json").read_text())
+    results["final"]["diverged"] = {"2": "the loss is inf"}
+    (folder / "results.json").write_text(json.dumps(results))
+    (note,) = read_entries([folder])[1]
+    assert note == (
+        "vpt-deep on vtab/cifar: 1 of 3 final runs diverged; mean and standard deviation are of the others"
+    )
 
 
 def test_unfinished_runs_are_left_out_and_said_so(run, tmp_path):

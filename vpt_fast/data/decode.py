@@ -95,8 +95,7 @@ def decode_image(path: str | ImageItem) -> Image.Image:
     """
     try:
         with Image.open(path) if isinstance(path, str | os.PathLike) else path.open() as file:
-            file.load()
-            return _to_rgb(_upright(file))
+            return upright_rgb(file)
     except MemoryError:
         raise
     # On broken files Pillow's parsers raise almost anything: SyntaxError, struct.error, KeyError, ...
@@ -107,6 +106,13 @@ def decode_image(path: str | ImageItem) -> Image.Image:
         elif isinstance(error, UnidentifiedImageError):
             reason = "not an image in a format that Pillow knows"
         raise DecodeError(path, reason) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An open image as `decode_image` gives it. Raises ValueError for pixels outside the ranges there, and
+    what Pillow raises for broken files."""
+    image.load()
+    return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
+from .decode import upright_rgb
 from .images import DataError, ImageItem, ImageList, Splits, hold_out
 from .resident import host_budget
 
@@ -80,14 +81,22 @@ def open_set(name: str, root: str | None, split: str, label_field: str | None = 
         DataError: it cannot be opened.
     """
     try:
-        field: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
-        return create_dataset(name, root=root, split=split, is_training=False, download=False, **field)
+        options: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
+        if not name.startswith("tfds/"):  # which has decoded its images
+            options["input_img_mode"] = ""  # images as they are stored, for `upright_rgb`
+        dataset = create_dataset(name, root=root, split=split, is_training=False, download=False, **options)
     # Each library behind timm raises its own exceptions for a set that does not exist.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"{place(name, root, split)}: cannot be opened: {reason} (only hfds/ and hfids/ are downloaded)"
         ) from error
+    # Where several processes train, timm's readers of streams give each of them a part of the set. Here all
+    # have to list the same images: `Batches` divides these among the processes.
+    reader = getattr(dataset, "reader", None)
+    if hasattr(reader, "dist_num_replicas"):
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return dataset
 
 
 def place(name: str, root: str | None, split: str) -> str:
@@ -135,7 +144,10 @@ def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], 
     budget = host_budget()
     taken = 0
     for image, label in dataset:
-        pixels = np.asarray(image.convert("RGB"))
+        try:
+            pixels = np.asarray(upright_rgb(image))
+        except ValueError as error:
+            raise DataError(f"{where}: image {len(items)}: {error}") from error
         taken += pixels.nbytes
         if taken > budget:
             raise DataError(

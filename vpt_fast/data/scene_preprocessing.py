@@ -25,6 +25,9 @@ TRIES = 10
 """The most crops drawn for an image."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 """Those that torchvision implements for tensors."""
+NEAREST = v2.InterpolationMode.NEAREST_EXACT
+"""The pixel below the centre of the new one, as in Pillow. torchvision's NEAREST takes the one below its
+upper left corner, which shifts a mask by almost half a pixel against its image."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,8 @@ class ScenePreprocessing:
     def resize(self, pixels: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Resizes an image (3, h, w) uint8 to (3, H, W) uint8, `scale` times just covering `image_size`."""
         size = self.covering_size((pixels.shape[-2], pixels.shape[-1]), scale)
-        return v2.functional.resize(
-            pixels, list(size), interpolation=str_to_interp_mode(self.interpolation), antialias=True
-        )
+        mode = NEAREST if self.interpolation == "nearest" else str_to_interp_mode(self.interpolation)
+        return v2.functional.resize(pixels, list(size), interpolation=mode, antialias=True)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, H, W) -> float32 of the same shape: (pixels / 255 - mean) / std."""
@@ -120,7 +122,7 @@ class ScenePreprocessing:
             low, high = SCALES
             scale = low + (high - low) * torch.rand(()).item()
             pixels = tv_tensors.wrap(self.resize(pixels, scale), like=pixels)
-            labels = v2.functional.resize(labels, list(pixels.shape[-2:]))
+            labels = tv_tensors.wrap(_resize_mask(labels, list(pixels.shape[-2:])), like=labels)
             pixels, labels = self._crop(pixels, labels)
             pixels, labels = v2.RandomHorizontalFlip()(pixels, labels)
             pixels = v2.RandomPhotometricDistort()(pixels)
@@ -134,6 +136,12 @@ class ScenePreprocessing:
             if _is_varied(cropped[1]):
                 break
         return cropped
+
+
+def _resize_mask(labels: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """(h, w) to (H, W) of `size`; torchvision's own for a Mask knows no other mode than its NEAREST."""
+    plain = labels.as_subclass(torch.Tensor)
+    return v2.functional.resize(plain[None], size, interpolation=NEAREST)[0]
 
 
 def _is_varied(labels: torch.Tensor) -> bool:
