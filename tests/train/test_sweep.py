@@ -139,7 +139,7 @@ def test_final_runs_that_diverged_are_counted_beside_the_mean(command, color_ima
         "sweep", "--data", color_images, "--backbone", "train_test_vit", "--method", "linear", "--epochs", 1,
         "--out", tmp_path / "sweep", "--over", "base_lr=0.1", "--seeds", "1,2", "--device", "cpu",
     )  # fmt: skip
-    assert "1 runs, 1 more diverged, trained on train and val" in " ".join(result.output.split())
+    assert "1 run, 1 more diverged, trained on train and val" in " ".join(result.output.split())
 
 
 def test_trials_that_differ_in_the_seventh_digit_have_folders_of_their_own(tmp_path):
