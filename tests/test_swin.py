@@ -441,6 +441,12 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
         PromptedSwin(build(), NUM_CLASSES, 3)
 
 
+@pytest.mark.parametrize("window_size", [3, 4])  # padded and whole windows
+def test_all_tensors_are_on_the_backbone_s_device(window_size: int) -> None:
+    model = PromptedSwin(tiny_swin(window_size=window_size).to("meta"), NUM_CLASSES, 3)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 def test_prompted_vit_refuses_a_swin() -> None:
     with pytest.raises(ValueError, match="SwinTransformer"):
         PromptedViT(tiny_swin(), NUM_CLASSES, 3)

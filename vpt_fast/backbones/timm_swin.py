@@ -111,7 +111,8 @@ class FrozenSwin(nn.Module):
         self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
             self._make_entries(stages, dtype, operations)
         )
-        self._leave = _move(self.blocks[-1].order, raster_order(self.blocks[-1].size))
+        last = self.blocks[-1]
+        self._leave = _move(last.order, raster_order(last.size)).to(self.device)
         self.requires_grad_(False)
         self.eval()
         self.fingerprint, self.architecture = fingerprint(swin), architecture(swin)
