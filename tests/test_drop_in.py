@@ -28,8 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
+from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import PromptAndBiasConvNetTuning, PromptAndBiasSwinTuning
 from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.lora import LoRATuning
 from vpt_fast.tuning.probes import MLPProbe
 from vpt_fast.tuning.side import SideTuning
 
@@ -623,6 +625,17 @@ def test_forward_mode_derivative_of_the_prompts_is_that_of_concatenation() -> No
     assert relative_error(*tangents) < 1e-12
 
 
+def test_torch_func_differentiates_a_probe_of_a_swin() -> None:
+    model = LinearProbe(tiny_swin(), NUM_CLASSES).double()
+    images, _ = random_batch(model)
+    expected = torch.autograd.grad(model(images).sin().sum(), [model.head.weight])[0]
+
+    def loss(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"head.weight": weight}, (images,)).sin().sum()
+
+    assert relative_error(torch.func.grad(loss)(model.head.weight.detach()), expected) < 1e-12
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mapped", ["images", "prompts"])
 def test_vmap_is_refused_without_gradients_too(mapped: str) -> None:
@@ -689,6 +702,7 @@ def test_optimizers_of_timm_take_what_is_trained() -> None:
     assert taken == {p for p in model.parameters() if p.requires_grad}
 
 
+CONVNET = {"depths": [1] * 4, "dims": [8, 8, 16, 32], "img_size": 64}
 LAYER_DECAY = {
     "vit": lambda: tiny_vit(torch.float32, class_token=False, global_pool="avg"),
     "rotary": lambda: tiny_eva(torch.float32),
@@ -739,6 +753,20 @@ def test_layer_wise_rates_leave_prompts_and_head_at_the_full_one(prompts: str) -
     assert {scale for scale, _ in rates.values()} == {1.0}
 
 
+ADDED_WITHIN = {
+    "adapter_swin": lambda: AdapterTuning(tiny_swin(torch.float32), NUM_CLASSES),
+    "adapter_convnet": lambda: AdapterTuning("convnext_atto", NUM_CLASSES, 4, **CONVNET),
+    "lora": lambda: LoRATuning(tiny_vit(torch.float32), NUM_CLASSES, 2),
+}
+
+
+@pytest.mark.parametrize("method", ADDED_WITHIN)
+def test_layer_wise_rates_leave_what_is_added_within_timm_s_blocks_at_the_full_one(method: str) -> None:
+    rates = rates_of_timm(ADDED_WITHIN[method]())
+    assert any("blocks" in name for name in rates)
+    assert {scale for scale, _ in rates.values()} == {1.0}
+
+
 def test_new_head_has_another_number_of_classes_and_the_prompts_stay(tmp_path: Path) -> None:
     vit = tiny_vit(torch.float32)
     model = PromptedViT(vit, NUM_CLASSES, 3).double()
@@ -777,7 +805,6 @@ def test_new_head_refuses_another_pooling(build: Any, own: str) -> None:
     assert model.num_classes == NUM_CLASSES
 
 
-CONVNET = {"depths": [1] * 4, "dims": [8, 8, 16, 32], "img_size": 64}
 METHODS: dict[str, Any] = {
     "vit": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3),
     "swin": lambda: PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3),

@@ -205,6 +205,15 @@ def test_auxiliary_heads_run_in_training_alone() -> None:
     assert len(make("linear", aux_blocks=()).train()(images)) == 1
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # that tracing is deprecated, and that shapes are taken for constants
+def test_jit_trace_gives_the_logits() -> None:
+    model = make("linear").eval()
+    images, _ = random_batch(model, dtype=torch.float32)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    assert torch.equal(traced(images + 1), model(images + 1))
+
+
 def test_last_block_computes_patch_rows_alone() -> None:
     """The operations of the blocks are those of PromptedViT with pool="image", whose closed form is known."""
     model = make("vpt-deep", aux_blocks=()).eval()

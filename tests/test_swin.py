@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step, training_steps
@@ -174,6 +175,24 @@ def test_tokens_have_the_shape_and_dtype_of_timms() -> None:
     assert (got.shape, got.dtype) == (wanted.shape, torch.float32)  # the residual stream's
     with pytest.raises(ValueError, match="images: got 16x32, want 32x16"):
         PromptedSwin(swin, NUM_CLASSES, 3).forward_features(images.mT)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own use of it
+@pytest.mark.parametrize("prompt_type", TYPES)  # shallow ones are merged, too
+def test_forward_mode_derivative_of_the_prompts_is_that_of_the_definition(prompt_type: str) -> None:
+    swin = tiny_swin()
+    model = PromptedSwin(swin, NUM_CLASSES, 3, prompt_type).double()
+    defined = ConcatenatedSwin(swin, NUM_CLASSES, 3, prompt_type).double()
+    defined.load_trainables(model.trainable_state_dict())
+    images, _ = random_batch(model)
+    tangents = []
+    for each in (model, defined):
+        with fwAD.dual_level():
+            given = {"prompts.0": fwAD.make_dual(each.prompts[0], torch.ones_like(each.prompts[0]))}
+            logits = torch.func.functional_call(each, given, (images,))
+            tangents.append(fwAD.unpack_dual(logits).tangent)
+    assert relative_error(*tangents) < 1e-11
 
 
 @pytest.mark.parametrize("num_prompts", [1, 16])  # as many as a window and the last stage have tokens
@@ -439,6 +458,12 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
     build, message = BACKBONES[backbone]
     with pytest.raises(ValueError, match=message):
         PromptedSwin(build(), NUM_CLASSES, 3)
+
+
+@pytest.mark.parametrize("window_size", [3, 4])  # padded and whole windows
+def test_all_tensors_are_on_the_backbone_s_device(window_size: int) -> None:
+    model = PromptedSwin(tiny_swin(window_size=window_size).to("meta"), NUM_CLASSES, 3)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_prompted_vit_refuses_a_swin() -> None:

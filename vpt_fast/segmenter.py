@@ -227,6 +227,8 @@ class PromptedSegmenter(TunedModel):
         aux_blocks = self.aux_blocks if self.training else ()
         *aux, last = self.encoder.patch_tokens(images, (*aux_blocks, self.num_blocks - 1))
         size, patch = images.shape[-2:], self.patch_size
+        if torch.jit.is_tracing():  # there they are tensors, which round() does not take
+            size = torch.Size(map(int, size))
         grid = size[0] // patch[0], size[1] // patch[1]
         logits = self.head(last, grid, size)
         if not self.training:

@@ -96,6 +96,9 @@ class TunedModel(nn.Module, metaclass=_Built):
     # Names of the trained tensors without weight decay.
     undecayed: tuple[str, ...] = ()
 
+    # What the names of trained parameters that a method adds within timm's modules contain.
+    added_to_backbone: re.Pattern[str] | None = None
+
     # In some classes a FrozenSwin, FrozenConvNet or WholeBackbone; annotated as the usual case.
     backbone: FrozenViT
     num_classes: int
@@ -222,13 +225,14 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Names of the backbone's parameters that timm's optimizers do not decay, as in timm's own model
         (positions and CLS token, say). They matter to methods that train them."""
         names: set[str] = getattr(self.backbone.stem, "no_weight_decay", set)()
-        return {own for own, _ in self.named_parameters() if _name_in_timm(own) in names}
+        return {own for own, _ in self.named_parameters() if self._name_in_timm(own) in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layers of timm's layer-wise learning rates (`timm.optim.create_optimizer_v2(layer_decay=...)`).
 
         The backbone's parameters are in the layers that they are in in timm's own model. All that is trained
-        beside it is in the head's, at the full rate: prompts too, as those of all blocks are one tensor.
+        beside it is in the head's, at the full rate: prompts too, as those of all blocks are one tensor, and
+        adapters and low-rank updates, in whichever module they are.
 
         Args:
             coarse: whole stages instead of blocks, in networks that have them.
@@ -236,10 +240,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         Returns:
             From the name of a parameter to its layer, from 0.
         """
-        own = {_name_in_timm(name): name for name, _ in self.named_parameters()}
+        own = {self._name_in_timm(name): name for name, _ in self.named_parameters()}
         renamed: Any = SimpleNamespace(named_parameters=lambda: ((name, None) for name in own))
         layers = group_parameters(renamed, self.backbone.stem.group_matcher(coarse), reverse=True)
         return {own[name]: layer for name, layer in layers.items()}.__getitem__
+
+    def _name_in_timm(self, name: str) -> str:
+        """The name that a parameter has in timm's model; of one that is not in it, a name in its head."""
+        of_backbone, added = _OF_BACKBONE.match(name), self.added_to_backbone
+        if of_backbone is None or (added is not None and added.search(name)):
+            return f"head.{name}"
+        return of_backbone[1]
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -493,12 +504,6 @@ class TunedModel(nn.Module, metaclass=_Built):
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
         return str(commit)
-
-
-def _name_in_timm(name: str) -> str:
-    """The name that a parameter has in timm's model; of one that is not in it, a name in its head."""
-    of_backbone = _OF_BACKBONE.match(name)
-    return f"head.{name}" if of_backbone is None else of_backbone[1]
 
 
 # A segmenter has its backbone in the encoder. Blocks are beside the rest of timm's model.

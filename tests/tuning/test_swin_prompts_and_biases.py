@@ -76,6 +76,16 @@ def test_any_number_of_prompts_and_images_is_as_concatenation(batch_size: int, n
     assert_as_defined(make(swin, num_prompts), swin, batch_size)
 
 
+@pytest.mark.parametrize("pool", POOLS[1:3])
+def test_no_images_give_no_logits_and_gradients_of_zero(pool: str) -> None:
+    model = make(tiny_swin(), pool=pool).train()
+    images, _ = random_batch(model)
+    logits = model(images[:0])
+    assert logits.shape == (0, CLASSES)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert not any(gradient.any() for gradient in torch.autograd.grad(logits.sum(), trained))
+
+
 @pytest.mark.parametrize("per", ["image", "batch"])
 def test_prompt_dropout_is_that_of_concatenation(per: str) -> None:
     swin = tiny_swin(drop_path_rate=0.0)

@@ -326,6 +326,14 @@ def test_argument_out_of_range_is_refused_by_name(build, message: str) -> None:
         build(tiny_vit())
 
 
+@pytest.mark.parametrize("method", ["partial-1", "bias", "adapter"])
+def test_no_images_are_refused_where_timm_s_attention_takes_none(method: str) -> None:
+    _, model = make(method, build=tiny_eva)
+    images, _ = random_batch(model)
+    with pytest.raises(ValueError, match="images: got a batch of 0, and .*Eva take none; want 1 or more"):
+        model(images[:0])
+
+
 def test_cls_token_tuning_refuses_a_backbone_without_one() -> None:
     with pytest.raises(ValueError, match="backbone: it has no CLS token to tune"):
         ClsTokenTuning(tiny_vit(class_token=False, global_pool="avg"), CLASSES)

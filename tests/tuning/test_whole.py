@@ -392,6 +392,13 @@ def test_side_network_is_mixed_with_the_backbones_own_features(name: str) -> Non
     assert relative_error(model(images), wanted) < 1e-6
 
 
+def test_no_images_are_refused_by_a_swin_in_timm_s_own_modules() -> None:
+    _, model = make("bias", "swin_tiny_patch4_window7_224")
+    images, _ = random_batch(model)
+    with pytest.raises(ValueError, match="images: got a batch of 0, and .*Swin.* take none; want 1 or more"):
+        model(images[:0])
+
+
 def test_pooling_of_a_trained_swin_is_its_own() -> None:
     name = "swin_tiny_patch4_window7_224"
     with pytest.raises(ValueError, match="pool: got 'image' with a SwinTransformer"):

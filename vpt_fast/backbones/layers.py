@@ -161,6 +161,19 @@ def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> No
             )
 
 
+def require_images(batch: torch.Tensor, what: str) -> None:
+    """Raises ValueError for a batch of 0, with which timm's reshaping of queries, keys and values fails.
+
+    Args:
+        batch: any tensor with the batch's size first.
+        what: names timm's model.
+    """
+    if batch.shape[0] == 0:
+        raise ValueError(
+            f"images: got a batch of 0, and timm's own blocks of {what} take none; want 1 or more"
+        )
+
+
 def require_embedding(embedding: Any) -> None:
     """Raises ValueError for a patch embedding that is not timm's PatchEmbed with one convolution. A hybrid
     one contains a network with BatchNorm, whose widths and strides do not match the patches."""

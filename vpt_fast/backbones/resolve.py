@@ -57,6 +57,8 @@ CONVNET = _convnets(
     vovnet="VovNet", xception="Xception", xception_aligned="XceptionAligned",
 )  # fmt: skip
 
+_KINDS = (VIT, SWIN, CONVNET)
+
 
 def kind_of(backbone: Any) -> Kind:
     """SWIN or CONVNET for one of these, by name or as an instance; VIT for anything else.
@@ -176,7 +178,12 @@ def resolve_backbone(
             "pretrained_cfg_overlay, or none"
         )
     if not is_supported(timm_name, kind):
-        raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
+        if is_supported(timm_name, *_KINDS):
+            raise ValueError(f"backbone: {backbone!r} is not a timm {wanted}, the one kind supported here")
+        others = ", ".join(other.label for other in _KINDS if other is not kind)
+        raise ValueError(
+            f"backbone: {backbone!r} is not a timm {wanted}, nor of another supported kind ({others})"
+        )
     path = None if checkpoint is None else os.fspath(checkpoint)
     if pretrained and source:
         path = source.weights()

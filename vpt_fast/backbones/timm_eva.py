@@ -22,7 +22,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.layers import linear_parts
+from vpt_fast.backbones.layers import linear_parts, require_images
 from vpt_fast.backbones.parts import check_attention, join, mlp_parts, norm_parts, optional_norm_parts
 from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, check_ends, check_methods
 from vpt_fast.engine.call import Rotation
@@ -214,6 +214,10 @@ class FrozenEva(FrozenViT):
             Rotation(sin[index * own], cos[index * own], self.num_prefix_tokens)
             for index in range(self.num_folded)
         ]
+
+    def require_batch(self, x: torch.Tensor) -> None:
+        if isinstance(self.timm_blocks[0].attn, EvaAttention):
+            require_images(x, "an Eva")
 
     def timm_positions(self, image_size: tuple[int, int]) -> Positions:
         if self.rope is None:

@@ -111,7 +111,8 @@ class FrozenSwin(nn.Module):
         self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
             self._make_entries(stages, dtype, operations)
         )
-        self._leave = _move(self.blocks[-1].order, raster_order(self.blocks[-1].size))
+        last = self.blocks[-1]
+        self._leave = _move(last.order, raster_order(last.size)).to(self.device)
         self.requires_grad_(False)
         self.eval()
         self.fingerprint, self.architecture = fingerprint(swin), architecture(swin)
@@ -421,7 +422,8 @@ def _in_windows(block: Any, x: torch.Tensor) -> torch.Tensor:
     if any(shift):
         x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
     x = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
-    return window_partition(x, window).flatten(1, 2).unflatten(0, (x.shape[0], -1))
+    num_windows = x.shape[1] // window[0] * (x.shape[2] // window[1])
+    return window_partition(x, window).flatten(1, 2).unflatten(0, (-1, num_windows))
 
 
 def _out_of_windows(block: Any, windows: torch.Tensor, height: int, width: int) -> torch.Tensor:

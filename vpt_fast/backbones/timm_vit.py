@@ -219,6 +219,9 @@ class FrozenViT(nn.Module):
         del image_size
         return ({},) * len(self.timm_blocks)
 
+    def require_batch(self, x: torch.Tensor) -> None:
+        """Raises ValueError for a batch (B, N, d) that timm's own blocks do not take."""
+
     def for_timm_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, d) in the dtype of timm's own blocks: that of `embed`, unless the whole model was
         cast to a 16-bit dtype."""

@@ -7,10 +7,11 @@ from typing import Any
 import timm.data
 import torch
 from timm.models import group_parameters
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.architecture import architecture, fingerprint
-from vpt_fast.backbones.layers import copied, dtype_of
+from vpt_fast.backbones.layers import copied, dtype_of, require_images
 
 
 class WholeBackbone(nn.Module):
@@ -106,7 +107,12 @@ class WholeBackbone(nn.Module):
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) to features (B, d)."""
+        """Images (B, C, H, W) to features (B, d).
+
+        Raises ValueError for a batch of 0 with a Swin.
+        """
+        if isinstance(self.stem, SwinTransformer):
+            require_images(images, "a SwinTransformer")
         return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
 
     def cast(self, images: torch.Tensor) -> torch.Tensor:

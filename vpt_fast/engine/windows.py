@@ -22,6 +22,7 @@ from vpt_fast.engine.call import Windows
 from vpt_fast.engine.contexts import (
     compute_dtype,
     require_first_order,
+    require_no_forward_ad,
     require_plain_autograd,
     without_autocast,
 )
@@ -156,7 +157,9 @@ class Move(nn.Module):
     """
 
     index: torch.Tensor
+    index_holes: torch.Tensor | None
     back: torch.Tensor
+    back_holes: torch.Tensor | None
 
     def __init__(self, current: torch.Tensor, wanted: torch.Tensor) -> None:
         super().__init__()
@@ -169,7 +172,10 @@ class Move(nn.Module):
         return Stream(*(None if part is None else self._move(part) for part in stream))
 
     def _move(self, tokens: torch.Tensor) -> torch.Tensor:
-        require_plain_autograd(recorded=tokens.requires_grad and torch.is_grad_enabled())
+        if not (tokens.requires_grad and torch.is_grad_enabled()):
+            # As in a block: torch.func's transforms and forward-mode tangents pass plain operations.
+            return _gather(tokens, self.index, self.index_holes)
+        require_plain_autograd(recorded=True)
         return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
 
 
@@ -221,6 +227,7 @@ class FrozenMerge(nn.Module):
     """
 
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -251,7 +258,12 @@ class FrozenMerge(nn.Module):
     def _reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
         dtype = compute_dtype(x.device.type, self.weight.dtype)
         ops = self.backend.ops(x.device, dtype, self.head_dim, in_windows=True)
-        return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
+        if x.requires_grad and torch.is_grad_enabled():
+            require_plain_autograd(recorded=True)
+            return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
+        if ops.name != "torch":
+            require_no_forward_ad()
+        return _reduced(x, self.weight, self.bias, self.norm, ops, dtype, pack=False)[0]
 
 
 class _ReduceFunction(torch.autograd.Function):
@@ -268,14 +280,10 @@ class _ReduceFunction(torch.autograd.Function):
         dtype: torch.dtype,
         policy: MemoryPolicy,
     ) -> torch.Tensor:
-        kind, eps = norm
-        with without_autocast(x.device.type):
-            x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=policy.compact)
-            layer = _layer(weight, x.shape[-1], dtype)
-            output = F.linear(x_hat, layer, None if bias is None else bias.to(dtype))
+        output, x_hat, rstd, codes, scale = _reduced(x, weight, bias, norm, ops, dtype, pack=policy.compact)
         ctx.save_for_backward(weight, x_hat if codes is None else codes, rstd, scale)
-        ctx.kind, ctx.ops, ctx.dtype = kind, ops, dtype
-        return _returned(output, x.dtype)
+        ctx.kind, ctx.ops, ctx.dtype = norm[0], ops, dtype
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -285,6 +293,24 @@ class _ReduceFunction(torch.autograd.Function):
             grad_x_hat = grad.to(ctx.dtype) @ _layer(weight, x_hat.shape[-1], ctx.dtype)
             grad_x = ctx.ops.normalize_backward(grad_x_hat, x_hat, rstd, scale, ctx.kind)
         return grad_x, *(None for _ in range(6))
+
+
+def _reduced(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: tuple[str, float],
+    ops: Ops,
+    dtype: torch.dtype,
+    *,
+    pack: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Norm and layer of x in its own dtype, and what `Ops.normalize` returns."""
+    kind, eps = norm
+    with without_autocast(x.device.type):
+        x_hat, rstd, codes, scale = ops.normalize(x, eps, kind, dtype, pack=pack)
+        output = F.linear(x_hat, _layer(weight, x.shape[-1], dtype), None if bias is None else bias.to(dtype))
+    return _returned(output, x.dtype), x_hat, rstd, codes, scale
 
 
 def _returned(output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

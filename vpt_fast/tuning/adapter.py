@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class AdapterTuning(TimmClassifier):
     """
 
     kinds: tuple[Kind, ...] = (VIT, SWIN, CONVNET)
+    added_to_backbone = re.compile(r"\.(mlp\.1|drop_path\.0)\.(down|up)\.")
 
     def __init__(
         self,

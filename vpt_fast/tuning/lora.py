@@ -67,6 +67,7 @@ class LoRATuning(TimmClassifier):
     """
 
     kinds = (VIT, SWIN, CONVNET)
+    added_to_backbone = re.compile(r"\.lora_[AB]\.")
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, rank: int = 8, **settings: Any) -> None:
         rank = check_count("rank", rank)

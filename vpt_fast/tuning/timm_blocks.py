@@ -106,6 +106,7 @@ class TimmClassifier(TunedClassifier):
             positions: each block's other arguments, from `FrozenViT.timm_positions`.
             wanted: indices of blocks, in ascending order; no later block runs.
         """
+        self.backbone.require_batch(x)
         outputs = []
         for index in range(wanted[-1] + 1):
             x = self._run_block(index, x, positions[index])
