@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import triton.language as tl
@@ -19,11 +18,11 @@ def save_time() -> None:
 
 
 def call_functions_quickly() -> None:
-    """Triton's language is replaced by the interpreter's once for each function in a launch, where Triton
-    does so on each call, which takes longer than most functions."""
+    """Triton's language is replaced by the interpreter's once for each module in a launch, where Triton
+    does so on each call of a function, which takes longer than most functions."""
     executor, function = interpreter.GridExecutor, interpreter.InterpretedFunction
     execute = executor.__call__
-    prepared: set[Callable[..., Any]] = set()
+    prepared: set[int] = set()
 
     @functools.wraps(execute)
     def execute_anew(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -31,9 +30,10 @@ def call_functions_quickly() -> None:
         execute(self, *args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn not in prepared:
+        module = id(self.fn.__globals__)  # where the function finds the language
+        if module not in prepared:
             interpreter._patch_lang(self.fn)
-            prepared.add(self.fn)
+            prepared.add(module)
         return self.rewrite()(*args, **kwargs)
 
     executor.__call__, function.__call__ = execute_anew, call
@@ -48,8 +48,8 @@ def compute_no_overflow() -> None:
 
 
 def remember_types() -> None:
-    """The type of a tile is made once for each shape and element, and NumPy's type once for each of Triton's,
-    where Triton makes both for each operation."""
+    """The type of a tile is made once for each shape and element, as are a tensor's shape and NumPy's type
+    for each of Triton's, where Triton makes them for each operation."""
     block, make = tl.block_type, tl.block_type.__init__
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
 
@@ -62,6 +62,18 @@ def remember_types() -> None:
         vars(self).update(made[key])
 
     block.__init__ = remember
+
+    tensor, make_tensor = tl.tensor, tl.tensor.__init__
+    attributes: dict[str, dict[str, Any]] = {}
+
+    @functools.wraps(make_tensor)
+    def remember_tensor(self: Any, handle: Any, type: tl.dtype) -> None:
+        if type.name not in attributes:
+            make_tensor(self, handle, type)
+            attributes[type.name] = dict(vars(self))
+        vars(self).update(attributes[type.name], handle=handle, type=type)
+
+    tensor.__init__ = remember_tensor
 
     find = interpreter._get_np_dtype
     found: dict[str, Any] = {}
