@@ -1,4 +1,4 @@
-"""A third of the time in Triton's interpreter, with the same results."""
+"""Half the time in Triton's interpreter, or less, with the same results."""
 
 from __future__ import annotations
 
