@@ -47,12 +47,14 @@ def assert_no_worse_than_concatenation(
         assert ours**0.5 <= 1.25 * theirs**0.5, f"{name}: {ours**0.5:.2e}, concatenation {theirs**0.5:.2e}"
 
 
-def vits(seed: int, *, device: str, dtype: torch.dtype, backend: str, **settings: Any) -> list[Case]:
+def vits(
+    seed: int, *, device: str, dtype: torch.dtype, backend: str, batch_size: int = 4, **settings: Any
+) -> list[Case]:
     torch.manual_seed(seed)  # of the prompts
     vit = tiny_vit(torch.float32, seed, embed_dim=128, num_heads=2, img_size=64).to(device)
     exact = PromptedViT(vit, CLASSES, backend="torch", **settings)
     state = {name: t.clone() for name, t in exact.trainable_state_dict().items()}
-    images = random_batch(exact, 4, CLASSES, torch.float32, seed=seed)[0].to(device)
+    images = random_batch(exact, batch_size, CLASSES, torch.float32, seed=seed)[0].to(device)
     fast = PromptedViT(vit, CLASSES, dtype=dtype, backend=backend, **settings)
     fast.load_trainable_state_dict(state)
     plain = ConcatenatedViT(vit.to(dtype), CLASSES, **settings).load_trainables(state)
@@ -72,12 +74,18 @@ def prompted_swin(backbone: nn.Module, seed: int = 3, **settings: Any) -> Prompt
 
 
 def swins(
-    seed: int, *, device: str, dtype: torch.dtype, size: dict[str, Any] = SWIN, **settings: Any
+    seed: int,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    size: dict[str, Any] = SWIN,
+    batch_size: int = 4,
+    **settings: Any,
 ) -> list[Case]:
     backbone = tiny_swin(torch.float32, seed, **size).to(device)
     exact = prompted_swin(backbone, seed, backend="torch", **settings)
     state = {name: t.clone() for name, t in exact.trainable_state_dict().items()}
-    images = random_batch(exact, 4, CLASSES, torch.float32, seed=seed)[0].to(device)
+    images = random_batch(exact, batch_size, CLASSES, torch.float32, seed=seed)[0].to(device)
     fast = PromptedSwin(backbone, CLASSES, 50, dtype=dtype, backend="triton", **settings)
     fast.load_trainable_state_dict(state)
     plain = ConcatenatedSwin(backbone.to(dtype), CLASSES, 50, **settings).to(device, dtype)

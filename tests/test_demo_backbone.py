@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -81,12 +79,3 @@ def test_accuracy_in_the_metadata_is_the_logs_last():
     metadata = demo.demo_metadata()
     assert float(metadata["accuracy"]) == last["accuracy"]
     assert int(metadata["held_out_images"]) == last["held_out_images"]
-
-
-def test_importing_does_not_read_the_weights():
-    code = (
-        "import safetensors, timm; safetensors.safe_open = None\n"
-        "import vpt_fast.backbones.demo; assert timm.is_model('vpt_fast_demo')"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

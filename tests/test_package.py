@@ -201,7 +201,11 @@ def test_weights_of_the_demo_backbone_are_package_data():
 
 STATE = """
 import json, os, random, sys, warnings
-import numpy, torch, timm
+import numpy, torch, timm, safetensors
+opened = []
+def recording(path, *arguments, open=safetensors.safe_open, **options):
+    opened.append(str(path))
+    return open(path, *arguments, **options)
 def state():
     return {
         "threads": torch.get_num_threads(),
@@ -219,12 +223,15 @@ def state():
         "cuda": torch.cuda.is_initialized(),
     }
 before = state()
+safetensors.safe_open = recording
 from vpt_fast import *
 after = state()
 import vpt_fast.inference, vpt_fast.loop
+assert timm.is_model("vpt_fast_demo")
 found = {
     "changed": [name for name in before if before[name] != after[name]],
     "slow": sorted({"optuna", "peft", "sklearn", "torchmetrics"} & set(sys.modules)),
+    "opened": opened,
 }
 with open(sys.argv[1], "w") as file:
     json.dump(found, file)
@@ -246,6 +253,10 @@ def test_importing_changes_no_global_state(imported):
 
 def test_importing_what_trains_imports_nothing_slow_that_only_some_runs_need(imported):
     assert imported[1]["slow"] == []
+
+
+def test_importing_does_not_read_the_packaged_weights(imported):
+    assert imported[1]["opened"] == []
 
 
 def test_importing_prints_nothing(imported):

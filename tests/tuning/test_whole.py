@@ -213,15 +213,18 @@ CONVNETS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVNETS)
-def test_lora_on_a_convnet_is_the_network_of_merged_weights(name: str) -> None:
-    network = convnet(name)
+@pytest.fixture(scope="module", params=CONVNETS)
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    """Built once for all tests, which only read it."""
+    return convnet(request.param)
+
+
+def test_lora_on_a_convnet_is_the_network_of_merged_weights(network: nn.Module) -> None:
     model = moved(LoRATuning(network, CLASSES, rank=2))
-    network.requires_grad_(False)
 
     def features(trained: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        merged = {}
-        for path, weight in network.named_parameters():
+        merged = {path: weight.detach() for path, weight in network.named_parameters()}
+        for path, weight in merged.items():
             layer = f"backbone.stem.{path.removesuffix('.weight')}"
             if f"{layer}.lora_A.default.weight" in trained:
                 a, b = (trained[f"{layer}.lora_{side}.default.weight"].flatten(1) for side in "AB")
@@ -231,18 +234,15 @@ def test_lora_on_a_convnet_is_the_network_of_merged_weights(name: str) -> None:
     assert_step_is_defined_by(features, model)
 
 
-@pytest.mark.parametrize("name", CONVNETS)
-def test_lora_on_a_convnet_starts_as_the_frozen_network(name: str) -> None:
-    network = convnet(name)
+def test_lora_on_a_convnet_starts_as_the_frozen_network(network: nn.Module) -> None:
     model = LoRATuning(network, CLASSES).double().eval()
     images, _ = random_batch(model)
     assert relative_error(model.image_features(images), network(images)) < 1e-12
 
 
-@pytest.mark.parametrize("name", CONVNETS)
-def test_lora_on_a_convnet_leaves_stem_and_what_is_no_plain_layer_frozen(name: str) -> None:
-    model = LoRATuning(convnet(name), CLASSES, rank=2)
-    updated, frozen = (f"backbone.stem.{layer}" for layer in CONVNETS[name])
+def test_lora_on_a_convnet_leaves_stem_and_what_is_no_plain_layer_frozen(network: nn.Module) -> None:
+    model = LoRATuning(network, CLASSES, rank=2)
+    updated, frozen = (f"backbone.stem.{layer}" for layer in CONVNETS[network.pretrained_cfg["architecture"]])
     trained = model.trainable_state_dict().keys()
     assert {f"{updated}.lora_A.default.weight", f"{updated}.lora_B.default.weight"} <= trained
     assert model.get_submodule(frozen) and not any(n.startswith(f"{frozen}.") for n in trained)
