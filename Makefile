@@ -28,6 +28,7 @@ gpu:
 	@$(PYTHON) scripts/gpu_suite.py $(ARGS)
 
 # .venv/installing stands from before the first package until after the last, so a set-up that broke off starts afresh.
+# Bytecode is compiled by all cores, where pip uses one. Packages have files that are no Python of this version.
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 10) else \
 		f"$(PYTHON) is Python {v}; 3.10 or newer is needed, for example: make PYTHON=python3.11 $(MAKECMDGOALS)")'
@@ -37,6 +38,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@touch $(VENV)/installing
 	@echo "  environment made, installing PyTorch and the other packages ..."
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@$(VENV)/bin/python -c "import vpt_fast"
 	@rm $(VENV)/installing && touch $@
 	@echo "  ready."
