@@ -110,9 +110,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self._classes: dict[
-            str, tuple[Path, list[str]]
-        ] = {}  # by task: the first folder with it, and its own
+        self._classes: dict[str, tuple[Path, list[str]]] = {}  # by task: its first folder, and its own
         self._sweeps: dict[Key, tuple[Path, Entry]] = {}
         self._runs: dict[Key, list[FinishedRun]] = {}
 

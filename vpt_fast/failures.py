@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+Cause = TypeVar("Cause", bound=BaseException)
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or a parameter stopped being a finite number."""
@@ -9,3 +13,11 @@ class TrainingDiverged(RuntimeError):
 
 class SavingFailed(OSError):
     """The run folder could not be written; it holds the last good state."""
+
+
+def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
+    """The first of this kind among the error and those that it was raised from or hides."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, kind):
+        cause = cause.__cause__ or cause.__context__
+    return cause

@@ -21,7 +21,7 @@ from rich.rule import Rule
 from rich.text import TextType
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
-from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe
 from vpt_fast.setting_values import read_yaml
@@ -128,12 +128,10 @@ def _keeping_ctrl_c() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        interrupt = find_cause(error, KeyboardInterrupt)
+        if interrupt is None:
             raise
-        raise cause from None
+        raise interrupt from None
     finally:
         sys.unraisablehook = old_hook
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
@@ -124,9 +124,7 @@ def saving_studies(out: Path) -> Iterator[None]:
         yield
     # If Optuna cannot save that a trial failed either, an error of its own code hides the cause.
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SQLAlchemyError):
-            cause = cause.__cause__ or cause.__context__
+        cause = find_cause(error, SQLAlchemyError)
         if cause is None:
             raise
         raise SavingFailed(

@@ -19,15 +19,9 @@ NAMED = {"data": "images", "backbone": "vit_base_patch16_224"}
 
 
 @pytest.fixture
-def settings(color_images) -> dict:
-    return dict(
-        data=str(color_images),
-        backbone="train_test_vit",
-        epochs=1,
-        warmup_epochs=0,
-        batch_size=9,
-        device="cpu",
-    )
+def settings(settings) -> dict:
+    """Of points that leave the method open and take one epoch."""
+    return {name: value for name, value in settings.items() if name != "method"} | {"epochs": 1}
 
 
 @pytest.fixture
