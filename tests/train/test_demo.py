@@ -117,7 +117,7 @@ def test_linear_probe_of_the_demo_gets_the_most_epochs(tmp_path):
 
 def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_path):
     few = tmp_path / "few"
-    for split, count in (("train", 20), ("val", 10)):
+    for split, count in (("train", 25), ("val", 10)):
         for name in "0123456789":
             (few / split / name).mkdir(parents=True)
             for path in sorted((digits / split / name).iterdir())[:count]:
@@ -125,7 +125,7 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     recipe = Recipe(
         data=str(few),
         backbone="vpt_fast_demo",
-        epochs=2,
+        epochs=3,
         warmup_epochs=0,
         batch_size=8,
         optimizer="adamw",
@@ -134,4 +134,4 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     )
     result = train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().metrics == result.metrics
-    assert result.metrics[-1]["val_accuracy"] > 0.3  # one in ten by chance
+    assert result.metrics[-1]["val_accuracy"] > 0.4  # one in ten by chance
