@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +40,9 @@ class GraphedStep:
       has new masks.
     - ``.grad`` holds the last step's gradients, in the graph's memory.
     - ``logits``, (b, classes) and detached, are the last step's; the next step overwrites them.
+    - Several processes, each with its own GPU and its share of the batch, average their gradients as
+      DistributedDataParallel does, but after backward, in one all-reduce between two graphs. That suits
+      prompts; the gradients of a whole backbone are exchanged sooner without a graph, while backward runs.
     - Between steps, parameters may be changed in place, and other code may run forward and backward passes.
       Moving or replacing parameters (``model.cpu()`` and back, a new head) requires a new GraphedStep, as
       does changing an optimizer setting other than the learning rate (a scheduler that changes momentum).
@@ -55,6 +59,9 @@ class GraphedStep:
         autocast_dtype: run the model under autocast in this dtype; None: no autocast, and the step must not
             be called under it. Not float16: its loss scaling is not captured.
         max_grad_norm: clip the norm of all gradients to this; None: no clipping.
+        process_group: average gradients over the processes of this group, ``torch.distributed.group.WORLD``
+            for all. They begin with the same parameters and take the same number of steps, on batches of one
+            size. None: this process trains alone.
 
     Raises:
         ValueError: an optimizer, model, device or dtype that cannot be captured. When called: a batch whose
@@ -76,10 +83,12 @@ class GraphedStep:
         *,
         autocast_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if isinstance(model, DistributedDataParallel):
             raise ValueError(
-                "model: got DistributedDataParallel, which is not captured; want the module in it"
+                "model: got DistributedDataParallel, which is not captured; want a model that it never "
+                "wrapped, and process_group=torch.distributed.group.WORLD"
             )
         if autocast_dtype == torch.float16:
             raise ValueError("autocast_dtype: got float16, whose loss scaling is not captured; want bfloat16")
@@ -89,6 +98,7 @@ class GraphedStep:
         device = _device_of(model, optimizer)
         self._stream = _CaptureStream(device)
         self._rates = LearningRates(optimizer, device)
+        self._average = None if process_group is None else GradientAverage(optimizer, process_group)
         self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
         self._steps = 0
         self._replay: Callable[[], None] | None = None
@@ -125,17 +135,47 @@ class GraphedStep:
                 self.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates .grad in its memory
                 self._captured = _Captured.now(self.model, self.optimizer)
                 try:
-                    self._replay = self._stream.capture(self._step)
+                    self._replay = self._capture()
                 except RuntimeError as error:
                     raise CaptureError(f"the step cannot be captured in a CUDA graph: {error}") from error
             self._replay()
         return self._loss_value.clone()
 
     def _step(self) -> None:
+        self._form_gradients()
+        if self._average is not None:
+            self._average.all_reduce()
+        self._update()
+
+    def _capture(self) -> Callable[[], None]:
+        """Captures a step, without running it, and returns the function that replays it."""
+        if self._average is None:
+            return self._stream.capture(self._step)
+        form_gradients = self._stream.capture(self._form_gradients)
+        update = self._stream.capture(self._update)
+        all_reduce = self._average.all_reduce
+
+        def replay() -> None:
+            form_gradients()
+            all_reduce()
+            update()
+
+        return replay
+
+    def _form_gradients(self) -> None:
         assert self._inputs is not None
-        self._loss_value, self.logits = train_step(
-            self.model, self.optimizer, self.loss, *self._inputs, self.autocast_dtype, self.max_grad_norm
+        self._loss_value, self.logits = form_gradients(
+            self.model, self.optimizer, self.loss, *self._inputs, self.autocast_dtype
         )
+        if self._average is not None:
+            self._average.pack()
+
+    def _update(self) -> None:
+        if self._average is not None:
+            self._average.unpack()
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(_trained(self.optimizer), self.max_grad_norm)
+        self.optimizer.step()
 
     def _check(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         assert self._inputs is not None
@@ -156,16 +196,15 @@ class GraphedStep:
             self._captured.require_unchanged(self.optimizer)
 
 
-def train_step(
+def form_gradients(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Loss,
     images: torch.Tensor,
     labels: torch.Tensor,
     autocast_dtype: torch.dtype | None = None,
-    max_grad_norm: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward, backward and optimizer step; returns the loss () and the logits (b, classes), detached.
+    """Forward and backward from no gradients; returns the loss () and the logits (b, classes), detached.
 
     Raises ValueError if the model returns anything but one tensor, or the loss is not a scalar.
     """
@@ -185,11 +224,46 @@ def train_step(
     if value.shape != ():
         raise ValueError(f"loss: got a value of shape {tuple(value.shape)}, want a scalar of shape ()")
     value.backward()
-    if max_grad_norm is not None:
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, max_grad_norm)
-    optimizer.step()
     return value.detach(), logits.detach()
+
+
+class GradientAverage:
+    """Averages an optimizer's gradients over the processes of a group, in three parts: graphs contain the
+    first and the last, since not every backend's `all_reduce` can be captured.
+
+    DistributedDataParallel cannot be taken apart so. Nor may it be wrapped around the same parameters: it
+    holds autograd's accumulators of their gradients, which belong to the stream that they were made on, not
+    to the one that captures.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup) -> None:
+        self.optimizer, self.group = optimizer, group
+        self._grads: list[torch.Tensor] = []
+        self._packed = torch.empty(0)
+
+    def __call__(self) -> None:
+        self.pack()
+        self.all_reduce()
+        self.unpack()
+
+    def pack(self) -> None:
+        self._grads = [p.grad for p in _trained(self.optimizer) if p.grad is not None]
+        # Divided before the sum, as DistributedDataParallel does: the sum may be too large for 16 bits.
+        self._packed = torch.cat([grad.flatten() for grad in self._grads]).div_(self.group.size())
+
+    def all_reduce(self) -> None:
+        dist.all_reduce(self._packed, group=self.group)
+
+    def unpack(self) -> None:
+        parts = self._packed.split([grad.numel() for grad in self._grads])
+        torch._foreach_copy_(
+            self._grads, [part.view_as(grad) for part, grad in zip(parts, self._grads, strict=True)]
+        )
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The optimizer's parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class LearningRates:
@@ -235,8 +309,7 @@ def require_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.device:
     """The one CUDA device that everything is on."""
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    devices = {p.device for p in (*model.parameters(), *trained)}
+    devices = {p.device for p in (*model.parameters(), *_trained(optimizer))}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         found = " and ".join(sorted(map(str, devices)))
         raise ValueError(f"model: got parameters on {found}, want a CUDA device")
@@ -310,11 +383,10 @@ def _is_same(one: Any, other: Any) -> bool:
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """All tensors that a step writes, parameters and state."""
     found: list[torch.Tensor] = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state: dict[str, Any] = optimizer.state.get(parameter, {})
-            found.append(parameter)
-            found.extend(value for value in state.values() if isinstance(value, torch.Tensor))
+    for parameter in _trained(optimizer):
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        found.append(parameter)
+        found.extend(value for value in state.values() if isinstance(value, torch.Tensor))
     return found
 
 
@@ -333,7 +405,7 @@ class _CaptureStream:
         caller.wait_stream(self.stream)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Captures the step, without running it, and returns the function that replays it."""
+        """Captures a step or a part of it, without running it, and returns the function that replays it."""
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls can invalidate the capture: other threads, such as one that pins batches,
         # may continue.

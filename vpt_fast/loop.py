@@ -178,14 +178,20 @@ def train(
             )
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        if is_graphed:  # the step averages gradients itself
+            world.share_parameters(network)
+            shared = network
+        else:
+            shared = stack.enter_context(world.joined(network))
         step = TrainStep(
-            stack.enter_context(world.joined(network)),
+            shared,
             recipe,
             optimizer,
             scaler,
             problem.objective(recipe, splits, world),
-            num_images=recipe.step_images(len(splits.train)),
+            num_images=-(-recipe.step_images(len(splits.train)) // world.size),
             is_graphed=is_graphed,
+            process_group=world.group,
         )
 
         # Begin, or resume after the last completed epoch.

@@ -289,7 +289,7 @@ class Recipe:
         None,
         "Capture the training step in a CUDA graph.",
         RUN,
-        shown="on if possible: classification, one CUDA process, accumulate 1, not fp16",
+        shown="on if possible: classification on CUDA, accumulate 1, not fp16; off for full on several GPUs",
         result=False,
     )
     device: str | None = _knob(

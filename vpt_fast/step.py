@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vpt_fast.graphed import CaptureError, GraphedStep
+from vpt_fast.graphed import CaptureError, GradientAverage, GraphedStep
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Objective
 from vpt_fast.recipe import Recipe
@@ -17,7 +18,7 @@ from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 
-def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own: str | None) -> str | None:
+def graph_obstacle(recipe: Recipe, device: torch.device, own: str | None) -> str | None:
     """Why training steps cannot be captured in a CUDA graph; None if they can. `own` is the problem's reason.
 
     Raises ValueError if a graph was requested and is not possible.
@@ -25,8 +26,6 @@ def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own
     obstacle = own
     if device.type != "cuda":
         obstacle = f"the device is {device.type}"
-    elif num_processes > 1:
-        obstacle = f"{num_processes} processes exchange gradients"
     elif recipe.accumulate > 1:
         obstacle = f"accumulate is {recipe.accumulate}"
     elif recipe.precision == "fp16":
@@ -37,9 +36,11 @@ def graph_obstacle(recipe: Recipe, device: torch.device, num_processes: int, own
 
 
 def captures_steps(recipe: Recipe, world: World, console: Console, own: str | None) -> bool:
-    """Whether training steps are captured in a CUDA graph; prints the reason if a GPU's cannot be. Raises as
+    """Whether training steps are captured in a CUDA graph; prints the reason if a GPU's are not. Raises as
     `graph_obstacle` does."""
-    obstacle = graph_obstacle(recipe, world.device, world.size, own)
+    obstacle = graph_obstacle(recipe, world.device, own)
+    if obstacle is None and world.size > 1 and recipe.method == "full" and not recipe.cuda_graph:
+        obstacle = "without one, processes exchange the backbone's gradients while backward runs"
     if obstacle and world.device.type == "cuda" and recipe.cuda_graph is None:
         console.print(f"Training steps are not captured in a CUDA graph: {obstacle}.")
     return obstacle is None and recipe.cuda_graph is not False
@@ -94,6 +95,7 @@ class TrainStep:
     """One optimizer step: ``loss_sum, hits = step(inputs, targets)``, both (), over the images of the batch.
 
     With `is_graphed`, batches of `num_images` replay a CUDA graph; a smaller last batch runs eagerly.
+    Gradients are then averaged over `process_group`. Without, the network does that.
     """
 
     def __init__(
@@ -106,17 +108,22 @@ class TrainStep:
         *,
         num_images: int,
         is_graphed: bool,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.network, self.recipe, self.optimizer, self.scaler = network, recipe, optimizer, scaler
         self.objective, self.num_images = objective, num_images
         self.graph: GraphedStep | None = None
+        self.average: GradientAverage | None = None
         if is_graphed:
+            if process_group is not None:
+                self.average = GradientAverage(optimizer, process_group)
             self.graph = GraphedStep(
                 network,
                 optimizer,
                 lambda logits, labels: objective.loss_sum(logits, labels) / len(labels),
                 autocast_dtype=AUTOCAST[recipe.precision or "fp32"],
                 max_grad_norm=recipe.clip_grad_norm,
+                process_group=process_group,
             )
 
     def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +149,8 @@ class TrainStep:
                 scaler.scale(loss / len(targets)).backward()
             loss_sum += loss.detach()
             hits += self.objective.hits(output, y)
+        if self.average is not None:
+            self.average()
         if recipe.clip_grad_norm is not None:
             scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -226,7 +226,7 @@ def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -
     problem = Classification()
     splits = problem.open(recipe, cache)
     recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    graph_obstacle(recipe, device, 1, problem.graph_obstacle)  # raises if the requested graph is impossible
+    graph_obstacle(recipe, device, problem.graph_obstacle)  # raises if the requested graph is impossible
     model = build_model_without_values(recipe, len(splits.classes))
     if model is not None:
         require_attention(recipe, model, device)

@@ -50,6 +50,17 @@ class World:
         theirs = self.from_main(lambda: value)
         return not self.any(value != theirs)
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All processes; None if this is the only one."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def share_parameters(self, network: nn.Module) -> None:
+        """Gives all processes the main one's parameters."""
+        if self.size > 1:
+            for parameter in network.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+
     @contextlib.contextmanager
     def joined(self, network: nn.Module) -> Iterator[nn.Module]:
         """``network`` with gradients averaged over all processes, if there are several."""

@@ -69,12 +69,59 @@ dist.destroy_process_group()
 """
 
 
-def test_distributed_data_parallel_on_one_gpu(tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(DISTRIBUTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+def run_processes(number: int, source: str, folder: Path) -> None:
+    script = folder / "script.py"
+    script.write_text(source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     result = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_distributed_data_parallel_on_one_gpu(tmp_path: Path) -> None:
+    run_processes(1, DISTRIBUTED, tmp_path)
+
+
+# NCCL takes one process a GPU. Two that share one exchange through gloo, which no graph can contain.
+GRAPHED = """
+import copy
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+import vpt_fast
+
+dist.init_process_group(BACKEND)
+torch.cuda.set_device(0)
+rank, size = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = vpt_fast.PromptedViT("vit_tiny_patch16_224", 5, 7, depth=2).cuda()
+plain = copy.deepcopy(model)
+
+def optimizer_of(model):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=0.5, momentum=0.9, fused=True)
+
+step = vpt_fast.GraphedStep(
+    model, optimizer_of(model), cross_entropy, max_grad_norm=0.1, process_group=dist.group.WORLD
+)
+optimizer = optimizer_of(plain)
+for _ in range(7):  # four of them past the capture
+    images, labels = torch.randn(4, 3, 224, 224, device="cuda"), torch.randint(5, (4,), device="cuda")
+    step(images.chunk(size)[rank], labels.chunk(size)[rank])
+    optimizer.zero_grad()
+    cross_entropy(plain(images), labels).backward()
+    torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 0.1)
+    optimizer.step()
+for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("backend", "processes"), [("nccl", 1), ("gloo", 2)])
+def test_processes_that_capture_their_steps_equal_one_that_does_not(
+    backend: str, processes: int, tmp_path: Path
+) -> None:
+    run_processes(processes, GRAPHED.replace("BACKEND", repr(backend)), tmp_path)
 
 
 SANITIZED = """

@@ -42,12 +42,19 @@ ARGUMENTS = (
 
 # Everything that two processes do here, since starting them takes longer than all of it.
 TWO_PROCESSES = """
-import json, os, sys, torch
+import json, os, sys, pytest, torch
+from graph_on_cpu import capture_on_cpu
+from vpt_fast import loop
 from vpt_fast.cli import app
 from vpt_fast.world import join_world
 
 for arguments in json.loads(sys.argv[1]):
     app([part.replace("RANK", os.environ["RANK"]) for part in arguments], standalone_mode=False)
+
+with pytest.MonkeyPatch.context() as patch:
+    capture_on_cpu(patch)
+    patch.setattr(loop, "captures_steps", lambda *_: True)
+    app(json.loads(sys.argv[2]), standalone_mode=False)
 
 for time in range(20):
     with join_world("cpu") as world:
@@ -58,6 +65,9 @@ for time in range(20):
         assert network.weight.grad.item() == 1.5
         print("joined", flush=True)
 """
+
+
+GRAPHED = ("--accumulate=1", "--clip-grad-norm=0.01")  # 4 steps an epoch are captured, and a last one is not
 
 
 def arguments(folder: Path, problem: str, processes: str) -> list[str]:
@@ -86,12 +96,18 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
         shutil.copytree(images, folder / f"others-{rank}")
     (folder / "others-1" / "val" / "red" / "0.png").unlink()
     commands.append(arguments(folder, "others-RANK", "two"))
+    graphed = [*arguments(folder, "classification", "two-graphed"), *GRAPHED]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(folder / "two_processes.py"), json.dumps(commands)),
+            *(str(folder / "two_processes.py"), json.dumps(commands), json.dumps(graphed)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::FutureWarning"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONWARNINGS": "error::FutureWarning",
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -108,7 +124,20 @@ def test_two_processes_equal_one_with_the_joined_batch(two_processes, command, p
     folder, _ = two_processes
     done = command(*arguments(folder, problem, "one"))
     assert done.exit_code == 0, done.output
-    one, two = (RunFolder(folder / f"{problem}-{processes}").read() for processes in ("one", "two"))
+    require_equal(folder / f"{problem}-one", folder / f"{problem}-two", metrics)
+
+
+def test_two_processes_that_capture_their_steps_equal_one_that_does_not(two_processes, command):
+    folder, _ = two_processes
+    done = command(*arguments(folder, "classification", "one-eager"), *GRAPHED)
+    assert done.exit_code == 0, done.output
+    require_equal(
+        folder / "classification-one-eager", folder / "classification-two-graphed", ["val_accuracy"]
+    )
+
+
+def require_equal(folder_of_one: Path, folder_of_two: Path, metrics: list[str]) -> None:
+    one, two = RunFolder(folder_of_one).read(), RunFolder(folder_of_two).read()
     assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
     for row, other in zip(one.metrics, two.metrics, strict=True):
         for name in ("lr", "train_loss", "train_accuracy", "val_loss", *metrics):
