@@ -75,6 +75,7 @@ class _Built(type):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            model.train()  # as any new module of PyTorch is; parts of the backbone have been set otherwise
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 
@@ -272,7 +273,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Memory of a training step. What is kept is counted in a forward pass on the meta device, in the
         weights' own dtype; temporaries are estimated as three times the largest tensor that is kept or that
         a layer returns."""
-        meta = on_meta(self)
+        meta = on_meta(self).train()
         sizes = [0]
 
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:
