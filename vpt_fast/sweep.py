@@ -46,10 +46,9 @@ from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
 from vpt_fast.setting_values import read_yaml
 from vpt_fast.step import graph_obstacle
-from vpt_fast.sweep_settings import Sweep
+from vpt_fast.sweep_settings import Params, Sweep
 from vpt_fast.trials import (
     Display,
-    Params,
     Stopped,
     Worker,
     find_pruner,

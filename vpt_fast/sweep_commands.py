@@ -106,13 +106,14 @@ def sweep(
     with one_line_errors(debug):
         settings = given_settings(config, flags)
         final_seeds = parse_seeds(seeds)
-        from vpt_fast.sweep import default_sweep_folder, run_sweep
         from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 
         axes = parse_axes(over or (), settings)
         recipe = Recipe.from_dict({**first_backbone(axes), **settings})
         axes = axes or default_axes(recipe)
         plan = Sweep(settings, axes, final_seeds, sampler, trials, pruner)
+        from vpt_fast.sweep import default_sweep_folder, run_sweep
+
         folder = out or default_sweep_folder(recipe)
         console = LastingConsole()
         found = run_sweep(plan, folder, storage=storage, console=console)
