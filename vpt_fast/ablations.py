@@ -23,6 +23,7 @@ from vpt_fast.backbones.creation import without_values
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import Classification
 from vpt_fast.files import remove_unfinished
 from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
@@ -97,7 +98,14 @@ def _output(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, 
 
 
 def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
-    return {method: {share: {"train_fraction": share} for share in FRACTIONS}}
+    changes: dict[str, Any] = {}
+    if recipe.task is None and recipe.batch_size is None:
+        # A point's own default depends on its number of images, and the rate on the batch size: a line
+        # would change its learning rate on the way.
+        num_images = len(Classification().open(recipe, TrainingCache(kept=0)).train)
+        resolved = recipe.resolved(num_train_images=num_images, device_type="cpu")
+        changes = {"batch_size": resolved.batch_size}
+    return {method: {share: {"train_fraction": share, **changes} for share in FRACTIONS}}
 
 
 ABLATIONS = {
@@ -162,8 +170,8 @@ def plan_ablation(
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: there is no such ablation, a given setting is one that it varies or searches, or a point
-            refuses a setting.
+        ValueError: there is no such ablation, a given setting is one that it varies or searches, a point
+            refuses a setting, or for data-size without a task and batch_size, the data cannot be opened.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -229,6 +237,9 @@ def run_ablation(
         except ValueError as error:
             raise ValueError(f"{point.line}, {ablation.x_label} {point.value}: {error}") from None
     console.print(f"{ablation.title} (the paper's {ablation.figure}): {len(points)} points", highlight=False)
+    sizes = {point.line: point.sweep.settings.get("batch_size") for point in points}
+    if given := ", ".join(f"{size} ({line})" for line, size in sizes.items() if size is not None):
+        console.print(f"Batch size at every point of a line: {given}", highlight=False)
     rows: list[dict[str, Any]] = []
     for point in points:
         console.rule(f"{point.line}: {ablation.x_label} {point.value}")
