@@ -39,6 +39,7 @@ from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
+from vpt_fast.counting import counted
 from vpt_fast.data import find_task
 from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import build_model_without_values, require_attention
@@ -404,7 +405,7 @@ def _print_plan(
     console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
 ) -> None:
     """Prints the numbers of runs, epochs and images, as ranges if they depend on the searched settings."""
-    epochs = _range(amount.epochs for amount in amounts)
+    epochs = _range("epoch", (amount.epochs for amount in amounts))
     trials = [amount.epochs * amount.trial_images for amount in amounts]
     finals = [len(sweep.seeds) * amount.epochs * amount.final_images for amount in amounts]
     searched = [sweep.num_trials * images for images in (min(trials), max(trials))]
@@ -413,24 +414,22 @@ def _print_plan(
     table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
     if sweep.axes:
         axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
-        images = _range(amount.trial_images for amount in amounts)
-        text = f"{sweep.num_trials} trials of {epochs} epochs on {images} images, by {sweep.sampler}"
+        images = _range("image", (amount.trial_images for amount in amounts))
+        text = f"{counted(sweep.num_trials, 'trial')} of {epochs} on {images}, by {sweep.sampler}"
         table.add_row("search", f"{text}: {axes}")
     seeds = ", ".join(map(str, sweep.seeds))
-    images = _range(amount.final_images for amount in amounts)
+    images = _range("image", (amount.final_images for amount in amounts))
     note = ", or ".join(dict.fromkeys(amount.note for amount in amounts))
-    table.add_row(
-        "final runs", f"{len(sweep.seeds)} of {epochs} epochs on {images} images, {note}; seeds {seeds}"
-    )
-    in_all = _range((min(searched) + min(finals), max(searched) + max(finals)))
-    table.add_row("in all", f"{in_all} images trained on")
+    table.add_row("final runs", f"{len(sweep.seeds)} of {epochs} on {images}, {note}; seeds {seeds}")
+    in_all = _range("image", (min(searched) + min(finals), max(searched) + max(finals)))
+    table.add_row("in all", f"{in_all} trained on")
     table.add_row("folder", str(out))
     console.print(table, highlight=False)
 
 
-def _range(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1])))
+def _range(noun: str, values: Iterable[int]) -> str:
+    low, *_, high = 2 * sorted(values)
+    return counted(low, noun) if low == high else f"{low:,} to {counted(high, noun)}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from vpt_fast.counting import counted
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -119,19 +120,24 @@ def sweep(
         found = run_sweep(plan, folder, storage=storage, console=console)
     if not found["finished"]:
         tried = len(found["trials"])
-        console.print(f"Stopped with {tried} combinations tried; the same command goes on from there.")
+        console.print(
+            f"Stopped with {counted(tried, 'combination')} tried; the same command goes on from there."
+        )
         raise typer.Exit(130)
     if best := found["best"]:
         chosen = ", ".join(f"{name} {value}" for name, value in best["params"].items())
         trials, tried = found["num_trials"], len(found["trials"])
-        repeats = "" if tried == trials else f" of {tried} combinations"  # a sampler may choose one again
-        console.print(f"best of {trials} trials{repeats}: {chosen}; val accuracy {best['val_accuracy']:.2%}")
+        # A sampler may choose one again.
+        repeats = "" if tried == trials else f" of {counted(tried, 'combination')}"
+        console.print(
+            f"best of {counted(trials, 'trial')}{repeats}: {chosen}; val accuracy {best['val_accuracy']:.2%}"
+        )
     final = found["final"]
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
     count = len(final["accuracies"])
     lost = f", {len(final['diverged'])} more diverged" if final["diverged"] else ""
-    runs = f"{count} run{'s' * (count != 1)}{lost}, {final['note']}"
+    runs = f"{counted(count, 'run')}{lost}, {final['note']}"
     if final["mean"] is None:
         fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
@@ -183,7 +189,9 @@ def ablate(
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
     if not found["finished"]:
-        console.print(f"Stopped after {len(found['points'])} points; the same command goes on from there.")
+        console.print(
+            f"Stopped after {counted(len(found['points']), 'point')}; the same command goes on from there."
+        )
         raise typer.Exit(130)
     shown = Table("line", "value", "accuracy", "standard deviation")
     for row in found["points"]:

@@ -145,7 +145,7 @@ def no_folder(root):
     ("spoil", "message"),
     [
         (no_folder, "there is no such folder; wanted images/training/NAME.jpg"),
-        (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of the 2 images"),
+        (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of 2 images"),
         (other_size, r"training/1.png: 3×2 pixels; its image .*training/1.jpg has 2×2"),
         (label_out_of_range, "training/1.png: label 7; wanted 0 to 2 of 3 classes, or 255 for no class"),
         (colour_mask, "training/1.png: wanted one whole-number label a pixel"),

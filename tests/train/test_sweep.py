@@ -305,8 +305,8 @@ def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tm
     result = command("sweep", *flags)
     assert result.exit_code == 0, result.output
     for text in (
-        "2 trials of 1 epochs on 27 images, by grid: base_lr 0.5, 0.1",
-        "2 of 1 epochs on 36 images, trained on train and val; seeds 1, 2",
+        "2 trials of 1 epoch on 27 images, by grid: base_lr 0.5, 0.1",
+        "2 of 1 epoch on 36 images, trained on train and val; seeds 1, 2",
         "126 images trained on",  # 2 · 27 + 2 · 36
         "1 trial is left, about",
         "best of 2 trials: base_lr",

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vpt_fast.counting import counted
+
 from .decode import DecodeError, SkippedImage, decode_image, map_threads, transposition_of
 from .folder import IMAGE_EXTENSIONS
 from .images import DataError, read_text, some_names
@@ -135,8 +137,8 @@ def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool
     masks = [folders[1] / f"{path.stem}.png" for path in images]
     if missing := [mask.name for mask in masks if not mask.is_file()]:
         raise DataError(
-            f"{folders[1]}: found no {some_names(missing, '')}; wanted a mask for each of the "
-            f"{len(images)} images"
+            f"{folders[1]}: found no {some_names(missing, '')}; wanted a mask for each of "
+            f"{counted(len(images), 'image')}"
         )
     return SceneList(tuple(images), tuple(masks), classes, no_zero)
 
