@@ -103,19 +103,18 @@ def require_batches(recipe: Recipe, model: TunedModel, num_images: int, world: W
     assert recipe.batch_size is not None, "resolve the recipe first"
     share, own = (math.ceil(count / world.size) for count in (recipe.batch_size, num_images))
     steps = [torch.empty(images, device="meta") for images in {min(share, own), own % share} if images]
-    if not any(len(part) == 1 for step in steps for part in step.chunk(recipe.accumulate)):
+    is_alone = any(len(part) == 1 for step in steps for part in step.chunk(recipe.accumulate))
+    if not is_alone or not moving_norms(model.train()):
         return
-    meta = on_meta(model).train()
-    processes = f" over {world.size} processes" if world.size > 1 else ""
-    if moving_norms(meta):
-        try:
-            meta(torch.empty(1, model.backbone.in_chans, *model.image_size, device="meta"))
-        except ValueError as error:
-            raise ValueError(
-                f"batch_size is {recipe.batch_size} and accumulate {recipe.accumulate}: one of {num_images} "
-                f"training images{processes} is alone, and BatchNorm cannot normalise it ({error}); choose "
-                "another batch_size or accumulate"
-            ) from error
+    try:
+        on_meta(model)(torch.empty(1, model.backbone.in_chans, *model.image_size, device="meta"))
+    except ValueError as error:
+        processes = f" over {world.size} processes" if world.size > 1 else ""
+        raise ValueError(
+            f"batch_size is {recipe.batch_size} and accumulate {recipe.accumulate}: one of {num_images} "
+            f"training images{processes} is alone, and BatchNorm cannot normalise it ({error}); choose "
+            "another batch_size or accumulate"
+        ) from error
 
 
 class TrainStep:

@@ -273,7 +273,7 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Memory of a training step. What is kept is counted in a forward pass on the meta device, in the
         weights' own dtype; temporaries are estimated as three times the largest tensor that is kept or that
         a layer returns."""
-        meta = on_meta(self).train()
+        meta = on_meta(self)
         sizes = [0]
 
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -45,8 +45,8 @@ def test_training_leaves_a_model(method, settings, color_images, tmp_path):
 def convnet_recipe(color_images, **settings) -> Recipe:
     return Recipe(
         data=str(color_images), backbone="resnet10t", method="full", pretrained=False, epochs=1,
-        backbone_arg={"img_size": 32}, warmup_epochs=0, device="cpu", workers=0, tensorboard=False,
-        **settings,
+        backbone_arg={"img_size": 32, "stem_width": 8, "channels": [8, 8, 8, 8]}, warmup_epochs=0,
+        device="cpu", workers=0, tensorboard=False, **settings,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_image_alone_that_batch_norm_cannot_normalise_is_refused(settings, color
 
 def test_image_alone_is_accepted_where_feature_maps_have_more_pixels(color_images):
     recipe = convnet_recipe(color_images, batch_size=13).resolved(num_train_images=27, device_type="cpu")
-    model = build_model(dataclasses.replace(recipe, backbone_arg={"img_size": 64}), 3)
+    model = build_model(dataclasses.replace(recipe, backbone_arg=recipe.backbone_arg | {"img_size": 64}), 3)
     require_batches(recipe, model, 27, World(0, 1, torch.device("cpu")))
 
 
