@@ -98,14 +98,7 @@ def _output(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, 
 
 
 def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
-    changes: dict[str, Any] = {}
-    if recipe.task is None and recipe.batch_size is None:
-        # A point's own default depends on its number of images, and the rate on the batch size: a line
-        # would change its learning rate on the way.
-        num_images = len(Classification().open(recipe, TrainingCache(kept=0)).train)
-        resolved = recipe.resolved(num_train_images=num_images, device_type="cpu")
-        changes = {"batch_size": resolved.batch_size}
-    return {method: {share: {"train_fraction": share, **changes} for share in FRACTIONS}}
+    return {method: {share: {"train_fraction": share} for share in FRACTIONS}}
 
 
 ABLATIONS = {
@@ -188,13 +181,15 @@ def plan_ablation(
     for given in sorted(set(METHOD_KNOBS) - known):
         if settings.get(given) not in (None, defaults[given]):
             raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
-    found = []
+    found, cache = [], TrainingCache()
     for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
         foreign = set(METHOD_KNOBS) - set(parse_method(method).rule.knobs)
         common = {key: value for key, value in settings.items() if key not in foreign} | {"method": method}
         recipe = Recipe.from_dict(common)
+        if "train_fraction" in ablation.varied:
+            common["batch_size"] = _batch_size_of_all_images(recipe, cache)
         for line, values in ablation.points(method, recipe).items():
             label = f"{method}, {line}" if line != method and len(methods) > 1 else line
             for value, changes in values.items():
@@ -209,6 +204,18 @@ def plan_ablation(
                         )
                 found.append(Point(label, value, Sweep(merged, axes, tuple(seeds))))
     return found
+
+
+def _batch_size_of_all_images(recipe: Recipe, cache: TrainingCache) -> int | None:
+    """What points with fewer images are to have too; None if it does not depend on their number. By a point's
+    own default, the learning rate, which depends on the batch size, would differ between points.
+
+    Raises ValueError if the data cannot be opened.
+    """
+    if recipe.task is not None or recipe.batch_size is not None:
+        return recipe.batch_size
+    num_images = len(Classification().open(recipe, cache).train)
+    return recipe.resolved(num_train_images=num_images, device_type="cpu").batch_size
 
 
 def default_ablation_folder(name: str, points: Sequence[Point]) -> Path:
