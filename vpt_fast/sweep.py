@@ -46,7 +46,7 @@ from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
 from vpt_fast.setting_values import read_yaml
-from vpt_fast.step import graph_obstacle
+from vpt_fast.step import graph_obstacle, require_batches
 from vpt_fast.sweep_settings import Params, Sweep
 from vpt_fast.trials import (
     Display,
@@ -59,7 +59,7 @@ from vpt_fast.trials import (
     params_of,
     saving_studies,
 )
-from vpt_fast.world import find_device
+from vpt_fast.world import World, find_device
 
 if TYPE_CHECKING:
     import optuna
@@ -203,7 +203,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     """
     device = find_device(sweep.first_recipe.device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
-    others = ("precision", "accumulate", "cuda_graph")
+    others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
     seen = set()
     with sharing_backbones({}):
@@ -214,7 +214,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
                 continue
             seen.add(key)
             try:
-                _require_trial(recipe, device, cache)
+                _require_trial(sweep, recipe, device, cache)
             except ValueError as error:
                 blamed = ", ".join(f"{name} is {point[name]}" for name in point if name in looked_at)
                 if not blamed:  # all trials share the cause
@@ -222,15 +222,19 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
                 raise ValueError(f"over: {blamed}, which no trial can have: {error}") from None
 
 
-def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -> None:
+def _require_trial(sweep: Sweep, recipe: Recipe, device: torch.device, cache: TrainingCache) -> None:
     problem = Classification()
     splits = problem.open(recipe, cache)
-    recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    graph_obstacle(recipe, device, 1, problem.graph_obstacle)  # raises if the requested graph is impossible
-    model = build_model_without_values(recipe, len(splits.classes))
+    resolved = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
+    graph_obstacle(resolved, device, 1, problem.graph_obstacle)  # raises if the requested graph is impossible
+    model = build_model_without_values(resolved, len(splits.classes))
     if model is not None:
-        require_attention(recipe, model, device)
-        problem.preprocessing(recipe, model)
+        require_attention(resolved, model, device)
+        problem.preprocessing(resolved, model)
+        amount = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache)
+        for num_images in (amount.trial_images, amount.final_images):
+            resolved = recipe.resolved(num_train_images=num_images, device_type=device.type)
+            require_batches(resolved, model, num_images, World(0, 1, device))
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
