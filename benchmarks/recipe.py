@@ -6,7 +6,7 @@ measures training steps and inference batches of each implementation in turn, an
 protocol's sweep of 40 points and its five runs, labelled as such. Then it trains on JPEG files that it writes
 into a temporary folder, with the pixels kept on the device, and with processes that decode them in every
 epoch; and compares both with the same steps on one batch that is on the device already. It prints tables and
-writes results/recipe-<setting>-<device>-<date>.json next to this file.
+writes results/recipe-<setting>-<device>-<date>.json next to this file; the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from implementations import (
 from measure import Contender
 from operations import choose_device, verdict
 from PIL import Image
-from reports import listed, make_header, one_of, output_path, require_model, write_report
+from reports import Fresh, Report, listed, make_header, one_of, output_path, require_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +47,8 @@ from torch import Tensor
 
 from vpt_fast.data import Batches, ImageList, Preprocessing, check_images
 from vpt_fast.data.decode import default_workers
+
+TASK = "task"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,17 @@ class Row:
     measured: Measured | None = None
     extrapolated: Extrapolated | None = None
     ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.measured, dict):  # from a results file
+            self.measured = Measured(**self.measured)
+        if isinstance(self.extrapolated, dict):
+            self.extrapolated = Extrapolated(**self.extrapolated)
+
+    @property
+    def case(self) -> str:
+        """The one case of a file: all implementations run in turns."""
+        return TASK
 
 
 @dataclass(frozen=True)
@@ -404,10 +417,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON file, replaced if it is there; default: results/recipe-<setting>-<device>-<date>.json"
-        ),
+        typer.Option(help="JSON file; default: results/recipe-<setting>-<device>-<date>.json"),
     ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Measure what a VTAB-style task costs, and what loading its images adds."""
     where = choose_device(device)
@@ -438,36 +450,40 @@ def main(
         f"{repeats * steps} training steps and {3 * min(repeats, 3)} short epochs each"
     )
     start = make_start(setting, where)
+    size = start.image_size
+    settings = {
+        **asdict(setting), "image_size": size[0], "protocol": asdict(protocol), "implementations": names,
+        "repeats": repeats, "steps": steps, "epoch_steps": epoch_steps, "workers": workers,
+    }  # fmt: skip
+    report = Report(path, header | settings, Row, [TASK], fresh)
+    console.print(report.describe(), soft_wrap=True)
     contenders = [require_built(name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
-    size = start.image_size
-    report = {**header, **asdict(setting), "image_size": size[0], "protocol": asdict(protocol)}
-
-    def write(rows: list[Row], loading: list[Loading], decode_seconds: float | None) -> None:
-        found = [asdict(row) for row in rows], [asdict(way) for way in loading]
-        ends = {"end_to_end": found[1], "decode_seconds": decode_seconds}
-        write_report({**report, "rows": found[0], **ends}, path)
 
     with console.status("gradients against float64") as status:
-        check_gradients(contenders, start)
-        measured = time_batches(contenders, *random, repeats=repeats, steps=steps, progress=status.update)
-        rows = make_rows(contenders, measured, protocol, setting)
-        write(rows, [], None)
-        right = [
-            contender for contender, row in zip(contenders, rows, strict=True) if row.exact and row.measured
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            status.update("writing images")
-            images = write_images(Path(folder), epoch_steps * setting.batch_size)
-            loading, decode_seconds = measure_loading(
-                right, setting, images,
-                Preprocessing.for_model(resolve_model_data_config(start.backbone), size),
-                random, workers=workers, repeats=min(repeats, 3), progress=status.update,
-            )  # fmt: skip
-    for table in make_tables(rows, loading, setting):
+        if not report.rows:
+            check_gradients(contenders, start)
+            measured = time_batches(contenders, *random, repeats=repeats, steps=steps, progress=status.update)
+            report.replace(TASK, make_rows(contenders, measured, protocol, setting))
+        right = [row.impl for row in report.rows if row.exact and row.measured]
+
+        def load() -> list[dict[str, Any]]:
+            with tempfile.TemporaryDirectory() as folder:
+                status.update("writing images")
+                images = write_images(Path(folder), epoch_steps * setting.batch_size)
+                loading, decode_seconds = measure_loading(
+                    [contender for contender in contenders if contender.name in right], setting, images,
+                    Preprocessing.for_model(resolve_model_data_config(start.backbone), size),
+                    random, workers=workers, repeats=min(repeats, 3), progress=status.update,
+                )  # fmt: skip
+            console.print(f"{len(images)} images decoded once in {decode_seconds:.1f} s")
+            report.once("decode_seconds", lambda: decode_seconds)
+            return [asdict(way) for way in loading]
+
+        loading = [Loading(**way) for way in report.once("end_to_end", load)]
+        report.write()
+    for table in make_tables(report.rows, loading, setting):
         console.print(table)
-    console.print(f"{len(images)} images decoded once in {decode_seconds:.1f} s")
-    write(rows, loading, decode_seconds)
     console.print(f"written: {path}")
 
 

@@ -49,7 +49,7 @@ MEMORY = ("exact", "compact", "recompute")
 `ALIKE` are the peers that are spared launches, as `OURS` are, or recompute, as memory "recompute" does. The
 peer that is compiled under autocast was the slower one on an H200, and takes longest of all to compile.
 `BETWEEN` is wider and deeper than `SMALLEST` and otherwise the same: "exact" has to do, without a profile."""
-GO_ON = tuple(f"benchmarks/{name}.py" for name in ("attention", "kernels", "throughput", "tune"))
+GO_ON = tuple(f"benchmarks/{name}.py" for name in ("attention", "kernels", "recipe", "throughput", "tune"))
 """What does not measure again the rows that its results file has, unless it gets --fresh."""
 MOST_AT_ONCE = 16  # concurrent processes, a core each
 TAIL_LINES = 40

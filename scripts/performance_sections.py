@@ -194,7 +194,7 @@ def recipe_section(report: Report) -> str:
         ),
         table(flat, task),
     ]
-    if content["end_to_end"]:
+    if content.get("end_to_end"):  # not there yet if it was interrupted
         text += [
             "Measured end to end, including data loading, on JPEG files of 400×300 pixels:",
             table(content["end_to_end"], loading),

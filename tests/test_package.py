@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files", "free_memory", "data_names"],
+    "files": ["files", "free_memory", "data_names", "counting"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
@@ -175,7 +175,8 @@ for words in (
     "eval nowhere --data=.", "eval . --data=nowhere", "predict nowhere x.jpg", "plot tsne nowhere --data=.",
     f"plot tsne . --data=. --out={out}", f"table . --out={out}", "data check nowhere",
     f"import-prompts nowhere --backbone=x --out=x", f"export-prompts . --out={out}",
-    "sweep --backbone=x --seeds=x", "ablate length --seeds=x",
+    "sweep --backbone=x --seeds=x", "sweep --data=. --backbone=x --over=momentum=2",
+    "sweep --data=. --backbone=x --sampler=tpe", "ablate length --seeds=x",
 ):
     ended = CliRunner().invoke(app, words.split())
     assert ended.exit_code == 2 and ended.stderr.startswith("error: "), (words, ended.output)

@@ -95,7 +95,7 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
     result = CliRunner().invoke(app, [*flags.split(), "--implementations", names, "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "extrapolated from 2 measured steps" in result.output
-    report = reports.read_own(output, recipe.Row)  # as the next run reads it, which may replace it
+    report = reports.read_own(output, recipe.Row)  # as the next run reads it, which goes on with it
     assert [row["impl"] for row in report["rows"]] == names.split(",")
     for row in report["rows"]:
         assert row["exact"] and row["measured"]["train_steps"] == 1
@@ -105,6 +105,28 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
     assert ways == [(name, *way) for name in names.split(",") for way in (("resident", 0), ("decoded", 1))]
     for way in report["end_to_end"]:
         assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
+
+
+def test_what_an_interrupted_command_has_left_is_measured_alone(tmp_path: Path, monkeypatch) -> None:
+    output, measured = tmp_path / "recipe.json", []
+    run, load = recipe.time_batches, recipe.measure_loading
+    monkeypatch.setattr(recipe, "time_batches", lambda *a, **k: measured.append("steps") or run(*a, **k))
+
+    def interrupted(*arguments, **options):
+        measured.append("loading")
+        if measured.count("loading") == 1:
+            raise KeyboardInterrupt
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(recipe, "measure_loading", interrupted)
+    app = recipe.typer.Typer()
+    app.command()(recipe.main)
+    flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1"
+    flags = [*flags.split(), "--implementations", "vpt_fast", "--output", str(output)]
+    codes = [CliRunner().invoke(app, flags).exit_code for _ in range(3)]
+    assert codes == [130, 0, 0] and measured == ["steps", "loading", "loading"]
+    result = CliRunner().invoke(app, [*flags, "--repeats", "2"])
+    assert result.exit_code == 2 and "--fresh to replace" in " ".join(result.output.split())
 
 
 def test_a_setting_s_slug_has_all_of_it() -> None:

@@ -23,6 +23,7 @@ from vpt_fast.backbones.creation import without_values
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
+from vpt_fast.classification import Classification
 from vpt_fast.files import remove_unfinished
 from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
@@ -162,8 +163,8 @@ def plan_ablation(
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: there is no such ablation, a given setting is one that it varies or searches, or a point
-            refuses a setting.
+        ValueError: there is no such ablation, a given setting is one that it varies or searches, a point
+            refuses a setting, or for data-size without a task and batch_size, the data cannot be opened.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -180,13 +181,15 @@ def plan_ablation(
     for given in sorted(set(METHOD_KNOBS) - known):
         if settings.get(given) not in (None, defaults[given]):
             raise ValueError(f"{given} is given; of {', '.join(chosen)} none has it, leave it out")
-    found = []
+    found, cache = [], TrainingCache()
     for method in chosen:
         if name == "location" and method not in LOCATIONS:
             raise ValueError(f"methods: {method!r} has no locations; wanted {' or '.join(LOCATIONS)}")
         foreign = set(METHOD_KNOBS) - set(parse_method(method).rule.knobs)
         common = {key: value for key, value in settings.items() if key not in foreign} | {"method": method}
         recipe = Recipe.from_dict(common)
+        if "train_fraction" in ablation.varied:
+            common["batch_size"] = _batch_size_of_all_images(recipe, cache)
         for line, values in ablation.points(method, recipe).items():
             label = f"{method}, {line}" if line != method and len(methods) > 1 else line
             for value, changes in values.items():
@@ -201,6 +204,18 @@ def plan_ablation(
                         )
                 found.append(Point(label, value, Sweep(merged, axes, tuple(seeds))))
     return found
+
+
+def _batch_size_of_all_images(recipe: Recipe, cache: TrainingCache) -> int | None:
+    """What points with fewer images are to have too; None if it does not depend on their number. By a point's
+    own default, the learning rate, which depends on the batch size, would differ between points.
+
+    Raises ValueError if the data cannot be opened.
+    """
+    if recipe.task is not None or recipe.batch_size is not None:
+        return recipe.batch_size
+    num_images = len(Classification().open(recipe, cache).train)
+    return recipe.resolved(num_train_images=num_images, device_type="cpu").batch_size
 
 
 def default_ablation_folder(name: str, points: Sequence[Point]) -> Path:
@@ -229,6 +244,9 @@ def run_ablation(
         except ValueError as error:
             raise ValueError(f"{point.line}, {ablation.x_label} {point.value}: {error}") from None
     console.print(f"{ablation.title} (the paper's {ablation.figure}): {len(points)} points", highlight=False)
+    sizes = {point.line: point.sweep.settings.get("batch_size") for point in points}
+    if given := ", ".join(f"{size} ({line})" for line, size in sizes.items() if size is not None):
+        console.print(f"Batch size at every point of a line: {given}", highlight=False)
     rows: list[dict[str, Any]] = []
     for point in points:
         console.rule(f"{point.line}: {ablation.x_label} {point.value}")

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
+from vpt_fast.counting import counted
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -112,7 +113,7 @@ def train(
         for name, called in (("miou", "mIoU"), ("accuracy", "accuracy"))
         if (value := result.results.get(f"{split}_{name}")) is not None
     ]
-    console.print(f"{', '.join(found) or 'done'} after {epochs} epochs; run folder {result.path}")
+    console.print(f"{', '.join(found) or 'done'} after {counted(epochs, 'epoch')}; run folder {result.path}")
 
 
 @app.command("eval")
@@ -178,7 +179,9 @@ def evaluate(
     console.print(table)
     for image in found.skipped:
         console.print(f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}")
-    console.print(f"{split} accuracy {found.evaluation.accuracy:.2%} ({sum(found.evaluation.images)} images)")
+    console.print(
+        f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(sum(found.evaluation.images), 'image')})"
+    )
 
 
 def _names(header: str) -> Column:
@@ -209,8 +212,8 @@ def _evaluate_scenes(
     console = OutputConsole()
     console.print(table)
     console.print(
-        f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} ({found['images']} images"
-        f"{', multi-scale' if multi_scale else ''})"
+        f"val mIoU {found['miou']:.2%}, pixel accuracy {found['accuracy']:.2%} "
+        f"({counted(found['images'], 'image')}{', multi-scale' if multi_scale else ''})"
     )
 
 

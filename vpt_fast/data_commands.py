@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vpt_fast.counting import counted
 from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors, require_folder
 
 if TYPE_CHECKING:  # torch: imported by the commands
@@ -134,7 +135,7 @@ def prepare(
         console.print(f"{chosen.name}: {total:,} images from {source}", highlight=False)
         with progress_bar(console, "writing", total) as advance:
             prepared = prepare_task(chosen, source, out, data_root=data_root, progress=advance)
-    console.print(f"{prepared.images:,} images: {prepared.folder}", highlight=False)
+    console.print(f"{counted(prepared.images, 'image')}: {prepared.folder}", highlight=False)
     if not prepared.is_published:
         console.print(
             "The training images are a choice of the same form, not those that VTAB-1k published: "

@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from vpt_fast.backbones.resolve import Origin, hub_repository
 from vpt_fast.backbones.sources import said_by_hub
+from vpt_fast.counting import counted
 
 CARD_FILE = "README.md"
 
@@ -61,7 +62,7 @@ def model_card(
 
 # {repo_id}
 
-A `{model}` of vpt_fast for {num_classes} classes, on {of}. {held}
+A `{model}` of vpt_fast for {counted(num_classes, "class", "classes")}, on {of}. {held}
 
 ```python
 import vpt_fast

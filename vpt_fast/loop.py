@@ -44,7 +44,15 @@ from vpt_fast.resume import (
 )
 from vpt_fast.run import Checkpoint, RunError, RunFolder
 from vpt_fast.segmentation import Segmentation
-from vpt_fast.step import TrainStep, build_optimizer, captures_steps, load_optimizer, optimizer_tensors
+from vpt_fast.step import (
+    TrainStep,
+    build_optimizer,
+    captures_steps,
+    load_optimizer,
+    moving_norms,
+    optimizer_tensors,
+    require_batches,
+)
 from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World, join_world
 
@@ -145,6 +153,7 @@ def train(
             splits, train=train_images.images, val=None if val_images is None else val_images.images
         )
         require_same_lists(recipe, splits, world)
+        require_batches(recipe, model, len(splits.train), world)
         used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
@@ -223,6 +232,8 @@ def train(
             totals = train_epoch(epoch, step, train_batches, recipe, world, stop, progress)
             if totals is None:  # asked to stop: the incomplete epoch is dropped
                 break
+            for norm in moving_norms(network):  # each process's are of its own images
+                world.average(b for b in norm.buffers() if b.is_floating_point())
             seconds = time.perf_counter() - started + feature_seconds
             feature_seconds = 0.0
 

@@ -9,6 +9,7 @@ import typer
 import yaml
 from rich.markup import escape
 
+from vpt_fast.counting import counted
 from vpt_fast.flags import PATH, DebugFlag, OutputConsole, one_line_errors, require_place
 from vpt_fast.recipe import Recipe
 from vpt_fast.setting_values import yaml_value
@@ -83,10 +84,12 @@ def import_prompts(
         model.save_pretrained(out)
     console = OutputConsole()
     settings = model.prompt_settings
+    kind, number = f"{settings.prompt_type} prompt", settings.num_prompts
+    prompts = f"added {kind}s" if number is None else counted(number, kind)
     console.print(
         escape(
-            f"{out}: {settings.num_prompts or 'added'} {settings.prompt_type} prompts, "
-            f"{model.num_classes} classes, pool {model.pool or 'of the backbone'}"
+            f"{out}: {prompts}, {counted(model.num_classes, 'class', 'classes')}, "
+            f"pool {model.pool or 'of the backbone'}"
         ),
         highlight=False,
     )

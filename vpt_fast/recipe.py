@@ -258,7 +258,10 @@ class Recipe:
         "64 if it would exceed the number of training images and there is no --task",
     )
     accumulate: int = _knob(
-        1, "Split each batch into this many parts to save memory; the gradient is the same.", OPTIMISATION
+        1,
+        "Split each batch into this many parts to save memory; the gradient is the same, except where "
+        "BatchNorm is trained (full and partial on a ConvNet): it normalises each part by itself.",
+        OPTIMISATION,
     )
     optimizer: Literal["sgd", "adamw"] | None = _knob(
         None,

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
+from vpt_fast.counting import counted
 from vpt_fast.data import SceneSplits, SkippedImage, Splits
 from vpt_fast.free_memory import free_bytes
 from vpt_fast.recipe import Recipe
@@ -65,7 +66,7 @@ def print_start(
     table.add_row("images", images_text)
     table.add_row(
         "schedule",
-        f"{recipe.epochs} epochs of {steps} steps, batch {batch}{parts}, "
+        f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, batch {batch}{parts}, "
         f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
     )
     table.add_row("device", f"{device_name(world.device)}{processes}")
@@ -83,7 +84,7 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
     """Prints the number of images that were left out, and the first few by name."""
     if not skipped:
         return
-    console.print(f"{len(skipped)} images cannot be read and are left out:", style="yellow")
+    console.print(f"{counted(len(skipped), 'image')} cannot be read and will be left out:", style="yellow")
     for image in skipped[:NAMES_SHOWN]:
         console.print(f"  {image.path}: {image.reason}", highlight=False)
     if len(skipped) > NAMES_SHOWN:
@@ -128,8 +129,8 @@ def computing_features(
     """Says what the frozen features of `total` images cost; then a progress bar. `on_features` is called with
     the number of images that are done and with `total`."""
     console.print(
-        f"Computing the frozen features of {total:,} images once, {filesize.decimal(num_bytes)} on {device}; "
-        "epochs then train on these.",
+        f"Computing the frozen features of {counted(total, 'image')} once, {filesize.decimal(num_bytes)} on "
+        f"{device}; epochs then train on these.",
         highlight=False,
     )
     done = 0

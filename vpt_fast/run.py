@@ -33,6 +33,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from vpt_fast.counting import counted
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
@@ -200,7 +201,7 @@ class RunFolder:
             done = checkpoint.epochs_done
         rows = self._read_metrics()[:done] if done else []
         if len(rows) < done:
-            raise RunError(f"{self.metrics} has {len(rows)} of {done} epochs; {_NOT_OURS}")
+            raise RunError(f"{self.metrics} has {len(rows)} of {counted(done, 'epoch')}; {_NOT_OURS}")
         return Begun(recipe, facts, rows, checkpoint, results)
 
     def _read_metrics(self) -> list[dict[str, Any]]:

@@ -118,9 +118,10 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
         classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
         mask, overlay = _files_of(path, out)
-        # The mask last: after a kill, no mask is without its overlay, by which the next call recognises it.
-        plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
-        _write_mask(classes, first, len(labels.classes), mask)
+        # Both are complete before the first takes its place: one alone is no prediction to be replaced.
+        with replacing(mask) as temporary:
+            _write_mask(classes, first, len(labels.classes), temporary)
+            plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
         shares = np.bincount(classes.ravel(), minlength=len(labels.classes)) / classes.size
         order = [index for index in np.argsort(-shares) if shares[index] > 0]
         answer["mask"], answer["overlay"] = str(mask), str(overlay)
@@ -155,10 +156,11 @@ def require_masks_folder(images: Sequence[Path], out: Path) -> None:
             if path in written:
                 raise ValueError(f"images {written[path]} and {image} would both be written to {path.name}")
             written[path] = image
-        if mask.exists() and not overlay.exists():
+        there, lacking = (mask, overlay) if mask.exists() else (overlay, mask)
+        if there.exists() and not lacking.exists():
             raise ValueError(
-                f"out is {out}, where the mask of {image} would replace {mask.name}, which is no earlier "
-                f"prediction: {overlay.name} is not beside it; choose another folder"
+                f"out is {out}, where the prediction for {image} would replace {there.name}, which is no "
+                f"earlier prediction: {lacking.name} is not beside it; choose another folder, or remove it"
             )
 
 
@@ -168,5 +170,4 @@ def _write_mask(classes: np.ndarray, first: int, num_classes: int, path: Path) -
     palette = np.zeros((256, 3), np.uint8)
     palette[first : first + num_classes] = class_colors(num_classes)
     image.putpalette(palette.ravel().tolist())
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    image.save(path, format="PNG")

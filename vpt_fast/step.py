@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vpt_fast.backbones.layers import on_meta
 from vpt_fast.graphed import CaptureError, GradientAverage, GraphedStep
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Objective
@@ -89,6 +91,31 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
 def _parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
     """By the indices that the optimizer's state has."""
     return [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def moving_norms(model: nn.Module) -> list[nn.Module]:
+    """The BatchNorms of a model in train mode that normalise by the batch and update their statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+
+def require_batches(recipe: Recipe, model: TunedModel, num_images: int, world: World) -> None:
+    """Raises ValueError if BatchNorm cannot normalise a part of a batch, which takes more than one value per
+    channel: an image alone has one where a feature map is a single pixel."""
+    assert recipe.batch_size is not None, "resolve the recipe first"
+    share, own = (math.ceil(count / world.size) for count in (recipe.batch_size, num_images))
+    steps = [torch.empty(images, device="meta") for images in {min(share, own), own % share} if images]
+    is_alone = any(len(part) == 1 for step in steps for part in step.chunk(recipe.accumulate))
+    if not is_alone or not moving_norms(model.train()):
+        return
+    try:
+        on_meta(model)(torch.empty(1, model.backbone.in_chans, *model.image_size, device="meta"))
+    except ValueError as error:
+        processes = f" over {world.size} processes" if world.size > 1 else ""
+        raise ValueError(
+            f"batch_size is {recipe.batch_size} and accumulate {recipe.accumulate}: one of {num_images} "
+            f"training images{processes} is alone, and BatchNorm cannot normalise it ({error}); choose "
+            "another batch_size or accumulate"
+        ) from error
 
 
 class TrainStep:

@@ -39,17 +39,17 @@ from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
+from vpt_fast.counting import counted
 from vpt_fast.data import find_task
 from vpt_fast.files import remove_unfinished
 from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
 from vpt_fast.setting_values import read_yaml
-from vpt_fast.step import graph_obstacle
-from vpt_fast.sweep_settings import Sweep
+from vpt_fast.step import graph_obstacle, require_batches
+from vpt_fast.sweep_settings import Params, Sweep
 from vpt_fast.trials import (
     Display,
-    Params,
     Stopped,
     Worker,
     find_pruner,
@@ -59,7 +59,7 @@ from vpt_fast.trials import (
     params_of,
     saving_studies,
 )
-from vpt_fast.world import find_device
+from vpt_fast.world import World, find_device
 
 if TYPE_CHECKING:
     import optuna
@@ -203,7 +203,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     """
     device = find_device(sweep.first_recipe.device)
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
-    others = ("precision", "accumulate", "cuda_graph")
+    others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
     seen = set()
     with sharing_backbones({}):
@@ -214,7 +214,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
                 continue
             seen.add(key)
             try:
-                _require_trial(recipe, device, cache)
+                _require_trial(sweep, recipe, device, cache)
             except ValueError as error:
                 blamed = ", ".join(f"{name} is {point[name]}" for name in point if name in looked_at)
                 if not blamed:  # all trials share the cause
@@ -222,15 +222,19 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
                 raise ValueError(f"over: {blamed}, which no trial can have: {error}") from None
 
 
-def _require_trial(recipe: Recipe, device: torch.device, cache: TrainingCache) -> None:
+def _require_trial(sweep: Sweep, recipe: Recipe, device: torch.device, cache: TrainingCache) -> None:
     problem = Classification()
     splits = problem.open(recipe, cache)
-    recipe = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    graph_obstacle(recipe, device, problem.graph_obstacle)  # raises if the requested graph is impossible
-    model = build_model_without_values(recipe, len(splits.classes))
+    resolved = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
+    graph_obstacle(resolved, device, problem.graph_obstacle)  # raises if the requested graph is impossible
+    model = build_model_without_values(resolved, len(splits.classes))
     if model is not None:
-        require_attention(recipe, model, device)
-        problem.preprocessing(recipe, model)
+        require_attention(resolved, model, device)
+        problem.preprocessing(resolved, model)
+        amount = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache)
+        for num_images in (amount.trial_images, amount.final_images):
+            resolved = recipe.resolved(num_train_images=num_images, device_type=device.type)
+            require_batches(resolved, model, num_images, World(0, 1, device))
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
@@ -405,7 +409,7 @@ def _print_plan(
     console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
 ) -> None:
     """Prints the numbers of runs, epochs and images, as ranges if they depend on the searched settings."""
-    epochs = _range(amount.epochs for amount in amounts)
+    epochs = _range("epoch", (amount.epochs for amount in amounts))
     trials = [amount.epochs * amount.trial_images for amount in amounts]
     finals = [len(sweep.seeds) * amount.epochs * amount.final_images for amount in amounts]
     searched = [sweep.num_trials * images for images in (min(trials), max(trials))]
@@ -414,24 +418,22 @@ def _print_plan(
     table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
     if sweep.axes:
         axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
-        images = _range(amount.trial_images for amount in amounts)
-        text = f"{sweep.num_trials} trials of {epochs} epochs on {images} images, by {sweep.sampler}"
+        images = _range("image", (amount.trial_images for amount in amounts))
+        text = f"{counted(sweep.num_trials, 'trial')} of {epochs} on {images}, by {sweep.sampler}"
         table.add_row("search", f"{text}: {axes}")
     seeds = ", ".join(map(str, sweep.seeds))
-    images = _range(amount.final_images for amount in amounts)
+    images = _range("image", (amount.final_images for amount in amounts))
     note = ", or ".join(dict.fromkeys(amount.note for amount in amounts))
-    table.add_row(
-        "final runs", f"{len(sweep.seeds)} of {epochs} epochs on {images} images, {note}; seeds {seeds}"
-    )
-    in_all = _range((min(searched) + min(finals), max(searched) + max(finals)))
-    table.add_row("in all", f"{in_all} images trained on")
+    table.add_row("final runs", f"{len(sweep.seeds)} of {epochs} on {images}, {note}; seeds {seeds}")
+    in_all = _range("image", (min(searched) + min(finals), max(searched) + max(finals)))
+    table.add_row("in all", f"{in_all} trained on")
     table.add_row("folder", str(out))
     console.print(table, highlight=False)
 
 
-def _range(values: Iterable[int]) -> str:
-    found = sorted(set(values))
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1])))
+def _range(noun: str, values: Iterable[int]) -> str:
+    low, *_, high = 2 * sorted(values)
+    return counted(low, noun) if low == high else f"{low:,} to {counted(high, noun)}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from vpt_fast.counting import counted
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -106,31 +107,37 @@ def sweep(
     with one_line_errors(debug):
         settings = given_settings(config, flags)
         final_seeds = parse_seeds(seeds)
-        from vpt_fast.sweep import default_sweep_folder, run_sweep
         from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 
         axes = parse_axes(over or (), settings)
         recipe = Recipe.from_dict({**first_backbone(axes), **settings})
         axes = axes or default_axes(recipe)
         plan = Sweep(settings, axes, final_seeds, sampler, trials, pruner)
+        from vpt_fast.sweep import default_sweep_folder, run_sweep
+
         folder = out or default_sweep_folder(recipe)
         console = LastingConsole()
         found = run_sweep(plan, folder, storage=storage, console=console)
     if not found["finished"]:
         tried = len(found["trials"])
-        console.print(f"Stopped with {tried} combinations tried; the same command goes on from there.")
+        console.print(
+            f"Stopped with {counted(tried, 'combination')} tried; the same command goes on from there."
+        )
         raise typer.Exit(130)
     if best := found["best"]:
         chosen = ", ".join(f"{name} {value}" for name, value in best["params"].items())
         trials, tried = found["num_trials"], len(found["trials"])
-        repeats = "" if tried == trials else f" of {tried} combinations"  # a sampler may choose one again
-        console.print(f"best of {trials} trials{repeats}: {chosen}; val accuracy {best['val_accuracy']:.2%}")
+        # A sampler may choose one again.
+        repeats = "" if tried == trials else f" of {counted(tried, 'combination')}"
+        console.print(
+            f"best of {counted(trials, 'trial')}{repeats}: {chosen}; val accuracy {best['val_accuracy']:.2%}"
+        )
     final = found["final"]
     deviation = final["standard_deviation"]
     spread = "" if deviation is None else f" ± {deviation:.2%} (standard deviation, n - 1)"
     count = len(final["accuracies"])
     lost = f", {len(final['diverged'])} more diverged" if final["diverged"] else ""
-    runs = f"{count} run{'s' * (count != 1)}{lost}, {final['note']}"
+    runs = f"{counted(count, 'run')}{lost}, {final['note']}"
     if final["mean"] is None:
         fail(f"every final run diverged: {'; '.join(dict.fromkeys(final['diverged'].values()))}", 1)
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
@@ -182,7 +189,9 @@ def ablate(
         console = LastingConsole()
         found = run_ablation(name, points, folder, console=console)
     if not found["finished"]:
-        console.print(f"Stopped after {len(found['points'])} points; the same command goes on from there.")
+        console.print(
+            f"Stopped after {counted(len(found['points']), 'point')}; the same command goes on from there."
+        )
         raise typer.Exit(130)
     shown = Table("line", "value", "accuracy", "standard deviation")
     for row in found["points"]:

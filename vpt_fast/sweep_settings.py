@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vpt_fast.data import find_task
 from vpt_fast.method_rules import parse_method
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.setting_values import yaml_value
-from vpt_fast.trials import Params
 
 # The grids of the paper's appendix and of KMnP/vpt, for SGD and for methods that use AdamW.
 SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
@@ -30,12 +28,18 @@ PRUNERS = ("none", "median", "hyperband")
 SET_BY_SWEEP = ("train_on", "test")
 NOT_SEARCHED = ("task", "train_on", "val_fraction", "backbone_arg", "seed")
 
+Params = dict[str, Any]  # settings that are searched: name to value
+
 
 def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     """The paper's grid for a recipe's method: setting -> values."""
     if parse_method(recipe.method).rule.optimizer == "adamw":
         return {"base_lr": ADAMW_RATES}
-    is_fgvc = recipe.task not in (None, SEGMENTATION) and find_task(recipe.task).suite == "fgvc"
+    is_fgvc = False
+    if recipe.task not in (None, SEGMENTATION):
+        from vpt_fast.data import find_task  # imports torch, which a refused --over does not need
+
+        is_fgvc = find_task(recipe.task).suite == "fgvc"
     return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
 
 

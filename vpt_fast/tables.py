@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vpt_fast.counting import counted
 from vpt_fast.data import TASKS
 from vpt_fast.entries import Entry
 from vpt_fast.methods import stores_backbone
@@ -183,7 +184,7 @@ def _summary(rows: list[Row]) -> Lines:
     for row in rows:
         tasks = len(row.entries)
         paper = PAPER_TOTALS.get(row.method) if row.is_papers else None
-        of_tasks = f"{tasks} task{'s' * (tasks != 1)}"
+        of_tasks = counted(tasks, "task")
         cells: Lines = [[row.name, f"{row.total:.2f}× of {of_tasks}"], ["published"], ["difference"]]
         cells[1].append(MISSING if paper is None else f"{paper:.2f}× of 24 tasks")
         cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and tasks == 24 else MISSING)

@@ -26,6 +26,7 @@ from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
+from vpt_fast.sweep_settings import Params
 
 if TYPE_CHECKING:
     import optuna
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS, GRACE_SECONDS = 60, 300  # of trials on other machines
 POLL_SECONDS = 2.0
-
-Params = dict[str, Any]
 
 
 class Stopped(Exception):

@@ -75,6 +75,7 @@ class _Built(type):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            model.train()  # as any new module of PyTorch is; parts of the backbone have been set otherwise
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         return model
 

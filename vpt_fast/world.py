@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +39,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    @torch.no_grad()
+    def average(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replaces each of ``tensors`` by its mean over all processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                tensor.copy_(self.sum(tensor) / self.size)
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process."""
         if self.size == 1:
@@ -67,7 +74,8 @@ class World:
         if self.size == 1:
             yield network
             return
-        # No buffer changes in training: windows' index tables, frozen BatchNorm statistics.
+        # No step reads a buffer that changes: a trained BatchNorm's statistics are read in evaluation alone,
+        # before which the loop averages them.
         with warnings.catch_warnings():  # torch 2.14 has another name for it, which 2.11 does not know
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
             parallel = DistributedDataParallel(network, broadcast_buffers=False)

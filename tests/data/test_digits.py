@@ -98,7 +98,7 @@ def test_folder_with_files_of_others_is_refused_and_untouched(digits, tmp_path, 
         shutil.copy(digits / "digits.json", tmp_path)
     (tmp_path / "thesis.tex").write_text("chapter 1")
     before = snapshot(tmp_path)
-    with pytest.raises(DataError, match=r"holds 1 files that are not the digits', such as thesis\.tex"):
+    with pytest.raises(DataError, match=r"holds 1 file not of the digits, such as thesis\.tex"):
         export_digits(tmp_path, seed=0)
     assert snapshot(tmp_path) == before
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vpt_fast.data import DataError, check_scenes, open_scenes
 from vpt_fast.data.scenes import IGNORED, read_mask, read_scene
@@ -42,6 +42,29 @@ def test_splits_hold_the_images_with_their_masks(scenes):
     assert [p.name for p in found.train.masks] == ["0.png", "1.png"]
     image, mask = read_scene(found.val, 0)
     assert image.size == (3, 2) and mask.tolist() == [[0, 1, 2], [IGNORED, 2, 1]]
+
+
+def turn(path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_image_that_is_turned_and_keeps_its_size_is_refused_by_name(scenes, orientation):
+    turn(scenes / "images/training/1.jpg", orientation)
+    with pytest.raises(
+        DataError, match=r"images/training/1\.jpg: its EXIF orientation turns it.*training/1\.png"
+    ):
+        check_scenes(open_scenes(scenes).train, workers=0)
+
+
+def test_mask_of_the_size_of_the_turned_image_is_accepted(scenes):
+    Image.new("RGB", (2, 3)).save(scenes / "images/training/1.jpg")
+    turn(scenes / "images/training/1.jpg", 6)
+    assert len(check_scenes(open_scenes(scenes).train, workers=0).images) == 2
 
 
 def test_names_of_ade20k_come_from_its_own_file_and_label_0_is_no_class(scenes):
@@ -122,7 +145,7 @@ def no_folder(root):
     ("spoil", "message"),
     [
         (no_folder, "there is no such folder; wanted images/training/NAME.jpg"),
-        (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of the 2 images"),
+        (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of 2 images"),
         (other_size, r"training/1.png: 3×2 pixels; its image .*training/1.jpg has 2×2"),
         (label_out_of_range, "training/1.png: label 7; wanted 0 to 2 of 3 classes, or 255 for no class"),
         (colour_mask, "training/1.png: wanted one whole-number label a pixel"),

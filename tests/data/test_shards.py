@@ -131,7 +131,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             lambda root: [shutil.copytree(root / "test", root / name) for name in ("val", "valid")],
             r"found shards in val/ and valid/, wanted one val folder",
         ),
-        (cut_after_a_member, r"0.tar: ends after 1 images without a tar's end"),
+        (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
             r"1 class names, but the labels go up to 1",

@@ -185,7 +185,7 @@ def test_class_that_no_list_has_is_an_error(vtab):
     for file in ("train800.txt", "val200.txt", "test.txt"):
         path = vtab / file
         path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
-    with pytest.raises(DataError, match="images of 1 classes in all; vtab/cifar has 2"):
+    with pytest.raises(DataError, match="images of 1 class in all; vtab/cifar has 2"):
         open_splits(vtab, task=VTAB)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import random_batch, tiny_vit
@@ -9,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from vpt_fast import PromptedViT
 from vpt_fast.graphed import WARM_UP, GraphedStep
+from vpt_fast.tuning.full import FullTuning
 
 pytestmark = pytest.mark.gpu
 
@@ -55,6 +58,21 @@ def test_graph_equals_eager_at_changing_rates(make_optimizer, autocast_dtype: to
         assert torch.equal(step.logits, logits.detach())
     for ours, theirs in zip(trained(model), trained(plain), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_every_step_updates_the_statistics_of_a_trained_batch_norm() -> None:
+    torch.manual_seed(0)
+    model = FullTuning("resnet10t", CLASSES, img_size=64).cuda()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trained(model), lr=0.0, fused=True)  # so that all steps see the same weights
+    step = GraphedStep(model, optimizer, cross_entropy)
+    for images, labels in batches(model, WARM_UP + 3):
+        step(images, labels)
+        plain(images.cuda())
+    found, expected = dict(model.named_buffers()), dict(plain.named_buffers())
+    assert any(name.endswith("num_batches_tracked") for name in found)
+    for name, buffer in found.items():
+        torch.testing.assert_close(buffer, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_masks_of_prompt_dropout_differ_between_replays() -> None:

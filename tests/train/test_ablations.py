@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from vpt_fast import ablations, loop, plots, sweep, trials
 from vpt_fast.ablations import ABLATIONS, plan_ablation, run_ablation
 from vpt_fast.cli import app
+from vpt_fast.method_rules import METHODS
 from vpt_fast.recipe import Recipe
 from vpt_fast.tsne import embed_run
 
@@ -95,9 +97,18 @@ def test_output_varies_what_the_head_reads_for_each_method() -> None:
 
 
 def test_data_size_leaves_a_method_what_only_others_have() -> None:
-    points = plan_ablation("data-size", {**NAMED, "num_prompts": 7}, seeds=(1,))
+    points = plan_ablation("data-size", {**NAMED, "num_prompts": 7, "batch_size": 8}, seeds=(1,))
     lines = {point.line: point.sweep.settings.get("num_prompts") for point in points}
     assert lines == {"linear": None, "vpt-shallow": 7, "vpt-deep": 7, "full": None}
+
+
+def test_batch_size_of_all_data_sizes_is_that_of_all_images(color_images, monkeypatch) -> None:
+    rules = {"linear": 27, "vpt-deep": 28}  # of 27 training images
+    for method, size in rules.items():
+        monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], batch_size=size))
+    points = plan_ablation("data-size", {**NAMED, "data": str(color_images)}, methods=[*rules], seeds=(1,))
+    found = [(point.line, point.sweep.settings["batch_size"]) for point in points]
+    assert found == [("linear", 27)] * 5 + [("vpt-deep", 64)] * 5
 
 
 def test_search_leaves_the_searched_settings_open() -> None:
@@ -275,7 +286,7 @@ def test_more_lines_than_styles_are_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "vpt-deep", "partial-1"])
 def test_folder_is_named_by_data_and_backbone_whatever_the_method(method) -> None:
-    points = plan_ablation("data-size", NAMED, methods=[method], seeds=(1,))
+    points = plan_ablation("data-size", {**NAMED, "batch_size": 8}, methods=[method], seeds=(1,))
     folder = ablations.default_ablation_folder("data-size", points)
     assert str(folder) == "runs/ablation-data-size-images-vit_base_patch16_224"
 

@@ -58,7 +58,7 @@ def test_train_says_what_where_and_at_what_cost(command, color_images, tmp_path)
     for text in (
         "vpt-deep: trains 291 parameters",  # 2 blocks × 3 prompts × 32, and a head of 33 × 3
         "3 classes, train 27, val 9, test 6 images",
-        "1 epochs of 4 steps, batch 8",
+        "1 epoch of 4 steps, batch 8",
         "expected",
         "cpu",
         str(tmp_path / "run"),
@@ -71,7 +71,7 @@ def test_names_with_brackets_and_long_paths_are_printed_as_they_are(command, ima
     out = tmp_path / ("long-" * 12) / "run[v2]"
     result = command(*train_arguments(data, out, epochs=1))
     assert "colors[v2]: 3 classes" in "".join(line.strip() for line in result.stdout.splitlines())
-    assert result.stdout.splitlines()[-1].endswith(f"after 1 epochs; run folder {out}")
+    assert result.stdout.splitlines()[-1].endswith(f"after 1 epoch; run folder {out}")
     before_training = result.stdout.partition("epoch 1/1")[0]
     assert str(out) in "".join(line.strip() for line in before_training.splitlines())
 
@@ -455,7 +455,7 @@ def test_truncated_image_is_left_out_and_named(command, images, tmp_path):
     result = command(*train_arguments(images, tmp_path / "run", epochs=1))
     assert result.exit_code == 0
     output = result.output
-    assert "1 images cannot be read" in output and "red/0.png" in output and "train 26" in output
+    assert "1 image cannot be read" in output and "red/0.png" in output and "train 26" in output
 
 
 def test_diverging_training_fails_with_epoch_and_learning_rate(command, color_images, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
+from vpt_fast.step import require_batches
+from vpt_fast.world import World
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,43 @@ def test_training_leaves_a_model(method, settings, color_images, tmp_path):
     assert loaded.image_size == (32, 32)
     stored = RunFolder(tmp_path / "run").read().checkpoint.trainable
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.trainable_state_dict().items())
+
+
+def convnet_recipe(color_images, **settings) -> Recipe:
+    return Recipe(
+        data=str(color_images), backbone="resnet10t", method="full", pretrained=False, epochs=1,
+        backbone_arg={"img_size": 32, "stem_width": 8, "channels": [8, 8, 8, 8]}, warmup_epochs=0,
+        device="cpu", workers=0, tensorboard=False, **settings,
+    )  # fmt: skip
+
+
+def test_statistics_of_trained_batch_norms_are_averaged_over_processes_and_stored(
+    color_images, tmp_path, monkeypatch
+):
+    averages = []
+
+    def average(world, tensors):
+        for tensor in tensors:
+            averages.append(tensor.fill_(len(averages) + 1).clone())
+
+    monkeypatch.setattr(World, "average", average)
+    train(convnet_recipe(color_images, batch_size=27), tmp_path / "run")
+    stored = RunFolder(tmp_path / "run").read().checkpoint.trainable
+    found = [t for name, t in stored.items() if name.endswith(("running_mean", "running_var"))]
+    assert averages and all(any(torch.equal(t, mean) for mean in averages) for t in found)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 13}, {"batch_size": 10, "accumulate": 4}])
+def test_image_alone_that_batch_norm_cannot_normalise_is_refused(settings, color_images, tmp_path):
+    with pytest.raises(ValueError, match="batch_size is 1.*one of 27 training images is alone"):
+        train(convnet_recipe(color_images, **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_alone_is_accepted_where_feature_maps_have_more_pixels(color_images):
+    recipe = convnet_recipe(color_images, batch_size=13).resolved(num_train_images=27, device_type="cpu")
+    model = build_model(dataclasses.replace(recipe, backbone_arg=recipe.backbone_arg | {"img_size": 64}), 3)
+    require_batches(recipe, model, 27, World(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "cls-token"])

@@ -63,6 +63,9 @@ for time in range(20):
         with world.joined(network) as parallel:
             parallel(torch.full((1, 1), world.rank + 1.0)).sum().backward()
         assert network.weight.grad.item() == 1.5
+        mean = torch.tensor(world.rank + 1.0)
+        world.average([mean])
+        assert mean.item() == 1.5
         print("joined", flush=True)
 """
 

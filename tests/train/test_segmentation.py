@@ -177,12 +177,13 @@ def test_folder_of_a_data_set_is_refused_for_masks(run, command, scenes, tmp_pat
     assert not list(scenes.rglob("photo*"))
 
 
-def test_file_that_is_no_prediction_is_not_replaced_by_a_mask(run, command, scenes, tmp_path):
+@pytest.mark.parametrize("name", ["0000.png", "0000-overlay.png"])
+def test_file_that_is_no_prediction_is_not_replaced(run, command, scenes, tmp_path, name):
     image = scenes / "images" / "validation" / "0000.jpg"
-    (tmp_path / "0000.png").write_bytes(b"a user's")
+    (tmp_path / name).write_bytes(b"a user's")
     result = command("predict", run[1].path, image, "--out", tmp_path)
-    assert result.exit_code == 2 and "0000.png, which is no earlier prediction" in result.stderr
-    assert (tmp_path / "0000.png").read_bytes() == b"a user's"
+    assert result.exit_code == 2 and f"{name}, which is no earlier prediction" in result.stderr
+    assert (tmp_path / name).read_bytes() == b"a user's"
 
 
 def test_repeated_prediction_replaces_its_own_files_and_joins_others(run, command, scenes, tmp_path):

@@ -246,10 +246,18 @@ def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     assert trained == [] and not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("batch_size", [13, 7])  # of 27 images in a trial, and of 36 in a final run
+def test_image_that_batch_norm_cannot_normalise_is_found_before_any_trial(settings, batch_size):
+    network = {"backbone": "resnet10t", "backbone_arg": {"img_size": 32}, "method": "full"}
+    given = {**settings, **network, "batch_size": batch_size, "pretrained": False}
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size} .* BatchNorm cannot normalise it"):
+        sweep.require_trials(Sweep(given, {"base_lr": (0.1,)}), TrainingCache())
+
+
 def test_graph_of_accumulated_steps_is_refused_on_a_gpu(settings):
-    recipe = Sweep({**settings, "cuda_graph": True, "accumulate": 2}, {}).recipe()
+    graphed = Sweep({**settings, "cuda_graph": True, "accumulate": 2}, {})
     with pytest.raises(ValueError, match="cuda_graph: .* a step cannot be captured: accumulate is 2"):
-        sweep._require_trial(recipe, torch.device("cuda"), TrainingCache())
+        sweep._require_trial(graphed, graphed.recipe(), torch.device("cuda"), TrainingCache())
 
 
 def test_grid_of_rates_builds_one_model_beforehand(settings, monkeypatch):
@@ -305,8 +313,8 @@ def test_command_says_what_it_does_and_what_came_of_it(command, color_images, tm
     result = command("sweep", *flags)
     assert result.exit_code == 0, result.output
     for text in (
-        "2 trials of 1 epochs on 27 images, by grid: base_lr 0.5, 0.1",
-        "2 of 1 epochs on 36 images, trained on train and val; seeds 1, 2",
+        "2 trials of 1 epoch on 27 images, by grid: base_lr 0.5, 0.1",
+        "2 of 1 epoch on 36 images, trained on train and val; seeds 1, 2",
         "126 images trained on",  # 2 · 27 + 2 · 36
         "1 trial is left, about",
         "best of 2 trials: base_lr",

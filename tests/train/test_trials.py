@@ -354,7 +354,7 @@ def test_command_says_that_a_sampler_repeated_settings(command, color_images, tm
     result = command("sweep", *flags, "--sampler=tpe", "--trials=2")
     assert result.exit_code == 0, result.output
     assert "trial 2/2 base_lr=0.5: as before, val accuracy" in result.output
-    assert "best of 2 trials of 1 combinations: base_lr 0.5" in result.output
+    assert "best of 2 trials of 1 combination: base_lr 0.5" in result.output
 
 
 def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):

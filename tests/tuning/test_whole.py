@@ -127,7 +127,31 @@ def test_image_size_of_a_convnet_with_a_patch_embedding_is_that_of_its_images() 
     assert FullTuning("fasternet_t0", CLASSES, img_size=32).image_size == (32, 32)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_batch_norm_of_what_is_trained_is_that_of_timms_network_in_training(method: str) -> None:
+    network, _ = make(method, "resnet10t")
+    model = WAYS[method](network, CLASSES).double()  # a new model is in train mode
+    wanted = copy.deepcopy(network)
+    (wanted if method == "full" else wanted.layer4).train()
+    given = copy.deepcopy(network.state_dict())
+    images, _ = random_batch(model, 4)
+    assert torch.equal(model.image_features(images), wanted(images))
+    found = model.backbone.stem.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.state_dict().items())
+    assert all(torch.equal(tensor, given[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_statistics_of_batch_norm_are_saved_with_what_is_trained(method: str, tmp_path) -> None:
+    network, model = make(method, "resnet10t", torch.float32)
+    images, _ = random_batch(model, dtype=torch.float32)
+    model.train()(images)
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path, network).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["bias", "lora"])
 def test_batch_norm_keeps_its_statistics_in_training(method: str) -> None:
     _, model = make(method, "resnet10t")
     images, _ = random_batch(model)

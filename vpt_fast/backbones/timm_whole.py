@@ -17,8 +17,12 @@ from vpt_fast.backbones.layers import copied, dtype_of, require_images
 class WholeBackbone(nn.Module):
     """A copy of a timm Swin or ConvNet without its classifier, in timm's own modules and at least float32.
 
-    Every parameter has requires_grad False until a method unfreezes it. Dropout is active in training;
-    BatchNorm's statistics are not updated.
+    Every parameter has requires_grad False until a method unfreezes it. Dropout is active in training.
+    BatchNorms normalise by their own statistics, which stay, in training too, except those of `moving_norms`.
+
+    Attributes:
+        moving_norms: names of the BatchNorms that in training normalise by the batch, and update their
+            statistics.
 
     Args:
         model: the model to copy, which is not changed.
@@ -38,16 +42,29 @@ class WholeBackbone(nn.Module):
         first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
         self.in_chans, self._first_kernel = first.in_channels, tuple(first.kernel_size)
         self.stem = stem.to(torch.promote_types(first.weight.dtype, torch.float32))
+        self.moving_norms: frozenset[str] = frozenset()
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> WholeBackbone:
-        """Sets the mode of everything except BatchNorm, which stays in eval mode."""
+        """Sets the mode of everything except BatchNorms that keep their statistics, which stay in eval
+        mode."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(False)
+        for name, norm in self._batch_norms():
+            if name not in self.moving_norms:
+                norm.train(False)
         return self
+
+    def move_trained_norms(self) -> None:
+        """Makes `moving_norms` those of which nothing is frozen."""
+        self.moving_norms = frozenset(
+            name for name, norm in self._batch_norms() if all(p.requires_grad for p in norm.parameters())
+        )
+
+    def _batch_norms(self) -> list[tuple[str, nn.Module]]:
+        return [
+            (name, m) for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
 
     @property
     def device(self) -> torch.device:

@@ -115,13 +115,17 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return _to_rgb(_upright(image))
 
 
+def transposition_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes an open image upright by its EXIF orientation; None if it is as it is stored."""
+    try:
+        return _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, struct.error, ValueError):
+        return None  # broken metadata: as stored, which is what viewers show
+
+
 def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it rewrites the metadata, and fails on what it cannot write.
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except (SyntaxError, struct.error, ValueError):
-        return image  # broken metadata: as stored, which is what viewers show
-    transposition = _TRANSPOSITIONS.get(orientation)
+    transposition = transposition_of(image)
     return image if transposition is None else image.transpose(transposition)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vpt_fast.counting import counted
+
 from .images import DataError
 
 DIGITS_SPLITS = {"train": 800, "val": 200, "test": 797}
@@ -128,7 +130,7 @@ def _is_complete(root: Path, files: set[str]) -> bool:
     ours = set() if seed is None else {_MANIFEST, *_split_digits(seed)}
     if foreign := sorted(present - ours):
         raise DataError(
-            f"{root}: holds {len(foreign)} files that are not the digits', such as {foreign[0]}; "
+            f"{root}: holds {counted(len(foreign), 'file')} not of the digits, such as {foreign[0]}; "
             "wanted a new folder"
         )
     return present == files | {_MANIFEST}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from vpt_fast.counting import counted
+
 from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
@@ -88,7 +90,7 @@ def _list_images(folder: Path) -> ImageList:
     names = _visible_folders(folder)
     if not names:
         loose = sum(1 for entry in os.scandir(folder) if _is_image(entry.name) and entry.name[0] != ".")
-        there = f"{loose} images and no class folders" if loose else "no class folders"
+        there = f"{counted(loose, 'image')} and no class folders" if loose else "no class folders"
         raise DataError(f"{folder}: found {there}; wanted one folder a class, with that class's images in it")
 
     for name in names:

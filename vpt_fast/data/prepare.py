@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from vpt_fast.counting import counted
 from vpt_fast.files import remove_unfinished, replacing, unfinished
 
 from .factory import class_names, open_set
@@ -215,7 +216,9 @@ def _remove_unfinished(folder: Path) -> None:
 def _require_size(source: str, task: Task, split: str, found: int) -> None:
     if found != task.sizes[split]:
         wanted = task.sizes[split]
-        raise DataError(f"{source}: {found:,} images for {VTAB_FILES[split]}; {task.name} has {wanted:,}")
+        raise DataError(
+            f"{source}: {counted(found, 'image')} for {VTAB_FILES[split]}; {task.name} has {wanted:,}"
+        )
 
 
 def _has_begun(folder: Path, manifest: dict[str, str]) -> bool:
@@ -319,7 +322,9 @@ def _read_shards(task: Task, source: Path) -> _Source:
     classes = found["train"].classes
     wanted = task.num_classes if bins is None else bins.binned_from
     if len(classes) != wanted:
-        raise DataError(f"{source}: {len(classes)} classes; those of {task.name} have {wanted}")
+        raise DataError(
+            f"{source}: {counted(len(classes), 'class', 'classes')}; those of {task.name} have {wanted}"
+        )
     order = list(range(needed))
     parts = {
         "train": found["train"].select(order[: task.num_train]),

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .decode import DecodeError, SkippedImage, decode_image, map_threads
+from vpt_fast.counting import counted
+
+from .decode import DecodeError, SkippedImage, decode_image, map_threads, transposition_of
 from .folder import IMAGE_EXTENSIONS
 from .images import DataError, read_text, some_names
 from .shards import read_class_names
@@ -135,8 +137,8 @@ def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool
     masks = [folders[1] / f"{path.stem}.png" for path in images]
     if missing := [mask.name for mask in masks if not mask.is_file()]:
         raise DataError(
-            f"{folders[1]}: found no {some_names(missing, '')}; wanted a mask for each of the "
-            f"{len(images)} images"
+            f"{folders[1]}: found no {some_names(missing, '')}; wanted a mask for each of "
+            f"{counted(len(images), 'image')}"
         )
     return SceneList(tuple(images), tuple(masks), classes, no_zero)
 
@@ -190,6 +192,18 @@ def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
     return image, mask
 
 
+def _require_one_way_up(scenes: SceneList, index: int, upright: Image.Image) -> None:
+    """Raises DecodeError for an image that its EXIF orientation turns without changing its size: some tools
+    draw masks on the image as it is stored, others on the upright one, and here the size does not tell."""
+    with Image.open(scenes.images[index]) as stored:
+        if transposition_of(stored) is not None and stored.size == upright.size:
+            raise DecodeError(
+                scenes.images[index],
+                "its EXIF orientation turns it, and its mask may be of the image as stored or as turned; "
+                f"store the image as its mask {scenes.masks[index]} shows it, without an orientation",
+            )
+
+
 def check_scenes(
     scenes: SceneList, *, workers: int | None = None, progress: Callable[[int], None] | None = None
 ) -> CheckedScenes:
@@ -200,12 +214,15 @@ def check_scenes(
         progress: called with 1 after each image.
 
     Raises:
-        DecodeError: for the first that cannot be used.
+        DecodeError: for the first that cannot be used, also because it does not show which way up its mask
+            is.
         DataError: no pixel of any mask has a class.
     """
 
     def has_classes(index: int) -> bool:
-        return bool((read_scene(scenes, index)[1] != IGNORED).any())
+        image, mask = read_scene(scenes, index)
+        _require_one_way_up(scenes, index, image)
+        return bool((mask != IGNORED).any())
 
     has_any = False
     for found in map_threads(has_classes, range(len(scenes)), workers):

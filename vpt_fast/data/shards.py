@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vpt_fast.counting import counted
+
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
 from .images import DataError, ImageList, Splits, hold_out, read_text
 
@@ -179,7 +181,9 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
     # A tar cut off between two members looks complete, except that the zero block at its end is missing.
     if path.stat().st_size < end + tarfile.BLOCKSIZE:
-        raise DataError(f"{path}: ends after {len(images):,} images without a tar's end; get it again")
+        raise DataError(
+            f"{path}: ends after {counted(len(images), 'image')} without a tar's end; get it again"
+        )
     for key in [*images, *labels]:
         if key not in labels or key not in images:
             has, lacks = ("a label", "image") if key in labels else ("an image", "label (.cls)")

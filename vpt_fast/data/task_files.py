@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.counting import counted
+
 from .images import DataError, ImageList, Splits, hold_out, read_text
 from .shards import holds_shards, read_class_names
 from .tasks import Task
@@ -149,7 +151,8 @@ def read_task(task: Task, folder: Path) -> TaskFiles:
         found = {class_id for listed in lists.values() for *_, class_id in listed.entries or ()}
         if len(found) != task.num_classes:
             problems.append(
-                f"{folder}: images of {len(found)} classes in all; {task.name} has {task.num_classes}"
+                f"{folder}: images of {counted(len(found), 'class', 'classes')} in all; "
+                f"{task.name} has {task.num_classes}"
             )
     return TaskFiles(root, lists, ids, classes, tuple(problems))
 
@@ -163,7 +166,9 @@ def _problems_of(task: Task, listed: TaskList, root: Path, ids: set[int] | None)
         more = _more(len(foreign), count)
         problems.append(f"{path}, {where}: class id {class_id}, which no training image has{more}")
     if count != listed.expected:
-        problems.append(f"{path}: {count:,} images; this list of {task.name} has {listed.expected:,}")
+        problems.append(
+            f"{path}: {counted(count, 'image')}; this list of {task.name} has {listed.expected:,}"
+        )
     if missing := _missing_files(root, listed.entries):
         where, name = missing[0]
         what = "is a folder" if (root / name).is_dir() else "is not there"

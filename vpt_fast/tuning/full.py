@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
+from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 
 
 class FullTuning(TimmClassifier):
     """Fine-tunes a whole vision transformer, Swin or ConvNet, and the head.
 
-    All weights are saved, so loading needs no published ones. BatchNorm's statistics are not updated, and are
-    saved too.
+    All weights are saved, so loading needs no published ones. In training BatchNorms normalise by the batch
+    and update their statistics, which are saved too.
 
     Args and errors are those of `TimmClassifier`.
     """
@@ -28,6 +29,8 @@ class FullTuning(TimmClassifier):
     def __init__(self, backbone: str | nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__(backbone, num_classes, **settings)
         self.backbone.requires_grad_(True)
+        if isinstance(self.backbone, WholeBackbone):
+            self.backbone.move_trained_norms()
         self._freeze_what_is_not_read()
 
     def _num_kept_beside(self) -> int:

@@ -98,7 +98,8 @@ class PartialNetworkTuning(TimmClassifier):
     4 and 5 of the VPT paper.
 
     The layers before them run without autograd and without dropout, in every epoch: their outputs are not
-    cached. BatchNorm's statistics are not updated, in the trained blocks either.
+    cached. In training the BatchNorms of what is trained normalise by the batch and update their statistics,
+    which are saved too; those of the layers before keep theirs.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer or ConvNet, which is not
@@ -123,6 +124,7 @@ class PartialNetworkTuning(TimmClassifier):
         assert isinstance(self.backbone, WholeBackbone)
         for parameter in self.backbone.last_blocks(num_tuned_blocks):
             parameter.requires_grad_(True)
+        self.backbone.move_trained_norms()
 
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "num_tuned_blocks": self.num_tuned_blocks}
@@ -135,3 +137,12 @@ class PartialNetworkTuning(TimmClassifier):
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.train(False)
         return self
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        network: Any = self.backbone
+        statistics = {
+            f"backbone.{norm}.{name}": buffer
+            for norm in sorted(network.moving_norms)
+            for name, buffer in network.get_submodule(norm).named_buffers()
+        }
+        return {**super()._stored(), **statistics}
