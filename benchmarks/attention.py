@@ -326,7 +326,10 @@ def main(
     ] = None,
     fresh: Fresh = False,
 ) -> None:
-    """Measure prompted attention, forward and backward."""
+    """Measure prompted attention, forward and backward.
+
+    The exit status is 1 if our kernels are wrong, or fail though there is memory enough.
+    """
     on_gpu = operations.choose_device(device).type == "cuda"
     default = ",".join(ON_A_GPU if on_gpu else ON_A_CPU)
     names = listed("implementations", implementations or default, (*OURS, *FLASH_BACKENDS))
@@ -347,6 +350,7 @@ def main(
                 report.replace(shape, there)
             console.print(make_table(there))
     console.print(f"written: {report.path}")
+    operations.end_with(report.rows, console)
 
 
 if __name__ == "__main__":

@@ -509,7 +509,10 @@ def main(
     ] = None,
     fresh: Fresh = False,
 ) -> None:
-    """Measure the operations of a block, forward and backward."""
+    """Measure the operations of a block, forward and backward.
+
+    The exit status is 1 if our kernels are wrong, or fail though there is memory enough.
+    """
     on_gpu = operations.choose_device(device).type == "cuda"
     default = ",".join(IMPLEMENTATIONS) if on_gpu else "torch"
     names = listed("implementations", implementations or default, IMPLEMENTATIONS)
@@ -544,6 +547,7 @@ def main(
             if shown:
                 console.print(make_table(shown))
     console.print(f"written: {report.path}")
+    operations.end_with(report.rows, console)
 
 
 if __name__ == "__main__":

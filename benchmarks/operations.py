@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import measure
 import torch
 import typer
 from ceilings import large_product
+from find_batch import ran_out_of_memory
 from reports import Report, make_header, one_of, output_path
 from rich.console import Console
 from torch import Tensor
@@ -207,6 +208,19 @@ def number(value: float | None, form: str) -> str:
 def verdict(failure: str | None, is_right: bool, error: float | None) -> str:
     """A table's cell on whether an implementation is right."""
     return "failed" if failure else ("" if is_right else "WRONG ") + number(error, ".1e")
+
+
+def end_with(rows: Iterable[Any], console: Console) -> None:
+    """Ends the command with exit status 1 where our own kernels are wrong, or did not run though there was
+    memory enough.
+
+    Args:
+        rows: with `impl`, `exact` and `error`.
+    """
+    wrong = [row for row in rows if row.impl == "triton" and not row.exact]
+    if any(row.error is None or not ran_out_of_memory(row.error) for row in wrong):
+        console.print("[red]triton failed, or is wrong[/]: see the tables")
+        raise typer.Exit(1)
 
 
 def failures(errors: Mapping[str, str | None]) -> str | None:

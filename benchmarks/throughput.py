@@ -318,10 +318,16 @@ def measure_setting(
 
 
 def is_our_mistake(row: Row) -> bool:
-    """Whether this is vpt_fast, with a speed and wrong gradients. Where they could not be checked, `error`
-    says why."""
-    is_wrong = row.images_per_second is not None and not row.exact and row.error is None
-    return is_wrong and row.impl.startswith("vpt_fast")
+    """Whether this is vpt_fast, and did not run, or has a speed and wrong gradients. Where they could not be
+    checked, `error` says why; nor is it a mistake to lack memory, or to refuse what was asked for (a
+    ValueError, as for a library that is not there)."""
+    if not row.impl.startswith("vpt_fast"):
+        return False
+    if row.images_per_second is not None:
+        return not row.exact and row.error is None
+    return (
+        row.error is not None and not row.error.startswith("ValueError") and not ran_out_of_memory(row.error)
+    )
 
 
 def find_batches(rows: list[Row], setting: Setting, device: torch.device, console: Console) -> None:
@@ -442,7 +448,7 @@ def main(
 ) -> None:
     """Measure training throughput and memory; every flag has a default that suits the device.
 
-    The exit status is 1 if gradients of vpt_fast are wrong.
+    The exit status is 1 if gradients of vpt_fast are wrong, or it fails though there is memory enough.
     """
     where = choose_device(device)
     on_gpu = where.type == "cuda"
@@ -500,7 +506,7 @@ def main(
     console.print(f"written: {report.path}")
     if wrong := [row for row in report.rows if is_our_mistake(row)]:
         names = dict.fromkeys(measure.label(row.impl, row.memory) for row in wrong)
-        console.print(f"[red]wrong gradients:[/] {', '.join(names)}", soft_wrap=True)
+        console.print(f"[red]failed, or wrong gradients:[/] {', '.join(names)}", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 from vpt_fast.kernels.dispatch import TORCH_OPS
@@ -217,6 +218,22 @@ def test_attention_that_is_wrong_is_marked_and_not_compared_with(monkeypatch: py
     assert library.forward_ms > 0 and library.forward_ratio is None
     assert ours.exact and ours.forward_ratio is None and ours.backward_ratio_to_concatenated is None
     assert "WRONG" in operations.verdict(library.error, library.exact, library.gradient_error)
+
+
+@pytest.mark.parametrize(
+    ("impl", "exact", "error", "fails"),
+    [
+        ("triton", True, None, False),
+        ("triton", False, None, True),
+        ("triton", False, "CompilationError: no such tile", True),
+        ("triton", False, "OutOfMemoryError: CUDA out of memory", False),
+        ("sdpa_flash", False, "ValueError: not here", False),
+    ],
+)
+def test_command_fails_where_our_kernels_do(impl: str, exact: bool, error: str | None, fails: bool) -> None:
+    row = SimpleNamespace(impl=impl, exact=exact, error=error)
+    with pytest.raises(typer.Exit) if fails else nullcontext():
+        operations.end_with([row], Console(quiet=True))
 
 
 @pytest.mark.parametrize("factor, error", [(1.001, 1e-3), (float("nan"), None)], ids=["off", "nan"])

@@ -106,27 +106,28 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: str | None) -> Iterator[World]:
-    """Joins the other processes if torchrun started this one; ``device`` None takes a GPU if there is one.
+    """Joins the other processes if torchrun started this one; ``device`` None takes a GPU if there is one,
+    which is CUDA's current device inside.
 
     Raises ValueError for a device that torch does not know or this machine does not have.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = find_device(device, local_rank)
-    if not dist.is_torchelastic_launched():
-        yield World(0, 1, chosen)
-        return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    # torchrun's store lives as long as its processes. With torch's own keys, a new process group would read
-    # addresses that an earlier one may have left there; hence the prefix.
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"vpt_fast/{next(_joined)}", store)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        dist.destroy_process_group()
+    # What names no device, such as pinning batches or reading the peak of memory, means this one.
+    with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+        if not dist.is_torchelastic_launched():
+            yield World(0, 1, chosen)
+            return
+        # torchrun's store lives as long as its processes. With torch's own keys, a new process group would
+        # read addresses that an earlier one may have left there; hence the prefix.
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"vpt_fast/{next(_joined)}", store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        try:
+            yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        finally:
+            dist.destroy_process_group()
 
 
 def find_device(name: str | None, local_rank: int = 0) -> torch.device:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -144,6 +144,17 @@ def test_stop_signals_leave_the_workers_to_the_process_that_trains(images, numbe
     for worker in workers:
         os.kill(worker.pid, number)
     assert len(list(epoch)) == NUM_IMAGES - 2
+
+
+def test_workers_of_a_process_that_exits_within_an_epoch_end(images):
+    others = multiprocessing.active_children()
+    epoch = make(images, batch_size=1, resident="off", workers=1).epoch(0)
+    next(epoch)
+    (worker,) = {*multiprocessing.active_children()} - {*others}
+    multiprocessing.util._run_finalizers(0)  # so begins the end of a process; then it ends its workers
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_orders_differ_between_epochs_and_seeds(images):

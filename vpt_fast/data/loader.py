@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import multiprocessing.util
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -26,6 +30,9 @@ class PlannedLoader(Generic[_Read]):
     def __init__(self, read: Callable[[_Read], Any], *, workers: int, device: torch.device) -> None:
         self._plan: list[list[_Read]] = []  # the batches of the next epoch
         self._epochs = 0
+        # Set at exit, just before multiprocessing ends the processes that are left and waits for them.
+        is_exiting = multiprocessing.RawValue(ctypes.c_bool, False)
+        multiprocessing.util.Finalize(self, setattr, (is_exiting, "value", True), exitpriority=0)
         self._loader: DataLoader = DataLoader(
             _Reads(read),
             batch_sampler=self._plan,
@@ -33,7 +40,7 @@ class PlannedLoader(Generic[_Read]):
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=functools.partial(_leave_stop_signals, is_exiting),
             generator=torch.Generator(),  # else each epoch draws from the global one
         )
 
@@ -78,8 +85,15 @@ def _collate(loaded: list[Any]) -> Any:
     return default_collate(loaded) if error is None else error
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def _leave_stop_signals(is_exiting: Any, worker: int) -> None:
+    """Leaves SIGINT and SIGTERM to the process that reads the batches, until that exits."""
     # Ctrl-C reaches every process of the terminal, and a cluster's SIGTERM every process of the job; only the
-    # training process handles them, and ends its workers. Without it they end by themselves.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # training process handles them, and ends its workers. Without it they end by themselves. One that exits
+    # with an epoch under way, for an error or at the end of a script, ends them by SIGTERM.
+
+    def end(number: int, frame: Any) -> None:
+        if is_exiting.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
