@@ -11,6 +11,10 @@ class TrainingDiverged(RuntimeError):
     """The loss or a parameter stopped being a finite number."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device has too little memory for a training step."""
+
+
 class SavingFailed(OSError):
     """The run folder could not be written; it holds the last good state."""
 

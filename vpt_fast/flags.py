@@ -21,7 +21,7 @@ from rich.rule import Rule
 from rich.text import TextType
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
-from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
+from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe
 from vpt_fast.setting_values import read_yaml
@@ -76,7 +76,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     try:
         with _terminated_as_by_ctrl_c(), _keeping_ctrl_c():
             yield
-    except (TrainingDiverged, SavingFailed) as error:
+    except (TrainingDiverged, OutOfMemory, SavingFailed) as error:
         fail(error, 1)
     except (ValueError, NotImplementedError, FileNotFoundError) as error:
         fail(error, 2)

@@ -68,7 +68,7 @@ class GraphedStep:
             shape or dtype differs from the first one's, a loss that is not a scalar, a model that returns
             anything but one tensor or is in another mode; or after the capture, replaced parameters or
             optimizer state, weights in other memory, changed optimizer settings other than the learning rate.
-        CaptureError: in the fourth call, if the step cannot be captured.
+        CaptureError: in the fourth call, if the step cannot be captured, but for lack of memory.
     """
 
     _loss_value: torch.Tensor
@@ -136,6 +136,8 @@ class GraphedStep:
                 self._captured = _Captured.now(self.model, self.optimizer)
                 try:
                     self._replay = self._capture()
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:
                     raise CaptureError(f"the step cannot be captured in a CUDA graph: {error}") from error
             self._replay()

@@ -25,14 +25,16 @@ from torch import nn
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.classifier import TrainedPart, TunedClassifier
-from vpt_fast.failures import TrainingDiverged
+from vpt_fast.counting import counted
+from vpt_fast.failures import OutOfMemory, TrainingDiverged
 from vpt_fast.features import caches_features, feature_batches
+from vpt_fast.method_rules import parse_method
 from vpt_fast.methods import build_seeded, require_attention
 from vpt_fast.plots import plot_curves
 from vpt_fast.precision import AUTOCAST
 from vpt_fast.problem import Evaluated, Problem, Source
 from vpt_fast.recipe import SEGMENTATION, Recipe
-from vpt_fast.report import Progress, checking_images, evaluating, print_skipped, print_start
+from vpt_fast.report import Progress, checking_images, device_name, evaluating, print_skipped, print_start
 from vpt_fast.resume import (
     describe_run,
     digest_lists,
@@ -103,6 +105,7 @@ def train(
     Raises:
         ValueError: the request cannot be met (RunError for the folder, DataError for the data).
         TrainingDiverged: the loss is not finite; the folder keeps the last good state.
+        OutOfMemory: the GPU has too little for a step; the folder keeps the last good state.
         SavingFailed: the folder can no longer be written; it keeps the last good state.
     """
     with contextlib.ExitStack() as stack:
@@ -375,7 +378,7 @@ def train_epoch(
     """One pass over the training images; None if it was asked to stop.
 
     Raises TrainingDiverged, which names the first step with a loss that is not finite, fewer than CHECK_EVERY
-    steps after it.
+    steps after it, and OutOfMemory.
     """
     progress.begin_epoch(epoch)
     losses = torch.zeros(len(batches), device=world.device)  # (steps,), each summed over the step's images
@@ -383,7 +386,16 @@ def train_epoch(
     num_images = 0
     for step, (inputs, targets) in enumerate(batches.epoch(epoch)):
         # inputs (b, 3, H, W), or features of them; labels (b,) or masks (b, H, W): this process's share
-        losses[step], step_hits = train_step(inputs, targets)
+        try:
+            losses[step], step_hits = train_step(inputs, targets)
+        except torch.OutOfMemoryError as error:
+            less = "--accumulate splits a batch"
+            if "memory" in parse_method(recipe.method).rule.knobs:
+                less += ", --memory recompute keeps less for the backward pass"
+            raise OutOfMemory(
+                f"{device_name(world.device)} has too little memory for a step of "
+                f"{counted(len(targets), 'image')}: {str(error).splitlines()[0]} ({kept(epoch)}); {less}"
+            ) from error
         hits += step_hits
         num_images += len(targets)
         progress.step(len(targets) * world.size)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.failures import SavingFailed, TrainingDiverged
+from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
 from vpt_fast.run import RunError, RunFolder, write
@@ -529,6 +529,27 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     ):
         train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
+
+
+def test_step_that_lacks_memory_says_what_needs_less_and_keeps_the_last_good_state(
+    recipe, tmp_path, monkeypatch
+):
+    original, steps = loop.TrainStep.__call__, []
+
+    def train_step(*arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee also ...")
+        return original(*arguments)
+
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    with pytest.raises(
+        OutOfMemory,
+        match=r"cpu .* too little memory for a step of 8 images: CUDA out of memory. Tried to .* 2 GiB. "
+        r"\(what epoch 1 ended with is kept\); --accumulate splits a batch, --memory recompute keeps less",
+    ):
+        train(recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
 
 
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
