@@ -126,9 +126,10 @@ def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
 
-def test_settings_that_are_not_json_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["cut off", "deep"])
+def test_settings_that_are_not_json_are_named(text: str, tmp_path: Path) -> None:
     PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
@@ -162,6 +163,8 @@ def test_settings_that_are_none_are_named(change, message: str, tmp_path: Path) 
         ("backbone", {"kwargs": None}, r"config\.json: backbone\.kwargs is None, want a mapping"),
         ("backbone", {"revision": "x"}, r"config\.json: backbone has revision, want name, pretrained"),
         ("options", {"dtype": "bfloat17"}, "dtype: got 'bfloat17', want a floating-point torch.dtype"),
+        ("options", {"backbone": 1}, r"config\.json describes a model that cannot be built: .*backbone"),
+        ("options", {"num_prompts": 10**30}, r"config\.json describes a model that cannot be built"),
     ],
 )
 def test_setting_that_was_edited_is_named(part, change, message: str, tmp_path: Path) -> None:

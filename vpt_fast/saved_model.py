@@ -109,7 +109,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
             raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
     try:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")

@@ -466,7 +466,12 @@ class TunedModel(nn.Module, metaclass=_Built):
             options["pool"] = settings["pool"]
         # The subclass's constructor, which takes a name or an instance.
         constructor: Any = cls
-        model = constructor(backbone, settings["num_classes"], **options)
+        try:
+            model = constructor(backbone, settings["num_classes"], **options)
+        except (TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise ValueError(
+                f"{path}: its {CONFIG_FILE} describes a model that cannot be built: {error}"
+            ) from error
         _require_backbone(model, saved, path)
         if stores_backbone:
             model._backbone_config = saved
