@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.files import parse_json
 from vpt_fast.published import Published, published_of
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run import RunFolder
@@ -197,7 +197,7 @@ class _Reader:
 def _read(path: Path, *keys: str) -> dict[str, Any]:
     """The mapping in a JSON file of a run or sweep; ValueError, which names the file, if it is not usable."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -93,6 +93,11 @@ class LoadedRun:
         labels = Labels.read(folder)
         chosen = find_device(device)
         settings, _ = read_pretrained(folder)
+        if len(labels.classes) != settings["num_classes"]:
+            raise RunError(
+                f"{folder} has the names of {len(labels.classes)} classes ({LABELS_FILE}) and a model of "
+                f"{settings['num_classes']!r}: its files are of several runs"
+            )
         if checkpoint is not None and settings["backbone"].get("checkpoint") is None:
             raise ValueError(
                 f"checkpoint: got {checkpoint}, and the run in {run} read its backbone's weights from no file"

@@ -36,7 +36,7 @@ import torch
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import parse_json, remove_unfinished, replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.tuned_model import TunedModel
@@ -105,9 +105,11 @@ class Labels:
         """Raises RunError if ``folder`` has no readable labels."""
         path = folder / LABELS_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             is_segmenter = values["split"].get("task") == SEGMENTATION
             kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
+            if not all(isinstance(name, str) for name in values["classes"]):
+                raise TypeError("classes that are no text")
             return cls(tuple(values["classes"]), kind.from_dict(values["preprocessing"]), **values["split"])
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
@@ -205,7 +207,7 @@ class RunFolder:
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+            return [parse_json(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise RunError(f"{self.metrics} cannot be read: {error}; {_NOT_OURS}") from None
 
@@ -282,9 +284,11 @@ class RunFolder:
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return Checkpoint(
-            int(header["epochs_done"]), part("trainable/"), part("optimizer/"), json.loads(header["scaler"])
-        )
+        try:
+            done, scaler = int(header["epochs_done"]), parse_json(header["scaler"])
+        except (KeyError, ValueError) as error:
+            raise RunError(f"{self.checkpoint} cannot be read: its header has no such {error}") from None
+        return Checkpoint(done, part("trainable/"), part("optimizer/"), scaler)
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -377,7 +381,7 @@ _NOT_OURS = (
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """The contents of a run's JSON file; RunError if it cannot be read or lacks any of `keys`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}; {_NOT_OURS}") from None
     if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):

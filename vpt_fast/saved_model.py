@@ -16,7 +16,7 @@ import torch
 
 from vpt_fast.backbones.creation import names_url
 from vpt_fast.backbones.resolve import Origin
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import parse_json, remove_unfinished, replacing
 from vpt_fast.hub import download_saved
 
 CONFIG_FILE = "config.json"
@@ -108,8 +108,8 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
     try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+        settings = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: holds {settings!r}, want a mapping")

@@ -373,6 +373,8 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     [
         ({"split": 7}, "labels.json cannot be read"),
         ({"preprocessing": {"image_size": 7}}, "labels.json cannot be read"),
+        ({"classes": [1, 2, 3]}, "labels.json cannot be read"),
+        ({"classes": ["blue", "red"]}, "names of 2 classes (labels.json) and a model of 3: its files are of"),
     ],
 )
 def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path, change, message):

@@ -172,6 +172,7 @@ def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
     [
         ("run.json", None, "No such file"),
         ("run.json", '{"backbone": {"na', "Unterminated string"),
+        ("run.json", "[" * 100_000, "lie within each other"),
         ("run.json", "{}", "lacks backbone, data, processes"),
         ("metrics.jsonl", None, "No such file"),
         ("metrics.jsonl", '{"epoch": 0', "cannot be read"),

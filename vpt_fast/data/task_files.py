@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.files import parse_json
+
 from .images import DataError, ImageList, Splits, hold_out, read_text
 from .shards import holds_shards, read_class_names
 from .tasks import Task
@@ -230,9 +232,13 @@ def read_json(path: Path) -> list[tuple[str, str, int]]:
         DataError: the file is missing, not JSON, or not a mapping of paths to class ids.
     """
     try:
-        values: Any = json.loads(read_text(path))
+        values: Any = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
     if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: wanted a mapping of image paths to class ids")
     entries = []
