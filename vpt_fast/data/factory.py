@@ -13,7 +13,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from .decode import upright_rgb
-from .images import DataError, ImageItem, ImageList, Splits, hold_out
+from .images import DataError, ImageItem, ImageList, Splits, hold_out, open_image
 from .resident import host_budget
 
 _LABEL_FIELDS = ("targets", "labels", "_labels")  # their names in torchvision's data sets
@@ -34,7 +34,7 @@ class Row:
         # timm's dataset returns the next image in place of a broken one; its reader does not.
         reader = getattr(self.dataset, "reader", None)
         if reader is not None:
-            return Image.open(reader[self.index][0])
+            return open_image(reader[self.index][0])
         return self.dataset[self.index][0]
 
 

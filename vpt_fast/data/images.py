@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -32,6 +33,16 @@ class StoredImage(Protocol):
 
 
 ImageItem = Path | StoredImage
+
+_BY_OTHER_PROGRAMS = ("EPS",)
+"""Formats that Pillow has another program decode: Ghostscript, which would run what is in a data set. What a
+file holds decides about its format, not its name."""
+
+
+def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """As `PIL.Image.open`, of all formats that Pillow decodes itself."""
+    Image.init()  # lists all formats
+    return Image.open(file, formats=[each for each in Image.ID if each not in _BY_OTHER_PROGRAMS])
 
 
 @dataclass(frozen=True)

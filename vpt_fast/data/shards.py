@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
-from .images import DataError, ImageList, Splits, hold_out, read_text
+from .images import DataError, ImageList, Splits, hold_out, open_image, read_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TarImage:
             return file.read(self.size)
 
     def open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.read()))
+        return open_image(io.BytesIO(self.read()))
 
 
 def holds_shards(root: Path) -> bool:
