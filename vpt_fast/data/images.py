@@ -12,6 +12,8 @@ from typing import IO, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+MOST_CLASSES = 1_000_000
+"""All classes up to the highest number in a data set are held in memory; higher ones are damage or malice."""
 _NAMES_SHOWN = 10
 
 
@@ -160,6 +162,14 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
         order = generator.permutation(len(indices))[: count(len(indices))]
         drawn.extend(indices[i] for i in sorted(order))
     return drawn
+
+
+def class_number(text: str) -> int | None:
+    """The class number, below `MOST_CLASSES`, that is written in `text`; None if there is none."""
+    if not text.isdecimal() or len(text) > len(str(MOST_CLASSES)):  # int refuses thousands of digits
+        return None
+    number = int(text)
+    return number if number < MOST_CLASSES else None
 
 
 def read_text(path: Path) -> str:

@@ -265,7 +265,15 @@ def _read_scenes(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from None
     scenes = found.get("scenes") if isinstance(found, dict) else None
-    wanted = {"image_filename", "objects"}
-    if not isinstance(scenes, list) or not all(isinstance(s, dict) and wanted <= s.keys() for s in scenes):
+    if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
         raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
     return scenes
+
+
+def _is_scene(scene: Any) -> bool:
+    """Its image has to be in the folder of images: a path could name any file of this machine, which would be
+    copied into a data set."""
+    if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
+        return False
+    name = scene.get("image_filename")
+    return isinstance(name, str) and Path(name).name == name

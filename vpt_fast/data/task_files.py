@@ -17,7 +17,7 @@ from typing import Any
 
 from vpt_fast.files import parse_json
 
-from .images import DataError, ImageList, Splits, hold_out, read_text
+from .images import DataError, ImageList, Splits, class_number, hold_out, read_text
 from .shards import holds_shards, read_class_names
 from .tasks import Task
 
@@ -212,16 +212,17 @@ def read_list(path: Path, num_classes: int) -> list[tuple[str, str, int]]:
         name = name.strip()
         if not line.strip():
             continue
-        if not space or not label.isdecimal():
+        class_id = class_number(label)
+        if not space or class_id is None:
             raise DataError(
                 f"{path}, line {number}: {line!r}; wanted an image's path, a space and a class number"
             )
-        if int(label) >= num_classes:
-            raise DataError(f"{path}, line {number}: class {label}; wanted 0 to {num_classes - 1}")
+        if class_id >= num_classes:
+            raise DataError(f"{path}, line {number}: class {class_id}; wanted 0 to {num_classes - 1}")
         if name in first:
             raise DataError(f"{path}, line {number}: {name} again, as in line {first[name]}")
         first[name] = number
-        entries.append((f"line {number}", name, int(label)))
+        entries.append((f"line {number}", name, class_id))
     return entries
 
 
