@@ -170,10 +170,11 @@ class Worker:
                 # Without all its settings a trial is drawn again: the sampler will choose the same.
                 lost = [params_of(t) for t in trials if t.state.name == "FAIL"]
                 lost = [params for params in lost if params.keys() == self.axes.keys()]
-                missing: list[Params] = []
-                for params in lost if self.wanted is None else self.wanted:
-                    if params not in taken and params not in missing:
-                        missing.append(params)
+                there = set(map(key_of, taken))
+                wanted = lost if self.wanted is None else self.wanted
+                missing = list(
+                    {key_of(params): params for params in wanted if key_of(params) not in there}.values()
+                )
                 # One after the other: a trial that was stopped goes on before the next, and the pruner
                 # decides as if it had not been. Where a process in another folder could take the only one
                 # that is queued, all are.
@@ -302,6 +303,11 @@ class Worker:
 def params_of(trial: FrozenTrial) -> Params:
     """A trial's settings, also of one that is still waiting."""
     return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
+
+
+def key_of(params: Params) -> frozenset[tuple[str, Any]]:
+    """The same for the same settings, to look them up among thousands."""
+    return frozenset(params.items())
 
 
 def is_done(trial: FrozenTrial) -> bool:

@@ -184,6 +184,12 @@ def test_yaml_that_says_something_twice_or_nothing_or_too_much_is_refused_in_one
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_types_of_the_settings_are_found_once_and_not_for_each_recipe(monkeypatch):
+    make()
+    monkeypatch.setattr("vpt_fast.recipe.get_type_hints", None)
+    assert make(seed="7").seed == 7
+
+
 def test_yaml_may_merge_mappings(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("<<: {epochs: 3, seed: 1}\nepochs: 4\n")
