@@ -356,7 +356,7 @@ class Display:
         self._done = 0
         self._first_seconds: float | None = None
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # settings may have brackets
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),
