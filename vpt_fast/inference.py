@@ -115,6 +115,11 @@ class LoadedRun:
             # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
             model = load_pretrained(folder, backbone, **overrides)
+        if (size := tuple(labels.preprocessing.image_size)) != model.image_size:
+            raise RunError(
+                f"{folder} has images resized to {size} ({LABELS_FILE}) and a model for {model.image_size}: "
+                "its files are of several runs"
+            )
         return cls(model.to(chosen).eval(), labels, chosen)
 
 

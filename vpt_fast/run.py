@@ -111,6 +111,8 @@ class Labels:
             kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
             if not all(isinstance(name, str) for name in values["classes"]):
                 raise TypeError("classes that are no text")
+            if type(values["split"]["seed"]) is not int:
+                raise TypeError("a seed that is no whole number")
             return cls(tuple(values["classes"]), kind.from_dict(values["preprocessing"]), **values["split"])
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
