@@ -377,7 +377,7 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
         ({"split": {"seed": None}}, "labels.json cannot be read"),
         (
             {"preprocessing": {"image_size": [64, 64]}},
-            "resized to (64, 64) (labels.json) and a model for (32,",
+            "resized to (64, 64) (labels.json) and a model for (16, 16)",
         ),
         ({"classes": ["blue", "red"]}, "names of 2 classes (labels.json) and a model of 3: its files are of"),
     ],

@@ -166,9 +166,9 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
 
 def class_number(text: str) -> int | None:
     """The class number, below `MOST_CLASSES`, that is written in `text`; None if there is none."""
-    if not text.isdecimal() or len(text) > len(str(MOST_CLASSES)):  # int refuses thousands of digits
-        return None
-    number = int(text)
+    if not text.isdecimal() or len(text.lstrip("0")) > len(str(MOST_CLASSES)):
+        return None  # before int, which refuses thousands of digits in a message of its own
+    number = int(text.lstrip("0") or "0")
     return number if number < MOST_CLASSES else None
 
 
