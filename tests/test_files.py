@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpt_fast.files import remove_unfinished, replacing, unfinished
+from vpt_fast.files import parse_json, remove_unfinished, replacing, unfinished
 
 
 def test_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -57,3 +57,8 @@ def test_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:
         temporary.write_text("new")
     (tmp_path / "b.txt").write_text("plain")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_brackets_without_end_are_no_json() -> None:
+    with pytest.raises(ValueError, match="lie within each other"):
+        parse_json("[" * 100_000)

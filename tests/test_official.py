@@ -99,6 +99,23 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(
         import_prompts(path, vit, prompt=prompt)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"shallow_prompt": "text"},
+        {"model": {**official_model(), "head.last_layer.weight": 7}},
+        {"model": {**official_model(), "enc.cls_token": 7}},
+        {"model": official_model(), "prompt": {"PROJECT": "text"}},
+    ],
+    ids=["prompts", "head", "backbone", "setting"],
+)
+def test_a_file_that_only_looks_like_an_official_one_is_named(vit, content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "file.pth")
+    num_classes = 5 if "shallow_prompt" in content else None
+    with pytest.raises(ValueError, match=r"file\.pth: its prompts are not in the form"):
+        import_prompts(tmp_path / "file.pth", vit, num_classes=num_classes)
+
+
 def test_a_swins_prompts_on_a_vit_are_refused(vit, tmp_path: Path) -> None:
     tensors = {**official_model(), "enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}
     with pytest.raises(ValueError, match="the prompts of a Swin, by stages; got a ViT"):

@@ -126,9 +126,10 @@ def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
 
-def test_settings_that_are_not_json_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["cut off", "deep"])
+def test_settings_that_are_not_json_are_named(text: str, tmp_path: Path) -> None:
     PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
@@ -162,6 +163,8 @@ def test_settings_that_are_none_are_named(change, message: str, tmp_path: Path) 
         ("backbone", {"kwargs": None}, r"config\.json: backbone\.kwargs is None, want a mapping"),
         ("backbone", {"revision": "x"}, r"config\.json: backbone has revision, want name, pretrained"),
         ("options", {"dtype": "bfloat17"}, "dtype: got 'bfloat17', want a floating-point torch.dtype"),
+        ("options", {"backbone": 1}, r"config\.json describes a model that cannot be built: .*backbone"),
+        ("options", {"num_prompts": 10**30}, r"config\.json describes a model that cannot be built"),
     ],
 )
 def test_setting_that_was_edited_is_named(part, change, message: str, tmp_path: Path) -> None:
@@ -172,6 +175,39 @@ def test_setting_that_was_edited_is_named(part, change, message: str, tmp_path: 
     path.write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=message):
         load_pretrained(tmp_path, tiny_vit())
+
+
+@pytest.mark.parametrize("part", ["options", "kwargs"])
+@pytest.mark.parametrize("named", ["cache_dir", "url"])
+def test_file_of_settings_cannot_have_anything_downloaded_from_or_to_a_place_it_names(
+    named: str, part: str, tmp_path: Path
+) -> None:
+    LinearProbe("vit_tiny_patch16_224", 5).save_pretrained(tmp_path)
+    path, evil = tmp_path / "config.json", tmp_path / "evil.pth"
+    evil.write_text("import os")  # a line that Python runs at its start, from a .pth file beside packages
+    arguments = {"cache_dir": str(tmp_path / "packages")}
+    if named == "url":
+        arguments = {"pretrained_cfg_overlay": {"url": evil.as_uri(), "hf_hub_id": None}}
+    settings = json.loads(path.read_text())
+    settings["backbone"]["pretrained"] = True
+    (settings["options"] if part == "options" else settings["backbone"]["kwargs"]).update(arguments)
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: its config\.json names .*{named}.*backbone=\.\.\."):
+        load_pretrained(tmp_path)
+
+
+def test_folder_of_downloads_is_not_saved(tmp_path: Path) -> None:
+    LinearProbe("vpt_fast_demo", 5, cache_dir="downloads").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["backbone"]["kwargs"] == {}
+    assert load_pretrained(tmp_path).num_classes == 5
+
+
+def test_url_of_weights_is_saved_as_an_instance_is(tmp_path: Path) -> None:
+    overlay = {"url": "https://example.org/weights.pth"}
+    model = LinearProbe("vpt_fast_demo", 5, pretrained_cfg_overlay=overlay)
+    with pytest.warns(UserWarning, match=r"example\.org.*backbone="):
+        model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["backbone"]["name"] is None
 
 
 def test_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbon
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
-from vpt_fast.files import remove_unfinished
+from vpt_fast.files import parse_json, remove_unfinished
 from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
@@ -289,7 +289,7 @@ def _require_same_ablation(name: str, points: Sequence[Point], out: Path) -> set
         return set()
     planned = [(point.line, point.value) for point in points]
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         other, rows = values["ablation"], [(row["line"], row["value"]) for row in values["points"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what an ablation writes ({error!r}); choose another --out") from None

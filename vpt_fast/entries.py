@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.files import parse_json
 from vpt_fast.published import Published, published_of
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run import RunFolder
@@ -61,12 +61,15 @@ Key = tuple[str, str, str]  # backbone, method, task
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, and what its config.yaml, run.json and results.json hold."""
+    """A run's folder, what its config.yaml and results.json hold, and of its run.json the numbers of
+    parameters and of images by class. The rest of that, all class names, is not held for each of many runs.
+    """
 
     path: Path
     config: dict[str, Any]
-    facts: dict[str, Any]
     results: dict[str, Any]
+    parameters: dict[str, int]
+    images_by_class: tuple[int, ...] | None
 
 
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
@@ -113,6 +116,7 @@ class _Reader:
         self._classes: dict[str, tuple[Path, list[str]]] = {}  # by task: its first folder, and its own
         self._sweeps: dict[Key, tuple[Path, Entry]] = {}
         self._runs: dict[Key, list[FinishedRun]] = {}
+        self._images: dict[tuple[int, ...] | None, tuple[int, ...] | None] = {}
 
     def entries(self) -> list[Entry]:
         of_sweeps = [entry for _, entry in self._sweeps.values()]
@@ -128,10 +132,12 @@ class _Reader:
             self.leave_out(path, f"the {kind} is not finished")
             return
         results = _read(path / "results.json")
-        if results.get("kind") == "sweep":
-            self._read_sweep(path, results)
-        elif "val_accuracy" in results:
-            self._read_run(path, results)
+        if results.get("kind") == "sweep" or "val_accuracy" in results:
+            read = self._read_sweep if results.get("kind") == "sweep" else self._read_run
+            try:
+                read(path, results)
+            except (TypeError, AttributeError, LookupError) as error:
+                raise ValueError(f"{path} holds files that were changed: {error!r}") from error
         elif "ablation" in results:
             self.leave_out(path, "an ablation, whose points are sweeps below it")
         else:
@@ -166,7 +172,10 @@ class _Reader:
         key = (config["backbone"], config["method"], _task(config))
         self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
         self._require_first(key, path)
-        self._runs.setdefault(key, []).append(FinishedRun(path, config, facts, results))
+        images = _images_by_class(facts)
+        images = self._images.setdefault(images, images)  # most runs share them
+        run = FinishedRun(path, config, results, facts["parameters"], images)
+        self._runs.setdefault(key, []).append(run)
 
     def _require_same_classes(self, task: str, path: Path, classes: list[str] | None) -> None:
         """Raises ValueError if the data behind `path` have other classes than earlier data with the same
@@ -197,7 +206,7 @@ class _Reader:
 def _read(path: Path, *keys: str) -> dict[str, Any]:
     """The mapping in a JSON file of a run or sweep; ValueError, which names the file, if it is not usable."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
@@ -266,9 +275,9 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
     values = [run.results[f"{split}_accuracy"] for run in found]
     if None in values:
         raise ValueError(f"{named}: of some runs there is neither test nor val accuracy")
-    if first.train_fraction == 1 and len({repr(_images_by_class(run.facts)) for run in found}) > 1:
+    if first.train_fraction == 1 and len({run.images_by_class for run in found}) > 1:
         raise ValueError(f"{named}: the runs are of other images; tabulate them apart")
-    parameters = found[0].facts["parameters"]
+    parameters = found[0].parameters
     return Entry(
         method=key[1],
         task=key[2],
@@ -284,9 +293,9 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
     )
 
 
-def _images_by_class(facts: dict[str, Any]) -> list[int] | None:
+def _images_by_class(facts: dict[str, Any]) -> tuple[int, ...] | None:
     """Images per class in train and val together, since the seed decides how they are split; None if they are
     not recorded."""
     data = facts.get("data", {})
     counts = [data[split]["per_class"] for split in ("train", "val") if data.get(split)]
-    return [sum(of_class) for of_class in zip(*counts, strict=True)] if counts else None
+    return tuple(sum(of_class) for of_class in zip(*counts, strict=True)) if counts else None

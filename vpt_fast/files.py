@@ -1,18 +1,29 @@
-"""Writing files so that a crash or a full disk leaves the previous version intact."""
+"""Writing files so that a crash or a full disk leaves the previous version intact, and reading JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # The name that mkstemp gives a file in `replacing`, without its suffix.
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
+
+
+def parse_json(text: str) -> Any:
+    """The value that JSON text holds. Raises ValueError if it is none; json itself raises RecursionError for
+    thousands of brackets."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too many values lie within each other") from None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.rule import Rule
-from rich.text import TextType
+from rich.text import Text, TextType
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged, find_cause
@@ -138,11 +139,19 @@ def _keeping_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGALRM, old_handler)
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
+
+
 class NameConsole(Console):
-    """rich's console for text with names of files and classes: it takes no `:dog:` in them for an emoji."""
+    """rich's console for text with names of files and classes: it takes no `:dog:` in them for an emoji, and
+    shows control characters, with which a downloaded file could have the terminal do what it likes, as
+    `\\x1b`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text), **settings)
 
 
 class OutputConsole(NameConsole):

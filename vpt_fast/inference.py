@@ -93,6 +93,11 @@ class LoadedRun:
         labels = Labels.read(folder)
         chosen = find_device(device)
         settings, _ = read_pretrained(folder)
+        if len(labels.classes) != settings["num_classes"]:
+            raise RunError(
+                f"{folder} has the names of {len(labels.classes)} classes ({LABELS_FILE}) and a model of "
+                f"{settings['num_classes']!r}: its files are of several runs"
+            )
         if checkpoint is not None and settings["backbone"].get("checkpoint") is None:
             raise ValueError(
                 f"checkpoint: got {checkpoint}, and the run in {run} read its backbone's weights from no file"
@@ -110,6 +115,11 @@ class LoadedRun:
             # A backbone without published weights was initialised from the run's seed, before other draws.
             torch.manual_seed(labels.seed)
             model = load_pretrained(folder, backbone, **overrides)
+        if (size := tuple(labels.preprocessing.image_size)) != model.image_size:
+            raise RunError(
+                f"{folder} has images resized to {size} ({LABELS_FILE}) and a model for {model.image_size}: "
+                "its files are of several runs"
+            )
         return cls(model.to(chosen).eval(), labels, chosen)
 
 

@@ -7,8 +7,9 @@ prompts alone (`prompt_epN.pth`, with "shallow_prompt" and "deep_prompt" as arra
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,8 @@ def import_prompts(
     """
     path = Path(path)
     content = read_tensors(path, _ARRAY_TYPES)
-    trained, frozen = _split(content, path)
+    with _naming(path):
+        trained, frozen = _split(content, path)
     head = trained.get("head.last_layer.weight")
     if (head is None) == (num_classes is None):
         state = (
@@ -310,22 +312,36 @@ def import_prompts(
     is_staged = any(name.startswith(_STAGE) for name in trained)
     if is_staged and kind is not SWIN:
         raise ValueError(f"backbone: {path} holds the prompts of a Swin, by stages; got a ViT")
-    told = {"DEEP": is_staged} | _told_settings(trained, depth, built.patch_embed.patch_size[1])
-    num_prompts = told.pop("NUM_TOKENS")
-    given = {**told, **content.get("prompt", {}), **(prompt or {})}
-    settings = mapped_settings(given, encoder=encoder, depth=depth, num_prompts=num_prompts)
-    classes = num_classes if head is None else head.shape[0]
+    with _naming(path):
+        told = {"DEEP": is_staged} | _told_settings(trained, depth, built.patch_embed.patch_size[1])
+        num_prompts = told.pop("NUM_TOKENS")
+        given = {**told, **content.get("prompt", {}), **(prompt or {})}
+        settings = mapped_settings(given, encoder=encoder, depth=depth, num_prompts=num_prompts)
+        classes = num_classes if head is None else head.shape[0]
     assert classes is not None
     build: Any = PromptedSwin if kind is SWIN else PromptedViT
     model = build(backbone, classes, pretrained=pretrained, checkpoint=checkpoint, **settings, **timm_kwargs)
-    _check_frozen(frozen, model.backbone.stem, path)
-    tensors = to_our_names(trained, settings)
+    with _naming(path):
+        _check_frozen(frozen, model.backbone.stem, path)
+        tensors = to_our_names(trained, settings)
     if kind is SWIN and "prompts" in tensors:  # shallow: those of the first stage's first block
         tensors["prompts.0"] = tensors.pop("prompts")
     if head is None:
         tensors |= {"head.weight": model.head.weight.detach(), "head.bias": model.head.bias.detach()}
     model.load_trainable_state_dict(tensors)
     return model
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns the various errors of taking a file apart that only looks like the official code's into a
+    ValueError."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: its prompts are not in the form in which the official code writes them ({error!r})"
+        ) from error
 
 
 def export_prompts(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
@@ -146,18 +147,29 @@ def plot_embedding(
     axes = figure.subplots()
     colors = colormaps["turbo"].resampled(max(2, len(classes)))
     markers = "os^DvP*X<>"
-    for index, name in enumerate(classes):
+    has_legend = len(classes) <= MOST_IN_LEGEND
+    drawn = []
+    for index in range(len(classes)) if has_legend else np.unique(labels).tolist():
         of_class = points[labels == index]
-        axes.scatter(
-            of_class[:, 0], of_class[:, 1], s=14, color=colors(index), label=name, alpha=0.8, linewidths=0,
+        drawn.append(axes.scatter(
+            of_class[:, 0], of_class[:, 1], s=14, color=colors(index), alpha=0.8, linewidths=0,
             marker=markers[index % len(markers)],
-        )  # fmt: skip
-    axes.set_title(title)
+        ))  # fmt: skip
+    axes.set_title(title, parse_math=False)
     axes.set_xticks([])
     axes.set_yticks([])
-    if len(classes) <= MOST_IN_LEGEND:
-        figure.legend(loc="outside right center", frameon=False)
+    if has_legend:
+        _class_legend(figure, drawn, classes)
     _save(figure, path)
+
+
+def _class_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """A legend with the names as they are: matplotlib would leave out those that begin with an underscore and
+    take what is between two dollars for mathematics, if need be broken."""
+    legend = figure.legend(handles, ["class"] * len(names), loc="outside right center", frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -196,8 +208,7 @@ def plot_segmentation(
     for axes, name in zip(places[0], ("image", *scenes[0][1]), strict=True):
         axes.set_title(name)
     order = [i for i in np.argsort(-total[: len(classes)], kind="stable") if total[i]][:MOST_IN_LEGEND]
-    handles = [Patch(color=colors[i] / 255, label=classes[i]) for i in order]
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    _class_legend(figure, [Patch(color=colors[i] / 255) for i in order], [classes[i] for i in order])
     _save(figure, path)
 
 

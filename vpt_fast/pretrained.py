@@ -65,8 +65,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
         TypeError: an override that the class does not have.
-        ValueError: it holds an unknown class, or the backbone's weights or architecture are missing
-            or not those that the model was trained on.
+        ValueError: it holds an unknown class, or says where to download weights from or to, or the
+            backbone's weights or architecture are missing or not those that the model was trained on.
     """
     settings, tensors = read_pretrained(path)
     return class_of(settings, path).rebuild(settings, tensors, path, backbone, **overrides)

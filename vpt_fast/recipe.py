@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Recipe)
+        hints = _hints()
         for field in dataclasses.fields(self):
             value = typed(field.name, getattr(self, field.name), hints[field.name])
             object.__setattr__(self, field.name, value)
@@ -533,6 +534,12 @@ class Recipe:
             for field in dataclasses.fields(self)
             if field.metadata["result"] and getattr(self, field.name) != getattr(other, field.name)
         }
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The fields' types. A sweep makes thousands of recipes, and this takes most of making one."""
+    return get_type_hints(Recipe)
 
 
 def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "cosine") -> float:

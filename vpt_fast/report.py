@@ -25,6 +25,7 @@ from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 NAMES_SHOWN = 10
+MANY_IMAGES = 20_000  # which take seconds to decode
 
 
 def print_start(
@@ -111,6 +112,8 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Advance]:
 
 
 def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    if total >= MANY_IMAGES and not console.is_terminal:  # there is no bar, and nothing else for minutes
+        console.print(f"Checking {total:,} images: each is decoded once.", highlight=False)
     return progress_bar(console, "checking images", total)
 
 

@@ -10,7 +10,8 @@
     checkpoint.safetensors   the same and the optimizer after the last completed epoch
     tensorboard/             if tensorboard is installed
 
-Each but the last is replaced atomically, so an interruption or a full disk leaves the last good one.
+All but metrics.jsonl and tensorboard/ are replaced atomically, so an interruption or a full disk leaves the
+last good one. An epoch adds its line to metrics.jsonl; of one that an interruption cut off nothing is read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vpt_fast.counting import counted
 from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import parse_json, remove_unfinished, replacing
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.tuned_model import TunedModel
@@ -106,9 +107,13 @@ class Labels:
         """Raises RunError if ``folder`` has no readable labels."""
         path = folder / LABELS_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             is_segmenter = values["split"].get("task") == SEGMENTATION
             kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
+            if not all(isinstance(name, str) for name in values["classes"]):
+                raise TypeError("classes that are no text")
+            if type(values["split"]["seed"]) is not int:
+                raise TypeError("a seed that is no whole number")
             return cls(tuple(values["classes"]), kind.from_dict(values["preprocessing"]), **values["split"])
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
@@ -142,6 +147,7 @@ class RunFolder:
         self.prompts = path / "prompts"
         self.checkpoint = path / "checkpoint.safetensors"
         self.tensorboard = path / "tensorboard"
+        self._metrics_size: int | None = None  # bytes, after `save_epoch`
 
     @classmethod
     @contextlib.contextmanager
@@ -199,14 +205,15 @@ class RunFolder:
         done = recipe.epochs if results is not None else 0
         if checkpoint is not None:
             done = checkpoint.epochs_done
-        rows = self._read_metrics()[:done] if done else []
+        rows = self._read_metrics(done) if done else []
         if len(rows) < done:
             raise RunError(f"{self.metrics} has {len(rows)} of {counted(done, 'epoch')}; {_NOT_OURS}")
         return Begun(recipe, facts, rows, checkpoint, results)
 
-    def _read_metrics(self) -> list[dict[str, Any]]:
+    def _read_metrics(self, epochs: int) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            return [parse_json(line) for line in lines[:epochs]]  # the next may be incomplete
         except (OSError, ValueError) as error:
             raise RunError(f"{self.metrics} cannot be read: {error}; {_NOT_OURS}") from None
 
@@ -219,8 +226,7 @@ class RunFolder:
     def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
         """Writes metrics first: a resumed run drops rows past the checkpoint, but could not restore missing
         ones."""
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write(self.metrics, lines.encode())
+        self._write_metrics(rows)
         tensors = {f"trainable/{name}": tensor for name, tensor in checkpoint.trainable.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -230,6 +236,20 @@ class RunFolder:
             "scaler": json.dumps(checkpoint.scaler),
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
+
+    def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Appends the last row if the file is as this process left it, and else writes all of them: to write
+        ten thousand rows after each of as many epochs would take longer than the epochs."""
+        size = self._metrics_size
+        self._metrics_size = None
+        if size is None or not self.metrics.exists() or self.metrics.stat().st_size != size:
+            write(self.metrics, "".join(map(_line, rows)).encode())
+        else:
+            with open(self.metrics, "ab") as file:
+                file.write(_line(rows[-1]).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        self._metrics_size = self.metrics.stat().st_size
 
     @contextlib.contextmanager
     def saving(self, what: str) -> Iterator[None]:
@@ -283,9 +303,11 @@ class RunFolder:
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        return Checkpoint(
-            int(header["epochs_done"]), part("trainable/"), part("optimizer/"), json.loads(header["scaler"])
-        )
+        try:
+            done, scaler = int(header["epochs_done"]), parse_json(header["scaler"])
+        except (KeyError, ValueError) as error:
+            raise RunError(f"{self.checkpoint} cannot be read: its header has no such {error}") from None
+        return Checkpoint(done, part("trainable/"), part("optimizer/"), scaler)
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -378,13 +400,17 @@ _NOT_OURS = (
 def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """The contents of a run's JSON file; RunError if it cannot be read or lacks any of `keys`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}; {_NOT_OURS}") from None
     if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):
         found = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no mapping"
         raise RunError(f"{path} {found}; {_NOT_OURS}")
     return values
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _json(value: Any) -> str:

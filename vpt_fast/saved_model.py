@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,14 @@ import safetensors
 import safetensors.torch
 import torch
 
+from vpt_fast.backbones.creation import names_url
 from vpt_fast.backbones.resolve import Origin
-from vpt_fast.files import remove_unfinished, replacing
+from vpt_fast.files import parse_json, remove_unfinished, replacing
 from vpt_fast.hub import download_saved
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CACHE_FOLDER = "cache_dir"  # timm's argument
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,18 @@ class BackboneConfig(Origin):
 
     @property
     def call(self) -> str | None:
-        """The name and arguments, as text, if JSON cannot hold the keyword arguments for timm (a class of
-        layers, say); None if it can."""
+        """The name and arguments, as text, if config.json cannot hold the keyword arguments for timm (a class
+        of layers, or what `require_harmless` refuses); None if it can."""
         try:
             json.dumps(self.kwargs)
+            if not names_url(self.kwargs):
+                return None
         except (TypeError, ValueError):  # ValueError: a mapping that contains itself
-            weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
-            weights = ", pretrained=True" if self.pretrained else weights
-            keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
-            return f"{self.name}{weights}{keywords}"
-        return None
+            pass
+        weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
+        weights = ", pretrained=True" if self.pretrained else weights
+        keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
+        return f"{self.name}{weights}{keywords}"
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,14 @@ class ClassifierConfig:
     backbone_call: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold. A backbone whose keyword arguments JSON cannot hold is described
-        like an instance, with the `backbone_call` beside it."""
+        """What config.json holds. A backbone whose keyword arguments it cannot hold is described like an
+        instance, with the `backbone_call` beside it. Where timm keeps downloads is left out: that is of this
+        machine, not of the model."""
         backbone = self.backbone
         if backbone.call is not None:
             backbone = replace(backbone, name=None, pretrained=False, kwargs={}, checkpoint=None)
+        kwargs = {name: value for name, value in backbone.kwargs.items() if name != CACHE_FOLDER}
+        backbone = replace(backbone, kwargs=kwargs)
         settings = asdict(replace(self, backbone=backbone))
         if self.backbone_call is None:
             del settings["backbone_call"]
@@ -100,7 +108,7 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: has no {name}, want a folder that save_pretrained wrote")
     try:
-        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = parse_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: is not JSON: {error}") from None
     if not isinstance(settings, dict):
@@ -110,6 +118,21 @@ def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
         return settings, safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: cannot be read: {error}") from None
+
+
+def require_harmless(arguments: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raises ValueError if the arguments that the config.json in `path` has for a model's constructor say
+    where timm downloads a file from, or where to: together, its author could write any file into any folder
+    of whoever loads the model."""
+    refused = [CACHE_FOLDER] if CACHE_FOLDER in arguments else []
+    if names_url(arguments):
+        refused.append("the url of weights")
+    if refused:
+        raise ValueError(
+            f"{path}: its {CONFIG_FILE} names {' and '.join(refused)}, and a file may not say what is "
+            "downloaded or where to; if you trust it, build the backbone with these and pass it as "
+            "backbone=..."
+        )
 
 
 # Types of the values in config.json, and their names in error messages.

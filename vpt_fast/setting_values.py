@@ -11,6 +11,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+# PyYAML's own, and Python's plain errors: those of its constructors, for a month 13 or text that is marked
+# !!int, and of its parser, for thousands of brackets.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
+_MOST_VALUES = 100_000  # in a file of settings
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ValueError if there is none."""
@@ -20,18 +25,35 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"configuration file {path} does not exist") from None
     except OSError as error:
         raise ValueError(f"configuration file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         raise ValueError(f"configuration file {path} is not YAML: {_problem(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"configuration file {path} holds no mapping of settings")
+    if _count(values, {}) > _MOST_VALUES:
+        raise ValueError(
+            f"configuration file {path} holds more than {_MOST_VALUES:,} values, counting those that it "
+            "repeats by aliases (*); want settings"
+        )
     return values
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """The number of values in a value, each alias in full: a few lines of aliases of aliases stand for
+    billions, more than memory holds once they are copied or printed. Infinite if one contains itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 def yaml_value(name: str, text: str, value: str) -> Any:
     """``value``, a part of ``text`` on the command line, parsed as YAML; its ValueError names the flag."""
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise ValueError(
             f"{name} is {text!r}, whose value {value!r} is not YAML: {_problem(error)}"
         ) from None
@@ -113,6 +135,8 @@ def _prompt_layers(value: Any) -> int | list[int]:
 def _backbone_arg(value: Any) -> dict[str, Any]:
     """A mapping, or a list of KEY=VALUE whose values are parsed as YAML (img_size=384, global_pool=avg)."""
     if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"backbone_arg is {value!r}; its key {wrong[0]!r} must be text")
         return dict(value)
     if not isinstance(value, list | tuple):
         raise ValueError(f"backbone_arg is {value!r}; it must be a mapping, or a list of KEY=VALUE")

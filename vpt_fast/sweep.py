@@ -55,6 +55,7 @@ from vpt_fast.trials import (
     find_pruner,
     find_sampler,
     is_done,
+    key_of,
     open_studies,
     params_of,
     saving_studies,
@@ -130,6 +131,8 @@ def run_sweep(
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
 
+    tidied: set[int] = set()
+
     def collect() -> dict[str, Any]:
         return _collect(sweep, plan, search, final, out)
 
@@ -154,10 +157,10 @@ def run_sweep(
                     folder=lambda params: trial_folder(out, params),
                     metric="val_accuracy",
                     display=display,
-                    after=lambda: _tidy(collect(), out),
+                    after=lambda: _tidy(collect(), out, tidied),
                 ).work()
             results = collect()
-            _tidy(results, out)  # after a trial of a process that died before it could
+            _tidy(results, out, tidied)  # after a trial of a process that died before it could
             best = _require_best(results, out)
             changes = {**best, **changes, "batch_size": _batch_size(sweep.recipe(**best), cache)}
         with Display(console, "final run", len(sweep.seeds)) as display:
@@ -329,8 +332,14 @@ class _Amount:
 
 def _relative_costs(sweep: Sweep, amounts: Sequence[_Amount]) -> Callable[[Params], float]:
     """A function from settings to their trial's cost (epochs times images), relative to the mean."""
-    points, costs = sweep.points(), [amount.epochs * amount.trial_images for amount in amounts]
-    return lambda params: costs[points.index(params)] / statistics.fmean(costs)
+    costs = [amount.epochs * amount.trial_images for amount in amounts]
+    mean, places = statistics.fmean(costs), _places(sweep.points())
+    return lambda params: costs[places[key_of(params)]] / mean
+
+
+def _places(points: Sequence[Params]) -> dict[frozenset[tuple[str, Any]], int]:
+    """`key_of` each combination -> its place in the grid."""
+    return {key_of(params): place for place, params in enumerate(points)}
 
 
 def trial_folder(out: Path, params: Params) -> Path:
@@ -449,10 +458,11 @@ def _collect(
 ) -> dict[str, Any]:
     """The results of the studies so far; writes them to results.json."""
     points = sweep.points()
+    places = _places(points)
     rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler may repeat a choice
     parameters = None
     for trial in search.get_trials(deepcopy=False):
-        if not is_done(trial) or (place := points.index(params_of(trial))) in rows:
+        if not is_done(trial) or (place := places[key_of(params_of(trial))]) in rows:
             continue
         state = trial.state.name.lower()
         rows[place] = {
@@ -516,10 +526,16 @@ def _holds_more(path: Path, results: Mapping[str, Any]) -> bool:
     return bool(set(known) - set(results["final"]["accuracies"]))
 
 
-def _tidy(results: Mapping[str, Any], out: Path) -> None:
-    """Deletes the checkpoints of finished trials, and the prompts of all but the best one."""
+def _tidy(results: Mapping[str, Any], out: Path, tidied: set[int]) -> None:
+    """Deletes the checkpoints of finished trials, and the prompts of all but the best one.
+
+    tidied: places of the trials of which nothing is left to delete; added to.
+    """
     for row in results["trials"]:
+        if row["place"] in tidied:
+            continue
         folder = RunFolder(trial_folder(out, row["params"]))
         folder.checkpoint.unlink(missing_ok=True)
         if results["best"] is None or row["params"] != results["best"]["params"]:
             shutil.rmtree(folder.prompts, ignore_errors=True)
+            tidied.add(row["place"])

@@ -247,7 +247,7 @@ def _markdown(sections: Iterable[Lines], notes: Iterable[str]) -> str:
     tables = []
     for header, *body in sections:
         lines = [header, ["---"] * len(header), *body]
-        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        escaped = ([cell.replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
         tables.append("\n".join("| " + " | ".join(line) + " |" for line in escaped))
     return "\n\n".join([*tables, *notes]) + "\n"
 

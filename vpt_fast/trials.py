@@ -169,10 +169,11 @@ class Worker:
                 # Without all its settings a trial is drawn again: the sampler will choose the same.
                 lost = [params_of(t) for t in trials if t.state.name == "FAIL"]
                 lost = [params for params in lost if params.keys() == self.axes.keys()]
-                missing: list[Params] = []
-                for params in lost if self.wanted is None else self.wanted:
-                    if params not in taken and params not in missing:
-                        missing.append(params)
+                there = set(map(key_of, taken))
+                wanted = lost if self.wanted is None else self.wanted
+                missing = list(
+                    {key_of(params): params for params in wanted if key_of(params) not in there}.values()
+                )
                 # One after the other: a trial that was stopped goes on before the next, and the pruner
                 # decides as if it had not been. Where a process in another folder could take the only one
                 # that is queued, all are.
@@ -303,6 +304,11 @@ def params_of(trial: FrozenTrial) -> Params:
     return dict(trial.params or trial.system_attrs.get("fixed_params", {}))
 
 
+def key_of(params: Params) -> frozenset[tuple[str, Any]]:
+    """The same for the same settings, to look them up among thousands."""
+    return frozenset(params.items())
+
+
 def is_done(trial: FrozenTrial) -> bool:
     """Whether the trial need not be run again: it is complete or pruned, or it diverged."""
     return trial.state.name in ("COMPLETE", "PRUNED") or "diverged" in trial.user_attrs
@@ -349,7 +355,7 @@ class Display:
         self._done = 0
         self._first_seconds: float | None = None
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # settings may have brackets
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("left"),

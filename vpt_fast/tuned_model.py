@@ -31,6 +31,7 @@ from vpt_fast.saved_model import (
     BackboneConfig,
     ClassifierConfig,
     read_pretrained,
+    require_harmless,
     write_pretrained,
 )
 
@@ -380,9 +381,10 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Write the trained tensors, and what is needed to rebuild the model, to a folder.
 
         config.json holds the settings and the backbone's fingerprint, model.safetensors only the trained
-        tensors. Existing files are replaced one by one, each completely or not at all. If JSON cannot hold a
-        keyword argument for timm (a class of layers, say), the model is saved like one whose backbone was
-        given as an instance, which `from_pretrained` asks for, and a UserWarning says so.
+        tensors. Existing files are replaced one by one, each completely or not at all. If config.json cannot
+        hold a keyword argument for timm (a class of layers, or the url of weights), the model is saved like
+        one whose backbone was given as an instance, which `from_pretrained` asks for, and a UserWarning says
+        so.
 
         Raises:
             ValueError: as `storable_state_dict`.
@@ -417,8 +419,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         Raises:
             FileNotFoundError: it lacks a file, or there is neither such a folder nor such a repository.
             TypeError: an override that the class does not have.
-            ValueError: it holds another class, or the backbone's weights or architecture are missing
-                or not those that the model was trained on.
+            ValueError: it holds another class, or says where to download weights from or to, or the
+                backbone's weights or architecture are missing or not those that the model was trained on.
         """
         return cls.rebuild(*read_pretrained(path), path, backbone, **overrides)
 
@@ -459,12 +461,18 @@ class TunedModel(nn.Module, metaclass=_Built):
                         f"checkpoint: {saved.checkpoint}, which the backbone of {path} was loaded from, is "
                         "not there; pass the file as checkpoint=..., or the backbone as backbone=..."
                     )
+            require_harmless(options, path)
         options |= overrides
         if settings["pool"] is not None:
             options["pool"] = settings["pool"]
         # The subclass's constructor, which takes a name or an instance.
         constructor: Any = cls
-        model = constructor(backbone, settings["num_classes"], **options)
+        try:
+            model = constructor(backbone, settings["num_classes"], **options)
+        except (TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+            raise ValueError(
+                f"{path}: its {CONFIG_FILE} describes a model that cannot be built: {error}"
+            ) from error
         _require_backbone(model, saved, path)
         if stores_backbone:
             model._backbone_config = saved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,10 +261,35 @@ def test_a_jax_file_with_damaged_values_is_refused(tmp_path: Path) -> None:
         load_checkpoint(small_vit(), path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {"cls_token": "text"}}], ids=["list", "text"])
+def test_a_tensor_without_values_is_refused(tmp_path: Path) -> None:
+    state = small_vit().state_dict()
+    torch.save({**state, "cls_token": state["cls_token"].to("meta")}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth does not fit .*cls_token"):
+        load_checkpoint(small_vit(), tmp_path / "file.pth")
+
+
+def test_a_locked_jax_file_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "ViT.npz", "w") as archive:
+        archive.writestr("cls.npy", b"x")
+    content = bytearray((tmp_path / "ViT.npz").read_bytes())
+    content[6] |= 1  # in both of the member's headers: it is encrypted
+    content[content.find(b"PK\1\2") + 8] |= 1
+    (tmp_path / "ViT.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ViT\.npz is damaged, or no \.npz file: .*encrypted"):
+        load_checkpoint(small_vit(), tmp_path / "ViT.npz")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], {"model": {"cls_token": "text"}}, {7: 1}, {"model": {7: torch.zeros(1)}}],
+    ids=["list", "text", "numbers", "numbers of tensors"],
+)
 def test_a_file_without_a_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match="want a mapping of names|no state dict: cls_token is a str"):
+    with pytest.raises(
+        ValueError,
+        match="want a mapping of names|no state dict: cls_token is a str|something under 7, want names",
+    ):
         load_checkpoint(small_vit(), tmp_path / "file.pth")
 
 

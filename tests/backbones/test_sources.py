@@ -253,7 +253,8 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "text",
-        ["", "[]", "{}", '{"architectures": ["ViTModel"]}', '{"architecture": 3, "pretrained_cfg": {}}',
+        ["", "[]", "{}", "[" * 100_000, '{"architectures": ["ViTModel"]}',
+         '{"architecture": 3, "pretrained_cfg": {}}',
          '{"architecture": "vit_base_patch16_224", "pretrained_cfg": {"unknown": 1}}',
          '{"architecture": "vit_base_patch16_224", "pretrained_cfg": {}, "model_args": [32]}'],
     )  # fmt: skip

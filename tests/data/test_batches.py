@@ -386,7 +386,7 @@ def test_kept_pixels_beyond_the_budget_are_let_go(images, monkeypatch):
 def test_broken_file_is_named(images, tmp_path, resident, workers):
     (tmp_path / "broken.png").write_bytes(b"broken")
     with_broken = ImageList((*images.items, tmp_path / "broken.png"), (*images.labels, 0), images.classes)
-    with pytest.raises(DecodeError, match=r"broken\.png: not an image in a format that Pillow knows$"):
+    with pytest.raises(DecodeError, match=r"broken\.png: not an image in a format that Pillow decodes$"):
         list(make(with_broken, resident=resident, workers=workers).epoch(0))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import noise
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from vpt_fast.data import (
     CheckedImages,
@@ -19,6 +19,8 @@ from vpt_fast.data import (
     decode_image,
     open_splits,
 )
+from vpt_fast.data.scenes import read_mask
+from vpt_fast.data.shards import TarImage
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 RGB = np.asarray(noise(16, 16))
@@ -264,6 +266,18 @@ def with_broken_files(root: Path, *names: str) -> Splits:
     return open_splits(root)
 
 
+@pytest.mark.parametrize("read", ["file", "shard", "mask"])
+def test_no_other_program_is_run_to_decode_what_is_named_like_an_image(read, tmp_path, monkeypatch):
+    path, ran = tmp_path / "x.jpg", []
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: ran.append(1))
+    with pytest.raises(DecodeError):
+        if read == "mask":
+            read_mask(path, 2, no_zero=False)
+        decode_image(path if read == "file" else TarImage(path, 0, path.stat().st_size, "x.jpg"))
+    assert not ran
+
+
 def check(images: ImageList, **options) -> CheckedImages:
     return check_images(images, **{"workers": 2, "preprocessing": SQUASH, "keep_bytes": 1 << 20, **options})
 
@@ -277,7 +291,7 @@ def test_broken_images_are_named_and_left_out(write_images, workers):
     images = with_broken_files(root, "train/a/001.png", "train/b/000.png").train
     checked = check_images(images, workers=workers)
     assert [s.path for s in checked.skipped] == [root / "train/a/001.png", root / "train/b/000.png"]
-    assert checked.skipped[0].reason == "not an image in a format that Pillow knows"
+    assert checked.skipped[0].reason == "not an image in a format that Pillow decodes"
     assert checked.images == images.select([0, 2, 4, 5])
     assert checked.resident is None
 
@@ -345,7 +359,7 @@ def test_negative_workers_are_refused(write_images):
 
 
 def test_file_that_may_not_be_read_is_skipped_with_the_systems_reason(write_images, monkeypatch):
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     images = open_splits(write_images(FOLDERS)).train

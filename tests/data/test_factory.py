@@ -155,6 +155,14 @@ def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):
         open_splits("wds/some")
 
 
+def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monkeypatch):
+    monkeypatch.setattr(
+        Rows, "__init__", lambda self, count: setattr(self, "dataset", {"label": [0, 10**12]})
+    )
+    with pytest.raises(DataError, match="image 1 has the class number 1000000000000, wanted one below 1,000"):
+        open_splits("hfds/some")
+
+
 def test_test_split_of_other_classes_is_refused(monkeypatch):
     def create(name, root, split, **options):
         return IterableImageDataset(

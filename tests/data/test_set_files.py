@@ -261,6 +261,14 @@ def test_classes_of_shards_are_put_into_bins(small, tmp_path, monkeypatch):
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
+        (
+            ClevrFiles,
+            (
+                "scenes/CLEVR_train_scenes.json",
+                '{"scenes": [{"image_filename": "../../secret", "objects": []}]}',
+            ),
+            "wanted scenes, each with",
+        ),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import tarfile
 
@@ -164,3 +165,62 @@ def test_broken_shards_are_named(root, break_it, message):
     break_it(root)
     with pytest.raises(DataError, match=message):
         open_splits(root)
+
+
+def with_header(path, **header: str) -> None:
+    """Puts a header in the pax format before the first member, without its end."""
+    text = "".join(f"{len(f'00 {key}={value}') + 1} {key}={value}\n" for key, value in header.items())
+    member = tarfile.TarInfo("pax")
+    member.type, member.size = tarfile.XHDTYPE, len(text)
+    path.write_bytes(member.tobuf() + text.encode().ljust(512, b"\0") + path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (
+            lambda root: pack(root / "train/0.tar", {"s1.cls": b"999999999999"}),
+            "0.tar: s1.cls holds '999999999999', wanted a class number",
+        ),
+        (lambda root: pack(root / "train/0.tar", {"s1.cls": b"9" * 5000}), "0.tar: s1.cls holds '9{20}', "),
+        (lambda root: (root / "train/nshards.txt").write_text("9" * 5000), "wanted the number of shards"),
+        (
+            lambda root: (
+                (root / "test/nshards.txt").unlink(),
+                (root / "test/0.tar").rename(root / "test/99999999999999.tar"),
+            ),
+            "test: 0.tar is missing, one of 100000000000000 shards",
+        ),
+        (
+            lambda root: with_header(
+                root / "train/0.tar", **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+            ),
+            "0.tar: cannot be read as an uncompressed tar: not enough values",
+        ),
+    ],
+    ids=["label", "digits of a label", "digits of nshards", "number", "header"],
+)
+def test_numbers_in_shards_that_no_memory_holds_are_refused(root, break_it, message):
+    break_it(root)
+    with pytest.raises(DataError, match=message):
+        open_splits(root)
+
+
+def test_links_in_shards_and_names_outside_of_them_are_not_followed(root, tmp_path):
+    whole = len(open_splits(root, train_on="train+val").train)
+    with tarfile.open(root / "train/0.tar", "a") as tar:
+        for name, kind in (
+            ("a.png", tarfile.SYMTYPE),
+            ("b.png", tarfile.LNKTYPE),
+            ("c.png", tarfile.FIFOTYPE),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, str(tmp_path / "secret")
+            tar.addfile(link)
+        for name, data in (("../../out.png", b"x"), ("../../out.cls", b"1"), ("../../out.pkl", b"x")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    before = set(tmp_path.rglob("*"))
+    assert len(open_splits(root, train_on="train+val").train) == whole + 1
+    assert set(tmp_path.rglob("*")) == before

@@ -47,6 +47,7 @@ def test_smaller_fractions_are_parts_of_larger_ones_by_the_same_seed(write_image
         ({"val_fraction": 1.0}, "val_fraction: 1.0, wanted a number above 0 and below 1"),
         ({"seed": -1}, "seed: -1"),
         ({"data_root": "x"}, "data_root: goes with a data set of timm's"),
+        ({"data_root": ""}, "data_root: '', wanted a folder"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

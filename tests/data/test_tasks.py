@@ -117,13 +117,14 @@ def edit(path, old, new):
     "file, old, new, message",
     [
         ("train800.txt", r"3.jpg 1", "3.jpg 2", r"train800.txt, line 4: class 2; wanted 0 to 1"),
+        ("train800.txt", r"3.jpg 1", "3.jpg " + "1" * 5000, "train800.txt, line 4: .*wanted an image's path"),
         ("val200.txt", r"1.jpg 1", "1.jpg,1", r"val200.txt, line 2: .*wanted an image's path, a space"),
         ("test.txt", r"^.*\n", "", r"test.txt: 5 images; this list of vtab/cifar has 6"),
         ("test.txt", r"0002.jpg", "0009.jpg", r"test.txt, line 3: .*000009.jpg is not there$"),
         ("test.txt", r"/000002.jpg", "", r"test.txt, line 3: .*images/test is a folder$"),
         ("test.txt", r"0002.jpg 0", "0001.jpg 1", r"test.txt, line 3: .*000001.jpg again, as in line 2"),
     ],
-    ids=["class number", "no label", "size", "missing image", "folder", "twice"],
+    ids=["class number", "digits", "no label", "size", "missing image", "folder", "twice"],
 )
 def test_broken_vtab_list_is_named_with_its_line(vtab, file, old, new, message):
     edit(vtab / file, old, new)

@@ -373,6 +373,13 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     [
         ({"split": 7}, "labels.json cannot be read"),
         ({"preprocessing": {"image_size": 7}}, "labels.json cannot be read"),
+        ({"classes": [1, 2, 3]}, "labels.json cannot be read"),
+        ({"split": {"seed": None}}, "labels.json cannot be read"),
+        (
+            {"preprocessing": {"image_size": [64, 64]}},
+            "resized to (64, 64) (labels.json) and a model for (16, 16)",
+        ),
+        ({"classes": ["blue", "red"]}, "names of 2 classes (labels.json) and a model of 3: its files are of"),
     ],
 )
 def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path, change, message):
@@ -383,6 +390,23 @@ def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path
     labels.write_text(json.dumps(values))
     result = command("predict", labels.parent, color_images / "val")
     assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("names", ["classes", "images"])
+def test_control_characters_in_names_do_not_reach_the_terminal(command, run, color_images, tmp_path, names):
+    evil = "\x1b]0;title\x07\x9b31m"
+    prompts = shutil.copytree(run / "prompts", tmp_path / "prompts")
+    photo = next((color_images / "val").rglob("*.*"))
+    if names == "images":
+        photo = tmp_path / f"{evil}.png"
+        photo.write_bytes(b"no image")
+    else:
+        labels = json.loads((prompts / "labels.json").read_text())
+        labels["classes"] = [f"{evil}{name}" for name in labels["classes"]]
+        (prompts / "labels.json").write_text(json.dumps(labels))
+    result = command("predict", prompts, photo)
+    assert r"\x1b]0;title\x07\x9b31m" in result.output
+    assert not {"\x1b", "\x07", "\x9b"} & set(result.output)
 
 
 def only(folder, keep) -> None:

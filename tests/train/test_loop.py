@@ -133,14 +133,33 @@ def test_signal_handlers_are_put_back(recipe, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", ['{"epoch": 2}\n', '{"epoch": 2, "lr'], ids=["a line", "half a line"])
+def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, monkeypatch, left):
     with monkeypatch.context() as patch:
         interrupt_at_step(patch, 10)
         train(recipe, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + json.dumps({"epoch": 2}) + "\n")  # killed between the two files
+    metrics.write_text(metrics.read_text() + left)  # killed before the checkpoint was written
     result = train(recipe, tmp_path / "run")
     assert [row["epoch"] for row in result.metrics] == [0, 1, 2, 3]
+    assert [json.loads(line) for line in metrics.read_text().splitlines()] == result.metrics
+
+
+def test_epoch_adds_its_line_to_the_metrics_and_does_not_write_the_others_again(recipe, tmp_path):
+    files = []
+    train(
+        dataclasses.replace(recipe, epochs=3),
+        tmp_path / "run",
+        on_epoch=lambda row: files.append((tmp_path / "run" / "metrics.jsonl").stat()),
+    )
+    assert len({file.st_ino for file in files}) == 1  # else each epoch had replaced it
+    assert files[0].st_size < files[1].st_size < files[2].st_size
+
+
+def test_metrics_that_were_removed_under_a_run_are_written_again(recipe, tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    train(recipe, path.parent, on_epoch=lambda row: path.unlink() if row["epoch"] == 1 else None)
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
 
 
 def test_run_killed_behind_its_last_checkpoint_has_the_prompts_of_that_epoch(recipe, tmp_path, monkeypatch):
@@ -172,6 +191,7 @@ def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
     [
         ("run.json", None, "No such file"),
         ("run.json", '{"backbone": {"na', "Unterminated string"),
+        ("run.json", "[" * 100_000, "lie within each other"),
         ("run.json", "{}", "lacks backbone, data, processes"),
         ("metrics.jsonl", None, "No such file"),
         ("metrics.jsonl", '{"epoch": 0', "cannot be read"),

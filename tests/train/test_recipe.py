@@ -164,14 +164,30 @@ def test_large_seed_is_not_rounded(given):
         ("epochs: 3\nbackbone_arg: {a: 1}\nepochs: 4\n", r"'epochs' comes twice \(line 3\)"),
         ("backbone_arg:\n  img_size: 48\n  img_size: 64\n", r"'img_size' comes twice \(line 3\)"),
         ("epochs: [1\n", r"is not YAML: expected .* \(line 2\)"),
+        ("seed: 2026-13-01\n", "is not YAML: month must be in 1..12"),
+        ("seed: !!int ''\n", "is not YAML: string index"),
+        ("seed: " + 1000 * "[", "is not YAML: .*recursion"),
+        (
+            "a: &a [1, 1]\n" + "".join(f"{b}: &{b} [{25 * f'*{a},'}]\n" for a, b in ("ab", "bc", "cd", "de")),
+            "more than 100,000 values",
+        ),
+        ("backbone_arg: &a {x: *a}\n", "more than 100,000 values"),
     ],
 )
-def test_yaml_that_says_something_twice_or_nothing_is_refused_in_one_line(tmp_path, text, message):
+def test_yaml_that_says_something_twice_or_nothing_or_too_much_is_refused_in_one_line(
+    tmp_path, text, message
+):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
         Recipe.from_yaml(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_types_of_the_settings_are_found_once_and_not_for_each_recipe(monkeypatch):
+    make()
+    monkeypatch.setattr("vpt_fast.recipe.get_type_hints", None)
+    assert make(seed="7").seed == 7
 
 
 def test_yaml_may_merge_mappings(tmp_path):
@@ -190,6 +206,7 @@ def test_folder_is_no_configuration_file(tmp_path):
     [
         ({"backbone_arg": ["img_size=[1"]}, r"'img_size=\[1', whose value '\[1' is not YAML"),
         ({"backbone_arg": ["img_size=48", "img_size=64"]}, "img_size is given before"),
+        ({"backbone_arg": {1: 2}}, "backbone_arg is {1: 2}; its key 1 must be text"),
         ({"backbone_arg": 7}, "backbone_arg is 7; it must be a mapping"),
         ({"backbone_arg": "img_size=48"}, "it must be a mapping, or a list"),
         ({"seed": 2**64}, "seed is 18446744073709551616; it must be at least 0 and below"),

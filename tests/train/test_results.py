@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import signal
 
 import pytest
+from rich.console import Console
 from task_trees import shrink, write_fgvc, write_vtab
 
 from vpt_fast import loop
@@ -15,7 +17,7 @@ from vpt_fast.data import open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
-from vpt_fast.report import print_skipped
+from vpt_fast.report import checking_images, print_skipped
 from vpt_fast.run import RunError, RunFolder, list_digest
 
 
@@ -50,6 +52,15 @@ def test_task_of_a_recipe_has_its_own_name():
     assert resolved(task="cifar100") == resolved(task="vtab/cifar")
     with pytest.raises(ValueError, match="task is 'cifar1000'.*close names: vtab/cifar"):
         resolved(task="cifar1000")
+
+
+@pytest.mark.parametrize(
+    "images, said", [(19_999, ""), (20_000, "Checking 20,000 images: each is decoded once.\n")]
+)
+def test_log_says_what_takes_time_before_training(images, said):
+    console = Console(file=io.StringIO())
+    with checking_images(console, images):
+        assert console.file.getvalue() == said
 
 
 def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):

@@ -80,6 +80,22 @@ def test_trial_folders_keep_metrics_and_the_best_ones_prompts_only(settings, tmp
         assert folder.prompts.exists() == (trial["params"] == found["best"]["params"])
 
 
+def test_files_of_a_trial_are_deleted_once_and_not_after_each_later_trial(tmp_path, monkeypatch):
+    trials = [
+        {"params": {"base_lr": float(place)}, "val_accuracy": accuracy, "place": place}
+        for place, accuracy in enumerate((0.5, 0.2, 0.9))
+    ]
+    prompts = [RunFolder(trial_folder(tmp_path, trial["params"])).prompts for trial in trials]
+    for folder in prompts:
+        folder.mkdir(parents=True)
+    tidied, deleted, rmtree = set(), [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: deleted.append(path) or rmtree(path))
+    for done in (1, 2, 3):
+        best = max(trials[:done], key=lambda trial: trial["val_accuracy"])
+        sweep._tidy({"trials": trials[:done], "best": best}, tmp_path, tidied)
+    assert deleted == [prompts[1], prompts[0]] and prompts[2].is_dir()
+
+
 def test_checkpoint_that_a_killed_process_left_at_a_trial_s_end_is_removed(settings, tmp_path):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
     run_sweep(plan, tmp_path)

@@ -11,6 +11,7 @@ import statistics
 import pytest
 import yaml
 
+from vpt_fast import entries
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data import TASKS
 from vpt_fast.entries import read_entries
@@ -401,10 +402,10 @@ def test_csv_has_the_backbone_and_stored_parameters_in_columns(sweep):
 def test_names_that_mean_something_to_latex_and_markdown_are_escaped(run):
     folder = run("run", seed=1, method="linear", test_accuracy=0.5)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": None, "data": r"a|b$c^d\e{f}"}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "task": None, "data": "a|b$c^d\\e{f}\ng"}))
     found = read_entries([folder])
     assert r"a|b\$c\^{}d\textbackslash{}e\{f\}" in format_table(*found, "latex")
-    assert r"| a\|b$c^d\e{f} |" in format_table(*found, "markdown")
+    assert r"| a\|b$c^d\e{f} g |" in format_table(*found, "markdown")
 
 
 @pytest.mark.parametrize(
@@ -422,6 +423,25 @@ def test_results_that_were_changed_are_named(run, text, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         read_entries([path.parent])
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("final", [7, {"mean": "x"}, {"mean": 0.5}])
+def test_results_of_another_form_are_named(sweep, final):
+    path = sweep("linear", "vtab/cifar", 0.5) / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "final": final}))
+    with pytest.raises(ValueError, match=f"{path.parent} holds files that were changed"):
+        read_entries([path.parent])
+
+
+def test_many_runs_hold_the_numbers_of_their_images_once(run):
+    reader = entries._Reader()
+    for seed in (1, 2):
+        folder = run(f"run-{seed}", seed=seed, method="linear", test_accuracy=0.5)
+        facts = {"parameters": {}, "data": {"train": {"per_class": [2, 3]}, "val": {"per_class": [1, 1]}}}
+        (folder / "run.json").write_text(json.dumps(facts))
+        reader.read(folder)
+    ((one, other),) = reader._runs.values()
+    assert one.images_by_class is other.images_by_class and one.images_by_class == (3, 4)
 
 
 def test_place_that_no_file_can_be_written_to_is_refused(command, sweep, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import io
 import itertools
 import json
 import os
@@ -394,3 +395,11 @@ def test_description_of_a_trial_names_its_frozen_features():
     display.features({"base_lr": 0.5}, 1_024, 2_000)
     (task,) = display._bars.tasks
     assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
+
+
+def test_brackets_in_a_setting_are_shown_as_they_are():
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with trials.Display(console, "trial", 1) as display:
+        display.begin({"backbone": "local-dir:[/b]"})
+        display._bars.refresh()
+    assert "backbone=local-dir:[/b]" in console.file.getvalue()

@@ -95,7 +95,10 @@ def load_checkpoint(
     for name in state:
         if strict and name not in wanted and not name.startswith(leaves_out):
             raise _misfit(path, model, f"it holds {name}, which the model has no place for")
-    model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+    try:
+        model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
+    except RuntimeError as error:  # of a quantised tensor, or one without values
+        raise _misfit(path, model, " ".join(str(error).split())) from None
 
 
 def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
@@ -122,7 +125,14 @@ def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path} is damaged, or none: {_first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint: {path} holds a {type(content).__name__}, want a mapping of names")
+    _require_names(content, path)
     return dict(content)
+
+
+def _require_names(content: Mapping[Any, Any], path: Path) -> None:
+    for name in content:
+        if not isinstance(name, str):
+            raise ValueError(f"checkpoint: {path} holds something under {name!r}, want names")
 
 
 def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +140,7 @@ def _backbone_state(content: dict[str, Any], path: Path) -> dict[str, torch.Tens
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
+            _require_names(content, path)
             break
     state = clean_state_dict(content)  # without DistributedDataParallel's "module."
     for name, value in state.items():
@@ -251,7 +262,7 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 if dtype.hasobject:
                     raise ValueError(f"{member} holds Python objects, which are not read")
                 shapes[member.removesuffix(".npy")] = shape
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, ValueError) as error:
+    except Exception as error:  # Python's zipfile and tokenizer, too, raise what they like
         raise ValueError(f"checkpoint: {path} is damaged, or no .npz file: {_first_line(error)}") from None
     return shapes
 

@@ -219,6 +219,13 @@ def names_weights(kwargs: Mapping[str, Any]) -> bool:
     return "pretrained_cfg" in kwargs or bool(_SAY_WHERE & overlay.keys())
 
 
+def names_url(kwargs: Mapping[str, Any]) -> bool:
+    """Whether these arguments of timm name an address that it downloads weights from. The file takes its name
+    from there."""
+    settings = (kwargs.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay"))
+    return any(isinstance(each, Mapping) and each.get("url") for each in settings)
+
+
 def _download(name: str, kwargs: Mapping[str, Any]) -> None:
     """Downloads the weights of a model of timm's registry before timm does, unless they are cached, or the
     repository is known to have no such file.

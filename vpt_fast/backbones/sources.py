@@ -139,7 +139,7 @@ def _read_source(backbone: str) -> Source | None:
             f"backbone: got {backbone!r}, whose {CONFIG_FILE} cannot be read: {said_by_hub(error)}; want the "
             "owner/name of a repository on the Hugging Face hub that holds a timm model"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise ValueError(
             f"backbone: got {backbone!r}, whose {CONFIG_FILE} is not what timm writes "
             f"({type(error).__name__}: {error}); want that of {_SAVING}"

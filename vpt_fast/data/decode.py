@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .images import DataError, ImageItem, ImageList
+from .images import DataError, ImageItem, ImageList, open_image
 from .preprocessing import Preprocessing
 from .resident import ResidentBuilder, ResidentImages
 
@@ -94,7 +94,7 @@ def decode_image(path: str | ImageItem) -> Image.Image:
             Pillow's limit against decompression bombs allows; or its pixels are outside the ranges above.
     """
     try:
-        with Image.open(path) if isinstance(path, str | os.PathLike) else path.open() as file:
+        with open_image(path) if isinstance(path, str | os.PathLike) else path.open() as file:
             return upright_rgb(file)
     except MemoryError:
         raise
@@ -104,7 +104,7 @@ def decode_image(path: str | ImageItem) -> Image.Image:
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif isinstance(error, UnidentifiedImageError):
-            reason = "not an image in a format that Pillow knows"
+            reason = "not an image in a format that Pillow decodes"
         raise DecodeError(path, reason) from error
 
 

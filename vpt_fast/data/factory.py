@@ -13,7 +13,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from .decode import upright_rgb
-from .images import DataError, ImageItem, ImageList, Splits, hold_out
+from .images import MOST_CLASSES, DataError, ImageItem, ImageList, Splits, hold_out, open_image
 from .resident import host_budget
 
 _LABEL_FIELDS = ("targets", "labels", "_labels")  # their names in torchvision's data sets
@@ -34,7 +34,7 @@ class Row:
         # timm's dataset returns the next image in place of a broken one; its reader does not.
         reader = getattr(self.dataset, "reader", None)
         if reader is not None:
-            return Image.open(reader[self.index][0])
+            return open_image(reader[self.index][0])
         return self.dataset[self.index][0]
 
 
@@ -116,6 +116,11 @@ def _read(name: str, root: str | None, split: str) -> ImageList:
         raise DataError(f"{where}: has no images")
     if min(labels) < 0:
         raise DataError(f"{where}: image {labels.index(min(labels))} has no class number")
+    if (highest := max(labels)) >= MOST_CLASSES:
+        raise DataError(
+            f"{where}: image {labels.index(highest)} has the class number {highest}, wanted one below "
+            f"{MOST_CLASSES:,}"
+        )
     return ImageList(items, tuple(labels), class_names(dataset, max(labels) + 1))
 
 

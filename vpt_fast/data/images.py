@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import IO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
+MOST_CLASSES = 1_000_000
+"""All classes up to the highest number in a data set are held in memory; higher ones are damage or malice."""
 _NAMES_SHOWN = 10
 
 
@@ -32,6 +35,16 @@ class StoredImage(Protocol):
 
 
 ImageItem = Path | StoredImage
+
+_BY_OTHER_PROGRAMS = ("EPS",)
+"""Formats that Pillow has another program decode: Ghostscript, which would run what is in a data set. What a
+file holds decides about its format, not its name."""
+
+
+def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """As `PIL.Image.open`, of all formats that Pillow decodes itself."""
+    Image.init()  # lists all formats
+    return Image.open(file, formats=[each for each in Image.ID if each not in _BY_OTHER_PROGRAMS])
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,14 @@ def _drawn(members: dict[str, list[int]], seed: tuple[int, ...], count: Callable
         order = generator.permutation(len(indices))[: count(len(indices))]
         drawn.extend(indices[i] for i in sorted(order))
     return drawn
+
+
+def class_number(text: str) -> int | None:
+    """The class number, below `MOST_CLASSES`, that is written in `text`; None if there is none."""
+    if not text.isdecimal() or len(text.lstrip("0")) > len(str(MOST_CLASSES)):
+        return None  # before int, which refuses thousands of digits in a message of its own
+    number = int(text.lstrip("0") or "0")
+    return number if number < MOST_CLASSES else None
 
 
 def read_text(path: Path) -> str:

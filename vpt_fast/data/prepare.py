@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from vpt_fast.counting import counted
-from vpt_fast.files import remove_unfinished, replacing, unfinished
+from vpt_fast.files import parse_json, remove_unfinished, replacing, unfinished
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
@@ -231,7 +231,7 @@ def _has_begun(folder: Path, manifest: dict[str, str]) -> bool:
     path = folder / MANIFEST
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"))
         except ValueError:
             raise DataError(f"{path}: is not JSON; remove {folder}, or choose another folder") from None
         if found != manifest:

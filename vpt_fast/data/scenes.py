@@ -13,7 +13,7 @@ from vpt_fast.counting import counted
 
 from .decode import DecodeError, SkippedImage, decode_image, map_threads, transposition_of
 from .folder import IMAGE_EXTENSIONS
-from .images import DataError, read_text, some_names
+from .images import DataError, open_image, read_text, some_names
 from .shards import read_class_names
 
 IGNORED = 255
@@ -153,7 +153,7 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
         DecodeError: the file cannot be read, does not hold one label per pixel, or holds an invalid label.
     """
     try:
-        with Image.open(path) as file:
+        with open_image(path) as file:
             labels = np.asarray(file)
     except MemoryError:
         raise

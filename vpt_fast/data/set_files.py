@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from vpt_fast.files import parse_json
+
 from .images import DataError, read_text
 
 Writer = Callable[[Path], None]
@@ -255,11 +257,23 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
 
 def _read_scenes(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(read_text(path))
+        found = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
     scenes = found.get("scenes") if isinstance(found, dict) else None
-    wanted = {"image_filename", "objects"}
-    if not isinstance(scenes, list) or not all(isinstance(s, dict) and wanted <= s.keys() for s in scenes):
+    if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
         raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
     return scenes
+
+
+def _is_scene(scene: Any) -> bool:
+    """Its image has to be in the folder of images: a path could name any file of this machine, which would be
+    copied into a data set."""
+    if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
+        return False
+    name = scene.get("image_filename")
+    return isinstance(name, str) and Path(name).name == name

@@ -19,7 +19,9 @@ from PIL import Image
 from vpt_fast.counting import counted
 
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
-from .images import DataError, ImageList, Splits, hold_out, read_text
+from .images import DataError, ImageList, Splits, class_number, hold_out, open_image, read_text
+
+_LONGEST_LABEL = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class TarImage:
             return file.read(self.size)
 
     def open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.read()))
+        return open_image(io.BytesIO(self.read()))
 
 
 def holds_shards(root: Path) -> bool:
@@ -131,14 +133,15 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
     number = max(shards) + 1
     if counted.exists():
         text = read_text(counted).strip()
-        if not text.isdecimal():
-            raise DataError(f"{counted}, line 1: {text!r}, wanted the number of shards")
+        if not text.isdecimal() or len(text) > 9:
+            raise DataError(f"{counted}, line 1: {text[:20]!r}, wanted the number of shards")
         number = int(text)
-    if missing := sorted(set(range(number)) - set(shards)):
+    missing = next((i for i in range(number) if i not in shards), None)
+    if missing is not None:
         raise DataError(
-            f"{folder}: {missing[0]}.tar is missing, one of {number} shards; {len(shards)} are there"
+            f"{folder}: {missing}.tar is missing, one of {number} shards; {len(shards)} are there"
         )
-    if more := sorted(set(shards) - set(range(number))):
+    if more := sorted(each for each in shards if each >= number):
         raise DataError(f"{counted}: says {number} shards, and {shards[more[0]].name} is there too")
     samples: list[tuple[TarImage, int]] = []
     for i in range(number):
@@ -156,7 +159,7 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 end = tar.offset  # of the next header
-                if not member.isfile():
+                if not member.isfile() or member.issparse():  # such as a link, which is not followed
                     continue
                 folder, slash, file = member.name.rpartition("/")
                 stem, _, ending = file.partition(".")
@@ -164,12 +167,12 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                 if ending == "cls":
                     extracted = tar.extractfile(member)
                     assert extracted is not None
-                    text = extracted.read().decode(errors="replace").strip()
-                    if not text.isdecimal():
+                    text = extracted.read(_LONGEST_LABEL).decode(errors="replace").strip()
+                    if (label := class_number(text)) is None:
                         raise DataError(f"{path}: {member.name} holds {text[:20]!r}, wanted a class number")
                     if key in labels:
                         raise DataError(f"{path}: {member.name} comes twice")
-                    labels[key] = int(text)
+                    labels[key] = label
                 elif f".{ending.lower()}" in IMAGE_EXTENSIONS:
                     if key in images:
                         raise DataError(
@@ -177,7 +180,9 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                         )
                     name = f"{split}/{path.name}/{member.name}"
                     images[key] = TarImage(path, member.offset_data, member.size, name)
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, RecursionError) as error:  # the last two of damaged headers
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
     # A tar cut off between two members looks complete, except that the zero block at its end is missing.
     if path.stat().st_size < end + tarfile.BLOCKSIZE:

@@ -48,6 +48,8 @@ def open_splits(
     """
     if not os.fspath(data):  # pathlib takes "" to be the working directory
         raise ValueError("data: '', wanted a folder or the name of a data set")
+    if data_root == "":
+        raise ValueError("data_root: '', wanted a folder")
     if train_on not in TRAIN_ON:
         raise ValueError(f"train_on: {train_on!r}, wanted one of {', '.join(TRAIN_ON)}")
     if not 0.0 < val_fraction < 1.0:

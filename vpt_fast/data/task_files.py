@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vpt_fast.counting import counted
+from vpt_fast.files import parse_json
 
-from .images import DataError, ImageList, Splits, hold_out, read_text
+from .images import DataError, ImageList, Splits, class_number, hold_out, read_text
 from .shards import holds_shards, read_class_names
 from .tasks import Task
 
@@ -215,16 +216,17 @@ def read_list(path: Path, num_classes: int) -> list[tuple[str, str, int]]:
         name = name.strip()
         if not line.strip():
             continue
-        if not space or not label.isdecimal():
+        class_id = class_number(label)
+        if not space or class_id is None:
             raise DataError(
                 f"{path}, line {number}: {line!r}; wanted an image's path, a space and a class number"
             )
-        if int(label) >= num_classes:
-            raise DataError(f"{path}, line {number}: class {label}; wanted 0 to {num_classes - 1}")
+        if class_id >= num_classes:
+            raise DataError(f"{path}, line {number}: class {class_id}; wanted 0 to {num_classes - 1}")
         if name in first:
             raise DataError(f"{path}, line {number}: {name} again, as in line {first[name]}")
         first[name] = number
-        entries.append((f"line {number}", name, int(label)))
+        entries.append((f"line {number}", name, class_id))
     return entries
 
 
@@ -235,9 +237,13 @@ def read_json(path: Path) -> list[tuple[str, str, int]]:
         DataError: the file is missing, not JSON, or not a mapping of paths to class ids.
     """
     try:
-        values: Any = json.loads(read_text(path))
+        values: Any = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
     if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: wanted a mapping of image paths to class ids")
     entries = []
