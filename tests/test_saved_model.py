@@ -271,7 +271,7 @@ def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_push_to_hub_passes_token_and_privacy_on_and_returns_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_passes_token_and_privacy_and_returns_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = {}
 
     class Hub:

@@ -343,8 +343,9 @@ def main() -> None:
     # Under an old locale, even a "×" would end a training with UnicodeEncodeError.
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper) and codecs.lookup(out.encoding).name != "utf-8":
-        codecs.register_error("vpt_fast.escape", _escape)
-        out.reconfigure(errors="vpt_fast.escape")
+        if out.errors in ("strict", "surrogateescape"):  # else PYTHONIOENCODING chose what is done
+            codecs.register_error("vpt_fast.escape", _escape)
+            out.reconfigure(errors="vpt_fast.escape")
     try:
         app()
     except OSError as error:
