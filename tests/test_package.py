@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,12 @@ for words in (
 def test_commands_refuse_what_is_not_there_before_they_import_torch(tmp_path):
     ended = subprocess.run([sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_windows_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ImportError, match="vpt_fast does not run on Windows itself; run it in WSL"):
+        runpy.run_path(vpt_fast.__file__)
 
 
 def test_entry_of_the_command_imports_no_library():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -306,7 +307,7 @@ def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_push_to_hub_passes_the_token_and_privacy_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_passes_token_and_privacy_and_returns_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = {}
 
     class Hub:
@@ -320,12 +321,12 @@ def test_push_to_hub_passes_the_token_and_privacy_on(monkeypatch: pytest.MonkeyP
         def file_exists(self, repo_id: str, file: str) -> bool:
             return True
 
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
-            return "https://huggingface.co/commit"
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> SimpleNamespace:
+            return SimpleNamespace(commit_url="https://huggingface.co/commit")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    PromptedViT(tiny_vit(), 5, 4).push_to_hub("prompts", private=True, token="t")
-    assert sent == {"token": "t", "private": True}
+    commit = PromptedViT(tiny_vit(), 5, 4).push_to_hub("prompts", private=True, token="t")
+    assert sent == {"token": "t", "private": True} and commit == "https://huggingface.co/commit"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ Exit codes: 0 done; 1 failed on the way (training diverged, a full disk, an imag
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -333,7 +335,20 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(sweep_commands.plot_app, name="plot")
 
 
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Characters that stdout's encoding lacks, as JSON escapes them: what --json prints stays JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 def main() -> None:
+    # Under an old locale, even a "×" would end a training with UnicodeEncodeError.
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and codecs.lookup(out.encoding).name != "utf-8":
+        if out.errors in ("strict", "surrogateescape"):  # else PYTHONIOENCODING chose what is done
+            codecs.register_error("vpt_fast.escape", _escape)
+            out.reconfigure(errors="vpt_fast.escape")
     try:
         app()
     except OSError as error:

@@ -512,7 +512,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
-        return str(commit)
+        return commit.commit_url  # before huggingface_hub 1.0, the text of a commit was another address
 
 
 # A segmenter has its backbone in the encoder. Blocks are beside the rest of timm's model.

@@ -26,6 +26,7 @@ from vpt_fast import (
     PromptedViT,
     load_pretrained,
 )
+from vpt_fast.backbones import sources
 from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone
 from vpt_fast.methods import build_model
@@ -235,6 +236,19 @@ def test_pickles_are_refused_and_not_read(
     ):
         PromptedViT(backbone, 3, 2, pretrained=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_folder_without_weights_is_named_with_an_older_huggingface_hub_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NeedsMessage(EntryNotFoundError):  # as before huggingface_hub 1.0
+        def __init__(self, message: str) -> None:
+            super().__init__(message)
+
+    monkeypatch.setattr(sources, "EntryNotFoundError", NeedsMessage)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        PromptedViT(f"local-dir:{folder}", 3, 2, pretrained=True)
 
 
 class TestRefused:

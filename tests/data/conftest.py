@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from image_files import noise
 
 
@@ -22,3 +23,16 @@ def write_images(tmp_path: Path) -> Callable[[Mapping[str, int]], Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def overlapping(monkeypatch) -> list[torch.device]:
+    """The devices to which `Tensor.to` has copied while the program might go on."""
+    devices, to = [], torch.Tensor.to
+
+    def recorded(tensor, *arguments, non_blocking=False, **options):
+        devices.extend(arguments[:1] if non_blocking else ())
+        return to(tensor, *arguments, non_blocking=non_blocking, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    return devices

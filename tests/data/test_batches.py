@@ -316,6 +316,13 @@ def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images):
     assert_same(copied.epoch(1), gathered.epoch(1))
 
 
+@pytest.mark.parametrize("resident", ["host", "off"])
+def test_only_a_cuda_device_reads_pixels_after_the_copy_was_asked_for(images, overlapping, resident):
+    """On Apple's MPS it would read freed memory. The device "meta" stands for all others."""
+    ((pixels, _),) = make(images, batch_size=NUM_IMAGES, device="meta", resident=resident).epoch(0)
+    assert pixels.device.type == "meta" and overlapping == []
+
+
 class Cudart:
     """CUDA's runtime, as far as memory is pinned with it: addresses that are, and what it answers."""
 

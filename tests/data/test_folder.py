@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 
 import pytest
 
 from vpt_fast.data import DataError, ImageList, open_splits
+from vpt_fast.data.images import require_utf8
 
 
 def names(images: ImageList) -> list[str]:
@@ -125,6 +127,12 @@ def test_name_that_is_not_utf8_is_refused_by_name(write_images, name):
     os.rename(os.fsencode(root) + b"/" + old, os.fsencode(root) + b"/" + name)
     with pytest.raises(DataError, match=r"caf\\udce9.*: found a name that is not UTF-8"):
         open_splits(root)
+
+
+def test_name_that_the_locale_cannot_read_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(DataError, match="Python reads names as ascii, want PYTHONUTF8=1"):
+        require_utf8("caf\udcc3\udca9.png")
 
 
 def test_classes_may_be_called_like_splits(write_images):

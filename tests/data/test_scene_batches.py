@@ -129,6 +129,11 @@ def batches(scenes, **settings) -> SceneBatches:
     return SceneBatches(scenes, PLAIN, **wanted)
 
 
+def test_only_a_cuda_device_reads_scenes_after_the_copy_was_asked_for(scenes, overlapping):
+    pixels, _ = next(batches(scenes, device="meta").epoch(0))
+    assert pixels.device.type == "meta" and overlapping == []
+
+
 def test_batches_are_the_same_in_worker_processes(scenes):
     here, there = batches(scenes), batches(scenes, workers=1)
     for epoch in (0, 1):

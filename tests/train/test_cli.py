@@ -19,7 +19,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast import loop
+from vpt_fast import cli, loop
 from vpt_fast.__main__ import main
 from vpt_fast.cli import app
 from vpt_fast.flags import LastingConsole, one_line_errors
@@ -293,6 +293,17 @@ def test_output_to_a_full_disk_ends_in_one_line():
         ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert ended.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+def test_letters_that_the_output_s_encoding_lacks_are_escaped_as_in_json(monkeypatch):
+    text = "32×32 Äpfel 🍎"
+    monkeypatch.setattr(cli, "app", lambda: typer.echo(json.dumps(text, ensure_ascii=False)))
+    with io.TextIOWrapper(io.BytesIO(), encoding="latin-1") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        cli.main()
+        output.flush()
+        written = output.buffer.getvalue()
+    assert json.loads(written.decode("latin-1")) == text
 
 
 def test_predict_takes_no_name_for_an_emoji(command, run, images):

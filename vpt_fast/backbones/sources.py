@@ -64,7 +64,7 @@ class Source:
             if self.kind == _FOLDER:
                 path = os.path.join(self.place, WEIGHTS_FILE)
                 if not os.path.isfile(path):
-                    raise EntryNotFoundError
+                    raise EntryNotFoundError(path)  # huggingface_hub before 1.0 wants a message
                 return path
             return str(download_from_hf(self.place, WEIGHTS_FILE))
         except (EntryNotFoundError, OSError) as error:

@@ -12,7 +12,7 @@ import torch
 
 from .decode import CheckedImages, default_workers, load_image, load_resident
 from .images import ImageItem, ImageList
-from .loader import PlannedLoader
+from .loader import PlannedLoader, copies_may_overlap
 from .preprocessing import Preprocessing
 from .resident import ResidentImages, device_budget, least_bytes, resident_budget
 
@@ -187,14 +187,14 @@ class Batches:
         """Copies through pinned memory: the copy overlaps with the GPU's work, and nothing waits for it."""
         if pixels.device.type == "cpu" and self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        return pixels.to(self.device, non_blocking=True)
+        return pixels.to(self.device, non_blocking=copies_may_overlap(self.device))
 
     def _read_files(self, draws: _Draws, chunks: list[slice]) -> Iterator[torch.Tensor]:
         """As `_read_resident`, from the files."""
         assert self._loader is not None
         reads = list(zip(draws.indices.tolist(), draws.positions, strict=True))
         for pixels in self._loader.epoch([reads[chunk] for chunk in chunks]):
-            yield pixels.to(self.device, non_blocking=True)
+            yield pixels.to(self.device, non_blocking=copies_may_overlap(self.device))
 
     def _draw(self, epoch: int) -> _Draws:
         if epoch < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,7 +192,9 @@ def require_utf8(path: str | Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise DataError(f"{ascii(str(path))}: found a name that is not UTF-8; rename it") from None
+        encoding = sys.getfilesystemencoding()  # by an old locale, in which the name may be UTF-8 after all
+        how = "rename it" if encoding == "utf-8" else f"Python reads names as {encoding}, want PYTHONUTF8=1"
+        raise DataError(f"{ascii(str(path))}: found a name that is not UTF-8; {how}") from None
 
 
 def some_names(found: list[str], ending: str = "/") -> str:

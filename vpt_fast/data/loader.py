@@ -18,6 +18,13 @@ from .decode import DecodeError
 _Read = TypeVar("_Read")
 
 
+def copies_may_overlap(device: torch.device) -> bool:
+    """Whether a copy from the host may go on while the program does. Only CUDA's pinned memory is kept until
+    it is done: on Apple's MPS, PyTorch reads the memory of a tensor that was freed meanwhile
+    (pytorch/pytorch#189690)."""
+    return device.type == "cuda"
+
+
 class PlannedLoader(Generic[_Read]):
     """Reads an epoch's batches, each a list of what `read` takes, in processes that live over all epochs.
 

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .decode import default_workers
-from .loader import PlannedLoader
+from .loader import PlannedLoader, copies_may_overlap
 from .scene_preprocessing import ScenePreprocessing, image_seed
 from .scenes import SceneList, read_scene
 
@@ -84,8 +84,9 @@ class SceneBatches:
         seeds = (image_seed(self.seed, epoch, i) if self.train else None for i in self.indices(epoch))
         reads = list(zip(self.indices(epoch), seeds, strict=True))
         plan = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]
+        overlap = copies_may_overlap(self.device)
         for loaded in self._loader.epoch(plan):
-            pixels, masks = (tensor.to(self.device, non_blocking=True) for tensor in loaded)
+            pixels, masks = (tensor.to(self.device, non_blocking=overlap) for tensor in loaded)
             if self.train:
                 yield self.preprocessing.normalize(pixels), masks.long()
             else:
