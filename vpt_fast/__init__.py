@@ -6,7 +6,6 @@ tunes prompts on a frozen vision transformer (Jia et al., ECCV 2022). The result
 the prompts to the sequence, at about the cost of a ViT without prompts.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,6 @@ if TYPE_CHECKING:
     from vpt_fast.tuning.probes import LinearProbe
 
     __version__: str
-
-# Here, so that every import says so. Saved models, runs and sweeps lock their files with fcntl, and replace
-# them while they are open.
-if sys.platform == "win32":
-    raise ImportError("vpt_fast does not run on Windows itself; run it in WSL, Windows' subsystem for Linux")
 
 __all__ = [
     "GraphedStep",

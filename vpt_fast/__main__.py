@@ -10,6 +10,11 @@ import sys
 
 
 def main() -> None:
+    if (
+        sys.platform == "win32"
+    ):  # which has no signals, and no locks of files, like those that the commands use
+        print("error: the commands do not run on Windows itself; run them in WSL", file=sys.stderr)
+        sys.exit(2)
     try:
         from vpt_fast.cli import main as run
 

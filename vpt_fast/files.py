@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -12,6 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where models are saved without locks, and the commands do not run
+    fcntl = None  # type: ignore[assignment]
 
 # The name that mkstemp gives a file in `replacing`, without its suffix.
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}", re.DOTALL)
@@ -42,8 +46,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise type(error)(error.errno, error.strerror, str(path)) from None
     temporary = Path(name)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `remove_unfinished` that it is being written
+        if fcntl is None:
+            os.close(descriptor)  # Windows neither renames nor deletes an open file
+        else:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `remove_unfinished` that it is being written
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -53,7 +60,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-        os.close(descriptor)
+        if fcntl is not None:
+            os.close(descriptor)
 
 
 def unfinished(*paths: str | os.PathLike[str]) -> list[Path]:
@@ -77,7 +85,10 @@ def unfinished(*paths: str | os.PathLike[str]) -> list[Path]:
 
 
 def remove_unfinished(*paths: str | os.PathLike[str]) -> None:
-    """Removes the temporary files for `paths` that a killed process left; those being written now stay."""
+    """Removes the temporary files for `paths` that a killed process left; those being written now stay. On
+    Windows nothing tells these apart, and all stay."""
+    if fcntl is None:
+        return
     for left in unfinished(*paths):
         with contextlib.suppress(OSError), open(left, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
