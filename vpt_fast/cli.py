@@ -136,6 +136,10 @@ def evaluate(
         bool,
         typer.Option("--multi-scale", help="Segmentation: average over six scales, each also mirrored."),
     ] = False,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Mixed precision (autocast); that of the training gives its accuracy."),
+    ] = "fp32",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
     ] = None,
@@ -148,13 +152,13 @@ def evaluate(
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Evaluate a run in fp32: accuracy, or mIoU for segmentation, overall and per class."""
+    """Evaluate a run: accuracy, or mIoU for segmentation, overall and per class."""
     with one_line_errors(debug):
         require_folder("RUN", run)
         require_data(data)
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
 
-        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
+        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint, precision=precision)
         if loaded.is_segmenter:
             refuse("a segmentation run", split=split == "test", data_root=data_root)
             _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)

@@ -26,6 +26,7 @@ from vpt_fast.data import (
 )
 from vpt_fast.data.folder import images_below
 from vpt_fast.data.images import require_utf8
+from vpt_fast.precision import AUTOCAST
 from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
@@ -39,11 +40,15 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model, in eval mode, with the classes and preprocessing to use it on image files."""
+    """A trained model, in eval mode, with the classes and preprocessing to use it on image files.
+
+    precision: of the autocast that evaluations run it under; fp32: none.
+    """
 
     model: TunedModel
     labels: Labels
     device: torch.device
+    precision: str = "fp32"
 
     @property
     def is_segmenter(self) -> bool:
@@ -73,6 +78,7 @@ class LoadedRun:
         *,
         backbone: str | None = None,
         checkpoint: Path | None = None,
+        precision: str = "fp32",
     ) -> LoadedRun:
         """From a run folder or its prompts folder; with the backbone of this name, or this file of its
         weights, if it is no longer where the run found it.
@@ -120,7 +126,9 @@ class LoadedRun:
                 f"{folder} has images resized to {size} ({LABELS_FILE}) and a model for {model.image_size}: "
                 "its files are of several runs"
             )
-        return cls(model.to(chosen).eval(), labels, chosen)
+        if (dtype := AUTOCAST[precision]) is not None:
+            model.hold_frozen_weights_in(dtype)
+        return cls(model.to(chosen).eval(), labels, chosen, precision)
 
 
 @torch.no_grad()
@@ -204,7 +212,7 @@ def evaluate_run(
     classes = run.labels.classes
     with evaluating(console, split, batches.num_images) as count:
         world = World(0, 1, run.device)
-        found = evaluate(run.model, batches, len(classes), world, "fp32", count)
+        found = evaluate(run.model, batches, len(classes), world, run.precision, count)
     return SplitAccuracy(split, classes, found, skipped)
 
 

@@ -63,7 +63,7 @@ def evaluate_scene_run(
     workers: int | None = None,
     console: Console | None = None,
 ) -> SceneScores:
-    """Scores of a run on the validation images of ``data``, in fp32, in windows of the model's image size.
+    """Scores of a run on the validation images of ``data``, in windows of the model's image size.
 
     ``multi_scale`` averages over six scales from 0.5 to 1.75, each with and without a horizontal flip.
     ``windows`` is the most windows in one pass. ``console`` shows progress.
@@ -84,7 +84,7 @@ def evaluate_scene_run(
             batches,
             len(labels.classes),
             World(0, 1, run.device),
-            "fp32",
+            run.precision,
             count,
             scales=MULTI_SCALE if multi_scale else (1.0,),
             flips=multi_scale,

@@ -116,6 +116,22 @@ def test_eval_on_val_repeats_the_accuracy_of_training(command, run, color_images
     assert found["accuracy"] == RunFolder(run).read().metrics[-1]["val_accuracy"]
 
 
+def test_eval_in_the_precision_of_training_repeats_its_loss(command, color_images, tmp_path):
+    trained = command(*train_arguments(color_images, tmp_path / "run", epochs=2, precision="bf16"))
+    assert trained.exit_code == 0, trained.output
+    losses = {
+        precision: json.loads(
+            command(
+                "eval", tmp_path / "run", "--data", color_images, "--precision", precision, "--json"
+            ).stdout
+        )["loss"]
+        for precision in ("bf16", "fp32")
+    }
+    expected = RunFolder(tmp_path / "run").read().metrics[-1]["val_loss"]
+    assert losses["bf16"] == pytest.approx(expected, rel=1e-6)
+    assert losses["fp32"] != pytest.approx(expected, rel=1e-6)
+
+
 def test_eval_takes_the_prompts_folder_alone(command, run, color_images, tmp_path):
     moved = shutil.copytree(run / "prompts", tmp_path / "prompts")
     assert command("eval", moved, "--data", color_images).exit_code == 0
