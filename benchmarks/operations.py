@@ -210,16 +210,17 @@ def verdict(failure: str | None, is_right: bool, error: float | None) -> str:
     return "failed" if failure else ("" if is_right else "WRONG ") + number(error, ".1e")
 
 
-def end_with(rows: Iterable[Any], console: Console) -> None:
-    """Ends the command with exit status 1 where our own kernels are wrong, or did not run though there was
-    memory enough.
+def end_with(rows: Iterable[Any], console: Console, *, ours: str = "triton") -> None:
+    """Ends the command with exit status 1 where our own implementations are wrong, or did not run though
+    there was memory enough.
 
     Args:
         rows: with `impl`, `exact` and `error`.
+        ours: what the names of our implementations begin with.
     """
-    wrong = [row for row in rows if row.impl == "triton" and not row.exact]
+    wrong = [row for row in rows if row.impl.startswith(ours) and not row.exact]
     if any(row.error is None or not ran_out_of_memory(row.error) for row in wrong):
-        console.print("[red]triton failed, or is wrong[/]: see the tables")
+        console.print(f"[red]{ours} failed, or is wrong[/]: see the tables")
         raise typer.Exit(1)
 
 

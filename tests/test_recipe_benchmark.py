@@ -107,6 +107,19 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
         assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
 
 
+def test_command_fails_where_gradients_of_vpt_fast_are_wrong(tmp_path: Path, monkeypatch) -> None:
+    def check_gradients(contenders: list[recipe.Contender], start: object) -> None:
+        contenders[0].gradient_error = 1.0
+
+    monkeypatch.setattr(recipe, "check_gradients", check_gradients)
+    app = recipe.typer.Typer()
+    app.command()(recipe.main)
+    flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1".split()
+    flags += ["--output", str(tmp_path / "recipe.json"), "--implementations", "vpt_fast"]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 1 and "vpt_fast failed, or is wrong" in result.output
+
+
 def test_what_an_interrupted_command_has_left_is_measured_alone(tmp_path: Path, monkeypatch) -> None:
     output, measured = tmp_path / "recipe.json", []
     run, load = recipe.time_batches, recipe.measure_loading
