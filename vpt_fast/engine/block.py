@@ -121,12 +121,14 @@ class FrozenBlock(nn.Module):
         dtype = compute_dtype(device_type, weights.qkv_weight.dtype)
         self.spec.require_dtype(dtype)
         is_gated = self.spec.activation in PACKED
+        # Before the minima below: torch 2.11's compiler fails if a size turns out to be known after them.
+        is_whole = rows == (0, num_tokens)
         call = Call(
             spec=self.spec,
             ops=self.backend.ops(base.device, dtype, self.spec.head_dim, self.in_windows, is_gated),
             image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
             fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
-            packed=grad_tokens and rows == (0, num_tokens),
+            packed=grad_tokens and is_whole,
             dtype=dtype,
             grad_tokens=grad_tokens,
             grad_dtype=differentiable.dtype,
