@@ -195,7 +195,7 @@ def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
 def _require_one_way_up(scenes: SceneList, index: int, upright: Image.Image) -> None:
     """Raises DecodeError for an image that its EXIF orientation turns without changing its size: some tools
     draw masks on the image as it is stored, others on the upright one, and here the size does not tell."""
-    with Image.open(scenes.images[index]) as stored:
+    with open_image(scenes.images[index]) as stored:
         if transposition_of(stored) is not None and stored.size == upright.size:
             raise DecodeError(
                 scenes.images[index],
