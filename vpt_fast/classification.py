@@ -94,8 +94,10 @@ def evaluate(
         with autocast(precision, world.device):
             logits = network(inputs).float()  # (b, classes)
         loss += cross_entropy(logits, labels, reduction="sum")
-        images += torch.bincount(labels, minlength=num_classes)
-        correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
+        # Not torch.bincount, nor labels[...]: these wait for the GPU.
+        is_correct = (logits.argmax(1) == labels).float()
+        images.index_add_(0, labels, torch.ones_like(is_correct))
+        correct.index_add_(0, labels, is_correct)
         if progress is not None:
             progress(len(labels) * world.size)
     sums = world.sum(torch.cat([loss, correct, images])).tolist()
