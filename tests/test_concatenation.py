@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from concatenation import ConcatenatedViT, relative_error, step, training_steps
-from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -195,6 +195,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_qkv_bias_qk_norm": {"qkv_bias": False, "qk_norm": True},
     "no_proj_bias": {"proj_bias": False},
     "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": "silu"},
+    "swiglu_gate_last": {"mlp_layer": GluMlp, "act_layer": "silu"},
     "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu"},
     "swiglu_layer_scale": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "init_values": 1e-5},
     "mlp_scale_norm": {"scale_mlp_norm": True},
