@@ -96,15 +96,29 @@ class TestLacking:
         ):
             from_timm(WITH_CLASSIFIER, headless, dict(SMALL_VIT, embed_dim=48))
 
+    @staticmethod
+    def published_convnext(folder: Path, *left_out: str) -> tuple[nn.Module, Path]:
+        source, file = small("convnextv2_atto", 1, **SMALL_CONVNEXT), folder / "model.safetensors"
+        save_file({n: t for n, t in source.state_dict().items() if not n.startswith(left_out)}, file)
+        return source, file
+
     def test_masked_convnexts_have_been_published_without_a_final_norm(self, tmp_path: Path) -> None:
-        source = small("convnextv2_atto", 1, **SMALL_CONVNEXT)
-        published = {n: t for n, t in source.state_dict().items() if not n.startswith("head.norm.")}
-        save_file(published, tmp_path / "model.safetensors")
+        source, file = self.published_convnext(tmp_path, "head.norm.")
         with pytest.warns(UserWarning, match="convnextv2_atto.fcmae .*lack head.norm.weight, head.norm.bias"):
-            model = from_timm(
-                "convnextv2_atto.fcmae", tmp_path / "model.safetensors", SMALL_CONVNEXT, CONVNET
-            )
+            model = from_timm("convnextv2_atto.fcmae", file, SMALL_CONVNEXT, CONVNET)
         assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
+
+    @pytest.mark.parametrize(
+        ("tag", "left_out"), [("fcmae_ft_in1k", ["head.norm."]), ("fcmae", ["head.norm.", "stem.1."])]
+    )
+    def test_other_convnexts_and_other_norms_that_are_lacking_are_named(
+        self, tag: str, left_out: list[str], tmp_path: Path
+    ) -> None:
+        _, file = self.published_convnext(tmp_path, *left_out)
+        with pytest.raises(
+            ValueError, match=f"pretrained: .*convnextv2_atto.{tag} .* lack .*head.norm.weight"
+        ):
+            from_timm(f"convnextv2_atto.{tag}", file, SMALL_CONVNEXT, CONVNET)
 
 
 class TestWithoutAPlace:
