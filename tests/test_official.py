@@ -59,6 +59,18 @@ def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
     assert import_prompts(path, vit, num_classes=7).prompt_settings.prompt_type == "shallow"
 
 
+def test_the_width_of_projected_prompts_is_that_of_their_projection(vit, tmp_path: Path) -> None:
+    tensors = official_model(dim=8)
+    tensors["head.last_layer.weight"] = torch.randn(5, 32)
+    tensors |= {
+        f"{PREFIX}prompt_proj.weight": torch.randn(32, 8),
+        f"{PREFIX}prompt_proj.bias": torch.randn(32),
+    }
+    model = import_prompts(save(tensors, tmp_path / "file.pth"), vit)
+    assert model.prompt_settings.prompt_project == 8
+    assert torch.equal(model.prompt_projection.weight, tensors[f"{PREFIX}prompt_proj.weight"])
+
+
 def test_fewer_deep_prompts_than_blocks_are_those_of_the_first(vit, tmp_path: Path) -> None:
     model = import_prompts(save(official_model(depth=2), tmp_path / "file.pth"), vit)
     assert model.prompt_settings.prompt_layers == 2
