@@ -59,6 +59,19 @@ def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
     assert import_prompts(path, vit, num_classes=7).prompt_settings.prompt_type == "shallow"
 
 
+@pytest.mark.parametrize("location", ["pad", "concat-channel", "prepend-pixel"])
+def test_prompts_that_are_pixels_tell_where_they_are_by_their_shapes(
+    vit, location: str, tmp_path: Path
+) -> None:
+    model = PromptedViT(vit, 5, 2, "shallow", prompt_location=location)
+    export_prompts(model, tmp_path / "file.pth")
+    tensors = torch.load(tmp_path / "file.pth", weights_only=True)["model"]
+    again = import_prompts(save(tensors, tmp_path / "alone.pth"), vit)
+    assert again.prompt_settings == model.prompt_settings
+    ours = again.trainable_state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.trainable_state_dict().items())
+
+
 def test_the_width_of_projected_prompts_is_that_of_their_projection(vit, tmp_path: Path) -> None:
     tensors = official_model(dim=8)
     tensors["head.last_layer.weight"] = torch.randn(5, 32)
