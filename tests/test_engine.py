@@ -311,6 +311,10 @@ class TestBackends:
         assert backend.ops(GPU, torch.bfloat16, 64).name == "triton"
         assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "triton"
 
+    def test_torch_stands_for_pytorch_on_every_device(self, monkeypatch) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+        assert get_backend("torch").ops(GPU, torch.bfloat16, 64).name == "torch"
+
     @pytest.fixture
     def auto(self, monkeypatch) -> Backend:
         """Where there is a GPU."""

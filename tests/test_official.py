@@ -246,9 +246,20 @@ def test_a_setting_that_the_encoder_does_not_look_at_is_not_written(vit, tmp_pat
         export_prompts(model, tmp_path / "file.pth", encoder="mocov3")
 
 
-def test_patches_alone_are_pooled_where_the_prompts_are_dropped(vit, tmp_path: Path) -> None:
-    model = PromptedViT(vit, 5, 2, prompt_layers=2, after_prompts="drop", pool="image")
-    assert export_prompts(model, tmp_path / "file.pth")["VIT_POOL_TYPE"] == "imgprompt_pool"
+@pytest.mark.parametrize(
+    "settings, pool",
+    [
+        (dict(prompt_layers=2, after_prompts="drop"), "imgprompt_pool"),
+        (dict(prompt_layers=2), "img_pool"),
+        (dict(after_prompts="drop"), "img_pool"),
+    ],
+    ids=["dropped", "flow", "all"],
+)
+def test_patches_alone_are_pooled_with_prompts_only_where_these_are_dropped(
+    vit, settings: dict[str, Any], pool: str, tmp_path: Path
+) -> None:
+    model = PromptedViT(vit, 5, 2, pool="image", **settings)
+    assert export_prompts(model, tmp_path / "file.pth")["VIT_POOL_TYPE"] == pool
 
 
 def test_the_backbones_name_tells_that_it_is_of_mocov3(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from vpt_fast import PromptedViT
 from vpt_fast.backbones.checkpoints import load_checkpoint
+from vpt_fast.backbones.creation import names_weights
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, resolve_backbone
 
 NAME = "vit_base_patch16_224"
@@ -119,6 +120,19 @@ class TestLacking:
             ValueError, match=f"pretrained: .*convnextv2_atto.{tag} .* lack .*head.norm.weight"
         ):
             from_timm(f"convnextv2_atto.{tag}", file, SMALL_CONVNEXT, CONVNET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"pretrained_cfg": "augreg_in21k"}, True),
+        ({"pretrained_cfg_overlay": {"file": "weights.pth"}}, True),
+        ({"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}, False),
+        ({"depth": 2}, False),
+    ],
+)
+def test_arguments_that_say_where_weights_are(arguments: dict[str, Any], wanted: bool) -> None:
+    assert names_weights(arguments) is wanted
 
 
 class TestWithoutAPlace:
