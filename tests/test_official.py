@@ -66,6 +66,8 @@ def test_prompts_that_are_pixels_tell_where_they_are_by_their_shapes(
     model = PromptedViT(vit, 5, 2, "shallow", prompt_location=location)
     export_prompts(model, tmp_path / "file.pth")
     tensors = torch.load(tmp_path / "file.pth", weights_only=True)["model"]
+    frozen = f"{PREFIX}embeddings.patch_embeddings.weight"  # in the official code's files, if not trained
+    tensors.setdefault(frozen, vit.patch_embed.proj.weight.detach())
     again = import_prompts(save(tensors, tmp_path / "alone.pth"), vit)
     assert again.prompt_settings == model.prompt_settings
     ours = again.trainable_state_dict()
@@ -102,9 +104,10 @@ def test_deep_prompts_without_a_shallow_one_are_those_of_the_last_blocks(vit, tm
 
 
 def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_path: Path) -> None:
-    name = f"{PREFIX}embeddings.cls_token"
-    import_prompts(save({**official_model(), name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
-    other = save({**official_model(), name: vit.cls_token.detach() + 1}, tmp_path / "other.pth")
+    name, tensors = f"{PREFIX}embeddings.cls_token", official_model()
+    tensors[f"{PREFIX}embeddings.patch_embeddings.weight"] = vit.patch_embed.proj.weight.detach()
+    import_prompts(save({**tensors, name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
+    other = save({**tensors, name: vit.cls_token.detach() + 1}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="backbone: .*other.pth was trained on another one"):
         import_prompts(other, vit)
 
@@ -250,7 +253,7 @@ def test_a_setting_that_the_encoder_does_not_look_at_is_not_written(vit, tmp_pat
     "settings, pool",
     [
         (dict(prompt_layers=2, after_prompts="drop"), "imgprompt_pool"),
-        (dict(prompt_layers=2), "img_pool"),
+        (dict(prompt_layers=[0, 1]), "img_pool"),
         (dict(after_prompts="drop"), "img_pool"),
     ],
     ids=["dropped", "flow", "all"],
