@@ -48,7 +48,7 @@ def test_prompts_of_an_epoch_are_read_and_get_a_new_head(vit, as_array: bool, tm
     torch.save({n: t.numpy() if as_array else t for n, t in content.items()}, tmp_path / "prompt_ep100.pth")
     model = import_prompts(tmp_path / "prompt_ep100.pth", vit, num_classes=7)
     assert torch.equal(model.prompts, torch.cat((shallow, deep)))
-    assert model.num_classes == 7
+    assert model.num_classes == 7 and model.prompt_settings.prompt_layers is None
 
 
 def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_pa
     name, tensors = f"{PREFIX}embeddings.cls_token", official_model()
     tensors[f"{PREFIX}embeddings.patch_embeddings.weight"] = vit.patch_embed.proj.weight.detach()
     import_prompts(save({**tensors, name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
-    other = save({**tensors, name: vit.cls_token.detach() + 1}, tmp_path / "other.pth")
+    other = save({**tensors, name: vit.cls_token.detach() + 1e-3}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="backbone: .*other.pth was trained on another one"):
         import_prompts(other, vit)
 
@@ -241,6 +241,12 @@ def test_a_pooling_that_the_official_code_does_not_have_is_not_written(
     model = PromptedViT(tiny_vit(torch.float32, **pooling), 5, 2)
     with pytest.raises(Unmapped, match="pool None: the official code has no such pooling"):
         export_prompts(model, tmp_path / "file.pth", encoder="sup")
+
+
+@pytest.mark.parametrize("pool", ["image", "prompts"])
+def test_a_pooling_that_the_official_swin_does_not_have_is_not_written(pool: str, tmp_path: Path) -> None:
+    with pytest.raises(Unmapped, match=f"pool '{pool}': the official code has"):
+        export_prompts(PromptedSwin(tiny_swin(), 5, 2, pool=pool), tmp_path / "file.pth")
 
 
 def test_a_setting_that_the_encoder_does_not_look_at_is_not_written(vit, tmp_path: Path) -> None:
