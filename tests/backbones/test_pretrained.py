@@ -19,7 +19,7 @@ from torch import nn
 from vpt_fast import PromptedViT
 from vpt_fast.backbones.checkpoints import load_checkpoint
 from vpt_fast.backbones.creation import names_weights
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, resolve_backbone
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, Origin, hub_repository, resolve_backbone
 
 NAME = "vit_base_patch16_224"
 WITH_CLASSIFIER, WITHOUT_CLASSIFIER = f"{NAME}.augreg_in21k", f"{NAME}.dino"  # as published
@@ -120,6 +120,22 @@ class TestLacking:
             ValueError, match=f"pretrained: .*convnextv2_atto.{tag} .* lack .*head.norm.weight"
         ):
             from_timm(f"convnextv2_atto.{tag}", file, SMALL_CONVNEXT, CONVNET)
+
+
+@pytest.mark.parametrize(
+    ("origin", "repository"),
+    [
+        (Origin("sup_vitb16_imagenet21k", True, {}), "timm/vit_base_patch16_224.orig_in21k"),
+        (Origin("mocov3_vitb", True, {}), None),
+        (Origin("vit_base_patch16_224.mae", True, {}), "timm/vit_base_patch16_224.mae"),
+        (Origin("hf-hub:me/vit@v2", True, {}), "me/vit"),
+        (Origin("vit_base_patch16_224.mae", False, {}), None),
+        (Origin("vit_base_patch16_224.mae", True, {"pretrained_cfg_overlay": {"file": "a.pth"}}), None),
+        (Origin(None, True, {}), None),
+    ],
+)
+def test_the_repository_that_weights_came_from(origin: Origin, repository: str | None) -> None:
+    assert hub_repository(origin) == repository
 
 
 @pytest.mark.parametrize(
