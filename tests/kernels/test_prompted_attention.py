@@ -284,7 +284,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="k: got None"):
             backward(*case, need_q=False, need_kv=False, image=False, keep_out=False)
 
-    @pytest.mark.parametrize("wanted", [dict(need_q=True, need_kv=False), dict(need_q=False, need_kv=True)])
+    @pytest.mark.parametrize(
+        "wanted", [dict(need_q=True, need_kv=False), dict(need_q=False, need_kv=True)], ids=["q", "kv"]
+    )
     def test_packed_gradients_of_which_some_are_not_wanted(self, case, wanted: dict[str, bool]) -> None:
         with pytest.raises(ValueError, match="packed: wanted without all of dQ, dK and dV"):
             backward(*case, **wanted, packed=True)
