@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from concatenation import ConcatenatedViT, relative_error, step, training_steps
-from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.layers import ConvMlp, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -195,6 +195,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_qkv_bias_qk_norm": {"qkv_bias": False, "qk_norm": True},
     "no_proj_bias": {"proj_bias": False},
     "swiglu_packed": {"mlp_layer": SwiGLUPacked, "act_layer": "silu"},
+    "swiglu_gate_last": {"mlp_layer": GluMlp, "act_layer": "silu"},
     "swiglu": {"mlp_layer": SwiGLU, "act_layer": "silu"},
     "swiglu_layer_scale": {"mlp_layer": SwiGLUPacked, "act_layer": "silu", "init_values": 1e-5},
     "mlp_scale_norm": {"scale_mlp_norm": True},
@@ -325,7 +326,20 @@ class GatedViT(VisionTransformer):
             block.attn.gate = nn.Linear(self.embed_dim, self.embed_dim)
 
 
+def vit_with(part: str, module: nn.Module) -> VisionTransformer:
+    vit = tiny_vit()
+    setattr(vit.blocks[1], part, module)
+    return vit
+
+
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "norm": (lambda: vit_with("norm2", nn.GroupNorm(1, 32)), r"blocks\.1\.norm2 is a GroupNorm"),
+    "norm_of_two_dimensions": (lambda: vit_with("norm1", nn.LayerNorm((17, 32))), r"norm1 is a LayerNorm"),
+    "layer_scale": (lambda: vit_with("ls1", nn.Dropout()), r"blocks\.1\.ls1 is a Dropout"),
+    "mlp": (lambda: vit_with("mlp", ConvMlp(32)), r"blocks\.1\.mlp is a ConvMlp"),
+    "activation": (lambda: tiny_vit(act_layer="mish"), r"mlp\.act is a Mish"),
+    "no_pool": (lambda: tiny_vit(global_pool=""), "global_pool='' gives no feature vector"),
+    "gate": (lambda: tiny_vit(mlp_layer=GluMlp), "mlp is gated by gelu, which is not supported"),
     "res_post_norm_block": (lambda: tiny_vit(block_fn=ResPostBlock), "ResPostBlock"),
     "parallel_scaling_block": (lambda: tiny_vit(block_fn=ParallelScalingBlock), "ParallelScalingBlock"),
     "parallel_things_block": (lambda: tiny_vit(block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
@@ -349,8 +363,10 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("backbone", UNSUPPORTED)
 def test_unsupported_backbone_is_named(backbone: str) -> None:
     build, named = UNSUPPORTED[backbone]
+    given = build()
+    sizes = SMALL if isinstance(given, str) else {}
     with pytest.raises((ValueError, NotImplementedError), match=named):
-        PromptedViT(build(), NUM_CLASSES, 3)
+        PromptedViT(given, NUM_CLASSES, 3, **sizes)
 
 
 @pytest.mark.parametrize("variant", ["registers", "attention_pool", "cls_gap", "swiglu_packed", "qk_norm"])

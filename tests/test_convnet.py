@@ -183,6 +183,12 @@ def test_linear_probe_reads_the_pooled_features():
     torch.testing.assert_close(probe.frozen_features(images), plain(images).float())
 
 
+def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
+    probe = LinearProbe(convnet("resnet10t"), 5, dtype=torch.bfloat16)
+    assert {p.dtype for p in probe.backbone.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in probe.head.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("backbone", "settings", "message"),
     [

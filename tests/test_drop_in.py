@@ -786,6 +786,12 @@ def test_new_head_has_another_number_of_classes_and_the_prompts_stay(tmp_path: P
         model.reset_classifier(0)
 
 
+def test_new_head_is_on_the_backbone_s_device() -> None:
+    model = PromptedViT(tiny_vit().to("meta"), NUM_CLASSES, 3)
+    model.reset_classifier(7)
+    assert model.head.weight.is_meta
+
+
 @pytest.mark.parametrize("pool", [None, "token"])
 def test_new_head_takes_the_pooling_that_there_is_by_timm_s_name(pool: str | None) -> None:
     model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)

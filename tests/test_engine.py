@@ -239,8 +239,17 @@ class TestFolding:
         torch.testing.assert_close(w.k_norm_weight, norms[1].weight)
 
     def test_one_query_key_norm_alone_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="q_norm and k_norm"):
+        with pytest.raises(ValueError, match="q_norm and k_norm: got one without the other"):
             fold(parts(q_norm=NormParts("rms", 1e-6, None, None)))
+
+    def test_norms_of_two_kinds_on_queries_and_keys_are_refused(self) -> None:
+        norms = dict(q_norm=NormParts("rms", 1e-6, None, None), k_norm=NormParts("layer", 1e-6, None, None))
+        with pytest.raises(ValueError, match="q_norm and k_norm: got two kinds of norm, want one"):
+            fold(parts(**norms))
+
+    def test_weights_without_values_are_folded(self) -> None:
+        block = FrozenViT(tiny_vit(init_values=0.1).to("meta")).blocks[0]
+        assert block.spec.float16_error == 0.0 and block.proj_weight.is_meta
 
 
 class TestPlan:
@@ -310,6 +319,10 @@ class TestBackends:
         backend = get_backend("triton")
         assert backend.ops(GPU, torch.bfloat16, 64).name == "triton"
         assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "triton"
+
+    def test_torch_stands_for_pytorch_on_every_device(self, monkeypatch) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+        assert get_backend("torch").ops(GPU, torch.bfloat16, 64).name == "torch"
 
     @pytest.fixture
     def auto(self, monkeypatch) -> Backend:

@@ -180,10 +180,16 @@ def test_angles_of_timms_own_blocks_stay_as_they_are_in_16_bits() -> None:
 
 def test_angles_follow_a_model_to_its_device_and_to_more_bits() -> None:
     model = PromptedViT(tiny_eva(torch.float32, **DINOV3), NUM_CLASSES, 3)
-    model.backbone.rotations((16, 40))
-    assert all(t.dtype == torch.float64 for t in model.double().backbone.rotations((32, 32))[0][:2])
+
+    def angles() -> list[torch.Tensor]:
+        """Of the model's own image size and of another."""
+        return [t for size in ((32, 32), (16, 40)) for t in model.backbone.rotations(size)[0][:2]]
+
+    assert all(t.dtype == torch.float32 for t in angles())
+    model.double()
+    assert all(t.dtype == torch.float64 for t in angles())
     model.to("meta")
-    assert all(t.is_meta for size in ((32, 32), (16, 40)) for t in model.backbone.rotations(size)[0][:2])
+    assert all(t.is_meta for t in angles())
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class TestParameters:
         assert PromptedViT(vit, 5, 7, "shallow").prompts.shape == (1, 7, 32)
         assert PromptedViT(vit, 5, 7, prompt_layers=[0, 2]).prompts.shape == (2, 7, 32)
         assert PromptedViT(vit, 5, 7, prompt_shared=True).prompts.shape == (1, 7, 32)
-        assert PromptedViT(vit, 5, 7, prompt_project=4).prompts.shape == (3, 7, 4)
+        assert PromptedViT(vit, 5, 7, prompt_project=1).prompts.shape == (3, 7, 1)
         assert PromptedViT(vit, 5, prompt_location="add").prompts.shape == (3, 17, 32)
         assert PromptedViT(vit, 5, prompt_location="add-1").prompts.shape == (3, 1, 32)
 

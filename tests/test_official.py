@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vpt_fast import PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.cli import app
-from vpt_fast.official import Unmapped, export_prompts, import_prompts
+from vpt_fast.official import Unmapped, export_prompts, import_prompts, mapped_settings
 
 PREFIX = "enc.transformer."
 
@@ -48,7 +48,7 @@ def test_prompts_of_an_epoch_are_read_and_get_a_new_head(vit, as_array: bool, tm
     torch.save({n: t.numpy() if as_array else t for n, t in content.items()}, tmp_path / "prompt_ep100.pth")
     model = import_prompts(tmp_path / "prompt_ep100.pth", vit, num_classes=7)
     assert torch.equal(model.prompts, torch.cat((shallow, deep)))
-    assert model.num_classes == 7
+    assert model.num_classes == 7 and model.prompt_settings.prompt_layers is None
 
 
 def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
@@ -57,6 +57,33 @@ def test_arrays_of_older_numpy_are_read(vit, tmp_path: Path) -> None:
     torch.save({"shallow_prompt": array}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert import_prompts(path, vit, num_classes=7).prompt_settings.prompt_type == "shallow"
+
+
+@pytest.mark.parametrize("location", ["pad", "concat-channel", "prepend-pixel"])
+def test_prompts_that_are_pixels_tell_where_they_are_by_their_shapes(
+    vit, location: str, tmp_path: Path
+) -> None:
+    model = PromptedViT(vit, 5, 2, "shallow", prompt_location=location)
+    export_prompts(model, tmp_path / "file.pth")
+    tensors = torch.load(tmp_path / "file.pth", weights_only=True)["model"]
+    frozen = f"{PREFIX}embeddings.patch_embeddings.weight"  # in the official code's files, if not trained
+    tensors.setdefault(frozen, vit.patch_embed.proj.weight.detach())
+    again = import_prompts(save(tensors, tmp_path / "alone.pth"), vit)
+    assert again.prompt_settings == model.prompt_settings
+    ours = again.trainable_state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.trainable_state_dict().items())
+
+
+def test_the_width_of_projected_prompts_is_that_of_their_projection(vit, tmp_path: Path) -> None:
+    tensors = official_model(dim=8)
+    tensors["head.last_layer.weight"] = torch.randn(5, 32)
+    tensors |= {
+        f"{PREFIX}prompt_proj.weight": torch.randn(32, 8),
+        f"{PREFIX}prompt_proj.bias": torch.randn(32),
+    }
+    model = import_prompts(save(tensors, tmp_path / "file.pth"), vit)
+    assert model.prompt_settings.prompt_project == 8
+    assert torch.equal(model.prompt_projection.weight, tensors[f"{PREFIX}prompt_proj.weight"])
 
 
 def test_fewer_deep_prompts_than_blocks_are_those_of_the_first(vit, tmp_path: Path) -> None:
@@ -70,12 +97,17 @@ def test_deep_prompts_without_a_shallow_one_are_those_of_the_last_blocks(vit, tm
     tensors[f"{PREFIX}deep_prompt_embeddings"] = torch.randn(2, 17, 32)  # a prompt for each token
     model = import_prompts(save(tensors, tmp_path / "file.pth"), vit, prompt={"LOCATION": "add"})
     assert model.prompt_settings.prompt_layers == -2
+    export_prompts(model, tmp_path / "back.pth")
+    again = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_path: Path) -> None:
-    name = f"{PREFIX}embeddings.cls_token"
-    import_prompts(save({**official_model(), name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
-    other = save({**official_model(), name: vit.cls_token.detach() + 1}, tmp_path / "other.pth")
+    name, tensors = f"{PREFIX}embeddings.cls_token", official_model()
+    tensors[f"{PREFIX}embeddings.patch_embeddings.weight"] = vit.patch_embed.proj.weight.detach()
+    import_prompts(save({**tensors, name: vit.cls_token.detach()}, tmp_path / "same.pth"), vit)
+    other = save({**tensors, name: vit.cls_token.detach() + 1e-3}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="backbone: .*other.pth was trained on another one"):
         import_prompts(other, vit)
 
@@ -88,8 +120,9 @@ def test_a_file_of_the_same_backbone_is_taken_and_of_another_refused(vit, tmp_pa
         ({}, {"REVERSE_DEEP": True, "NUM_DEEP_LAYERS": 3}, "slices off prompts that were never inserted"),
         ({}, {"NUM_TOKENS": 9}, "NUM_TOKENS 9 but the trained tensors have 2"),
         ({}, {"NUM_LAYERS": 9}, "unknown prompt settings"),
+        ({f"{PREFIX}prompt_embeddings_of_more": torch.zeros(2)}, {}, "without a counterpart: .*_of_more"),
     ],
-    ids=["mlp_head", "adapter", "reverse", "tokens", "key"],
+    ids=["mlp_head", "adapter", "reverse", "tokens", "key", "tensor"],
 )
 def test_what_has_no_counterpart_is_refused_with_the_reason(
     vit, extra: dict[str, Any], prompt: dict[str, Any], reason: str, tmp_path: Path
@@ -116,18 +149,53 @@ def test_a_file_that_only_looks_like_an_official_one_is_named(vit, content: Any,
         import_prompts(tmp_path / "file.pth", vit, num_classes=num_classes)
 
 
+@pytest.mark.parametrize(
+    "encoder, prompt, reason",
+    [
+        ("sup", {"LOCATION": "prepend-pixel-imgnettransform"}, "takes the strip's pixels as they are"),
+        ("sup", {"INITIATION": "zeros"}, "INITIATION 'zeros'"),
+        ("sup", {"LOCATION": "pad", "VIT_POOL_TYPE": "img_pool"}, "img_pool with LOCATION pad"),
+        ("sup", {"REVERSE_DEEP": True}, "need DEEP"),
+        ("sup", {"FORWARD_DEEP_NOEXPAND": True}, "need DEEP"),
+        ("sup", {"DEEP": True, "REVERSE_DEEP": True, "LOCATION": "add"}, "needs NUM_DEEP_LAYERS"),
+        ("sup", {"DEEP": True, "NUM_DEEP_LAYERS": 0}, "NUM_DEEP_LAYERS 0 of 3 blocks"),
+        ("sup", {"DEEP": True, "FORWARD_DEEP_NOEXPAND": True, "LOCATION": "add"}, "NOEXPAND with LOCATION"),
+        ("mae", {"LOCATION": "add"}, "LOCATION add with mae"),
+        ("swin", {"NUM_DEEP_LAYERS": 2}, "PromptedSwin has no such prompts"),
+        ("swin", {"PROJECT": 0}, "PromptedSwin has no such prompts"),
+        ("swin", {"DEEP_SHARED": True}, "PromptedSwin has no such prompts"),
+    ],
+)
+def test_settings_that_the_official_code_or_ours_does_not_have_are_refused(
+    encoder: str, prompt: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(Unmapped, match=reason):
+        mapped_settings(prompt, encoder=encoder, depth=3, num_prompts=2)
+
+
+@pytest.mark.parametrize("first, pool", [(2, "image"), (3, "image_and_prompts")])
+def test_prompts_that_are_dropped_before_the_head_are_not_pooled(first: int, pool: str) -> None:
+    prompt = {"DEEP": True, "FORWARD_DEEP_NOEXPAND": True, "VIT_POOL_TYPE": "imgprompt_pool"}
+    prompt["NUM_DEEP_LAYERS"] = first
+    assert mapped_settings(prompt, encoder="sup", depth=3, num_prompts=2)["pool"] == pool
+
+
 def test_a_swins_prompts_on_a_vit_are_refused(vit, tmp_path: Path) -> None:
     tensors = {**official_model(), "enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}
     with pytest.raises(ValueError, match="the prompts of a Swin, by stages; got a ViT"):
         import_prompts(save(tensors, tmp_path / "file.pth"), vit)
 
 
-@pytest.mark.parametrize("num_classes, drop_head", [(5, False), (None, True)], ids=["two_heads", "no_head"])
+@pytest.mark.parametrize(
+    "num_classes, drop_head, what_to_do",
+    [(5, False, "has a head; leave it out"), (None, True, "has no head; say how many classes")],
+    ids=["two_heads", "no_head"],
+)
 def test_the_number_of_classes_is_asked_for_where_there_is_no_head(
-    vit, num_classes: int | None, drop_head: bool, tmp_path: Path
+    vit, num_classes: int | None, drop_head: bool, what_to_do: str, tmp_path: Path
 ) -> None:
     tensors = {n: t for n, t in official_model().items() if not (drop_head and n.startswith("head."))}
-    with pytest.raises(ValueError, match="num_classes: got"):
+    with pytest.raises(ValueError, match=f"num_classes: got {num_classes}, and .* {what_to_do}"):
         import_prompts(save(tensors, tmp_path / "file.pth"), vit, num_classes=num_classes)
 
 
@@ -177,6 +245,55 @@ def test_names_written_are_those_of_the_encoder(vit, encoder: str, prefix: str, 
     export_prompts(PromptedViT(vit, 5, 2, prompt_layers=[0, 1, 2]), tmp_path / "file.pth", encoder=encoder)
     names = torch.load(tmp_path / "file.pth", weights_only=True)["model"].keys()
     assert f"{prefix}deep_prompt_embeddings" in names
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [{"global_pool": "map"}, {"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}],
+    ids=["map", "max", "prefix"],
+)
+def test_a_pooling_that_the_official_code_does_not_have_is_not_written(
+    pooling: dict[str, Any], tmp_path: Path
+) -> None:
+    model = PromptedViT(tiny_vit(torch.float32, **pooling), 5, 2)
+    with pytest.raises(Unmapped, match="pool None: the official code has no such pooling"):
+        export_prompts(model, tmp_path / "file.pth", encoder="sup")
+
+
+@pytest.mark.parametrize("pool", ["image", "prompts"])
+def test_a_pooling_that_the_official_swin_does_not_have_is_not_written(pool: str, tmp_path: Path) -> None:
+    with pytest.raises(Unmapped, match=f"pool '{pool}': the official code has"):
+        export_prompts(PromptedSwin(tiny_swin(), 5, 2, pool=pool), tmp_path / "file.pth")
+
+
+def test_a_setting_that_the_encoder_does_not_look_at_is_not_written(vit, tmp_path: Path) -> None:
+    model = PromptedViT(vit, 5, 2, prompt_project=8)
+    with pytest.raises(Unmapped, match="PROJECT 8 with mocov3: the official code does not look at it"):
+        export_prompts(model, tmp_path / "file.pth", encoder="mocov3")
+
+
+@pytest.mark.parametrize(
+    "settings, pool",
+    [
+        (dict(prompt_layers=2, after_prompts="drop"), "imgprompt_pool"),
+        (dict(prompt_layers=[0, 1]), "img_pool"),
+        (dict(after_prompts="drop"), "img_pool"),
+    ],
+    ids=["dropped", "flow", "all"],
+)
+def test_patches_alone_are_pooled_with_prompts_only_where_these_are_dropped(
+    vit, settings: dict[str, Any], pool: str, tmp_path: Path
+) -> None:
+    model = PromptedViT(vit, 5, 2, pool="image", **settings)
+    assert export_prompts(model, tmp_path / "file.pth")["VIT_POOL_TYPE"] == pool
+
+
+def test_the_backbones_name_tells_that_it_is_of_mocov3(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = PromptedViT("mocov3_vitb", 5, 2, **sizes)
+    export_prompts(model, tmp_path / "file.pth")
+    names = torch.load(tmp_path / "file.pth", weights_only=True)["model"].keys()
+    assert "enc.prompt_embeddings" in names
 
 
 def test_same_prompts_give_the_same_file(vit, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def test_auto_depends_on_the_batch_size(auto: PromptedViT) -> None:
     assert [auto.memory_policy(1), auto.memory_policy(2)] == ["exact", "recompute"]
 
 
+def test_auto_depends_on_the_number_of_tokens(auto: PromptedViT) -> None:
+    own = auto.backbone.num_tokens
+    assert [auto.memory_policy(1, n) for n in (own, 4 * own)] == ["exact", "recompute"]
+
+
 def test_auto_looks_once_for_each_batch_size(auto: PromptedViT) -> None:
     for batch_size in (1, 2, 1, 2):
         auto(random_batch(auto, batch_size, dtype=torch.float32)[0])

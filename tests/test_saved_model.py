@@ -88,6 +88,27 @@ def test_saved_model_of_another_class_is_refused(tmp_path: Path) -> None:
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
 
+def test_a_class_that_is_not_known_is_named(tmp_path: Path) -> None:
+    LinearProbe(tiny_vit(), 5).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"LinearProbe"', '"LinearProbe2"'))
+    with pytest.raises(ValueError, match="holds a 'LinearProbe2', want one of .*PromptedViT"):
+        load_pretrained(tmp_path, tiny_vit())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (LinearProbe, "from_pretrained of LinearProbe: got pool, want dtype or .* or checkpoint"),
+        (FullTuning, "from_pretrained of FullTuning: got pool, want none"),
+    ],
+)
+def test_an_override_that_the_class_does_not_have_is_named(kind, message: str, tmp_path: Path) -> None:
+    kind(tiny_vit(), 5).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=message):
+        kind.from_pretrained(tmp_path, pool="image")
+
+
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     PromptedViT(tiny_vit(seed=0), 5, 4).save_pretrained(tmp_path)
     other = tiny_vit(seed=0)
@@ -123,7 +144,7 @@ def test_name_of_the_backbone_outlives_loading_with_an_instance(tmp_path: Path) 
 def test_missing_file_is_named(name: str, tmp_path: Path) -> None:
     PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(FileNotFoundError, match=f"has no {name}, want a folder"):
         PromptedViT.from_pretrained(tmp_path, tiny_vit())
 
 

@@ -444,7 +444,17 @@ def test_setting_that_a_swin_does_not_have_is_refused(setting: str) -> None:
         PromptedSwin(tiny_swin(), NUM_CLASSES, **({"num_prompts": 3} | arguments))
 
 
+def swin_with(part: str, module: nn.Module) -> SwinTransformer:
+    swin = tiny_swin()
+    owner, _, name = f"layers.1.{part}".rpartition(".")
+    setattr(swin.get_submodule(owner), name, module)
+    return swin
+
+
 BACKBONES: dict[str, tuple[Any, str]] = {
+    "downsample": (lambda: swin_with("downsample", nn.Identity()), r"layers\.1\.downsample is a .*Identity"),
+    "block": (lambda: swin_with("blocks.0", nn.Identity()), r"layers\.1\.blocks\.0 has a .*Identity"),
+    "attention": (lambda: swin_with("blocks.0.attn", nn.Identity()), r"blocks\.0 has a .*WindowAttention"),
     "vit": (lambda: "vit_tiny_patch16_224", "'vit_tiny_patch16_224' is not a timm SwinTransformer"),
     "v2": (lambda: "swinv2_tiny_window8_256", "'swinv2_tiny_window8_256' is not a timm SwinTransformer"),
     "any_size": (lambda: tiny_swin(dynamic_img_size=True), "dynamic_img_size"),

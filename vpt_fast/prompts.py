@@ -127,7 +127,7 @@ class PromptConfig:
     @property
     def border(self) -> int:
         """Pixels of border on each side of the image."""
-        return (self.num_prompts or 0) if self.prompt_location == "pad" else 0
+        return self.num_prompts if self.prompt_location == "pad" else 0
 
     def prompted_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The indices of the blocks that get prompts of their own, in order.

@@ -125,6 +125,7 @@ LAYERS = [
     (SEModule(8), SEModule(8, add_maxpool=True), "add_maxpool was False and is True"),
     (nn.GroupNorm(2, 8), nn.GroupNorm(4, 8), "num_groups was 2 and is 4"),
     (EvoNorm2dS0(8, groups=2), EvoNorm2dS0(8, groups=4), "num_groups was 2 and is 4"),
+    (nn.GELU(), nn.GELU("tanh"), "activation was gelu and is gelu_tanh"),
     (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2), "negative_slope was 0.1 and is 0.2"),
 ]  # fmt: skip
 

@@ -73,6 +73,12 @@ def normalise_weight(layer: nn.Module) -> None:
     layer.parametrizations.weight.original0.data.mul_(1.5)
 
 
+def normalise_weight_in_a_hook(layer: nn.Module) -> None:
+    with pytest.warns(FutureWarning, match="weight_norm.* is deprecated"):
+        nn.utils.weight_norm(layer)
+    layer.weight_g.data.mul_(1.5)
+
+
 def prune_twice(layer: nn.Module) -> None:
     prune.l1_unstructured(layer, "weight", 0.5)
     prune.random_unstructured(layer, "weight", 0.5)
@@ -84,7 +90,9 @@ def prune_before_a_step(layer: nn.Module) -> None:
     layer.weight_orig.data.mul_(1.5)
 
 
-@pytest.mark.parametrize("change", [normalise_weight, prune_twice, prune_before_a_step])
+@pytest.mark.parametrize(
+    "change", [normalise_weight, normalise_weight_in_a_hook, prune_twice, prune_before_a_step]
+)
 @pytest.mark.parametrize(
     ("build", "layer"),
     [

@@ -18,7 +18,8 @@ from torch import nn
 
 from vpt_fast import PromptedViT
 from vpt_fast.backbones.checkpoints import load_checkpoint
-from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, resolve_backbone
+from vpt_fast.backbones.creation import names_weights
+from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind, Origin, hub_repository, resolve_backbone
 
 NAME = "vit_base_patch16_224"
 WITH_CLASSIFIER, WITHOUT_CLASSIFIER = f"{NAME}.augreg_in21k", f"{NAME}.dino"  # as published
@@ -96,15 +97,58 @@ class TestLacking:
         ):
             from_timm(WITH_CLASSIFIER, headless, dict(SMALL_VIT, embed_dim=48))
 
+    @staticmethod
+    def published_convnext(folder: Path, *left_out: str) -> tuple[nn.Module, Path]:
+        source, file = small("convnextv2_atto", 1, **SMALL_CONVNEXT), folder / "model.safetensors"
+        save_file({n: t for n, t in source.state_dict().items() if not n.startswith(left_out)}, file)
+        return source, file
+
     def test_masked_convnexts_have_been_published_without_a_final_norm(self, tmp_path: Path) -> None:
-        source = small("convnextv2_atto", 1, **SMALL_CONVNEXT)
-        published = {n: t for n, t in source.state_dict().items() if not n.startswith("head.norm.")}
-        save_file(published, tmp_path / "model.safetensors")
+        source, file = self.published_convnext(tmp_path, "head.norm.")
         with pytest.warns(UserWarning, match="convnextv2_atto.fcmae .*lack head.norm.weight, head.norm.bias"):
-            model = from_timm(
-                "convnextv2_atto.fcmae", tmp_path / "model.safetensors", SMALL_CONVNEXT, CONVNET
-            )
+            model = from_timm("convnextv2_atto.fcmae", file, SMALL_CONVNEXT, CONVNET)
         assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
+
+    @pytest.mark.parametrize(
+        ("tag", "left_out"), [("fcmae_ft_in1k", ["head.norm."]), ("fcmae", ["head.norm.", "stem.1."])]
+    )
+    def test_other_convnexts_and_other_norms_that_are_lacking_are_named(
+        self, tag: str, left_out: list[str], tmp_path: Path
+    ) -> None:
+        _, file = self.published_convnext(tmp_path, *left_out)
+        with pytest.raises(
+            ValueError, match=f"pretrained: .*convnextv2_atto.{tag} .* lack .*head.norm.weight"
+        ):
+            from_timm(f"convnextv2_atto.{tag}", file, SMALL_CONVNEXT, CONVNET)
+
+
+@pytest.mark.parametrize(
+    ("origin", "repository"),
+    [
+        (Origin("sup_vitb16_imagenet21k", True, {}), "timm/vit_base_patch16_224.orig_in21k"),
+        (Origin("mocov3_vitb", True, {}), None),
+        (Origin("vit_base_patch16_224.mae", True, {}), "timm/vit_base_patch16_224.mae"),
+        (Origin("hf-hub:me/vit@v2", True, {}), "me/vit"),
+        (Origin("vit_base_patch16_224.mae", False, {}), None),
+        (Origin("vit_base_patch16_224.mae", True, {"pretrained_cfg_overlay": {"file": "a.pth"}}), None),
+        (Origin(None, True, {}), None),
+    ],
+)
+def test_the_repository_that_weights_came_from(origin: Origin, repository: str | None) -> None:
+    assert hub_repository(origin) == repository
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"pretrained_cfg": "augreg_in21k"}, True),
+        ({"pretrained_cfg_overlay": {"file": "weights.pth"}}, True),
+        ({"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}, False),
+        ({"depth": 2}, False),
+    ],
+)
+def test_arguments_that_say_where_weights_are(arguments: dict[str, Any], wanted: bool) -> None:
+    assert names_weights(arguments) is wanted
 
 
 class TestWithoutAPlace:

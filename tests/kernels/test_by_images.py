@@ -63,6 +63,17 @@ def test_forward_without_prompts_is_that_of_the_whole_batch(calls: list[int]) ->
     assert calls[0] < BATCH
 
 
+def test_backward_without_prompts_is_that_of_the_whole_batch(calls: list[int]) -> None:
+    given = inputs((BATCH, 10, 10, 0, 2, 16), True, torch.float64)
+    out, lse = reference.attention(*given)
+    arguments, wanted = (random(*out.shape, seed=9), *given, out, lse), dict(need_q=True, need_kv=True)
+    expected = reference.attention_backward(*arguments, **wanted)
+    calls.clear()
+    for actual, gradient in zip(by_images.attention_backward(*arguments, **wanted), expected, strict=True):
+        assert_same(actual, gradient)
+    assert calls[0] < BATCH
+
+
 @pytest.mark.parametrize("keeps_out", [True, False], ids=["out", "no_out"])
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("shared", PROMPTS.values(), ids=PROMPTS)

@@ -89,6 +89,11 @@ def test_tensors_to_be_differentiated_are_refused() -> None:
         checks.require_device(x=x().requires_grad_())
 
 
+def test_tensors_on_two_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="y: got a tensor on meta, want cpu like the others"):
+        checks.require_device(x=x(), none=None, y=x().to("meta"))
+
+
 def test_a_gpu_older_than_triton_takes_is_named(monkeypatch) -> None:
     old = SimpleNamespace(is_cuda=True, requires_grad=False, device=torch.device("cuda", 0))
     monkeypatch.setattr(launch, "_capability", lambda device: (7, 5))

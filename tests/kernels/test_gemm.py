@@ -287,6 +287,7 @@ def backward(**changed):
         (forward, {"x": torch.ones(4, 8).double()}, "x: got torch.float64"),
         (forward, {"x": torch.ones(4, 9)}, r"x: got shape \(4, 9\), want \(4, 8\)"),
         (forward, {"x": torch.ones(8, 4).T}, "x: got stride 4"),
+        (forward, {"x": torch.ones(1, 8).expand(2**31, -1)}, "rows: got 2147483648 x 12 results"),
         (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
         (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
         (forward, {"bias": torch.ones(8)}, r"bias: got shape \(8,\), want \(12,\)"),

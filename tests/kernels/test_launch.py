@@ -1,4 +1,5 @@
-"""A launch over and over: Triton is asked once which build it is, and gets what it would have got."""
+"""A launch over and over: Triton is asked once which build it is, and gets what it would have got. And which
+devices the kernels run on."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from vpt_fast.kernels.launch import Launch, cdiv, next_power_of_2
+from vpt_fast.kernels.launch import Launch, arch_of, cdiv, next_power_of_2, takes_kernels
 
 CPU = torch.device("cpu")
 
@@ -108,6 +109,26 @@ def test_the_next_power_of_2(n: int, wanted: int) -> None:
 @pytest.mark.parametrize(("n", "wanted"), [(0, 0), (1, 1), (16, 1), (17, 2)])
 def test_blocks_that_elements_take(n: int, wanted: int) -> None:
     assert cdiv(n, 16) == wanted
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((12, 0), 80)]
+)
+def test_the_architecture_whose_tiles_apply(capability: tuple[int, int], arch: int, monkeypatch) -> None:
+    monkeypatch.setattr("vpt_fast.kernels.launch._capability", lambda device: capability)
+    assert arch_of(torch.device("cuda", 0)) == arch
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "wanted"),
+    [((7, 5), None, False), ((8, 0), None, True), ((12, 0), None, True), ((9, 4), "6.3", False)],
+)
+def test_the_devices_that_kernels_run_on(
+    capability: tuple[int, int], hip: str | None, wanted: bool, monkeypatch
+) -> None:
+    monkeypatch.setattr("vpt_fast.kernels.launch._capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert takes_kernels(torch.device("cuda", 0)) is wanted
 
 
 # Triton as installed, on a device that it takes for an sm_90 and that runs nothing.

@@ -249,6 +249,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"[kv]: got shape .*, want \("):
             ops.attention(**given)
 
+    def test_keys_of_other_heads(self) -> None:
+        q, k, v, *prompts = inputs((1, 2, 2, 1, 2, 16), True, torch.float32)
+        with pytest.raises(ValueError, match=r"k: got \(heads, head dim\) \(1, 16\), want \(2, 16\)"):
+            ops.attention(q, k[:, :, :1], v, *prompts)
+
+    @pytest.mark.parametrize("name", ["v", "prompt_k"])
+    def test_keys_or_values_alone(self, name: str) -> None:
+        given = dict(zip(NAMES, inputs((1, 2, 2, 1, 1, 16), True, torch.float32), strict=True))
+        with pytest.raises(ValueError, match="prompt_k and prompt_v: got one without the other, want both"):
+            ops.attention(**given | {name: None})
+
     def test_prompts_of_another_batch(self) -> None:
         q, k, v, prompt_k, prompt_v = inputs((3, 2, 2, 1, 1, 16), False, torch.float32)
         with pytest.raises(ValueError, match=r"prompt_k: got shape \(2, .*want \(3, "):
@@ -272,6 +283,18 @@ class TestRefusals:
             backward(*case, need_q=True, need_kv=False, image=False)
         with pytest.raises(ValueError, match="k: got None"):
             backward(*case, need_q=False, need_kv=False, image=False, keep_out=False)
+
+    @pytest.mark.parametrize(
+        "wanted", [dict(need_q=True, need_kv=False), dict(need_q=False, need_kv=True)], ids=["q", "kv"]
+    )
+    def test_packed_gradients_of_which_some_are_not_wanted(self, case, wanted: dict[str, bool]) -> None:
+        with pytest.raises(ValueError, match="packed: wanted without all of dQ, dK and dV"):
+            backward(*case, **wanted, packed=True)
+
+    def test_packed_gradients_of_fewer_queries_than_keys(self) -> None:
+        q, k, v, *prompts = inputs((1, 2, 3, 1, 1, 16), True, torch.float32)
+        with pytest.raises(ValueError, match="packed: .* or with fewer queries than keys"):
+            backward((q, k, v, *prompts), q, need_q=True, need_kv=True, packed=True)
 
     def test_cpu_without_the_interpreter(self, case, monkeypatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -89,6 +89,23 @@ def test_logits_and_gradients_are_those_of_the_definition(method: str, backbone:
     assert not frozen
 
 
+@pytest.mark.parametrize("method", ["partial-1", "vpt+bias"])
+def test_logits_on_an_eva_without_rotary_positions_are_those_of_the_definition(method: str) -> None:
+    eva, model = make(method, build=tiny_eva, use_rot_pos_emb=False)
+    images, _ = random_batch(model)
+    wanted = logits(method, eva, images, model.trainable_state_dict())
+    assert relative_error(model(images), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["full", "bias"])
+def test_an_attention_pool_that_another_pooling_replaces_is_not_trained(method: str) -> None:
+    kind, options = WAYS[method]
+    model = kind(tiny_vit(global_pool="map"), CLASSES, pool="cls", **options).double()
+    trained = model.trainable_state_dict().keys()
+    assert trained and not any("attn_pool" in name for name in trained)
+    assert step(model, *random_batch(model)).gradients.keys() == trained
+
+
 @pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 @pytest.mark.parametrize("method", WAYS)
 def test_gradient_of_images_is_that_of_the_definition(method: str, backbone: dict) -> None:
@@ -226,10 +243,15 @@ def test_nothing_is_kept_of_what_stands_before_the_first_adapter() -> None:
     assert with_gradient == [False, True, True]
 
 
-@pytest.mark.parametrize("backbone", ["plain", "dinov3"])
+# With heads of 64, as statistics of a head's norms are not counted.
+@pytest.mark.parametrize(
+    "backbone",
+    [BACKBONES["plain"], BACKBONES["rich"] | dict(embed_dim=128, num_heads=2), BACKBONES["dinov3"]],
+    ids=["plain", "rich", "dinov3"],
+)
 @pytest.mark.parametrize("method", [name for name in WAYS if name != "sidetune"])
-def test_estimate_covers_what_is_kept(method: str, backbone: str) -> None:
-    _, model = make(method, torch.float32, **BACKBONES[backbone])
+def test_estimate_covers_what_is_kept(method: str, backbone: dict) -> None:
+    _, model = make(method, torch.float32, **backbone)
     images, labels = random_batch(model, 8, dtype=torch.float32)
     known = {storage(t) for t in (*model.parameters(), images)}
     kept: dict[int, int] = {}

@@ -320,18 +320,17 @@ class FrozenViT(nn.Module):
         attn_dim = layer.weight.shape[0] // 3
         heads = (attn.num_heads, attn_dim // attn.num_heads)
 
-        def project(rows: torch.Tensor, part: slice) -> Sequence[torch.Tensor]:
-            """The queries, keys or values that this part of the projection gives, (.., H, rows, D) each."""
+        def project(rows: torch.Tensor, index: int) -> torch.Tensor:
+            """Queries (index 0), keys (1) or values (2), (.., H, rows, D)."""
+            part = slice(index * attn_dim, (index + 1) * attn_dim)
             bias = None if layer.bias is None else layer.bias[part]
-            y = F.linear(rows, layer.weight[part], bias).unflatten(-1, (-1, *heads))
-            return y.transpose(1, 3).unbind(2)
+            return F.linear(rows, layer.weight[part], bias).unflatten(-1, heads).transpose(1, 2)
 
-        x_hat = block.norm1(x)
-        # Queries are projected separately: as views of one packed tensor they would keep the image's keys and
-        # values alive after these have been concatenated with the prompts'.
-        (q,) = project(x_hat, slice(attn_dim))
-        k, v = project(x_hat, slice(attn_dim, None))
-        prompt_k, prompt_v = project(block.norm1(prompts), slice(attn_dim, None))
+        x_hat, prompt_x_hat = block.norm1(x), block.norm1(prompts)
+        # Separately: as views of one packed tensor, queries, and keys that a norm keeps, would keep the
+        # image's keys and values alive after these have been concatenated with the prompts'.
+        q, k, v = (project(x_hat, index) for index in range(3))
+        prompt_k, prompt_v = (project(prompt_x_hat, index) for index in (1, 2))
         q, k = self._turn(attn, attn.q_norm(q), attn.k_norm(k), position)
         k, v = (
             torch.cat((own.expand(batch_size, -1, -1, -1), images), dim=2)
