@@ -128,6 +128,10 @@ def no_names(root):
     (root / "classnames.txt").unlink()
 
 
+def too_many_names(root):
+    (root / "classnames.txt").write_text("".join(f"thing {i}\n" for i in range(256)))
+
+
 def short_object_info(root):
     write_object_info(root, 149)
 
@@ -154,6 +158,7 @@ def no_folder(root):
         (no_validation, "images/validation: there is no such folder; wanted images/training/NAME.jpg"),
         (no_images, "images/validation: found no images"),
         (no_names, "has neither objectInfo150.txt nor classnames.txt"),
+        (too_many_names, "classnames.txt: 256 names; wanted at most 255"),
         (short_object_info, "objectInfo150.txt: 149 class names; wanted 150"),
         (nothing_labelled, "annotations/training: no pixel of any mask has a class"),
     ],

@@ -131,6 +131,10 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             lambda root: [shutil.copytree(root / "test", root / name) for name in ("val", "valid")],
             r"found shards in val/ and valid/, wanted one val folder",
         ),
+        (
+            lambda root: [pack(root / f"train/{i}.tar", {}) for i in range(3)],
+            r"train: found no samples in 3 shards",
+        ),
         (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
@@ -154,6 +158,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "two images",
         "two labels",
         "two of val",
+        "no samples",
         "cut off",
         "few names",
         "names twice",

@@ -177,6 +177,7 @@ def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
         ("metrics.jsonl", '{"epoch": 0', "cannot be read"),
         ("metrics.jsonl", "", "has 0 of 2 epochs"),
         ("results.json", "null", "holds no mapping"),
+        ("checkpoint.safetensors", "{", "cannot be read"),
         ("config.yaml", "data: x\nbackbone: y\nepochs:\n", "epochs is None"),
     ],
 )
@@ -188,6 +189,22 @@ def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text,
     with pytest.raises(ValueError, match=message) as raised:
         train(recipe, path.parent)
     assert str(path) in str(raised.value)
+
+
+def test_checkpoint_in_another_format_is_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    save_file({}, folder.checkpoint, {"format": "0"})
+    with pytest.raises(RunError, match=f"{folder.checkpoint} has format 0, not 1"):
+        folder.read_checkpoint()
+
+
+def test_interrupted_run_does_not_go_on_in_another_number_of_processes(recipe, tmp_path, monkeypatch):
+    interrupt_at_step(monkeypatch, 5)
+    train(recipe, tmp_path / "run")
+    facts = RunFolder(tmp_path / "run").facts
+    facts.write_text(facts.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(RunError, match="cannot go on: the number of processes changed"):
+        train(recipe, tmp_path / "run")
 
 
 def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):

@@ -164,6 +164,8 @@ def test_large_seed_is_not_rounded(given):
         ("epochs: 3\nbackbone_arg: {a: 1}\nepochs: 4\n", r"'epochs' comes twice \(line 3\)"),
         ("backbone_arg:\n  img_size: 48\n  img_size: 64\n", r"'img_size' comes twice \(line 3\)"),
         ("epochs: [1\n", r"is not YAML: expected .* \(line 2\)"),
+        ("epochs: \0\n", "is not YAML: unacceptable character .* special characters are not allowed"),
+        ("- epochs\n", "holds no mapping of settings"),
     ],
 )
 def test_yaml_that_says_something_twice_or_nothing_is_refused_in_one_line(tmp_path, text, message):
@@ -236,6 +238,16 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("label_smoothing", -0.1),
         ("clip_grad_norm", 0),
         ("val_fraction", 1.0),
+        ("val_fraction", 0),
+        ("train_fraction", 0),
+        ("train_fraction", 1.5),
+        ("prompt_project", 0),
+        ("adapter_reduction", 0),
+        ("lora_rank", 0),
+        ("head_channels", 0),
+        ("aux_weight", 0),
+        ("warmup_epochs", -1),
+        ("clip_grad_norm", "inf"),
         ("seed", -1),
         ("workers", -1),
         ("method", "partial"),
@@ -250,6 +262,22 @@ def test_backbone_arguments_are_typed_as_in_yaml():
 def test_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name} is "):
         make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_prompts": 1, "prompt_project": 1, "prompt_dropout": 0, "batch_size": 1, "workers": 0, "seed": 0},
+        {"epochs": 1, "warmup_epochs": 0, "momentum": 0, "weight_decay": 0, "seed": 2**64 - 1},
+        {"method": "adapter", "adapter_reduction": 1, "base_lr": 1e38, "weight_decay": 1e38},
+        {"method": "lora", "lora_rank": 1, "epochs": 2, "warmup_epochs": 1},
+        {"task": "segmentation", "head_channels": 1},
+    ],
+    ids=lambda settings: next(iter(settings)) + settings.get("method", ""),
+)
+def test_values_at_the_ends_of_their_ranges_are_taken(settings):
+    recipe = make(**settings)
+    assert {name: getattr(recipe, name) for name in settings} == settings
 
 
 def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them():

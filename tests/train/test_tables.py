@@ -449,6 +449,11 @@ def test_command_that_writes_a_file_removes_what_a_killed_one_left_of_it(command
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.csv"]
 
 
+def test_unknown_format_is_refused(sweep):
+    with pytest.raises(ValueError, match="format is 'html'; it must be one of markdown, csv, latex"):
+        format_table(*read_entries([sweep("vtab/cifar", "full", 0.7)]), "html")
+
+
 def test_table_of_nothing_finished_is_refused(command, sweep):
     result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
     assert result.exit_code == 2 and "no finished runs" in result.stderr
