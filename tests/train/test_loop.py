@@ -117,6 +117,20 @@ def test_sigterm_stops_as_ctrl_c_does(recipe, tmp_path, monkeypatch):
     assert len(train(recipe, tmp_path / "run").metrics) == 1
 
 
+def test_single_process_stops_after_the_step_in_which_it_is_told_to(recipe, tmp_path, monkeypatch):
+    steps, original = [], loop.TrainStep.__call__
+
+    def train_step(*arguments):
+        steps.append(1)
+        stop.set()
+        return original(*arguments)
+
+    stop = threading.Event()
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    train(recipe, tmp_path / "run", stop=stop)
+    assert len(steps) == 1
+
+
 def test_second_ctrl_c_interrupts_at_once(recipe, tmp_path, monkeypatch):
     def train_step(*arguments):
         signal.raise_signal(signal.SIGINT)

@@ -267,7 +267,14 @@ def test_bad_value_is_refused_by_name(name, value):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_prompts": 1, "prompt_project": 1, "prompt_dropout": 0, "batch_size": 1, "workers": 0, "seed": 0},
+        {
+            "num_prompts": 1,
+            "prompt_project": 1,
+            "prompt_dropout": 0,
+            "batch_size": 1,
+            "workers": 0,
+            "seed": 0,
+        },
         {"epochs": 1, "warmup_epochs": 0, "momentum": 0, "weight_decay": 0, "seed": 2**64 - 1},
         {"method": "adapter", "adapter_reduction": 1, "base_lr": 1e38, "weight_decay": 1e38},
         {"method": "lora", "lora_rank": 1, "epochs": 2, "warmup_epochs": 1},

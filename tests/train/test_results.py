@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from task_trees import shrink, write_fgvc, write_vtab
 
 from vpt_fast import loop
-from vpt_fast.data import open_splits
+from vpt_fast.data import SkippedImage, open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
@@ -66,6 +69,20 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_images": 6,
         "test_listed": list_digest(short.data, open_splits(short.data).test),
     }
+
+
+def test_images_that_are_left_out_are_counted_and_the_first_ten_named():
+    console = Console(file=io.StringIO())
+    print_skipped(console, [SkippedImage(Path(f"{i}.png"), "no pixels") for i in range(12)])
+    first, *named, last = console.file.getvalue().splitlines()
+    assert first == "12 images cannot be read and will be left out:"
+    assert named == [f"  {i}.png: no pixels" for i in range(10)] and last == "  and 2 more"
+
+
+def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
+    RunFolder(tmp_path).config.write_text(short.to_yaml())
+    with pytest.raises(RunError, match=f"the run in {tmp_path} has not completed an epoch yet"):
+        LoadedRun.load(tmp_path)
 
 
 def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vpt_fast.data import IGNORED, ScenePreprocessing
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe, lr_factor
 from vpt_fast.run import RunFolder
-from vpt_fast.segmentation import PixelCrossEntropy, evaluate_scenes, segment, window_starts
+from vpt_fast.segmentation import PixelCrossEntropy, Segmentation, evaluate_scenes, segment, window_starts
 from vpt_fast.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -274,6 +275,13 @@ def test_defaults_of_segmentation():
     assert (recipe.batch_size, recipe.warmup_epochs, recipe.schedule) == (16, 0, "poly")
     assert recipe.learning_rate(50) == pytest.approx(recipe.peak_lr * 0.5**0.9)
     assert lr_factor(0, warmup_epochs=2, epochs=4, schedule="poly") == 0.0
+
+
+def test_images_are_resized_and_normalised_as_the_recipe_says():
+    recipe = Recipe(**settings(Path("x"), interpolation="nearest", normalization="none"))
+    model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
+    made = Segmentation().preprocessing(recipe, model)
+    assert made == ScenePreprocessing((32, 32), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
