@@ -179,6 +179,12 @@ def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
     assert "| FGVC (5) | Other tasks (2) |" in mixed and "| - | 60.00 |" in mixed
 
 
+@pytest.mark.parametrize("backbone", [BACKBONE, "x"])
+def test_tasks_that_are_none_of_the_papers_are_held_against_nothing(sweep, backbone):
+    ((row,), notes) = make_rows(read_entries([sweep("linear", "birds", 0.5, backbone=backbone)])[0])
+    assert (row.means["other"].published, row.means["other"].wins) == (None, None) and notes == []
+
+
 def test_accuracy_on_val_is_held_against_nothing(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
     natural = make_rows(entries)[0][0].means["natural"]
