@@ -253,6 +253,7 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("method", "partial"),
         ("method", "mlp-0"),
         ("method", "partial-K"),
+        ("method", "partial-٣"),
         ("pretrained", "yes"),
         ("prompt_layers", "first"),
         ("backbone_arg", ["img_size"]),
@@ -312,6 +313,14 @@ def test_published_weights_are_loaded_where_there_is_no_checkpoint(checkpoint, p
     resolved = make(checkpoint=checkpoint).resolved(num_train_images=100, device_type="cpu")
     assert resolved.pretrained is pretrained
     assert Recipe.from_dict(resolved.to_dict()) == resolved
+
+
+def test_weights_of_a_backbone_s_folder_are_read_where_no_others_are_wanted(tmp_path):
+    backbone = f"local-dir:{tmp_path}"
+    assert make(backbone=backbone).weights_file == str(tmp_path / "model.safetensors")
+    assert make(backbone=backbone, pretrained=False).weights_file is None
+    assert make(backbone=backbone, checkpoint="ViT-B_16.npz").weights_file == "ViT-B_16.npz"
+    assert make().weights_file is None
 
 
 def test_pretrained_beside_a_checkpoint_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,11 +19,12 @@ from test_loop import interrupt_at_step, require_equal
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast import load_pretrained
+from vpt_fast import load_pretrained, scene_inference
 from vpt_fast.data import IGNORED, ScenePreprocessing
+from vpt_fast.inference import LoadedRun
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe, lr_factor
-from vpt_fast.run import RunFolder
+from vpt_fast.run import Labels, RunFolder
 from vpt_fast.segmentation import PixelCrossEntropy, Segmentation, evaluate_scenes, segment, window_starts
 from vpt_fast.world import World
 
@@ -89,6 +91,20 @@ def test_eval_repeats_the_scores_of_training(run, command, scenes):
     last = run[1].metrics[-1]
     assert (found["miou"], found["accuracy"]) == (last["val_miou"], last["val_accuracy"])
     assert found["loss"] == pytest.approx(last["val_loss"]) and found["per_class"].keys() == set(CLASSES)
+
+
+def test_eval_takes_label_0_for_what_it_was_in_training(run, scenes, monkeypatch):
+    labels = dataclasses.replace(Labels.read(run[1].path / "prompts"), ignore_zero=True)
+    asked = []
+
+    def open_scenes(data, **options):
+        asked.append(options)
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(scene_inference, "open_scenes", open_scenes)
+    with pytest.raises(KeyboardInterrupt):
+        scene_inference.evaluate_scene_run(LoadedRun(None, labels, torch.device("cpu")), scenes)
+    assert asked == [{"ignore_zero": True}]
 
 
 def test_eval_and_predict_are_told_where_the_backbones_folder_is_now(command, scenes, tmp_path):
