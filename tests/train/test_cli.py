@@ -362,6 +362,11 @@ def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, co
     assert f"{moved / 'prompts'} is gone; the command that trained the run writes it again" in result.stderr
 
 
+def test_folder_with_nothing_but_a_run_s_prompts_is_a_run(run, tmp_path):
+    shutil.copytree(run / "prompts", tmp_path / "run" / "prompts")
+    assert LoadedRun.load(tmp_path / "run").labels == Labels.read(run / "prompts")
+
+
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
     assert result.exit_code == 2

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from task_trees import shrink, write_fgvc, write_vtab
 
-from vpt_fast import loop
+from vpt_fast import inference, loop
 from vpt_fast.data import SkippedImage, open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
@@ -83,6 +83,20 @@ def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
     RunFolder(tmp_path).config.write_text(short.to_yaml())
     with pytest.raises(RunError, match=f"the run in {tmp_path} has not completed an epoch yet"):
         LoadedRun.load(tmp_path)
+
+
+def test_eval_reads_the_data_as_it_is_told(monkeypatch):
+    asked = []
+
+    def open_split(*given, **options):
+        asked.append((given, options))
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(inference, "open_split", open_split)
+    where = {"batch_size": 3, "workers": 2, "data_root": "d", "console": Console(quiet=True)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run("run", "x", "test", **where)
+    assert asked == [(("run", "x", "test"), where)]
 
 
 def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from vpt_fast import loop, trials
 from vpt_fast.cache import TrainingCache
-from vpt_fast.failures import SavingFailed
+from vpt_fast.failures import SavingFailed, find_cause
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import digest_inputs, run_sweep, trial_folder
 from vpt_fast.sweep_settings import Sweep
@@ -394,3 +394,12 @@ def test_description_of_a_trial_names_its_frozen_features():
     display.features({"base_lr": 0.5}, 1_024, 2_000)
     (task,) = display._bars.tasks
     assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
+
+
+def test_cause_is_found_where_an_error_was_raised_from_it_and_where_one_hides_it():
+    raised_from, hiding, neither = RuntimeError(), RuntimeError(), RuntimeError()
+    raised_from.__cause__, raised_from.__context__ = OSError("cause"), KeyError()
+    hiding.__context__ = RuntimeError()
+    hiding.__context__.__context__ = OSError("hidden")
+    assert [str(find_cause(error, OSError)) for error in (raised_from, hiding)] == ["cause", "hidden"]
+    assert find_cause(neither, OSError) is None
