@@ -54,6 +54,12 @@ def test_blank_lines_after_the_class_names_are_no_classes(root):
     assert open_splits(root).classes == ("dark", "bright")
 
 
+def test_shards_that_nothing_counts_are_those_that_are_there(root):
+    counted = open_splits(root)
+    (root / "train" / "nshards.txt").unlink()
+    assert open_splits(root) == counted
+
+
 def test_train_is_split_as_a_folder_is(root):
     splits = open_splits(root, val_fraction=0.34, seed=3)
     assert (len(splits.train), len(splits.val)) == (8, 4)

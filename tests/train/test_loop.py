@@ -205,6 +205,15 @@ def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text,
     assert str(path) in str(raised.value)
 
 
+def test_fresh_removes_what_is_left_of_a_run_without_its_facts(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.touch()
+    folder.metrics.touch()
+    folder.require_clearable()
+    folder.clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoint_in_another_format_is_refused(tmp_path):
     folder = RunFolder(tmp_path)
     save_file({}, folder.checkpoint, {"format": "0"})

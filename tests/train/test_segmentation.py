@@ -25,7 +25,14 @@ from vpt_fast.inference import LoadedRun
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe, lr_factor
 from vpt_fast.run import Labels, RunFolder
-from vpt_fast.segmentation import PixelCrossEntropy, Segmentation, evaluate_scenes, segment, window_starts
+from vpt_fast.segmentation import (
+    MULTI_SCALE,
+    PixelCrossEntropy,
+    Segmentation,
+    evaluate_scenes,
+    segment,
+    window_starts,
+)
 from vpt_fast.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -105,6 +112,22 @@ def test_eval_takes_label_0_for_what_it_was_in_training(run, scenes, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         scene_inference.evaluate_scene_run(LoadedRun(None, labels, torch.device("cpu")), scenes)
     assert asked == [{"ignore_zero": True}]
+
+
+@pytest.mark.parametrize(("multi_scale", "scales"), [(False, (1.0,)), (True, MULTI_SCALE)])
+def test_eval_takes_the_scales_and_windows_that_it_is_told(run, scenes, monkeypatch, multi_scale, scales):
+    asked = []
+
+    def evaluate_scenes(*given, **options):
+        asked.append(options)
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(scene_inference, "evaluate_scenes", evaluate_scenes)
+    with pytest.raises(KeyboardInterrupt):
+        scene_inference.evaluate_scene_run(
+            LoadedRun.load(run[1].path), scenes, multi_scale=multi_scale, windows=3, workers=0
+        )
+    assert asked == [{"scales": scales, "flips": multi_scale, "windows": 3}]
 
 
 def test_eval_and_predict_are_told_where_the_backbones_folder_is_now(command, scenes, tmp_path):
@@ -237,6 +260,8 @@ def test_classifiers_commands_refuse_a_segmentation_run(run, command, scenes, tm
     for flags, message in ((["--split", "test"], "split"), (["--data-root", "x"], "data_root")):
         result = command("eval", run[1].path, "--data", scenes, *flags)
         assert result.exit_code == 2 and f"{message}: a segmentation run" in result.stderr
+    result = command("predict", run[1].path, scenes / "images" / "validation", "--top-k", 2)
+    assert result.exit_code == 2 and "top_k: a segmentation run" in result.stderr
 
 
 @pytest.mark.parametrize("method", ["vpt+bias", "linear", "bias", "full"])
