@@ -151,6 +151,7 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert result.exit_code == 1
     assert "broken.png" in result.stderr and "missing.png" in result.stderr
     assert "0.png" in result.stdout
+    assert command("predict", run, tmp_path / "broken.png").stdout == ""  # no table of nothing
 
 
 def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):

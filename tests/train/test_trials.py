@@ -370,13 +370,17 @@ def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
     assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
 
 
-def test_time_left_is_by_what_a_trial_costs():
+def test_time_left_is_said_once_and_by_what_a_trial_costs():
     console = Console(record=True, width=200)
-    display = trials.Display(console, "trial", 3, lambda params: params["epochs"] / 10)
-    display.begin({"epochs": 2})
-    display._started -= 10
-    display.end({"epochs": 2}, "done")
-    assert "2 trials are left, about 2 min" in console.export_text()  # 2 trials of 50 s
+    display = trials.Display(console, "trial", 4, lambda params: params["epochs"] / 10)
+    for done in (1, 2):
+        display.done(done)
+        display.begin({"epochs": 2})
+        display._started -= 10
+        display.end({"epochs": 2}, "done")
+    first, left, second = console.export_text().splitlines()
+    assert first == "trial 2/4 epochs=2: done, 10.0 s" and second.startswith("trial 3/4 epochs=2: done")
+    assert left == "2 trials are left, about 2 min"  # 2 trials of 50 s
 
 
 def test_trials_show_how_far_their_frozen_features_are(settings, tmp_path, monkeypatch):
