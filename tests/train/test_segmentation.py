@@ -23,6 +23,7 @@ from vpt_fast import load_pretrained, scene_inference
 from vpt_fast.data import IGNORED, ScenePreprocessing
 from vpt_fast.inference import LoadedRun
 from vpt_fast.loop import train
+from vpt_fast.plots import class_colors
 from vpt_fast.recipe import Recipe, lr_factor
 from vpt_fast.run import Labels, RunFolder
 from vpt_fast.segmentation import (
@@ -159,6 +160,8 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
         with Image.open(answer["mask"]) as mask, Image.open(answer["overlay"]) as overlay:
             assert mask.size == (generated.WIDTH, generated.HEIGHT) and overlay.format == "PNG"
             names = {CLASSES[index] for index in np.unique(np.asarray(mask))}
+            colors = np.reshape(mask.getpalette(), (-1, 3))
+        assert np.array_equal(colors[: len(CLASSES)], class_colors(len(CLASSES)))
         assert names == set(answer["classes"])
 
 
