@@ -258,6 +258,7 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("prompt_layers", "first"),
         ("backbone_arg", ["img_size"]),
         ("precision", "int8"),
+        ("precision", False),
     ],
 )
 def test_bad_value_is_refused_by_name(name, value):

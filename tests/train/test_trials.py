@@ -407,3 +407,12 @@ def test_cause_is_found_where_an_error_was_raised_from_it_and_where_one_hides_it
     hiding.__context__.__context__ = OSError("hidden")
     assert [str(find_cause(error, OSError)) for error in (raised_from, hiding)] == ["cause", "hidden"]
     assert find_cause(neither, OSError) is None
+
+
+def test_trial_of_another_machine_is_left_to_its_heartbeat_and_a_dead_process_of_this_one_is_dead():
+    def is_alive(**changes) -> bool:
+        trial = SimpleNamespace(user_attrs={"owner": trials._owner() | changes})
+        return trials._is_alive(trial, nobody_takes_one=True)
+
+    assert is_alive() and not is_alive(started="0")
+    assert is_alive(started="0", host="another machine")
