@@ -379,7 +379,7 @@ def test_time_left_is_said_once_and_by_what_a_trial_costs():
         display._started -= 10
         display.end({"epochs": 2}, "done")
     first, left, second = console.export_text().splitlines()
-    assert first == "trial 2/4 epochs=2: done, 10.0 s" and second.startswith("trial 3/4 epochs=2: done")
+    assert first.startswith("trial 2/4 epochs=2: done, 10") and second.startswith("trial 3/4 epochs=2: done")
     assert left == "2 trials are left, about 2 min"  # 2 trials of 50 s
 
 
