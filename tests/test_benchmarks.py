@@ -456,6 +456,19 @@ def test_an_implementation_that_cannot_run_is_a_row_with_its_reason(monkeypatch:
     assert "concat_large: OutOfMemoryError: 80 GiB wanted" in text.getvalue()
 
 
+def test_an_implementation_that_fails_in_a_later_round_has_no_times() -> None:
+    start = implementations.make_start(SETTING, torch.device("cpu"))
+    contender = implementations.IMPLEMENTATIONS["concat_timm"]("concat_timm", start)
+    contender.times = [measure.StepTimes(1.0, 1.0, 1.0)]
+    with contender.turn(torch.device("cpu")):
+        raise RuntimeError("lost")
+    assert (contender.error, contender.times) == ("RuntimeError: lost", [])
+
+
+def test_the_time_of_a_step_is_that_of_its_parts() -> None:
+    assert measure.StepTimes(forward=1.0, backward=2.0, optimizer=4.0).total == 7.0
+
+
 def large_definition(*given: Any) -> nn.Module:
     raise torch.OutOfMemoryError("80 GiB wanted")
 

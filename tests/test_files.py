@@ -26,6 +26,13 @@ def test_interruption_leaves_the_old_file(tmp_path: Path) -> None:
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize(("name", "error"), [("folder", IsADirectoryError), ("none/a", FileNotFoundError)])
+def test_place_that_no_file_can_be_written_to_is_named(tmp_path: Path, name: str, error: type) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(error, match=f"'{tmp_path / name}'"), replacing(tmp_path / name):
+        pytest.fail("got a temporary file")
+
+
 def test_files_of_a_killed_process_are_removed_and_those_being_written_stay(tmp_path: Path) -> None:
     left = tmp_path / ".a.txt.abcd_123.txt"
     left.touch()

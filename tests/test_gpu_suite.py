@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,9 +103,12 @@ def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_req
 
 
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_has_failed(project: Project) -> None:
-    project.part("test_hang", HANG, limit=1.0)
+    code = "import os; open('process', 'w').write(str(os.getpid())); "
+    project.part("test_hang", code + HANG, limit=1.0)
     project.part("throughput", "pass", alone=True)
     assert project.run() == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((project.root / "process").read_text()), 0)
     hung = project.report()["parts"]["test_hang"]
     assert hung["state"] == "failed"
     assert hung["tail"][-2:] == ["before", "stopped: not done in its limit of 1 s"]

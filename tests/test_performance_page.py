@@ -190,11 +190,12 @@ def test_the_readme_shows_a_gpu_where_there_is_one_and_else_says_that_there_is_n
     assert "GPU results are committed yet" not in project.text(page.README) + project.text()
 
 
-def test_the_readme_shows_the_batch_that_is_measured_where_nothing_else_is_asked_for(
-    project: Project,
+@pytest.mark.parametrize("key, values", [("batch_size", (128, 64, 32)), ("num_prompts", (200, 100, 50))])
+def test_the_readme_shows_the_setting_that_is_measured_where_nothing_else_is_asked_for(
+    project: Project, key: str, values: tuple[int, ...]
 ) -> None:
-    for name, batch, speed in (("a", 128, 500.0), ("b", 64, 300.0), ("c", 32, 400.0)):
-        project.add(name, [row(impl, speed, batch_size=batch) for impl in ("vpt_fast", "concat_timm")])
+    for name, value, speed in zip("abc", values, (500.0, 300.0, 400.0), strict=True):
+        project.add(name, [row(impl, speed, **{key: value}) for impl in ("vpt_fast", "concat_timm")])
     assert "| vpt_fast | 300 |" in project.text(page.README)
 
 

@@ -107,17 +107,20 @@ def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path
         assert way["share_lost"] == pytest.approx(1 - way["images_per_second"] / way["without_loading"])
 
 
-def test_command_fails_where_gradients_of_vpt_fast_are_wrong(tmp_path: Path, monkeypatch) -> None:
-    def check_gradients(contenders: list[recipe.Contender], start: object) -> None:
-        contenders[0].gradient_error = 1.0
-
-    monkeypatch.setattr(recipe, "check_gradients", check_gradients)
+def test_command_fails_and_measures_no_loading_where_gradients_of_vpt_fast_are_wrong(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(implementations.EXACT_BELOW, "float32", 0.0)  # nothing is that exact
+    given = []
+    monkeypatch.setattr(
+        recipe, "measure_loading", lambda those, *_, **options: given.extend(those) or ([], 0.0)
+    )
     app = recipe.typer.Typer()
     app.command()(recipe.main)
-    flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1".split()
-    flags += ["--output", str(tmp_path / "recipe.json"), "--implementations", "vpt_fast"]
+    flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1"
+    flags = [*flags.split(), "--implementations", "vpt_fast", "--output", str(tmp_path / "recipe.json")]
     result = CliRunner().invoke(app, flags)
-    assert result.exit_code == 1 and "vpt_fast failed, or is wrong" in result.output
+    assert result.exit_code == 1 and "vpt_fast failed, or is wrong" in result.output and given == []
 
 
 def test_what_an_interrupted_command_has_left_is_measured_alone(tmp_path: Path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,30 @@ def archive_of(path: Path, *pictures: tuple[int, int]) -> Path:
             Image.new("RGB", size).save(file)
             tar.add(file, f"cat/{index}.jpg")
     return path
+
+
+def test_a_task_is_written_as_a_whole_or_not_at_all_and_once(tmp_path: Path) -> None:
+    def images(*shades: int, broken: bool = False) -> Iterator[small_tasks.Labelled]:
+        for i, shade in enumerate(shades):
+            yield Image.new("L", (2, 2), shade), i % 2
+        if broken:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "tasks" / "shades"
+    with pytest.raises(KeyboardInterrupt):
+        small_tasks.write_task(folder, {"train": images(1, 2), "val": images(3, broken=True)})
+    assert list(folder.parent.iterdir()) == []
+    small_tasks.write_task(folder, {"train": images(1, 2, 3), "val": images(4)})
+    small_tasks.write_task(folder, {"train": images(5)})
+    written = {
+        str(path.relative_to(folder)): Image.open(path).getpixel((0, 0)) for path in folder.rglob("*.png")
+    }
+    assert written == {
+        "train/0/0000.png": 1,
+        "train/1/0001.png": 2,
+        "train/0/0002.png": 3,
+        "val/0/0000.png": 4,
+    }
 
 
 def test_an_archive_that_is_none_is_named_before_anything_is_written(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
         name, run = NAMES[recipe.method], out / recipe.method
         console.rule(name)
         result = train(recipe, run, console=console, fresh=fresh, stop=stop)
-        if not result.is_finished or stop.is_set():
+        if stop.is_set():  # maybe too late to stop this run
             console.print(f"Stopped after epoch {len(result.metrics)}; the same command goes on from there.")
             return False
         curves[name] = result.metrics

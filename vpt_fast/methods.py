@@ -145,7 +145,7 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
 
     Raises ValueError if there is no such model, or if published weights are wanted and there are none.
     """
-    if recipe.pretrained and recipe.checkpoint is None:
+    if recipe.pretrained:
         require_published(recipe.backbone, recipe.backbone_arg)
     try:
         with without_values():

@@ -207,7 +207,8 @@ def restore_prompts(
     """Restores prompts/ of a finished run from its checkpoint if it is damaged or gone; prints a message if
     the checkpoint is gone too.
 
-    Raises RunError if the backbone or the classes changed since the run began.
+    The classes are those of the run (`require_same_images`). Raises RunError if the backbone changed since it
+    began.
     """
     if folder.holds_prompts_of(begun.checkpoint):
         return
@@ -216,8 +217,6 @@ def restore_prompts(
         return
     model = build_seeded(recipe, len(splits.classes), cache)
     changed = backbone_changes(describe_backbone(recipe, model), begun.facts["backbone"])
-    if list(splits.classes) != begun.facts["data"]["classes"]:
-        changed.append("the classes")
     if changed:
         raise RunError(
             f"{folder.prompts} is damaged, and cannot be written again from the checkpoint: "

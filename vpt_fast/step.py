@@ -69,12 +69,9 @@ def build_optimizer(recipe: Recipe, model: TunedModel, *, capturable: bool) -> t
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The state of an optimizer with named parameters, as "slot/parameter name" to tensor."""
     names = _parameter_names(optimizer)
-    state = optimizer.state_dict()["state"]  # index: {slot: tensor or None}
+    state = optimizer.state_dict()["state"]  # index: {slot: tensor}
     return {
-        f"{slot}/{names[index]}": value
-        for index, slots in state.items()
-        for slot, value in slots.items()
-        if value is not None
+        f"{slot}/{names[index]}": value for index, slots in state.items() for slot, value in slots.items()
     }
 
 

@@ -57,6 +57,7 @@ def test_image_shows_the_digit_of_its_number_and_class(digits):
     assert path.parent.name == str(data.target[index])
     small = np.asarray(image.convert("L").resize((8, 8), 4), dtype=float)  # 4: the mean of each 4×4 box
     assert np.corrcoef(small.ravel(), data.images[index].ravel())[0, 1] > 0.97
+    assert np.abs(small - data.images[index] * 255 / 16).mean() < 20  # the darkest is 0, the brightest 255
 
 
 def test_complete_folder_of_the_same_seed_is_left_alone(digits):

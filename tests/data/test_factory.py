@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,33 @@ def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monk
     )
     with pytest.raises(DataError, match="image 1 has the class number 1000000000000, wanted one below 1,000"):
         open_splits("hfds/some")
+
+
+def test_test_split_that_lacks_the_last_numbered_classes_has_those_of_train(monkeypatch):
+    def create(name, root, split, **options):
+        return IterableImageDataset(
+            root, reader=[(picture(i), i % (3 if split == "train" else 2)) for i in range(9)]
+        )
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    splits = open_splits("wds/some", with_test=True)
+    assert splits.test.classes == splits.train.classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "split train: has no images"),
+        ([0, -1], "split train: image 1 has no class number"),
+        (["cat"], "split train: wanted one class number for each image: invalid literal"),
+        (None, "split train: SimpleNamespace does not list its labels"),
+    ],
+)
+def test_set_without_a_class_number_for_each_image_is_refused(monkeypatch, labels, message):
+    dataset = SimpleNamespace() if labels is None else SimpleNamespace(targets=labels)
+    monkeypatch.setattr(factory, "create_dataset", lambda *_, **options: dataset)
+    with pytest.raises(DataError, match=message):
+        open_splits("torch/some")
 
 
 def test_test_split_of_other_classes_is_refused(monkeypatch):

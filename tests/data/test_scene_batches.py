@@ -84,6 +84,19 @@ def test_crops_of_nearly_one_class_are_drawn_again(monkeypatch):
     assert several > varied() + 5
 
 
+def test_crops_without_a_class_are_drawn_again(monkeypatch):
+    image, mask = scene(80, 80)
+    mask[:] = IGNORED
+    mask[:, :6] = np.arange(6) % 2
+
+    def labelled() -> int:
+        return sum(bool((PLAIN.augment(image, mask, seed)[1] != IGNORED).any()) for seed in range(30))
+
+    several = labelled()
+    monkeypatch.setattr(scene_preprocessing, "TRIES", 1)
+    assert several > labelled() + 5
+
+
 @pytest.mark.parametrize(
     ("size", "scale", "expected"),
     [

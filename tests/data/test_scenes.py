@@ -92,6 +92,12 @@ def test_masks_of_every_kind_of_whole_numbers_are_read(tmp_path, mode):
     assert read_mask(tmp_path / "mask.png", 3, no_zero=False).tolist() == [[0, 1], [2, IGNORED]]
 
 
+def test_hidden_and_other_files_beside_the_images_are_left_out(scenes):
+    for name in (".1.jpg", "notes.txt"):
+        (scenes / "images/training" / name).touch()
+    assert [path.name for path in open_scenes(scenes).train.images] == ["0.jpg", "1.jpg"]
+
+
 def remove_mask(root):
     (root / "annotations/training/1.png").unlink()
 
@@ -128,8 +134,18 @@ def no_names(root):
     (root / "classnames.txt").unlink()
 
 
+def too_many_names(root):
+    (root / "classnames.txt").write_text("".join(f"thing {i}\n" for i in range(256)))
+
+
 def short_object_info(root):
     write_object_info(root, 149)
+
+
+def name_twice_in_object_info(root):
+    write_object_info(root)
+    path = root / "objectInfo150.txt"
+    path.write_text(path.read_text().replace("thing 7,", "thing 8,"))
 
 
 def nothing_labelled(root):
@@ -154,7 +170,9 @@ def no_folder(root):
         (no_validation, "images/validation: there is no such folder; wanted images/training/NAME.jpg"),
         (no_images, "images/validation: found no images"),
         (no_names, "has neither objectInfo150.txt nor classnames.txt"),
+        (too_many_names, "classnames.txt: 256 names; wanted at most 255"),
         (short_object_info, "objectInfo150.txt: 149 class names; wanted 150"),
+        (name_twice_in_object_info, "objectInfo150.txt: 149 class names; wanted 150"),
         (nothing_labelled, "annotations/training: no pixel of any mask has a class"),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,

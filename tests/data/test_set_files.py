@@ -254,6 +254,14 @@ def test_classes_of_shards_are_put_into_bins(small, tmp_path, monkeypatch):
     assert labels == ["7", "8"] * 4 and not (result.folder / "classnames.txt").exists()
 
 
+def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
+    task = dataclasses.replace(small("vtab/smallnorb_ele", test=6), num_classes=2)
+    shards = write_shards(tmp_path / "shards", {"train": 12, "test": 6})
+    result = prepare_task(task, str(shards), tmp_path / "out")
+    labels = [line.split()[1] for line in (result.folder / "train800.txt").read_text().splitlines()]
+    assert labels == ["0", "1"] * 4 and (result.folder / "classnames.txt").read_text() == "dark\nbright\n"
+
+
 @pytest.mark.parametrize(
     "files, broken, message",
     [

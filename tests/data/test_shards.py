@@ -55,6 +55,12 @@ def test_blank_lines_after_the_class_names_are_no_classes(root):
     assert open_splits(root).classes == ("dark", "bright")
 
 
+def test_shards_that_nothing_counts_are_those_that_are_there(root):
+    counted = open_splits(root)
+    (root / "train" / "nshards.txt").unlink()
+    assert open_splits(root) == counted
+
+
 def test_train_is_split_as_a_folder_is(root):
     splits = open_splits(root, val_fraction=0.34, seed=3)
     assert (len(splits.train), len(splits.val)) == (8, 4)
@@ -132,6 +138,10 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             lambda root: [shutil.copytree(root / "test", root / name) for name in ("val", "valid")],
             r"found shards in val/ and valid/, wanted one val folder",
         ),
+        (
+            lambda root: [pack(root / f"train/{i}.tar", {}) for i in range(3)],
+            r"train: found no samples in 3 shards",
+        ),
         (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
@@ -155,6 +165,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "two images",
         "two labels",
         "two of val",
+        "no samples",
         "cut off",
         "few names",
         "names twice",

@@ -169,10 +169,23 @@ def test_list_with_a_byte_order_mark_is_read(name, tmp_path, monkeypatch):
     assert sizes(open_splits(folder, task=name)) == [8, 4, 6]
 
 
-def test_whole_numbers_as_text_are_class_ids(fgvc):
+@pytest.mark.parametrize("kind", [str, float])
+def test_whole_numbers_as_text_or_with_a_point_are_class_ids(fgvc, kind):
     path = fgvc / "train.json"
-    path.write_text(json.dumps({name: str(value) for name, value in json.loads(path.read_text()).items()}))
+    path.write_text(json.dumps({name: kind(value) for name, value in json.loads(path.read_text()).items()}))
     assert open_splits(fgvc, task=FGVC).train.labels[:2] == (0, 1)
+
+
+def test_list_that_is_no_mapping_is_named(fgvc):
+    (fgvc / "train.json").write_text('["a/train0.png"]')
+    with pytest.raises(DataError, match="train.json: wanted a mapping of image paths to class ids"):
+        open_splits(fgvc, task=FGVC)
+
+
+def test_list_that_is_no_text_is_named(vtab):
+    (vtab / "val200.txt").write_bytes(b"caf\xe9.jpg 0\n")
+    with pytest.raises(DataError, match="val200.txt: is not text"):
+        open_splits(vtab, task=VTAB)
 
 
 def test_missing_images_are_counted_and_the_first_is_named(fgvc):

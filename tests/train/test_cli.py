@@ -167,6 +167,7 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert result.exit_code == 1
     assert "broken.png" in result.stderr and "missing.png" in result.stderr
     assert "0.png" in result.stdout
+    assert command("predict", run, tmp_path / "broken.png").stdout == ""  # no table of nothing
 
 
 def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):
@@ -387,6 +388,22 @@ def test_run_whose_prompts_are_gone_says_how_to_have_them_again(command, run, co
     result = command("eval", moved, "--data", color_images)
     assert result.exit_code == 2
     assert f"{moved / 'prompts'} is gone; the command that trained the run writes it again" in result.stderr
+
+
+def test_segmenters_flags_are_refused_with_a_classification_run(command, run, color_images, tmp_path):
+    image = color_images / "test" / "red" / "0.png"
+    for arguments, message in (
+        (["eval", run, "--data", color_images, "--multi-scale"], "multi_scale"),
+        (["predict", run, image, "--out", tmp_path / "masks"], "out"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 2 and f"{message}: a classification run has no such" in result.stderr
+    assert not (tmp_path / "masks").exists()
+
+
+def test_folder_with_nothing_but_a_run_s_prompts_is_a_run(run, tmp_path):
+    shutil.copytree(run / "prompts", tmp_path / "run" / "prompts")
+    assert LoadedRun.load(tmp_path / "run").labels == Labels.read(run / "prompts")
 
 
 def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):

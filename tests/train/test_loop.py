@@ -117,6 +117,20 @@ def test_sigterm_stops_as_ctrl_c_does(recipe, tmp_path, monkeypatch):
     assert len(train(recipe, tmp_path / "run").metrics) == 1
 
 
+def test_single_process_stops_after_the_step_in_which_it_is_told_to(recipe, tmp_path, monkeypatch):
+    steps, original = [], loop.TrainStep.__call__
+
+    def train_step(*arguments):
+        steps.append(1)
+        stop.set()
+        return original(*arguments)
+
+    stop = threading.Event()
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    train(recipe, tmp_path / "run", stop=stop)
+    assert len(steps) == 1
+
+
 def test_second_ctrl_c_interrupts_at_once(recipe, tmp_path, monkeypatch):
     def train_step(*arguments):
         signal.raise_signal(signal.SIGINT)
@@ -197,6 +211,7 @@ def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
         ("metrics.jsonl", '{"epoch": 0', "cannot be read"),
         ("metrics.jsonl", "", "has 0 of 2 epochs"),
         ("results.json", "null", "holds no mapping"),
+        ("checkpoint.safetensors", "{", "cannot be read"),
         ("config.yaml", "data: x\nbackbone: y\nepochs:\n", "epochs is None"),
     ],
 )
@@ -208,6 +223,31 @@ def test_a_file_of_a_run_that_was_changed_is_named(recipe, tmp_path, name, text,
     with pytest.raises(ValueError, match=message) as raised:
         train(recipe, path.parent)
     assert str(path) in str(raised.value)
+
+
+def test_fresh_removes_what_is_left_of_a_run_without_its_facts(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.config.touch()
+    folder.metrics.touch()
+    folder.require_clearable()
+    folder.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_in_another_format_is_refused(tmp_path):
+    folder = RunFolder(tmp_path)
+    save_file({}, folder.checkpoint, {"format": "0"})
+    with pytest.raises(RunError, match=f"{folder.checkpoint} has format 0, not 1"):
+        folder.read_checkpoint()
+
+
+def test_interrupted_run_does_not_go_on_in_another_number_of_processes(recipe, tmp_path, monkeypatch):
+    interrupt_at_step(monkeypatch, 5)
+    train(recipe, tmp_path / "run")
+    facts = RunFolder(tmp_path / "run").facts
+    facts.write_text(facts.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(RunError, match="cannot go on: the number of processes changed"):
+        train(recipe, tmp_path / "run")
 
 
 def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
@@ -535,17 +575,18 @@ def test_run_that_never_began_leaves_no_folder(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [3, 4])  # of the third epoch's four
+def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypatch, step):
     original, steps = loop.TrainStep.__call__, []
 
     def train_step(*arguments):
         steps.append(1)
         loss, hits = original(*arguments)
-        return (loss * float("nan") if len(steps) == 11 else loss), hits
+        return (loss * float("nan") if len(steps) == 8 + step else loss), hits
 
     monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(
-        TrainingDiverged, match=r"loss is nan in epoch 3 of 4, step 3 of 4, at a learning rate of 0\.0"
+        TrainingDiverged, match=rf"loss is nan in epoch 3 of 4, step {step} of 4, at a learning rate of 0\.0"
     ):
         train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2

@@ -172,6 +172,8 @@ def test_large_seed_is_not_rounded(given):
             "more than 100,000 values",
         ),
         ("backbone_arg: &a {x: *a}\n", "more than 100,000 values"),
+        ("epochs: \0\n", "is not YAML: unacceptable character .* special characters are not allowed"),
+        ("- epochs\n", "holds no mapping of settings"),
     ],
 )
 def test_yaml_that_says_something_twice_or_nothing_or_too_much_is_refused_in_one_line(
@@ -253,20 +255,55 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("label_smoothing", -0.1),
         ("clip_grad_norm", 0),
         ("val_fraction", 1.0),
+        ("val_fraction", 0),
+        ("train_fraction", 0),
+        ("train_fraction", 1.5),
+        ("prompt_project", 0),
+        ("adapter_reduction", 0),
+        ("lora_rank", 0),
+        ("head_channels", 0),
+        ("aux_weight", 0),
+        ("warmup_epochs", -1),
+        ("clip_grad_norm", "inf"),
         ("seed", -1),
         ("workers", -1),
         ("method", "partial"),
         ("method", "mlp-0"),
         ("method", "partial-K"),
+        ("method", "partial-٣"),
         ("pretrained", "yes"),
         ("prompt_layers", "first"),
         ("backbone_arg", ["img_size"]),
         ("precision", "int8"),
+        ("precision", False),
     ],
 )
 def test_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name} is "):
         make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "num_prompts": 1,
+            "prompt_project": 1,
+            "prompt_dropout": 0,
+            "batch_size": 1,
+            "workers": 0,
+            "seed": 0,
+        },
+        {"epochs": 1, "warmup_epochs": 0, "momentum": 0, "weight_decay": 0, "seed": 2**64 - 1},
+        {"method": "adapter", "adapter_reduction": 1, "base_lr": 1e38, "weight_decay": 1e38},
+        {"method": "lora", "lora_rank": 1, "epochs": 2, "warmup_epochs": 1},
+        {"task": "segmentation", "head_channels": 1},
+    ],
+    ids=lambda settings: next(iter(settings)) + settings.get("method", ""),
+)
+def test_values_at_the_ends_of_their_ranges_are_taken(settings):
+    recipe = make(**settings)
+    assert {name: getattr(recipe, name) for name in settings} == settings
 
 
 def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them():
@@ -294,6 +331,14 @@ def test_published_weights_are_loaded_where_there_is_no_checkpoint(checkpoint, p
     resolved = make(checkpoint=checkpoint).resolved(num_train_images=100, device_type="cpu")
     assert resolved.pretrained is pretrained
     assert Recipe.from_dict(resolved.to_dict()) == resolved
+
+
+def test_weights_of_a_backbone_s_folder_are_read_where_no_others_are_wanted(tmp_path):
+    backbone = f"local-dir:{tmp_path}"
+    assert make(backbone=backbone).weights_file == str(tmp_path / "model.safetensors")
+    assert make(backbone=backbone, pretrained=False).weights_file is None
+    assert make(backbone=backbone, checkpoint="ViT-B_16.npz").weights_file == "ViT-B_16.npz"
+    assert make().weights_file is None
 
 
 def test_pretrained_beside_a_checkpoint_is_refused():

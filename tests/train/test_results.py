@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import shutil
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from task_trees import shrink, write_fgvc, write_vtab
+from torch import nn
 
-from vpt_fast import loop
-from vpt_fast.data import open_splits
+from vpt_fast import inference, loop
+from vpt_fast.classification import evaluate
+from vpt_fast.data import SkippedImage, open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import checking_images, print_skipped
 from vpt_fast.run import RunError, RunFolder, list_digest
+from vpt_fast.world import World
 
 
 @pytest.fixture
@@ -77,6 +84,45 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_images": 6,
         "test_listed": list_digest(short.data, open_splits(short.data).test),
     }
+
+
+def test_loss_and_accuracy_are_those_counted_by_hand():
+    logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [1, 0, 2], [2, 1, 0]])
+    labels = torch.tensor([0, 1, 2, 2, 2])  # the third and the fifth are wrong
+    batches = SimpleNamespace(epoch=lambda _: zip(logits.split(2), labels.split(2), strict=True))
+    seen = []
+    found = evaluate(nn.Identity(), batches, 3, World(0, 1, torch.device("cpu")), "fp32", seen.append)
+    assert (found.correct, found.images, found.accuracy) == ((1, 1, 1), (1, 1, 3), 3 / 5)
+    right, first, second = (math.log(sum(math.exp(x - own) for x in (0, 1, 2))) for own in (2, 1, 0))
+    assert found.loss == pytest.approx((3 * right + first + second) / 5) and seen == [2, 2, 1]
+
+
+def test_images_that_are_left_out_are_counted_and_the_first_ten_named():
+    console = Console(file=io.StringIO())
+    print_skipped(console, [SkippedImage(Path(f"{i}.png"), "no pixels") for i in range(12)])
+    first, *named, last = console.file.getvalue().splitlines()
+    assert first == "12 images cannot be read and will be left out:"
+    assert named == [f"  {i}.png: no pixels" for i in range(10)] and last == "  and 2 more"
+
+
+def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
+    RunFolder(tmp_path).config.write_text(short.to_yaml())
+    with pytest.raises(RunError, match=f"the run in {tmp_path} has not completed an epoch yet"):
+        LoadedRun.load(tmp_path)
+
+
+def test_eval_reads_the_data_as_it_is_told(monkeypatch):
+    asked = []
+
+    def open_split(*given, **options):
+        asked.append((given, options))
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(inference, "open_split", open_split)
+    where = {"batch_size": 3, "workers": 2, "data_root": "d", "console": Console(quiet=True)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run("run", "x", "test", **where)
+    assert asked == [(("run", "x", "test"), where)]
 
 
 def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):

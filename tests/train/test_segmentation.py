@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +19,21 @@ from test_loop import interrupt_at_step, require_equal
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast import load_pretrained
+from vpt_fast import load_pretrained, scene_inference
 from vpt_fast.data import IGNORED, ScenePreprocessing
+from vpt_fast.inference import LoadedRun
 from vpt_fast.loop import train
+from vpt_fast.plots import class_colors
 from vpt_fast.recipe import Recipe, lr_factor
-from vpt_fast.run import RunFolder
-from vpt_fast.segmentation import PixelCrossEntropy, evaluate_scenes, segment, window_starts
+from vpt_fast.run import Labels, RunFolder
+from vpt_fast.segmentation import (
+    MULTI_SCALE,
+    PixelCrossEntropy,
+    Segmentation,
+    evaluate_scenes,
+    segment,
+    window_starts,
+)
 from vpt_fast.world import World
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -90,6 +101,36 @@ def test_eval_repeats_the_scores_of_training(run, command, scenes):
     assert found["loss"] == pytest.approx(last["val_loss"]) and found["per_class"].keys() == set(CLASSES)
 
 
+def test_eval_takes_label_0_for_what_it_was_in_training(run, scenes, monkeypatch):
+    labels = dataclasses.replace(Labels.read(run[1].path / "prompts"), ignore_zero=True)
+    asked = []
+
+    def open_scenes(data, **options):
+        asked.append(options)
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(scene_inference, "open_scenes", open_scenes)
+    with pytest.raises(KeyboardInterrupt):
+        scene_inference.evaluate_scene_run(LoadedRun(None, labels, torch.device("cpu")), scenes)
+    assert asked == [{"ignore_zero": True}]
+
+
+@pytest.mark.parametrize(("multi_scale", "scales"), [(False, (1.0,)), (True, MULTI_SCALE)])
+def test_eval_takes_the_scales_and_windows_that_it_is_told(run, scenes, monkeypatch, multi_scale, scales):
+    asked = []
+
+    def evaluate_scenes(*given, **options):
+        asked.append(options)
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(scene_inference, "evaluate_scenes", evaluate_scenes)
+    with pytest.raises(KeyboardInterrupt):
+        scene_inference.evaluate_scene_run(
+            LoadedRun.load(run[1].path), scenes, multi_scale=multi_scale, windows=3, workers=0
+        )
+    assert asked == [{"scales": scales, "flips": multi_scale, "windows": 3}]
+
+
 def test_eval_and_predict_are_told_where_the_backbones_folder_is_now(command, scenes, tmp_path):
     folder = write(tmp_path / "own")
     train(Recipe(**settings(scenes, backbone=f"local-dir:{folder}", epochs=1)), tmp_path / "run")
@@ -119,6 +160,8 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
         with Image.open(answer["mask"]) as mask, Image.open(answer["overlay"]) as overlay:
             assert mask.size == (generated.WIDTH, generated.HEIGHT) and overlay.format == "PNG"
             names = {CLASSES[index] for index in np.unique(np.asarray(mask))}
+            colors = np.reshape(mask.getpalette(), (-1, 3))
+        assert np.array_equal(colors[: len(CLASSES)], class_colors(len(CLASSES)))
         assert names == set(answer["classes"])
 
 
@@ -220,6 +263,8 @@ def test_classifiers_commands_refuse_a_segmentation_run(run, command, scenes, tm
     for flags, message in ((["--split", "test"], "split"), (["--data-root", "x"], "data_root")):
         result = command("eval", run[1].path, "--data", scenes, *flags)
         assert result.exit_code == 2 and f"{message}: a segmentation run" in result.stderr
+    result = command("predict", run[1].path, scenes / "images" / "validation", "--top-k", 2)
+    assert result.exit_code == 2 and "top_k: a segmentation run" in result.stderr
 
 
 @pytest.mark.parametrize("method", ["vpt+bias", "linear", "bias", "full"])
@@ -274,6 +319,13 @@ def test_defaults_of_segmentation():
     assert (recipe.batch_size, recipe.warmup_epochs, recipe.schedule) == (16, 0, "poly")
     assert recipe.learning_rate(50) == pytest.approx(recipe.peak_lr * 0.5**0.9)
     assert lr_factor(0, warmup_epochs=2, epochs=4, schedule="poly") == 0.0
+
+
+def test_images_are_resized_and_normalised_as_the_recipe_says():
+    recipe = Recipe(**settings(Path("x"), interpolation="nearest", normalization="none"))
+    model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
+    made = Segmentation().preprocessing(recipe, model)
+    assert made == ScenePreprocessing((32, 32), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():

@@ -50,6 +50,9 @@ def test_axes_are_parsed_as_the_recipe_parses(text, axis):
         ("bace_lr=1", "close names: base_lr"),
         ("base_lr=fast", "base_lr is 'fast'"),
         ("base_lr", "must be KEY=A,B,C"),
+        ("base_lr=1,,2", "must be KEY=A,B,C"),
+        ("num_prompts=5,null", "whose value 'null' is none that can be searched"),
+        ("prompt_layers=[0];[1]", r"whose value '\[0\]' is none that can be searched"),
         ("seed=1,2", "seed is no setting of the training"),
         ("workers=1,2", "workers is no setting of the training"),
         ("base_lr={1", "over is 'base_lr={1', whose value '{1' is not YAML"),
@@ -84,6 +87,12 @@ def test_setting_searched_twice_is_refused():
 def test_sweeps_that_cannot_be_are_refused(settings, changes, reason):
     with pytest.raises(ValueError, match=reason):
         Sweep(**{"settings": settings, "axes": {}, **changes})
+
+
+def test_seed_of_a_sweep_that_searches_nothing_is_refused(settings):
+    with pytest.raises(ValueError, match="seed is given as 3 with nothing to search; seeds name it"):
+        Sweep({**settings, "seed": 3}, {})
+    assert Sweep({**settings, "seed": 3}, {"base_lr": (0.5, 1.0)}).first_recipe.seed == 3
 
 
 def test_missing_optuna_is_named(settings, monkeypatch):

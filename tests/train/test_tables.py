@@ -180,6 +180,12 @@ def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
     assert "| FGVC (5) | Other tasks (2) |" in mixed and "| - | 60.00 |" in mixed
 
 
+@pytest.mark.parametrize("backbone", [BACKBONE, "x"])
+def test_tasks_that_are_none_of_the_papers_are_held_against_nothing(sweep, backbone):
+    ((row,), notes) = make_rows(read_entries([sweep("linear", "birds", 0.5, backbone=backbone)])[0])
+    assert (row.means["other"].published, row.means["other"].wins) == (None, None) and notes == []
+
+
 def test_accuracy_on_val_is_held_against_nothing(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
     natural = make_rows(entries)[0][0].means["natural"]
@@ -467,6 +473,11 @@ def test_command_that_writes_a_file_removes_what_a_killed_one_left_of_it(command
     folder = sweep("linear", "vtab/cifar", 0.5)
     command("table", folder, "--format", "csv", "--out", tmp_path / "out" / "table.csv")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.csv"]
+
+
+def test_unknown_format_is_refused(sweep):
+    with pytest.raises(ValueError, match="format is 'html'; it must be one of markdown, csv, latex"):
+        format_table(*read_entries([sweep("vtab/cifar", "full", 0.7)]), "html")
 
 
 def test_table_of_nothing_finished_is_refused(command, sweep):

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vpt_fast import loop, trials
 from vpt_fast.cache import TrainingCache
-from vpt_fast.failures import SavingFailed
+from vpt_fast.failures import SavingFailed, find_cause
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import digest_inputs, run_sweep, trial_folder
 from vpt_fast.sweep_settings import Sweep
@@ -371,13 +371,17 @@ def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
     assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
 
 
-def test_time_left_is_by_what_a_trial_costs():
+def test_time_left_is_said_once_and_by_what_a_trial_costs():
     console = Console(record=True, width=200)
-    display = trials.Display(console, "trial", 3, lambda params: params["epochs"] / 10)
-    display.begin({"epochs": 2})
-    display._started -= 10
-    display.end({"epochs": 2}, "done")
-    assert "2 trials are left, about 2 min" in console.export_text()  # 2 trials of 50 s
+    display = trials.Display(console, "trial", 4, lambda params: params["epochs"] / 10)
+    for done in (1, 2):
+        display.done(done)
+        display.begin({"epochs": 2})
+        display._started -= 10
+        display.end({"epochs": 2}, "done")
+    first, left, second = console.export_text().splitlines()
+    assert first.startswith("trial 2/4 epochs=2: done, 10") and second.startswith("trial 3/4 epochs=2: done")
+    assert left == "2 trials are left, about 2 min"  # 2 trials of 50 s
 
 
 def test_trials_show_how_far_their_frozen_features_are(settings, tmp_path, monkeypatch):
@@ -403,3 +407,21 @@ def test_brackets_in_a_setting_are_shown_as_they_are():
         display.begin({"backbone": "local-dir:[/b]"})
         display._bars.refresh()
     assert "backbone=local-dir:[/b]" in console.file.getvalue()
+
+
+def test_cause_is_found_where_an_error_was_raised_from_it_and_where_one_hides_it():
+    raised_from, hiding, neither = RuntimeError(), RuntimeError(), RuntimeError()
+    raised_from.__cause__, raised_from.__context__ = OSError("cause"), KeyError()
+    hiding.__context__ = RuntimeError()
+    hiding.__context__.__context__ = OSError("hidden")
+    assert [str(find_cause(error, OSError)) for error in (raised_from, hiding)] == ["cause", "hidden"]
+    assert find_cause(neither, OSError) is None
+
+
+def test_trial_of_another_machine_is_left_to_its_heartbeat_and_a_dead_process_of_this_one_is_dead():
+    def is_alive(**changes) -> bool:
+        trial = SimpleNamespace(user_attrs={"owner": trials._owner() | changes})
+        return trials._is_alive(trial, nobody_takes_one=True)
+
+    assert is_alive() and not is_alive(started="0")
+    assert is_alive(started="0", host="another machine")

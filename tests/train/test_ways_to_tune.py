@@ -197,7 +197,7 @@ def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
     assert class_weights(small("linear"), splits, world) is None
 
 
-def test_smoothed_loss_is_finite_where_a_class_has_no_image(small):
+def test_class_without_an_image_weighs_nothing_so_the_smoothed_loss_is_finite(small):
     from vpt_fast.data import ImageList, Splits
     from vpt_fast.world import World
 
@@ -207,5 +207,6 @@ def test_smoothed_loss_is_finite_where_a_class_has_no_image(small):
         Splits(images, images, None),
         World(0, 1, torch.device("cpu")),
     )
+    assert weights.tolist() == [0.5, 0.0, 1.0]  # of 2, no and 1 of 3 images
     loss = CrossEntropy(0.1, weights).loss_sum(torch.zeros(3, 3), torch.tensor([0, 0, 2]))
     assert loss.isfinite()

@@ -130,8 +130,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if min(image.size) < 1:
-        raise ValueError(f"{image.width}×{image.height} pixels, wanted 1×1 or more")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":

@@ -67,9 +67,6 @@ class ResidentImages:
     preprocessing: Preprocessing
     pixels: torch.Tensor | tuple[torch.Tensor, ...]
 
-    def __len__(self) -> int:
-        return len(self.pixels)
-
     @property
     def num_bytes(self) -> int:
         if isinstance(self.pixels, torch.Tensor):

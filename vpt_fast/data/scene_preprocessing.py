@@ -145,7 +145,7 @@ def _resize_mask(labels: torch.Tensor, size: list[int]) -> torch.Tensor:
 
 
 def _is_varied(labels: torch.Tensor) -> bool:
-    counts = torch.bincount(labels.flatten().long(), minlength=IGNORED + 1)[:IGNORED]
+    counts = torch.bincount(labels.flatten().long())[:IGNORED]
     return int(counts.max()) <= MOST_OF_ONE_CLASS * int(counts.sum()) and int(counts.sum()) > 0
 
 
