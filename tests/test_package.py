@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vpt_fast
+from vpt_fast.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,7 +193,7 @@ def test_commands_refuse_what_is_not_there_before_they_import_torch(tmp_path):
 def test_commands_say_where_to_run_them_on_windows(monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit):
-        runpy.run_module("vpt_fast", run_name="__main__")
+        main()
     assert "the commands do not run on Windows itself; run them in WSL" in capsys.readouterr().err
 
 
