@@ -66,7 +66,9 @@ class World:
         """Gives all processes the main one's parameters."""
         if self.size > 1:
             for parameter in network.parameters():
-                dist.broadcast(parameter.detach(), src=0)
+                values = parameter.detach().contiguous()  # which backends want
+                dist.broadcast(values, src=0)
+                parameter.detach().copy_(values)
 
     @contextlib.contextmanager
     def joined(self, network: nn.Module) -> Iterator[nn.Module]:

@@ -63,6 +63,10 @@ for time in range(20):
         with world.joined(network) as parallel:
             parallel(torch.full((1, 1), world.rank + 1.0)).sum().backward()
         assert network.weight.grad.item() == 1.5
+        network = torch.nn.Linear(2, 3, bias=False)
+        network.weight.data = torch.full((2, 3), world.rank + 1.0).T
+        world.share_parameters(network)
+        assert (network.weight == 1).all()
         mean = torch.tensor(world.rank + 1.0)
         world.average([mean])
         assert mean.item() == 1.5
