@@ -112,7 +112,7 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
             "PYTHONWARNINGS": "error::FutureWarning",
         },
         capture_output=True,
