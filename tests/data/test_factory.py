@@ -164,13 +164,18 @@ def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monk
         open_splits("hfds/some")
 
 
-def test_test_split_that_lacks_the_last_numbered_classes_has_those_of_train(monkeypatch):
+def stream_of_classes(monkeypatch, *, train: int, test: int) -> None:
+    """Opens, for any name, streams of nine images, of so many classes in either split."""
+
     def create(name, root, split, **options):
-        return IterableImageDataset(
-            root, reader=[(picture(i), i % (3 if split == "train" else 2)) for i in range(9)]
-        )
+        num_classes = train if split == "train" else test
+        return IterableImageDataset(root, reader=[(picture(i), i % num_classes) for i in range(9)])
 
     monkeypatch.setattr(factory, "create_dataset", create)
+
+
+def test_test_split_that_lacks_the_last_numbered_classes_has_those_of_train(monkeypatch):
+    stream_of_classes(monkeypatch, train=3, test=2)
     splits = open_splits("wds/some", with_test=True)
     assert splits.test.classes == splits.train.classes == ("0", "1", "2")
 
@@ -192,12 +197,7 @@ def test_set_without_a_class_number_for_each_image_is_refused(monkeypatch, label
 
 
 def test_test_split_of_other_classes_is_refused(monkeypatch):
-    def create(name, root, split, **options):
-        return IterableImageDataset(
-            root, reader=[(picture(i), i % (2 if split == "train" else 3)) for i in range(8)]
-        )
-
-    monkeypatch.setattr(factory, "create_dataset", create)
+    stream_of_classes(monkeypatch, train=2, test=3)
     with pytest.raises(DataError, match="the test split has other classes than train"):
         open_splits("wds/some", with_test=True)
 

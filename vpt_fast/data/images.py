@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+
+from vpt_fast.files import parse_json
 
 MOST_CLASSES = 1_000_000
 """All classes up to the highest number in a data set are held in memory; higher ones are damage or malice."""
@@ -185,6 +188,21 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: is missing") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text") from None
+
+
+def read_json_file(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DataError: it is missing, not UTF-8, or not JSON.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON: {error}") from None
 
 
 def require_utf8(path: str | Path) -> None:

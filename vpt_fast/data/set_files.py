@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
@@ -14,9 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from vpt_fast.files import parse_json
-
-from .images import DataError, read_text
+from .images import DataError, read_json_file, read_text
 
 Writer = Callable[[Path], None]
 
@@ -256,14 +253,7 @@ def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) ->
 
 
 def _read_scenes(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = parse_json(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
+    found = read_json_file(path)
     scenes = found.get("scenes") if isinstance(found, dict) else None
     if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
         raise DataError(f"{path}: wanted scenes, each with image_filename and objects")

@@ -129,12 +129,12 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
     """(image, label) of every sample, in the order of the shards."""
     folder = root / name
     shards = _shard_files(folder)
-    counted = folder / "nshards.txt"
+    count_file = folder / "nshards.txt"
     number = max(shards) + 1
-    if counted.exists():
-        text = read_text(counted).strip()
+    if count_file.exists():
+        text = read_text(count_file).strip()
         if not text.isdecimal() or len(text) > 9:
-            raise DataError(f"{counted}, line 1: {text[:20]!r}, wanted the number of shards")
+            raise DataError(f"{count_file}, line 1: {text[:20]!r}, wanted the number of shards")
         number = int(text)
     missing = next((i for i in range(number) if i not in shards), None)
     if missing is not None:
@@ -142,7 +142,7 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
             f"{folder}: {missing}.tar is missing, one of {number} shards; {len(shards)} are there"
         )
     if more := sorted(each for each in shards if each >= number):
-        raise DataError(f"{counted}: says {number} shards, and {shards[more[0]].name} is there too")
+        raise DataError(f"{count_file}: says {number} shards, and {shards[more[0]].name} is there too")
     samples: list[tuple[TarImage, int]] = []
     for i in range(number):
         samples += _read_shard(shards[i], name)

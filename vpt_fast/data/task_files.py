@@ -9,16 +9,14 @@ also be the task's own folder.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vpt_fast.counting import counted
-from vpt_fast.files import parse_json
 
-from .images import DataError, ImageList, Splits, class_number, hold_out, read_text
+from .images import DataError, ImageList, Splits, class_number, hold_out, read_json_file, read_text
 from .shards import holds_shards, read_class_names
 from .tasks import Task
 
@@ -236,14 +234,7 @@ def read_json(path: Path) -> list[tuple[str, str, int]]:
     Raises:
         DataError: the file is missing, not JSON, or not a mapping of paths to class ids.
     """
-    try:
-        values: Any = parse_json(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: is not JSON: {error.msg}") from None
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON: {error}") from None
+    values = read_json_file(path)
     if not isinstance(values, dict) or not values:
         raise DataError(f"{path}: wanted a mapping of image paths to class ids")
     entries = []
