@@ -176,7 +176,7 @@ class GraphedStep:
         if self._average is not None:
             self._average.unpack()
         if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(_trained(self.optimizer), self.max_grad_norm)
+            nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), self.max_grad_norm)
         self.optimizer.step()
 
     def _check(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -249,7 +249,7 @@ class GradientAverage:
         self.unpack()
 
     def pack(self) -> None:
-        self._grads = [p.grad for p in _trained(self.optimizer) if p.grad is not None]
+        self._grads = [p.grad for p in trained_parameters(self.optimizer) if p.grad is not None]
         # Divided before the sum, as DistributedDataParallel does: the sum may be too large for 16 bits.
         self._packed = torch.cat([grad.flatten() for grad in self._grads]).div_(self.group.size())
 
@@ -263,7 +263,7 @@ class GradientAverage:
         )
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The optimizer's parameters."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -311,7 +311,7 @@ def require_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 def _device_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.device:
     """The one CUDA device that everything is on."""
-    devices = {p.device for p in (*model.parameters(), *_trained(optimizer))}
+    devices = {p.device for p in (*model.parameters(), *trained_parameters(optimizer))}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         found = " and ".join(sorted(map(str, devices)))
         raise ValueError(f"model: got parameters on {found}, want a CUDA device")
@@ -385,7 +385,7 @@ def _is_same(one: Any, other: Any) -> bool:
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """All tensors that a step writes, parameters and state."""
     found: list[torch.Tensor] = []
-    for parameter in _trained(optimizer):
+    for parameter in trained_parameters(optimizer):
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         found.append(parameter)
         found.extend(value for value in state.values() if isinstance(value, torch.Tensor))

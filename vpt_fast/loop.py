@@ -190,18 +190,18 @@ def train(
             )
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
-        if is_graphed:  # the step averages gradients itself
-            world.share_parameters(network)
-            shared = network
+        joined = network
+        if is_graphed:
+            world.share_parameters(network)  # the step averages its gradients
         else:
-            shared = stack.enter_context(world.joined(network))
+            joined = stack.enter_context(world.joined(network))
         step = TrainStep(
-            shared,
+            joined,
             recipe,
             optimizer,
             scaler,
             problem.objective(recipe, splits, world),
-            num_images=-(-recipe.step_images(len(splits.train)) // world.size),
+            num_images=recipe.step_images(len(splits.train), world.size),
             is_graphed=is_graphed,
             process_group=world.group,
         )

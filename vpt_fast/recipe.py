@@ -474,10 +474,10 @@ class Recipe:
                 defaults["resize"] = "shortest"
         return {name: value for name, value in defaults.items() if getattr(self, name) is None}
 
-    def step_images(self, num_train_images: int) -> int:
-        """Images in a full step of a resolved recipe."""
+    def step_images(self, num_train_images: int, num_processes: int = 1) -> int:
+        """Images in a full step of a resolved recipe, in each of the processes that share it."""
         assert self.batch_size is not None, "resolve the recipe first"
-        return min(self.batch_size, num_train_images)
+        return math.ceil(min(self.batch_size, num_train_images) / num_processes)
 
     @property
     def peak_lr(self) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vpt_fast.backbones.layers import on_meta
-from vpt_fast.graphed import CaptureError, GradientAverage, GraphedStep
+from vpt_fast.graphed import CaptureError, GradientAverage, GraphedStep, trained_parameters
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Objective
 from vpt_fast.recipe import Recipe
@@ -100,7 +100,8 @@ def require_batches(recipe: Recipe, model: TunedModel, num_images: int, world: W
     channel: an image alone has one where a feature map is a single pixel."""
     assert recipe.batch_size is not None, "resolve the recipe first"
     share, own = (math.ceil(count / world.size) for count in (recipe.batch_size, num_images))
-    steps = [torch.empty(images, device="meta") for images in {min(share, own), own % share} if images]
+    sizes = {recipe.step_images(num_images, world.size), own % share}
+    steps = [torch.empty(images, device="meta") for images in sizes if images]
     is_alone = any(len(part) == 1 for step in steps for part in step.chunk(recipe.accumulate))
     if not is_alone or not moving_norms(model.train()):
         return
@@ -139,7 +140,7 @@ class TrainStep:
         self.graph: GraphedStep | None = None
         self.average: GradientAverage | None = None
         if is_graphed:
-            if process_group is not None:
+            if process_group is not None:  # an average of its own: the graphs refer to the tensors of theirs
                 self.average = GradientAverage(optimizer, process_group)
             self.graph = GraphedStep(
                 network,
@@ -177,8 +178,7 @@ class TrainStep:
             self.average()
         if recipe.clip_grad_norm is not None:
             scaler.unscale_(self.optimizer)
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, recipe.clip_grad_norm)
+            nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), recipe.clip_grad_norm)
         scaler.step(self.optimizer)
         scaler.update()
         return loss_sum, hits

@@ -66,7 +66,7 @@ class World:
         """Gives all processes the main one's parameters."""
         if self.size > 1:
             for parameter in network.parameters():
-                values = parameter.detach().contiguous()  # which backends want
+                values = parameter.detach().contiguous()  # NCCL takes no others
                 dist.broadcast(values, src=0)
                 parameter.detach().copy_(values)
 
