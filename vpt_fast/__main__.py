@@ -10,9 +10,8 @@ import sys
 
 
 def main() -> None:
-    if (
-        sys.platform == "win32"
-    ):  # which has no signals, and no locks of files, like those that the commands use
+    # Windows has no signals and no locks of files like those that the commands use.
+    if sys.platform == "win32":
         print("error: the commands do not run on Windows itself; run them in WSL", file=sys.stderr)
         sys.exit(2)
     try:

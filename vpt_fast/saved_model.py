@@ -38,10 +38,11 @@ class BackboneConfig(Origin):
         of layers, or what `require_harmless` refuses); None if it can."""
         try:
             json.dumps(self.kwargs)
-            if not names_url(self.kwargs):
-                return None
+            is_held = not names_url(self.kwargs)
         except (TypeError, ValueError):  # ValueError: a mapping that contains itself
-            pass
+            is_held = False
+        if is_held:
+            return None
         weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
         weights = ", pretrained=True" if self.pretrained else weights
         keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
