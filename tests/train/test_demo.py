@@ -125,7 +125,7 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     recipe = Recipe(
         data=str(few),
         backbone="vpt_fast_demo",
-        epochs=2,
+        epochs=3,
         warmup_epochs=0,
         batch_size=8,
         optimizer="adamw",
@@ -134,4 +134,4 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
     )
     result = train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().metrics == result.metrics
-    assert result.metrics[-1]["val_accuracy"] > 0.3  # one in ten by chance
+    assert result.metrics[-1]["val_accuracy"] > 0.4  # one in ten by chance
