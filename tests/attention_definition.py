@@ -53,8 +53,8 @@ def assert_no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tens
     assert ours <= 1.25 * max(theirs, floor), f"{what}: error {ours:.2e}, eager {theirs:.2e}"
 
 
-def assert_forward_and_backward(given: tuple[torch.Tensor | None, ...]) -> None:
-    """O, lse and every gradient are as good as eager's in the same dtype."""
+def assert_forward_and_backward(given: tuple[torch.Tensor | None, ...], keep_out: bool = True) -> None:
+    """O, lse and every gradient are as good as eager's in the same dtype. keep_out: backward is given O."""
     q = given[0]
     grad = random(*q.shape, seed=9).to(q)
 
@@ -66,7 +66,8 @@ def assert_forward_and_backward(given: tuple[torch.Tensor | None, ...]) -> None:
 
     exact, eager = with_gradients(torch.float64), with_gradients(q.dtype)
     out, lse = ops.attention(*given)
-    grads = ops.attention_backward(grad, *given, out, lse, need_q=True, need_kv=True)
+    kept = out if keep_out else None
+    grads = ops.attention_backward(grad, *given, kept, lse, need_q=True, need_kv=True)
     actual = [out, lse, grads.q, *grads.kv.unbind(2)]
     if grads.prompt_kv is not None:
         actual += grads.prompt_kv.unbind(2)

@@ -1,0 +1,157 @@
+"""Runs one operator's kernels as compiled for a GPU, without one, against float64.
+
+python compiled_kernels.py OPERATOR ARCH
+"""
+
+import importlib
+import itertools
+import sys
+
+import attention_definition
+import torch
+import triton
+import window_attention_definition
+from definitions import EPS, activated, assert_as_good_as, normalized, random, rstd_of, slope
+from ptx.card import pretend
+from vpt_fast.kernels.mlp import gemm
+from vpt_fast.kernels.mlp import ops as mlp
+from vpt_fast.kernels.normalization import ops as normalization
+from vpt_fast.kernels.prompted_attention import window_ops
+from vpt_fast.kernels.report import MODULES
+from vpt_fast.kernels.rotation import ops as rotation
+from vpt_fast.kernels.rotation import reference
+from window_attention_definition import Size, make_case
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def prompted_attention() -> None:
+    """Whole tiles and tails, rows of one tile and of two, a last block's row, no prompts, all dtypes."""
+    for size, dtype, keep_out in (
+        ((1, 69, 69, 100, 2, 64), BF16, True),
+        ((1, 130, 130, 7, 1, 64), BF16, False),
+        ((2, 1, 70, 50, 1, 64), BF16, True),
+        ((1, 70, 70, 37, 1, 80), BF16, True),
+        ((1, 65, 65, 0, 1, 72), FP16, False),
+        ((2, 20, 20, 3, 1, 32), FP32, True),
+    ):
+        inputs = attention_definition.inputs(size, size[0] == 1, dtype)
+        attention_definition.assert_forward_and_backward(inputs, keep_out)
+
+
+def window_attention() -> None:
+    for size, dtype, keep_out in (
+        (Size(1, 2, 49, 20, 0, 1, 32), BF16, True),
+        (Size(1, 3, 49, 20, 7, 1, 32), BF16, False),
+        (Size(1, 1, 35, 0, 0, 1, 64, is_shifted=False), FP16, True),
+    ):
+        window_attention_definition.assert_forward_and_backward(
+            window_ops, make_case(size, True, dtype), keep_out
+        )
+
+
+def products() -> None:
+    """The first size is moved by TMA where there is one, in several tiles; the second is not aligned."""
+    for ((rows, depth, columns), dtype), kind, pack in zip(
+        (((150, 80, 208), BF16), ((70, 33, 40), BF16), ((150, 80, 208), FP16), ((20, 16, 24), FP32)),
+        itertools.cycle(("gelu", "quick_gelu")),
+        itertools.cycle((False, True, True)),
+        strict=False,
+    ):
+        x, bias = random(rows, depth, seed=0, dtype=dtype), random(columns, seed=2, dtype=dtype)
+        weight = (random(columns, depth, seed=1) / (2 * depth**0.5)).to(dtype)
+        a, u, codes = gemm.linear_activate(x, weight, bias, kind, pack=pack)
+        eager = torch.nn.functional.linear(x, weight, bias)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert_as_good_as(a, activated(eager, kind), activated(exact, kind))
+        if pack:
+            assert ((codes.double() - 27) / 200 - slope(exact, kind)).abs().max() <= 0.0025 + 1e-4
+            derivative = (codes.double() - 27) / 200
+        else:
+            assert_as_good_as(u, eager, exact)
+            derivative = slope(u.double(), kind)
+
+        grad, weight = random(rows, depth, seed=3, dtype=dtype), weight.T.contiguous()
+        grad_u = gemm.linear_activate_backward(grad, weight, codes if pack else u, kind)
+        exact = (grad.double() @ weight.double()) * derivative
+        assert_as_good_as(grad_u, (grad @ weight) * derivative.to(dtype), exact)
+
+
+def activations() -> None:
+    for shape, kind, dtype, pack in (
+        ((3, 5, 17), "gelu", BF16, True),
+        ((7, 136), "silu", FP16, False),
+        ((2, 600), "swiglu", BF16, True),
+        ((3, 40), "gelu_tanh", FP32, False),
+    ):
+        wide = (*shape[:-1], shape[-1] * (2 if kind == "swiglu" else 1))
+        u, grad = random(*wide, seed=0, dtype=dtype), random(*shape, seed=1, dtype=dtype)
+        a, codes, scale = mlp.activate(u, kind, pack=pack)
+        assert_as_good_as(a, activated(u, kind), activated(u.double(), kind))
+        grad_u = mlp.activate_backward(grad, codes if pack else u, scale, kind)
+        # The codes' steps: 0.0025 of a derivative, half a step of a row's largest number if gated.
+        leaf = u.double().requires_grad_()
+        (exact,) = torch.autograd.grad(activated(leaf, kind), leaf, grad.double())
+        tolerance = 2e-2 if pack else 5e-3 if dtype != FP32 else 1e-6
+        assert (grad_u.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def norms() -> None:
+    for shape, kind, dtype in (
+        ((5, 768), "layer", BF16),
+        ((3, 7, 80), "rms", FP16),
+        ((2, 1025), "layer", FP32),
+    ):
+        residual, update = random(*shape, seed=0), random(*shape, seed=1, dtype=dtype)
+        hidden, x_hat, rstd, codes, scale = normalization.add_normalize(
+            residual, update, EPS, kind, dtype, pack=True
+        )
+        assert torch.equal(hidden, residual + update)
+        exact = normalized(hidden.double(), kind)
+        assert_as_good_as(x_hat, normalized(hidden, kind).to(dtype), exact)
+        assert_as_good_as(rstd, rstd_of(hidden, kind), rstd_of(hidden.double(), kind))
+        assert ((codes * scale.double() - exact).abs() <= 0.5001 * scale + 1e-5).all()
+
+        grad = random(*shape, seed=2, dtype=dtype)
+        leaf = hidden.double().requires_grad_()
+        (exact,) = torch.autograd.grad(normalized(leaf, kind), leaf, grad.double())
+        for kept, own_scale, tolerance in (
+            (x_hat, None, 5e-3 if dtype != FP32 else 1e-5),
+            (codes, scale, 2e-2),
+        ):
+            dx = normalization.normalize_backward(grad, kept, rstd, own_scale, kind)
+            assert (dx.double() - exact).norm() <= tolerance * exact.norm()
+
+
+def rotations() -> None:
+    for head_dim, dtype in ((64, BF16), (72, FP16), (32, FP32)):
+        qkv = random(2, 21, 3, 2, head_dim, seed=0, dtype=dtype)
+        angle = random(16, 2, head_dim // 2, seed=1)
+        rows, untouched = qkv[:, 5:, 0], qkv[:, :5].clone()
+        exact, eager = rows.double(), rows.clone()
+        reference.rotate_(exact, angle.double().sin(), angle.double().cos())
+        reference.rotate_(eager, angle.sin(), angle.cos())
+        rotation.rotate_(rows, angle.sin(), angle.cos())
+        assert_as_good_as(rows, eager, exact)
+        assert torch.equal(qkv[:, :5], untouched)
+
+
+def main(operator: str, arch: int) -> None:
+    triton.knobs.runtime.interpret = (
+        True  # only now, when the kernels are compiled ones: for tensors on the CPU
+    )
+    pretend(arch)
+    for name in MODULES:
+        module = importlib.import_module(name)
+        if hasattr(module, "arch_of"):
+            module.arch_of = lambda device: arch
+    OPERATORS[operator]()
+
+
+OPERATORS = {
+    function.__name__: function
+    for function in (prompted_attention, window_attention, products, activations, norms, rotations)
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

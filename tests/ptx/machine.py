@@ -1,0 +1,265 @@
+"""A program's threads: their registers, shared memory and what is in flight; and global memory.
+
+A register is an array of unsigned integers, one per thread, or one for all. `mask` says which threads are on
+their way where they have parted, None: all."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+WARP = 32
+NOBODY, SEVERAL = -1, -2  # in place of a warp's number
+NAN_BYTE = 0xFF  # what memory is filled with: NaN in every floating-point type
+
+
+class Fault(Exception):
+    """What a GPU may do anything about, or what nothing here needs."""
+
+
+def bytes_at(addresses: np.ndarray, size: int) -> np.ndarray:
+    """(n, size) addresses of the bytes."""
+    return addresses[:, None] + np.arange(size)
+
+
+class GlobalMemory:
+    """This process's memory, of which a kernel may touch `ranges`, first and past the last address."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        ranges = sorted(ranges)
+        self.starts, self.ends = np.array(ranges, np.int64).reshape(-1, 2).T
+        self.base = int(self.starts.min()) // 16 * 16
+        size = int(self.ends.max()) - self.base
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base))
+
+    def require(self, addresses: np.ndarray, size: int, alignment: int, what: str) -> None:
+        """Faults unless each `size` bytes lie in one of the ranges."""
+        if (addresses % alignment).any():
+            raise Fault(f"{what}: an address is not a multiple of {alignment} bytes")
+        place = np.searchsorted(self.starts, addresses, side="right") - 1
+        outside = (place < 0) | (addresses + size > self.ends[place])
+        if outside.any():
+            raise Fault(f"{what}: {outside.sum()} accesses are outside of all tensors")
+
+    def index(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """(n, size) places in `bytes`."""
+        return bytes_at(addresses - self.base, size)
+
+
+class SharedMemory:
+    """Shared memory, with who has accessed a byte last, and between which two barriers."""
+
+    def __init__(self, size: int) -> None:
+        size += -size % 16
+        self.bytes = np.full(size, NAN_BYTE, np.uint8)
+        self.is_written = np.zeros(size, bool)
+        self.writer, self.reader = np.full(size, NOBODY), np.full(size, NOBODY)
+        self.write_phase, self.read_phase = np.full(size, -1), np.full(size, -1)
+        self.phase = 0  # the number of barriers so far
+
+    def require(self, addresses: np.ndarray, size: int, what: str) -> None:
+        if (addresses % size).any():
+            raise Fault(f"{what}: a shared address is not a multiple of {size} bytes")
+        if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
+            raise Fault(f"{what}: shared memory has {len(self.bytes)} bytes")
+
+    def read(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> np.ndarray:
+        """The bytes at `places`, read by `warps`, of the same shape, or by one."""
+        if not self.is_written[places].all():
+            raise Fault(f"{what}: reads shared memory that nobody has written")
+        if ((self.write_phase[places] == self.phase) & (self.writer[places] != warps)).any():
+            raise Fault(f"{what}: reads what another warp writes, with no barrier between")
+        others = (self.read_phase[places] == self.phase) & (self.reader[places] != warps)
+        self.reader[places] = np.where(others, SEVERAL, warps)
+        self.read_phase[places] = self.phase
+        return self.bytes[places]
+
+    def require_free(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> None:
+        """Faults where another warp has accessed them since the last barrier."""
+        if ((self.read_phase[places] == self.phase) & (self.reader[places] != warps)).any():
+            raise Fault(f"{what}: writes what another warp reads, with no barrier between")
+        if ((self.write_phase[places] == self.phase) & (self.writer[places] != warps)).any():
+            raise Fault(f"{what}: writes what another warp writes, with no barrier between")
+
+    def write(self, places: np.ndarray, warps: np.ndarray | int, data: np.ndarray, what: str) -> None:
+        self.require_free(places, warps, what)
+        self.bytes[places] = data
+        self.is_written[places] = True
+        self.writer[places], self.write_phase[places] = warps, self.phase
+        if (self.bytes[places] != data).any():
+            raise Fault(f"{what}: threads write different values in one place")
+
+    def expect(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> None:
+        """Data are on their way there: nobody may read before they are waited for."""
+        self.require_free(places, warps, what)
+        self.is_written[places] = False
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: a phase ends when `pending` arrivals and `bytes_pending` are at 0. in_flight: copies that
+    count towards it."""
+
+    count: int
+    pending: int
+    bytes_pending: int = 0
+    phase: int = 0
+    in_flight: list[Callable[[], None]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        if self.pending == 0 and self.bytes_pending == 0:
+            self.phase, self.pending = self.phase + 1, self.count
+
+
+class Groups:
+    """Asynchronous operations, which end in the order of their groups."""
+
+    def __init__(self) -> None:
+        self.open: list[Callable[[], None]] = []
+        self.committed: list[list[Callable[[], None]]] = []
+
+    def commit(self) -> None:
+        self.committed.append(self.open)
+        self.open = []
+
+    def wait(self, pending: int) -> None:
+        """Until at most so many groups are in flight."""
+        while len(self.committed) > pending:
+            for operation in self.committed.pop(0):
+                operation()
+
+
+class Block:
+    """The threads of one program.
+
+    Args:
+        num_threads, shared_bytes: of the program.
+        memory: global memory.
+        program, grid: its place among all, along three axes.
+        parameters: the kernel's, as Python numbers, or a `tma.TensorMap`.
+        num_registers: of a thread.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        shared_bytes: int,
+        memory: GlobalMemory,
+        program: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        parameters: list[Any],
+        num_registers: int,
+    ) -> None:
+        self.num_threads, self.memory, self.shared = num_threads, memory, SharedMemory(shared_bytes)
+        self.parameters = parameters
+        self.registers: list[Any] = [np.uint32(0xDEADBEEF)] * num_registers
+        thread = np.arange(num_threads)
+        self.warp, self.lane = thread // WARP, thread % WARP
+        self.mask: np.ndarray | None = None
+        self.copies, self.products, self.stores = Groups(), Groups(), Groups()
+        self.barriers: dict[int, Barrier] = {}
+        self.nanoseconds = 0
+        self.special = {"%tid.x": thread.astype(np.uint32)}
+        for axis, index, size in zip("xyz", program, grid, strict=True):
+            self.special |= {f"%ctaid.{axis}": np.uint32(index), f"%nctaid.{axis}": np.uint32(size)}
+
+    def each(self, value: Any) -> np.ndarray:
+        """A register's value for every thread."""
+        return np.broadcast_to(value, (self.num_threads,))
+
+    def addresses(self, value: Any) -> np.ndarray:
+        return self.each(value).astype(np.int64)
+
+    def active(self, guard: Any) -> np.ndarray:
+        """Which threads execute an instruction with this guard, None: all."""
+        on = np.ones(self.num_threads, bool) if guard is None else self.each(guard)
+        return on if self.mask is None else on & self.mask
+
+    def time(self) -> np.uint64:
+        """A clock in nanoseconds that runs on whenever it is read."""
+        self.nanoseconds += 500
+        return np.uint64(self.nanoseconds)
+
+    def synchronize(self) -> None:
+        if self.mask is not None:
+            raise Fault("bar.sync: not all threads reach it")
+        self.shared.phase += 1
+
+    def require_end(self) -> None:
+        """Nothing is in flight that was not waited for."""
+        for groups, what in ((self.copies, "cp.async"), (self.products, "wgmma"), (self.stores, "TMA store")):
+            if groups.open or any(groups.committed):
+                raise Fault(f"{what}: nobody waits for it")
+
+    def choose_parameter(self, number: np.ndarray, dtype: type) -> np.ndarray:
+        limit = 2 ** (8 * np.dtype(dtype).itemsize)
+        return np.array([self.parameters[int(n)] % limit for n in self.each(number)], dtype)
+
+    # Loads and stores: of `length` elements of `width` bytes, by each active thread
+
+    def load_global(self, address: Any, width: int, length: int, guard: Any) -> list[np.ndarray]:
+        """An array for each element, zeros for threads that are not active."""
+        on, size = self.active(guard), width * length
+        addresses = self.addresses(address)[on]
+        self.memory.require(addresses, size, size, "ld.global")
+        found = np.zeros((self.num_threads, size), np.uint8)
+        found[on] = self.memory.bytes[self.memory.index(addresses, size)]
+        return list(found.view(UNSIGNED[width]).T)
+
+    def store_global(self, address: Any, width: int, values: list[Any], guard: Any) -> None:
+        on, size = self.active(guard), width * len(values)
+        addresses = self.addresses(address)[on]
+        self.memory.require(addresses, size, size, "st.global")
+        data = self.elements(width, values)[on]
+        _, first, inverse = np.unique(addresses, return_index=True, return_inverse=True)
+        if (data[first][inverse] != data).any():
+            raise Fault("st.global: threads write different values in one place")
+        self.memory.bytes[self.memory.index(addresses, size)] = data
+
+    def load_shared(self, address: Any, width: int, length: int, guard: Any) -> list[np.ndarray]:
+        on, size = self.active(guard), width * length
+        addresses = self.addresses(address)[on]
+        self.shared.require(addresses, size, "ld.shared")
+        found = np.zeros((self.num_threads, size), np.uint8)
+        found[on] = self.shared.read(bytes_at(addresses, size), self.warp[on][:, None], "ld.shared")
+        return list(found.view(UNSIGNED[width]).T)
+
+    def store_shared(self, address: Any, width: int, values: list[Any], guard: Any) -> None:
+        on, size = self.active(guard), width * len(values)
+        addresses = self.addresses(address)[on]
+        self.shared.require(addresses, size, "st.shared")
+        data = self.elements(width, values)[on]
+        self.shared.write(bytes_at(addresses, size), self.warp[on][:, None], data, "st.shared")
+
+    def elements(self, width: int, values: list[Any]) -> np.ndarray:
+        """(threads, bytes) of registers side by side."""
+        columns = [self.each(value).astype(UNSIGNED[width]) for value in values]
+        return np.stack(columns, 1).view(np.uint8)
+
+    def copy_async(self, target: Any, source: Any, size: int, source_size: Any, guard: Any) -> None:
+        """cp.async of `size` bytes: all of them, or zeros if `source_size` is 0."""
+        on = self.active(guard)
+        targets, warps = self.addresses(target)[on], self.warp[on][:, None]
+        self.shared.require(targets, size, "cp.async")
+        sizes = self.addresses(source_size)[on]
+        copied = sizes > 0
+        if (sizes[copied] != size).any():
+            raise Fault("cp.async: copies a part and fills the rest with zeros")
+        sources = self.addresses(source)[on][copied]
+        self.memory.require(sources, size, size, "cp.async")
+        data = np.zeros((len(targets), size), np.uint8)
+        data[copied] = self.memory.bytes[self.memory.index(sources, size)]
+        places = bytes_at(targets, size)
+        self.shared.expect(places, warps, "cp.async")
+        self.copies.open.append(lambda: self.shared.write(places, warps, data, "cp.async"))
+
+    def shuffle(self, mode: str, value: Any, other: Any) -> np.ndarray:
+        """shfl.sync among all lanes of a warp."""
+        other = self.addresses(other)
+        source = {"bfly": self.lane ^ other, "idx": other % WARP}[mode]
+        return self.each(value)[WARP * self.warp + source]
