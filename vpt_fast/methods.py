@@ -156,14 +156,6 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
         raise
 
 
-def stores_backbone(method: str) -> bool:
-    """Whether what a method stores for a task holds the whole backbone, so that its tasks share none.
-
-    Raises ValueError for an unknown method.
-    """
-    return MODELS[_CLASSES[parse_method(method).name][0]].stores_backbone
-
-
 def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
     """The class that a resolved recipe trains, and its keyword arguments except those for timm.
 

@@ -40,6 +40,18 @@ _ROWS = {
     "fgvc/cars": (84.5, 68.7, 83.6),
 }
 
+PAPER_TOTALS = {
+    "linear": 1.02,
+    "partial-1": 3.00,
+    "mlp-3": 1.35,
+    "sidetune": 3.69,
+    "bias": 1.05,
+    "adapter": 1.23,
+    "vpt-shallow": 1.04,
+    "vpt-deep": 1.18,
+}
+"""Method -> the total parameters of Table 1, ViT-B/16: `parameters`."""
+
 ACCURACIES: dict[str, dict[str, float]] = {
     method: {task: row[column] for task, row in _ROWS.items()} for column, method in enumerate(_METHODS)
 }

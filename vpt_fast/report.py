@@ -18,7 +18,9 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from vpt_fast.counting import counted
-from vpt_fast.data import SceneSplits, SkippedImage, Splits
+from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.images import Splits
+from vpt_fast.data.scenes import SceneSplits
 from vpt_fast.free_memory import free_bytes
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel

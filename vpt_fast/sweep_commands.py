@@ -9,6 +9,8 @@ import typer
 from rich.table import Table
 
 from vpt_fast.counting import counted
+from vpt_fast.entries import LEFT_OUT, read_entries
+from vpt_fast.files import write
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -26,6 +28,7 @@ from vpt_fast.flags import (
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
+from vpt_fast.tables import format_table
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -280,10 +283,6 @@ def table(
     with one_line_errors(debug):
         if out is not None:
             require_place("out", out)
-        from vpt_fast.entries import LEFT_OUT, read_entries
-        from vpt_fast.run import write
-        from vpt_fast.tables import format_table
-
         entries, notes = read_entries(runs)
         text = format_table(entries, notes, form)
         for note in notes:

@@ -11,7 +11,7 @@ from rich.console import Console
 from sklearn.manifold import TSNE
 
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import Batches
+from vpt_fast.data.batches import Batches
 from vpt_fast.inference import LoadedRun, open_split
 from vpt_fast.report import evaluating
 

@@ -37,6 +37,7 @@ from torch import nn
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.backbones import creation, resolve
 from vpt_fast.backbones.checkpoints import check_jax_shapes, load_checkpoint
+from vpt_fast.backbones.creation import overlay_of
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.backbones.resolve import is_supported, resolve_backbone
 from vpt_fast.tuning.full import FullTuning
@@ -339,7 +340,7 @@ class TestKnown:
     def test_a_tag_has_the_address_and_the_normalisation_that_timm_says(self, known) -> None:
         settings = timm.get_pretrained_cfg(known.timm_name, allow_unregistered=False)
         assert settings is not None
-        overlay = known.pretrained_cfg_overlay
+        overlay = overlay_of(known)
         if known.hub:
             assert (settings.mean, settings.std) == (overlay["mean"], overlay["std"])
             assert settings.hf_hub_id == known.hub

@@ -15,7 +15,10 @@ from timm.data import readers
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from torch import distributed as dist
 
-from vpt_fast.data import DataError, check_images, decode_image, factory, open_splits
+from vpt_fast.data import factory
+from vpt_fast.data.decode import check_images, decode_image
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
 
 
 def write_mnist(root, count: dict[str, int]) -> None:

@@ -5,13 +5,19 @@ import re
 import sys
 
 import pytest
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from vpt_fast.data import DataError, ImageList, open_splits
-from vpt_fast.data.images import require_utf8
+from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.data.images import DataError, ImageList, require_utf8
+from vpt_fast.data.splits import open_splits
 
 
 def names(images: ImageList) -> list[str]:
     return [f"{path.parent.name}/{path.name}" for path in images.items]
+
+
+def test_images_are_files_with_the_endings_that_torchvision_reads_and_gif():
+    assert {*IMAGE_EXTENSIONS} == {*IMG_EXTENSIONS, ".gif"}
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vpt_fast.data import DataError, check_scenes, open_scenes
-from vpt_fast.data.scenes import IGNORED, read_mask, read_scene
+from vpt_fast.data.images import DataError
+from vpt_fast.data.scenes import IGNORED, check_scenes, open_scenes, read_mask, read_scene
 
 
 def write(root: Path, labels: dict[str, np.ndarray], classes: str = "a\nb\nc\n") -> Path:

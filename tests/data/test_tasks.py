@@ -9,7 +9,10 @@ from collections import Counter
 import pytest
 from task_trees import shrink, write_fgvc, write_vtab
 
-from vpt_fast.data import TASKS, DataError, check_images, find_task, open_splits
+from vpt_fast.data.decode import check_images
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
+from vpt_fast.data.tasks import TASKS, find_task
 
 VTAB, FGVC = "vtab/cifar", "fgvc/cub"
 

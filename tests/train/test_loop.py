@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
+from vpt_fast.files import write
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
-from vpt_fast.run import RunError, RunFolder, write
+from vpt_fast.run import RunError, RunFolder
 from vpt_fast.step import build_optimizer
 
 

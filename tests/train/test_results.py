@@ -19,7 +19,8 @@ from torch import nn
 
 from vpt_fast import inference, loop
 from vpt_fast.classification import evaluate
-from vpt_fast.data import SkippedImage, open_splits
+from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.splits import open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe

@@ -13,7 +13,7 @@ import yaml
 
 from vpt_fast import entries
 from vpt_fast.backbones.known import KNOWN
-from vpt_fast.data import TASKS
+from vpt_fast.data.tasks import TASKS
 from vpt_fast.entries import read_entries
 from vpt_fast.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.recipe import Recipe

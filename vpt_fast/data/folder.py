@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from vpt_fast.counting import counted
 
 from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
 
-IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 """File name extensions of images, in any case: torchvision's list and GIF."""
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
