@@ -288,7 +288,7 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
 
     Links to folders are followed, as for training; dangling links with an image's name are included.
 
-    Raises ValueError if an argument yields no images, or for a link back to a folder that it lies in.
+    Raises ValueError if an argument yields no images, and as `images_below` does.
     """
     found: list[Path] = []
     for argument in arguments:

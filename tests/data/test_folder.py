@@ -42,6 +42,16 @@ def test_test_labels_are_those_of_train_where_test_lacks_a_class(write_images):
     assert (test.classes, test.labels) == (("a", "b", "c"), (1, 2, 2))
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_pipe_with_the_name_of_an_image_is_refused_not_waited_for(write_images, is_link):
+    root = write_images({"a": 2, "b": 2})
+    os.mkfifo(root / "pipe")
+    name = root / "a" / "x.jpg"
+    name.symlink_to("../pipe") if is_link else (root / "pipe").rename(name)
+    with pytest.raises(DataError, match="a/x.jpg: is a pipe, a socket or a device, wanted an image file"):
+        open_splits(root)
+
+
 def test_train_without_val_is_split_and_test_left_alone(write_images):
     splits = open_splits(write_images({"train/a": 5, "train/b": 10, "test/a": 1, "test/b": 1}))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 3, 2)
