@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vpt_fast.files import parse_json
 
@@ -50,6 +50,12 @@ def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """As `PIL.Image.open`, of all formats that Pillow decodes itself."""
     Image.init()  # lists all formats
     return Image.open(file, formats=[each for each in Image.ID if each not in _BY_OTHER_PROGRAMS])
+
+
+def run_no_other_program() -> None:
+    """From now on, Pillow runs no Ghostscript in this process: for images that other libraries open. What is
+    Pillow's only switch for all of them stays as it is set here, since threads decode at the same time."""
+    EpsImagePlugin.gs_binary = False
 
 
 @dataclass(frozen=True)
