@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files", "free_memory", "data_names", "counting"],
+    "files": ["files", "free_memory", "failures", "data_names", "counting"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
@@ -42,7 +42,6 @@ LAYERS = {
     "train": [
         "methods",
         "parameters",
-        "failures",
         "method_rules",
         "setting_values",
         "published",
@@ -81,7 +80,7 @@ BELOW = {
     "files": [],
     "kernels": [],
     "engine": ["kernels"],
-    "backbones": ["kernels", "engine"],
+    "backbones": ["files", "kernels", "engine"],
     "model": ["files", "kernels", "engine", "backbones"],
     "data": ["files"],
     "train": ["files", "data", "engine", "backbones", "model"],

@@ -245,6 +245,18 @@ def test_a_truncated_file_is_refused(suffix: str, tmp_path: Path) -> None:
         load_checkpoint(small_vit(), path)
 
 
+def test_file_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(small_vit().state_dict(), path)
+
+    def load(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        load_checkpoint(small_vit(), path)
+
+
 @pytest.mark.parametrize("content", [b"abc", b"Entry not found", b"\x80\x02.", b"GM_\xd0\xc7\t"])
 def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
