@@ -231,7 +231,7 @@ def _evaluate_scenes(
 def predict(
     run: RunArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or glob patterns.")
+        list[str], typer.Argument(metavar="IMAGES", help="Image files, folders or glob patterns.")
     ],
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Classes to print for each image.", show_default="1")

@@ -271,7 +271,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def table(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS...", help="Sweep folders, run folders, or folders of these.")
+        list[Path], typer.Argument(metavar="RUNS", help="Sweep folders, run folders, or folders of these.")
     ],
     form: Annotated[
         Literal["markdown", "csv", "latex"], typer.Option("--format", help="Output format.")
