@@ -23,7 +23,7 @@ class Entry:
     """A method's accuracy on a task, in percent.
 
     standard_deviation: of a sample (n - 1), over `runs` runs; None for one run.
-    split: that the accuracy is on: "test", or "val" if there was no test.
+    split: that the accuracy is on: "test", or "val" if there is none on test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
     prompt_location: of the prompts, if there are any.
     has_weights: whether the backbone had pretrained weights, published ones or a checkpoint's.
@@ -95,7 +95,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     entries = reader.entries()
     notes = reader.notes
     notes += [
-        f"{entry.method} on {entry.task}: accuracy on val, there was no test"
+        f"{entry.method} on {entry.task}: accuracy on val; there is none on test"
         for entry in entries
         if entry.split == "val"
     ]

@@ -213,7 +213,7 @@ class Progress:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def gigabytes(num_bytes: float) -> str:

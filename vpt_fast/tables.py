@@ -163,10 +163,15 @@ def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> s
     rows, more = make_rows(entries)
     if form == "csv":
         return _csv(rows)
+    means = [mean for row in rows for mean in row.means.values()]
+    of_published = any(mean.published is not None for mean in means)
+    of_wins = any(mean.wins is not None for mean in means)
     notes = [
         "Accuracy in percent; ± is the standard deviation of a sample (n - 1) over the seeds.",
-        "Means are over the tasks that are there, published ones too unless they say of how many; in "
-        "brackets: tasks better than full.",
+        "Means are over the tasks that are there"
+        + (", published ones too unless they say of how many" if of_published else "")
+        + (f"; in brackets behind a mean: tasks better than {BASELINE}" if of_wins else "")
+        + ".",
         *notes,
         *more,
     ]
