@@ -1,4 +1,4 @@
-"""Published numbers: Jia et al., "Visual Prompt Tuning", ECCV 2022, accuracies in percent.
+"""Published numbers of Jia et al., "Visual Prompt Tuning", ECCV 2022: accuracies in percent, and parameters.
 
 For ViT-B/16 supervised on ImageNet-21k, the means of Table 1 and the appendix's accuracies by task; for other
 backbones, means only. Backbones are named as in `backbones.known`.
