@@ -45,8 +45,10 @@ from throughput import check_gradients
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from vpt_fast.data import Batches, ImageList, Preprocessing, check_images
-from vpt_fast.data.decode import default_workers
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import check_images, default_workers
+from vpt_fast.data.images import ImageList
+from vpt_fast.data.preprocessing import Preprocessing
 
 TASK = "task"
 

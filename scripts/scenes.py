@@ -135,11 +135,11 @@ def report(
     """Scores at one scale and at several, and a picture of the first validation images."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    from vpt_fast.data import open_scenes
-    from vpt_fast.data.scenes import read_scene
+    from vpt_fast.data.scenes import open_scenes, read_scene
+    from vpt_fast.files import write
     from vpt_fast.inference import LoadedRun
     from vpt_fast.plots import plot_segmentation
-    from vpt_fast.run import RunFolder, write
+    from vpt_fast.run import RunFolder
     from vpt_fast.scene_inference import evaluate_scene_run
     from vpt_fast.segmentation import segment
 

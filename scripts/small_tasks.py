@@ -28,7 +28,7 @@ import typer
 from PIL import Image, ImageDraw
 from pretrain_demo_backbone import Recipe, read_archive, split_photographs
 
-from vpt_fast.data import export_digits
+from vpt_fast.data.digits import export_digits
 
 SPLITS = {"train": 800, "val": 200, "test": 1000}
 SIZE = 32

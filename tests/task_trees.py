@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from timm.data.dataset import IterableImageDataset
 
-from vpt_fast.data import TASKS, Task
+from vpt_fast.data.tasks import TASKS, Task
 
 SIZES = {"train": 8, "val": 4, "test": 6}
 NUM_CLASSES = 2

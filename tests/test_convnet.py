@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast import LinearProbe, PromptedConvNet, load_pretrained
+from vpt_fast.backbones.creation import overlay_of
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.backbones.resolve import CONVNET, resolve_backbone
 from vpt_fast.prompts import pad_image
@@ -230,6 +231,6 @@ def test_an_instance_that_takes_no_extra_channels_is_named_by_its_class():
 def test_image_size_leaves_the_normalisation_of_a_known_backbone():
     with torch.device("meta"):
         model, _ = resolve_backbone("imagenet_sup_rn50", False, {"img_size": 64}, kind=CONVNET)
-    known = KNOWN["imagenet_sup_rn50"].pretrained_cfg_overlay
+    known = overlay_of(KNOWN["imagenet_sup_rn50"])
     assert model.pretrained_cfg["input_size"] == (3, 64, 64)
     assert {name: model.pretrained_cfg[name] for name in known} == known

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files", "free_memory", "data_names", "counting"],
+    "files": ["files", "free_memory", "failures", "data_names", "counting"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
@@ -42,13 +42,14 @@ LAYERS = {
     "train": [
         "methods",
         "parameters",
-        "failures",
         "method_rules",
         "setting_values",
+        "published",
         "recipe",
         "world",
         "plots",
         "run",
+        "run_files",
         "report",
         "cache",
         "precision",
@@ -63,7 +64,7 @@ LAYERS = {
         "scene_inference",
         "tsne",
     ],
-    "sweeps": ["published", "trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
+    "sweeps": ["trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
     "commands": [
         "flags",
         "sweep_commands",
@@ -79,7 +80,7 @@ BELOW = {
     "files": [],
     "kernels": [],
     "engine": ["kernels"],
-    "backbones": ["kernels", "engine"],
+    "backbones": ["files", "kernels", "engine"],
     "model": ["files", "kernels", "engine", "backbones"],
     "data": ["files"],
     "train": ["files", "data", "engine", "backbones", "model"],
@@ -177,7 +178,8 @@ for words in (
     f"plot tsne . --data=. --out={out}", f"table . --out={out}", "data check nowhere",
     f"import-prompts nowhere --backbone=x --out=x", f"export-prompts . --out={out}",
     "sweep --backbone=x --seeds=x", "sweep --data=. --backbone=x --over=momentum=2",
-    "sweep --data=. --backbone=x --sampler=tpe", "ablate length --seeds=x",
+    "sweep --data=. --backbone=x --sampler=tpe", "ablate length --seeds=x", "table nowhere",
+    "train --data=. --backbone=x --task=vtab/cifr", "data prepare --task=cifr --from=. --out=x",
 ):
     ended = CliRunner().invoke(app, words.split())
     assert ended.exit_code == 2 and ended.stderr.startswith("error: "), (words, ended.output)
@@ -187,6 +189,31 @@ for words in (
 
 def test_commands_refuse_what_is_not_there_before_they_import_torch(tmp_path):
     ended = subprocess.run([sys.executable, "-c", REFUSED, tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+ANSWERED = """
+import sys
+from typer.testing import CliRunner
+from vpt_fast.cli import app
+data, run = sys.argv[1:]
+for words in ("backbones", f"data check {data}", f"table {run}"):
+    ended = CliRunner().invoke(app, words.split())
+    assert ended.exit_code == 0, (words, ended.output)
+    assert not {"torch", "timm", "matplotlib"} & {*sys.modules}, words
+"""
+
+
+def test_commands_that_compute_nothing_answer_without_torch(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for folder in (run, data / "a", data / "b"):
+        folder.mkdir(parents=True)
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"):
+        (data / name).touch()  # listed, not opened
+    (run / "config.yaml").write_text("{data: x, backbone: y}")
+    (run / "run.json").write_text('{"parameters": {"trained": 1, "backbone": 9}}')
+    (run / "results.json").write_text('{"val_accuracy": 0.5, "test_accuracy": null}')
+    ended = subprocess.run([sys.executable, "-c", ANSWERED, data, run], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -187,15 +187,33 @@ def test_settings_that_are_none_are_named(change, message: str, tmp_path: Path) 
         ("options", {"dtype": "bfloat17"}, "dtype: got 'bfloat17', want a floating-point torch.dtype"),
         ("options", {"backbone": 1}, r"config\.json describes a model that cannot be built: .*backbone"),
         ("options", {"num_prompts": 10**30}, r"config\.json describes a model that cannot be built"),
+        ("options", {"prompt_layers": "x"}, "cannot be built: prompt_layers: got 'x', want a whole number"),
+        ("options", {"prompt_project": 7}, "trained tensors: missing prompt_projection.bias"),
     ],
 )
-def test_setting_that_was_edited_is_named(part, change, message: str, tmp_path: Path) -> None:
+def test_setting_that_was_edited_is_named_with_the_folder(part, change, message, tmp_path: Path) -> None:
     PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text())
     settings[part] |= change
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        load_pretrained(tmp_path, tiny_vit())
+
+
+def test_argument_that_is_not_the_folders_is_not_blamed_on_it(tmp_path: Path) -> None:
+    PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^backend: got 'cuda'"):
+        load_pretrained(tmp_path, tiny_vit(), backend="cuda")
+
+
+def test_lack_of_memory_for_a_saved_model_is_no_fault_of_its_settings(tmp_path: Path) -> None:
+    PromptedViT(tiny_vit(), 5, 4).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["options"]["num_prompts"] = 10**13
+    path.write_text(json.dumps(settings))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
         load_pretrained(tmp_path, tiny_vit())
 
 

@@ -118,12 +118,12 @@ def test_a_candidate_that_cannot_be_built_stops_no_other(launched: list[dict[str
     ]
 
 
-def test_processes_build_what_a_group_stands_for() -> None:
+def test_another_process_builds_what_a_group_stands_for() -> None:
     case = kernels.Case("linear_activate", "gelu", False, batch_size=1, num_tokens=3, width=16)
     groups = [partial(tune.linear_targets, case, SETTINGS)]
     with Progress(console=Console(file=io.StringIO())) as progress:
-        tune.build_all(groups, 2, progress)
-    assert [(task.completed, task.total) for task in progress.tasks] == [(2, 2)]
+        tune.build_all(groups, 1, progress)  # one, since each imports torch
+    assert [(task.completed, task.total) for task in progress.tasks] == [(1, 1)]
 
 
 def test_without_groups_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +139,17 @@ def test_what_cannot_be_launched_costs_no_other_its_turn() -> None:
     recorded, failed, other = tune.measure_target(target, SETTINGS)
     assert failed.error is not None and failed.ms is None and not failed.exact
     assert recorded.ms is not None and other.ms is not None
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_q"])
+def test_recorded_launch_that_cannot_be_built_is_a_row_that_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = ops.Tiles(16, 24, 4, 1, None)  # no power of two
+    monkeypatch.setattr(ops, "forward_tiles", lambda *_: refused)
+    (row,) = tune.measure_target(attention_target(name)._replace(candidates=[]), SETTINGS)
+    assert row.error is not None and row.ms is None
+    assert f"the recorded one: {row.error}" in str(tune.make_table([row]).caption)
 
 
 def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:

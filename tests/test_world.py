@@ -1,27 +1,53 @@
-"""The device that a process trains on."""
+"""The device that a process trains and evaluates on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from vpt_fast.cli import app
+from vpt_fast.inference import LoadedRun
 from vpt_fast.world import join_world
 
 
-def test_gpu_that_is_asked_for_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    current = [torch.device("cuda", 0)]
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A stack of current devices on a machine with two GPUs."""
+    devices = [torch.device("cuda", 0)]
 
     @contextmanager
     def device(chosen: torch.device) -> Iterator[None]:
-        current.append(chosen)
+        devices.append(chosen)
         yield
-        current.pop()
+        devices.pop()
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device", device)
+    return devices
+
+
+def test_gpu_that_is_asked_for_is_the_current_one(current: list[torch.device]) -> None:
     with join_world("cuda:1") as world:
         assert world.device == current[-1] == torch.device("cuda", 1)
     assert current == [torch.device("cuda", 0)]
+
+
+@pytest.mark.parametrize("command", ["eval . --data=.", "predict . x.jpg", "plot tsne . --data=."])
+def test_gpu_that_a_run_is_used_on_is_the_current_one(
+    command: str, current: list[torch.device], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = []
+
+    def load(*_: object, **__: object) -> LoadedRun:
+        found.append(current[-1])
+        raise ValueError("that is all")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LoadedRun, "load", load)
+    CliRunner().invoke(app, [*command.split(), "--device=cuda:1"])
+    assert found == [torch.device("cuda", 1)]

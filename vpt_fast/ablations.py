@@ -24,12 +24,12 @@ from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbon
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
-from vpt_fast.files import parse_json, remove_unfinished
+from vpt_fast.files import parse_json, remove_unfinished, write
 from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
 from vpt_fast.plots import plot_ablation
 from vpt_fast.recipe import SEGMENTATION, Recipe
-from vpt_fast.run import data_and_backbone, write
+from vpt_fast.run import data_and_backbone
 from vpt_fast.sweep import require_trials, run_sweep
 from vpt_fast.sweep_settings import Sweep, default_axes
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from vpt_fast.backbones.known import KNOWN, table
 from vpt_fast.flags import JsonFlag, OutputConsole
 
 
@@ -23,9 +24,6 @@ def backbones(
     by its timm name, and so does a folder or repository with one:
     local-dir:FOLDER, hf-hub:OWNER/NAME.
     """
-    from vpt_fast.backbones.known import KNOWN
-    from vpt_fast.backbones.resolve import table
-
     header, *rows = table()
     if as_json:
         typer.echo(

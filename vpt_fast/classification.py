@@ -13,16 +13,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.data import (
-    Batches,
-    CheckedImages,
-    ImageList,
-    Preprocessing,
-    Splits,
-    check_images,
-    open_splits,
-    resident_budget,
-)
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import CheckedImages, check_images
+from vpt_fast.data.images import ImageList, Splits
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.resident import resident_budget
+from vpt_fast.data.splits import open_splits
 from vpt_fast.precision import autocast
 from vpt_fast.problem import Source
 from vpt_fast.recipe import Recipe

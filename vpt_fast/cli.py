@@ -157,22 +157,26 @@ def evaluate(
         require_folder("RUN", run)
         require_data(data)
         from vpt_fast.inference import BATCH_SIZE, LoadedRun, evaluate_run
+        from vpt_fast.world import on_device
 
-        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint, precision=precision)
-        if loaded.is_segmenter:
-            refuse("a segmentation run", split=split == "test", data_root=data_root)
-            _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)
-            return
-        refuse("a classification run", multi_scale=multi_scale)
-        found = evaluate_run(
-            loaded,
-            data,
-            split,
-            batch_size=batch_size or BATCH_SIZE,
-            workers=workers,
-            data_root=data_root,
-            console=NameConsole(stderr=True),
-        )
+        with on_device(device):
+            loaded = LoadedRun.load(
+                run, device, backbone=backbone, checkpoint=checkpoint, precision=precision
+            )
+            if loaded.is_segmenter:
+                refuse("a segmentation run", split=split == "test", data_root=data_root)
+                _evaluate_scenes(loaded, data, multi_scale, batch_size, workers, as_json)
+                return
+            refuse("a classification run", multi_scale=multi_scale)
+            found = evaluate_run(
+                loaded,
+                data,
+                split,
+                batch_size=batch_size or BATCH_SIZE,
+                workers=workers,
+                data_root=data_root,
+                console=NameConsole(stderr=True),
+            )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False, indent=2))
         return
@@ -227,7 +231,7 @@ def _evaluate_scenes(
 def predict(
     run: RunArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders or glob patterns.")
+        list[str], typer.Argument(metavar="IMAGES", help="Image files, folders or glob patterns.")
     ],
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Classes to print for each image.", show_default="1")
@@ -250,21 +254,23 @@ def predict(
     with one_line_errors(debug):
         require_folder("RUN", run)
         from vpt_fast.inference import LoadedRun, expand_images, predict_images
+        from vpt_fast.world import on_device
 
         paths = expand_images(images)
         if out is not None:
             from vpt_fast.scene_inference import require_masks_folder
 
             require_masks_folder(paths, out)  # before the backbone is loaded
-        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
-        if loaded.is_segmenter:
-            from vpt_fast.scene_inference import predict_scenes
+        with on_device(device):
+            loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
+            if loaded.is_segmenter:
+                from vpt_fast.scene_inference import predict_scenes
 
-            refuse("a segmentation run", top_k=top_k)
-            answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
-        else:
-            refuse("a classification run", out=out)
-            answers = list(predict_images(loaded, paths, top_k or 1))
+                refuse("a segmentation run", top_k=top_k)
+                answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
+            else:
+                refuse("a classification run", out=out)
+                answers = list(predict_images(loaded, paths, top_k or 1))
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from vpt_fast.counting import counted
+from vpt_fast.data.check import SplitFound, TaskFound, check_task, find_tasks
+from vpt_fast.data.images import DataError, Splits
+from vpt_fast.data.splits import open_splits
+from vpt_fast.data.tasks import HOW_TO_GET, TASKS, find_task
 from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors, require_folder
-
-if TYPE_CHECKING:  # torch: imported by the commands
-    from vpt_fast.data import Splits
-    from vpt_fast.data.check import SplitFound, TaskFound
 
 app = typer.Typer(no_args_is_help=True, help="Check benchmark tasks on disk, or prepare them.")
 
@@ -38,10 +38,6 @@ def check(
     """
     with one_line_errors(debug):
         require_folder("DIR", root)
-        from vpt_fast.data import TASKS, DataError, find_task, open_splits
-        from vpt_fast.data.check import check_task, find_tasks
-        from vpt_fast.data.tasks import HOW_TO_GET
-
         suites = {each.suite: [t for t in TASKS.values() if t.suite == each.suite] for each in TASKS.values()}
         named = dict.fromkeys(each for name in task or () for each in suites.get(name) or [find_task(name)])
         shown = [check_task(each, root) for each in named] or find_tasks(root)
@@ -125,11 +121,10 @@ def prepare(
     different selection of the same kind.
     """
     with one_line_errors(debug):
-        from vpt_fast.data import find_task
+        chosen = find_task(task)
         from vpt_fast.data.prepare import prepare_task
         from vpt_fast.report import progress_bar
 
-        chosen = find_task(task)
         console = LastingConsole()
         total = sum(chosen.sizes.values())
         console.print(f"{chosen.name}: {total:,} images from {source}", highlight=False)

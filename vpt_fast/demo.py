@@ -10,13 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from vpt_fast.data import export_digits
-from vpt_fast.files import remove_unfinished
+from vpt_fast.data.digits import export_digits
+from vpt_fast.files import remove_unfinished, write
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.plots import plot_comparison
 from vpt_fast.recipe import Recipe
-from vpt_fast.run import write
 
 SEED = 42
 NAMES = {"linear": "linear probe", "vpt-shallow": "VPT-Shallow", "vpt-deep": "VPT-Deep"}

@@ -11,7 +11,7 @@ from typing import Any
 from vpt_fast.files import parse_json
 from vpt_fast.published import Published, published_of
 from vpt_fast.recipe import SEGMENTATION, Recipe
-from vpt_fast.run import RunFolder
+from vpt_fast.run_files import RunFiles
 
 SWEEP_FILE = "sweep.yaml"  # in a sweep's folder from its start
 LEFT_OUT = "; left out"
@@ -23,7 +23,7 @@ class Entry:
     """A method's accuracy on a task, in percent.
 
     standard_deviation: of a sample (n - 1), over `runs` runs; None for one run.
-    split: that the accuracy is on: "test", or "val" if there was no test.
+    split: that the accuracy is on: "test", or "val" if there is none on test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
     prompt_location: of the prompts, if there are any.
     has_weights: whether the backbone had pretrained weights, published ones or a checkpoint's.
@@ -95,7 +95,7 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     entries = reader.entries()
     notes = reader.notes
     notes += [
-        f"{entry.method} on {entry.task}: accuracy on val, there was no test"
+        f"{entry.method} on {entry.task}: accuracy on val; there is none on test"
         for entry in entries
         if entry.split == "val"
     ]
@@ -163,11 +163,11 @@ class _Reader:
         self._sweeps[key] = path, entry
 
     def _read_run(self, path: Path, results: dict[str, Any]) -> None:
-        config = Recipe.from_yaml(RunFolder(path).config).to_dict()
+        config = Recipe.from_yaml(RunFiles(path).config).to_dict()
         if config["task"] == SEGMENTATION:
             self.leave_out(path, "a run of segmentation; tables are of classification")
             return
-        facts = _read(RunFolder(path).facts, "parameters")
+        facts = _read(RunFiles(path).facts, "parameters")
         _require(path / "results.json", results, "test_accuracy")
         key = (config["backbone"], config["method"], _task(config))
         self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
@@ -226,7 +226,7 @@ def _find(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: there is no such folder")
     if (folder / "results.json").exists():
         return [folder]
-    begun = (RunFolder(folder).config.name, SWEEP_FILE)
+    begun = (RunFiles(folder).config.name, SWEEP_FILE)
     below = {path.parent for name in ("results.json", *begun) for path in folder.glob(f"*/{name}")}
     # Last: a folder of runs may hold a config.yaml that they were started with.
     return sorted(below) or [folder] * any((folder / name).exists() for name in begun)

@@ -15,7 +15,10 @@ from rich.console import Console
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import FORWARD_BATCH
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import Batches, CheckedImages, Preprocessing, device_budget
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import CheckedImages
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.resident import device_budget
 from vpt_fast.precision import autocast
 from vpt_fast.recipe import Recipe
 from vpt_fast.report import computing_features

@@ -64,6 +64,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def write(path: Path, data: bytes) -> None:
+    """Replaces `path` atomically; raises OSError, for example for a full disk."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def unfinished(*paths: str | os.PathLike[str]) -> list[Path]:
     """The temporary files of `replacing` for `paths`, left by a killed process or being written now.
 

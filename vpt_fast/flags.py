@@ -22,7 +22,14 @@ from rich.rule import Rule
 from rich.text import Text, TextType
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
-from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged, find_cause
+from vpt_fast.failures import (
+    OutOfMemory,
+    SavingFailed,
+    TrainingDiverged,
+    find_cause,
+    is_out_of_memory,
+    said_of_memory,
+)
 from vpt_fast.files import remove_unfinished
 from vpt_fast.recipe import Recipe
 from vpt_fast.setting_values import read_yaml
@@ -87,6 +94,10 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         raise  # the reader of the output has closed it: there is nothing to report
     except OSError as error:  # such as a full disk or a lost file system
         fail(error, 1)
+    except (RuntimeError, MemoryError) as error:  # elsewhere than in a step, which says what needs less
+        if not is_out_of_memory(error):
+            raise
+        fail(f"too little memory: {said_of_memory(error)}", 1)
     except KeyboardInterrupt:
         fail("stopped", 130)
 

@@ -13,19 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from vpt_fast.classification import Evaluation, evaluate
-from vpt_fast.data import (
-    Batches,
-    DecodeError,
-    Preprocessing,
-    ScenePreprocessing,
-    SkippedImage,
-    check_images,
-    load_image,
-    open_splits,
-    resident_budget,
-)
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import DecodeError, SkippedImage, check_images, load_image
 from vpt_fast.data.folder import images_below
 from vpt_fast.data.images import require_utf8
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.resident import resident_budget
+from vpt_fast.data.scene_preprocessing import ScenePreprocessing
+from vpt_fast.data.splits import open_splits
 from vpt_fast.precision import AUTOCAST
 from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.recipe import SEGMENTATION
@@ -293,7 +288,7 @@ def expand_images(arguments: Sequence[str]) -> list[Path]:
 
     Links to folders are followed, as for training; dangling links with an image's name are included.
 
-    Raises ValueError if an argument yields no images, or for a link back to a folder that it lies in.
+    Raises ValueError if an argument yields no images, and as `images_below` does.
     """
     found: list[Path] = []
     for argument in arguments:

@@ -26,7 +26,7 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.counting import counted
-from vpt_fast.failures import OutOfMemory, TrainingDiverged
+from vpt_fast.failures import OutOfMemory, TrainingDiverged, is_out_of_memory, said_of_memory
 from vpt_fast.features import caches_features, feature_batches
 from vpt_fast.method_rules import parse_method
 from vpt_fast.methods import build_seeded, require_attention
@@ -105,7 +105,7 @@ def train(
     Raises:
         ValueError: the request cannot be met (RunError for the folder, DataError for the data).
         TrainingDiverged: the loss is not finite; the folder keeps the last good state.
-        OutOfMemory: the GPU has too little for a step; the folder keeps the last good state.
+        OutOfMemory: the device has too little for a step; the folder keeps the last good state.
         SavingFailed: the folder can no longer be written; it keeps the last good state.
     """
     with contextlib.ExitStack() as stack:
@@ -388,13 +388,15 @@ def train_epoch(
         # inputs (b, 3, H, W), or features of them; labels (b,) or masks (b, H, W): this process's share
         try:
             losses[step], step_hits = train_step(inputs, targets)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             less = "--accumulate splits a batch"
             if "memory" in parse_method(recipe.method).rule.knobs:
                 less += ", --memory recompute keeps less for the backward pass"
             raise OutOfMemory(
                 f"{device_name(world.device)} has too little memory for a step of "
-                f"{counted(len(targets), 'image')}: {str(error).splitlines()[0]} ({kept(epoch)}); {less}"
+                f"{counted(len(targets), 'image')}: {said_of_memory(error)} ({kept(epoch)}); {less}"
             ) from error
         hits += step_hits
         num_images += len(targets)

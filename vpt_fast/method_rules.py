@@ -21,13 +21,18 @@ ENGINE_KNOBS = ("dtype", "backend", "attention")  # for methods whose frozen blo
 @dataclass(frozen=True)
 class MethodRule:
     """A method's own settings (`knobs`) and its defaults in the standard recipe: optimizer, batch size and
-    maximum of warm-up epochs as in the paper's appendix, base_lr from its grid."""
+    maximum of warm-up epochs as in the paper's appendix, base_lr from its grid.
+
+    stores_backbone: whether what the method stores for a task holds the whole backbone, so that the tasks
+        share none; as `TunedModel.stores_backbone` of its class.
+    """
 
     knobs: tuple[str, ...] = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     base_lr: float = 1.0
     batch_size: int = 128
     warmup_epochs: int = 10
+    stores_backbone: bool = False
 
 
 _ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
@@ -44,7 +49,7 @@ METHODS: dict[str, MethodRule] = {
     "bias": MethodRule(**_ADAMW),
     "adapter": MethodRule(("adapter_reduction",), **_ADAMW),
     "lora": MethodRule(("lora_rank",), **_ADAMW),
-    "full": MethodRule(**_ADAMW),
+    "full": MethodRule(stores_backbone=True, **_ADAMW),
 }
 METHOD_KNOBS = tuple(dict.fromkeys(knob for rule in METHODS.values() for knob in rule.knobs))
 

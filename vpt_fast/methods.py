@@ -13,6 +13,7 @@ from vpt_fast.backbones.creation import require_published, without_values
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, kind_of
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.cache import TrainingCache
+from vpt_fast.failures import is_out_of_memory
 from vpt_fast.method_rules import ENGINE_KNOBS, parse_method
 from vpt_fast.precision import autocast
 from vpt_fast.pretrained import MODELS
@@ -129,10 +130,13 @@ def _build(recipe: Recipe, num_classes: int) -> TunedModel:
 
 @contextlib.contextmanager
 def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
-    """Turns the various errors of timm and the hub into a ValueError that names the recipe's backbone."""
+    """Turns the various errors of timm and the hub into a ValueError that names the recipe's backbone; too
+    little memory stays what it is."""
     try:
         yield
     except (TypeError, AssertionError, RuntimeError, OSError, ArithmeticError, LookupError) as error:
+        if is_out_of_memory(error):
+            raise
         arguments = "".join(f", {name}={value}" for name, value in recipe.backbone_arg.items())
         called = f"{recipe.backbone} (pretrained={recipe.pretrained}{arguments})"
         raise ValueError(f"backbone is {called}, which cannot be built: {error}") from error
@@ -154,14 +158,6 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
         if isinstance(error.__cause__, RuntimeError):  # from PyTorch: a constructor needed actual values
             return None
         raise
-
-
-def stores_backbone(method: str) -> bool:
-    """Whether what a method stores for a task holds the whole backbone, so that its tasks share none.
-
-    Raises ValueError for an unknown method.
-    """
-    return MODELS[_CLASSES[parse_method(method).name][0]].stores_backbone
 
 
 def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:

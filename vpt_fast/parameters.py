@@ -16,6 +16,7 @@ from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.methods import model_settings
+from vpt_fast.published import PAPER_TOTALS
 from vpt_fast.recipe import Recipe
 
 BACKBONE = "vit_base_patch16_224"
@@ -52,18 +53,6 @@ _SHORTEST, _LONGEST = 1, 200  # range of prompt lengths in the paper's search
 
 # Adapter reductions in the paper's search for each task.
 REDUCTIONS = (8, 64, 256)
-
-# Table 1 of the paper, ViT-B/16.
-PAPER_TOTALS = {
-    "linear": 1.02,
-    "partial-1": 3.00,
-    "mlp-3": 1.35,
-    "sidetune": 3.69,
-    "bias": 1.05,
-    "adapter": 1.23,
-    "vpt-shallow": 1.04,
-    "vpt-deep": 1.18,
-}
 
 
 @dataclass(frozen=True)

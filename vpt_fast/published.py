@@ -1,4 +1,4 @@
-"""Published numbers: Jia et al., "Visual Prompt Tuning", ECCV 2022, accuracies in percent.
+"""Published numbers of Jia et al., "Visual Prompt Tuning", ECCV 2022: accuracies in percent, and parameters.
 
 For ViT-B/16 supervised on ImageNet-21k, the means of Table 1 and the appendix's accuracies by task; for other
 backbones, means only. Backbones are named as in `backbones.known`.
@@ -39,6 +39,18 @@ _ROWS = {
     "fgvc/dogs": (89.4, 90.7, 90.2),
     "fgvc/cars": (84.5, 68.7, 83.6),
 }
+
+PAPER_TOTALS = {
+    "linear": 1.02,
+    "partial-1": 3.00,
+    "mlp-3": 1.35,
+    "sidetune": 3.69,
+    "bias": 1.05,
+    "adapter": 1.23,
+    "vpt-shallow": 1.04,
+    "vpt-deep": 1.18,
+}
+"""Method -> the total parameters of Table 1, ViT-B/16: `parameters`."""
 
 ACCURACIES: dict[str, dict[str, float]] = {
     method: {task: row[column] for task, row in _ROWS.items()} for column, method in enumerate(_METHODS)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from vpt_fast.data.tasks import find_task
 from vpt_fast.method_rules import METHOD_KNOBS, METHODS, parse_method
 from vpt_fast.setting_values import read_yaml, typed
 
@@ -331,8 +332,6 @@ class Recipe:
         self._require("val_fraction", lambda v: 0 < v < 1, "in (0, 1)")
         self._require("train_fraction", lambda v: 0 < v <= 1, "in (0, 1]")
         if self.task is not None and self.task != SEGMENTATION:
-            from vpt_fast.data import find_task  # imports torch, which --help does not need
-
             object.__setattr__(self, "task", find_task(self.task).name)
         self._reject_knobs_of_other_tasks()
         if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
@@ -464,8 +463,6 @@ class Recipe:
         if self.task == SEGMENTATION:
             del defaults["augment"]  # segmentation has its own augmentation
         elif self.task is not None:
-            from vpt_fast.data import find_task
-
             task = find_task(self.task)
             defaults = {name: getattr(task, name) for name in ("normalization", "augment", "resize")}
             if self.resize == "squash" and task.augment == "crop_flip":

@@ -18,7 +18,9 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from vpt_fast.counting import counted
-from vpt_fast.data import SceneSplits, SkippedImage, Splits
+from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.images import Splits
+from vpt_fast.data.scenes import SceneSplits
 from vpt_fast.free_memory import free_bytes
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel
@@ -211,7 +213,7 @@ class Progress:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def gigabytes(num_bytes: float) -> str:

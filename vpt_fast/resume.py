@@ -12,7 +12,7 @@ from rich.console import Console
 from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
 from vpt_fast.cache import TrainingCache
-from vpt_fast.data import SceneList
+from vpt_fast.data.scenes import SceneList
 from vpt_fast.methods import build_seeded
 from vpt_fast.problem import Problem
 from vpt_fast.recipe import Recipe

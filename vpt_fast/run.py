@@ -1,14 +1,4 @@
-"""The run folder: the files that a training run writes and resumes from.
-
-    config.yaml              the resolved recipe
-    run.json                 versions, device, backbone, data
-    metrics.jsonl            one line per epoch
-    results.json             scores and loss on val and test after the last epoch
-    curves.png
-    prompts/                 what the method trains, such as prompts and head (save_pretrained), class names
-                             and preprocessing: with the backbone, all that inference needs
-    checkpoint.safetensors   the same and the optimizer after the last completed epoch
-    tensorboard/             if tensorboard is installed
+"""Writing, reading and locking a run folder, whose files `run_files` names.
 
 All but metrics.jsonl and tensorboard/ are replaced atomically, so an interruption or a full disk leaves the
 last good one. An epoch adds its line to metrics.jsonl; of one that an interruption cut off nothing is read.
@@ -35,11 +25,15 @@ import safetensors.torch
 import torch
 
 from vpt_fast.counting import counted
-from vpt_fast.data import ImageItem, ImageList, Preprocessing, SceneList, ScenePreprocessing
+from vpt_fast.data.images import ImageItem, ImageList
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.scene_preprocessing import ScenePreprocessing
+from vpt_fast.data.scenes import SceneList
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import parse_json, remove_unfinished, replacing
+from vpt_fast.files import parse_json, remove_unfinished, write
 from vpt_fast.recipe import SEGMENTATION, Recipe
+from vpt_fast.run_files import RunFiles
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.tuned_model import TunedModel
 
@@ -134,19 +128,11 @@ class Begun:
     results: dict[str, Any] | None  # after the last epoch
 
 
-class RunFolder:
+class RunFolder(RunFiles):
     """The files of a run; training obtains one with :meth:`locked`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.facts = path / "run.json"
-        self.metrics = path / "metrics.jsonl"
-        self.results = path / "results.json"
-        self.curves = path / "curves.png"
-        self.prompts = path / "prompts"
-        self.checkpoint = path / "checkpoint.safetensors"
-        self.tensorboard = path / "tensorboard"
+        super().__init__(path)
         self._metrics_size: int | None = None  # bytes, after `save_epoch`
 
     @classmethod
@@ -384,12 +370,6 @@ def list_digest(data: str, images: ImageList | SceneList) -> str:
         else:
             digest.update(f"{item}\0{name}\0{getattr(item, 'size', None)}\0".encode())
     return digest.hexdigest()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replaces ``path`` atomically; raises OSError, for example for a full disk."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
 
 
 _NOT_OURS = (

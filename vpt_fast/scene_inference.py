@@ -14,15 +14,9 @@ from PIL import Image
 from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vpt_fast.data import (
-    DecodeError,
-    SceneBatches,
-    check_scenes,
-    decode_image,
-    ignores_zero,
-    open_scenes,
-)
-from vpt_fast.data.scenes import FOLDERS, holds_scenes
+from vpt_fast.data.decode import DecodeError, decode_image
+from vpt_fast.data.scene_batches import SceneBatches
+from vpt_fast.data.scenes import FOLDERS, check_scenes, holds_scenes, ignores_zero, open_scenes
 from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.plots import class_colors, plot_segmentation

@@ -12,16 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast.cache import TrainingCache
-from vpt_fast.data import (
-    IGNORED,
-    CheckedScenes,
-    SceneBatches,
-    SceneList,
-    ScenePreprocessing,
-    SceneSplits,
-    check_scenes,
-    open_scenes,
-)
+from vpt_fast.data.scene_batches import SceneBatches
+from vpt_fast.data.scene_preprocessing import ScenePreprocessing
+from vpt_fast.data.scenes import IGNORED, CheckedScenes, SceneList, SceneSplits, check_scenes, open_scenes
 from vpt_fast.precision import autocast
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel

@@ -40,11 +40,11 @@ from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.counting import counted
-from vpt_fast.data import find_task
-from vpt_fast.files import remove_unfinished
+from vpt_fast.data.tasks import find_task
+from vpt_fast.files import remove_unfinished, write
 from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
-from vpt_fast.run import RunFolder, default_run_folder, list_digest, write
+from vpt_fast.run import RunFolder, default_run_folder, list_digest
 from vpt_fast.setting_values import read_yaml
 from vpt_fast.step import graph_obstacle, require_batches
 from vpt_fast.sweep_settings import Params, Sweep

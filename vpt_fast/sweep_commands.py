@@ -9,6 +9,8 @@ import typer
 from rich.table import Table
 
 from vpt_fast.counting import counted
+from vpt_fast.entries import LEFT_OUT, read_entries
+from vpt_fast.files import write
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -26,6 +28,7 @@ from vpt_fast.flags import (
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
+from vpt_fast.tables import format_table
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -268,7 +271,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def table(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS...", help="Sweep folders, run folders, or folders of these.")
+        list[Path], typer.Argument(metavar="RUNS", help="Sweep folders, run folders, or folders of these.")
     ],
     form: Annotated[
         Literal["markdown", "csv", "latex"], typer.Option("--format", help="Output format.")
@@ -280,10 +283,6 @@ def table(
     with one_line_errors(debug):
         if out is not None:
             require_place("out", out)
-        from vpt_fast.entries import LEFT_OUT, read_entries
-        from vpt_fast.run import write
-        from vpt_fast.tables import format_table
-
         entries, notes = read_entries(runs)
         text = format_table(entries, notes, form)
         for note in notes:

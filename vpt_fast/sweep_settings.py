@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vpt_fast.data.tasks import find_task
 from vpt_fast.method_rules import parse_method
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.setting_values import yaml_value
@@ -37,8 +38,6 @@ def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
         return {"base_lr": ADAMW_RATES}
     is_fgvc = False
     if recipe.task not in (None, SEGMENTATION):
-        from vpt_fast.data import find_task  # imports torch, which a refused --over does not need
-
         is_fgvc = find_task(recipe.task).suite == "fgvc"
     return {"base_lr": FGVC_RATES if is_fgvc else SGD_RATES, "weight_decay": WEIGHT_DECAYS}
 

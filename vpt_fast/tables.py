@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vpt_fast.counting import counted
-from vpt_fast.data import TASKS
+from vpt_fast.data.tasks import TASKS
 from vpt_fast.entries import Entry
-from vpt_fast.methods import stores_backbone
-from vpt_fast.parameters import PAPER_TOTALS
-from vpt_fast.published import BACKBONE, PUBLISHED, published_of
+from vpt_fast.method_rules import parse_method
+from vpt_fast.published import BACKBONE, PAPER_TOTALS, PUBLISHED, published_of
 
 FORMATS = ("markdown", "csv", "latex")
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
@@ -102,7 +101,7 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             mine = {entry.task: entry for entry in here if entry.method == method}
             name = method if len(backbones) == 1 else f"{method}, {backbone}"
             size = next(iter(mine.values())).backbone_parameters
-            shared = 0 if stores_backbone(method) else size
+            shared = 0 if parse_method(method).rule.stores_backbone else size
             total = (shared + sum(entry.stored for entry in mine.values())) / size
             # Published accuracies are of pretrained backbones: without weights, only own runs are compared.
             has_baseline = any(entry.method == BASELINE for entry in here)
@@ -164,10 +163,15 @@ def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> s
     rows, more = make_rows(entries)
     if form == "csv":
         return _csv(rows)
+    means = [mean for row in rows for mean in row.means.values()]
+    of_published = any(mean.published is not None for mean in means)
+    of_wins = any(mean.wins is not None for mean in means)
     notes = [
         "Accuracy in percent; ± is the standard deviation of a sample (n - 1) over the seeds.",
-        "Means are over the tasks that are there, published ones too unless they say of how many; in "
-        "brackets: tasks better than full.",
+        "Means are over the tasks that are there"
+        + (", published ones too unless they say of how many" if of_published else "")
+        + (f"; in brackets behind a mean: tasks better than {BASELINE}" if of_wins else "")
+        + ".",
         *notes,
         *more,
     ]

@@ -11,9 +11,10 @@ from rich.console import Console
 from sklearn.manifold import TSNE
 
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.data import Batches
+from vpt_fast.data.batches import Batches
 from vpt_fast.inference import LoadedRun, open_split
 from vpt_fast.report import evaluating
+from vpt_fast.world import on_device
 
 MOST_IMAGES = 2000  # t-SNE of more takes minutes, and the plot shows nothing new
 PERPLEXITY = 30.0  # the default of scikit-learn, and van der Maaten's
@@ -49,10 +50,11 @@ def embed_run(
     Raises ValueError for a split of fewer than 3 images, and as LoadedRun.load and open_split do.
     """
     console = console or Console(quiet=True)
-    loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
-    batches, _ = open_split(loaded, data, split, workers=workers, data_root=data_root, console=console)
-    assert isinstance(loaded.model, TunedClassifier), "opening the split saw to it"
-    features, labels = read_features(loaded.model, batches, split, console)
+    with on_device(device):
+        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
+        batches, _ = open_split(loaded, data, split, workers=workers, data_root=data_root, console=console)
+        assert isinstance(loaded.model, TunedClassifier), "opening the split saw to it"
+        features, labels = read_features(loaded.model, batches, split, console)
     if len(features) < 3:
         raise ValueError(f"split {split} of {data} has {len(features)} images; t-SNE needs at least 3")
     if len(features) > MOST_IMAGES:

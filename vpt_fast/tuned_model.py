@@ -25,6 +25,7 @@ from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.contexts import without_autocast
+from vpt_fast.failures import is_out_of_memory
 from vpt_fast.hub import CARD_FILE, model_card
 from vpt_fast.saved_model import (
     CONFIG_FILE,
@@ -447,6 +448,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             wanted = " or ".join(known) if known else "none"
             raise TypeError(f"from_pretrained of {cls.__name__}: got {', '.join(unknown)}, want {wanted}")
         saved = BackboneConfig(**settings["backbone"])
+        given = {*overrides} if backbone is None else {*overrides, "backbone"}
         if backbone is None:
             backbone = _name_to_build(saved, settings.get("backbone_call"), path)
         for name in ("dtype", "residual_dtype"):
@@ -469,7 +471,10 @@ class TunedModel(nn.Module, metaclass=_Built):
         constructor: Any = cls
         try:
             model = constructor(backbone, settings["num_classes"], **options)
-        except (TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+        except (ValueError, TypeError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+            is_callers = isinstance(error, ValueError) and str(error).partition(":")[0] in given
+            if is_callers or is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{path}: its {CONFIG_FILE} describes a model that cannot be built: {error}"
             ) from error
@@ -484,7 +489,10 @@ class TunedModel(nn.Module, metaclass=_Built):
             if name in tensors:
                 parameter.requires_grad_(True)
                 model._stored_names.add(name)
-        model.load_trainable_state_dict(tensors)
+        try:
+            model.load_trainable_state_dict(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return model
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:

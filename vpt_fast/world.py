@@ -108,15 +108,11 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: str | None) -> Iterator[World]:
-    """Joins the other processes if torchrun started this one; ``device`` None takes a GPU if there is one,
-    which is CUDA's current device inside.
+    """Joins the other processes if torchrun started this one; ``device`` is as for `on_device`.
 
     Raises ValueError for a device that torch does not know or this machine does not have.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = find_device(device, local_rank)
-    # What names no device, such as pinning batches or reading the peak of memory, means this one.
-    with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+    with on_device(device, int(os.environ.get("LOCAL_RANK", 0))) as chosen:
         if not dist.is_torchelastic_launched():
             yield World(0, 1, chosen)
             return
@@ -130,6 +126,18 @@ def join_world(device: str | None) -> Iterator[World]:
             yield World(dist.get_rank(), dist.get_world_size(), chosen)
         finally:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def on_device(name: str | None, local_rank: int = 0) -> Iterator[torch.device]:
+    """`find_device`; a GPU is CUDA's current device inside. What names no device, such as pinning batches or
+    reading the peak of memory, means the current one, and takes half a gigabyte of it.
+
+    Raises ValueError as find_device does.
+    """
+    chosen = find_device(name, local_rank)
+    with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+        yield chosen
 
 
 def find_device(name: str | None, local_rank: int = 0) -> torch.device:

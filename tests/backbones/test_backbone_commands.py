@@ -7,8 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from vpt_fast.backbones.known import KNOWN
-from vpt_fast.backbones.resolve import table
+from vpt_fast.backbones.known import KNOWN, table
 from vpt_fast.cli import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"

@@ -37,6 +37,7 @@ from torch import nn
 from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained
 from vpt_fast.backbones import creation, resolve
 from vpt_fast.backbones.checkpoints import check_jax_shapes, load_checkpoint
+from vpt_fast.backbones.creation import overlay_of
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.backbones.resolve import is_supported, resolve_backbone
 from vpt_fast.tuning.full import FullTuning
@@ -244,6 +245,18 @@ def test_a_truncated_file_is_refused(suffix: str, tmp_path: Path) -> None:
         load_checkpoint(small_vit(), path)
 
 
+def test_file_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(small_vit().state_dict(), path)
+
+    def load(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        load_checkpoint(small_vit(), path)
+
+
 @pytest.mark.parametrize("content", [b"abc", b"Entry not found", b"\x80\x02.", b"GM_\xd0\xc7\t"])
 def test_a_file_of_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
@@ -339,7 +352,7 @@ class TestKnown:
     def test_a_tag_has_the_address_and_the_normalisation_that_timm_says(self, known) -> None:
         settings = timm.get_pretrained_cfg(known.timm_name, allow_unregistered=False)
         assert settings is not None
-        overlay = known.pretrained_cfg_overlay
+        overlay = overlay_of(known)
         if known.hub:
             assert (settings.mean, settings.std) == (overlay["mean"], overlay["std"])
             assert settings.hf_hub_id == known.hub

@@ -10,17 +10,12 @@ import pytest
 import torch
 from image_files import noise
 
-from vpt_fast.data import (
-    Batches,
-    DecodeError,
-    ImageList,
-    Preprocessing,
-    check_images,
-    decode_image,
-    open_splits,
-)
-from vpt_fast.data.decode import default_workers
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import DecodeError, check_images, decode_image, default_workers
+from vpt_fast.data.images import ImageList
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import device_budget, host_budget
+from vpt_fast.data.splits import open_splits
 
 NUM_IMAGES = 11
 PREPROCESSINGS = {

@@ -8,19 +8,12 @@ import torch
 from image_files import noise
 from PIL import EpsImagePlugin, ExifTags, Image
 
-from vpt_fast.data import (
-    CheckedImages,
-    DataError,
-    DecodeError,
-    ImageList,
-    Preprocessing,
-    Splits,
-    check_images,
-    decode_image,
-    open_splits,
-)
+from vpt_fast.data.decode import CheckedImages, DecodeError, check_images, decode_image
+from vpt_fast.data.images import DataError, ImageList, Splits
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scenes import read_mask
 from vpt_fast.data.shards import TarImage
+from vpt_fast.data.splits import open_splits
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 RGB = np.asarray(noise(16, 16))

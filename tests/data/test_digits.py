@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from vpt_fast.data import DataError, decode_image, export_digits, open_splits
-from vpt_fast.data.digits import _scratch_folder
+from vpt_fast.data.decode import decode_image
+from vpt_fast.data.digits import _scratch_folder, export_digits
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
 
 
 @pytest.fixture(scope="module")

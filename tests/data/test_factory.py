@@ -9,13 +9,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 from task_trees import picture
 from timm.data import readers
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from torch import distributed as dist
 
-from vpt_fast.data import DataError, check_images, decode_image, factory, open_splits
+from vpt_fast.data import factory
+from vpt_fast.data.decode import DecodeError, check_images, decode_image
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def write_mnist(root, count: dict[str, int]) -> None:
@@ -118,6 +123,40 @@ def test_image_of_a_stream_is_what_the_same_image_in_a_file_is(monkeypatch, tmp_
     monkeypatch.setattr(factory, "create_dataset", create)
     for item, file in zip(open_splits("wds/some", train_on="train+val").train.items, files, strict=True):
         assert np.array_equal(np.asarray(decode_image(item)), np.asarray(decode_image(file))), file.name
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """What Pillow runs where it has found Ghostscript."""
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    monkeypatch.setattr(
+        EpsImagePlugin.subprocess, "check_call", lambda *arguments, **_: ran.append(arguments)
+    )
+    return ran
+
+
+def test_image_of_a_stream_has_no_other_program_run(monkeypatch, programs):
+    class Reader:
+        def __iter__(self):
+            with pytest.raises(OSError):  # timm logs it and goes on
+                Image.open(io.BytesIO(EPS)).load()
+            yield from [(picture(0), 0), (picture(1), 1)]
+
+    monkeypatch.setattr(
+        factory, "create_dataset", lambda name, root, **options: IterableImageDataset(root, reader=Reader())
+    )
+    assert len(open_splits("wds/some", train_on="train+val").train) == 2 and not programs
+
+
+def test_image_that_torchvision_opens_has_no_other_program_run(write_images, programs):
+    root = write_images({"a": 1, "b": 1})
+    (root / "a" / "000.png").write_bytes(EPS)
+    item = open_splits("torch/image_folder", data_root=str(root), train_on="train+val").train.items[0]
+    EpsImagePlugin.gs_binary = "gs"  # as in a process that the item was sent to
+    with pytest.raises(DecodeError, match=r"train\[0\]: Unable to locate Ghostscript"):
+        decode_image(item)
+    assert not programs
 
 
 class Part:

@@ -5,13 +5,19 @@ import re
 import sys
 
 import pytest
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from vpt_fast.data import DataError, ImageList, open_splits
-from vpt_fast.data.images import require_utf8
+from vpt_fast.data.folder import IMAGE_EXTENSIONS
+from vpt_fast.data.images import DataError, ImageList, require_utf8
+from vpt_fast.data.splits import open_splits
 
 
 def names(images: ImageList) -> list[str]:
     return [f"{path.parent.name}/{path.name}" for path in images.items]
+
+
+def test_images_are_files_with_the_endings_that_torchvision_reads_and_gif():
+    assert {*IMAGE_EXTENSIONS} == {*IMG_EXTENSIONS, ".gif"}
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
@@ -34,6 +40,16 @@ def test_test_labels_are_those_of_train_where_test_lacks_a_class(write_images):
     write_images({"test/c": 2, "test/b": 1})
     test = open_splits(root).test
     assert (test.classes, test.labels) == (("a", "b", "c"), (1, 2, 2))
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_pipe_with_the_name_of_an_image_is_refused_not_waited_for(write_images, is_link):
+    root = write_images({"a": 2, "b": 2})
+    os.mkfifo(root / "pipe")
+    name = root / "a" / "x.jpg"
+    name.symlink_to("../pipe") if is_link else (root / "pipe").rename(name)
+    with pytest.raises(DataError, match="a/x.jpg: is a pipe, a socket or a device, wanted an image file"):
+        open_splits(root)
 
 
 def test_train_without_val_is_split_and_test_left_alone(write_images):

@@ -16,8 +16,12 @@ from task_trees import picture, shrink, stream, write_fgvc, write_shards, write_
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
-from vpt_fast.data import TASKS, DataError, decode_image, open_splits, prepare
+from vpt_fast.data import prepare
+from vpt_fast.data.decode import decode_image
+from vpt_fast.data.images import DataError
 from vpt_fast.data.prepare import TFDS_RANGES, prepare_task
+from vpt_fast.data.splits import open_splits
+from vpt_fast.data.tasks import TASKS
 
 
 @pytest.fixture

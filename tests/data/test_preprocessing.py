@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from vpt_fast.data import Preprocessing
+from vpt_fast.data.preprocessing import Preprocessing
 
 BACKBONE = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.9}
 SHAPES = [(30, 30), (47, 31), (31, 47), (200, 20), (5, 9)]

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from test_scenes import write
 
-from vpt_fast.data import IGNORED, SceneBatches, ScenePreprocessing, open_scenes, scene_preprocessing
-from vpt_fast.data.scene_preprocessing import MOST_OF_ONE_CLASS, image_seed
+from vpt_fast.data import scene_preprocessing
+from vpt_fast.data.scene_batches import SceneBatches
+from vpt_fast.data.scene_preprocessing import MOST_OF_ONE_CLASS, ScenePreprocessing, image_seed
+from vpt_fast.data.scenes import IGNORED, open_scenes
 
 SIZE = (24, 24)
 PLAIN = ScenePreprocessing(SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

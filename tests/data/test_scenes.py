@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from vpt_fast.data import DataError, check_scenes, open_scenes
-from vpt_fast.data.scenes import IGNORED, read_mask, read_scene
+from vpt_fast.data.images import DataError
+from vpt_fast.data.scenes import IGNORED, check_scenes, open_scenes, read_mask, read_scene
 
 
 def write(root: Path, labels: dict[str, np.ndarray], classes: str = "a\nb\nc\n") -> Path:
@@ -90,6 +91,13 @@ def test_masks_of_every_kind_of_whole_numbers_are_read(tmp_path, mode):
         image.putpalette([0, 0, 0] * 256)
     image.save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", 3, no_zero=False).tolist() == [[0, 1], [2, IGNORED]]
+
+
+def test_pipe_with_the_name_of_an_image_is_refused_not_waited_for(scenes):
+    (scenes / "images/training/1.jpg").unlink()
+    os.mkfifo(scenes / "images/training/1.jpg")
+    with pytest.raises(DataError, match="1.jpg: is a pipe, a socket or a device, wanted an image file"):
+        open_scenes(scenes)
 
 
 def test_hidden_and_other_files_beside_the_images_are_left_out(scenes):

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from task_trees import stream, write_shards
 
-from vpt_fast.data import TASKS, DataError, Task
+from vpt_fast.data.images import DataError
 from vpt_fast.data.prepare import TFDS_RANGES, prepare_task
 from vpt_fast.data.set_files import ClevrFiles, DSpritesFiles, KittiFiles, SmallNorbFiles
+from vpt_fast.data.tasks import TASKS, Task
 from vpt_fast.data.vtab_labels import LABEL_RULES
 
 

@@ -12,7 +12,11 @@ import pytest
 import torch
 from task_trees import picture, write_shards
 
-from vpt_fast.data import Batches, DataError, Preprocessing, check_images, decode_image, open_splits
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import check_images, decode_image
+from vpt_fast.data.images import DataError
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.splits import open_splits
 
 COUNTS = {"train": 12, "test": 4}
 

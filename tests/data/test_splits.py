@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from vpt_fast.data import DataError, open_splits
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
 
 FOLDERS = {"train/a": 10, "train/b": 4, "val/a": 2, "val/b": 2}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 
 import pytest
 from task_trees import shrink, write_fgvc, write_vtab
 
-from vpt_fast.data import TASKS, DataError, check_images, find_task, open_splits
+from vpt_fast.data.decode import check_images
+from vpt_fast.data.images import DataError
+from vpt_fast.data.splits import open_splits
+from vpt_fast.data.tasks import TASKS, find_task
 
 VTAB, FGVC = "vtab/cifar", "fgvc/cub"
 
@@ -129,6 +133,14 @@ def edit(path, old, new):
 def test_broken_vtab_list_is_named_with_its_line(vtab, file, old, new, message):
     edit(vtab / file, old, new)
     with pytest.raises(DataError, match=message):
+        open_splits(vtab, task=VTAB)
+
+
+def test_pipe_in_the_place_of_a_tasks_image_is_refused_as_no_file(vtab):
+    image = vtab / "images/test/000002.jpg"
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(DataError, match=r"test.txt, line 3: .*000002.jpg is no file$"):
         open_splits(vtab, task=VTAB)
 
 

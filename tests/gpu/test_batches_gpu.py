@@ -6,7 +6,10 @@ import pytest
 import torch
 from task_trees import picture
 
-from vpt_fast.data import Batches, ImageList, Preprocessing, check_images
+from vpt_fast.data.batches import Batches
+from vpt_fast.data.decode import check_images
+from vpt_fast.data.images import ImageList
+from vpt_fast.data.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.gpu
 

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from vpt_fast import loop, trials
-from vpt_fast.data import export_digits
+from vpt_fast.data.digits import export_digits
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 

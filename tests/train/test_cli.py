@@ -607,6 +607,26 @@ def test_work_goes_on_to_its_end_where_nobody_reads_the_output(
     assert "accuracy" in results.read_text()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "no more can be allocated"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to.\nSee also"), "CUDA out of memory. Tried to."),
+    ],
+)
+def test_too_little_memory_is_one_line(error, said, capsys):
+    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+        raise error
+    assert (ended.value.exit_code, capsys.readouterr().err) == (1, f"error: too little memory: {said}\n")
+
+
+def test_backbone_that_does_not_fit_into_memory_is_not_called_wrong(command, color_images, tmp_path):
+    flags = {"backbone-arg": f"embed_dim={10**12}"}
+    result = command(*train_arguments(color_images, tmp_path / "run", **flags))
+    assert result.exit_code == 1 and result.stderr.startswith("error: too little memory: ")
+    assert result.stderr.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(command, tmp_path):
     result = command("train", "--data", tmp_path / "nowhere", "--backbone", "train_test_vit", "--debug")
     assert isinstance(result.exception, ValueError)

@@ -17,7 +17,8 @@ from rich.console import Console
 from vpt_fast import loop
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
-from vpt_fast.data import Preprocessing, open_splits
+from vpt_fast.data.preprocessing import Preprocessing
+from vpt_fast.data.splits import open_splits
 from vpt_fast.run import RunFolder
 from vpt_fast.world import World
 

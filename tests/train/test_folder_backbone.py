@@ -15,7 +15,7 @@ from test_cli import train_arguments
 from test_loop import interrupt_at_step
 from timm.models import save_for_hf
 
-from vpt_fast.data import Preprocessing
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
 from vpt_fast.run import Labels, RunError, RunFolder

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from vpt_fast import load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
+from vpt_fast.files import write
 from vpt_fast.loop import train
 from vpt_fast.methods import build_model
-from vpt_fast.run import RunError, RunFolder, write
+from vpt_fast.run import RunError, RunFolder
 from vpt_fast.step import build_optimizer
 
 
@@ -592,21 +593,30 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to.\nSee also"), "CUDA out of memory. Tried to."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPU.*: can't allocate memory"),
+        (MemoryError(), "no more can be allocated"),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
 def test_step_that_lacks_memory_says_what_needs_less_and_keeps_the_last_good_state(
-    recipe, tmp_path, monkeypatch
+    recipe, tmp_path, monkeypatch, error, said
 ):
     original, steps = loop.TrainStep.__call__, []
 
     def train_step(*arguments):
         steps.append(1)
         if len(steps) == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee also ...")
+            raise error
         return original(*arguments)
 
     monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(
         OutOfMemory,
-        match=r"cpu .* too little memory for a step of 8 images: CUDA out of memory. Tried to .* 2 GiB. "
+        match=rf"cpu .* too little memory for a step of 8 images: {said} "
         r"\(what epoch 1 ended with is kept\); --accumulate splits a batch, --memory recompute keeps less",
     ):
         train(recipe, tmp_path / "run")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vpt_fast.data.tasks import TASKS
-from vpt_fast.parameters import PAPER_TOTALS, PROMPT_LENGTHS, count_parameters, markdown
+from vpt_fast.parameters import PROMPT_LENGTHS, count_parameters, markdown
+from vpt_fast.published import PAPER_TOTALS
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = 12 * 768**2 + 13 * 768  # of ViT-B: weights, and biases and norms

@@ -19,11 +19,12 @@ from torch import nn
 
 from vpt_fast import inference, loop
 from vpt_fast.classification import evaluate
-from vpt_fast.data import SkippedImage, open_splits
+from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.splits import open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
-from vpt_fast.report import checking_images, print_skipped
+from vpt_fast.report import checking_images, device_name, print_skipped
 from vpt_fast.run import RunError, RunFolder, list_digest
 from vpt_fast.world import World
 
@@ -211,3 +212,9 @@ def test_test_images_that_are_missing_are_found_before_training(short, images, t
     with pytest.raises(ValueError, match="has no test split"):
         train(dataclasses.replace(short, data=str(images), test=True), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("threads", "named"), [(1, "cpu (1 thread)"), (2, "cpu (2 threads)")])
+def test_device_is_named_with_its_threads(threads, named, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")) == named

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast import load_pretrained, scene_inference
-from vpt_fast.data import IGNORED, ScenePreprocessing
+from vpt_fast.data.scene_preprocessing import ScenePreprocessing
+from vpt_fast.data.scenes import IGNORED
 from vpt_fast.inference import LoadedRun
 from vpt_fast.loop import train
 from vpt_fast.plots import class_colors

@@ -13,7 +13,7 @@ import yaml
 
 from vpt_fast import entries
 from vpt_fast.backbones.known import KNOWN
-from vpt_fast.data import TASKS
+from vpt_fast.data.tasks import TASKS
 from vpt_fast.entries import read_entries
 from vpt_fast.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.recipe import Recipe
@@ -180,6 +180,22 @@ def test_tasks_that_are_none_of_the_papers_have_a_column_of_their_own(sweep):
     assert "| FGVC (5) | Other tasks (2) |" in mixed and "| - | 60.00 |" in mixed
 
 
+@pytest.mark.parametrize(
+    ("task", "legend"),
+    [
+        ("birds", "Means are over the tasks that are there."),
+        (
+            "vtab/cifar",
+            "Means are over the tasks that are there, published ones too unless they say of how many; in "
+            "brackets behind a mean: tasks better than full.",
+        ),
+    ],
+)
+def test_what_means_are_is_said_of_those_that_are_there(sweep, task, legend):
+    text = format_table(*read_entries([sweep("vpt-deep", task, 0.5)]), "markdown")
+    assert legend in text.splitlines()
+
+
 @pytest.mark.parametrize("backbone", [BACKBONE, "x"])
 def test_tasks_that_are_none_of_the_papers_are_held_against_nothing(sweep, backbone):
     ((row,), notes) = make_rows(read_entries([sweep("linear", "birds", 0.5, backbone=backbone)])[0])
@@ -190,7 +206,7 @@ def test_accuracy_on_val_is_held_against_nothing(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.70, split="val")])
     natural = make_rows(entries)[0][0].means["natural"]
     assert (natural.published, natural.wins) == (None, None)
-    assert notes == ["vpt-deep on vtab/cifar: accuracy on val, there was no test"]
+    assert notes == ["vpt-deep on vtab/cifar: accuracy on val; there is none on test"]
 
 
 def test_two_runs_of_one_seed_beside_one_of_another_are_refused(run):

@@ -15,8 +15,8 @@ from test_loop import interrupt_at_step, require_equal, trained
 from vpt_fast import LinearProbe, features, load_pretrained, loop, report
 from vpt_fast.classification import Classification, CrossEntropy, class_weights
 from vpt_fast.loop import train
-from vpt_fast.method_rules import METHODS
-from vpt_fast.methods import build_model
+from vpt_fast.method_rules import METHODS, parse_method
+from vpt_fast.methods import build_model, model_settings
 from vpt_fast.recipe import Recipe
 from vpt_fast.step import TrainStep
 
@@ -42,6 +42,13 @@ def small(color_images):
         )
 
     return make
+
+
+@pytest.mark.parametrize("method", [*ALL, "vpt-deep"])
+def test_rule_of_a_method_and_its_class_agree_on_whether_the_backbone_is_stored(method):
+    recipe = Recipe(data="", backbone="train_test_vit", method=method, pretrained=False)
+    model, _ = model_settings(recipe.resolved(num_train_images=1, device_type="cpu"))
+    assert model.stores_backbone == parse_method(method).rule.stores_backbone
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -185,7 +192,7 @@ def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
 
 
 def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
-    from vpt_fast.data import ImageList, Splits
+    from vpt_fast.data.images import ImageList, Splits
     from vpt_fast.world import World
 
     labels = (0, 0, 0, 0, 1, 1, 2, 2)
@@ -198,7 +205,7 @@ def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
 
 
 def test_class_without_an_image_weighs_nothing_so_the_smoothed_loss_is_finite(small):
-    from vpt_fast.data import ImageList, Splits
+    from vpt_fast.data.images import ImageList, Splits
     from vpt_fast.world import World
 
     images = ImageList(("0", "1", "2"), (0, 0, 2), ("a", "b", "c"))

@@ -27,6 +27,8 @@ from timm.models import clean_state_dict, vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vpt_fast.failures import is_out_of_memory
+
 # MAE's fine-tuned files hold their command line, in an object that runs no code.
 _PLAIN_TYPES = (argparse.Namespace,)
 
@@ -122,6 +124,8 @@ def read_tensors(path: Path, also: Iterable[Any] = ()) -> dict[str, Any]:
             "since unpickling anything else can run code"
         ) from None
     except Exception as error:  # torch's unpickler may raise anything on a damaged or unrelated file
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"checkpoint: {path} is damaged, or none: {_first_line(error)}") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint: {path} holds a {type(content).__name__}, want a mapping of names")
@@ -165,6 +169,8 @@ def _converted(state: dict[str, torch.Tensor], model: nn.Module, path: Path) -> 
         try:
             convert(dict(part), model)
         except (KeyError, AttributeError, RuntimeError, AssertionError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             return error
         return None
 

@@ -14,6 +14,12 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +27,11 @@ from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with
 from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
 from vpt_fast.backbones.sources import WEIGHTS_FILE, Source, find_source, said_by_hub
+
+_NORMALIZATIONS = {
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
 
 # Those of timm's settings of a model, which an overlay may replace, that say where its weights are.
 _SAY_WHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"}
@@ -81,6 +92,12 @@ def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def overlay_of(known: KnownBackbone) -> dict[str, Any]:
+    """The fields of timm's description of the weights that specify the images' normalisation."""
+    mean, std = _NORMALIZATIONS[known.normalization]
+    return {"mean": mean, "std": std}
+
+
 def create(
     name: str, source: Source | None, pretrained: bool, kwargs: dict[str, Any], file: str | None
 ) -> nn.Module:
@@ -129,7 +146,7 @@ def _build(
         return model
     if pretrained:
         file = _from_hub(known)
-    arguments = {"pretrained_cfg_overlay": known.pretrained_cfg_overlay, **known.arguments, **kwargs}
+    arguments = {"pretrained_cfg_overlay": overlay_of(known), **known.arguments, **kwargs}
     model = timm.create_model(known.timm_name, num_classes=0, **arguments)
     if file is not None:
         load_checkpoint(model, file, may_lack=known.may_lack, leaves_out=known.leaves_out, strict=strict)

@@ -10,18 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
-
-_NORMALIZATIONS = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "inception": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-}
-
 
 @dataclass(frozen=True)
 class KnownBackbone:
@@ -59,12 +47,6 @@ class KnownBackbone:
     def hub(self) -> str | None:
         """The repository on the Hugging Face hub that holds the same weights, or None."""
         return f"timm/{self.timm_name}" if "." in self.timm_name else None
-
-    @property
-    def pretrained_cfg_overlay(self) -> dict[str, Any]:
-        """The fields of timm's description of the weights that specify the images' normalisation."""
-        mean, std = _NORMALIZATIONS[self.normalization]
-        return {"mean": mean, "std": std}
 
 
 def _supervised(name: str, timm_name: str, file: str) -> KnownBackbone:
@@ -179,3 +161,22 @@ def find_known(backbone: str) -> KnownBackbone | None:
     without a tag does not identify weights."""
     by_timm = {known.timm_name: known for known in KNOWN.values() if known.hub is not None}
     return KNOWN.get(backbone) or by_timm.get(backbone)
+
+
+def table() -> list[tuple[str, ...]]:
+    """`KNOWN` as rows of text; the first is the header."""
+    header = ("name", "trained", "timm name", "normalisation", "file", "timm has it")
+    return [
+        header,
+        *(
+            (
+                known.name,
+                known.objective,
+                known.timm_name,
+                known.normalization,
+                known.file,
+                "yes" if known.hub else "no",
+            )
+            for known in KNOWN.values()
+        ),
+    ]

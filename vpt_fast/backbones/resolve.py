@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vpt_fast.backbones.creation import create, names_weights, require_published
+from vpt_fast.backbones.creation import create, names_weights, overlay_of, require_published
 from vpt_fast.backbones.known import KNOWN
 from vpt_fast.backbones.layers import class_name
 from vpt_fast.backbones.sources import Source, close_names, find_source, repository
@@ -213,7 +213,7 @@ def _with_image_size(
         size = to_2tuple(kwargs.pop("img_size"))
         channels = source.settings.input_size[0] if source else 3
         kwargs["pretrained_cfg_overlay"] = {
-            **(known.pretrained_cfg_overlay if known else {}),
+            **(overlay_of(known) if known else {}),
             **kwargs.get("pretrained_cfg_overlay", {}),
             "input_size": (kwargs.get("in_chans", channels), *size),
         }
@@ -247,22 +247,3 @@ def is_supported(timm_name: str, *kinds: Kind) -> bool:
     """
     module = timm.models.model_entrypoint(timm_name).__module__
     return any(module in kind.modules for kind in kinds) or not module.startswith("timm.")
-
-
-def table() -> list[tuple[str, ...]]:
-    """`KNOWN` as rows of text; the first is the header."""
-    header = ("name", "trained", "timm name", "normalisation", "file", "timm has it")
-    return [
-        header,
-        *(
-            (
-                known.name,
-                known.objective,
-                known.timm_name,
-                known.normalization,
-                known.file,
-                "yes" if known.hub else "no",
-            )
-            for known in KNOWN.values()
-        ),
-    ]

@@ -13,7 +13,16 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from .decode import upright_rgb
-from .images import MOST_CLASSES, DataError, ImageItem, ImageList, Splits, hold_out, open_image
+from .images import (
+    MOST_CLASSES,
+    DataError,
+    ImageItem,
+    ImageList,
+    Splits,
+    hold_out,
+    open_image,
+    run_no_other_program,
+)
 from .resident import host_budget
 
 _LABEL_FIELDS = ("targets", "labels", "_labels")  # their names in torchvision's data sets
@@ -35,6 +44,7 @@ class Row:
         reader = getattr(self.dataset, "reader", None)
         if reader is not None:
             return open_image(reader[self.index][0])
+        run_no_other_program()  # this may be another process than the one that opened the set
         return self.dataset[self.index][0]
 
 
@@ -75,11 +85,13 @@ def open_factory(
 
 
 def open_set(name: str, root: str | None, split: str, label_field: str | None = None) -> Any:
-    """timm's data set; `label_field` names the field to use as label, None the default one.
+    """timm's data set; `label_field` names the field to use as label, None the default one. Where it, or
+    torchvision, opens images itself, `run_no_other_program` holds.
 
     Raises:
         DataError: it cannot be opened.
     """
+    run_no_other_program()
     try:
         options: dict[str, Any] = {} if label_field is None else {"target_key": label_field}
         if not name.startswith("tfds/"):  # which has decoded its images

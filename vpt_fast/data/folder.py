@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from vpt_fast.counting import counted
 
-from .images import DataError, ImageList, Splits, hold_out, require_utf8, some_names
+from .images import DataError, ImageList, Splits, hold_out, refuse_pipe, require_utf8, some_names
 
-IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 """File name extensions of images, in any case: torchvision's list and GIF."""
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -41,7 +39,7 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     Raises:
         DataError: there are no images or only one class; a class has no images in train or in val, or too few
             to be split; val or test has a class that train lacks; a link leads back to a folder that it lies
-            in.
+            in; a pipe, socket or device has an image's name.
     """
     folders = _split_folders(root)
     if not folders:
@@ -117,8 +115,11 @@ def images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
     """(folder, name) of the visible images in and below `folder`, in no particular order; links to folders
     are followed.
 
-    `above`: the real paths of the folders on the way here. A link back to one of them is refused: following
-    it would list the same images repeatedly, and two such links would never end.
+    `above`: the real paths of the folders on the way here.
+
+    Raises:
+        DataError: a link back to one of these, since following it would list the same images repeatedly, and
+            two such links would never end; a pipe, socket or device with an image's name.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -130,6 +131,8 @@ def images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
             yield from images_below(folder / entry.name, above | {real})
         elif _is_image(entry.name):
             require_utf8(entry.path)
+            if not entry.is_file(follow_symlinks=False):
+                refuse_pipe(entry.path)
             yield str(folder), entry.name
 
 

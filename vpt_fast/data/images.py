@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from vpt_fast.files import parse_json
 
@@ -49,6 +50,12 @@ def open_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """As `PIL.Image.open`, of all formats that Pillow decodes itself."""
     Image.init()  # lists all formats
     return Image.open(file, formats=[each for each in Image.ID if each not in _BY_OTHER_PROGRAMS])
+
+
+def run_no_other_program() -> None:
+    """From now on, Pillow runs no Ghostscript in this process: for images that other libraries open. What is
+    Pillow's only switch for all of them stays as it is set here, since threads decode at the same time."""
+    EpsImagePlugin.gs_binary = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,17 @@ def require_utf8(path: str | Path) -> None:
         encoding = sys.getfilesystemencoding()  # by an old locale, in which the name may be UTF-8 after all
         how = "rename it" if encoding == "utf-8" else f"Python reads names as {encoding}, want PYTHONUTF8=1"
         raise DataError(f"{ascii(str(path))}: found a name that is not UTF-8; {how}") from None
+
+
+def refuse_pipe(path: str | Path) -> None:
+    """Raises DataError for a pipe, a socket or a device: it would be waited for, perhaps for ever. A link
+    that leads nowhere passes: that such an image cannot be read is said where images are decoded."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(f"{path}: is a pipe, a socket or a device, wanted an image file; remove it")
 
 
 def some_names(found: list[str], ending: str = "/") -> str:

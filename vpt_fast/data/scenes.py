@@ -13,7 +13,7 @@ from vpt_fast.counting import counted
 
 from .decode import DecodeError, SkippedImage, decode_image, map_threads, transposition_of
 from .folder import IMAGE_EXTENSIONS
-from .images import DataError, open_image, read_text, some_names
+from .images import DataError, open_image, read_text, refuse_pipe, some_names
 from .shards import read_class_names
 
 IGNORED = 255
@@ -134,6 +134,8 @@ def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool
     )
     if not images:
         raise DataError(f"{folders[0]}: found no images; {LAYOUT}")
+    for path in images:
+        refuse_pipe(path)
     masks = [folders[1] / f"{path.stem}.png" for path in images]
     if missing := [mask.name for mask in masks if not mask.is_file()]:
         raise DataError(

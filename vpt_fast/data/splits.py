@@ -7,7 +7,6 @@ from pathlib import Path
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
 
-from .factory import open_factory
 from .folder import LAYOUTS, open_folder
 from .images import DataError, Splits, take_fraction
 from .shards import holds_shards, open_shards
@@ -77,6 +76,8 @@ def _open(
     seed: int,
 ) -> Splits:
     if task is None and is_factory_name(os.fspath(data)):
+        from .factory import open_factory  # timm and torch, which the lists of a folder need not
+
         return open_factory(
             os.fspath(data), data_root, with_test=with_test, val_fraction=val_fraction, seed=seed
         )

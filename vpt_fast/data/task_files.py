@@ -170,8 +170,9 @@ def _problems_of(task: Task, listed: TaskList, root: Path, ids: set[int] | None)
         )
     if missing := _missing_files(root, listed.entries):
         where, name = missing[0]
-        what = "is a folder" if (root / name).is_dir() else "is not there"
-        problems.append(f"{path}, {where}: {root / name} {what}{_more(len(missing), count)}")
+        image = root / name
+        what = "is a folder" if image.is_dir() else "is no file" if image.exists() else "is not there"
+        problems.append(f"{path}, {where}: {image} {what}{_more(len(missing), count)}")
     return problems
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.engine import cost
+from vpt_fast.failures import is_out_of_memory
 from vpt_fast.tuning.folded import FoldedClassifier
 
 _MIN_SIZE = 63  # pixels: AlexNet's strides leave nothing of smaller images
@@ -89,6 +90,8 @@ def _load_published_weights(convolutions: nn.Module) -> None:
             url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         warnings.warn(
             f"the side network starts random: AlexNet's weights cannot be had from {url}: {error}",
             stacklevel=3,
