@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
+from vpt_fast.kernels.prompted_attention import by_images
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import PromptAndBiasConvNetTuning, PromptAndBiasSwinTuning
 from vpt_fast.tuning.full import FullTuning
@@ -696,7 +697,20 @@ def test_jit_trace_gives_the_logits_without_gradients_and_is_refused_with_them(m
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace .* want it under torch\.no_grad"):
         torch.jit.trace(model, images)
     with torch.no_grad():
-        assert torch.equal(torch.jit.trace(model, images)(images + 1), model(images + 1))
+        traced = torch.jit.trace(model, images, check_trace=False)
+        assert torch.equal(traced(images + 1), model(images + 1))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize("scores", [1, 2**20], ids=["an image at a time", "all images at once"])
+def test_traced_model_takes_batches_of_another_size(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(by_images.SCORES_AT_ONCE, "cpu", scores)
+    model = build().eval()
+    images, _ = random_batch(model, 3)
+    traced = torch.jit.trace(model, images[:2], check_trace=False)
+    for size in (1, 3):
+        assert relative_error(traced(images[:size]), model(images[:size])) < 1e-12
 
 
 def test_optimizers_of_timm_take_what_is_trained() -> None:
