@@ -26,10 +26,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from vpt_fast.kernels.prompted_attention import by_images
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
-from vpt_fast.kernels.prompted_attention import by_images
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import PromptAndBiasConvNetTuning, PromptAndBiasSwinTuning
 from vpt_fast.tuning.full import FullTuning
@@ -630,6 +630,14 @@ def test_forward_mode_derivative_of_the_prompts_is_that_of_concatenation() -> No
     assert relative_error(*tangents) < 1e-12
 
 
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_forward_mode_while_gradients_are_recorded_is_refused_with_what_to_do_instead(make) -> None:
+    model = make()
+    images, _ = random_batch(model)
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match=r"forward-mode .* torch\.no_grad\(\)"):
+        model(fwAD.make_dual(images, images))
+
+
 def test_torch_func_differentiates_a_probe_of_a_swin() -> None:
     model = LinearProbe(tiny_swin(), NUM_CLASSES).double()
     images, _ = random_batch(model)
@@ -699,6 +707,12 @@ def test_jit_trace_gives_the_logits_without_gradients_and_is_refused_with_them(m
     with torch.no_grad():
         traced = torch.jit.trace(model, images, check_trace=False)
         assert torch.equal(traced(images + 1), model(images + 1))
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated
+def test_torch_jit_script_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(NotImplementedError, match=r"compile a PromptedViT; want .* torch\.jit\.trace"):
+        torch.jit.script(build())
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ class FrozenBlock(nn.Module):
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
-            require_plain_autograd(recorded=True)
+            require_plain_autograd()
             return Stream(
                 *_FrozenBlockFunction.apply(
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights

@@ -44,12 +44,13 @@ _transforms = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
-def require_plain_autograd(*, recorded: bool) -> None:
-    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called.
+def _is_in_forward_ad() -> bool:
+    # There is no public API for it either; a PyTorch without this one counts as never in forward mode.
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
-    Args:
-        recorded: whether its gradient is wanted.
-    """
+
+def require_plain_autograd() -> None:
+    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called."""
     if torch.compiler.is_compiling():
         return
     if _is_in_transform():
@@ -57,10 +58,15 @@ def require_plain_autograd(*, recorded: bool) -> None:
             "backbone: torch.func's transforms (grad, vmap, jacrev, ...) do not differentiate frozen blocks; "
             "want torch.autograd.grad, of torch.func.functional_call too"
         )
-    if recorded and torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         raise NotImplementedError(
             "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
             "torch.no_grad(), or torch.export"
+        )
+    if _is_in_forward_ad():
+        raise NotImplementedError(
+            "backbone: forward-mode differentiation does not pass frozen blocks while gradients are recorded, "
+            "want it under torch.no_grad() and with backend='torch'"
         )
 
 
@@ -99,8 +105,7 @@ def require_first_order() -> None:
 
 def require_no_forward_ad() -> None:
     """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not propagate."""
-    # There is no public API for it; a PyTorch without this one counts as never in forward mode.
-    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+    if _is_in_forward_ad():
         raise NotImplementedError(
             "backbone: forward-mode differentiation is not there in Triton's kernels; want backend='torch'"
         )
