@@ -7,7 +7,9 @@ import datetime
 import math
 import shutil
 import statistics
+import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel, replicate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -566,6 +568,37 @@ OUTSIDE_OF_AUTOGRAD = {
     "Swin": lambda: PromptedSwin(tiny_swin(), NUM_CLASSES, 4).double(),
     "ConvNet": lambda: PromptedConvNet("resnet10t", NUM_CLASSES, 2, img_size=32).double(),
 }
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[nn.Module]]:
+    """Makes two replicas as nn.DataParallel does, on the CPU, for which PyTorch has no broadcast."""
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    return lambda model: replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_replicas_of_data_parallel_form_the_step_of_the_model(make, replicas) -> None:
+    model = make()
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    model.zero_grad()
+    logits = [replica(share) for replica, share in zip(replicas(model), images.split(1), strict=True)]
+    F.cross_entropy(torch.cat(logits), labels).backward()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12, name
+
+
+def test_replica_of_data_parallel_does_not_choose_the_memory_policy(replicas) -> None:
+    model = build(num_prompts=4, memory="auto")
+    with pytest.raises(ValueError, match="memory: got 'auto' in a replica .* want one of 'exact', .*Distri"):
+        replicas(model)[0](random_batch(model)[0])
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

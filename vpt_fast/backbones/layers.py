@@ -42,8 +42,11 @@ def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
     """The dtype of the first parameter in the modules, which their input must have; `default` if none has
     any."""
     for module in modules:
-        for parameter in () if module is None else module.parameters():
-            return parameter.dtype
+        for each in () if module is None else module.modules():
+            # nn.DataParallel's replicas have no parameters, but tensors where these were.
+            for parameter in getattr(each, "_former_parameters", each._parameters).values():
+                if parameter is not None:
+                    return parameter.dtype
     return default
 
 

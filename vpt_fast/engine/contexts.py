@@ -65,8 +65,8 @@ def require_plain_autograd() -> None:
         )
     if _is_in_forward_ad():
         raise NotImplementedError(
-            "backbone: forward-mode differentiation does not pass frozen blocks while gradients are recorded, "
-            "want it under torch.no_grad() and with backend='torch'"
+            "backbone: forward-mode differentiation does not pass frozen blocks while gradients are "
+            "recorded; want it under torch.no_grad(), with backend='torch'"
         )
 
 
