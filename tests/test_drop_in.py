@@ -322,6 +322,39 @@ def test_hook_on_a_block_gets_the_tokens_and_their_gradient() -> None:
     assert relative_error(gradient, without_prompts[1]) < 1e-12
 
 
+def test_hook_that_returns_no_stream_is_refused() -> None:
+    model = build()
+    model.backbone.blocks[0].register_forward_hook(lambda block, inputs, output: tuple(output))
+    with pytest.raises(ValueError, match=r"stream: got a tuple from the block before, .* Stream\(tokens\)"):
+        model(random_batch(model)[0])
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_hook_whose_change_of_the_base_would_get_no_gradient_is_refused(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    model.backbone.blocks[0].register_forward_hook(
+        lambda block, inputs, output: output._replace(base=output.base + shift)
+    )
+    with pytest.raises(ValueError, match=r"stream: got a base that requires a gradient .* Stream\(tokens\)"):
+        model(random_batch(model)[0])
+
+
+def test_gradient_of_what_a_hook_adds_to_the_tokens_is_that_of_differences() -> None:
+    model = build()
+    images, _ = random_batch(model)
+
+    def added(shift: Tensor) -> Tensor:
+        hook = model.backbone.blocks[0].register_forward_hook(
+            lambda block, inputs, output: Stream(output.sum() + shift)
+        )
+        logits = model(images)
+        hook.remove()
+        return logits.sin().sum()
+
+    assert torch.autograd.gradcheck(added, torch.zeros((), dtype=torch.float64, requires_grad=True))
+
+
 def test_gradient_accumulation_equals_the_joined_batch() -> None:
     model = build()
     images, labels = random_batch(model, batch_size=6)

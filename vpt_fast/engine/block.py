@@ -22,7 +22,7 @@ from vpt_fast.engine.contexts import (
     without_autocast,
 )
 from vpt_fast.engine.policy import MemoryPolicy
-from vpt_fast.engine.stream import Stream
+from vpt_fast.engine.stream import Stream, require_stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, require_frozen
 from vpt_fast.kernels import Backend
 from vpt_fast.kernels.mlp.reference import PACKED
@@ -108,8 +108,10 @@ class FrozenBlock(nn.Module):
             (B, R, d), with an update.
 
         Raises:
-            ValueError: a weight requires a gradient, or does not survive in the matmuls' dtype.
+            ValueError: a weight requires a gradient, or does not survive in the matmuls' dtype; or a hook has
+                made the stream one that `require_stream` refuses.
         """
+        require_stream(stream)
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         require_frozen(*weights)
         base, update = stream
