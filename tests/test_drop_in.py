@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel, replicate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -632,6 +634,33 @@ def test_replica_of_data_parallel_does_not_choose_the_memory_policy(replicas) ->
     model = build(num_prompts=4, memory="auto")
     with pytest.raises(ValueError, match="memory: got 'auto' in a replica .* want one of 'exact', .*Distri"):
         replicas(model)[0](random_batch(model)[0])
+
+
+@pytest.fixture
+def lone_process() -> Iterator[None]:
+    """This process as a group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_model_of_fully_shard_forms_the_step_of_the_model(name: str, lone_process) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    images, labels = random_batch(model)
+    expected = step(copy.deepcopy(model), images, labels)
+    F.cross_entropy(fully_shard(model, mesh=init_device_mesh("cpu", (1,)))(images), labels).backward()
+    for each, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(each).grad.full_tensor(), gradient) < 1e-12, each
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that weights differ in requires_grad
+def test_the_older_sharding_that_would_train_the_backbone_is_refused_with_the_newer_one(lone_process) -> None:
+    model = build()
+    images, _ = random_batch(model)
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="want .* fully_shard instead of FullyShardedDataParallel"):
+        sharded(images)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
