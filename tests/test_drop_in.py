@@ -725,6 +725,27 @@ def test_forward_mode_derivative_of_the_prompts_is_that_of_concatenation() -> No
     assert relative_error(*tangents) < 1e-12
 
 
+def test_jacobian_in_forward_mode_is_that_in_reverse_mode() -> None:
+    model = build()
+    images, _ = random_batch(model, 1)
+
+    def logits(prompts: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"prompts": prompts}, (images,))
+
+    prompts = model.prompts.detach()
+    expected = torch.autograd.functional.jacobian(logits, prompts)
+    settings: dict[str, Any] = {"vectorize": True, "strategy": "forward-mode"}
+    assert relative_error(torch.autograd.functional.jacobian(logits, prompts, **settings), expected) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_linearize_is_refused_with_what_to_do_instead(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.linearize .*want torch\.func\.jvp"):
+        torch.func.linearize(model, random_batch(model)[0])
+
+
 @pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
 def test_forward_mode_while_gradients_are_recorded_is_refused_with_what_to_do_instead(make) -> None:
     model = make()

@@ -16,6 +16,7 @@ from vpt_fast.engine.contexts import (
     compute_dtype,
     require_first_order,
     require_no_forward_ad,
+    require_no_linearize,
     require_no_vmap,
     require_plain_autograd,
     require_single_gradient,
@@ -146,6 +147,7 @@ class FrozenBlock(nn.Module):
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
+        require_no_linearize()
         if prompts is not None:
             require_no_vmap()
         if call.ops.name != "torch":

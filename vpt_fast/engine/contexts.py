@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.fx.experimental import proxy_tensor
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -100,6 +101,17 @@ def require_first_order() -> None:
         raise NotImplementedError(
             "backbone: second derivatives (create_graph=True, torch.autograd.functional.hvp) are not there "
             "for frozen blocks; want create_graph=False"
+        )
+
+
+def require_no_linearize() -> None:
+    """Raises NotImplementedError under `torch.func.linearize`, which takes tensors that the blocks write to
+    for constants, and would return wrong tangents."""
+    if torch.compiler.is_compiling() or not _is_in_forward_ad():
+        return
+    if proxy_tensor.get_proxy_mode() is not None:
+        raise NotImplementedError(
+            "backbone: torch.func.linearize is not there for frozen blocks; want torch.func.jvp"
         )
 
 
