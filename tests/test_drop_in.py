@@ -264,6 +264,19 @@ def test_autocast_to_the_other_16_bit_dtype_is_refused() -> None:
         model(images)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.int8, False), (torch.int8, True), (torch.float8_e4m3fn, False)]
+)
+def test_weights_that_were_made_8_bit_codes_are_refused(dtype: torch.dtype, autocast: bool) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
+    for block in model.backbone.blocks:
+        block.qkv_weight = nn.Parameter(block.qkv_weight.to(dtype), requires_grad=False)
+    images, _ = random_batch(model, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match=f"backbone: got weights in {dtype}, want a floating-point"):
+            model(images)
+
+
 def test_weights_rounded_once_are_half_the_bytes_and_the_rest_stays() -> None:
     model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
     in_blocks = "backbone.blocks."

@@ -26,8 +26,12 @@ def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
 
     Raises:
         ValueError: the weights have one 16-bit dtype and autocast the other, whose tensors PyTorch does not
-            concatenate.
+            concatenate; or they are whole numbers, or have 8 bits and there is no autocast.
     """
+    if not weight_dtype.is_floating_point or (weight_dtype.itemsize < 2 and not _is_autocast(device_type)):
+        raise ValueError(
+            f"backbone: got weights in {weight_dtype}, want a floating-point dtype of 16 bits or more"
+        )
     if not _is_autocast(device_type) or weight_dtype == torch.float64:
         return weight_dtype
     dtype = torch.get_autocast_dtype(device_type)
