@@ -7,7 +7,9 @@ import datetime
 import math
 import shutil
 import statistics
+import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel, replicate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from vpt_fast.kernels.prompted_attention import by_images
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedSwin, PromptedViT
 from vpt_fast.engine.stream import Stream
@@ -259,6 +264,19 @@ def test_autocast_to_the_other_16_bit_dtype_is_refused() -> None:
         model(images)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.int8, False), (torch.int8, True), (torch.float8_e4m3fn, False)]
+)
+def test_weights_that_were_made_8_bit_codes_are_refused(dtype: torch.dtype, autocast: bool) -> None:
+    model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
+    for block in model.backbone.blocks:
+        block.qkv_weight = nn.Parameter(block.qkv_weight.to(dtype), requires_grad=False)
+    images, _ = random_batch(model, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(ValueError, match=f"backbone: got weights in {dtype}, want a floating-point"):
+            model(images)
+
+
 def test_weights_rounded_once_are_half_the_bytes_and_the_rest_stays() -> None:
     model = PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3)
     in_blocks = "backbone.blocks."
@@ -317,6 +335,39 @@ def test_hook_on_a_block_gets_the_tokens_and_their_gradient() -> None:
     without_prompts = [plain.without_prompts(each, PROMPTS["deep"]["num_prompts"]) for each in expected]
     assert relative_error(tokens, without_prompts[0]) < 1e-12
     assert relative_error(gradient, without_prompts[1]) < 1e-12
+
+
+def test_hook_that_returns_no_stream_is_refused() -> None:
+    model = build()
+    model.backbone.blocks[0].register_forward_hook(lambda block, inputs, output: tuple(output))
+    with pytest.raises(ValueError, match=r"stream: got a tuple from the block before, .* Stream\(tokens\)"):
+        model(random_batch(model)[0])
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_hook_whose_change_of_the_base_would_get_no_gradient_is_refused(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    shift = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    model.backbone.blocks[0].register_forward_hook(
+        lambda block, inputs, output: output._replace(base=output.base + shift)
+    )
+    with pytest.raises(ValueError, match=r"stream: got a base that requires a gradient .* Stream\(tokens\)"):
+        model(random_batch(model)[0])
+
+
+def test_gradient_of_what_a_hook_adds_to_the_tokens_is_that_of_differences() -> None:
+    model = build()
+    images, _ = random_batch(model)
+
+    def added(shift: Tensor) -> Tensor:
+        hook = model.backbone.blocks[0].register_forward_hook(
+            lambda block, inputs, output: Stream(output.sum() + shift)
+        )
+        logits = model(images)
+        hook.remove()
+        return logits.sin().sum()
+
+    assert torch.autograd.gradcheck(added, torch.zeros((), dtype=torch.float64, requires_grad=True))
 
 
 def test_gradient_accumulation_equals_the_joined_batch() -> None:
@@ -567,6 +618,64 @@ OUTSIDE_OF_AUTOGRAD = {
 }
 
 
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[nn.Module]]:
+    """Makes two replicas as nn.DataParallel does, on the CPU, for which PyTorch has no broadcast."""
+
+    def broadcast(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    return lambda model: replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_replicas_of_data_parallel_form_the_step_of_the_model(make, replicas) -> None:
+    model = make()
+    images, labels = random_batch(model)
+    expected = step(model, images, labels)
+    model.zero_grad()
+    logits = [replica(share) for replica, share in zip(replicas(model), images.split(1), strict=True)]
+    F.cross_entropy(torch.cat(logits), labels).backward()
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12, name
+
+
+def test_replica_of_data_parallel_does_not_choose_the_memory_policy(replicas) -> None:
+    model = build(num_prompts=4, memory="auto")
+    with pytest.raises(ValueError, match="memory: got 'auto' in a replica .* want one of 'exact', .*Distri"):
+        replicas(model)[0](random_batch(model)[0])
+
+
+@pytest.fixture
+def lone_process() -> Iterator[None]:
+    """This process as a group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_model_of_fully_shard_forms_the_step_of_the_model(name: str, lone_process) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    images, labels = random_batch(model)
+    expected = step(copy.deepcopy(model), images, labels)
+    F.cross_entropy(fully_shard(model, mesh=init_device_mesh("cpu", (1,)))(images), labels).backward()
+    for each, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(each).grad.full_tensor(), gradient) < 1e-12, each
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated, and that weights differ in requires_grad
+def test_the_older_sharding_that_would_train_the_backbone_is_refused_with_the_newer_one(lone_process) -> None:
+    model = build()
+    images, _ = random_batch(model)
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="want .* fully_shard instead of FullyShardedDataParallel"):
+        sharded(images)
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -627,6 +736,35 @@ def test_forward_mode_derivative_of_the_prompts_is_that_of_concatenation() -> No
             logits = torch.func.functional_call(each, given, (images,))
             tangents.append(fwAD.unpack_dual(logits).tangent)
     assert relative_error(*tangents) < 1e-12
+
+
+def test_jacobian_in_forward_mode_is_that_in_reverse_mode() -> None:
+    model = build()
+    images, _ = random_batch(model, 1)
+
+    def logits(prompts: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"prompts": prompts}, (images,))
+
+    prompts = model.prompts.detach()
+    expected = torch.autograd.functional.jacobian(logits, prompts)
+    settings: dict[str, Any] = {"vectorize": True, "strategy": "forward-mode"}
+    assert relative_error(torch.autograd.functional.jacobian(logits, prompts, **settings), expected) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ViT", "Swin"])
+def test_linearize_is_refused_with_what_to_do_instead(name: str) -> None:
+    model = OUTSIDE_OF_AUTOGRAD[name]()
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.linearize .*want torch\.func\.jvp"):
+        torch.func.linearize(model, random_batch(model)[0])
+
+
+@pytest.mark.parametrize("make", OUTSIDE_OF_AUTOGRAD.values(), ids=OUTSIDE_OF_AUTOGRAD)
+def test_forward_mode_while_gradients_are_recorded_is_refused_with_what_to_do_instead(make) -> None:
+    model = make()
+    images, _ = random_batch(model)
+    with fwAD.dual_level(), pytest.raises(NotImplementedError, match=r"forward-mode .* torch\.no_grad\(\)"):
+        model(fwAD.make_dual(images, images))
 
 
 def test_torch_func_differentiates_a_probe_of_a_swin() -> None:
@@ -696,7 +834,26 @@ def test_jit_trace_gives_the_logits_without_gradients_and_is_refused_with_them(m
     with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace .* want it under torch\.no_grad"):
         torch.jit.trace(model, images)
     with torch.no_grad():
-        assert torch.equal(torch.jit.trace(model, images)(images + 1), model(images + 1))
+        traced = torch.jit.trace(model, images, check_trace=False)
+        assert torch.equal(traced(images + 1), model(images + 1))
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated
+def test_torch_jit_script_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(NotImplementedError, match=r"compile a PromptedViT; want .* torch\.jit\.trace"):
+        torch.jit.script(build())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize("scores", [1, 2**20], ids=["an image at a time", "all images at once"])
+def test_traced_model_takes_batches_of_another_size(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(by_images.SCORES_AT_ONCE, "cpu", scores)
+    model = build().eval()
+    images, _ = random_batch(model, 3)
+    traced = torch.jit.trace(model, images[:2], check_trace=False)
+    for size in (1, 3):
+        assert relative_error(traced(images[:size]), model(images[:size])) < 1e-12
 
 
 def test_optimizers_of_timm_take_what_is_trained() -> None:

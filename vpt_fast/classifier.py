@@ -337,6 +337,11 @@ class PromptedClassifier(FrozenClassifier):
     def _choose_policy(
         self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> str:
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "memory: got 'auto' in a replica of nn.DataParallel's, where memory is not estimated; "
+                f"want one of {', '.join(map(repr, POLICIES))}, or DistributedDataParallel"
+            )
         beside = self._bytes_beside_blocks(batch_size, num_tokens)
 
         def step_bytes(memory: str) -> int:

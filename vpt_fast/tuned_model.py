@@ -119,6 +119,13 @@ class TunedModel(nn.Module, metaclass=_Built):
         super().__init__()
         self._backbone_config = backbone_config
 
+    def __prepare_scriptable__(self) -> None:
+        """torch.jit.script calls it first."""
+        raise NotImplementedError(
+            f"torch.jit.script does not compile a {type(self).__name__}; want torch.compile, torch.export "
+            "or, under torch.no_grad(), torch.jit.trace"
+        )
+
     @property
     def config(self) -> ClassifierConfig:
         """The settings that rebuild this model."""

@@ -81,9 +81,9 @@ def attention_backward(
 
 
 def _images_at_once(q: torch.Tensor, num_keys: int) -> int:
-    """Images to process at a time; under a compiler all, since the batch size may be unknown."""
+    """Images to process at a time; under a compiler or tracer all, since batches may have other sizes."""
     batch, num_rows, num_heads, _ = q.shape
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return batch
     most = SCORES_AT_ONCE.get(q.device.type, SCORES_AT_ONCE_ELSEWHERE)
     return max(1, most // max(1, num_rows * num_heads * num_keys))

@@ -14,6 +14,7 @@ from timm.layers import HybridEmbed, PatchEmbed
 from tiny import random_batch, randomise, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 from vpt_fast import LinearProbe, PromptedViT
 from vpt_fast.tuning.adapter import AdapterTuning
@@ -51,6 +52,16 @@ def test_a_layer_with_low_rank_updates_is_refused_with_what_to_do(build: Callabl
     message = rf"backbone: {re.escape(layer)} is a peft\.tuners\.lora\.layer\..*merge_and_unload\(\)"
     with pytest.raises(ValueError, match=message):
         LinearProbe(backbone, CLASSES)
+
+
+@pytest.mark.parametrize("method", [lambda vit, classes: PromptedViT(vit, classes, 3), FullTuning])
+def test_a_weight_that_wraps_other_tensors_is_refused(method: Any) -> None:
+    vit = tiny_vit()
+    weight = vit.blocks[0].attn.qkv.weight.detach()
+    vit.blocks[0].attn.qkv.weight = nn.Parameter(TwoTensor(weight, weight))
+    message = r"backbone: blocks\.0\.attn\.qkv\.weight is a .*\.TwoTensor, .* want a plain tensor"
+    with pytest.raises(ValueError, match=message):
+        method(vit, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])

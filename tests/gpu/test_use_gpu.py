@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error
-from tiny import random_batch, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_vit
 
 from vpt_fast import PromptedViT
 
@@ -49,6 +49,19 @@ def test_compiled_model_gives_the_same_gradients() -> None:
     )
     for actual, expected in zip(compiled, eager, strict=True):
         assert relative_error(actual, expected) < 2e-2
+
+
+@torch.no_grad()
+def test_positions_of_a_new_image_size_are_complete_on_every_stream() -> None:
+    model = PromptedViT(tiny_eva(torch.float32, dynamic_img_size=True).cuda(), CLASSES, 7).eval()
+    images, stream = torch.randn(2, 3, 48, 48, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # cycles, before the positions are computed
+        model(images)
+    found = model(images)
+    torch.cuda.synchronize()
+    assert torch.equal(found, model(images))
 
 
 DISTRIBUTED = """

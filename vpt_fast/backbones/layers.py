@@ -16,6 +16,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vpt_fast.engine.weights import LinearParts
 
@@ -42,8 +43,11 @@ def dtype_of(*modules: nn.Module | None, default: torch.dtype) -> torch.dtype:
     """The dtype of the first parameter in the modules, which their input must have; `default` if none has
     any."""
     for module in modules:
-        for parameter in () if module is None else module.parameters():
-            return parameter.dtype
+        for each in () if module is None else module.modules():
+            # nn.DataParallel's replicas have no parameters, but tensors where these were.
+            for parameter in getattr(each, "_former_parameters", each._parameters).values():
+                if parameter is not None:
+                    return parameter.dtype
     return default
 
 
@@ -158,6 +162,17 @@ def require_no_hooks(module: nn.Module, where: str, *, below: bool = True) -> No
             raise ValueError(
                 f"{path} has a {label}, which would not run: its weights are read, and it is not called; "
                 "want it without"
+            )
+
+
+def require_plain_weights(model: nn.Module) -> None:
+    """Raises ValueError for weights that have no values of their own to fold: torchao's quantised ones, or
+    shares of fully_shard's (DTensor)."""
+    for name, weight in model.state_dict().items():
+        if is_traceable_wrapper_subclass(weight):
+            raise ValueError(
+                f"backbone: {name} is a {class_name(weight)}, as quantize_ and fully_shard make it; want a "
+                "plain tensor: the model before that"
             )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from vpt_fast.backbones.creation import create, names_weights, overlay_of, require_published
 from vpt_fast.backbones.known import KNOWN
-from vpt_fast.backbones.layers import class_name
+from vpt_fast.backbones.layers import class_name, require_plain_weights
 from vpt_fast.backbones.sources import Source, close_names, find_source, repository
 
 
@@ -145,9 +145,10 @@ def resolve_backbone(
 
     Raises:
         ValueError: no such model in timm, a model of another kind, an img_size that the patch size does not
-            divide, keyword arguments with an instance, both pretrained and a checkpoint, published weights
-            that timm's hub does not have, a folder or repository that cannot be read or is not timm's, or
-            weights that do not fit, lack a tensor of the model, or hold one that it has no place for.
+            divide, keyword arguments with an instance, an instance with quantised or sharded weights, both
+            pretrained and a checkpoint, published weights that timm's hub does not have, a folder or
+            repository that cannot be read or is not timm's, or weights that do not fit, lack a tensor of the
+            model, or hold one that it has no place for.
     """
     if pretrained and checkpoint is not None:
         raise ValueError(
@@ -164,6 +165,7 @@ def resolve_backbone(
                 f"{', '.join(given)}: only with a backbone's name; this backbone is built already and its "
                 "weights are used as they are"
             )
+        require_plain_weights(backbone)
         return backbone, Origin(None, False, {})
     if not isinstance(backbone, str):
         raise ValueError(f"backbone: got a {class_name(backbone)}, want a timm name or a timm {wanted}")

@@ -67,7 +67,7 @@ class FrozenConv2d(nn.Module):
         require_frozen(*self.conv.parameters())
         if not (x.requires_grad and torch.is_grad_enabled()):
             return self.conv(x)
-        require_plain_autograd(recorded=True)
+        require_plain_autograd()
         return _FrozenConvolution.apply(x, self.conv)
 
 

@@ -187,8 +187,10 @@ class FrozenEva(FrozenViT):
             # Not cached: fake tensors (FakeTensorMode), and tensors made during a capture, which have no
             # values until the replay. No entry is evicted, since a captured graph may read it.
             is_real = all(type(table) is torch.Tensor for table in made) and not _is_capturing()
-            if not is_real or len(self._tables) == _MAX_TABLES:
+            if not is_real or len(self._tables) >= _MAX_TABLES:
                 return made
+            if self.device.type == "cuda":  # first complete: another thread may read it on another stream
+                torch.cuda.current_stream(self.device).synchronize()
             self._tables[key] = made
         return self._tables[key]
 

@@ -16,13 +16,14 @@ from vpt_fast.engine.contexts import (
     compute_dtype,
     require_first_order,
     require_no_forward_ad,
+    require_no_linearize,
     require_no_vmap,
     require_plain_autograd,
     require_single_gradient,
     without_autocast,
 )
 from vpt_fast.engine.policy import MemoryPolicy
-from vpt_fast.engine.stream import Stream
+from vpt_fast.engine.stream import Stream, require_stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, require_frozen
 from vpt_fast.kernels import Backend
 from vpt_fast.kernels.mlp.reference import PACKED
@@ -108,8 +109,10 @@ class FrozenBlock(nn.Module):
             (B, R, d), with an update.
 
         Raises:
-            ValueError: a weight requires a gradient, or does not survive in the matmuls' dtype.
+            ValueError: a weight requires a gradient, or does not survive in the matmuls' dtype; or a hook has
+                made the stream one that `require_stream` refuses.
         """
+        require_stream(stream)
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         require_frozen(*weights)
         base, update = stream
@@ -138,12 +141,13 @@ class FrozenBlock(nn.Module):
         if prompts is not None:
             prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
         if is_kept:
-            require_plain_autograd(recorded=True)
+            require_plain_autograd()
             return Stream(
                 *_FrozenBlockFunction.apply(
                     base, update, prompts, call, *(rotation or _NO_ROTATION), *weights
                 )
             )
+        require_no_linearize()
         if prompts is not None:
             require_no_vmap()
         if call.ops.name != "torch":

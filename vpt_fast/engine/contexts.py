@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.fx.experimental import proxy_tensor
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -25,8 +26,12 @@ def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
 
     Raises:
         ValueError: the weights have one 16-bit dtype and autocast the other, whose tensors PyTorch does not
-            concatenate.
+            concatenate; or they are whole numbers, or have 8 bits and there is no autocast.
     """
+    if not weight_dtype.is_floating_point or (weight_dtype.itemsize < 2 and not _is_autocast(device_type)):
+        raise ValueError(
+            f"backbone: got weights in {weight_dtype}, want a floating-point dtype of 16 bits or more"
+        )
     if not _is_autocast(device_type) or weight_dtype == torch.float64:
         return weight_dtype
     dtype = torch.get_autocast_dtype(device_type)
@@ -44,12 +49,13 @@ _transforms = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
-def require_plain_autograd(*, recorded: bool) -> None:
-    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called.
+def _is_in_forward_ad() -> bool:
+    # There is no public API for it either; a PyTorch without this one counts as never in forward mode.
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
-    Args:
-        recorded: whether its gradient is wanted.
-    """
+
+def require_plain_autograd() -> None:
+    """Raises NotImplementedError where the engine's `torch.autograd.Function`s cannot be called."""
     if torch.compiler.is_compiling():
         return
     if _is_in_transform():
@@ -57,10 +63,15 @@ def require_plain_autograd(*, recorded: bool) -> None:
             "backbone: torch.func's transforms (grad, vmap, jacrev, ...) do not differentiate frozen blocks; "
             "want torch.autograd.grad, of torch.func.functional_call too"
         )
-    if recorded and torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         raise NotImplementedError(
             "backbone: torch.jit.trace does not record gradients of frozen blocks; want it under "
             "torch.no_grad(), or torch.export"
+        )
+    if _is_in_forward_ad():
+        raise NotImplementedError(
+            "backbone: forward-mode differentiation does not pass frozen blocks while gradients are "
+            "recorded; want it under torch.no_grad(), with backend='torch'"
         )
 
 
@@ -97,10 +108,20 @@ def require_first_order() -> None:
         )
 
 
+def require_no_linearize() -> None:
+    """Raises NotImplementedError under `torch.func.linearize`, which takes tensors that the blocks write to
+    for constants, and would return wrong tangents."""
+    if torch.compiler.is_compiling() or not _is_in_forward_ad():
+        return
+    if proxy_tensor.get_proxy_mode() is not None:
+        raise NotImplementedError(
+            "backbone: torch.func.linearize is not there for frozen blocks; want torch.func.jvp"
+        )
+
+
 def require_no_forward_ad() -> None:
     """Raises NotImplementedError in forward-mode differentiation, whose tangents kernels do not propagate."""
-    # There is no public API for it; a PyTorch without this one counts as never in forward mode.
-    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+    if _is_in_forward_ad():
         raise NotImplementedError(
             "backbone: forward-mode differentiation is not there in Triton's kernels; want backend='torch'"
         )

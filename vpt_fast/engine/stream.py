@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,3 +38,18 @@ class Stream(NamedTuple):
         updates = (None, None) if self.update is None else self.update.split(sizes, dim=1)
         first, last = map(Stream, self.base.split(sizes, dim=1), updates)
         return first, last
+
+
+def require_stream(stream: Any) -> None:
+    """Raises ValueError for what a forward hook of a block may return in place of its stream: anything else,
+    or a base whose gradient would be dropped."""
+    if type(stream) is not Stream:
+        raise ValueError(
+            f"stream: got a {type(stream).__name__} from the block before, as of a forward hook; want a "
+            "vpt_fast.engine.stream.Stream, such as Stream(tokens)"
+        )
+    if stream.update is not None and stream.base.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "stream: got a base that requires a gradient beside an update, which alone would get one; want "
+            "Stream(tokens), or the change added to the update"
+        )

@@ -25,8 +25,8 @@ def require_frozen(*weights: torch.Tensor | None) -> None:
         if weight is not None and weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "backbone: got frozen weights with requires_grad True, whose gradients are not formed; want "
-                "requires_grad_(False) on model.backbone, or a method that trains the backbone "
-                "(docs/methods.md)"
+                "requires_grad_(False) on model.backbone, fully_shard instead of FullyShardedDataParallel, "
+                "or a method that trains the backbone (docs/methods.md)"
             )
 
 

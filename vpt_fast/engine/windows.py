@@ -175,7 +175,7 @@ class Move(nn.Module):
         if not (tokens.requires_grad and torch.is_grad_enabled()):
             # As in a block: torch.func's transforms and forward-mode tangents pass plain operations.
             return _gather(tokens, self.index, self.index_holes)
-        require_plain_autograd(recorded=True)
+        require_plain_autograd()
         return _MoveFunction.apply(tokens, self.index, self.index_holes, self.back, self.back_holes)
 
 
@@ -259,7 +259,7 @@ class FrozenMerge(nn.Module):
         dtype = compute_dtype(x.device.type, self.weight.dtype)
         ops = self.backend.ops(x.device, dtype, self.head_dim, in_windows=True)
         if x.requires_grad and torch.is_grad_enabled():
-            require_plain_autograd(recorded=True)
+            require_plain_autograd()
             return _ReduceFunction.apply(x, self.weight, self.bias, self.norm, ops, dtype, policy)
         if ops.name != "torch":
             require_no_forward_ad()
