@@ -16,6 +16,7 @@ import swin_peers
 import torch
 import typer
 from measure import Contender
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
@@ -156,14 +157,19 @@ def make_backbone(model: str, image_size: int | None) -> nn.Module:
     """timm's model with random weights, for images of this size or of its own.
 
     Raises:
-        typer.BadParameter: timm cannot build it.
+        typer.BadParameter: timm cannot build it, or it has two heads, which read two tokens.
     """
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        return resolve_backbone(model, False, size, kind=kind_of(model))[0]
+        backbone = resolve_backbone(model, False, size, kind=kind_of(model))[0]
     except (ValueError, RuntimeError) as error:  # the second for a tag that timm does not know
         with_size = "" if image_size is None else f" with image-size {image_size}"
         raise typer.BadParameter(f"models: got {model}{with_size}: {error}") from None
+    if isinstance(backbone, VisionTransformerDistilled):
+        raise typer.BadParameter(
+            f"models: {model} has no plain implementation here, as it has two heads; want one with one head"
+        )
+    return backbone
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ class ConcatenatedViT(nn.Module):
             self.vit.patch_embed.proj = nn.Identity()  # the trainable one runs in its place
         if prompt_project is not None:
             self.prompt_projection = nn.Linear(prompt_project, vit.embed_dim)
-        self.head = nn.Linear(vit.embed_dim, num_classes)
+        self.is_distilled = isinstance(vit, VisionTransformerDistilled) and pool is None
+        self.head = nn.Linear(vit.embed_dim * (2 if self.is_distilled else 1), num_classes)
 
     def train(self, mode: bool = True) -> ConcatenatedViT:
         super().train(mode)
@@ -179,6 +181,8 @@ class ConcatenatedViT(nn.Module):
 
     def pool(self, x: Tensor, held: int) -> Tensor:
         prefix = self.vit.num_prefix_tokens
+        if self.is_distilled:  # for timm's two heads, side by side in one, whose logits are averaged
+            return torch.cat([x[:, 0], x[:, 1]], dim=1) / 2
         if self.pool_type is None:
             return self.vit.pool(self.without_prompts(x, held))
         if self.pool_type == "cls":

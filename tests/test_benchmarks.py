@@ -720,6 +720,10 @@ def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytes
         (["--find-batch"], "find-batch"),
         (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),
         (["--models", "eva02_tiny_patch14_224"], "eva02_tiny_patch14_224 has no plain implementation"),
+        (
+            ["--models", "deit_tiny_distilled_patch16_224"],
+            "has no plain implementation here, as it has two heads",
+        ),
         (["--models", "test_resnet", "--prompt-type", "deep"], "prompt-type: got deep with test_resnet"),
         (["--models", "test_resnet", "--memory", "compact"], "memory: got compact with test_resnet"),
         (

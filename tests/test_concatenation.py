@@ -356,7 +356,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "convnet_by_name": (lambda: "resnet10t", "resnet10t"),
     "post_norm_by_name": (lambda: "vit_base_patch16_rpn_224", "ResPostBlock"),
     "no_such_name": (lambda: "vit_base_patch16_225", "vit_base_patch16_224"),
-    "distilled": (lambda: "deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from tiny import random_batch, tiny_swin, tiny_vit
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -320,6 +321,7 @@ POOLS = {
     "attention_pool_and_cls": (dict(global_pool="map"), {}),
     "mean": ({}, dict(pool="image_and_prompts")),
     "norm_after_mean": (dict(global_pool="avg"), {}),
+    "two_tokens": (dict(kind=VisionTransformerDistilled), {}),
 }
 
 

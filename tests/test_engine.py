@@ -287,6 +287,7 @@ class TestPlan:
         ("read", "rows"),
         [
             (Read.CLS, (0, 1)),
+            (Read.PREFIX, (0, 2)),
             (Read.PATCHES, (2, 10)),
             (Read.TOKENS, (0, 10)),
             (Read.PROMPTS, (10, 13)),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from tiny import tiny_swin, tiny_vit
 from typer.testing import CliRunner
 
@@ -249,8 +250,13 @@ def test_names_written_are_those_of_the_encoder(vit, encoder: str, prefix: str, 
 
 @pytest.mark.parametrize(
     "pooling",
-    [{"global_pool": "map"}, {"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}],
-    ids=["map", "max", "prefix"],
+    [
+        {"global_pool": "map"},
+        {"global_pool": "max"},
+        {"global_pool": "avg", "pool_include_prefix": True},
+        {"kind": VisionTransformerDistilled},
+    ],
+    ids=["map", "max", "prefix", "two_tokens"],
 )
 def test_a_pooling_that_the_official_code_does_not_have_is_not_written(
     pooling: dict[str, Any], tmp_path: Path

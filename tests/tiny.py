@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -33,7 +34,12 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def tiny_vit(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> VisionTransformer:
+def tiny_vit(
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    kind: type[VisionTransformer] = VisionTransformer,
+    **arguments,
+) -> VisionTransformer:
     """A timm VisionTransformer of width 32 with 3 blocks for 32x32 images, every weight random."""
     defaults = {
         "img_size": 32,
@@ -44,9 +50,14 @@ def tiny_vit(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> 
         "mlp_ratio": 2,
         "num_classes": 0,
     }
-    vit = VisionTransformer(**(defaults | arguments))
+    vit = kind(**(defaults | arguments))
     randomise(vit, seed)
     return vit.to(dtype).eval()
+
+
+def tiny_distilled(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> VisionTransformer:
+    """`tiny_vit` as timm's class of DeiT's distilled models: with a distillation token beside CLS."""
+    return tiny_vit(dtype, seed, VisionTransformerDistilled, **arguments)
 
 
 def tiny_eva(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> Eva:

@@ -82,12 +82,15 @@ class TunedClassifier(TunedModel):
         self.backbone = backbone  # type: ignore[assignment]
         self.pool = pool
         self.num_classes = check_count("num_classes", num_classes)
-        self.head = nn.Linear(backbone.embed_dim, self.num_classes, device=backbone.device)
+        self.head = nn.Linear(self.num_features, self.num_classes, device=backbone.device)
         _start_head(self.head)
 
     @property
     def num_features(self) -> int:
-        """d, under timm's name."""
+        """The width of the head's input, under timm's name: d, or 2 d for the two tokens of DeiT's distilled
+        models."""
+        if isinstance(self.backbone, FrozenViT):
+            return self.backbone.num_features(self.pool)
         return self.embed_dim
 
     def get_classifier(self) -> nn.Module:
@@ -114,7 +117,7 @@ class TunedClassifier(TunedModel):
                 "is the argument pool, when the model is built"
             )
         dtype = self._feature_dtype
-        self.head = nn.Linear(self.embed_dim, num_classes, device=self.backbone.device, dtype=dtype)
+        self.head = nn.Linear(self.num_features, num_classes, device=self.backbone.device, dtype=dtype)
         _start_head(self.head)
         self.num_classes = num_classes
 
@@ -133,11 +136,11 @@ class TunedClassifier(TunedModel):
 
     def _require_storable_head(self) -> None:
         found = {name: tuple(weight.shape) for name, weight in self.head.named_parameters()}
-        wanted = {"weight": (self.num_classes, self.embed_dim), "bias": (self.num_classes,)}
+        wanted = {"weight": (self.num_classes, self.num_features), "bias": (self.num_classes,)}
         if found != wanted:
             raise ValueError(
                 f"head: got a {type(self.head).__name__} with {found or 'no weights'}, which from_pretrained "
-                f"does not build again; want nn.Linear({self.embed_dim}, {self.num_classes}), as "
+                f"does not build again; want nn.Linear({self.num_features}, {self.num_classes}), as "
                 "reset_classifier makes it, or else to save model.trainable_state_dict() yourself"
             )
 
@@ -150,8 +153,8 @@ class TunedClassifier(TunedModel):
         return self.head(self.image_features(images))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to the head's input (B, d), in its dtype: one vector per image, for
-        image retrieval, say, or another classifier.
+        """Normalised images (B, C, H, W) to the head's input (B, `num_features`), in its dtype: one vector
+        per image, for image retrieval, say, or another classifier.
 
         Raises:
             ValueError: images of the wrong shape.
@@ -159,11 +162,12 @@ class TunedClassifier(TunedModel):
         raise NotImplementedError
 
     def _features(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows that pooling reads, after the last block (B, R, d), to the head's input (B, d)."""
+        """The rows that pooling reads, after the last block (B, R, d), to the head's input
+        (B, `num_features`)."""
         return self.backbone.features(rows, self.pool).to(self._feature_dtype)
 
     def _features_of_tokens(self, tokens: torch.Tensor, reads: Read) -> torch.Tensor:
-        """All tokens after the last block (B, N, d) to the head's input (B, d)."""
+        """All tokens after the last block (B, N, d) to the head's input (B, `num_features`)."""
         rows = row_range(reads, tokens.shape[1], self.backbone.num_prefix_tokens, 0)
         # A copy: the final norm keeps its input, and a view would keep the unread rows alive too.
         return self._features(tokens[:, slice(*rows)].contiguous())
@@ -379,7 +383,7 @@ class PromptedClassifier(FrozenClassifier):
         if self.bytes_beside is not None:
             return batch_size * self.bytes_beside
         pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens), self.pool)
-        return batch_size * (pooling + self.embed_dim * self._feature_dtype.itemsize)
+        return batch_size * (pooling + self.num_features * self._feature_dtype.itemsize)
 
 
 class TrainedPart(nn.Module):

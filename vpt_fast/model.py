@@ -73,7 +73,7 @@ class PromptedViT(PromptedClassifier):
             then those below; ``concat-channel``: (1, m, H, W).
         prompts_sides: (``pad`` only) (1, 3, H, 2m), the columns left of the image, then those right of it.
         prompt_projection: (with `prompt_project` only) nn.Linear from p to d dimensions.
-        head: nn.Linear, from d features to logits.
+        head: nn.Linear, from `num_features` features to logits.
 
     Raises:
         ValueError: an argument out of range, settings that exclude each other, or a part of the backbone

@@ -23,6 +23,7 @@ from torch import nn
 from vpt_fast.backbones.checkpoints import read_tensors
 from vpt_fast.backbones.resolve import SWIN, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
+from vpt_fast.engine.plan import Read
 from vpt_fast.files import replacing
 from vpt_fast.model import PromptedViT
 from vpt_fast.swin import PromptedSwin
@@ -410,9 +411,9 @@ def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
     if model.pool is not None:
         return model.pool
     stem = model.backbone.stem
-    if stem.attn_pool is not None or stem.global_pool not in ("token", "avg") or stem.pool_include_prefix:
+    if stem.attn_pool is not None or stem.global_pool not in ("token", "avg"):
         return None
-    return {"token": "cls", "avg": "image"}[stem.global_pool]
+    return {Read.CLS: "cls", Read.PATCHES: "image"}.get(model.backbone.head_reads(None))
 
 
 def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[str, Any]:

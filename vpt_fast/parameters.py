@@ -128,7 +128,7 @@ def _count(
         return constructor(vit, 1, **settings)
 
     model = build(1 if lengths else None)
-    per_class = model.embed_dim + 1
+    per_class = model.num_features + 1
     one = model.num_trainable_parameters - per_class
     least = most = one * len(TASKS)
     if lengths:

@@ -87,6 +87,12 @@ def test_a_swin_and_a_convnet_have_no_cls_token_to_train(backbone):
     assert "cls-token" in reasons and {"linear", "vpt-shallow", "full"} <= {row.method for row in rows}
 
 
+def test_a_head_on_two_tokens_is_not_counted_beside_the_head():
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    linear, *_ = count_parameters("deit_tiny_distilled_patch16_224", sizes)[0]
+    assert linear.method == "linear" and linear.trained == (0, 0)
+
+
 def test_prompt_lengths_are_of_the_24_tasks():
     assert PROMPT_LENGTHS.keys() == TASKS.keys()
     assert sum(task.num_classes for task in TASKS.values()) == 940 + 1173

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from concatenation import relative_error, step
-from tiny import random_batch, tiny_eva, tiny_vit
+from tiny import random_batch, tiny_distilled, tiny_eva, tiny_vit
 from torch import nn
 from ways_to_tune import logits
 
@@ -40,13 +40,14 @@ WAYS = {
     "lora": (LoRATuning, {"rank": 2}),
 }
 # The plain ViT; one with registers, LayerScale, a mean over the patches, and norms on queries and keys, on
-# attention's output and in the MLP; and two of Eva.
+# attention's output and in the MLP; one of DeiT's distilled; and two of Eva.
 BACKBONES = {
     "plain": {},
     "rich": dict(
         reg_tokens=2, init_values=0.1, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True,
         global_pool="avg", fc_norm=True,
     ),
+    "distilled": dict(build=tiny_distilled),
     "dinov3": dict(
         build=tiny_eva, rope_type="dinov3", rope_rotate_half=True, init_values=0.1, num_reg_tokens=2,
         dynamic_img_size=True,

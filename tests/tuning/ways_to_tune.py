@@ -11,20 +11,25 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from concatenation import ConcatenatedViT
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 
 class Features(nn.Module):
-    """What timm's own head would read (B, d)."""
+    """What timm's own head would read (B, d); of a distilled model, half of what each of the two would, side
+    by side (B, 2 d)."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = copy.deepcopy(vit).eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        x = self.vit.forward_features(images)
+        if isinstance(self.vit, VisionTransformerDistilled):
+            return torch.cat([x[:, 0], x[:, 1]], dim=1) / 2
+        return self.vit.forward_head(x, pre_logits=True)
 
 
 def logits(method: str, vit: VisionTransformer, images: Tensor, trained: dict[str, Tensor]) -> Tensor:
@@ -46,7 +51,7 @@ def logits(method: str, vit: VisionTransformer, images: Tensor, trained: dict[st
                     linear.register_forward_hook(low_rank(trained, f"backbone.blocks.{i}.attn.{name}"))
         x = features(images)
     else:
-        x = functional_call(features, in_timm(trained), images)  # (B, d)
+        x = functional_call(features, in_timm(trained), images)
     if method == "sidetune":
         with torch.device("meta"):  # every weight is among the trained tensors
             alexnet = torchvision.models.alexnet()

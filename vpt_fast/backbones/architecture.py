@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _ATTRIBUTES = (
     "negative_slope",  # of an activation
     "eps", "alpha", "beta", "gamma", "attn_gain",  # of standardised weights, and of networks without norms
 )  # fmt: skip
+CLASSIFIERS = ("head", "head_dist")  # of timm's models; only DeiT's distilled ones have the second
 POOLING = ("global_pool", "pool_include_prefix")  # of a whole model, in its record
 _POOLS = {nn.AvgPool2d: "avg", nn.MaxPool2d: "max"}
 _NORMS = ("rms", "batch", "group", "layer")
@@ -34,12 +35,12 @@ _ACTIVATIONS = {"gelutanh": "gelu_tanh", "quickgelu": "quick_gelu", "swish": "si
 _OF_MODULES = ("norm", "activation", "num_heads", "pool")
 
 
-def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
-    """SHA-256 of the names, shapes and float32 values of all weights except those of the module `classifier`;
-    on the meta device, where there are no values, of names and shapes."""
+def fingerprint(model: nn.Module, classifiers: Sequence[str] = CLASSIFIERS) -> str:
+    """SHA-256 of the names, shapes and float32 values of all weights except those of the modules
+    `classifiers`; on the meta device, where there are no values, of names and shapes."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        if classifier is not None and name.startswith(f"{classifier}."):
+        if name.partition(".")[0] in classifiers:
             continue
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         if not weight.is_meta:
@@ -47,12 +48,12 @@ def fingerprint(model: nn.Module, classifier: str | None = "head") -> str:
     return digest.hexdigest()
 
 
-def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str, Any]:
+def architecture(model: nn.Module, classifiers: Sequence[str] = CLASSIFIERS) -> dict[str, Any]:
     """The settings of a timm model that change its output but not its weights' names, shapes or values.
 
     Args:
         model: the model to read.
-        classifier: the module that is left out; None for a model without one.
+        classifiers: the modules that are left out.
 
     Returns:
         A module's path without the numbers of blocks, and a setting's name (blocks.attn.num_heads), to its
@@ -61,7 +62,7 @@ def architecture(model: nn.Module, classifier: str | None = "head") -> dict[str,
     """
     found: dict[str, list[Any]] = {}
     for path, module in model.named_modules():
-        if classifier is not None and f"{path}.".startswith(f"{classifier}."):
+        if path.partition(".")[0] in classifiers:
             continue
         settings = {
             name: getattr(module, name) for name in _ATTRIBUTES if _is_plain(getattr(module, name, None))

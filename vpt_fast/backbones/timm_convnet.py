@@ -138,8 +138,8 @@ class FrozenConvNet(nn.Module):
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         stem: Any = copied(model)
         stem.reset_classifier(0)
-        self.fingerprint = fingerprint(stem, classifier=None)
-        self.architecture = architecture(stem, classifier=None)
+        self.fingerprint = fingerprint(stem, classifiers=())
+        self.architecture = architecture(stem, classifiers=())
         self.num_parameters = sum(p.numel() for p in stem.parameters())
         if dtype is not None:
             stem.to(dtype)

@@ -13,11 +13,12 @@ import timm.data
 import torch
 from timm.layers import LayerScale
 from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast.backbones.architecture import architecture, fingerprint
+from vpt_fast.backbones.architecture import CLASSIFIERS, architecture, fingerprint
 from vpt_fast.backbones.layers import (
     copied,
     dtype_of,
@@ -91,7 +92,9 @@ class FrozenViT(nn.Module):
         self._check(vit)
         self.residual_dtype = residual_dtype
         # A deep copy of everything except blocks and classifier.
-        self.stem: VisionTransformer = copied(vit, vit.blocks, vit.head)
+        self.stem: VisionTransformer = copied(
+            vit, vit.blocks, *(module for name, module in vit.named_children() if name in CLASSIFIERS)
+        )
         self.stem.requires_grad_(False)
         if dtype is not None:
             self.stem.to(dtype)
@@ -117,7 +120,7 @@ class FrozenViT(nn.Module):
         self.fingerprint, self.architecture = fingerprint(vit), architecture(vit)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(
-            p.numel() for name, p in vit.named_parameters() if not name.startswith("head.")
+            p.numel() for name, p in vit.named_parameters() if name.partition(".")[0] not in CLASSIFIERS
         )
 
     def train(self, mode: bool = True) -> FrozenViT:
@@ -157,6 +160,10 @@ class FrozenViT(nn.Module):
     @property
     def embed_dim(self) -> int:
         return self.stem.embed_dim
+
+    def num_features(self, pool: str | None) -> int:
+        """The width of `features`: d, or 2 d for both tokens of a distilled model."""
+        return self.embed_dim * (self.num_prefix_tokens if self.head_reads(pool) is Read.PREFIX else 1)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -271,7 +278,11 @@ class FrozenViT(nn.Module):
     @staticmethod
     def _check(vit: Any) -> None:
         """Raises ValueError for a model with an unsupported part outside its blocks."""
-        check_methods(vit, VisionTransformer)
+        if isinstance(vit, VisionTransformerDistilled):
+            check_methods(vit, VisionTransformerDistilled)
+            _check_distilled(vit)
+        else:
+            check_methods(vit, VisionTransformer)
         check_ends(vit)
 
     @staticmethod
@@ -376,6 +387,8 @@ class FrozenViT(nn.Module):
             ValueError: a pool whose tokens this model does not have.
         """
         if pool is None:
+            if isinstance(self.stem, VisionTransformerDistilled):
+                return Read.PREFIX
             if self.stem.attn_pool is None and self.stem.global_pool == "token":
                 return Read.CLS
             return Read.TOKENS if self._pools_prefix_tokens else Read.PATCHES
@@ -399,7 +412,8 @@ class FrozenViT(nn.Module):
         return self.stem.norm(rows.to(dtype_of(self.stem.norm, default=rows.dtype)))
 
     def features(self, rows: torch.Tensor, pool: str | None) -> torch.Tensor:
-        """The rows (B, R, d) of the last block's output that `head_reads(pool)` names, to features (B, d)."""
+        """The rows (B, R, d) of the last block's output that `head_reads(pool)` names, to features
+        (B, `num_features`)."""
         return self._features(self.stem, rows, pool)
 
     def features_bytes(self, num_rows: int, pool: str | None) -> int:
@@ -428,7 +442,9 @@ class FrozenViT(nn.Module):
         elif stem.attn_pool is not None:
             x = stem.attn_pool(x)
         elif stem.global_pool == "token":
-            x = x[:, 0]
+            # timm's distilled models average the logits of two heads, one for each token. One linear layer on
+            # half of both tokens is the same function, with the heads' weights side by side.
+            x = x[:, 0] if x.shape[1] == 1 else x.flatten(1) / x.shape[1]
         elif stem.global_pool == "avg":
             x = x.mean(dim=1)
         elif stem.global_pool == "max":
@@ -452,6 +468,22 @@ def check_methods(vit: nn.Module, timm_class: type[nn.Module]) -> None:
     for method in ("forward_features", "_pos_embed", "pool", "forward_head"):
         if getattr(type(vit), method) is not getattr(timm_class, method):
             raise ValueError(f"backbone: {type(vit).__name__} has its own {method}, which is not supported")
+
+
+def _check_distilled(vit: VisionTransformerDistilled) -> None:
+    """Raises ValueError for separate logits in training, and for settings that timm's distilled models ignore
+    or fail with."""
+    given = {
+        "distilled_training": vit.distilled_training,
+        "no_embed_class": vit.no_embed_class,
+        "reg_tokens": vit.reg_token is not None,
+        "fc_norm": not isinstance(vit.fc_norm, nn.Identity),
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"backbone: got a {type(vit).__name__} with {name}, which is not supported; want one without"
+            )
 
 
 def check_ends(vit: Any) -> None:

@@ -14,9 +14,10 @@ from enum import Enum
 
 
 class Read(Enum):
-    """The rows that are read. Prefix tokens are CLS and registers."""
+    """The rows that are read. Prefix tokens are CLS, a distillation token and registers."""
 
     CLS = "the CLS token"
+    PREFIX = "prefix tokens"
     PATCHES = "patches"
     TOKENS = "prefix tokens and patches"
     PROMPTS = "prompts"
@@ -84,11 +85,13 @@ def row_range(read: Read, num_tokens: int, num_prefix: int, num_prompts: int) ->
     """The half-open range of rows, counted over num_tokens image-side tokens and then num_prompts prompts."""
     start = {
         Read.CLS: 0,
+        Read.PREFIX: 0,
         Read.TOKENS: 0,
         Read.TOKENS_AND_PROMPTS: 0,
         Read.PATCHES: num_prefix,
         Read.PATCHES_AND_PROMPTS: num_prefix,
         Read.PROMPTS: num_tokens,
     }[read]
-    stop = 1 if read is Read.CLS else num_tokens + (num_prompts if read.prompts else 0)
+    few = {Read.CLS: 1, Read.PREFIX: num_prefix}
+    stop = few.get(read, num_tokens + (num_prompts if read.prompts else 0))
     return start, stop

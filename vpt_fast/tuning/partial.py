@@ -76,7 +76,7 @@ class PartialTuning(FoldedClassifier):
         return self._run_trained(self.frozen_features(images), size_of(images))
 
     def _run_trained(self, x: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Tokens before the first trained block (B, N, d) to the head's input (B, d)."""
+        """Tokens before the first trained block (B, N, d) to the head's input (B, `num_features`)."""
         self.backbone.require_batch(x)
         x, positions = self.backbone.for_timm_blocks(x), self.backbone.timm_positions(image_size)
         for block, position in zip(self.backbone.timm_blocks, positions, strict=True):

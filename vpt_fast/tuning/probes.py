@@ -43,15 +43,15 @@ class LinearProbe(FoldedClassifier):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        return (self.embed_dim,)
+        return (self.num_features,)
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to the pooled features (B, d)."""
+        """Normalised images (B, C, H, W) to the pooled features (B, `num_features`)."""
         self._check_images(images)
         return self._features(self.backbone.run_folded(images, self._reads))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features (B, d) to logits (B, num_classes)."""
+        """Pooled features (B, `num_features`) to logits (B, num_classes)."""
         return self.head(features)
 
     def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
@@ -74,14 +74,14 @@ class LinearProbe(FoldedClassifier):
 
     def _num_kept(self) -> int:
         """Values kept for backward per image."""
-        return self.embed_dim
+        return self.num_features
 
 
 class MLPProbe(LinearProbe):
     """A multi-layer perceptron on the features of a frozen backbone: mlp-k in Table 1 of the VPT paper.
 
-    It has k linear layers. All but the last map d to d dimensions, have d² + d parameters each, and are
-    followed by a ReLU.
+    It has k linear layers. With d the width of the features, all but the last map d to d dimensions, have
+    d² + d parameters each, and are followed by a ReLU.
 
     Args:
         num_layers: k, at least 1, which is a linear probe.
@@ -107,7 +107,7 @@ class MLPProbe(LinearProbe):
         super().__init__(backbone, num_classes, **settings)
         layers: list[nn.Module] = []
         for _ in range(num_layers - 1):
-            linear = nn.Linear(self.embed_dim, self.embed_dim, device=self.backbone.device)
+            linear = nn.Linear(self.num_features, self.num_features, device=self.backbone.device)
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
             layers += [linear, nn.ReLU()]
@@ -122,11 +122,11 @@ class MLPProbe(LinearProbe):
         return dtype_of(self.hidden, default=super()._feature_dtype)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Pooled features (B, d) to logits (B, num_classes)."""
+        """Pooled features (B, `num_features`) to logits (B, num_classes)."""
         return self.head(self.hidden(features))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         return self.hidden(self.frozen_features(images))
 
     def _num_kept(self) -> int:
-        return self.num_layers * self.embed_dim  # a ReLU and the next layer keep the same tensor
+        return self.num_layers * self.num_features  # a ReLU and the next layer keep the same tensor

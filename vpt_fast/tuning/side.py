@@ -24,7 +24,7 @@ class SideTuning(FoldedClassifier):
 
     The head reads α · backbone(x) + (1 - α) · side(x), where α is the sigmoid of one trained scalar that
     starts at 0. The side network consists of AlexNet's convolutions and average pool (torchvision) and one
-    linear layer from their 9216 features to d. Its input is normalised for the backbone.
+    linear layer from their 9216 features to the head's width. Its input is normalised for the backbone.
 
     Args:
         backbone, num_classes, settings: see `LinearProbe`.
@@ -32,7 +32,7 @@ class SideTuning(FoldedClassifier):
             cannot be downloaded, it is initialised at random, with a warning.
 
     Attributes:
-        side: nn.Sequential, images to (B, d).
+        side: nn.Sequential, images to (B, `num_features`).
         alpha: (), α before the sigmoid.
 
     Raises:
@@ -58,7 +58,7 @@ class SideTuning(FoldedClassifier):
                 layer.reset_parameters()
         if side_pretrained:
             _load_published_weights(convolutions)
-        linear = nn.Linear(_SIDE_FEATURES, self.embed_dim, device=device)
+        linear = nn.Linear(_SIDE_FEATURES, self.num_features, device=device)
         self.side = nn.Sequential(convolutions, alexnet.avgpool, nn.Flatten(), linear)
         self.alpha = nn.Parameter(torch.zeros((), device=device))
 
@@ -75,7 +75,7 @@ class SideTuning(FoldedClassifier):
         height, width = self.image_size
         first: Any = self.side.get_submodule("0.0")
         per_image = 2 * first.out_channels * (height // first.stride[0]) * (width // first.stride[1])
-        per_image += _SIDE_CHANNELS * height * width + 2 * _SIDE_FEATURES + 3 * self.embed_dim
+        per_image += _SIDE_CHANNELS * height * width + 2 * _SIDE_FEATURES + 3 * self.num_features
         return cost.TrainingBytes(
             weights=self._weight_bytes(),
             kept=batch_size * per_image * dtype_of(self.side, default=torch.float32).itemsize,
