@@ -123,7 +123,7 @@ def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int) -> list[
         # imported lives to the end: nothing looks for garbage in it.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(dict.fromkeys(module for module, _ in places)))
-        with ProcessPoolExecutor(min(jobs, len(places)), context, initializer=gc.freeze) as pool:
+        with ProcessPoolExecutor(min(jobs, len(places) or 1), context, initializer=gc.freeze) as pool:
             futures: dict[Future, tuple[str, int]] = {
                 pool.submit(build_row, *place, arch): place for place in places
             }
