@@ -70,7 +70,7 @@ def test_folder_of_another_seed_is_written_anew(digits, tmp_path):
     root = Path(shutil.copytree(digits, tmp_path / "digits"))
     export_digits(root, seed=1)
     assert stems(root, "train") != stems(digits, "train")
-    assert sum(len(stems(root, split)) for split in ("train", "val", "test")) == 1797  # none of the old is left
+    assert sum(len(stems(root, split)) for split in ("train", "val", "test")) == 1797  # no old one
     assert json.loads((root / "digits.json").read_text())["seed"] == 1
 
 
