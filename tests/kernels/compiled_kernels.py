@@ -6,6 +6,8 @@ python compiled_kernels.py OPERATOR ARCH
 import importlib
 import itertools
 import sys
+import time
+from collections.abc import Sequence
 
 import attention_definition
 import torch
@@ -136,22 +138,24 @@ def rotations() -> None:
         assert torch.equal(qkv[:, :5], untouched)
 
 
-def main(operator: str, arch: int) -> None:
-    triton.knobs.runtime.interpret = (
-        True  # only now, when the kernels are compiled ones: for tensors on the CPU
-    )
-    pretend(arch)
-    for name in MODULES:
-        module = importlib.import_module(name)
-        if hasattr(module, "arch_of"):
-            module.arch_of = lambda device: arch
-    OPERATORS[operator]()
-
-
 OPERATORS = {
     function.__name__: function
     for function in (prompted_attention, window_attention, products, activations, norms, rotations)
 }
 
+
+def main(arch: int, operators: Sequence[str]) -> None:
+    triton.knobs.runtime.interpret = True  # only now, when the kernels are compiled ones: for CPU tensors
+    pretend(arch)
+    for name in MODULES:
+        module = importlib.import_module(name)
+        if hasattr(module, "arch_of"):
+            module.arch_of = lambda device: arch
+    for operator in operators or OPERATORS:
+        start = time.process_time()
+        OPERATORS[operator]()
+        print(f"{operator}: {time.process_time() - start:.1f} s", flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2:])
