@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from ptx.machine import Block, Fault, GlobalMemory
@@ -163,6 +165,18 @@ def test_fault_is_found(body, message):
         run(body, DATA)
 
 
-def test_unknown_instruction_is_named():
-    with pytest.raises(NotImplementedError, match="popc.b32 %r3, %r1"):
-        run("popc.b32 %r3, %r1;", DATA)
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "popc.b32 %r3, %r1",
+        "cvt.rzi.s32.f32 %r3, %r1",
+        "cvt.sat.s8.s32 %r3, %r1",
+        "max.NaN.f32 %r3, %r1, %r1",
+        "mul.hi.u32 %r3, %r1, %r1",
+        "bar.sync 1, 32",
+        "atom.global.add.u32 %r3, [%rd1], %r1",
+    ],
+)
+def test_unknown_instruction_is_named(instruction):
+    with pytest.raises(NotImplementedError, match=re.escape(instruction)):
+        run(f"{instruction};", DATA)

@@ -14,6 +14,8 @@ from .source import Instruction, Source, elements, parse
 
 Lines = list[str]
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8}
+NUMBER = re.compile(r"-?\d+")
+REGISTER = re.compile(r"%(p|r|rs|rd)\d+(_\d+)?")
 ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 TENSOR = re.compile(r"\[\s*(%\w+)\s*,\s*\{(.*)\}\s*\]")  # a tensor map and where in the tensor
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -94,7 +96,12 @@ class Translator:
         """Of the basic blocks: what each does, and which is the next, or which for every thread."""
         text = ""
         for i, block in enumerate(self.source.blocks):
-            lines = [line for instruction in block for line in self.instruction(instruction, i + 1)]
+            lines = []
+            for instruction in block:
+                try:
+                    lines += self.instruction(instruction, i + 1)
+                except (AssertionError, KeyError, ValueError) as error:  # it, or its form, is not known here
+                    raise NotImplementedError(instruction.text) from error
             text += f"def block{i}(B, R):\n" + "".join(f"  {line}\n" for line in (*lines, f"return {i + 1}"))
         names: dict[str, Any] = dict(np=np, numbers=numbers, matrices=matrices, tma=tma)
         exec(compile(text, f"<{self.source.name}>", "exec"), names)
@@ -110,13 +117,13 @@ class Translator:
         if kind == "pred":
             if operand.startswith("!"):
                 return f"~{self.register(operand[1:])}"
-            return self.register(operand) if operand.startswith("%") else f"np.bool_({operand != '0'})"
+            return f"np.bool_({operand != '0'})" if NUMBER.fullmatch(operand) else self.register(operand)
         bits = 8 * width_of(kind)
         if operand in ("%globaltimer", "%globaltimer_lo"):
             value = "B.time()"
         elif "." in operand:
             value = f"B.special[{operand!r}]"
-        elif operand.startswith("%"):
+        elif REGISTER.fullmatch(operand):
             value = self.register(operand)
         elif operand == "global_smem":  # shared memory starts at 0
             value = "np.uint32(0)"
@@ -171,7 +178,7 @@ class Translator:
             return []
         if i.opcode[:2] == ("bar", "warp"):  # as the threads of a warp are
             return []
-        if first == "bar":
+        if i.opcode == ("bar", "sync") and i.operands == ("0",):  # of all threads
             return ["B.synchronize()"]
         special = getattr(self, f"_{first}", None)
         if special is not None:
@@ -186,6 +193,7 @@ class Translator:
             values = [self.read(source, kind) for source in sources]
             return values[0] if first == "mov" else f"{values[0]} {BITWISE[first]} {values[1]}"
         bits = 8 * width_of(kind)
+        assert not {"NaN", "sat"} & {*i.opcode}
         if kind == "f32":
             values = [self.read(source, kind) for source in sources]
             return f"np.asarray({FLOAT[first].format(*values)}).view(np.uint32)"
@@ -194,8 +202,7 @@ class Translator:
             names = "abc"[: len(values)]
             operation = f"lambda {', '.join(names)}: {FLOAT[first].format(*names)}"
             return f"numbers.in_pairs({operation}, {kind[:-2]!r}, {', '.join(values)})"
-        if kind.lstrip("bsu") not in WIDTHS:
-            raise NotImplementedError(i.text)
+        assert kind.lstrip("bsu") in WIDTHS
         plain = [self.read(source, f"b{bits}") for source in sources[:3]]
         typed = [self.read(source, kind) for source in sources[:2]]
         unsigned = f".view(np.uint{bits})"
@@ -210,11 +217,10 @@ class Translator:
         if first in ("div", "rem"):
             name = "divide" if first == "div" else "remainder"
             return f"numbers.{name}({', '.join(typed)}, np.int{bits}){unsigned}"
-        if first in ("mul", "mad"):
+        if first in ("mul", "mad") and i.opcode[1] in ("lo", "wide"):
             if i.opcode[1] == "lo":
                 product, sum_bits = f"{plain[0]} * {plain[1]}", bits
             else:
-                assert i.opcode[1] == "wide"
                 sum_bits = 2 * bits
                 wide = f"np.{numpy_type(kind[0], sum_bits)}"
                 product = " * ".join(f"np.asarray({value}).astype({wide})" for value in typed)
@@ -228,7 +234,7 @@ class Translator:
             return f"numbers.extract_bits({typed[0]}, {plain[1]}, {plain[2]}){unsigned}"
         if first == "prmt":
             return f"numbers.permute_bytes({', '.join(plain)})"
-        raise NotImplementedError(i.text)
+        raise ValueError(i.text)
 
     def _selp(self, i: Instruction) -> Lines:
         yes, no = (self.read(source, f"b{8 * width_of(i.opcode[-1])}") for source in i.operands[1:3])
@@ -292,6 +298,7 @@ class Translator:
             return self.write(
                 i, f"np.asarray({self.read(i.operands[1], kind)}).astype(np.float32).view(np.uint32)"
             )
+        assert len(i.opcode) == 3 and {to[0], kind[0]} <= {"s", "u"}
         # Between integers: the source's low bits, extended to the target's and then to the register's.
         bits, to_bits, wide = (8 * n for n in (width_of(kind), width_of(to), register_width(i.operands[0])))
         value = f"np.asarray({self.register(i.operands[1])}).astype(np.uint{bits})"
@@ -348,7 +355,7 @@ class Translator:
             own = self.read(i.operands[3] if len(i.operands) > 3 else size, "u32")
             addresses = f"{self.address(target, 'shared')}, {self.address(source, 'global')}"
             return [f"B.copy_async({addresses}, {int(size, 0)}, {own}, {guard})"]
-        raise NotImplementedError(i.text)
+        raise ValueError(i.text)
 
     def _mbarrier(self, i: Instruction) -> Lines:
         what, guard = i.opcode[1], self.guard(i)
@@ -363,7 +370,7 @@ class Translator:
         if i.opcode[1:3] == ("try_wait", "parity"):
             parity = self.read(i.operands[2], "u32")
             return self.write(i, f"tma.wait(B, {self.address(i.operands[1], 'shared')}, {parity})")
-        raise NotImplementedError(i.text)
+        raise ValueError(i.text)
 
     def _elect(self, i: Instruction) -> Lines:
         return [f"{self.register(i.operands[0].split('|')[1])} = B.lane == 0"]
