@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from ptx.machine import Block, Fault, GlobalMemory
+from ptx.machine import Block, Fault, GlobalMemory, SharedMemory
 from ptx.translate import Kernel
 
 NUM_THREADS = 64  # two warps
@@ -163,6 +163,30 @@ FAULTS = {
 def test_fault_is_found(body, message):
     with pytest.raises(Fault, match=message):
         run(body, DATA)
+
+
+def test_write_to_what_a_product_in_flight_reads_is_a_fault():
+    shared, places = SharedMemory(64), np.arange(32)
+    shared.write(places, 0, np.zeros(32, np.uint8), "st.shared")
+    shared.use(places, 0, "wgmma")
+    with pytest.raises(Fault, match="st.shared: writes what an operation in flight reads"):
+        shared.write(places[:4], 0, np.ones(4, np.uint8), "st.shared")
+    assert (shared.end_use(places) == 0).all()
+    shared.write(places[:4], 0, np.ones(4, np.uint8), "st.shared")
+
+
+def test_numbers_of_two_types_are_added_in_the_wider_one():
+    data = run(
+        """
+            mov.b16 %rs1, 16256;
+            ld.global.b32 {%r3}, [%rd3 + 0];
+            add.rn.f32.bf16 %r4, %rs1, %r3;
+            fma.rn.f32.bf16 %r5, %rs1, %rs1, %r4;
+            st.global.b32 [%rd3 + 0], {%r5};
+        """,
+        DATA.astype(np.float32).view(np.uint32),
+    )
+    assert (data.view(np.float32) == DATA + 2).all()
 
 
 @pytest.mark.parametrize(

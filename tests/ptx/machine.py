@@ -15,6 +15,7 @@ import numpy as np
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WARP = 32
 NOBODY, SEVERAL = -1, -2  # in place of a warp's number
+LANES, COLUMNS = 128, 512  # of tensor memory
 NAN_BYTE = 0xFF  # what memory is filled with: NaN in every floating-point type
 
 
@@ -61,6 +62,7 @@ class SharedMemory:
         self.writer, self.reader = np.full(size, NOBODY), np.full(size, NOBODY)
         self.write_phase, self.read_phase = np.full(size, -1), np.full(size, -1)
         self.phase = 0  # the number of barriers so far
+        self.in_use = np.zeros(size, int)  # by how many operations in flight that read it
 
     def require(self, addresses: np.ndarray, size: int, what: str) -> None:
         if (addresses % size).any():
@@ -68,19 +70,35 @@ class SharedMemory:
         if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
             raise Fault(f"{what}: shared memory has {len(self.bytes)} bytes")
 
-    def read(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> np.ndarray:
-        """The bytes at `places`, read by `warps`, of the same shape, or by one."""
+    def require_written(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> None:
+        """Faults unless `warps`, of the same shape or one, may read."""
         if not self.is_written[places].all():
             raise Fault(f"{what}: reads shared memory that nobody has written")
         if ((self.write_phase[places] == self.phase) & (self.writer[places] != warps)).any():
             raise Fault(f"{what}: reads what another warp writes, with no barrier between")
+
+    def read(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> np.ndarray:
+        """The bytes at `places`, read by `warps`."""
+        self.require_written(places, warps, what)
         others = (self.read_phase[places] == self.phase) & (self.reader[places] != warps)
         self.reader[places] = np.where(others, SEVERAL, warps)
         self.read_phase[places] = self.phase
         return self.bytes[places]
 
+    def use(self, places: np.ndarray, warp: int, what: str) -> None:
+        """An operation begins that reads them until it ends."""
+        self.require_written(places, warp, what)
+        np.add.at(self.in_use, places, 1)
+
+    def end_use(self, places: np.ndarray) -> np.ndarray:
+        """What the operation has read."""
+        np.add.at(self.in_use, places, -1)
+        return self.bytes[places]
+
     def require_free(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> None:
-        """Faults where another warp has accessed them since the last barrier."""
+        """Faults where another warp has accessed them since the last barrier, or an operation reads them."""
+        if self.in_use[places].any():
+            raise Fault(f"{what}: writes what an operation in flight reads")
         if ((self.read_phase[places] == self.phase) & (self.reader[places] != warps)).any():
             raise Fault(f"{what}: writes what another warp reads, with no barrier between")
         if ((self.write_phase[places] == self.phase) & (self.writer[places] != warps)).any():
@@ -134,6 +152,19 @@ class Groups:
                 operation()
 
 
+class TensorMemory:
+    """allocated: columns from 0 on. products: those in flight, in the order in which they end."""
+
+    def __init__(self) -> None:
+        self.words = np.full((LANES, COLUMNS, 4), NAN_BYTE, np.uint8).view(np.uint32)[..., 0]
+        self.allocated = 0
+        self.products: list[Callable[[], None]] = []
+
+    def require(self, last_column: int) -> None:
+        if last_column > self.allocated:
+            raise Fault(f"tcgen05: column {last_column} of {self.allocated} that are allocated")
+
+
 class Block:
     """The threads of one program.
 
@@ -163,6 +194,7 @@ class Block:
         self.mask: np.ndarray | None = None
         self.copies, self.products, self.stores = Groups(), Groups(), Groups()
         self.barriers: dict[int, Barrier] = {}
+        self.tensor_memory = TensorMemory()
         self.nanoseconds = 0
         self.special = {"%tid.x": thread.astype(np.uint32)}
         for axis, index, size in zip("xyz", program, grid, strict=True):
@@ -186,8 +218,6 @@ class Block:
         return np.uint64(self.nanoseconds)
 
     def synchronize(self) -> None:
-        if self.mask is not None:
-            raise Fault("bar.sync: not all threads reach it")
         self.shared.phase += 1
 
     def require_end(self) -> None:
@@ -195,6 +225,8 @@ class Block:
         for groups, what in ((self.copies, "cp.async"), (self.products, "wgmma"), (self.stores, "TMA store")):
             if groups.open or any(groups.committed):
                 raise Fault(f"{what}: nobody waits for it")
+        if self.tensor_memory.products:
+            raise Fault("tcgen05.mma: nobody waits for it")
 
     def choose_parameter(self, number: np.ndarray, dtype: type) -> np.ndarray:
         limit = 2 ** (8 * np.dtype(dtype).itemsize)
@@ -257,6 +289,11 @@ class Block:
         places = bytes_at(targets, size)
         self.shared.expect(places, warps, "cp.async")
         self.copies.open.append(lambda: self.shared.write(places, warps, data, "cp.async"))
+
+    def reduce_max(self, value: np.ndarray) -> np.ndarray:
+        """redux.sync.max.f32 of all lanes of a warp."""
+        most = np.fmax.reduce(self.each(value).reshape(-1, WARP), axis=1)
+        return np.repeat(most, WARP).view(np.uint32)
 
     def shuffle(self, mode: str, value: Any, other: Any) -> np.ndarray:
         """shfl.sync among all lanes of a warp."""

@@ -3,6 +3,7 @@ PTX ISA, "Warp Level Matrix Instructions" and "Asynchronous Warpgroup Level Matr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def _unpack(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (pairs & np.uint32(0xFFFF)).astype(np.uint16), (pairs >> np.uint32(16)).astype(np.uint16)
 
 
-def _multiply(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+def multiply_exactly(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
     """total + a b, rounded once."""
     return (a.astype(np.float64) @ b.astype(np.float64) + total).astype(np.float32)
 
@@ -90,12 +91,12 @@ def multiply(
     total = np.zeros((len(warp), 16, 8), np.float32)
     for i, value in enumerate(c):
         total[warp, row + 8 * (i // 2), column + i % 2] = block.each(value).view(np.float32).reshape(-1, WARP)
-    total = _multiply(_a_operand(block, a, kind), right, total)
+    total = multiply_exactly(_a_operand(block, a, kind), right, total)
     found = (total[warp, row + 8 * (i // 2), column + i % 2] for i in range(4))
     return [d.reshape(-1).view(np.uint32) for d in found]
 
 
-def _described(descriptor: int, rows: int, is_transposed: bool) -> np.ndarray:
+def described(descriptor: int, rows: int, is_transposed: bool) -> np.ndarray:
     """(rows, 16) addresses of the elements of an operand in shared memory, of 16 bits each. Transposed: those
     of a column lie side by side."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
@@ -135,31 +136,36 @@ def multiply_async(
         accumulates: a predicate, or a number: whether D is added.
         transposed: A and B.
     """
-    in_registers = isinstance(a, list)
 
-    def operand(descriptor: Any, rows: int, is_transposed: bool) -> np.ndarray:
-        """(warpgroups, rows, 16)"""
-        found = []
-        for group, own in enumerate(block.each(descriptor).reshape(-1, GROUP)):
+    def operand(descriptor: Any, rows: int, is_transposed: bool) -> Callable[[], np.ndarray]:
+        """Begins to read each warpgroup's matrix from shared memory; what ends it, (warpgroups, rows, 16)."""
+        groups = []
+        for own in block.each(descriptor).reshape(-1, GROUP):
             if (own != own[0]).any():
                 raise Fault("wgmma: a warpgroup's threads have different descriptors")
-            places = _described(int(own[0]), rows, is_transposed)
-            warp = group * GROUP // WARP
+            places = described(int(own[0]), rows, is_transposed)
             if places.max() + 2 > len(block.shared.bytes):
                 raise Fault("wgmma: an operand past the end of shared memory")
-            data = block.shared.read(bytes_at(places.reshape(-1), 2), warp, "wgmma")
-            found.append(CONVERSIONS[kind][0](data.view(np.uint16)).reshape(rows, 16))
-        return np.stack(found)
+            groups.append(bytes_at(places.reshape(-1), 2))
+            block.shared.use(groups[-1], (len(groups) - 1) * GROUP // WARP, "wgmma")
 
-    def read() -> tuple[np.ndarray, np.ndarray]:
-        if in_registers:
-            left = _a_operand(block, [block.registers[i] for i in a], kind).reshape(-1, 64, 16)
-        else:
-            left = operand(a, 64, transposed[0])
-        return left, operand(b, columns, transposed[1])
+        def end() -> np.ndarray:
+            for group, places in enumerate(groups):
+                block.shared.end_use(places)
+                block.shared.read(places, group * GROUP // WARP, "wgmma")
+            data = block.shared.bytes[np.stack(groups)]
+            return CONVERSIONS[kind][0](data.view(np.uint16)).reshape(-1, rows, 16)
+
+        return end
+
+    def from_registers() -> np.ndarray:
+        return _a_operand(block, [block.registers[i] for i in a], kind).reshape(-1, 64, 16)
+
+    left_operand = from_registers if isinstance(a, list) else operand(a, 64, transposed[0])
+    right_operand = operand(b, columns, transposed[1])
 
     def finish() -> None:
-        left, right = read()
+        left, right = left_operand(), right_operand()
         thread = np.arange(GROUP)[:, None]
         i = np.arange(len(totals))
         row = thread // WARP * 16 + thread % WARP // 4 + 8 * (i // 2 % 2)
@@ -168,10 +174,9 @@ def multiply_async(
         added = block.each(accumulates)[:, None]
         total = np.zeros((len(left), 64, columns), np.float32)
         total[:, row, column] = np.where(added, before, np.float32(0)).reshape(-1, GROUP, len(totals))
-        total = _multiply(left, right.swapaxes(1, 2), total)
+        total = multiply_exactly(left, right.swapaxes(1, 2), total)
         after = total[:, row, column].reshape(-1, len(totals)).view(np.uint32)
         for i, d in enumerate(totals):
             block.registers[d] = after[:, i]
 
-    read()  # as it may already do now
     block.products.open.append(finish)

@@ -89,14 +89,19 @@ def combine(parts: list[np.ndarray], bits: int) -> np.ndarray:
 
 
 def in_pairs(operation: Callable[..., np.ndarray], kind: str, *pairs: np.ndarray) -> np.ndarray:
-    """An operation on both halves of registers, as numbers of `kind` (bf16 or f16), rounded once."""
+    """An operation on both halves of registers, as numbers of `kind` (bf16, f16 or f32), rounded once."""
     to_float, from_float = CONVERSIONS[kind]
-    halves = [[to_float((np.asarray(pair) >> U32(shift)).astype(U16)) for pair in pairs] for shift in (0, 16)]
-    return combine([from_float(operation(*half)) for half in halves], 16)
+    bits, half = (32, U32) if kind == "f32" else (16, U16)
+    halves = [
+        [to_float((np.asarray(p) >> np.asarray(p).dtype.type(shift)).astype(half)) for p in pairs]
+        for shift in (0, bits)
+    ]
+    return combine([from_float(operation(*each)) for each in halves], bits)
 
 
 CONVERSIONS = {
     "bf16": (bfloat16_to_float, float_to_bfloat16),
     "f16": (float16_to_float, float_to_float16),
+    "f32": (lambda x: x.view(np.float32), lambda x: np.asarray(x).view(U32)),
 }
 """Of bits to float32, and back."""

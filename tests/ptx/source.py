@@ -9,8 +9,10 @@ from typing import NamedTuple
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)([^{]*)\{", re.DOTALL)
 PARAMETER = re.compile(r"(\w+)(?:\[\d+\])?$")
+BARRIER = ("bar", "sync")
 THREADS = re.compile(r"\.reqntid (\d+)")
 LABEL = re.compile(r"[$\w]+")
+OWN_LABEL = re.compile(r"^\s*(\w+):(?!:)", re.MULTILINE)  # of inline assembly; others begin with $
 INSTRUCTION = re.compile(r"(?:@(!?)([%\w]+) )?([\w.:]+) ?(.*)")
 VECTOR = re.compile(r"\{[^{}]*\}")  # of registers, within an instruction
 REGISTERS = re.compile(r"%\w+<\d+>")  # a declaration of many
@@ -28,7 +30,8 @@ class Instruction(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A kernel. blocks: basic blocks in order; labels: of their first instructions."""
+    """A kernel. blocks: basic blocks in order, each barrier the first of one; labels: of their first
+    instructions."""
 
     name: str
     parameters: tuple[str, ...]
@@ -52,6 +55,8 @@ def parse(ptx: str) -> Source:
                 blocks.append([])
             labels[item] = len(blocks) - 1
             continue
+        if item.opcode[:2] == BARRIER and blocks[-1]:
+            blocks.append([])
         blocks[-1].append(item)
         if item.opcode[0] in ("bra", "ret"):
             blocks.append([])
@@ -74,7 +79,8 @@ def statements(body: str) -> Iterator[str | Instruction]:
                 at = vector.end()
                 continue
             num_scopes += 1
-            scopes.append({})
+            labels = OWN_LABEL.findall(body, at, end_of_scope(body, at))  # a branch may come before its label
+            scopes.append({label: f"{label}_{num_scopes}" for label in labels})
             text = ""
         elif char == "}":
             scopes.pop()
@@ -84,10 +90,7 @@ def statements(body: str) -> Iterator[str | Instruction]:
         elif char == "\n" and text.strip().startswith((".loc", ".file")):
             text = ""
         elif char == ":" and body[at] != ":" and LABEL.fullmatch(text.strip()[:-1]):
-            label = text.strip()[:-1]
-            if len(scopes) > 1:
-                scopes[-1][label] = f"{label}_{num_scopes}"
-            yield renamed(label, scopes)
+            yield renamed(text.strip()[:-1], scopes)
             text = ""
         elif char == ";":
             statement, text = " ".join(text[:-1].split()), ""
@@ -103,6 +106,15 @@ def statements(body: str) -> Iterator[str | Instruction]:
                     tuple(renamed(operand, scopes) for operand in split(operands)),
                     statement,
                 )
+
+
+def end_of_scope(body: str, start: int) -> int:
+    """Where the brace is closed that was opened before `start`."""
+    depth, at = 1, start
+    while depth:
+        depth += (body[at] == "{") - (body[at] == "}")
+        at += 1
+    return at
 
 
 def renamed(text: str, scopes: list[dict[str, str]]) -> str:

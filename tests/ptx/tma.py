@@ -94,7 +94,7 @@ def store_tile(block: Block, shared: Any, tensor_map: Any, columns_rows: list[An
     for _, inside, outside, exist, warp in _copies(
         block, shared, tensor_map, columns_rows, guard, "TMA store"
     ):
-        block.shared.read(inside, warp, "TMA store")
+        block.shared.use(inside, warp, "TMA store")
 
         def finish(
             inside: np.ndarray = inside,
@@ -102,6 +102,7 @@ def store_tile(block: Block, shared: Any, tensor_map: Any, columns_rows: list[An
             exist: np.ndarray = exist,
             warp: int = warp,
         ) -> None:
+            block.shared.end_use(inside)
             data = block.shared.read(inside, warp, "TMA store")
             block.memory.bytes[outside[exist]] = data[exist]
 

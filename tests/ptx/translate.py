@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import matrices, numbers, tma
-from .machine import Block
-from .source import Instruction, Source, elements, parse
+from . import matrices, numbers, tensor_memory, tma
+from .machine import Block, Fault
+from .source import BARRIER, Instruction, Source, elements, parse
 
 Lines = list[str]
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -38,12 +38,20 @@ FLOAT = {
 
 def width_of(kind: str) -> int:
     """Bytes of a PTX type."""
-    return 4 if kind.endswith("x2") else WIDTHS[kind.lstrip("bfsu")]
+    kind = kind.lstrip("bfsu")
+    return 2 * WIDTHS[kind[:-2]] if kind.endswith("x2") else WIDTHS[kind]
 
 
 def register_width(register: str) -> int:
     """Bytes of a register, by its name."""
     return {"%rd": 8, "%rs": 2}.get(re.match(r"%[a-z]+", register)[0], 4)
+
+
+def float_operation(name: str, values: Sequence[str]) -> str:
+    if name in ("max", "min") and len(values) == 3:
+        values = [FLOAT[name].format(*values[:2]), values[2]]
+    assert FLOAT[name].count("{") == len(values)
+    return FLOAT[name].format(*values)
 
 
 def numpy_type(sign: str, bits: int) -> str:
@@ -60,30 +68,37 @@ class Kernel:
         translator = Translator(source)
         self._functions = translator.functions()
         self.num_registers = len(translator.registers)
+        # Where threads do not go on alone: at a barrier, and at the end.
+        barriers = [i for i, each in enumerate(source.blocks) if each and each[0].opcode[:2] == BARRIER]
+        self._waits = [*barriers, len(source.blocks)]
 
     def run(self, block: Block) -> None:
         """One program. Where threads part, those whose place in the code is first go on alone, until all are
-        at one place again: the compiler orders the code such that they meet as early as they can."""
+        at one place again, or have to wait for each other: the compiler orders the code such that they meet
+        as early as they can."""
         end, at = len(self._functions), 0
         while at < end:
             next_at = self._functions[at](block, block.registers)
-            if not isinstance(next_at, np.ndarray):
-                at = next_at
-                continue
-            places = next_at
-            while (places != places[0]).any():
-                at = int(places.min())
-                block.mask = places == at
-                before = list(block.registers)
-                next_at = self._functions[at](block, block.registers)
-                for i, old in enumerate(before):
-                    if block.registers[i] is not old:
-                        new = np.asarray(block.registers[i])
-                        block.registers[i] = np.where(block.mask, new, np.asarray(old).astype(new.dtype))
-                places = np.where(block.mask, next_at, places)
-                block.mask = None
-            at = int(places[0])
+            at = self._reunite(block, next_at) if isinstance(next_at, np.ndarray) else next_at
         block.require_end()
+
+    def _reunite(self, block: Block, places: np.ndarray) -> int:
+        """Runs threads at different places in the code until they are at one, and returns it."""
+        while (places != places[0]).any():
+            goes_on = ~np.isin(places, self._waits)
+            if not goes_on.any():
+                raise Fault("bar.sync: not all threads reach it")
+            at = int(places[goes_on].min())
+            block.mask = places == at
+            before = list(block.registers)
+            next_at = self._functions[at](block, block.registers)
+            for i, old in enumerate(before):
+                if block.registers[i] is not old:
+                    new = np.asarray(block.registers[i])
+                    block.registers[i] = np.where(block.mask, new, np.asarray(old).astype(new.dtype))
+            places = np.where(block.mask, next_at, places)
+            block.mask = None
+        return int(places[0])
 
 
 class Translator:
@@ -103,7 +118,9 @@ class Translator:
                 except (AssertionError, KeyError, ValueError) as error:  # it, or its form, is not known here
                     raise NotImplementedError(instruction.text) from error
             text += f"def block{i}(B, R):\n" + "".join(f"  {line}\n" for line in (*lines, f"return {i + 1}"))
-        names: dict[str, Any] = dict(np=np, numbers=numbers, matrices=matrices, tma=tma)
+        names: dict[str, Any] = dict(
+            np=np, numbers=numbers, matrices=matrices, tensor_memory=tensor_memory, tma=tma
+        )
         exec(compile(text, f"<{self.source.name}>", "exec"), names)
         return [names[f"block{i}"] for i in range(len(self.source.blocks))]
 
@@ -178,7 +195,7 @@ class Translator:
             return []
         if i.opcode[:2] == ("bar", "warp"):  # as the threads of a warp are
             return []
-        if i.opcode == ("bar", "sync") and i.operands == ("0",):  # of all threads
+        if i.opcode == BARRIER and i.operands == ("0",):  # of all threads
             return ["B.synchronize()"]
         special = getattr(self, f"_{first}", None)
         if special is not None:
@@ -191,16 +208,19 @@ class Translator:
         sources = i.operands[1:]
         if kind == "pred":
             values = [self.read(source, kind) for source in sources]
-            return values[0] if first == "mov" else f"{values[0]} {BITWISE[first]} {values[1]}"
+            if first in ("mov", "not"):
+                return "~" * (first == "not") + values[0]
+            return f"{values[0]} {BITWISE[first]} {values[1]}"
         bits = 8 * width_of(kind)
         assert not {"NaN", "sat"} & {*i.opcode}
-        if kind == "f32":
-            values = [self.read(source, kind) for source in sources]
-            return f"np.asarray({FLOAT[first].format(*values)}).view(np.uint32)"
-        if kind.endswith("f16x2"):
+        if kind == "f32" or i.opcode[-2] == "f32":  # of two types, the second is that of all but the last
+            values = [self.read(source, kind) for source in sources[:-1]]
+            values.append(self.read(sources[-1], "f32"))
+            return f"np.asarray({float_operation(first, values)}).view(np.uint32)"
+        if kind.endswith("x2"):
             values = [self.read(source, kind) for source in sources]
             names = "abc"[: len(values)]
-            operation = f"lambda {', '.join(names)}: {FLOAT[first].format(*names)}"
+            operation = f"lambda {', '.join(names)}: {float_operation(first, names)}"
             return f"numbers.in_pairs({operation}, {kind[:-2]!r}, {', '.join(values)})"
         assert kind.lstrip("bsu") in WIDTHS
         plain = [self.read(source, f"b{bits}") for source in sources[:3]]
@@ -374,6 +394,38 @@ class Translator:
 
     def _elect(self, i: Instruction) -> Lines:
         return [f"{self.register(i.operands[0].split('|')[1])} = B.lane == 0"]
+
+    def _redux(self, i: Instruction) -> Lines:
+        assert i.opcode[1:] == ("sync", "max", "f32")
+        return self.write(i, f"B.reduce_max({self.read(i.operands[1], 'f32')})")
+
+    def _tcgen05(self, i: Instruction) -> Lines:
+        what, guard = i.opcode[1], self.guard(i)
+        if what.startswith(("wait::", "fence::")) or what in ("dealloc", "relinquish_alloc_permit"):
+            return []
+        if what == "alloc":
+            address = self.address(i.operands[0], "shared")
+            return [f"tensor_memory.allocate(B, {address}, {i.operands[1]}, {guard})"]
+        if what == "commit":
+            return [f"tensor_memory.commit(B, {self.address(i.operands[0], 'shared')}, {guard})"]
+        if what in ("ld", "st"):
+            shape = i.opcode[4]
+            assert shape in ("32x32b", "16x32bx2")
+            split = None if shape == "32x32b" else int(i.operands[2 if what == "ld" else 1])
+            registers = [self.register(r) for r in elements(i.operands[0 if what == "ld" else -1])]
+            address = self.address(i.operands[1 if what == "ld" else 0], "shared")
+            if what == "ld":
+                return [
+                    f"{', '.join(registers)}, = tensor_memory.load(B, {address}, {len(registers)}, {split})"
+                ]
+            return [f"tensor_memory.store(B, {address}, [{', '.join(registers)}], {split}, {guard})"]
+        assert what == "mma" and i.opcode[3] == "kind::f16"
+        total, a, b, instruction, accumulates = i.operands
+        in_tensor_memory = a.startswith("[")
+        left = self.address(a, "shared") if in_tensor_memory else self.read(a, "u64")
+        arguments = f"{self.address(total, 'shared')}, {left}, {self.read(b, 'u64')}, {in_tensor_memory}"
+        arguments += f", {self.read(instruction, 'b32')}, {self.read(accumulates, 'pred')}"
+        return [f"tensor_memory.multiply(B, {arguments}, {guard})"]
 
     def _shfl(self, i: Instruction) -> Lines:
         value, other = (self.read(source, "b32") for source in i.operands[1:3])
