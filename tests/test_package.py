@@ -66,6 +66,7 @@ LAYERS = {
     ],
     "sweeps": ["trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
     "commands": [
+        "command_help",
         "flags",
         "sweep_commands",
         "data_commands",

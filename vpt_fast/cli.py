@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
+from vpt_fast.command_help import CommandApp
 from vpt_fast.counting import counted
 from vpt_fast.flags import (
     PATH,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = CommandApp()
 
 
 @app.callback(invoke_without_command=True)
@@ -94,7 +95,7 @@ def train(
     last completed epoch and gives the results of an uninterrupted run. Under
     torchrun, the processes share each batch.
 
-    [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
+        vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50
     """
     with one_line_errors(debug):
         recipe = Recipe.from_dict(given_settings(config, flags))

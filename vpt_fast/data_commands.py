@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from vpt_fast.command_help import CommandApp
 from vpt_fast.counting import counted
 from vpt_fast.data.check import SplitFound, TaskFound, check_task, find_tasks
 from vpt_fast.data.images import DataError, Splits
@@ -16,7 +17,7 @@ from vpt_fast.data.splits import open_splits
 from vpt_fast.data.tasks import HOW_TO_GET, TASKS, find_task
 from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors, require_folder
 
-app = typer.Typer(no_args_is_help=True, help="Check benchmark tasks on disk, or prepare them.")
+app = CommandApp(help="Check benchmark tasks on disk, or prepare them.")
 
 
 @app.command()
