@@ -170,6 +170,24 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert command("predict", run, tmp_path / "broken.png").stdout == ""  # no table of nothing
 
 
+def test_predict_names_missing_files_first_and_once(command, run, color_images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = [tmp_path / "broken.png", color_images / "test" / "red" / "0.png", tmp_path / "missing.png"]
+    result = command("predict", run, *images, "--json")
+    named = [line.partition(".png")[0].rpartition("/")[2] for line in result.stderr.splitlines()]
+    assert named == ["missing", "broken"]
+    assert [answer["image"] for answer in json.loads(result.stdout)] == [str(image) for image in images]
+
+
+def test_predict_of_missing_files_alone_answers_for_each(command, run, tmp_path):
+    result = command("predict", run, tmp_path / "b.png", tmp_path / "a.png", "--json")
+    reasons = {answer["image"]: answer["error"] for answer in json.loads(result.stdout)}
+    assert result.exit_code == 1 and result.stderr.count("No such file") == 2
+    assert list(reasons.items()) == [
+        (str(tmp_path / name), "No such file or directory") for name in ("b.png", "a.png")
+    ]
+
+
 def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):
     (images / "val" / "._0.png").write_bytes(b"of a Mac")
     shutil.copytree(images / "val" / "red", images / "val" / ".thumbnails")
