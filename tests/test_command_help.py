@@ -13,7 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
-from vpt_fast.command_help import WIDEST, help_text
+from vpt_fast.command_help import WIDEST
 
 
 def commands(of: Any, name: str, parent: Any = None) -> Iterator[Any]:
@@ -31,7 +31,7 @@ in_terminals = pytest.mark.parametrize("columns", [60, 80, 250])
 
 def shown(context: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
-    return re.sub(r"\x1b\[\d*m", "", help_text(context.command, context))
+    return re.sub(r"\x1b\[\d*m", "", context.command.get_help(context))
 
 
 def words(text: str) -> str:

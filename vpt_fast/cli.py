@@ -190,7 +190,8 @@ def evaluate(
         table.add_row(escape(name), str(images), str(correct), f"{correct / images:.2%}" if images else "-")
     console.print(table)
     for image in found.skipped:
-        console.print(f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}")
+        left_out = f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}"
+        console.print(left_out, soft_wrap=True)
     console.print(
         f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(sum(found.evaluation.images), 'image')})"
     )

@@ -316,6 +316,13 @@ def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, ima
     assert result.exit_code == 0 and shown.endswith(str(path))
 
 
+def test_eval_names_an_image_that_it_leaves_out_in_one_piece(command, run, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    broken = images / "val" / "red" / "broken.png"
+    broken.touch()
+    assert str(broken) in command("eval", run, "--data", images).stdout
+
+
 def test_table_in_a_pipe_breaks_no_name(command, run, images, monkeypatch):
     monkeypatch.delenv("COLUMNS")
     path = shutil.copy(images / "val" / "red" / "0.png", images / f"{'long' * 40}.png")
