@@ -1,4 +1,4 @@
-"""Folders of class folders: their images, labels, and train/val/test splits."""
+"""Folders of class folders: their images, labels, and train/val/test splits; and images named one by one."""
 
 from __future__ import annotations
 
