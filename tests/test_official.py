@@ -315,6 +315,16 @@ def test_an_encoder_of_another_kind_is_refused(vit, tmp_path: Path) -> None:
         export_prompts(PromptedViT(vit, 5, 2), tmp_path / "file.pth", encoder="swin")
 
 
+def test_import_names_the_model_in_one_piece(vit, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("vpt_fast.official.import_prompts", lambda *_, **__: PromptedViT(vit, 5, 2))
+    monkeypatch.setattr(PromptedViT, "save_pretrained", lambda *_: None)
+    out = tmp_path / ("long" * 10)
+    file = save({}, tmp_path / "last_model.pth")
+    done = CliRunner().invoke(app, ["import-prompts", str(file), "--backbone=x", "--out", str(out)])
+    assert f"{out}: 2 deep prompts" in done.output
+
+
 def test_the_commands_move_prompts_in_and_out(tmp_path: Path) -> None:
     tensors = official_model(depth=6, dim=64)
     path = save(tensors, tmp_path / "last_model.pth")

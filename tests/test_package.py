@@ -66,6 +66,7 @@ LAYERS = {
     ],
     "sweeps": ["trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
     "commands": [
+        "command_help",
         "flags",
         "sweep_commands",
         "data_commands",
@@ -197,9 +198,11 @@ import sys
 from typer.testing import CliRunner
 from vpt_fast.cli import app
 data, run = sys.argv[1:]
-for words in ("backbones", f"data check {data}", f"table {run}"):
+for words, code in (
+    ("backbones", 0), (f"data check {data}", 0), (f"table {run}", 0), (f"predict {run} missing.jpg", 1),
+):
     ended = CliRunner().invoke(app, words.split())
-    assert ended.exit_code == 0, (words, ended.output)
+    assert ended.exit_code == code, (words, ended.output)
     assert not {"torch", "timm", "matplotlib"} & {*sys.modules}, words
 """
 

@@ -21,7 +21,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vpt_fast import backbone_commands, data_commands, official_commands, sweep_commands
+from vpt_fast.command_help import CommandApp
 from vpt_fast.counting import counted
+from vpt_fast.data.folder import expand_images, missing_files
 from vpt_fast.flags import (
     PATH,
     DebugFlag,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = CommandApp()
 
 
 @app.callback(invoke_without_command=True)
@@ -94,7 +96,7 @@ def train(
     last completed epoch and gives the results of an uninterrupted run. Under
     torchrun, the processes share each batch.
 
-    [bold]vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50[/]
+        vpt-fast train --data DIR --backbone vit_base_patch16_224 --num-prompts 50
     """
     with one_line_errors(debug):
         recipe = Recipe.from_dict(given_settings(config, flags))
@@ -188,7 +190,8 @@ def evaluate(
         table.add_row(escape(name), str(images), str(correct), f"{correct / images:.2%}" if images else "-")
     console.print(table)
     for image in found.skipped:
-        console.print(f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}")
+        left_out = f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}"
+        console.print(left_out, soft_wrap=True)
     console.print(
         f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(sum(found.evaluation.images), 'image')})"
     )
@@ -253,29 +256,19 @@ def predict(
     """Classify or segment images. The exit status is 1 if an image cannot be read."""
     with one_line_errors(debug):
         require_folder("RUN", run)
-        from vpt_fast.inference import LoadedRun, expand_images, predict_images
-        from vpt_fast.world import on_device
-
         paths = expand_images(images)
-        if out is not None:
-            from vpt_fast.scene_inference import require_masks_folder
-
-            require_masks_folder(paths, out)  # before the backbone is loaded
-        with on_device(device):
-            loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
-            if loaded.is_segmenter:
-                from vpt_fast.scene_inference import predict_scenes
-
-                refuse("a segmentation run", top_k=top_k)
-                answers = list(predict_scenes(loaded, paths, out or run / "predictions"))
-            else:
-                refuse("a classification run", out=out)
-                answers = list(predict_images(loaded, paths, top_k or 1))
+        missing = missing_files(paths)
+        for file, reason in missing.items():  # before torch and the backbone are loaded
+            print_error(f"{file}: {reason}")
+        if all(str(path) in missing for path in paths):
+            answers: list[dict[str, Any]] = [{"image": str(p), "error": missing[str(p)]} for p in paths]
+        else:
+            answers = _predict(run, paths, top_k, out, device, backbone, checkpoint)
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
-    else:
-        share = "share" if loaded.is_segmenter else "probability"
+    elif len(failed) < len(answers):
+        share = "share" if any("mask" in answer for answer in answers) else "probability"
         table = Table(_names("image"), _names("class"), share)
         for answer in answers:
             for rank, (name, part) in enumerate(answer.get("classes", {}).items()):
@@ -283,15 +276,43 @@ def predict(
             for rank, guess in enumerate(answer.get("predictions", [])):
                 image = escape(answer["image"]) if rank == 0 else ""
                 table.add_row(image, escape(guess["class"]), f"{guess['probability']:.2%}")
-        if len(failed) < len(answers):
-            OutputConsole().print(table)
+        OutputConsole().print(table)
         for answer in answers:
             if "mask" in answer:
                 typer.echo(f"{answer['mask']}, {answer['overlay']}")
     for answer in failed:
-        print_error(f"{answer['image']}: {answer['error']}")
+        if answer["image"] not in missing:
+            print_error(f"{answer['image']}: {answer['error']}")
     if failed:
         raise typer.Exit(1)
+
+
+def _predict(
+    run: Path,
+    paths: list[Path],
+    top_k: int | None,
+    out: Path | None,
+    device: str | None,
+    backbone: str | None,
+    checkpoint: Path | None,
+) -> list[dict[str, Any]]:
+    """What `predict_scenes` or `predict_images` yields."""
+    from vpt_fast.inference import LoadedRun, predict_images
+    from vpt_fast.world import on_device
+
+    if out is not None:
+        from vpt_fast.scene_inference import require_masks_folder
+
+        require_masks_folder(paths, out)  # before the backbone is loaded
+    with on_device(device):
+        loaded = LoadedRun.load(run, device, backbone=backbone, checkpoint=checkpoint)
+        if loaded.is_segmenter:
+            from vpt_fast.scene_inference import predict_scenes
+
+            refuse("a segmentation run", top_k=top_k)
+            return list(predict_scenes(loaded, paths, out or run / "predictions"))
+        refuse("a classification run", out=out)
+        return list(predict_images(loaded, paths, top_k or 1))
 
 
 @app.command()

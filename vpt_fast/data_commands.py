@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
+from vpt_fast.command_help import CommandApp
 from vpt_fast.counting import counted
 from vpt_fast.data.check import SplitFound, TaskFound, check_task, find_tasks
 from vpt_fast.data.images import DataError, Splits
@@ -16,7 +17,7 @@ from vpt_fast.data.splits import open_splits
 from vpt_fast.data.tasks import HOW_TO_GET, TASKS, find_task
 from vpt_fast.flags import PATH, DebugFlag, LastingConsole, OutputConsole, one_line_errors, require_folder
 
-app = typer.Typer(no_args_is_help=True, help="Check benchmark tasks on disk, or prepare them.")
+app = CommandApp(help="Check benchmark tasks on disk, or prepare them.")
 
 
 @app.command()
@@ -47,9 +48,13 @@ def check(
                 console.print(_splits_table(open_splits(root)))
                 return
             except DataError as error:
-                console.print(f"none of the tasks, and {error}", highlight=False, markup=False)
+                said = f"none of the tasks, and {error}"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
     if shown:
         console.print(_table(shown))
+    for found in shown:  # not in the table, where names of files would be broken
+        for problem in found.problems:
+            console.print(f"{found.task.name}: {problem}", highlight=False, markup=False, soft_wrap=True)
     absent = [] if named else [t for t in TASKS.values() if t not in [each.task for each in shown]]
     if absent:
         console.print(f"not found: {', '.join(each.name for each in absent)}", highlight=False)
@@ -71,18 +76,18 @@ def _splits_table(splits: Splits) -> Table:
 
 
 def _table(found: list[TaskFound]) -> Table:
-    table = Table("task", "folder", "train", "val", "test", "classes", "missing")
+    # Two lines each, so that names are whole in a terminal of 80 columns.
+    table = Table(Column("task\n  folder", overflow="fold"), "train", "val", "test", "classes", "missing")
     for each in found:
         splits = [_count(split) for split in each.splits]
         classes = f"{each.num_classes}" if each.folder else ""
         if each.folder and each.num_classes != each.task.num_classes:
             classes = f"{each.num_classes}/{each.task.num_classes}"
         table.add_row(
-            each.task.name,
-            escape(each.folder.name) if each.folder else "",
+            f"{each.task.name}\n  {escape(each.folder.name)}" if each.folder else each.task.name,
             *(splits or ["", "", ""]),
             classes,
-            escape("\n".join(each.problems)) or "nothing",
+            "see below" if each.problems else "nothing",
         )
     return table
 

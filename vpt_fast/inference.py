@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from rich.markup import escape
 from vpt_fast.classification import Evaluation, evaluate
 from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import DecodeError, SkippedImage, check_images, load_image
-from vpt_fast.data.folder import images_below
-from vpt_fast.data.images import require_utf8
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import resident_budget
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
@@ -281,31 +278,3 @@ def require_same_classes(data: str | Path, classes: tuple[str, ...], labels: Lab
         f"{data} has the classes that the run was trained on, but numbers them in another order: class "
         f"{place} is {classes[place]} there, and {labels.classes[place]} in the run"
     )
-
-
-def expand_images(arguments: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the visible images below them, patterns as their matches.
-
-    Links to folders are followed, as for training; dangling links with an image's name are included.
-
-    Raises ValueError if an argument yields no images, and as `images_below` does.
-    """
-    found: list[Path] = []
-    for argument in arguments:
-        if not argument:  # pathlib takes "" to be the working directory
-            raise ValueError("images is ''; it must be a file, a folder or a pattern")
-        path = Path(argument)
-        if path.is_dir():
-            images = sorted(Path(folder, name) for folder, name in images_below(path))
-        elif path.exists() or not glob.has_magic(argument):
-            images = [path]  # a missing file is reported later, like any other unreadable one
-        else:
-            images = [
-                Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()
-            ]
-        if not images:
-            raise ValueError(f"images is {argument!r}, where there are no images")
-        for image in images:
-            require_utf8(image)
-        found += images
-    return found

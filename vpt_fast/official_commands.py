@@ -92,6 +92,7 @@ def import_prompts(
             f"pool {model.pool or 'of the backbone'}"
         ),
         highlight=False,
+        soft_wrap=True,
     )
     if num_classes is not None:
         console.print("[yellow]The file has no head: a new one was drawn, which has to be trained.[/]")

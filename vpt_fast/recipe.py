@@ -131,7 +131,7 @@ class Recipe:
     )
     resident: Literal["auto", "device", "host", "off"] = _knob(
         "auto",
-        "Where decoded images are cached: device or host memory, or nowhere (off); auto is by free memory.",
+        "Memory in which decoded images are kept; auto is by how much is free.",
         DATA,
         result=False,
     )
@@ -241,7 +241,7 @@ class Recipe:
     )
     schedule: Literal["cosine", "poly"] | None = _knob(
         None,
-        "Learning rate decay after warm-up: cosine, or polynomial of power 0.9 (poly).",
+        "Learning rate decay after warm-up; poly is a polynomial of power 0.9.",
         OPTIMISATION,
         shown="cosine; poly for segmentation",
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Column, Table
 
 from vpt_fast.counting import counted
 from vpt_fast.data.decode import SkippedImage
@@ -57,30 +57,38 @@ def print_start(
     )
     source = recipe.data if recipe.task is None else f"{recipe.task} in {recipe.data}"
 
-    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
-    table.add_row("backbone", f"{recipe.backbone}: {backbone:,} parameters")
-    table.add_row(
-        "method", f"{recipe.method}: trains {trained:,} parameters ({trained / backbone:.2%} of the backbone)"
-    )
-    table.add_row(
-        "data",
-        f"{source}: {len(splits.classes)} classes, {parts_of_data} images",
-    )
-    table.add_row("images", images_text)
-    table.add_row(
-        "schedule",
-        f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, batch {batch}{parts}, "
+    facts = {
+        "backbone": f"{recipe.backbone}: {backbone:,} parameters",
+        "method": f"{recipe.method}: trains {trained:,} parameters "
+        f"({trained / backbone:.2%} of the backbone)",
+        "data": f"{source}: {len(splits.classes)} classes, {parts_of_data} images",
+        "images": images_text,
+        "schedule": f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, batch {batch}{parts}, "
         f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
-    )
-    table.add_row("device", f"{device_name(world.device)}{processes}")
-    table.add_row(
-        "memory", f"{gigabytes(expected)} expected{'' if free is None else f', {gigabytes(free)} free'}"
-    )
-    table.add_row("run folder", str(out))
-    console.print(table, highlight=False)
+        "device": f"{device_name(world.device)}{processes}",
+        "memory": f"{gigabytes(expected)} expected{'' if free is None else f', {gigabytes(free)} free'}",
+        "run folder": str(out),
+    }
+    print_facts(console, facts)
     if free is not None and expected > free:
         console.print("More memory is expected than is free: --accumulate splits a batch.", style="yellow")
     print_skipped(console, skipped)
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Prints a line for each fact, after its name. Long ones go on below, broken between words only: a path
+    that is longer than a line stays in one piece, so that it can be copied."""
+    indent = max(len(name) for name in facts) + 2
+    for name, fact in facts.items():
+        text = textwrap.fill(
+            fact,
+            max(console.width, 2 * indent),
+            initial_indent=name.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
@@ -198,16 +206,18 @@ class Progress:
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         width = len(str(self._epochs))
-        val = ""
+        start = f"epoch {row['epoch'] + 1:{width}}/{self._epochs}  "
+        train = (
+            f"lr {row['lr']:<8.4g} train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}"
+        )
+        val = f"{row['images_per_second']:,.0f} images/s"
         if row["val_accuracy"] is not None:
             miou = f"mIoU {row['val_miou']:6.2%} " if "val_miou" in row else ""
-            val = f"val loss {row['val_loss']:.4f} {miou}accuracy {row['val_accuracy']:6.2%}  "
-        self._console.print(
-            f"epoch {row['epoch'] + 1:{width}}/{self._epochs}  lr {row['lr']:<8.4g} "
-            f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}  "
-            f"{val}{row['images_per_second']:,.0f} images/s",
-            highlight=False,
-        )
+            val = f"val loss {row['val_loss']:.4f} {miou}accuracy {row['val_accuracy']:6.2%}  {val}"
+        line = f"{start}{train}  {val}"
+        if self._console.is_terminal and len(line) > self._console.width:  # a log has one line an epoch
+            line = f"{start}{train}\n{' ' * len(start)}{val}"
+        self._console.print(line, highlight=False)
 
 
 def device_name(device: torch.device) -> str:

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Column, Table
 
 from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
@@ -44,6 +43,7 @@ from vpt_fast.data.tasks import find_task
 from vpt_fast.files import remove_unfinished, write
 from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
+from vpt_fast.report import print_facts
 from vpt_fast.run import RunFolder, default_run_folder, list_digest
 from vpt_fast.setting_values import read_yaml
 from vpt_fast.step import graph_obstacle, require_batches
@@ -424,20 +424,20 @@ def _print_plan(
     searched = [sweep.num_trials * images for images in (min(trials), max(trials))]
     if sweep.axes and sweep.trials is None:
         searched = [sum(trials)]
-    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))  # a path cut short names nothing
+    facts = {}
     if sweep.axes:
         axes = "; ".join(f"{name} {', '.join(map(str, axis))}" for name, axis in sweep.axes.items())
         images = _range("image", (amount.trial_images for amount in amounts))
         text = f"{counted(sweep.num_trials, 'trial')} of {epochs} on {images}, by {sweep.sampler}"
-        table.add_row("search", f"{text}: {axes}")
+        facts["search"] = f"{text}: {axes}"
     seeds = ", ".join(map(str, sweep.seeds))
     images = _range("image", (amount.final_images for amount in amounts))
     note = ", or ".join(dict.fromkeys(amount.note for amount in amounts))
-    table.add_row("final runs", f"{len(sweep.seeds)} of {epochs} on {images}, {note}; seeds {seeds}")
+    facts["final runs"] = f"{len(sweep.seeds)} of {epochs} on {images}, {note}; seeds {seeds}"
     in_all = _range("image", (min(searched) + min(finals), max(searched) + max(finals)))
-    table.add_row("in all", f"{in_all} trained on")
-    table.add_row("folder", str(out))
-    console.print(table, highlight=False)
+    facts["in all"] = f"{in_all} trained on"
+    facts["folder"] = str(out)
+    print_facts(console, facts)
 
 
 def _range(noun: str, values: Iterable[int]) -> str:

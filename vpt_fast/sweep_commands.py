@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from vpt_fast.command_help import CommandApp
 from vpt_fast.counting import counted
 from vpt_fast.entries import LEFT_OUT, read_entries
 from vpt_fast.files import write
@@ -105,7 +106,8 @@ def sweep(
     go to the smaller base_lr. Ctrl-C stops; the same command resumes. To use
     several GPUs, start it once per GPU (--device).
 
-    [bold]vpt-fast sweep --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
+        vpt-fast sweep --data vtab-1k --task vtab/cifar \\
+            --backbone sup_vitb16_imagenet21k
     """
     with one_line_errors(debug):
         settings = given_settings(config, flags)
@@ -179,7 +181,8 @@ def ablate(
     (data-size, Fig. 3). Flags of train apply to every point. Ctrl-C stops;
     the same command resumes.
 
-    [bold]vpt-fast ablate length --data vtab-1k --task vtab/cifar --backbone sup_vitb16_imagenet21k[/]
+        vpt-fast ablate length --data vtab-1k --task vtab/cifar \\
+            --backbone sup_vitb16_imagenet21k
     """
     with one_line_errors(debug):
         settings = given_settings(config, flags)
@@ -210,7 +213,7 @@ def ablate(
     console.print(f"picture: {folder / 'ablation.png'}")
 
 
-plot_app = typer.Typer(help="Plot a run.", no_args_is_help=True)
+plot_app = CommandApp(help="Plot a run.")
 
 
 @plot_app.callback()

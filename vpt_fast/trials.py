@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
@@ -355,9 +356,10 @@ class Display:
         self._done = 0
         self._first_seconds: float | None = None
         self._bars = Progress(
-            TextColumn("{task.description}", markup=False),  # settings may have brackets
-            BarColumn(),
-            TimeRemainingColumn(),
+            # Settings may have brackets; where they are long, they go on below and leave the rest its room.
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             console=console,
             transient=True,

@@ -345,6 +345,17 @@ def test_check_fails_where_there_is_nothing(command, tmp_path, options, said):
     assert result.exit_code == 1 and said in result.output
 
 
+def test_check_cuts_no_name_short_in_a_narrow_terminal(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    flowers = shrink(monkeypatch, "vtab/oxford_flowers102")
+    folder = write_vtab(flowers, tmp_path / "oxford_flowers102")
+    (folder / "images" / "test" / "000000.jpg").unlink()
+    lines = [line.strip("│ ") for line in command("check", tmp_path).output.splitlines()]
+    row = next(i for i, line in enumerate(lines) if line.startswith("vtab/oxford_flowers102 "))
+    assert lines[row + 1].startswith("oxford_flowers102")
+    assert any("images/test/000000.jpg is not there" in line for line in lines)
+
+
 def test_check_names_shards_of_the_full_set(command, tmp_path):
     write_shards(tmp_path / "cifar", {"train": 2})
     result = command("check", tmp_path, "--task", "cifar")

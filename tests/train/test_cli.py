@@ -170,6 +170,24 @@ def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, 
     assert command("predict", run, tmp_path / "broken.png").stdout == ""  # no table of nothing
 
 
+def test_predict_names_missing_files_first_and_once(command, run, color_images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = [tmp_path / "broken.png", color_images / "test" / "red" / "0.png", tmp_path / "missing.png"]
+    result = command("predict", run, *images, "--json")
+    named = [line.partition(".png")[0].rpartition("/")[2] for line in result.stderr.splitlines()]
+    assert named == ["missing", "broken"]
+    assert [answer["image"] for answer in json.loads(result.stdout)] == [str(image) for image in images]
+
+
+def test_predict_of_missing_files_alone_answers_for_each(command, run, tmp_path):
+    result = command("predict", run, tmp_path / "b.png", tmp_path / "a.png", "--json")
+    reasons = {answer["image"]: answer["error"] for answer in json.loads(result.stdout)}
+    assert result.exit_code == 1 and result.stderr.count("No such file") == 2
+    assert list(reasons.items()) == [
+        (str(tmp_path / name), "No such file or directory") for name in ("b.png", "a.png")
+    ]
+
+
 def test_predict_of_a_folder_leaves_out_what_is_hidden_as_training_does(command, run, images):
     (images / "val" / "._0.png").write_bytes(b"of a Mac")
     shutil.copytree(images / "val" / "red", images / "val" / ".thumbnails")
@@ -217,10 +235,7 @@ def test_an_empty_out_is_not_the_working_directory(command, tmp_path, monkeypatc
 
 def test_help_of_a_sweeps_trials_names_the_samplers_that_need_it(command):
     text = command("sweep", "--help").stdout
-    assert (
-        "required for tpe and random" in " ".join(text.replace("│", " ").split())
-        and "all of the grid" not in text
-    )
+    assert "required for tpe and random" in " ".join(text.split()) and "all of the grid" not in text
 
 
 def test_predict_of_a_folder_has_what_is_below_linked_folders(command, run, images):
@@ -296,6 +311,13 @@ def test_predict_cuts_no_name_short_where_the_output_is_narrow(command, run, ima
     result = command("predict", run, path)
     shown = "".join(line.split("│")[1].strip() for line in result.stdout.splitlines() if "│" in line)
     assert result.exit_code == 0 and shown.endswith(str(path))
+
+
+def test_eval_names_an_image_that_it_leaves_out_in_one_piece(command, run, images, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    broken = images / "val" / "red" / "broken.png"
+    broken.touch()
+    assert str(broken) in command("eval", run, "--data", images).stdout
 
 
 def test_table_in_a_pipe_breaks_no_name(command, run, images, monkeypatch):

@@ -24,7 +24,7 @@ from vpt_fast.data.splits import open_splits
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
-from vpt_fast.report import checking_images, device_name, print_skipped
+from vpt_fast.report import Progress, checking_images, device_name, print_facts, print_skipped
 from vpt_fast.run import RunError, RunFolder, list_digest
 from vpt_fast.world import World
 
@@ -104,6 +104,30 @@ def test_images_that_are_left_out_are_counted_and_the_first_ten_named():
     first, *named, last = console.file.getvalue().splitlines()
     assert first == "12 images cannot be read and will be left out:"
     assert named == [f"  {i}.png: no pixels" for i in range(10)] and last == "  and 2 more"
+
+
+def test_a_path_longer_than_a_line_is_printed_in_one_piece():
+    console = Console(file=io.StringIO(), width=40)
+    path = "/folder" * 10
+    print_facts(console, {"data": f"{path}: 3 classes, and train 1,000 and val 200 images", "run": "a"})
+    assert console.file.getvalue().splitlines() == [
+        f"data  {path}:",
+        "      3 classes, and train 1,000 and val",
+        "      200 images",
+        "run   a",
+    ]
+
+
+EPOCH = {"epoch": 8, "lr": 0.5, "train_loss": 1.5, "train_accuracy": 0.5, "val_loss": 2.5, "val_accuracy": 1}
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_epoch_is_broken_between_train_and_val_in_a_narrow_terminal_alone(is_terminal):
+    console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, soft_wrap=True)
+    Progress(console, 10, 4, done=0).end_epoch({**EPOCH, "images_per_second": 1000.0})
+    train, val = "train loss 1.5000 accuracy 50.00%", "val loss 2.5000 accuracy 100.00%  1,000 images/s"
+    between = "\n             " if is_terminal else "  "
+    assert console.file.getvalue() == f"epoch  9/10  lr 0.5      {train}{between}{val}\n"
 
 
 def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):

@@ -401,6 +401,14 @@ def test_description_of_a_trial_names_its_frozen_features():
     assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
 
 
+def test_long_settings_of_a_trial_leave_room_for_the_time_that_is_left():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with trials.Display(console, "trial", 2) as display:
+        display.begin({"base_lr": 0.5, "weight_decay": 0.001, "prompt_dropout": 0.1})
+        display._bars.refresh()
+    assert "-:--:-- left" in console.file.getvalue() and "…" not in console.file.getvalue()
+
+
 def test_brackets_in_a_setting_are_shown_as_they_are():
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     with trials.Display(console, "trial", 1) as display:

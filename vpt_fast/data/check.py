@@ -64,7 +64,7 @@ def check_task(task: Task, root: Path) -> TaskFound:
         else:  # a missing val list is no problem for FGVC: a tenth of train is held out instead
             splits.append(SplitFound(split, *((0, 0) if split == "val" else (None, task.sizes[split]))))
     classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
-    # The table has the folder in a column of its own.
+    # What is printed of a task names its folder once.
     shown = tuple(problem.replace(f"{whole}/", "").removeprefix(f"{whole}: ") for problem in problems)
     return TaskFound(task, folder, tuple(splits), len(classes), shown)
 

@@ -1,10 +1,11 @@
-"""Folders of class folders: their images, labels, and train/val/test splits."""
+"""Folders of class folders: their images, labels, and train/val/test splits; and images named one by one."""
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vpt_fast.counting import counted
@@ -181,3 +182,43 @@ def _other_files(folder: Path) -> str:
         return " (no files at all)"
     found = ", ".join(f"{count} × {ending}" for ending, count in endings.most_common(5))
     return f" (files: {found}; images end in {', '.join(IMAGE_EXTENSIONS)})"
+
+
+def expand_images(arguments: Sequence[str]) -> list[Path]:
+    """Files as they are, folders as the visible images below them, patterns as their matches.
+
+    Links to folders are followed, as for training; dangling links with an image's name are included, and so
+    are files that are not there: see `missing_files`.
+
+    Raises ValueError if an argument yields no images, and as `images_below` does.
+    """
+    found: list[Path] = []
+    for argument in arguments:
+        if not argument:  # pathlib takes "" to be the working directory
+            raise ValueError("images is ''; it must be a file, a folder or a pattern")
+        path = Path(argument)
+        if path.is_dir():
+            images = sorted(Path(folder, name) for folder, name in images_below(path))
+        elif path.exists() or not glob.has_magic(argument):
+            images = [path]
+        else:
+            images = [
+                Path(match) for match in sorted(glob.glob(argument, recursive=True)) if Path(match).is_file()
+            ]
+        if not images:
+            raise ValueError(f"images is {argument!r}, where there are no images")
+        for image in images:
+            require_utf8(image)
+        found += images
+    return found
+
+
+def missing_files(paths: Sequence[Path]) -> dict[str, str]:
+    """The paths at which no file can be reached, and why."""
+    missing = {}
+    for path in paths:
+        try:
+            path.stat()
+        except OSError as error:
+            missing[str(path)] = error.strerror or str(error)
+    return missing
