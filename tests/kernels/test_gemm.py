@@ -249,14 +249,15 @@ def test_no_rows_give_no_rows():
     assert gemm.linear_activate_backward(x, weight.T.contiguous(), u, "gelu").shape == (0, 12)
 
 
-def test_rows_beyond_2_to_the_31_elements():
-    far = 2**31 + 16
-    # Pages that nobody touches cost nothing.
-    x, kept = (
-        torch.from_numpy(np.empty(far + 16, np.float16)).as_strided((2, 16), (far, 1)) for _ in range(2)
-    )
-    x.copy_(random(2, 16, seed=0))
-    kept.copy_(random(2, 16, seed=1))
+def far_apart(seed: int) -> torch.Tensor:
+    """Three rows, 2^30 elements apart and more: an int32, and twice as much is not."""
+    far = 2**30 + 16
+    rows = np.empty(2 * far + 16, np.float16)  # pages that nobody touches cost nothing
+    return torch.from_numpy(rows).as_strided((3, 16), (far, 1)).copy_(random(3, 16, seed=seed))
+
+
+def test_rows_beyond_2_to_the_31_elements(arch):
+    x, kept = far_apart(0), far_apart(1)
     weight = random(16, 16, seed=2, dtype=torch.float16)
     near, kept_near = x.clone(), kept.clone()
     assert torch.equal(
@@ -265,6 +266,18 @@ def test_rows_beyond_2_to_the_31_elements():
     assert torch.equal(
         gemm.linear_activate_backward(x, weight, kept, "gelu"),
         gemm.linear_activate_backward(near, weight, kept_near, "gelu"),
+    )
+
+
+def test_rows_of_weights_beyond_2_to_the_31_elements():
+    weight, x, grad = far_apart(0), random(2, 16, seed=1).half(), random(2, 3, seed=1).half()
+    near, u = weight.clone(), random(2, 16, seed=2).half()
+    assert torch.equal(
+        gemm.linear_activate(x, weight, None, "gelu")[0], gemm.linear_activate(x, near, None, "gelu")[0]
+    )
+    assert torch.equal(
+        gemm.linear_activate_backward(grad, weight, u, "gelu"),
+        gemm.linear_activate_backward(grad, near, u, "gelu"),
     )
 
 
@@ -287,7 +300,12 @@ def backward(**changed):
         (forward, {"x": torch.ones(4, 8).double()}, "x: got torch.float64"),
         (forward, {"x": torch.ones(4, 9)}, r"x: got shape \(4, 9\), want \(4, 8\)"),
         (forward, {"x": torch.ones(8, 4).T}, "x: got stride 4"),
-        (forward, {"x": torch.ones(1, 8).expand(2**31, -1)}, "rows: got 2147483648 x 12 results"),
+        (forward, {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "rows: got 2147483647 x 12 results"),
+        (
+            forward,
+            {"weight": torch.ones(1, 8).expand(2**31 - 1, -1), "bias": None},
+            "rows: got 4 x 2147483647 results",
+        ),
         (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
         (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
         (forward, {"bias": torch.ones(8)}, r"bias: got shape \(8,\), want \(12,\)"),

@@ -226,11 +226,11 @@ def test_nothing_gives_nothing():
 
 
 def test_rows_beyond_2_to_the_31_elements():
-    far = 2**31 + 16
-    u = torch.from_numpy(np.empty(far + 16, np.float16)).as_strided(
-        (2, 16), (far, 1)
+    far = 2**30 + 16  # an int32, and twice as much is not
+    u = torch.from_numpy(np.empty(2 * far + 16, np.float16)).as_strided(
+        (3, 16), (far, 1)
     )  # untouched pages are free
-    u.copy_(random(2, 16, seed=0))
+    u.copy_(random(3, 16, seed=0))
     assert torch.equal(ops.activate(u, "gelu")[0], ops.activate(u.contiguous(), "gelu")[0])
     assert torch.equal(
         ops.activate_backward(u, u, None, "gelu"), ops.activate_backward(u.clone(), u.clone(), None, "gelu")

@@ -39,17 +39,21 @@ SIZES = [
     (2, 21, 21, 9, 2, 104),
     (1, 70, 20, 3, 1, 112),
 ]
-IDS = [f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}" for b, r, n, m, h, d in SIZES]
+CASES = [
+    pytest.param((b, r, n, m, h, d), shared, id=f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}-{name}")
+    for b, r, n, m, h, d in SIZES
+    for name, shared in {"shared": True, "per_image": False}.items()
+    if shared or (b > 1 and m)  # else it is the same case again
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
-@pytest.mark.parametrize("size", SIZES, ids=IDS)
+@pytest.mark.parametrize(("size", "shared"), CASES)
 def test_forward_and_backward(size: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
     assert_forward_and_backward(inputs(size, shared, dtype))
 
 
-SIZE = (2, 37, 37, 50, 2, 64)
+SIZE = (2, 21, 21, 20, 2, 64)
 
 
 def backward(given, grad, *, keep_out: bool = True, image: bool = True, **wanted):
@@ -129,7 +133,7 @@ def test_rows_of_a_slice_of_a_longer_sequence() -> None:
     q, k, v, prompt_k, prompt_v = given
     grad = random(*q.shape, seed=9).float()
     out, lse = ops.attention(*given)
-    part = slice(5, 31)
+    part = slice(2, 19)
     actual = ops.attention_backward(
         grad[:, part], q[:, part], k, v, prompt_k, prompt_v, out[:, part], lse[:, :, part],
         need_q=True, need_kv=False,
@@ -178,9 +182,10 @@ def test_scores_of_any_size_give_finite_results(case, scale: float) -> None:
 
 
 def test_images_2_to_the_31_elements_apart() -> None:
-    """Two images in 4 GiB of zeros, of which only the pages with them are ever touched."""
-    far = torch.from_numpy(np.zeros(2**31 + 16, np.float16)).as_strided((2, 1, 1, 16), (2**31, 16, 16, 1))
-    far.copy_(random(2, 1, 1, 16, seed=1))
+    """Three images in 4 GiB of zeros, of which only the pages with them are ever touched. Their stride is an
+    int32, and that times their index is not."""
+    far = torch.from_numpy(np.zeros(2**31 + 16, np.float16)).as_strided((3, 1, 1, 16), (2**30, 16, 16, 1))
+    far.copy_(random(3, 1, 1, 16, seed=1))
     near = far.clone()
     for q, k in ((far, near), (near, far)):
         out, lse = ops.attention(q, k, k, None, None)
