@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx.machine import Block, Fault, GlobalMemory
+from ptx.tma import TensorMap
 from ptx.translate import Kernel
 
 NUM_THREADS = 64  # two warps
@@ -12,12 +13,14 @@ NUM_THREADS = 64  # two warps
 
 def run(body: str, data: np.ndarray, shared_bytes: int = 1024) -> np.ndarray:
     """Runs a kernel with the address of `data` in %rd1, the thread in %r1 and its bytes' place in %rd2 and
-    %r2, and 4 bytes of data for each thread; returns the data after it."""
+    %r2, 4 bytes of data for each thread, and a tensor map, `map`, of the first 64 as a matrix of 4x16;
+    returns the data after it."""
     ptx = f"""
         .visible .entry kernel(
-            .param .u64 .ptr .global .align 1 data
+            .param .u64 .ptr .global .align 1 data,
+            .param .align 64 .b8 map[128]
         )
-        .reqntid {NUM_THREADS}
+        .reqntid {len(data)}
         {{
             .reg .pred %p<9>;
             .reg .b32 %r<99>;
@@ -37,12 +40,12 @@ def run(body: str, data: np.ndarray, shared_bytes: int = 1024) -> np.ndarray:
     with np.errstate(all="ignore"):
         kernel.run(
             Block(
-                NUM_THREADS,
+                len(data),
                 shared_bytes,
                 memory,
                 (0, 0, 0),
                 (1, 1, 1),
-                [data.ctypes.data],
+                [data.ctypes.data, TensorMap(data.ctypes.data, 4, (4, 16), (16, 1), (4, 16), 0)],
                 kernel.num_registers,
             )
         )
@@ -123,6 +126,98 @@ def test_copy_arrives_once_it_is_waited_for():
     assert (run(COPY.format(wait="cp.async.wait_group 0;"), DATA) == DATA + 1).all()
 
 
+BEGIN_TILE = """
+    mov.b64 %rd6, map;
+    setp.eq.b32 %p1, %r1, 0;
+    mov.b32 %r3, 0;
+    mov.b32 %r5, 512;
+    @%p1 mbarrier.init.shared::cta.b64 [%r5], 1;
+    bar.sync 0;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 256;
+    @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+        [%r3], [%rd6, {%r3, %r3}], [%r5];
+"""
+WAIT_FOR_TILE = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r5], 0;"
+ADD_1 = """
+    ld.shared.b32 {%r4}, [%r2 + 0];
+    add.s32 %r4, %r4, 1;
+    st.global.b32 [%rd3 + 0], {%r4};
+"""
+
+
+def test_tile_arrives_once_it_is_waited_for():
+    assert (run(BEGIN_TILE + WAIT_FOR_TILE + ADD_1, DATA) == DATA + 1).all()
+
+
+STORE_TILE = """
+    mov.b64 %rd6, map;
+    setp.eq.b32 %p1, %r1, 0;
+    mov.b32 %r3, 0;
+    st.shared.b32 [%r2 + 0], {%r1};
+    bar.sync 0;
+    @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd6, {%r3, %r3}], [%r3];
+    cp.async.bulk.commit_group;
+"""
+WAIT_FOR_STORE = "cp.async.bulk.wait_group.read 0;"
+CLEAR = "bar.sync 0;\n mov.b32 %r4, 0;\n st.shared.b32 [%r2 + 0], {%r4};\n bar.sync 0;"
+
+
+def test_stored_tile_is_what_lies_there_until_it_is_waited_for():
+    assert (run(STORE_TILE + WAIT_FOR_STORE + CLEAR, DATA) == np.arange(NUM_THREADS)).all()
+    assert (run(STORE_TILE + CLEAR + WAIT_FOR_STORE, DATA) == 0).all()
+
+
+# Ones (64, 16) by ones (16, 8), in bfloat16, of a warpgroup; every sum is 16, which is stored.
+FILL = """
+    mov.b32 %r3, 0x3f803f80;
+    shl.b32 %r4, %r1, 4;
+    st.shared.v4.b32 [%r4 + 0], {%r3, %r3, %r3, %r3};
+    st.shared.b32 [%r2 + 2048], {%r3};
+"""
+BEGIN_PRODUCT = """
+    mov.b64 %rd4, 0x1000080000;
+    mov.b64 %rd5, 0x1000080080;
+    mov.b32 %r10, 0;
+    mov.b32 %r11, 0;
+    mov.b32 %r12, 0;
+    mov.b32 %r13, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10, %r11, %r12, %r13}, %rd4, %rd5, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+"""
+WAIT_FOR_PRODUCT = "wgmma.wait_group.sync.aligned 0;"
+STORE_SUM = "st.global.b32 [%rd3 + 0], {%r10};"
+CLEAR_RIGHT = "bar.sync 0;\n st.shared.b32 [%r2 + 2048], {%r10};\n bar.sync 0;"
+OF_A_WARPGROUP = np.arange(128, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ((WAIT_FOR_PRODUCT, STORE_SUM), 16.0),
+        ((STORE_SUM, WAIT_FOR_PRODUCT), 0.0),
+        ((CLEAR_RIGHT, WAIT_FOR_PRODUCT, STORE_SUM), 0.0),
+    ],
+    ids=["waited for", "used too early", "of what is overwritten"],
+)
+def test_product_arrives_once_it_is_waited_for(steps, expected):
+    data = run("\n".join((FILL, "bar.sync 0;", BEGIN_PRODUCT, *steps)), OF_A_WARPGROUP, 2560)
+    assert (data.view(np.float32) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (FILL + "bar.sync 0;", "", "wgmma: nobody waits for it"),
+        (FILL, WAIT_FOR_PRODUCT, "wgmma: reads what another warp writes"),
+        ("", FILL + "bar.sync 0;" + WAIT_FOR_PRODUCT, "wgmma: reads shared memory that nobody"),
+    ],
+    ids=["not waited for", "no barrier before", "operands that come later"],
+)
+def test_fault_of_a_product_is_found(before, after, message):
+    with pytest.raises(Fault, match=message):
+        run(before + BEGIN_PRODUCT + after, OF_A_WARPGROUP, 2560)
+
+
 FAULTS = {
     "a load past the end": ("ld.global.b32 {%r3}, [%rd3 + 4];", "1 accesses are outside of all tensors"),
     "a store before the start": ("st.global.b32 [%rd3 + -4], {%r1};", "1 accesses are outside"),
@@ -144,6 +239,28 @@ FAULTS = {
         "cp.async.ca.shared.global [ %r2 + 0 ], [ %rd3 + 0 ], 0x4;\n cp.async.commit_group;",
         "cp.async: nobody waits for it",
     ),
+    "a write of what several warps read": (
+        "mov.b32 %r3, 0;\n setp.eq.b32 %p1, %r1, 0;\n @%p1 st.shared.b32 [%r3 + 0], {%r1};\n bar.sync 0;\n"
+        "ld.shared.b32 {%r4}, [%r3 + 0];\n"
+        "setp.eq.b32 %p1, %r1, 63;\n @%p1 st.shared.b32 [%r3 + 0], {%r1};",
+        "another warp reads",
+    ),
+    "a copy that is not committed": (
+        "cp.async.ca.shared.global [ %r2 + 0 ], [ %rd3 + 0 ], 0x4;",
+        "cp.async: nobody waits for it",
+    ),
+    "a tile that is not waited for": (BEGIN_TILE + ADD_1, "that nobody has written"),
+    "a tile in flight at the end": (BEGIN_TILE, "TMA load: nobody waits for it"),
+    "a tile whose barrier goes before it arrives": (
+        BEGIN_TILE + "@%p1 mbarrier.inval.shared::cta.b64 [%r5];",
+        "mbarrier.inval: a copy is on its way",
+    ),
+    "a tile over what others read": (
+        "st.shared.b32 [%r2 + 0], {%r1};\n bar.sync 0;\n ld.shared.b32 {%r4}, [%r2 + 0];"
+        + BEGIN_TILE.replace("bar.sync 0;", ""),
+        "TMA load: writes what another warp reads",
+    ),
+    "a stored tile in flight at the end": (STORE_TILE, "TMA store: nobody waits for it"),
     "a barrier that some do not reach": (
         "setp.lt.s32 %p1, %r1, 10;\n @%p1 bra $end;\n bar.sync 0;\n $end:",
         "not all threads reach it",

@@ -75,7 +75,9 @@ class SharedMemory:
         if ((self.write_phase[places] == self.phase) & (self.writer[places] != warps)).any():
             raise Fault(f"{what}: reads what another warp writes, with no barrier between")
         others = (self.read_phase[places] == self.phase) & (self.reader[places] != warps)
-        self.reader[places] = np.where(others, SEVERAL, warps)
+        readers = np.where(others, SEVERAL, warps)
+        self.reader[places] = readers
+        self.reader[places[self.reader[places] != readers]] = SEVERAL  # that read in this very moment
         self.read_phase[places] = self.phase
         return self.bytes[places]
 
@@ -195,6 +197,8 @@ class Block:
         for groups, what in ((self.copies, "cp.async"), (self.products, "wgmma"), (self.stores, "TMA store")):
             if groups.open or any(groups.committed):
                 raise Fault(f"{what}: nobody waits for it")
+        if any(barrier.in_flight for barrier in self.barriers.values()):
+            raise Fault("TMA load: nobody waits for it")
 
     def choose_parameter(self, number: np.ndarray, dtype: type) -> np.ndarray:
         limit = 2 ** (8 * np.dtype(dtype).itemsize)

@@ -125,7 +125,8 @@ def make_barrier(block: Block, address: Any, count: Any, guard: Any) -> None:
 def drop_barrier(block: Block, address: Any, guard: Any) -> None:
     thread = _by_one_thread(block, guard, "mbarrier.inval")
     if thread is not None:
-        del block.barriers[int(block.each(address)[thread])]
+        if block.barriers.pop(int(block.each(address)[thread])).in_flight:
+            raise Fault("mbarrier.inval: a copy is on its way")
 
 
 def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
