@@ -1,6 +1,6 @@
-"""Runs one operator's kernels as compiled for a GPU, without one, against float64.
+"""Runs operators' kernels as compiled for a GPU, without one, against float64.
 
-python compiled_kernels.py OPERATOR ARCH
+python compiled_kernels.py ARCH OPERATOR...
 """
 
 import importlib
@@ -136,7 +136,7 @@ def rotations() -> None:
         assert torch.equal(qkv[:, :5], untouched)
 
 
-def main(operator: str, arch: int) -> None:
+def main(arch: int, *operators: str) -> None:
     triton.knobs.runtime.interpret = (
         True  # only now, when the kernels are compiled ones: for tensors on the CPU
     )
@@ -145,7 +145,8 @@ def main(operator: str, arch: int) -> None:
         module = importlib.import_module(name)
         if hasattr(module, "arch_of"):
             module.arch_of = lambda device: arch
-    OPERATORS[operator]()
+    for operator in operators:
+        OPERATORS[operator]()
 
 
 OPERATORS = {
@@ -154,4 +155,4 @@ OPERATORS = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]), *sys.argv[2:])
