@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# B, W, T, m, f, H, D: windows of 7x7 and 12x12, one window, one token, no prompts, prompts that are read.
+# B, W, T, m, f, H, D: windows of 7x7 and 12x12, one window, one token, no prompts, prompts that are read, one
+# key less than a tile.
 # Images share their prompts in every other case.
 SIZES = [
     Size(1, 1, 49, 50, 0, 1, 32),
@@ -32,7 +33,7 @@ SIZES = [
     Size(1, 3, 6, 0, 0, 2, 32),
     Size(1, 2, 33, 40, 40, 1, 64),
     Size(2, 1, 1, 1, 1, 1, 32, is_shifted=False),
-    Size(2, 2, 12, 5, 3, 1, 32, is_shifted=False),
+    Size(2, 2, 12, 19, 3, 1, 32, is_shifted=False),
     Size(2, 3, 10, 7, 7, 1, 32, reads_tokens=False),
     Size(1, 1, 144, 7, 0, 1, 32),
 ]
