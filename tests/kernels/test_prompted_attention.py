@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge; one key
-# less than whole tiles (63); and few enough rows beside whole tiles for a smaller one: 1, 16, or one too many.
+# B, R, N, m, H, D: ragged tiles, one row, one key, no prompts, a seam inside a tile and at its edge; 63 keys,
+# one less than whole tiles; and few enough rows beside whole tiles for a smaller one: 1, 16, or one too many.
 # Rows of 48, 72, 88, 104 and 112 elements are narrower than their tiles.
 SIZES = [
     (1, 1, 1, 1, 1, 16),
@@ -145,6 +145,18 @@ def test_rows_of_a_slice_of_a_longer_sequence() -> None:
     assert torch.equal(actual.q, expected.q) and torch.equal(actual.prompt_kv, expected.prompt_kv)
 
 
+def test_strides_of_dimensions_of_one_may_be_any() -> None:
+    q, *rest = inputs((1, 1, 3, 0, 1, 16), True, torch.float32)
+    out, lse = ops.attention(q, *rest)
+    odd, odd_lse = q.as_strided(q.shape, (3, 5, 7, 1)), lse.as_strided(lse.shape, (3, 5, 7))
+    assert torch.equal(ops.attention(odd, *rest)[0], out)
+    grads, expected = (
+        ops.attention_backward(t, t, *rest, out, of_rows, need_q=True, need_kv=True)
+        for t, of_rows in ((odd, odd_lse), (q, lse))
+    )
+    assert torch.equal(grads.q, expected.q) and torch.equal(grads.kv, expected.kv)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_builds_promise_the_compiler_nothing_that_launches_do_not_keep(head_dim, monkeypatch) -> None:
     launched: list[tuple[str, str]] = []  # kernel, stride that is no multiple of 16 elements
@@ -171,6 +183,8 @@ def test_builds_promise_the_compiler_nothing_that_launches_do_not_keep(head_dim,
     assert launched and not promised.intersection(launched)
 
 
+# Of keys past the end, whose gradients are not stored.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_scores_of_any_size_give_finite_results(case, scale: float) -> None:
     """All of a row's are far above 0, or all far below, where e^-lse is infinite."""
@@ -231,7 +245,7 @@ class TestRefusals:
     def test_rows_2_to_the_31_elements_apart(self, case) -> None:
         (q, k, v, *prompts), _ = case
         far = torch.from_numpy(np.zeros(2**31 + 128, np.float32))  # pages that nobody touches
-        far = far.as_strided((2, 2, 2, 64), (0, 2**31, 64, 1))
+        far = far.as_strided((2, 2, 2, 64), (0, 2**31 - 64, 64, 1))
         with pytest.raises(ValueError, match="k: got strides .* want rows of an image within 2.31"):
             ops.attention(q, far, v, *prompts)
 
@@ -241,6 +255,12 @@ class TestRefusals:
         given[name] = torch.zeros(*given[name].shape[:3], 65)[..., :64]
         with pytest.raises(ValueError, match=f"{name}: got .* want rows that start at multiples of 16 bytes"):
             ops.attention(**given)
+
+    def test_rows_whose_first_is_not_aligned(self, case) -> None:
+        q, *rest = case[0]
+        q = torch.cat((q.new_zeros(2), q.flatten()))[2:].view(q.shape)
+        with pytest.raises(ValueError, match="q: got .* want rows that start at multiples of 16 bytes"):
+            ops.attention(q, *rest)
 
     def test_gradient_that_is_not_aligned(self, case) -> None:
         given, grad = case
