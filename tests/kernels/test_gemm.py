@@ -140,6 +140,42 @@ def test_what_is_aligned_goes_by_descriptors(size, dtype, by_descriptors):
     assert [isinstance(launch, gemm._TMALaunch) for launch in launches] == [by_descriptors] * 2
 
 
+def odd_rows(t: torch.Tensor) -> torch.Tensor:
+    """Equal to t, the stride of its rows no multiple of 16."""
+    return torch.cat((t, t[..., :1]), -1)[..., :-1]
+
+
+def odd_start(t: torch.Tensor) -> torch.Tensor:
+    """Equal to t, its address no multiple of 16."""
+    return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("odd", [odd_rows, odd_start])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_forward_of_what_starts_elsewhere_goes_by_pointers(name, odd):
+    x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
+    given = {"x": x, "weight": weight, "bias": bias}
+    given[name] = odd(given[name])
+    assert not isinstance(gemm._forward_launch("gelu", False, True, **given), gemm._TMALaunch)
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("grad", odd_rows),
+        ("grad", odd_start),
+        ("kept", odd_rows),
+        ("kept", odd_start),
+        ("kept", torch.Tensor.float),
+    ],
+)
+def test_backward_of_what_starts_elsewhere_or_is_kept_in_float32_goes_by_pointers(name, odd):
+    grad, weight, u = backward_inputs(((141,), 80, 208), torch.bfloat16)
+    given = {"grad": grad, "weight": weight, "kept": u}
+    given[name] = odd(given[name])
+    assert not isinstance(gemm._backward_launch("gelu", **given), gemm._TMALaunch)
+
+
 def test_a_launch_by_descriptors_holds_no_tensor():
     x, weight, bias = forward_inputs(ALIGNED, torch.bfloat16)
     gemm.linear_activate(x, weight, bias, "gelu")
@@ -310,6 +346,7 @@ def backward(**changed):
         ),
         (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
         (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
+        (forward, {"bias": torch.ones(12).requires_grad_()}, "bias: requires a gradient"),
         (forward, {"bias": torch.ones(8)}, r"bias: got shape \(8,\), want \(12,\)"),
         (backward, {"kind": "swiglu"}, "activation: got 'swiglu'"),
         (backward, {"kept": torch.ones(4, 13)}, r"kept: got shape \(4, 13\), want \(4, 12\)"),

@@ -164,9 +164,9 @@ class TestRefusals:
             self.attend(self.case(torch.float64))
 
     def test_more_windows_than_a_grid_holds(self) -> None:
-        case = self.case()
-        rows = torch.zeros(1, 1, 1, 32).expand(-1, 4 * 65536, -1, -1)
-        with pytest.raises(ValueError, match="k: got 65536 windows of 1 heads, want 65535 at most"):
+        case = make_case(Size(1, 2, 4, 1, 0, 2, 32), True, torch.float32)
+        rows = torch.zeros(1, 1, 2, 32).expand(-1, 4 * 32768, -1, -1)
+        with pytest.raises(ValueError, match="k: got 32768 windows of 2 heads, want 65535 at most"):
             self.attend(case._replace(tensors=(rows, rows, rows, None, None)))
 
     def test_bias_that_is_not_filled_up(self) -> None:
