@@ -146,6 +146,14 @@ def test_scores_of_any_size_give_finite_results() -> None:
         assert tensor.isfinite().all()
 
 
+def test_custom_op_tells_the_truth_about_its_outputs() -> None:
+    case = make_case(MIXED, True, torch.float32)
+    torch.library.opcheck(
+        torch.ops.vpt_fast.window_attention, (*case.tensors, *case.bias, case.num_fresh),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
 class TestRefusals:
     @staticmethod
     def case(dtype: torch.dtype = torch.float32, head_dim: int = 32) -> Case:
