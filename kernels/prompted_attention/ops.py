@@ -217,10 +217,15 @@ def check_lse(q: torch.Tensor, lse: torch.Tensor, num_statistics: int) -> None:
 
 
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:
-    """Strides of images, rows and heads; that of images is 0 if all share the tensor."""
+    """Strides of images, rows and heads; that of images is 0 if all share the tensor.
+
+    Those of dimensions of size 1, which may be anything, are 0 too: rows past the end, which no kernel reads,
+    would else start anywhere, and `jit.row_pointers` promises the compiler that all rows are aligned.
+    """
     if t is None:
         return 0, 0, 0
-    return 0 if shared else t.stride(0), t.stride(1), t.stride(2)
+    images, rows, heads = (stride if n > 1 else 0 for n, stride in zip(t.shape[:3], t.stride(), strict=False))
+    return 0 if shared else images, rows, heads
 
 
 def prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:

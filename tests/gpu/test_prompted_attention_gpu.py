@@ -85,8 +85,8 @@ def test_tensors_of_another_than_the_current_device() -> None:
 @pytest.mark.large
 def test_images_2_to_the_31_elements_apart() -> None:
     far = torch.zeros(2**31 + 64, dtype=torch.float16, device="cuda")
-    far = far.as_strided((2, 1, 1, 64), (2**31, 64, 64, 1))
-    far.copy_(random(2, 1, 1, 64, seed=1))
+    far = far.as_strided((3, 1, 1, 64), (2**30, 64, 64, 1))  # a stride of int32, not times the index
+    far.copy_(random(3, 1, 1, 64, seed=1))
     near = far.clone()
     out, lse = ops.attention(far, far, far, None, None)
     expected, expected_lse = ops.attention(near, near, near, None, None)

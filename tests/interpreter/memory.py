@@ -150,9 +150,9 @@ def check_memory() -> None:
 
     @functools.wraps(load)
     def load_and_check(self: Any, ptrs: TensorHandle, mask: Any, other: Any, *rest: Any, **names: Any) -> Any:
-        loaded = load(self, ptrs, mask, other, *rest, **names)
         active = _active(mask, ptrs)
-        launches[-1].read(ptrs.data[active], loaded.data.itemsize)
+        launches[-1].read(ptrs.data[active], ptrs.get_element_ty().primitive_bitwidth // 8)
+        loaded = load(self, ptrs, mask, other, *rest, **names)
         if other is None:  # the interpreter takes 0, and a GPU whatever the register held
             unknown = 0x7FC0 if loaded.dtype.scalar == tl.bfloat16 else 77  # bits of NaN
             loaded.data[~active] = np.nan if loaded.data.dtype.kind == "f" else unknown

@@ -45,6 +45,16 @@ def test_address_past_the_end_of_a_view() -> None:
 
 
 @triton.jit
+def read_kernel(x, index):
+    tl.store(x, tl.load(x + tl.load(index)))
+
+
+def test_address_in_memory_that_the_process_may_not_read() -> None:
+    with pytest.raises(Exception, match="program 1 accesses 1 addresses beside its tensors"):
+        read_kernel[(1,)](torch.zeros(1), torch.tensor([-(2**44)]))
+
+
+@triton.jit
 def move_kernel(x, source, target):
     """Each program moves an element of x: from and to an index of its own."""
     program = tl.program_id(0)

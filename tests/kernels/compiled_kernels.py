@@ -1,6 +1,6 @@
-"""Runs one operator's kernels as compiled for a GPU, without one, against float64.
+"""Runs operators' kernels as compiled for a GPU, without one, against float64.
 
-python compiled_kernels.py OPERATOR ARCH
+python compiled_kernels.py ARCH OPERATOR...
 """
 
 import importlib

@@ -69,6 +69,8 @@ def test_linear_activate(size, dtype, arch):
     assert (a.dtype, u.dtype, codes) == (dtype, dtype, None)
     assert_as_good_as(u, eager, exact)
     assert_as_good_as(a, activated(eager, "gelu"), activated(exact, "gelu"))
+    if dtype == torch.float32:  # everywhere, and of the same u: what serves 16 bits is off by twice as much
+        assert ((a - activated(u.double(), "gelu")).abs() <= 2e-7 * (1 + u.abs())).all()
 
 
 @pytest.mark.parametrize("kind", gemm.ELEMENTWISE)
@@ -108,15 +110,15 @@ def test_descriptors_and_pointers_give_the_same_but_for_where_the_bias_is_added(
 @pytest.mark.parametrize("size", [ALIGNED, ((3, 47), 72, 200)], ids=["descriptors", "pointers"])
 def test_pre_activation_beyond_float16_has_the_gradient_of_the_largest_number(size):
     x, weight, bias = forward_inputs(size, torch.float16)
-    bias[0], bias[1] = -60000, 60000
-    x[..., 0] = weight[0, 0] = 200
-    weight[0, 0], weight[1, 0] = -200, 200
+    bias[0], bias[64] = -60000, 60000  # in the left and in the right half of a tile
+    x[..., 0] = 200
+    weight[0, 0], weight[64, 0] = -200, 200
     a, u, _ = gemm.linear_activate(x, weight, bias, "gelu")
-    assert u[..., 0].unique().tolist() == [-65504] and u[..., 1].unique().tolist() == [65504]
+    assert u[..., 0].unique().tolist() == [-65504] and u[..., 64].unique().tolist() == [65504]
     grad = torch.ones(*x.shape[:-1], 16, dtype=torch.float16)
     weight2 = torch.ones(16, u.shape[-1], dtype=torch.float16)
     grad_u = gemm.linear_activate_backward(grad, weight2, u, "gelu")
-    assert grad_u[..., 0].unique().tolist() == [0] and grad_u[..., 1].unique().tolist() == [16]
+    assert grad_u[..., 0].unique().tolist() == [0] and grad_u[..., 64].unique().tolist() == [16]
 
 
 LAUNCHES = {
@@ -136,6 +138,42 @@ def test_what_is_aligned_goes_by_descriptors(size, dtype, by_descriptors):
         gemm._backward_launch("gelu", grad=grad, weight=weight2, kept=u),
     )
     assert [isinstance(launch, gemm._TMALaunch) for launch in launches] == [by_descriptors] * 2
+
+
+def odd_rows(t: torch.Tensor) -> torch.Tensor:
+    """Equal to t, the stride of its rows no multiple of 16."""
+    return torch.cat((t, t[..., :1]), -1)[..., :-1]
+
+
+def odd_start(t: torch.Tensor) -> torch.Tensor:
+    """Equal to t, its address no multiple of 16."""
+    return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("odd", [odd_rows, odd_start])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_forward_of_what_starts_elsewhere_goes_by_pointers(name, odd):
+    x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
+    given = {"x": x, "weight": weight, "bias": bias}
+    given[name] = odd(given[name])
+    assert not isinstance(gemm._forward_launch("gelu", False, True, **given), gemm._TMALaunch)
+
+
+@pytest.mark.parametrize(
+    ("name", "odd"),
+    [
+        ("grad", odd_rows),
+        ("grad", odd_start),
+        ("kept", odd_rows),
+        ("kept", odd_start),
+        ("kept", torch.Tensor.float),
+    ],
+)
+def test_backward_of_what_starts_elsewhere_or_is_kept_in_float32_goes_by_pointers(name, odd):
+    grad, weight, u = backward_inputs(((141,), 80, 208), torch.bfloat16)
+    given = {"grad": grad, "weight": weight, "kept": u}
+    given[name] = odd(given[name])
+    assert not isinstance(gemm._backward_launch("gelu", **given), gemm._TMALaunch)
 
 
 def test_a_launch_by_descriptors_holds_no_tensor():
@@ -249,14 +287,15 @@ def test_no_rows_give_no_rows():
     assert gemm.linear_activate_backward(x, weight.T.contiguous(), u, "gelu").shape == (0, 12)
 
 
-def test_rows_beyond_2_to_the_31_elements():
-    far = 2**31 + 16
-    # Pages that nobody touches cost nothing.
-    x, kept = (
-        torch.from_numpy(np.empty(far + 16, np.float16)).as_strided((2, 16), (far, 1)) for _ in range(2)
-    )
-    x.copy_(random(2, 16, seed=0))
-    kept.copy_(random(2, 16, seed=1))
+def far_apart(seed: int) -> torch.Tensor:
+    """Three rows, 2^30 elements apart and more: an int32, and twice as much is not."""
+    far = 2**30 + 16
+    rows = np.empty(2 * far + 16, np.float16)  # pages that nobody touches cost nothing
+    return torch.from_numpy(rows).as_strided((3, 16), (far, 1)).copy_(random(3, 16, seed=seed))
+
+
+def test_rows_beyond_2_to_the_31_elements(arch):
+    x, kept = far_apart(0), far_apart(1)
     weight = random(16, 16, seed=2, dtype=torch.float16)
     near, kept_near = x.clone(), kept.clone()
     assert torch.equal(
@@ -265,6 +304,18 @@ def test_rows_beyond_2_to_the_31_elements():
     assert torch.equal(
         gemm.linear_activate_backward(x, weight, kept, "gelu"),
         gemm.linear_activate_backward(near, weight, kept_near, "gelu"),
+    )
+
+
+def test_rows_of_weights_beyond_2_to_the_31_elements():
+    weight, x, grad = far_apart(0), random(2, 16, seed=1).half(), random(2, 3, seed=1).half()
+    near, u = weight.clone(), random(2, 16, seed=2).half()
+    assert torch.equal(
+        gemm.linear_activate(x, weight, None, "gelu")[0], gemm.linear_activate(x, near, None, "gelu")[0]
+    )
+    assert torch.equal(
+        gemm.linear_activate_backward(grad, weight, u, "gelu"),
+        gemm.linear_activate_backward(grad, near, u, "gelu"),
     )
 
 
@@ -287,9 +338,15 @@ def backward(**changed):
         (forward, {"x": torch.ones(4, 8).double()}, "x: got torch.float64"),
         (forward, {"x": torch.ones(4, 9)}, r"x: got shape \(4, 9\), want \(4, 8\)"),
         (forward, {"x": torch.ones(8, 4).T}, "x: got stride 4"),
-        (forward, {"x": torch.ones(1, 8).expand(2**31, -1)}, "rows: got 2147483648 x 12 results"),
+        (forward, {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "rows: got 2147483647 x 12 results"),
+        (
+            forward,
+            {"weight": torch.ones(1, 8).expand(2**31 - 1, -1), "bias": None},
+            "rows: got 4 x 2147483647 results",
+        ),
         (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
         (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
+        (forward, {"bias": torch.ones(12).requires_grad_()}, "bias: requires a gradient"),
         (forward, {"bias": torch.ones(8)}, r"bias: got shape \(8,\), want \(12,\)"),
         (backward, {"kind": "swiglu"}, "activation: got 'swiglu'"),
         (backward, {"kept": torch.ones(4, 13)}, r"kept: got shape \(4, 13\), want \(4, 12\)"),

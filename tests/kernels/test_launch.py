@@ -90,7 +90,7 @@ def test_a_grid_of_three_axes_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [torch.zeros(4, dtype=torch.float64), torch.zeros(5)[1:], None],
+    [torch.zeros(4, dtype=torch.float64), torch.zeros(6)[2:], None],
     ids=["dtype", "alignment", "absent"],
 )
 def test_in_the_interpreter_tensors_of_another_kind_are_refused(other: torch.Tensor | None) -> None:

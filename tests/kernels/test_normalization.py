@@ -177,11 +177,15 @@ def test_no_rows_give_no_rows():
     assert ops.normalize_backward(x_hat, codes, rstd, scale, "rms").shape == (0, 16)
 
 
-def test_rows_beyond_2_to_the_31_elements():
-    far = 2**31 + 16
-    memory = torch.from_numpy(np.empty(far + 16, np.float16))  # pages that nobody touches cost nothing
-    x = memory.as_strided((2, 16), (far, 1))
-    x.copy_(random(2, 16, seed=0))
+@pytest.mark.parametrize("dim", range(3))
+def test_rows_beyond_2_to_the_31_elements(dim):
+    far = 2**30 + 80  # an int32, and twice as much is not
+    memory = torch.from_numpy(np.empty(2 * far + 80, np.float16))  # pages that nobody touches cost nothing
+    shape, strides = [2, 2, 16], [16, 32, 1]  # which do not merge
+    shape.insert(dim, 3)
+    strides.insert(dim, far)
+    x = memory.as_strided(shape, strides)
+    x.copy_(random(*shape, seed=0))
     x_hat, *_ = ops.normalize(x, EPS, "layer", torch.float32)
     assert torch.equal(x_hat, ops.normalize(x.contiguous(), EPS, "layer", torch.float32)[0])
 
@@ -211,7 +215,7 @@ def call(op, **changed):
         ("normalize", {"dtype": torch.float64}, "dtype: got torch.float64"),
         ("normalize", {"x": torch.ones(8, 4).T}, "x: got stride 4"),
         ("normalize", {"x": torch.ones(2, 8193)}, "width: got 8193"),
-        ("normalize", {"x": torch.ones(1, 8).expand(2**31, -1)}, "rows: got 2147483648, want at most"),
+        ("normalize", {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "rows: got 2147483647, want at most"),
         ("normalize", {"kind": "batch"}, "kind: got 'batch'"),
         ("normalize", {"x": torch.ones(3, 3, 3, 3, 8).permute(2, 0, 3, 1, 4)}, "x: got 4 leading"),
         ("add_normalize", {"update": torch.ones(1, 8)}, r"update: got shape \(1, 8\), want \(4, 8\)"),

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("nan_empty")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# B, W, T, m, f, H, D: windows of 7x7 and 12x12, one window, one token, no prompts, prompts that are read.
+# B, W, T, m, f, H, D: windows of 7x7 and 12x12, one window, one token, no prompts, prompts that are read, one
+# key less than a tile.
 # Images share their prompts in every other case.
 SIZES = [
     Size(1, 1, 49, 50, 0, 1, 32),
@@ -32,7 +33,7 @@ SIZES = [
     Size(1, 3, 6, 0, 0, 2, 32),
     Size(1, 2, 33, 40, 40, 1, 64),
     Size(2, 1, 1, 1, 1, 1, 32, is_shifted=False),
-    Size(2, 2, 12, 5, 3, 1, 32, is_shifted=False),
+    Size(2, 2, 12, 19, 3, 1, 32, is_shifted=False),
     Size(2, 3, 10, 7, 7, 1, 32, reads_tokens=False),
     Size(1, 1, 144, 7, 0, 1, 32),
 ]
@@ -145,6 +146,14 @@ def test_scores_of_any_size_give_finite_results() -> None:
         assert tensor.isfinite().all()
 
 
+def test_custom_op_tells_the_truth_about_its_outputs() -> None:
+    case = make_case(MIXED, True, torch.float32)
+    torch.library.opcheck(
+        torch.ops.vpt_fast.window_attention, (*case.tensors, *case.bias, case.num_fresh),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
 class TestRefusals:
     @staticmethod
     def case(dtype: torch.dtype = torch.float32, head_dim: int = 32) -> Case:
@@ -163,9 +172,9 @@ class TestRefusals:
             self.attend(self.case(torch.float64))
 
     def test_more_windows_than_a_grid_holds(self) -> None:
-        case = self.case()
-        rows = torch.zeros(1, 1, 1, 32).expand(-1, 4 * 65536, -1, -1)
-        with pytest.raises(ValueError, match="k: got 65536 windows of 1 heads, want 65535 at most"):
+        case = make_case(Size(1, 2, 4, 1, 0, 2, 32), True, torch.float32)
+        rows = torch.zeros(1, 1, 2, 32).expand(-1, 4 * 32768, -1, -1)
+        with pytest.raises(ValueError, match="k: got 32768 windows of 2 heads, want 65535 at most"):
             self.attend(case._replace(tensors=(rows, rows, rows, None, None)))
 
     def test_bias_that_is_not_filled_up(self) -> None:

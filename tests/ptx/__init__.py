@@ -3,7 +3,7 @@ interpreter does not see. `card` puts it in the place of Triton's driver, so tha
 
 A program runs after the other, all its threads in step. Beside the results of a kernel, this finds
 
-- accesses of global memory outside of the launch's tensors, or misaligned;
+- accesses of global memory outside of the storages of the launch's tensors, or misaligned;
 - reads of shared memory that nobody has written, and accesses of one place by two warps with no barrier
   between them, where one writes;
 - results of asynchronous instructions (cp.async, TMA, wgmma, tcgen05) that are used before they are waited

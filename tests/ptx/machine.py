@@ -67,7 +67,7 @@ class SharedMemory:
     def require(self, addresses: np.ndarray, size: int, what: str) -> None:
         if (addresses % size).any():
             raise Fault(f"{what}: a shared address is not a multiple of {size} bytes")
-        if (addresses < 0).any() or (addresses + size > len(self.bytes)).any():
+        if (addresses + size > len(self.bytes)).any():  # they are of 32 bits, and never negative
             raise Fault(f"{what}: shared memory has {len(self.bytes)} bytes")
 
     def require_written(self, places: np.ndarray, warps: np.ndarray | int, what: str) -> None:
@@ -81,7 +81,9 @@ class SharedMemory:
         """The bytes at `places`, read by `warps`."""
         self.require_written(places, warps, what)
         others = (self.read_phase[places] == self.phase) & (self.reader[places] != warps)
-        self.reader[places] = np.where(others, SEVERAL, warps)
+        readers = np.where(others, SEVERAL, warps)
+        self.reader[places] = readers
+        self.reader[places[self.reader[places] != readers]] = SEVERAL  # that read in this very moment
         self.read_phase[places] = self.phase
         return self.bytes[places]
 
@@ -121,13 +123,14 @@ class SharedMemory:
 @dataclass
 class Barrier:
     """An mbarrier: a phase ends when `pending` arrivals and `bytes_pending` are at 0. in_flight: copies that
-    count towards it."""
+    count towards it; commits: tcgen05's, which arrive when the products before them have ended."""
 
     count: int
     pending: int
     bytes_pending: int = 0
     phase: int = 0
     in_flight: list[Callable[[], None]] = field(default_factory=list)
+    commits: list[Callable[[], None]] = field(default_factory=list)
 
     def settle(self) -> None:
         if self.pending == 0 and self.bytes_pending == 0:
@@ -227,6 +230,8 @@ class Block:
                 raise Fault(f"{what}: nobody waits for it")
         if self.tensor_memory.products:
             raise Fault("tcgen05.mma: nobody waits for it")
+        if any(barrier.in_flight for barrier in self.barriers.values()):
+            raise Fault("TMA load: nobody waits for it")
 
     def choose_parameter(self, number: np.ndarray, dtype: type) -> np.ndarray:
         limit = 2 ** (8 * np.dtype(dtype).itemsize)

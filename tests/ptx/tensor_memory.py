@@ -138,4 +138,4 @@ def commit(block: Block, barrier: Any, guard: Any) -> None:
         counter.pending -= 1
         counter.settle()
 
-    counter.in_flight.append(finish)
+    counter.commits.append(finish)

@@ -126,7 +126,8 @@ def make_barrier(block: Block, address: Any, count: Any, guard: Any) -> None:
 def drop_barrier(block: Block, address: Any, guard: Any) -> None:
     thread = _by_one_thread(block, guard, "mbarrier.inval")
     if thread is not None:
-        del block.barriers[int(block.each(address)[thread])]
+        if block.barriers.pop(int(block.each(address)[thread])).in_flight:
+            raise Fault("mbarrier.inval: a copy is on its way")
 
 
 def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
@@ -140,11 +141,11 @@ def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
 
 
 def wait(block: Block, address: Any, parity: Any) -> np.bool_:
-    """Until the phase of this parity has ended. Copies end now, not earlier."""
+    """Until the phase of this parity has ended. Copies and products end now, not earlier."""
     barrier = block.barriers[int(block.each(address)[0])]
-    for finish in barrier.in_flight:
-        finish()
-    barrier.in_flight.clear()
+    for operations in (barrier.in_flight, barrier.commits):
+        while operations:
+            operations.pop(0)()
     if barrier.phase % 2 == int(block.each(parity)[0]) % 2:
         raise Fault("mbarrier.try_wait: it would wait for ever")
     return np.bool_(True)
