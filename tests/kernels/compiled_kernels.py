@@ -1,6 +1,6 @@
 """Runs operators' kernels as compiled for a GPU, without one, against float64.
 
-python compiled_kernels.py ARCH OPERATOR...
+    python compiled_kernels.py ARCH [OPERATOR...]
 """
 
 import importlib
