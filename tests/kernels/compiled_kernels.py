@@ -1,6 +1,8 @@
 """Runs operators' kernels as compiled for a GPU, without one, against float64.
 
     python compiled_kernels.py ARCH [OPERATOR...]
+
+Without an operator: all of them.
 """
 
 import importlib
