@@ -48,6 +48,7 @@ def test_gpu_that_a_run_is_used_on_is_the_current_one(
         raise ValueError("that is all")
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jpg").touch()
     monkeypatch.setattr(LoadedRun, "load", load)
     CliRunner().invoke(app, [*command.split(), "--device=cuda:1"])
     assert found == [torch.device("cuda", 1)]
