@@ -13,12 +13,10 @@ from .machine import Block, Fault, GlobalMemory
 from .tma import TensorMap
 from .translate import Kernel
 
-NUM_SMS = 2  # few, so that a persistent program has several tiles
-
 
 class _Utilities:
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": NUM_SMS}
+        return {"max_shared_mem": 227 * 1024}
 
     def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
@@ -34,7 +32,7 @@ class _Launcher:
         self.kernel: Kernel | None = None
 
     def __call__(self, x: int, y: int, z: int, *args: Any) -> None:
-        *_, enter_hook, exit_hook = args[:6]
+        """With the grid's size; then stream, function, metadata and hooks; then the kernel's arguments."""
         if self.kernel is None:
             self.kernel = Kernel(self.build.asm["ptx"])
         parameters, memory = self._parameters(args[6:])

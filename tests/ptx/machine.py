@@ -89,6 +89,8 @@ class SharedMemory:
 
     def use(self, places: np.ndarray, warp: int, what: str) -> None:
         """An operation begins that reads them until it ends."""
+        if places.max() >= len(self.bytes):
+            raise Fault(f"{what}: an operand past the end of shared memory")
         self.require_written(places, warp, what)
         np.add.at(self.in_use, places, 1)
 
@@ -214,6 +216,13 @@ class Block:
         """Which threads execute an instruction with this guard, None: all."""
         on = np.ones(self.num_threads, bool) if guard is None else self.each(guard)
         return on if self.mask is None else on & self.mask
+
+    def only_thread(self, guard: Any, what: str) -> int | None:
+        """The active one; None if no thread is."""
+        threads = np.nonzero(self.active(guard))[0]
+        if len(threads) > 1:
+            raise Fault(f"{what}: by {len(threads)} threads")
+        return int(threads[0]) if len(threads) else None
 
     def time(self) -> np.uint64:
         """A clock in nanoseconds that runs on whenever it is read."""

@@ -143,10 +143,7 @@ def multiply_async(
         for own in block.each(descriptor).reshape(-1, GROUP):
             if (own != own[0]).any():
                 raise Fault("wgmma: a warpgroup's threads have different descriptors")
-            places = described(int(own[0]), rows, is_transposed)
-            if places.max() + 2 > len(block.shared.bytes):
-                raise Fault("wgmma: an operand past the end of shared memory")
-            groups.append(bytes_at(places.reshape(-1), 2))
+            groups.append(bytes_at(described(int(own[0]), rows, is_transposed).reshape(-1), 2))
             block.shared.use(groups[-1], (len(groups) - 1) * GROUP // WARP, "wgmma")
 
         def end() -> np.ndarray:

@@ -66,8 +66,16 @@ def store(block: Block, address: Any, values: list[Any], split: int | None, guar
         block.tensor_memory.words[lanes, columns] = data[threads]
 
 
-def multiply(block: Block, total: Any, a: Any, b: Any, a_is_in_tensor_memory: bool, instruction: Any,
-             accumulates: Any, guard: Any) -> None:  # fmt: skip
+def multiply(
+    block: Block,
+    total: Any,
+    a: Any,
+    b: Any,
+    a_is_in_tensor_memory: bool,
+    instruction: Any,
+    accumulates: Any,
+    guard: Any,
+) -> None:
     """tcgen05.mma of 16 bits: D = A B (+ D), by the one active thread.
 
     Args:
@@ -76,12 +84,9 @@ def multiply(block: Block, total: Any, a: Any, b: Any, a_is_in_tensor_memory: bo
         instruction: the descriptor of formats and sizes.
         accumulates: whether D is added.
     """
-    threads = np.nonzero(block.active(guard))[0]
-    if len(threads) == 0:
+    thread = block.only_thread(guard, "tcgen05.mma")
+    if thread is None:
         return
-    if len(threads) > 1:
-        raise Fault(f"tcgen05.mma: by {len(threads)} threads")
-    thread = threads[0]
     total, a, b, bits, added = (int(block.each(x)[thread]) for x in (total, a, b, instruction, accumulates))
     if bits & 0b1111 or bits >> 4 & 3 != 1 or bits >> 13 & 3:
         raise NotImplementedError(f"tcgen05.mma: instruction descriptor {bits:#x}")
@@ -92,10 +97,7 @@ def multiply(block: Block, total: Any, a: Any, b: Any, a_is_in_tensor_memory: bo
 
     def operand(descriptor: int, size: int, is_transposed: int, kind: str) -> Callable[[], np.ndarray]:
         """Begins to read a matrix from shared memory; what ends it."""
-        places = described(descriptor, size, bool(is_transposed))
-        if places.max() + 2 > len(block.shared.bytes):
-            raise Fault("tcgen05.mma: an operand past the end of shared memory")
-        places = bytes_at(places.reshape(-1), 2)
+        places = bytes_at(described(descriptor, size, bool(is_transposed)).reshape(-1), 2)
         block.shared.use(places, warp, "tcgen05.mma")
 
         def end() -> np.ndarray:
@@ -125,10 +127,10 @@ def multiply(block: Block, total: Any, a: Any, b: Any, a_is_in_tensor_memory: bo
 
 def commit(block: Block, barrier: Any, guard: Any) -> None:
     """The barrier is arrived at when all products until now have ended."""
-    threads = np.nonzero(block.active(guard))[0]
-    if len(threads) == 0:
+    thread = block.only_thread(guard, "tcgen05.commit")
+    if thread is None:
         return
-    counter = block.barriers[int(block.each(barrier)[threads[0]])]
+    counter = block.barriers[int(block.each(barrier)[thread])]
     memory = block.tensor_memory
     last = memory.products[-1] if memory.products else None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +45,19 @@ class TensorMap:
         return inside.reshape(-1), outside.reshape(-1), exist.reshape(-1)
 
 
-def _copies(block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], guard: Any, what: str):
-    """For every active thread: the map, and places and warp of its copy."""
+class _Copy(NamedTuple):
+    """One thread's copy: places of the box's bytes in shared and global memory, and which elements exist."""
+
+    thread: int
+    warp: int
+    inside: np.ndarray
+    outside: np.ndarray
+    exist: np.ndarray
+
+
+def _copies(
+    block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], guard: Any, what: str
+) -> Iterator[_Copy]:
     for thread in np.nonzero(block.active(guard))[0]:
         described = block.parameters[int(block.each(tensor_map)[thread])]
         address = int(block.each(shared)[thread])
@@ -52,14 +65,10 @@ def _copies(block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any],
             raise Fault(f"{what}: a tile in shared memory that is not at a multiple of {ALIGNMENT} bytes")
         column, row = (int(block.each(c)[thread]) for c in columns_rows)
         inside, outside, exist = described.places(address, (row, column))
-        block.memory.require(outside[exist], described.element_size, described.element_size, what)
         size = described.element_size
-        yield (
-            thread,
-            bytes_at(inside, size),
-            block.memory.index(outside, size),
-            exist,
-            int(block.warp[thread]),
+        block.memory.require(outside[exist], size, size, what)
+        yield _Copy(
+            thread, int(block.warp[thread]), bytes_at(inside, size), block.memory.index(outside, size), exist
         )
 
 
@@ -67,64 +76,43 @@ def load_tile(
     block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], barrier: Any, guard: Any
 ) -> None:
     """Elements that do not exist are zeros."""
-    for thread, inside, outside, exist, warp in _copies(
-        block, shared, tensor_map, columns_rows, guard, "TMA load"
-    ):
-        counter = block.barriers[int(block.each(barrier)[thread])]
-        block.shared.expect(inside, warp, "TMA load")
+    for copy in _copies(block, shared, tensor_map, columns_rows, guard, "TMA load"):
+        counter = block.barriers[int(block.each(barrier)[copy.thread])]
+        block.shared.expect(copy.inside, copy.warp, "TMA load")
+        counter.in_flight.append(partial(_finish_load, block, copy, counter))
 
-        def finish(
-            inside: np.ndarray = inside,
-            outside: np.ndarray = outside,
-            exist: np.ndarray = exist,
-            counter: Barrier = counter,
-        ) -> None:
-            data = np.zeros(inside.shape, np.uint8)
-            data[exist] = block.memory.bytes[outside[exist]]
-            # The mbarrier orders it before every thread that has waited.
-            block.shared.bytes[inside] = data
-            block.shared.is_written[inside] = True
-            counter.bytes_pending -= data.size
-            counter.settle()
 
-        counter.in_flight.append(finish)
+def _finish_load(block: Block, copy: _Copy, counter: Barrier) -> None:
+    data = np.zeros(copy.inside.shape, np.uint8)
+    data[copy.exist] = block.memory.bytes[copy.outside[copy.exist]]
+    # The mbarrier orders it before every thread that has waited.
+    block.shared.bytes[copy.inside] = data
+    block.shared.is_written[copy.inside] = True
+    counter.bytes_pending -= data.size
+    counter.settle()
 
 
 def store_tile(block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], guard: Any) -> None:
-    for _, inside, outside, exist, warp in _copies(
-        block, shared, tensor_map, columns_rows, guard, "TMA store"
-    ):
-        block.shared.use(inside, warp, "TMA store")
-
-        def finish(
-            inside: np.ndarray = inside,
-            outside: np.ndarray = outside,
-            exist: np.ndarray = exist,
-            warp: int = warp,
-        ) -> None:
-            block.shared.end_use(inside)
-            data = block.shared.read(inside, warp, "TMA store")
-            block.memory.bytes[outside[exist]] = data[exist]
-
-        block.stores.open.append(finish)
+    for copy in _copies(block, shared, tensor_map, columns_rows, guard, "TMA store"):
+        block.shared.use(copy.inside, copy.warp, "TMA store")
+        block.stores.open.append(partial(_finish_store, block, copy))
 
 
-def _by_one_thread(block: Block, guard: Any, what: str) -> int | None:
-    threads = np.nonzero(block.active(guard))[0]
-    if len(threads) > 1:
-        raise Fault(f"{what}: by {len(threads)} threads")
-    return int(threads[0]) if len(threads) else None
+def _finish_store(block: Block, copy: _Copy) -> None:
+    block.shared.end_use(copy.inside)
+    data = block.shared.read(copy.inside, copy.warp, "TMA store")
+    block.memory.bytes[copy.outside[copy.exist]] = data[copy.exist]
 
 
 def make_barrier(block: Block, address: Any, count: Any, guard: Any) -> None:
-    thread = _by_one_thread(block, guard, "mbarrier.init")
+    thread = block.only_thread(guard, "mbarrier.init")
     if thread is not None:
         expected = int(block.each(count)[thread])
         block.barriers[int(block.each(address)[thread])] = Barrier(expected, expected)
 
 
 def drop_barrier(block: Block, address: Any, guard: Any) -> None:
-    thread = _by_one_thread(block, guard, "mbarrier.inval")
+    thread = block.only_thread(guard, "mbarrier.inval")
     if thread is not None:
         if block.barriers.pop(int(block.each(address)[thread])).in_flight:
             raise Fault("mbarrier.inval: a copy is on its way")
@@ -132,7 +120,7 @@ def drop_barrier(block: Block, address: Any, guard: Any) -> None:
 
 def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
     """An arrival that expects so many bytes."""
-    thread = _by_one_thread(block, guard, "mbarrier.arrive")
+    thread = block.only_thread(guard, "mbarrier.arrive")
     if thread is not None:
         barrier = block.barriers[int(block.each(address)[thread])]
         barrier.bytes_pending += int(block.each(num_bytes)[thread])
