@@ -224,13 +224,16 @@ def kept_for_backward(contender: Contender, images: Tensor, labels: Tensor) -> i
 def measure_peak(contender: Contender, images: Tensor, labels: Tensor) -> None:
     """Records the peak of what a step allocates and reserves, plus the weights of this contender alone.
 
-    The others' weights are on the device too, so the allocator's own peak would count them. Call it before a
-    CUDA graph is captured: the steps up to the capture, and what the graph then holds, count as well. On a
-    CPU, which has no such counters, nothing is recorded.
+    The others' weights are on the device too, so the allocator's own peak would count them. The steps up to
+    the capture of a CUDA graph, and what the graph then holds, count as well; cuBLAS's workspaces, which the
+    first step on a stream makes and all that follow use, do not. On a CPU, which has no such counters,
+    nothing is recorded.
     """
     device = images.device
     if device.type != "cuda":
         return
+    contender.step(images, labels)
+    contender.graph = None
     contender.optimizer.zero_grad(set_to_none=True)
     empty_cache(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from vpt_fast.graphed import (
     CaptureError,
     GraphedStep,
     LearningRates,
+    _CaptureStream,
     form_gradients,
     require_capturable,
 )
@@ -85,6 +88,54 @@ def test_steps_are_those_of_an_eager_loop_at_changing_rates() -> None:
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert step._stream.captures == 1
+
+
+def test_backward_runs_on_the_thread_that_called() -> None:
+    model, seen = make_model(), []
+    model[1].weight.register_hook(lambda grad: seen.append(torch._C._is_multithreading_enabled()))
+    form_gradients(model, make_sgd(model), cross_entropy, *batches(1)[0])
+    assert seen == [False]
+    assert torch._C._is_multithreading_enabled()
+
+
+# The stream that steps are captured on.
+
+
+@pytest.fixture
+def without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are empty objects."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(_CaptureStream, "_idle", defaultdict(list))
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_stream_is_used_again_once_its_step_is_gone_and_not_before() -> None:
+    device = torch.device("cuda:0")
+    first, second = _CaptureStream(device), _CaptureStream(device)
+    freed = first.stream
+    assert freed is not second.stream
+    del first
+    elsewhere, third = _CaptureStream(torch.device("cuda:1")), _CaptureStream(device)
+    assert third.stream is freed
+    assert elsewhere.stream is not freed
+    assert _CaptureStream(device).stream not in (second.stream, third.stream)
+
+
+@pytest.mark.usefixtures("without_cuda")
+def test_stream_of_a_capture_that_broke_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(*args: Any, **options: Any) -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", break_off)
+    device = torch.device("cuda:0")
+    stream = _CaptureStream(device)
+    broken = stream.stream
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        stream.capture(lambda: None)
+    del stream
+    assert _CaptureStream(device).stream is not broken
 
 
 class BrokenStream(CPUStream):

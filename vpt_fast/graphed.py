@@ -6,9 +6,11 @@ time. A graph is launched once.
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -225,8 +227,15 @@ def form_gradients(
     value = loss(logits, labels)
     if value.shape != ():
         raise ValueError(f"loss: got a value of shape {tuple(value.shape)}, want a scalar of shape ()")
-    value.backward()
+    backward_on_this_thread(value)
     return value.detach(), logits.detach()
+
+
+def backward_on_this_thread(loss: torch.Tensor) -> None:
+    """``loss.backward()``, without a thread of autograd's own for the GPU. That would have another cuBLAS
+    handle, which holds another workspace for each stream (32 MiB on Hopper)."""
+    with torch.autograd.set_multithreading_enabled(False):
+        loss.backward()
 
 
 class GradientAverage:
@@ -393,11 +402,26 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 class _CaptureStream:
-    """The stream for warm-up steps and the capture: the default stream does not allow captures."""
+    """The stream for warm-up steps and the capture: the default stream does not allow captures.
+
+    One that is given up is used again: cuBLAS never frees the workspace that it made for a stream, and a
+    sweep captures a graph per trial. Two that are in use have different streams, since their graphs would
+    write to the same workspace.
+    """
+
+    _idle: ClassVar[defaultdict[torch.device, list[torch.cuda.Stream]]] = defaultdict(list)
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        idle = self._idle[device]
+        try:
+            self.stream = idle.pop()
+        except IndexError:
+            self.stream = torch.cuda.Stream(device)
+        else:
+            torch.cuda.synchronize(device)  # its last graph may still be running, on another stream
+        self._give_up = weakref.finalize(self, idle.append, self.stream)
+        self._give_up.atexit = False
 
     def run(self, step: Callable[[], None]) -> None:
         caller = torch.cuda.current_stream(self.device)
@@ -411,11 +435,15 @@ class _CaptureStream:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls can invalidate the capture: other threads, such as one that pins batches,
         # may continue.
-        with (
-            _without_stale_streams(),
-            torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
-        ):
-            step()
+        try:
+            with (
+                _without_stale_streams(),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                step()
+        except BaseException:
+            self._give_up.detach()  # nobody knows what state the stream is in
+            raise
         return graph.replay
 
 

@@ -12,7 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vpt_fast.backbones.layers import on_meta
-from vpt_fast.graphed import CaptureError, GradientAverage, GraphedStep, trained_parameters
+from vpt_fast.graphed import (
+    CaptureError,
+    GradientAverage,
+    GraphedStep,
+    backward_on_this_thread,
+    trained_parameters,
+)
 from vpt_fast.precision import AUTOCAST, autocast
 from vpt_fast.problem import Objective
 from vpt_fast.recipe import Recipe
@@ -171,7 +177,7 @@ class TrainStep:
                 with autocast(recipe.precision, inputs.device):
                     output = network(x)  # logits (b / accumulate, classes), or a segmenter's
                 loss = self.objective.loss_sum(output, y)  # ()
-                scaler.scale(loss / len(targets)).backward()
+                backward_on_this_thread(scaler.scale(loss / len(targets)))
             loss_sum += loss.detach()
             hits += self.objective.hits(output, y)
         if self.average is not None:

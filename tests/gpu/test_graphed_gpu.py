@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -105,6 +106,27 @@ def test_capture_passes_by_a_loss_that_is_still_alive() -> None:
     step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
     for _ in range(WARM_UP + 2):
         assert torch.equal(step(images, labels), loss.detach())
+
+
+def test_steps_one_after_the_other_take_no_more_memory_than_one() -> None:
+    model = make_model()
+    held = []
+    for _ in range(3):
+        step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)
+        for images, labels in batches(model, WARM_UP + 2):
+            step(images, labels)
+        del step
+        model.zero_grad()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] <= held[0]
+
+
+def test_backward_runs_on_the_thread_that_called() -> None:
+    model, seen = make_model(), []
+    model.prompts.register_hook(lambda grad: seen.append(threading.get_ident()))
+    GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)(*batches(model, 1)[0])
+    assert seen == [threading.get_ident()]
 
 
 def test_loss_that_is_not_finite_is_returned() -> None:
