@@ -111,6 +111,9 @@ class Group:
         best = self.best_concatenation
         return row["images_per_second"] / best["images_per_second"] if best and is_right(row) else None
 
+    def model_name(self) -> str:
+        return model_name(self["model"])
+
     def title(self) -> str:
         dtype = self.dtypes[0] if len(self.dtypes) == 1 else None
         return setting_title({**dict(zip(SETTING, self.key, strict=True)), "dtype": dtype})
@@ -154,8 +157,11 @@ def setting_title(setting: Mapping[str, Any]) -> str:
     count = setting["num_prompts"]
     prompts = f"{count} {setting['prompt_type']} prompt{'s' * (count != 1)}"
     dtype = f", {setting['dtype']}" if setting["dtype"] else ""
-    model = MODELS.get(setting["model"], f"`{setting['model']}`")
-    return f"{model} with {prompts}, batch {setting['batch_size']}{dtype}"
+    return f"{model_name(setting['model'])} with {prompts}, batch {setting['batch_size']}{dtype}"
+
+
+def model_name(timm_name: str) -> str:
+    return MODELS.get(timm_name, f"`{timm_name}`")
 
 
 def name_of(row: Row) -> str:

@@ -3,8 +3,8 @@
     python scripts/performance_page.py
 
 regenerates docs/performance.md from benchmarks/results/*.json, and the text between the markers
-`<!-- performance -->` in README.md and `<!-- memory policies -->` in docs/engine.md. With `--check` it
-changes nothing; if they do not match, it prints the differences and exits with 1.
+`<!-- headline -->` and `<!-- performance -->` in README.md and `<!-- memory policies -->` in docs/engine.md.
+With `--check` it changes nothing; if they do not match, it prints the differences and exits with 1.
 """
 
 from __future__ import annotations
@@ -210,8 +210,9 @@ def readme_table(group: Group, rows: list[Row]) -> str:
     return table(rows, columns)
 
 
-def readme_block(reports: list[Report]) -> str:
-    """What README.md says is saved: on the newest GPU, or on a CPU if there are no GPU results."""
+def readme_groups(reports: list[Report]) -> list[Group]:
+    """What README.md shows: the usual setting on the newest GPU, or on a CPU if there are no GPU results;
+    then, of a GPU, the other models."""
 
     def rank(group: Group) -> tuple[Any, ...]:
         usual = (
@@ -223,9 +224,42 @@ def readme_block(reports: list[Report]) -> str:
         return group.report.on_gpu, *usual, *group.precedence()
 
     candidates = [group for group in groups(reports) if group.best_concatenation is not None]
-    if not candidates:
+    first = max(candidates, key=rank, default=None)
+    if first is None or not first.report.on_gpu:
+        return [] if first is None else [first]
+    others = [group for group in candidates if group["model"] != first["model"] and is_alike(group, first)]
+    return [first, *others]
+
+
+def headline_block(reports: list[Report]) -> str:
+    """For README.md's first screen: how much faster vpt_fast is at best, and in how much less memory."""
+    those = [group for group in readme_groups(reports) if group.ours]
+    if not those:
         return "No results are committed yet; `make bench` measures."
-    group = max(candidates, key=rank)
+    parts: list[str] = []
+    for group in those:
+        best = group.best_concatenation
+        part = f"{max(group.ratio(row) for row in group.ours):.2f} times as fast"
+        if not parts:
+            part = (
+                f"On {group.report.device}, a training step of {group.title()}, is up to {part} as the best "
+            )
+            part += "concatenation that was measured with it"
+        else:
+            part = f"of {group.model_name()}, up to {part}"
+        peaks = [row["peak_mib"] for row in group.ours if row.get("peak_mib")]
+        if peaks and best.get("peak_mib"):
+            part += f", or takes {min(peaks) / best['peak_mib']:.2f} of its memory"
+        parts.append(part)
+    closing = [UNGRAPHED] if any(group.graphs_ours_alone for group in those) else []
+    return paragraph(f"{'; '.join(parts)} ([all rows](#what-it-saves)).", *closing)
+
+
+def readme_block(reports: list[Report]) -> str:
+    """What README.md says is saved."""
+    if not (found := readme_groups(reports)):
+        return "No results are committed yet; `make bench` measures."
+    group, *others = found
     shown = [
         row
         for row in group.rows
@@ -239,10 +273,9 @@ def readme_block(reports: list[Report]) -> str:
         ),
         readme_table(group, shown),
     ]
-    for other in candidates:
-        if group.report.on_gpu and other["model"] != group["model"] and is_alike(other, group):
-            title = f"{other.title()} ({other.report.link(README, 'results')}):"
-            text += [paragraph(title), readme_table(other, ends(other))]
+    for other in others:
+        title = f"{other.title()} ({other.report.link(README, 'results')}):"
+        text += [paragraph(title), readme_table(other, ends(other))]
     return "\n\n".join([*text, readme_closing(group, shown)])
 
 
@@ -317,7 +350,12 @@ def pages(root: Path) -> dict[Path, str]:
     readme, engine = (root / README).read_text(), (root / ENGINE).read_text()
     return {
         PAGE: performance_page(root, reports),
-        README: replace_block(README, readme, "performance", readme_block(reports)),
+        README: replace_block(
+            README,
+            replace_block(README, readme, "headline", headline_block(reports)),
+            "performance",
+            readme_block(reports),
+        ),
         ENGINE: replace_block(ENGINE, engine, "memory policies", memory_block(reports)),
     }
 

@@ -29,7 +29,8 @@ class Project:
         self.root = root
         (root / measurements.RESULTS).mkdir(parents=True)
         (root / "docs").mkdir()
-        (root / page.README).write_text("before\n<!-- performance -->\nold\n<!-- performance -->\nafter\n")
+        blocks = (f"<!-- {name} -->\nold\n<!-- {name} -->\n" for name in ("headline", "performance"))
+        (root / page.README).write_text(f"before\n{''.join(blocks)}after\n")
         (root / page.ENGINE).write_text("<!-- memory policies -->\n<!-- memory policies -->\n")
 
     def add(self, name: str, rows: list[dict[str, Any]] | None = None, **fields: Any) -> None:
@@ -245,6 +246,29 @@ def test_the_readme_shows_the_fastest_and_the_leanest_way_and_other_models_of_th
     assert "ViT-L/16" not in base + huge
 
 
+def headline(project: Project) -> str:
+    return " ".join(project.text(page.README).split("<!-- headline -->")[1].split())
+
+
+def test_the_headline_has_the_best_speed_and_the_least_memory_of_every_model(project: Project) -> None:
+    ours = [row("vpt_fast", 300.0, peak_mib=400.0), row("vpt_fast", 210.0, memory="recompute", peak_mib=88.0)]
+    project.add(
+        "base", [*ours, row("vpt_fast", 900.0, exact=False), row("concat_timm", 200.0, peak_mib=800.0)]
+    )
+    of = {"model": "vit_huge_patch14_224"}
+    project.add("huge", [row("vpt_fast", 25.0, peak_mib=300.0, **of), row("concat_timm", 20.0, **of)])
+    assert headline(project) == (
+        "On NVIDIA H100, a training step of ViT-B/16 with 100 deep prompts, batch 64, bfloat16, is up to "
+        "1.50 times as fast as the best concatenation that was measured with it, or takes 0.11 of its "
+        "memory; of ViT-H/14, up to 1.25 times as fast ([all rows](#what-it-saves))."
+    )
+
+
+def test_the_headline_says_if_concatenation_was_not_graphed(project: Project) -> None:
+    project.add("h100", [row("vpt_fast_graphed", 300.0), row("concat_timm", 200.0)])
+    assert headline(project).endswith(page.UNGRAPHED)
+
+
 @pytest.mark.parametrize(("graphed", "waits"), [(500.0, True), (310.0, False)])
 def test_the_readme_says_where_the_host_is_the_limit(project: Project, graphed: float, waits: bool) -> None:
     project.add("h100", [row("vpt_fast", 300.0), row("vpt_fast_graphed", graphed), row("concat_timm", 200.0)])
@@ -383,7 +407,7 @@ def test_check_shows_the_difference_and_changes_nothing(
 
 def test_a_missing_marker_is_named(project: Project) -> None:
     (project.root / page.README).write_text("no markers\n")
-    with pytest.raises(ValueError, match="README.md: got 0 of <!-- performance -->, want two"):
+    with pytest.raises(ValueError, match="README.md: got 0 of <!-- headline -->, want two"):
         page.pages(project.root)
 
 
