@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
+from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
@@ -245,6 +246,35 @@ class PromptedViT(PromptedClassifier):
         outputs, num_tokens = self._outputs(images, self._plans_to(blocks[-1], Read.PATCHES), blocks)
         return [self._patches(x, num_tokens) for x in outputs]
 
+    @torch.no_grad()
+    def attention_maps(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Normalised images (B, C, H, W) to attention's probabilities in the given blocks.
+
+        They are recomputed for this by the definition, since attention's kernels never write them.
+
+        Args:
+            images: as for `forward`.
+            blocks: indices from 0, in ascending order.
+
+        Returns:
+            (B, heads, N, N + m) for each block, without gradients, at least float32: each of an image's N
+            tokens (prefix tokens, then patches in row-major order) over those tokens, then over the m prompts
+            in the block, if there are any.
+
+        Raises:
+            ValueError: images of the wrong shape, or no such blocks.
+        """
+        self._check_blocks(blocks)
+        maps: list[torch.Tensor] = []
+
+        def look(block: FrozenBlock, stream: Stream, prompts: torch.Tensor | None, *call: Any) -> None:
+            found = block.attention_probabilities(stream, prompts, *call)
+            m = found.shape[-1] - stream.num_tokens  # prompts that flow on are among the stream's tokens
+            maps.append(torch.cat((found[..., m:], found[..., :m]), dim=-1))
+
+        self._outputs(images, self._plans_to(blocks[-1], Read.CLS), blocks, look)
+        return maps
+
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
         """The plans of the blocks up to `last`; `read`: which rows of its output are read."""
         in_sequence = self.prompt_settings.prompt_location in IN_SEQUENCE
@@ -252,10 +282,18 @@ class PromptedViT(PromptedClassifier):
         return plan_blocks(last + 1, prompted, self.prompt_settings.after_prompts, read)
 
     def _outputs(
-        self, images: torch.Tensor, plans: Sequence[BlockPlan], wanted: Sequence[int]
+        self,
+        images: torch.Tensor,
+        plans: Sequence[BlockPlan],
+        wanted: Sequence[int],
+        look: Callable[..., None] | None = None,
     ) -> tuple[list[torch.Tensor], int]:
         """Runs images through the blocks that have a plan. Returns the rows (B, R, d) that are read of each
-        block in `wanted`, and N, the number of an image's tokens."""
+        block in `wanted`, and N, the number of an image's tokens.
+
+        look: called before each of these blocks: with the block, its stream and prompts, the range of the N
+            tokens, and its rotary positions.
+        """
         settings = self.prompt_settings
         require_shape(self.prompts, self._prompt_shape)
         stream = Stream(self._tokens(images))
@@ -279,6 +317,8 @@ class PromptedViT(PromptedClassifier):
                 own = sets[plan.prompt_index]
                 prompts = drop(own, settings, batch_size, training=self.training)
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
+            if look is not None and index in wanted:
+                look(block, stream, prompts, (0, num_tokens), rotation)
             stream = block(stream, prompts, rows, policy, rotation)
             if index in wanted:
                 outputs.append(stream.sum())

@@ -43,6 +43,11 @@ def attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
+def probabilities(q: torch.Tensor, k: torch.Tensor, prompt_k: torch.Tensor | None) -> torch.Tensor:
+    """P (B, H, R, m + N), in at least float32, of `attention` with the same arguments."""
+    return torch.matmul(_heads_first(q), _extend(prompt_k, k).transpose(-1, -2)).softmax(-1)
+
+
 class AttentionGrads(NamedTuple):
     """Gradients of `attention`'s inputs, in their dtype; None where one is not wanted."""
 

@@ -113,33 +113,15 @@ class FrozenBlock(nn.Module):
                 made the stream one that `require_stream` refuses.
         """
         require_stream(stream)
-        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
-        require_frozen(*weights)
+        weights = self._weights()
         base, update = stream
-        num_tokens, device_type = stream.num_tokens, base.device.type
-        differentiable = base if update is None else update
-        grad_tokens = differentiable.requires_grad and torch.is_grad_enabled()
+        device_type = base.device.type
+        grad_tokens = stream.differentiable.requires_grad and torch.is_grad_enabled()
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
-        dtype = compute_dtype(device_type, weights.qkv_weight.dtype)
-        self.spec.require_dtype(dtype)
-        is_gated = self.spec.activation in PACKED
-        # Before the minima below: torch 2.11's compiler fails if a size turns out to be known after them.
-        is_whole = rows == (0, num_tokens)
-        call = Call(
-            spec=self.spec,
-            ops=self.backend.ops(base.device, dtype, self.spec.head_dim, self.in_windows, is_gated),
-            image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
-            fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
-            packed=grad_tokens and is_whole,
-            dtype=dtype,
-            grad_tokens=grad_tokens,
-            grad_dtype=differentiable.dtype,
-            policy=policy if is_kept else MemoryPolicy(),  # no codes where no backward reads them
-            windows=self.windows,
-        )
-        if prompts is not None:
-            prompts = prompts.to(torch.promote_types(base.dtype, torch.float32))
+        # No codes where no backward reads them.
+        call = self._call(stream, rows, policy if is_kept else MemoryPolicy(), grad_tokens)
+        prompts = _wide(prompts, base.dtype)
         if is_kept:
             require_plain_autograd()
             return Stream(
@@ -153,8 +135,56 @@ class FrozenBlock(nn.Module):
         if call.ops.name != "torch":
             require_no_forward_ad()
         with without_autocast(device_type):
-            output, _ = passes.forward(stream, prompts, rotation, weights.to(dtype), call, keep=False)
+            output, _ = passes.forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
+
+    @torch.no_grad()
+    def attention_probabilities(
+        self, stream: Stream, prompts: torch.Tensor | None, rows: tuple[int, int], rotation: Rotation | None
+    ) -> torch.Tensor:
+        """The probabilities that attention's softmax forms for the rows, which `forward` never holds.
+
+        Args: as of `forward`; `rows` of the N tokens only.
+
+        Returns:
+            (B, H, R, m + N), at least float32: over the prompts, then over the tokens.
+        """
+        require_stream(stream)
+        call = self._call(stream, rows, MemoryPolicy(), grad_tokens=False)
+        weights, prompts = self._weights().to(call.dtype), _wide(prompts, stream.base.dtype)
+        with without_autocast(stream.base.device.type):
+            return passes.attention_probabilities(stream, prompts, rotation, weights, call)
+
+    def _weights(self) -> BlockWeights:
+        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        require_frozen(*weights)
+        return weights
+
+    def _call(self, stream: Stream, rows: tuple[int, int], policy: MemoryPolicy, grad_tokens: bool) -> Call:
+        """What a call computes; raises ValueError if weights do not survive in the matmuls' dtype."""
+        device, num_tokens = stream.base.device, stream.num_tokens
+        dtype = compute_dtype(device.type, self.qkv_weight.dtype)
+        self.spec.require_dtype(dtype)
+        is_gated = self.spec.activation in PACKED
+        # Before the minima below: torch 2.11's compiler fails if a size turns out to be known after them.
+        is_whole = rows == (0, num_tokens)
+        return Call(
+            spec=self.spec,
+            ops=self.backend.ops(device, dtype, self.spec.head_dim, self.in_windows, is_gated),
+            image=slice(min(rows[0], num_tokens), min(rows[1], num_tokens)),
+            fresh=slice(max(rows[0] - num_tokens, 0), max(rows[1] - num_tokens, 0)),
+            packed=grad_tokens and is_whole,
+            dtype=dtype,
+            grad_tokens=grad_tokens,
+            grad_dtype=stream.differentiable.dtype,
+            policy=policy,
+            windows=self.windows,
+        )
+
+
+def _wide(prompts: torch.Tensor | None, residual_dtype: torch.dtype) -> torch.Tensor | None:
+    """The prompts as passes take them: in the residual stream's dtype, but at least float32."""
+    return None if prompts is None else prompts.to(torch.promote_types(residual_dtype, torch.float32))
 
 
 _NO_ROTATION = (None, None, 0)

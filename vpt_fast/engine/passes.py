@@ -24,7 +24,7 @@ from vpt_fast.engine.call import Call, Kept, Rotation
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockWeights
 from vpt_fast.kernels.mlp.reference import PACKED
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, probabilities
 
 
 class _Keep(Enum):
@@ -244,6 +244,20 @@ def recompute_backward(
         if grad_prompts is not None:
             grad_prompts[images if prompts.shape[0] > 1 else slice(None)] += of_prompts
     return grad_tokens, grad_prompts
+
+
+def attention_probabilities(
+    stream: Stream, prompts: torch.Tensor | None, rotation: Rotation | None, w: BlockWeights, call: Call
+) -> torch.Tensor:
+    """P of the rows that are read, all among the tokens: (B, H, R, m + N), over prompts, then tokens."""
+    _, x_hat, _ = _normalize_stream(stream, call)
+    projected_prompts = _Prompts()
+    if prompts is not None:
+        norm1, eps1 = call.spec.norm1
+        projected_prompts = _project_prompts(call.ops.normalize(prompts, eps1, norm1, call.dtype)[0], w, call)
+    tokens = _project_tokens(x_hat, None, rotation, w, call)
+    q, k, prompt_k = _attention_operands(tokens, projected_prompts, rotation, w, call)
+    return probabilities(q, k, prompt_k)
 
 
 def _through_mlp(grad: torch.Tensor, kept: Kept, w: BlockWeights, call: Call) -> torch.Tensor:

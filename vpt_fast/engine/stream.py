@@ -25,6 +25,11 @@ class Stream(NamedTuple):
     def num_tokens(self) -> int:
         return self.base.shape[1]
 
+    @property
+    def differentiable(self) -> torch.Tensor:
+        """The one of the two that gets the stream's gradient."""
+        return self.base if self.update is None else self.update
+
     def sum(self) -> torch.Tensor:
         """(B, N, d), in base's dtype."""
         if self.update is None:
