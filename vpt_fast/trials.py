@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,12 +240,15 @@ class Worker:
                 on_epoch=on_epoch,
                 stop=self.stop,
             )
-        except TrainingDiverged as error:
-            trial.set_user_attr("diverged", str(error))
-            self.display.end(params, f"diverged: {error}")
-            raise
-        except optuna.TrialPruned:
-            self.display.end(params, "pruned")
+        except (TrainingDiverged, optuna.TrialPruned) as error:
+            # Optuna holds the error in a cycle with its own frame. Until that is collected, train's frames
+            # would keep the model, its graph and the images on the GPU.
+            traceback.clear_frames(error.__traceback__)
+            outcome = "pruned"
+            if isinstance(error, TrainingDiverged):
+                trial.set_user_attr("diverged", str(error))
+                outcome = f"diverged: {error}"
+            self.display.end(params, outcome)
             raise
         if result.results is None:
             raise Stopped

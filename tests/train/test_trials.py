@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import gc
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from rich.console import Console
 
 from vpt_fast import loop, trials
 from vpt_fast.cache import TrainingCache
-from vpt_fast.failures import SavingFailed, find_cause
+from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import digest_inputs, run_sweep, trial_folder
 from vpt_fast.sweep_settings import Sweep
@@ -369,6 +371,34 @@ def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
     found = run_sweep(plan, tmp_path)
     assert [t["state"] for t in found["trials"]] == ["pruned", "complete"]
     assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("end", ["pruned", "diverged"])
+def test_model_of_a_trial_that_failed_is_gone_before_the_next_one_is_built(
+    settings, tmp_path, monkeypatch, end: str
+):
+    models, alive, build = [], [], loop.build_seeded
+
+    def build_seeded(*arguments):
+        alive.append(sum(model() is not None for model in models))
+        model = build(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def require_finite_state(*arguments):
+        if end == "diverged":
+            raise TrainingDiverged("the loss is inf")
+
+    monkeypatch.setattr(loop, "build_seeded", build_seeded)
+    monkeypatch.setattr(loop, "require_finite_state", require_finite_state)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    gc.disable()  # which would free, some time, what a cycle holds
+    try:
+        with pytest.raises(ValueError, match="no trial in .* came to an end"):
+            run_sweep(Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median"), tmp_path)
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_time_left_is_said_once_and_by_what_a_trial_costs():
