@@ -29,5 +29,12 @@ def test_free_bytes_of_a_container_without_a_limit_are_the_machines(tmp_path, mo
     assert free_bytes(torch.device("cpu")) > 1_300_000
 
 
+def test_free_bytes_of_a_gpu_are_those_after_unused_memory_is_given_back(monkeypatch) -> None:
+    free = [1000]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(5000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 9000))
+    assert free_bytes(torch.device("cuda")) == 5000
+
+
 def test_free_bytes_of_an_unknown_device_are_unknown() -> None:
     assert free_bytes(torch.device("meta")) is None

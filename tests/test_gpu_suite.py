@@ -63,7 +63,8 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     return Project(tmp_path)
 
 
@@ -87,6 +88,17 @@ def test_the_same_command_goes_on_with_what_has_not_passed(project: Project) -> 
     (project.root / "mended").touch()
     assert project.run() == 0
     assert (project.runs_of("test_bad"), project.runs_of("test_good")) == (2, 1)
+
+
+def test_variants_that_were_timed_beside_others_are_timed_again_by_what_runs_alone(project: Project) -> None:
+    folder = "import os; folder = os.environ['TORCHINDUCTOR_CACHE_DIR']; "
+    make = "[open(f'{folder}/k.{end}', 'w') for end in ('py', 'best_config')]"
+    see = "open('seen', 'a').write(' '.join(sorted(os.listdir(folder))) + '; '); "
+    project.part("compile", f"{folder} os.mkdir(folder); {make}")
+    project.part("throughput-b", folder + see + make, alone=True)
+    project.part("throughput-h", folder + see, alone=True)
+    assert project.run() == 0
+    assert (project.root / "seen").read_text() == "k.py; k.best_config k.py; "
 
 
 @pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day"])

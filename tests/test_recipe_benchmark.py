@@ -84,6 +84,14 @@ def test_the_images_are_jpeg_files(tmp_path: Path) -> None:
     assert images.labels == (0, 1)
 
 
+def test_more_images_than_there_are_files_are_the_same_files_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(recipe, "MOST_FILES", 2)
+    images = recipe.write_images(tmp_path, 5)
+    names = [path.name for path in images.items]
+    assert names == [*["00000.jpg", "00001.jpg"] * 2, "00000.jpg"] and len(list(tmp_path.iterdir())) == 2
+    assert images.labels == (0, 1, 2, 3, 4)
+
+
 def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path) -> None:
     output = tmp_path / "recipe.json"
     app = recipe.typer.Typer()

@@ -8,10 +8,11 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes left on this device, including the allocator's unused ones; None if unknown."""
+    """Bytes left on this device; None if unknown. On a GPU, what PyTorch's allocator holds unused is given
+    back first, except the memory of a CUDA graph: nothing but the graph may use that."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":
         left = [size for size in (_available(), _left_to_container()) if size is not None]
         return min(left, default=None)

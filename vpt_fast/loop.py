@@ -276,6 +276,8 @@ def train(
             test = None
             progress.close()  # the test images have their own progress bar
             if recipe.test:
+                # Test images go where the graph's memory, the optimizer's state and the other images were.
+                del step, optimizer, train_batches, val_batches
                 test = evaluate_test(
                     problem, model, splits, preprocessing, recipe, world, console, cache, stop
                 )

@@ -80,7 +80,8 @@ class World:
         # before which the loop averages them.
         with warnings.catch_warnings():  # torch 2.14 has another name for it, which 2.11 does not know
             warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
-            parallel = DistributedDataParallel(network, broadcast_buffers=False)
+            # Gradients are views of the buffers that are exchanged, not copies beside them.
+            parallel = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
         try:
             yield parallel
         finally:

@@ -11,6 +11,7 @@ from tiny import random_batch, tiny_vit
 from torch.nn.functional import cross_entropy
 
 from vpt_fast import PromptedViT
+from vpt_fast.free_memory import free_bytes
 from vpt_fast.graphed import WARM_UP, GraphedStep
 from vpt_fast.tuning.full import FullTuning
 
@@ -120,6 +121,18 @@ def test_steps_one_after_the_other_take_no_more_memory_than_one() -> None:
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
     assert held[1] == held[2] <= held[0]
+
+
+def test_memory_of_a_graph_is_not_free() -> None:
+    device, size = torch.device("cuda"), 2**28
+    before = free_bytes(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.empty(size, dtype=torch.uint8, device=device)  # freed at once, but the graph's
+    held = free_bytes(device)
+    del graph
+    assert before - held >= size
+    assert free_bytes(device) - held >= size
 
 
 def test_backward_runs_on_the_thread_that_called() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ import torch
 from graph_on_cpu import capture_on_cpu
 from safetensors.torch import load_file, save_file
 
-from vpt_fast import load_pretrained, loop
+from vpt_fast import classification, load_pretrained, loop
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
@@ -384,6 +386,33 @@ def test_going_on_with_other_images_is_refused(recipe, images, tmp_path, monkeyp
     change(images)
     with pytest.raises(RunError, match="the images changed since it began"):
         train(recipe, tmp_path / "run")
+
+
+def test_step_and_images_of_training_are_gone_before_the_test_images_come(
+    recipe, images, tmp_path, monkeypatch
+):
+    made, alive = [], []
+
+    def recording(original):
+        def make(*arguments, **options):
+            made.append(weakref.ref(result := original(*arguments, **options)))
+            return result
+
+        return make
+
+    def evaluate_test(*arguments):
+        alive.extend(ref() for ref in made)
+
+    for name in ("TrainStep", "build_optimizer"):
+        monkeypatch.setattr(loop, name, recording(getattr(loop, name)))
+    monkeypatch.setattr(classification, "Batches", recording(classification.Batches))
+    monkeypatch.setattr(loop, "evaluate_test", evaluate_test)
+    gc.disable()  # which would free, some time, what a cycle holds
+    try:
+        train(dataclasses.replace(recipe, data=str(images), epochs=2, test=True), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert alive == [None] * 4
 
 
 @pytest.fixture
