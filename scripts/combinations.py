@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vpt_fast.backbones.creation import sharing_backbones
+from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.files import replacing
 from vpt_fast.method_rules import METHODS
 from vpt_fast.methods import build_model
@@ -128,7 +128,7 @@ def combinations() -> Iterator[Combination]:
 def build_all() -> dict[str, tuple[Combination, TunedModel | ValueError]]:
     """Every combination by name, with its model or the error."""
     built: dict[str, tuple[Combination, TunedModel | ValueError]] = {}
-    with sharing_backbones({}):
+    with sharing_backbones(SharedBackbone()):
         for combination in combinations():
             result: TunedModel | ValueError
             torch.manual_seed(0)  # so that all share one backbone, which is built once

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from vpt_fast.backbones.creation import sharing_backbones
+from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 
 KEPT = 4  # per kind: train and val of a search, train+val and test of the final runs
 
@@ -24,7 +24,7 @@ class TrainingCache:
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
         self._values: dict[str, OrderedDict[Hashable, Any]] = {}
-        self._backbones: dict[Hashable, Any] = {}
+        self._backbone = SharedBackbone()
 
     def get(self, kind: str, key: Hashable, make: Callable[[], _Value]) -> _Value:
         """The cached value of `key`, or that of `make()`, which is then cached."""
@@ -38,8 +38,6 @@ class TrainingCache:
         values.move_to_end(key)
         return values[key]
 
-    @contextlib.contextmanager
-    def backbones(self) -> Iterator[None]:
-        """Models built in this context share the cached backbones."""
-        with sharing_backbones(self._backbones) if self._kept else contextlib.nullcontext():
-            yield
+    def sharing_backbones(self, treatment: Hashable) -> contextlib.AbstractContextManager[None]:
+        """A context whose models share the backbone; `treatment`: see `backbones.sharing`."""
+        return sharing_backbones(self._backbone, treatment) if self._kept else contextlib.nullcontext()

@@ -85,9 +85,9 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
 
 def build_seeded(recipe: Recipe, num_classes: int, cache: TrainingCache) -> TunedModel:
     """As `build_model`, before training: all random initialisation, also the backbone's, uses the recipe's
-    seed."""
+    seed. What `loop.train` does to its frozen blocks depends on the recipe's precision and device alone."""
     torch.manual_seed(recipe.seed)
-    with cache.backbones():
+    with cache.sharing_backbones((recipe.precision, recipe.device)):
         return build_model(recipe, num_classes)
 
 

@@ -34,7 +34,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from vpt_fast.backbones.creation import sharing_backbones
+from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
@@ -209,7 +209,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
     others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
     seen = set()
-    with sharing_backbones({}):
+    with sharing_backbones(SharedBackbone()):
         for point in sweep.points():
             recipe = sweep.recipe(**point)
             key = repr([getattr(recipe, name) for name in looked_at])

@@ -27,8 +27,8 @@ from vpt_fast import (
     load_pretrained,
 )
 from vpt_fast.backbones import sources
-from vpt_fast.backbones.creation import sharing_backbones
 from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone
+from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.methods import build_model
 from vpt_fast.parameters import count_parameters
 from vpt_fast.recipe import Recipe
@@ -206,7 +206,7 @@ class TestFolderOfASavedModel:
 
 
 def test_shared_backbone_is_read_again_after_its_folder_changed(folder: Path) -> None:
-    with sharing_backbones({}):
+    with sharing_backbones(SharedBackbone()):
         first, again = (resolve_backbone(f"local-dir:{folder}", False, {})[0] for _ in range(2))
         change(folder, model_args={**SMALL_VIT, "depth": 1})
         other, _ = resolve_backbone(f"local-dir:{folder}", False, {})

@@ -9,6 +9,7 @@ import timm
 from test_loop import require_equal
 
 from vpt_fast import classification, loop
+from vpt_fast.backbones import timm_vit
 from vpt_fast.cache import TrainingCache
 from vpt_fast.run import RunFolder
 
@@ -29,16 +30,26 @@ def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
     assert RunFolder(plain.path).read().facts == RunFolder(cached.path).read().facts
 
 
-def test_backbone_and_images_are_loaded_once(recipe, tmp_path, monkeypatch):
-    built, read = [], []
-    create, check = timm.create_model, classification.check_images
+def test_run_in_float32_is_the_same_after_one_whose_weights_were_rounded(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=2, base_lr=0.1)
+    cache = TrainingCache()
+    loop.train(dataclasses.replace(recipe, precision="bf16"), tmp_path / "rounded", cache=cache)
+    wide = dataclasses.replace(recipe, precision="fp32")
+    require_equal(loop.train(wide, tmp_path / "plain"), loop.train(wide, tmp_path / "cached", cache=cache))
+
+
+def test_backbone_and_images_are_loaded_and_blocks_folded_once(recipe, tmp_path, monkeypatch):
+    built, folded, read = [], [], []
+    create, check, fold = timm.create_model, classification.check_images, timm_vit.fold
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: built.append(1) or create(*a, **k))
+    monkeypatch.setattr(timm_vit, "fold", lambda *a: folded.append(1) or fold(*a))
     monkeypatch.setattr(classification, "check_images", lambda *a, **k: read.append(1) or check(*a, **k))
     cache = TrainingCache()
     for i, base_lr in enumerate((0.1, 0.2)):
         changed = dataclasses.replace(recipe, base_lr=base_lr, epochs=1, warmup_epochs=0)
         loop.train(changed, tmp_path / str(i), cache=cache)
-    assert (len(built), len(read)) == (1, 2)  # images: train and val
+    depth = len(create(recipe.backbone).blocks)
+    assert (len(built), len(folded), len(read)) == (1, depth, 2)  # images: train and val
 
 
 def test_another_seed_draws_other_random_weights(recipe, tmp_path):

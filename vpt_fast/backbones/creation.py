@@ -6,8 +6,7 @@ import contextlib
 import os
 import textwrap
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
@@ -26,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from vpt_fast.backbones import demo  # noqa: F401 - registers vpt_fast_demo with timm
 from vpt_fast.backbones.checkpoints import classifiers, load_checkpoint, norm_hint
 from vpt_fast.backbones.known import KNOWN, KnownBackbone
+from vpt_fast.backbones.sharing import created_once
 from vpt_fast.backbones.sources import WEIGHTS_FILE, Source, find_source, said_by_hub
 
 _NORMALIZATIONS = {
@@ -44,24 +44,6 @@ def without_values() -> Iterator[None]:
         # The packaged backbone always loads its weights, which a meta model cannot hold.
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         yield
-
-
-_Built = tuple[nn.Module, torch.Tensor]  # a backbone, and the state of torch's generator after its creation
-_shared: ContextVar[dict[Hashable, _Built] | None] = ContextVar("shared_backbones", default=None)
-
-
-@contextlib.contextmanager
-def sharing_backbones(built: dict[Hashable, _Built]) -> Iterator[None]:
-    """A context in which a named backbone is taken from the cache `built`, which holds the last one created.
-
-    Randomly initialised weights depend on torch's generator and advance it; both the weights and the
-    generator's state afterwards are the same as without the cache.
-    """
-    token = _shared.set(built)
-    try:
-        yield
-    finally:
-        _shared.reset(token)
 
 
 def require_published(name: str, kwargs: Mapping[str, Any]) -> None:
@@ -101,20 +83,10 @@ def overlay_of(known: KnownBackbone) -> dict[str, Any]:
 def create(
     name: str, source: Source | None, pretrained: bool, kwargs: dict[str, Any], file: str | None
 ) -> nn.Module:
-    """The model of this name, from the cache if there is one. file: a checkpoint, or a source's weights."""
-    shared = _shared.get()
-    if shared is None:
-        return _build(name, source, pretrained, kwargs, file)
+    """The model of this name, or the one that models share. file: a checkpoint, or a source's weights."""
     written = None if file is None else (file, os.stat(file).st_mtime_ns)
-    state = bytes(torch.get_rng_state().numpy())
-    key = (name, repr(source), pretrained, repr(sorted(kwargs.items())), written, state)
-    if key not in shared:
-        shared.clear()
-        vit = _build(name, source, pretrained, kwargs, file)
-        shared[key] = (vit, torch.get_rng_state())
-    vit, after = shared[key]
-    torch.set_rng_state(after)
-    return vit
+    key = (name, repr(source), pretrained, repr(sorted(kwargs.items())), written)
+    return created_once(key, lambda: _build(name, source, pretrained, kwargs, file))
 
 
 def _build(

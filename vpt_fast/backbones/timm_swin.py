@@ -35,6 +35,7 @@ from vpt_fast.backbones.layers import (
 )
 from vpt_fast.backbones.parts import mlp_parts, norm_parts
 from vpt_fast.backbones.patches import as_input, as_product
+from vpt_fast.backbones.sharing import blocks_made_once, made_once
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read
@@ -101,11 +102,15 @@ class FrozenSwin(nn.Module):
         stem.patch_embed.proj = as_product(stem.patch_embed.proj)
         stages: Any = swin.layers
         self.stages = tuple((len(stage.blocks), int(stage.blocks[0].dim)) for stage in stages)
-        blocks = [
-            _window_block(block, f"layers.{index}.blocks.{place}", dtype, operations)
-            for index, stage in enumerate(stages)
-            for place, block in enumerate(stage.blocks)
-        ]
+        blocks = blocks_made_once(
+            swin,
+            (dtype, backend),
+            lambda: [
+                _window_block(block, f"layers.{index}.blocks.{place}", dtype, operations)
+                for index, stage in enumerate(stages)
+                for place, block in enumerate(stage.blocks)
+            ],
+        )
         # ModuleLists, annotated with what they contain.
         self.blocks: list[FrozenWindowBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self._enter: list[nn.Module] = nn.ModuleList(  # type: ignore[assignment]
@@ -115,7 +120,8 @@ class FrozenSwin(nn.Module):
         self._leave = _move(last.order, raster_order(last.size)).to(self.device)
         self.requires_grad_(False)
         self.eval()
-        self.fingerprint, self.architecture = fingerprint(swin), architecture(swin)
+        self.fingerprint = made_once(swin, "fingerprint", lambda: fingerprint(swin))
+        self.architecture = architecture(swin)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(swin)
         self.num_parameters = sum(
             p.numel() for name, p in swin.named_parameters() if not name.startswith("head.")

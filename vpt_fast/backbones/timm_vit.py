@@ -35,6 +35,7 @@ from vpt_fast.backbones.parts import (
     optional_norm_parts,
 )
 from vpt_fast.backbones.patches import as_input, as_product
+from vpt_fast.backbones.sharing import blocks_made_once, made_once
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.call import Rotation
@@ -43,7 +44,7 @@ from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, fold
-from vpt_fast.kernels import get_backend
+from vpt_fast.kernels import Backend, get_backend
 
 # The keyword arguments of one of timm's own blocks, and of several blocks.
 Position = dict[str, torch.Tensor]
@@ -100,14 +101,13 @@ class FrozenViT(nn.Module):
             self.stem.to(dtype)
         self.stem.patch_embed.proj = as_product(self.stem.patch_embed.proj)
         self.num_folded = len(vit.blocks) - timm_blocks
-        blocks: list[nn.Module] = []
-        for index, block in enumerate(vit.blocks):
-            parts = self._block_parts(block, index)
-            if index < self.num_folded:
-                require_no_hooks(block, f"backbone: blocks.{index}")
-                blocks.append(FrozenBlock(*fold(parts, dtype), operations))
-            else:
-                blocks.append(_at_least_float32(copied(block)))
+        folded = blocks_made_once(
+            vit, (dtype, backend, attention, self.num_folded), lambda: self._fold(vit, dtype, operations)
+        )
+        others = list(enumerate(vit.blocks))[self.num_folded :]
+        for index, block in others:
+            self._block_parts(block, index)  # refuses what is not supported
+        blocks = [*folded, *(_at_least_float32(copied(block)) for _, block in others)]
         # A ModuleList, annotated with what it usually contains.
         self.blocks: Sequence[FrozenBlock] = nn.ModuleList(blocks).requires_grad_(False)  # type: ignore
         if timm_blocks:
@@ -117,11 +117,21 @@ class FrozenViT(nn.Module):
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Of the given model: folding and dtype do not change which backbone it is.
-        self.fingerprint, self.architecture = fingerprint(vit), architecture(vit)
+        self.fingerprint = made_once(vit, "fingerprint", lambda: fingerprint(vit))
+        self.architecture = architecture(vit)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(
             p.numel() for name, p in vit.named_parameters() if name.partition(".")[0] not in CLASSIFIERS
         )
+
+    def _fold(self, vit: VisionTransformer, dtype: torch.dtype | None, backend: Backend) -> list[nn.Module]:
+        """The first `num_folded` blocks, folded."""
+        blocks: list[nn.Module] = []
+        for index, block in enumerate(vit.blocks[: self.num_folded]):
+            parts = self._block_parts(block, index)
+            require_no_hooks(block, f"backbone: blocks.{index}")
+            blocks.append(FrozenBlock(*fold(parts, dtype), backend))
+        return blocks
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Sets the mode of timm's own blocks and of the dropout behind them; everything else stays in eval

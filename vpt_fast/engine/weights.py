@@ -218,7 +218,7 @@ def after_norm(norm: NormParts, linear: LinearParts) -> LinearParts:
         shift = weight @ _wide(norm.bias)
         bias = shift if bias is None else bias + shift
     if norm.weight is not None:
-        weight = weight * _wide(norm.weight)
+        weight *= _wide(norm.weight)
     return LinearParts(weight, bias)
 
 
@@ -227,6 +227,6 @@ def _before_scale(linear: LinearParts, scale: torch.Tensor | None) -> LinearPart
     weight = _wide(linear.weight)
     bias = None if linear.bias is None else _wide(linear.bias)
     if scale is not None:
-        weight = weight * _wide(scale).unsqueeze(1)
+        weight *= _wide(scale).unsqueeze(1)
         bias = None if bias is None else bias * _wide(scale)
     return LinearParts(weight, bias)
