@@ -14,7 +14,7 @@ from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import DecodeError, check_images, decode_image, default_workers
 from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
-from vpt_fast.data.resident import device_budget, host_budget
+from vpt_fast.data.resident import device_budget, host_budget, resident_budget
 from vpt_fast.data.splits import open_splits
 
 NUM_IMAGES = 11
@@ -363,6 +363,27 @@ def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monke
 def test_budgets_where_free_memory_is_unknown_are_small(monkeypatch):
     monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: None)
     assert host_budget() == device_budget("cpu") == 2 << 30
+
+
+@pytest.mark.parametrize(
+    "device_free, processes, budget",
+    [(1200, 1, 300), (8000, 1, 500), (80, 1, 250), (8000, 4, 125)],
+    ids=["device", "half of the host", "quarter of the host", "processes"],
+)
+def test_pixels_for_a_gpu_take_no_more_of_the_host_than_it_can_stage(
+    monkeypatch, device_free, processes, budget
+):
+    free = {"cuda": device_free, "cpu": 1000}
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: free[device.type])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert resident_budget("cuda") == budget
+
+
+def test_pixels_that_were_staged_go_to_the_device_whatever_is_left_of_the_host(images, monkeypatch):
+    checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20)
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: 0)
+    monkeypatch.setattr("vpt_fast.data.batches.device_budget", lambda device: checked.resident.num_bytes)
+    assert make(checked, device="meta").resident_device.type == "meta"
 
 
 def test_all_cores_decode_shared_by_local_processes(monkeypatch):
