@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing.util
 import os
@@ -305,10 +306,25 @@ def test_pixels_are_kept_where_they_fit_or_where_they_are_asked_to(
     assert (batches.resident_device and batches.resident_device.type) == kept_on
 
 
-def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images):
+def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     gathered, copied = (make(images, PREPROCESSINGS["squash-flip"], resident="host") for _ in range(2))
     copied._is_pinned = True  # as where there is a GPU
     assert_same(copied.epoch(1), gathered.epoch(1))
+
+
+@pytest.mark.parametrize("steps", [1, None], ids=["ended early", "whole"])
+def test_epoch_ends_when_all_copies_from_pinned_memory_are_done(images, monkeypatch, steps):
+    """The memory may be let go then."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    batches = make(images, resident="host")
+    batches._is_pinned = True
+    epoch = batches.epoch(0)
+    for _ in itertools.islice(epoch, steps):
+        assert not waited
+    epoch.close()
+    assert waited == [batches.device]
 
 
 @pytest.mark.parametrize("resident", ["host", "off"])

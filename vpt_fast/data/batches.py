@@ -166,11 +166,15 @@ class Batches:
         stored = self._resident.pixels
         if isinstance(stored, torch.Tensor):
             order = draws.indices.to(stored.device)
-            for chunk in chunks:
-                if self._is_pinned:
-                    yield self._copy_each(stored, order[chunk])
-                else:
-                    yield self._to_device(stored.index_select(0, order[chunk]))
+            try:
+                for chunk in chunks:
+                    if self._is_pinned:
+                        yield self._copy_each(stored, order[chunk])
+                    else:
+                        yield self._to_device(stored.index_select(0, order[chunk]))
+            finally:
+                if self._is_pinned:  # the pixels may be let go now, and copies may still read them
+                    torch.cuda.synchronize(self.device)
             return
         for chunk in chunks:
             reads = zip(draws.indices[chunk].tolist(), draws.positions[chunk], strict=True)
