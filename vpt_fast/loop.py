@@ -188,6 +188,7 @@ def train(
                 cache,
                 on_features,
             )
+        del train_images, val_images  # pixels that are on the GPU are not kept in host memory too
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         joined = network
