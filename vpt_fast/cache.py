@@ -38,6 +38,10 @@ class TrainingCache:
         values.move_to_end(key)
         return values[key]
 
+    def holds(self, kind: str, key: Hashable) -> bool:
+        """Whether `get` has a cached value of `key`."""
+        return key in self._values.get(kind, ())
+
     @contextlib.contextmanager
     def backbones(self) -> Iterator[None]:
         """Models built in this context share the cached backbones."""
