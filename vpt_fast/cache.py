@@ -38,6 +38,10 @@ class TrainingCache:
         values.move_to_end(key)
         return values[key]
 
+    def holds(self, kind: str, key: Hashable) -> bool:
+        """Whether `get` has a cached value of `key`."""
+        return key in self._values.get(kind, ())
+
     def sharing_backbones(self, treatment: Hashable) -> contextlib.AbstractContextManager[None]:
         """A context whose models share the backbone; `treatment`: see `backbones.sharing`."""
         return sharing_backbones(self._backbone, treatment) if self._kept else contextlib.nullcontext()

@@ -215,11 +215,11 @@ class Classification:
     ) -> Evaluation:
         return evaluate(network, batches, num_classes, world, precision, progress)
 
-    def describe_images(self, recipe: Recipe, batches: Batches) -> str:
+    def describe_images(self, recipe: Recipe, batches: Batches, *, read_once: bool) -> str:
         """The preprocessing of the training images, and where they are kept."""
         made = batches.preprocessing
         height, width = made.image_size
-        kept = "decoded in each epoch"
+        kept = "read once" if read_once else "decoded in each epoch"
         if batches.is_resident:
             kept = f"{filesize.decimal(batches.resident_bytes)} decoded, kept on {batches.resident_device}"
             if batches.not_pinned is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from vpt_fast.classification import FORWARD_BATCH
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import CheckedImages
+from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import device_budget
 from vpt_fast.precision import autocast
@@ -26,12 +27,37 @@ from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World
 
 
-def caches_features(recipe: Recipe, model: TunedModel, num_images: int, device: torch.device) -> bool:
-    """Whether the trained part's inputs are the same in every epoch, and those of `num_images` images small
-    enough to keep."""
+def caches_features(
+    recipe: Recipe,
+    model: TunedModel,
+    lists: Sequence[ImageList],
+    preprocessing: Preprocessing,
+    world: World,
+    cache: TrainingCache,
+) -> bool:
+    """Whether the trained part's inputs are the same in every epoch, and those of the images in `lists` are
+    in the cache or small enough to keep."""
     if not isinstance(model, TunedClassifier) or model.feature_shape is None or recipe.augment != "none":
         return False
-    return feature_bytes(model, num_images) <= device_budget(device)
+    # Those in the cache take no more memory. If they counted, a sweep's later runs might train without them.
+    new = [
+        images
+        for images in lists
+        if not cache.holds("features", features_key(model, images, preprocessing, recipe, world))
+    ]
+    return feature_bytes(model, sum(map(len, new))) <= device_budget(world.device)
+
+
+def features_key(
+    model: TunedClassifier,
+    images: ImageList,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    world: World,
+) -> Hashable:
+    """All that the features of `images` depend on."""
+    frozen = json.dumps(model.config.to_dict(), sort_keys=True)
+    return frozen, images, preprocessing.for_evaluation(), recipe.precision, world.device
 
 
 def feature_bytes(model: TunedClassifier, num_images: int) -> int:
@@ -52,11 +78,9 @@ def feature_batches(
     on_features: Callable[[int, int], None] | None,
 ) -> tuple[FeatureBatches, FeatureBatches | None, float]:
     """The batches of train and val, each given with its images, with frozen features in their place; and the
-    seconds that train's took. Each process computes the features of all images; `on_features` is called with
-    the number of images that are done and of all."""
+    seconds that train's took. Of the given batches only the order is used. Each process computes the features
+    of all images; `on_features` is called with the number of images that are done and of all."""
     num_images = sum(batches.num_images for _, batches in filter(None, (train, val)))
-    frozen = json.dumps(model.config.to_dict(), sort_keys=True)  # all that features depend on
-
     num_bytes = feature_bytes(model, num_images)
 
     with computing_features(console, num_images, num_bytes, world.device, on_features) as advance:
@@ -64,7 +88,7 @@ def feature_batches(
         def with_features(images: CheckedImages, batches: Batches) -> FeatureBatches:
             features, labels = cache.get(
                 "features",
-                (frozen, images.images, preprocessing.for_evaluation(), recipe.precision, world.device),
+                features_key(model, images.images, preprocessing, recipe, world),
                 lambda: compute_features(model, images, preprocessing, recipe, world, advance),
             )
             return FeatureBatches(batches, features, labels)
@@ -110,6 +134,8 @@ def compute_features(
         seed=recipe.seed,
         device=world.device,
         workers=recipe.workers,
+        # They are read once: not worth a place on the device, nor in host memory if they have none yet.
+        resident="off" if images.resident is None else "host",
     )
     features, labels = [], []
     with autocast(recipe.precision, world.device):

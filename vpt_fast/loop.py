@@ -161,20 +161,26 @@ def train(
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
-        train_batches: Any = problem.batches(train_images, preprocessing, recipe, world, train=True)
+
+        # With cached features the batches of images give the order alone, and no pixels are kept for them.
+        rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
+        done = len(rows)
+        lists = [splits.train] if splits.val is None else [splits.train, splits.val]
+        with_features = done < recipe.epochs and caches_features(
+            recipe, model, lists, preprocessing, world, cache
+        )
+        placed = replace(recipe, resident="off") if with_features else recipe
+        train_batches: Any = problem.batches(train_images, preprocessing, placed, world, train=True)
         val_batches: Any = None
         if val_images is not None:
-            val_batches = problem.batches(val_images, preprocessing, recipe, world, train=False)
-        images_text = problem.describe_images(recipe, train_batches)
+            val_batches = problem.batches(val_images, preprocessing, placed, world, train=False)
+        images_text = problem.describe_images(recipe, train_batches, read_once=with_features)
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
         # The network to train: with cached features, the trained part alone.
-        rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
-        done = len(rows)
         network: nn.Module = model
         feature_seconds = 0.0
-        num_images = len(splits.train) + len(splits.val or ())
-        if done < recipe.epochs and caches_features(recipe, model, num_images, world.device):
+        if with_features:
             assert isinstance(model, TunedClassifier)
             network = TrainedPart(model)
             train_batches, val_batches, feature_seconds = feature_batches(
@@ -188,6 +194,7 @@ def train(
                 cache,
                 on_features,
             )
+        del train_images, val_images  # pixels that are on the GPU are not kept in host memory too
         optimizer = build_optimizer(recipe, model, capturable=is_graphed)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
         joined = network

@@ -98,8 +98,8 @@ class Problem(Protocol):
         step with its number of images over all processes."""
         ...
 
-    def describe_images(self, recipe: Recipe, batches: Any) -> str:
-        """One line about the images, for the user."""
+    def describe_images(self, recipe: Recipe, batches: Any, *, read_once: bool) -> str:
+        """One line about the images, for the user. ``read_once``: epochs read their features."""
         ...
 
     def describe_data(self, splits: Any) -> dict[str, Any]:

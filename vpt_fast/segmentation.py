@@ -261,7 +261,7 @@ class Segmentation:
     ) -> SceneEvaluation:
         return evaluate_scenes(network, batches, num_classes, world, precision, progress)
 
-    def describe_images(self, recipe: Recipe, batches: SceneBatches) -> str:
+    def describe_images(self, recipe: Recipe, batches: SceneBatches, *, read_once: bool) -> str:
         made = batches.preprocessing
         height, width = made.image_size
         return (

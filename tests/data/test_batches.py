@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing.util
 import os
@@ -14,7 +15,7 @@ from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import DecodeError, check_images, decode_image, default_workers
 from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
-from vpt_fast.data.resident import device_budget, host_budget
+from vpt_fast.data.resident import device_budget, host_budget, resident_budget
 from vpt_fast.data.splits import open_splits
 
 NUM_IMAGES = 11
@@ -305,10 +306,25 @@ def test_pixels_are_kept_where_they_fit_or_where_they_are_asked_to(
     assert (batches.resident_device and batches.resident_device.type) == kept_on
 
 
-def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images):
+def test_images_copied_one_by_one_from_pinned_memory_are_the_same(images, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     gathered, copied = (make(images, PREPROCESSINGS["squash-flip"], resident="host") for _ in range(2))
     copied._is_pinned = True  # as where there is a GPU
     assert_same(copied.epoch(1), gathered.epoch(1))
+
+
+@pytest.mark.parametrize("steps", [1, None], ids=["ended early", "whole"])
+def test_epoch_ends_when_all_copies_from_pinned_memory_are_done(images, monkeypatch, steps):
+    """The memory may be let go then."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    batches = make(images, resident="host")
+    batches._is_pinned = True
+    epoch = batches.epoch(0)
+    for _ in itertools.islice(epoch, steps):
+        assert not waited
+    epoch.close()
+    assert waited == [batches.device]
 
 
 @pytest.mark.parametrize("resident", ["host", "off"])
@@ -363,6 +379,27 @@ def test_host_budget_is_a_quarter_of_free_memory_shared_by_local_processes(monke
 def test_budgets_where_free_memory_is_unknown_are_small(monkeypatch):
     monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: None)
     assert host_budget() == device_budget("cpu") == 2 << 30
+
+
+@pytest.mark.parametrize(
+    "device_free, processes, budget",
+    [(1200, 1, 300), (8000, 1, 500), (80, 1, 250), (8000, 4, 125)],
+    ids=["device", "half of the host", "quarter of the host", "processes"],
+)
+def test_pixels_for_a_gpu_take_no_more_of_the_host_than_it_can_stage(
+    monkeypatch, device_free, processes, budget
+):
+    free = {"cuda": device_free, "cpu": 1000}
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: free[device.type])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert resident_budget("cuda") == budget
+
+
+def test_pixels_that_were_staged_go_to_the_device_whatever_is_left_of_the_host(images, monkeypatch):
+    checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20)
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: 0)
+    monkeypatch.setattr("vpt_fast.data.batches.device_budget", lambda device: checked.resident.num_bytes)
+    assert make(checked, device="meta").resident_device.type == "meta"
 
 
 def test_all_cores_decode_shared_by_local_processes(monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import pytest
 import timm
 from test_loop import require_equal
 
-from vpt_fast import classification, loop
+from vpt_fast import classification, features, loop
 from vpt_fast.backbones import timm_vit
 from vpt_fast.cache import TrainingCache
 from vpt_fast.run import RunFolder
@@ -50,6 +51,38 @@ def test_backbone_and_images_are_loaded_and_blocks_folded_once(recipe, tmp_path,
         loop.train(changed, tmp_path / str(i), cache=cache)
     depth = len(create(recipe.backbone).blocks)
     assert (len(built), len(folded), len(read)) == (1, depth, 2)  # images: train and val
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_images_in_host_memory_are_let_go_before_the_first_epoch(recipe, tmp_path, monkeypatch, method):
+    """Where their pixels are on a GPU, or their features are kept, nothing else needs them."""
+    if method == "linear":
+        recipe = dataclasses.replace(recipe, method=method, num_prompts=None, prompt_dropout=None)
+    read, alive, check = [], [], classification.check_images
+
+    def check_images(*arguments, **options):
+        checked = check(*arguments, **options)
+        read.append(weakref.ref(checked))
+        return checked
+
+    monkeypatch.setattr(classification, "check_images", check_images)
+    loop.train(
+        recipe, tmp_path / "run", on_epoch=lambda row: alive.extend(images() is not None for images in read)
+    )
+    assert alive == [False] * 2 * recipe.epochs  # train and val
+
+
+def test_features_in_the_cache_are_used_however_little_memory_is_free(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
+    cache = TrainingCache()
+    first = loop.train(recipe, tmp_path / "first", cache=cache)
+    used, original = [], loop.feature_batches
+    monkeypatch.setattr(loop, "feature_batches", lambda *a: used.append(1) or original(*a))
+    monkeypatch.setattr(features, "device_budget", lambda device: 0)
+    require_equal(first, loop.train(recipe, tmp_path / "second", cache=cache))
+    assert used == [1]
+    loop.train(dataclasses.replace(recipe, train_fraction=0.5), tmp_path / "other images", cache=cache)
+    assert used == [1]
 
 
 def test_another_seed_draws_other_random_weights(recipe, tmp_path):

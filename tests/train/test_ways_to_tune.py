@@ -14,6 +14,7 @@ from test_loop import interrupt_at_step, require_equal, trained
 
 from vpt_fast import LinearProbe, features, load_pretrained, loop, report
 from vpt_fast.classification import Classification, CrossEntropy, class_weights
+from vpt_fast.data.resident import ResidentImages
 from vpt_fast.loop import train
 from vpt_fast.method_rules import METHODS, parse_method
 from vpt_fast.methods import build_model, model_settings
@@ -114,6 +115,19 @@ def test_cached_features_go_by_the_order_of_the_batches_that_they_replace(small,
     assert made == [True, False]  # others would hold the pixels again
 
 
+def test_pixels_are_not_kept_on_the_device_for_frozen_features(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(ResidentImages, "to", None)
+    assert train(small("linear"), tmp_path / "run").is_finished
+
+
+def test_frozen_features_of_images_that_are_not_to_be_kept_are_read_from_the_files(
+    small, tmp_path, monkeypatch
+):
+    kept = train(small("linear"), tmp_path / "kept")
+    monkeypatch.setattr("vpt_fast.data.batches.load_resident", None)
+    require_equal(kept, train(small("linear", resident="off", workers=0), tmp_path / "off"))
+
+
 def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_path, monkeypatch):
     counted = []
 
@@ -127,6 +141,7 @@ def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_pa
     train(small("partial-1"), tmp_path / "run", console=console)
     # Of each image the class token's and 16 patches' 32 floats.
     said = "frozen features of 36 images once, 78.3 kB on cpu"
+    assert "; read once\n" in console.file.getvalue()
     assert said in console.file.getvalue() and 36 * 17 * 32 * 4 == 78_336
     assert sum(counted) == 36
 

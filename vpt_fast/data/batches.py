@@ -48,7 +48,8 @@ class Batches:
         workers: decoding processes (threads when a resident set is decoded); 0 decodes in this process, None
             is `default_workers()`.
         resident: "device", "host", "off", or "auto": the first of device and host where the pixels take at
-            most a quarter of the free memory, else off.
+            most a quarter of the free memory, else off. On their way to the device they may take half of the
+            host's.
 
     Attributes:
         not_pinned: why pixels in host memory are not pinned; None if they are, or if there are no such
@@ -165,11 +166,15 @@ class Batches:
         stored = self._resident.pixels
         if isinstance(stored, torch.Tensor):
             order = draws.indices.to(stored.device)
-            for chunk in chunks:
-                if self._is_pinned:
-                    yield self._copy_each(stored, order[chunk])
-                else:
-                    yield self._to_device(stored.index_select(0, order[chunk]))
+            try:
+                for chunk in chunks:
+                    if self._is_pinned:
+                        yield self._copy_each(stored, order[chunk])
+                    else:
+                        yield self._to_device(stored.index_select(0, order[chunk]))
+            finally:
+                if self._is_pinned:  # the pixels may be let go now, and copies may still read them
+                    torch.cuda.synchronize(self.device)
             return
         for chunk in chunks:
             reads = zip(draws.indices[chunk].tolist(), draws.positions[chunk], strict=True)
@@ -220,9 +225,9 @@ class Batches:
     def _make_resident(
         self, images: ImageList, ready: ResidentImages | None, resident: str, workers: int
     ) -> ResidentImages | None:
-        budget = resident_budget(self.device, resident)
-        if budget == 0:
+        if resident == "off":
             return None
+        budget = resident_budget(self.device, resident)
         if ready is None:
             if least_bytes(self.preprocessing, len(images)) > budget:
                 return None
@@ -231,10 +236,12 @@ class Batches:
             raise ValueError(
                 f"preprocessing: {self.preprocessing}, but the images were resized for {ready.preprocessing}"
             )
-        if ready is None or ready.num_bytes > budget:
+        if ready is None:
             return None
         fits_device = resident == "device" or ready.num_bytes <= device_budget(self.device)
-        return ready if resident == "host" or not fits_device else ready.to(self.device)
+        if resident != "host" and fits_device:  # whatever is left of the host, whose pixels may be let go
+            return ready.to(self.device)
+        return ready if ready.num_bytes <= budget else None
 
 
 class _Draws(NamedTuple):

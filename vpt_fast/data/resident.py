@@ -16,6 +16,8 @@ from .preprocessing import Preprocessing
 
 FREE_FRACTION = 0.25
 """The largest fraction of free memory that one set of pixels may take: the model needs most of it."""
+STAGED_FRACTION = 0.5
+"""The largest fraction of free host memory that pixels may take on their way to a device."""
 UNKNOWN_BYTES = 2 << 30
 """The budget if the system does not report its free memory."""
 
@@ -23,18 +25,22 @@ UNKNOWN_BYTES = 2 << 30
 def device_budget(device: torch.device | str) -> int:
     """Bytes of pixels that may be kept on `device`: a quarter of its free memory."""
     device = torch.device(device)
-    return _share_of_free(device) if device.type == "cuda" else host_budget()
+    return _share_of_free(device, FREE_FRACTION) if device.type == "cuda" else host_budget()
 
 
 def host_budget() -> int:
     """Bytes of pixels that this process may keep in host memory: a quarter of what is available, divided
     among the processes that torchrun started on this machine."""
-    return _share_of_free(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _share_of_host(FREE_FRACTION)
 
 
-def _share_of_free(device: torch.device) -> int:
+def _share_of_host(fraction: float) -> int:
+    return _share_of_free(torch.device("cpu"), fraction) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _share_of_free(device: torch.device, fraction: float) -> int:
     free = free_bytes(device)
-    return UNKNOWN_BYTES if free is None else int(free * FREE_FRACTION)
+    return UNKNOWN_BYTES if free is None else int(free * fraction)
 
 
 def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
@@ -43,7 +49,8 @@ def resident_budget(device: torch.device | str, resident: str = "auto") -> int:
         return 0
     if resident != "auto":
         return sys.maxsize
-    return max(device_budget(device), host_budget())
+    # What goes to a device is decoded into host memory first.
+    return max(min(device_budget(device), _share_of_host(STAGED_FRACTION)), host_budget())
 
 
 def least_bytes(preprocessing: Preprocessing, num_images: int) -> int:
