@@ -339,6 +339,22 @@ def test_full_disk_leaves_the_last_good_files(tmp_path: Path, monkeypatch: pytes
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_settings_are_written_again_only_if_they_changed(tmp_path: Path) -> None:
+    model, file = PromptedViT("test_vit", 3, 2), tmp_path / "config.json"
+
+    def save(model: PromptedViT) -> tuple[int, int]:
+        model.save_pretrained(tmp_path)
+        return file.stat().st_ino, (tmp_path / "model.safetensors").stat().st_ino
+
+    (settings, weights), again = save(model), save(model)
+    assert again[0] == settings and again[1] != weights
+    file.write_text("{")
+    assert save(model)[0] != again[0] and json.loads(file.read_text())["num_classes"] == 3
+    other = PromptedViT("test_vit", 4, 2)
+    save(other)
+    assert json.loads(file.read_text())["num_classes"] == 4
+
+
 def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(tmp_path: Path) -> None:
     for name in (".config.json.abcd_123.json", ".model.safetensors.abcd_123.safetensors"):
         (tmp_path / name).touch()

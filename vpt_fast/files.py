@@ -70,6 +70,15 @@ def write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def holds(path: Path, data: bytes) -> bool:
+    """Whether the file is there and contains this. To read it takes microseconds, to replace it waits for the
+    disk."""
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
+
+
 def unfinished(*paths: str | os.PathLike[str]) -> list[Path]:
     """The temporary files of `replacing` for `paths`, left by a killed process or being written now.
 

@@ -31,7 +31,7 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import parse_json, remove_unfinished, write
+from vpt_fast.files import holds, parse_json, remove_unfinished, write
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run_files import RunFiles
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
@@ -254,7 +254,9 @@ class RunFolder(RunFiles):
 
     def save_prompts(self, model: TunedModel, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
-        write(self.prompts / LABELS_FILE, labels.to_json().encode())
+        path, text = self.prompts / LABELS_FILE, labels.to_json().encode()
+        if not holds(path, text):
+            write(path, text)
 
     def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
         """Whether prompts/ is complete and, if there is a ``checkpoint``, has its weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 
 from vpt_fast.backbones.creation import names_url
 from vpt_fast.backbones.resolve import Origin
-from vpt_fast.files import parse_json, remove_unfinished, replacing
+from vpt_fast.files import holds, parse_json, remove_unfinished, replacing
 from vpt_fast.hub import download_saved
 
 CONFIG_FILE = "config.json"
@@ -86,13 +87,17 @@ def write_pretrained(
     """Writes a model's settings and trained tensors to a folder, which is made if it does not exist; each
     file completely or not at all."""
     directory = Path(directory)
-    text = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
+    settings = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
+    text = settings.encode()
     directory.mkdir(parents=True, exist_ok=True)
     remove_unfinished(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # of a process that was killed
-    # Both are complete before the first takes its place: of an earlier model none is left without the other.
-    with replacing(directory / CONFIG_FILE) as settings, replacing(directory / WEIGHTS_FILE) as weights:
+    with contextlib.ExitStack() as files:
+        # Both are complete before the first takes its place: of an earlier model none is left without the
+        # other. Those of a run differ from epoch to epoch in the tensors alone.
+        if not holds(directory / CONFIG_FILE, text):
+            files.enter_context(replacing(directory / CONFIG_FILE)).write_bytes(text)
+        weights = files.enter_context(replacing(directory / WEIGHTS_FILE))
         safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, weights)
-        settings.write_text(text)
 
 
 def read_pretrained(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
