@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,18 +197,15 @@ def check_images(
     if preprocessing is not None and keep_bytes > 0:
         builder = ResidentBuilder(preprocessing, len(images), keep_bytes)
 
-    def load(path: ImageItem) -> torch.Tensor | DecodeError | None:
-        try:
-            if preprocessing is None:
-                decode_image(path)
-                return None
-            return load_image(path, preprocessing)
-        except DecodeError as error:
-            return error
+    def load(path: ImageItem) -> torch.Tensor | None:
+        if preprocessing is None:
+            decode_image(path)
+            return None
+        return load_image(path, preprocessing)
 
     kept: list[int] = []
     errors: dict[int, DecodeError] = {}
-    for i, loaded in enumerate(map_threads(load, images.items, workers)):
+    for i, loaded in enumerate(map_decoding(load, images.items, workers)):
         if isinstance(loaded, DecodeError):
             errors[i] = loaded
         else:
@@ -243,9 +240,23 @@ def load_resident(
     return builder.build()
 
 
+def map_decoding(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
+) -> Generator[_Result | DecodeError, None, None]:
+    """`map_threads`, with the DecodeError of an item that cannot be decoded in place of its result."""
+
+    def attempt(item: _Item) -> _Result | DecodeError:
+        try:
+            return function(item)
+        except DecodeError as error:
+            return error
+
+    return map_threads(attempt, items, workers)
+
+
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """map() in `workers` threads (Pillow releases the GIL to decode and resize), with results in the items'
     order; 0 is the calling thread, None `default_workers()`.
 
