@@ -171,7 +171,7 @@ class Classification:
                 workers=recipe.workers, preprocessing=preprocessing, progress=progress
             )
             may_keep = keep_bytes >= least_bytes(preprocessing, len(images))
-            if world.size == 1 or world.any(may_keep):  # each needs all pixels
+            if world.any(may_keep):  # each process needs all pixels
                 return check_images(images, keep_bytes=keep_bytes, **named)
             shares = world.share_on_machine(
                 lambda rank, size: find_broken(images, rank=rank, size=size, **named)

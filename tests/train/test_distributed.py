@@ -191,18 +191,14 @@ def test_processes_share_the_check_of_images_whose_pixels_are_not_kept(images, r
     monkeypatch.setattr(World, "any", lambda world, flag: flag)
     monkeypatch.setattr(World, "share_on_machine", lambda world, check: [check(rank, 2) for rank in (0, 1)])
     recipe, preprocessing = dataclasses.replace(recipe, resident=resident, workers=0), Preprocessing((16, 16))
-    checked, alone = (
-        Classification().check(
-            train, preprocessing, recipe, World(0, size, torch.device("cpu")), TrainingCache(), progress
-        )
-        for size, progress in ((2, counts.append), (1, lambda count: None))
-    )
+    world = World(0, 2, torch.device("cpu"))
+    checked = Classification().check(train, preprocessing, recipe, world, TrainingCache(), counts.append)
+    assert sorted(decoded) == sorted(train.items)
+    alone = decode.check_images(train)
     assert (checked.images, checked.skipped) == (alone.images, alone.skipped) and len(alone.skipped) == 3
     assert (checked.resident is None) == (resident == "off")
-    assert sorted(decoded[:27]) == sorted(train.items) and len(decoded) == 2 * 27
-    assert (
-        sum(counts[: 14 if resident == "off" else 27]) == 27
-    )  # the main process's, which shows its progress
+    of_main = counts[: 14 if resident == "off" else 27]  # whose progress is shown
+    assert sum(of_main) == 27
 
 
 def require_equal(folder_of_one: Path, folder_of_two: Path, metrics: list[str]) -> None:

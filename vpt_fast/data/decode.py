@@ -228,8 +228,7 @@ def find_broken(
         if preprocessing is None:
             decode_image(images.items[index])
             return None
-        pixels = load_image(images.items[index], preprocessing)
-        return None if keep is None else pixels
+        return load_image(images.items[index], preprocessing)
 
     share = range(rank, len(images), size)
     broken: dict[int, DecodeError] = {}
