@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from vpt_fast.cache import TrainingCache
 from vpt_fast.data.batches import Batches
-from vpt_fast.data.decode import CheckedImages, check_images
+from vpt_fast.data.decode import CheckedImages, check_images, find_broken, leave_out
 from vpt_fast.data.images import ImageList, Splits
 from vpt_fast.data.preprocessing import Preprocessing
-from vpt_fast.data.resident import resident_budget
+from vpt_fast.data.resident import least_bytes, resident_budget
 from vpt_fast.data.splits import open_splits
 from vpt_fast.precision import autocast
 from vpt_fast.problem import Source
@@ -164,17 +164,21 @@ class Classification:
         progress: Callable[[int], None],
     ) -> CheckedImages:
         """The images that can be decoded, with their decoded pixels if these fit in memory."""
-        return cache.get(
-            "images",
-            (images, preprocessing, recipe.resident),
-            lambda: check_images(
-                images,
-                workers=recipe.workers,
-                preprocessing=preprocessing,
-                keep_bytes=resident_budget(world.device, recipe.resident),
-                progress=progress,
-            ),
-        )
+
+        def check() -> CheckedImages:
+            keep_bytes = resident_budget(world.device, recipe.resident)
+            named: dict[str, Any] = dict(
+                workers=recipe.workers, preprocessing=preprocessing, progress=progress
+            )
+            may_keep = keep_bytes >= least_bytes(preprocessing, len(images))
+            if world.any(may_keep):  # each process needs all pixels
+                return check_images(images, keep_bytes=keep_bytes, **named)
+            shares = world.share_on_machine(
+                lambda rank, size: find_broken(images, rank=rank, size=size, **named)
+            )
+            return leave_out(images, {i: error for share in shares for i, error in share.items()})
+
+        return cache.get("images", (images, preprocessing, recipe.resident), check)
 
     def batches(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from vpt_fast.classification import Evaluation, evaluate
 from vpt_fast.data.batches import Batches
-from vpt_fast.data.decode import DecodeError, SkippedImage, check_images, load_image
+from vpt_fast.data.decode import DecodeError, SkippedImage, check_images, load_image, map_decoding
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import resident_budget
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
@@ -131,29 +132,33 @@ def predict_images(run: LoadedRun, paths: Sequence[Path], top_k: int) -> Iterato
     """
     preprocessing, classes = run.preprocessing.for_evaluation(), run.labels.classes
     top_k = min(top_k, len(classes))
-    for start in range(0, len(paths), BATCH_SIZE):
-        answers: list[dict[str, Any]] = []
-        images, readable = [], []
-        for path in paths[start : start + BATCH_SIZE]:
-            answer: dict[str, Any] = {"image": str(path)}
-            try:
-                pixels = load_image(path, preprocessing)  # uint8 (3, H, W)
-                images.append(preprocessing.normalize(pixels))
-                readable.append(answer)
-            except DecodeError as error:
-                answer["error"] = error.reason
-            answers.append(answer)
-        if images:
-            logits = run.model(torch.stack(images).to(run.device))  # (b, classes)
-            top = logits.float().softmax(1).topk(top_k)  # (b, k)
-            for answer, values, indices in zip(
-                readable, top.values.tolist(), top.indices.tolist(), strict=True
-            ):
-                answer["predictions"] = [
-                    {"class": classes[index], "probability": value}
-                    for value, index in zip(values, indices, strict=True)
-                ]
-        yield from answers
+    loading = map_decoding(lambda path: load_image(path, preprocessing), paths, None)
+    # Closed whatever ends this: an exception's traceback would keep it, and its threads, at work.
+    with contextlib.closing(loading):
+        for start in range(0, len(paths), BATCH_SIZE):
+            answers: list[dict[str, Any]] = [
+                {"image": str(path)} for path in paths[start : start + BATCH_SIZE]
+            ]
+            pixels = torch.empty(len(answers), 3, *preprocessing.image_size, dtype=torch.uint8)
+            readable: list[dict[str, Any]] = []
+            for answer, loaded in zip(answers, loading, strict=False):
+                if isinstance(loaded, DecodeError):
+                    answer["error"] = loaded.reason
+                else:
+                    # Copied at once: a cropped image would keep all that it was cut from.
+                    pixels[len(readable)] = loaded
+                    readable.append(answer)
+            if readable:
+                inputs = preprocessing.normalize(pixels[: len(readable)].to(run.device))
+                top = run.model(inputs).float().softmax(1).topk(top_k)  # (b, k)
+                for answer, values, indices in zip(
+                    readable, top.values.tolist(), top.indices.tolist(), strict=True
+                ):
+                    answer["predictions"] = [
+                        {"class": classes[index], "probability": value}
+                        for value, index in zip(values, indices, strict=True)
+                    ]
+            yield from answers
 
 
 @dataclass(frozen=True)

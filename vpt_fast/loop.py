@@ -150,6 +150,7 @@ def train(
         model.to(world.device)
         require_attention(recipe, model, world.device)
         preprocessing = problem.preprocessing(recipe, model)
+        require_same_lists(recipe, splits, world)  # of which each may check a share
         train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
         skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
         splits = replace(

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,6 +105,17 @@ class World:
         if raised is not None:
             raise raised
         return value  # type: ignore[return-value]
+
+    def share_on_machine(self, function: Callable[[int, int], T]) -> list[T]:
+        """Calls ``function(rank, size)`` with this process's rank among the ``size`` on its machine, and
+        returns what they got, on each of them. What a process can read, the others of its machine can."""
+        if self.size == 1:
+            return [function(0, 1)]
+        machine = os.environ["GROUP_RANK"]
+        mine = function(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (machine, mine))
+        return [theirs for place, theirs in found if place == machine]
 
 
 @contextlib.contextmanager

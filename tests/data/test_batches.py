@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import multiprocessing.util
 import os
 import pickle
 import signal
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -427,6 +430,26 @@ def test_broken_file_is_named(images, tmp_path, resident, workers):
     with_broken = ImageList((*images.items, tmp_path / "broken.png"), (*images.labels, 0), images.classes)
     with pytest.raises(DecodeError, match=r"broken\.png: not an image in a format that Pillow decodes$"):
         list(make(with_broken, resident=resident, workers=workers).epoch(0))
+
+
+def test_workers_share_the_names_of_files(tmp_path):
+    class Watched(type(Path())):
+        pass
+
+    paths = [Watched(tmp_path / name) for name in ("a.png", "caf\udce9 🍎.png", "b/ö.png", "c.png")]
+    (tmp_path / "b").mkdir()
+    for i, path in enumerate(paths):
+        noise(8, 6, seed=i).save(path)
+    expected = torch.stack([PREPROCESSINGS["squash"](decode_image(path)) for path in paths])
+    batches = make(ImageList(tuple(paths), (0, 1, 0, 1), ("a", "b")), train=False, resident="off")
+    alive = [weakref.ref(path) for path in paths]
+    del paths, path
+    gc.collect()
+    assert not any(
+        each() for each in alive
+    )  # an object's count of references is written by each that reads it
+    ((pixels, _),) = batches.epoch(0)
+    assert torch.equal(pixels, expected)
 
 
 def test_decode_error_crosses_processes():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,9 +20,10 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from vpt_fast import cli, loop
+from vpt_fast import cli, inference, loop
 from vpt_fast.__main__ import main
 from vpt_fast.cli import app
+from vpt_fast.data import decode
 from vpt_fast.flags import LastingConsole, one_line_errors
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
@@ -158,6 +160,47 @@ def test_predict_gives_the_k_most_probable_classes(command, run, color_images):
 def test_predict_takes_patterns(command, run, color_images):
     answers = json.loads(command("predict", run, f"{color_images}/test/*/1.png", "--json").stdout)
     assert len(answers) == 3
+
+
+def test_predict_decodes_several_images_at_once(command, run, color_images, monkeypatch):
+    two_at_once = threading.Barrier(2, timeout=20)
+
+    def load(*arguments):
+        two_at_once.wait()
+        return decode.load_image(*arguments)
+
+    monkeypatch.setattr(inference, "load_image", load)
+    monkeypatch.setattr(decode, "default_workers", lambda: 2)
+    assert command("predict", run, color_images / "test").exit_code == 0  # 6 images
+
+
+def test_predictions_do_not_depend_on_the_batches_they_are_made_in(run, color_images, tmp_path, monkeypatch):
+    (tmp_path / "broken.png").touch()
+    paths = sorted(color_images.rglob("val/*/*.png"))
+    for place in (2, 4, 5, 6, 7):  # the second of three batches has no image that can be read
+        paths.insert(place, tmp_path / "broken.png")
+    loaded = LoadedRun.load(run)
+    whole = list(inference.predict_images(loaded, paths, 1))
+    monkeypatch.setattr(inference, "BATCH_SIZE", 4)
+    parts = list(inference.predict_images(loaded, paths, 1))
+    assert [answer["image"] for answer in whole] == [str(path) for path in paths]
+    assert [i for i, answer in enumerate(whole) if "error" in answer] == [2, 4, 5, 6, 7]
+    for answer, other in zip(whole, parts, strict=True):
+        guesses, others = (each.pop("predictions", [{"probability": 0}]) for each in (answer, other))
+        assert guesses[0].pop("probability") == pytest.approx(others[0].pop("probability"))
+        assert (answer, guesses) == (other, others)
+
+
+def test_predict_that_is_interrupted_ends_its_decoding_threads(run, color_images, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    loaded = LoadedRun.load(run)
+    monkeypatch.setattr(loaded.model, "forward", interrupt)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as raised:
+        list(inference.predict_images(loaded, sorted(color_images.rglob("*.png")), 1))
+    assert raised.tb and set(threading.enumerate()) <= before
 
 
 def test_predict_reports_unreadable_files_and_classifies_the_rest(command, run, color_images, tmp_path):

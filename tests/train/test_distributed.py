@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from rich.console import Console
 from vpt_fast import loop
 from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
+from vpt_fast.data import decode
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.splits import open_splits
 from vpt_fast.run import RunFolder
@@ -71,10 +73,22 @@ for time in range(20):
         mean = torch.tensor(world.rank + 1.0)
         world.average([mean])
         assert mean.item() == 1.5
+        assert world.share_on_machine(lambda rank, size: (rank, size)) == [(0, 2), (1, 2)]
+        with pytest.MonkeyPatch.context() as patch:  # each on a machine of its own
+            patch.setenv("GROUP_RANK", os.environ["RANK"])
+            patch.setenv("LOCAL_RANK", "0")
+            patch.setenv("LOCAL_WORLD_SIZE", "1")
+            assert world.share_on_machine(lambda rank, size: (rank, size, world.rank)) == [(0, 1, world.rank)]
         print("joined", flush=True)
 """
 
 
+BROKEN = (
+    "train/blue/3.png",
+    "train/green/1.png",
+    "val/red/1.png",
+)  # process 1 decodes the first, 0 the second
+DECODED = ("--resident=off", "--workers=0")
 GRAPHED = ("--accumulate=1", "--clip-grad-norm=0.01")  # 4 steps an epoch are captured, and a last one is not
 
 
@@ -102,8 +116,14 @@ def two_processes(color_images, tmp_path_factory) -> tuple[Path, str]:
     # Process 1 reads a folder that has an image less.
     for rank in (0, 1):
         shutil.copytree(images, folder / f"others-{rank}")
+        for image in (folder / f"others-{rank}" / "val" / "red").iterdir():
+            image.write_bytes(b"no image")
     (folder / "others-1" / "val" / "red" / "0.png").unlink()
     commands.append(arguments(folder, "others-RANK", "two"))
+    shutil.copytree(images, folder / "broken")
+    for name in BROKEN:
+        (folder / "broken" / name).write_bytes(b"no image")
+    commands.append([*arguments(folder, "broken", "two"), *DECODED])
     graphed = [*arguments(folder, "classification", "two-graphed"), *GRAPHED]
     done = subprocess.run(
         [
@@ -144,6 +164,43 @@ def test_two_processes_that_capture_their_steps_equal_one_that_does_not(two_proc
     )
 
 
+def test_two_processes_leave_out_the_images_that_one_does(two_processes, command):
+    folder, printed = two_processes
+    done = command(*arguments(folder, "broken", "one"), *DECODED)
+    assert done.exit_code == 0, done.output
+    require_equal(folder / "broken-one", folder / "broken-two", ["val_accuracy"])
+    one, two = (RunFolder(folder / f"broken-{count}").read().facts["data"] for count in ("one", "two"))
+    assert one == two
+    said = done.output[done.output.index("3 images cannot be read") :].splitlines()[:4]
+    assert [name in line for name, line in zip(BROKEN, said[1:], strict=True)] == [True] * 3
+    assert " ".join(" ".join(said).split()) in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("resident", ["off", "host"])
+def test_processes_share_the_check_of_images_whose_pixels_are_not_kept(images, recipe, monkeypatch, resident):
+    for name in ("blue/3.png", "green/0.png", "red/8.png"):
+        (images / "train" / name).write_bytes(b"no image")
+    train, decoded, counts = open_splits(str(images)).train, [], []
+
+    def load_image(item, preprocessing):
+        decoded.append(item)
+        return load(item, preprocessing)
+
+    load = decode.load_image
+    monkeypatch.setattr(decode, "load_image", load_image)
+    monkeypatch.setattr(World, "any", lambda world, flag: flag)
+    monkeypatch.setattr(World, "share_on_machine", lambda world, check: [check(rank, 2) for rank in (0, 1)])
+    recipe, preprocessing = dataclasses.replace(recipe, resident=resident, workers=0), Preprocessing((16, 16))
+    world = World(0, 2, torch.device("cpu"))
+    checked = Classification().check(train, preprocessing, recipe, world, TrainingCache(), counts.append)
+    assert sorted(decoded) == sorted(train.items)
+    alone = decode.check_images(train)
+    assert (checked.images, checked.skipped) == (alone.images, alone.skipped) and len(alone.skipped) == 3
+    assert (checked.resident is None) == (resident == "off")
+    of_main = counts[: 14 if resident == "off" else 27]  # whose progress is shown
+    assert sum(of_main) == 27
+
+
 def require_equal(folder_of_one: Path, folder_of_two: Path, metrics: list[str]) -> None:
     one, two = RunFolder(folder_of_one).read(), RunFolder(folder_of_two).read()
     assert (one.facts["processes"], two.facts["processes"]) == (1, 2)
@@ -157,13 +214,14 @@ def test_the_same_processes_join_again_and_again_without_a_warning(two_processes
     assert printed.count("joined") == 40
 
 
-def test_processes_that_read_other_images_are_refused(two_processes):
+def test_processes_that_read_other_images_are_refused_before_one_is_decoded(two_processes):
     folder, printed = two_processes
     assert printed.count("not all processes read the same images") == 2
     assert not (folder / "others-0-two").exists()
 
 
 def test_processes_that_can_read_other_test_images_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr(World, "any", lambda world, flag: flag)
     monkeypatch.setattr(World, "agree", lambda world, value: False)
     splits = open_splits(recipe.data, with_test=True)
     with pytest.raises(ValueError, match="not all processes read the same images"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +105,7 @@ class Batches:
         self._resident = self._make_resident(images, ready, resident, workers)
         self._loader: PlannedLoader[_Read] | None = None
         if self._resident is None:
-            read = functools.partial(_read_image, images.items, self.preprocessing)
+            read = functools.partial(_read_image, _packed(images.items), self.preprocessing)
             self._loader = PlannedLoader(read, workers=workers, device=self.device)
         to_a_gpu = self.device.type == "cuda" and self.resident_device == torch.device("cpu")
         self.not_pinned = self._resident.pin() if self._resident is not None and to_a_gpu else None
@@ -252,7 +253,29 @@ class _Draws(NamedTuple):
     positions: list[tuple[float, float] | None]  # n crop positions, None for the centre
 
 
-def _read_image(items: tuple[ImageItem, ...], preprocessing: Preprocessing, read: _Read) -> torch.Tensor:
+def _packed(items: tuple[ImageItem, ...]) -> tuple[ImageItem, ...] | _PackedPaths:
+    """`items` as worker processes read them."""
+    paths = [item for item in items if isinstance(item, Path)]
+    return _PackedPaths(paths) if len(paths) == len(items) else items
+
+
+class _PackedPaths:
+    """Paths without an object for each. To read an object is to count a reference to it, and a forked worker
+    then gets its own copy of the page: in time, of all paths."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        names = [str(path).encode(errors="surrogatepass") for path in paths]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names])
+
+    def __getitem__(self, index: int) -> Path:
+        start = self._ends[index - 1] if index > 0 else 0
+        return Path(self._names[start : self._ends[index]].decode(errors="surrogatepass"))
+
+
+def _read_image(
+    items: tuple[ImageItem, ...] | _PackedPaths, preprocessing: Preprocessing, read: _Read
+) -> torch.Tensor:
     """uint8 (3, H, W)."""
     index, position = read
     return preprocessing.crop(load_image(items[index], preprocessing), position)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,36 +196,69 @@ def check_images(
     builder = None
     if preprocessing is not None and keep_bytes > 0:
         builder = ResidentBuilder(preprocessing, len(images), keep_bytes)
+    broken = find_broken(
+        images,
+        workers=workers,
+        preprocessing=preprocessing,
+        keep=None if builder is None else builder.add,
+        progress=progress,
+    )
+    return leave_out(images, broken, None if builder is None else builder.build())
 
-    def load(path: ImageItem) -> torch.Tensor | DecodeError | None:
-        try:
-            if preprocessing is None:
-                decode_image(path)
-                return None
-            return load_image(path, preprocessing)
-        except DecodeError as error:
-            return error
 
-    kept: list[int] = []
-    errors: dict[int, DecodeError] = {}
-    for i, loaded in enumerate(map_threads(load, images.items, workers)):
+def find_broken(
+    images: ImageList,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    workers: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    keep: Callable[[torch.Tensor], object] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, DecodeError]:
+    """Index -> error of the images that cannot be decoded, as `check_images`.
+
+    Args:
+        rank, size: this process's share is every `size`-th image, from number `rank` on.
+        keep: called with the resized pixels of each image, in order.
+        progress: called after each image with the number of images that all processes have then decoded.
+    """
+
+    def load(index: int) -> torch.Tensor | None:
+        if preprocessing is None:
+            decode_image(images.items[index])
+            return None
+        return load_image(images.items[index], preprocessing)
+
+    share = range(rank, len(images), size)
+    broken: dict[int, DecodeError] = {}
+    for i, loaded in zip(share, map_decoding(load, share, workers), strict=True):
         if isinstance(loaded, DecodeError):
-            errors[i] = loaded
-        else:
-            kept.append(i)
-            if builder is not None and loaded is not None:
-                builder.add(loaded)
+            broken[i] = loaded
+        elif keep is not None and loaded is not None:
+            keep(loaded)
         if progress is not None:
-            progress(1)
+            progress(min(size, len(images) - i))
+    return broken
 
-    remaining = images.select(kept)
+
+def leave_out(
+    images: ImageList, broken: Mapping[int, DecodeError], resident: ResidentImages | None = None
+) -> CheckedImages:
+    """`images` without those that `find_broken` found; `resident` holds the pixels of the others.
+
+    Raises:
+        DataError: as `check_images`.
+    """
+    remaining = images.select([i for i in range(len(images)) if i not in broken])
+    errors = sorted(broken.items())
     if lost := sorted(set(images.labels) - set(remaining.labels)):
         names = ", ".join(images.classes[label] for label in lost[:_NAMES_SHOWN])
         more = f" and {len(lost) - _NAMES_SHOWN} more classes" if len(lost) > _NAMES_SHOWN else ""
-        example = next(error for i, error in errors.items() if images.labels[i] == lost[0])
+        example = next(error for i, error in errors if images.labels[i] == lost[0])
         raise DataError(f"no image of {names}{more} can be decoded; the first: {example}")
-    skipped = tuple(SkippedImage(error.path, error.reason) for i, error in errors.items())
-    return CheckedImages(remaining, skipped, None if builder is None else builder.build())
+    skipped = tuple(SkippedImage(error.path, error.reason) for _, error in errors)
+    return CheckedImages(remaining, skipped, resident)
 
 
 def load_resident(
@@ -243,9 +276,23 @@ def load_resident(
     return builder.build()
 
 
+def map_decoding(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
+) -> Generator[_Result | DecodeError, None, None]:
+    """`map_threads`, with the DecodeError of an item that cannot be decoded in place of its result."""
+
+    def attempt(item: _Item) -> _Result | DecodeError:
+        try:
+            return function(item)
+        except DecodeError as error:
+            return error
+
+    return map_threads(attempt, items, workers)
+
+
 def map_threads(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int | None
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """map() in `workers` threads (Pillow releases the GIL to decode and resize), with results in the items'
     order; 0 is the calling thread, None `default_workers()`.
 
