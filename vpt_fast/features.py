@@ -137,10 +137,14 @@ def compute_features(
         # They are read once: not worth a place on the device, nor in host memory if they have none yet.
         resident="off" if images.resident is None else "host",
     )
-    features, labels = [], []
+    features, labels, done = torch.empty(0), [], 0
     with autocast(recipe.precision, world.device):
         for x, y in in_order.epoch(0):  # x (b, 3, H, W), y (b,)
-            features.append(model.frozen_features(x))
+            found = model.frozen_features(x)
+            if done == 0:  # filled as they come: to join all of them at the end would take twice their memory
+                features = found.new_empty(in_order.num_images, *found.shape[1:])
+            features[done : done + len(y)] = found
             labels.append(y)
+            done += len(y)
             advance(len(y))
-    return torch.cat(features), torch.cat(labels)
+    return features, torch.cat(labels)

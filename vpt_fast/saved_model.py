@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+import vpt_fast
 from vpt_fast.backbones.creation import names_url
 from vpt_fast.backbones.resolve import Origin
 from vpt_fast.files import holds, parse_json, remove_unfinished, replacing
@@ -87,7 +87,7 @@ def write_pretrained(
     """Writes a model's settings and trained tensors to a folder, which is made if it does not exist; each
     file completely or not at all."""
     directory = Path(directory)
-    settings = json.dumps({"vpt_fast_version": version("vpt_fast"), **config.to_dict()}, indent=2) + "\n"
+    settings = json.dumps({"vpt_fast_version": vpt_fast.__version__, **config.to_dict()}, indent=2) + "\n"
     text = settings.encode()
     directory.mkdir(parents=True, exist_ok=True)
     remove_unfinished(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # of a process that was killed

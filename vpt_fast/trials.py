@@ -218,10 +218,12 @@ class Worker:
             raise _Twin
 
         recipe, folder = self.recipe(**params), self.folder(params)
+        # To record an epoch in the study takes as long as to save it, and only a pruner reads it there.
+        is_pruned = not isinstance(self.study.pruner, optuna.pruners.NopPruner)
 
         def on_epoch(row: dict[str, Any], *, may_prune: bool = True) -> None:
             self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
-            if row["val_accuracy"] is not None:
+            if is_pruned and row["val_accuracy"] is not None:
                 trial.report(row["val_accuracy"], row["epoch"])
                 if may_prune and trial.should_prune():
                     raise optuna.TrialPruned

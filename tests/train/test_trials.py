@@ -135,6 +135,13 @@ def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, mon
     assert study.best_trial.intermediate_values == {row["epoch"]: row["val_accuracy"] for row in rows}
 
 
+def test_epochs_that_no_pruner_sees_are_not_recorded_in_the_study(settings, tmp_path):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
+    run_sweep(plan, tmp_path)
+    study, _ = studies(plan, tmp_path)
+    assert study.best_trial.intermediate_values == {}
+
+
 def test_trial_that_was_stopped_goes_on_before_the_next(settings, tmp_path, monkeypatch):
     def train(recipe, out, **options):
         trained.append(out.name)
@@ -325,7 +332,7 @@ REPEATED = {"base_lr": (0.5, 0.1)}
 def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
     settings, tmp_path, trained, sampler_that_repeats
 ):
-    plan = Sweep(settings, REPEATED, seeds=(1,), sampler="tpe", trials=3)
+    plan = Sweep(settings, REPEATED, seeds=(1,), sampler="tpe", trials=3, pruner="median")
     found = run_sweep(plan, tmp_path)
     assert found["finished"] and trained == ["base_lr=0.5", "seed-1"]
     study, _ = studies(plan, tmp_path)
