@@ -88,6 +88,7 @@ def train(
     *,
     console: Console | None = None,
     fresh: bool = False,
+    draw_curves: bool = True,
     cache: TrainingCache | None = None,
     on_features: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -96,11 +97,11 @@ def train(
     """Trains ``recipe`` in the run folder ``out``, resuming an earlier call that was stopped.
 
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
-    first. ``cache`` holds what earlier runs in this process loaded. ``on_features`` is called while frozen
-    features are computed, with the number of images that are done and of all. ``on_epoch`` is called with the
-    row of each epoch that this call completed and saved; an exception that it raises ends the call. ``stop``
-    is set by the first of these signals. The signal may come too late to stop this run, so a caller with
-    further runs has to check it.
+    first. ``draw_curves`` is whether curves.png is drawn. ``cache`` holds what earlier runs in this process
+    loaded. ``on_features`` is called while frozen features are computed, with the number of images that are
+    done and of all. ``on_epoch`` is called with the row of each epoch that this call completed and saved; an
+    exception that it raises ends the call. ``stop`` is set by the first of these signals. The signal may come
+    too late to stop this run, so a caller with further runs has to check it.
 
     Raises:
         ValueError: the request cannot be met (RunError for the folder, DataError for the data).
@@ -276,7 +277,7 @@ def train(
             if on_epoch is not None:
                 on_epoch(row)
 
-        if rows and world.is_main:
+        if rows and draw_curves and world.is_main:
             with folder.saving("the curves"):
                 plot_curves(rows, folder.curves)
         results = None

@@ -158,6 +158,7 @@ def run_sweep(
                     metric="val_accuracy",
                     display=display,
                     after=lambda: _tidy(collect(), out, tidied),
+                    draws_curves=False,
                 ).work()
             results = collect()
             _tidy(results, out, tidied)  # after a trial of a process that died before it could
@@ -175,6 +176,7 @@ def run_sweep(
                 metric=f"{plan.split}_accuracy",
                 display=display,
                 after=collect,
+                draws_curves=True,
             ).work()
     return collect()
 

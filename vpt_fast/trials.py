@@ -143,6 +143,7 @@ class Worker:
     folder_lock: locks the sweep's folder. One process at a time takes a trial, so that no two take the same
         or, together, more than `limit`.
     is_only_folder: whether all processes that share the study use this folder.
+    draws_curves: whether each run draws its curves, which takes longer than a linear probe takes to train.
     """
 
     study: optuna.Study
@@ -159,6 +160,7 @@ class Worker:
     stop: threading.Event
     folder_lock: Callable[[], contextlib.AbstractContextManager[None]]
     is_only_folder: bool
+    draws_curves: bool
 
     def work(self) -> None:
         while True:
@@ -237,6 +239,7 @@ class Worker:
             result = train(
                 recipe,
                 folder,
+                draw_curves=self.draws_curves,
                 cache=self.cache,
                 on_features=partial(self.display.features, params),
                 on_epoch=on_epoch,

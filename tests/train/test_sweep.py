@@ -78,6 +78,8 @@ def test_trial_folders_keep_metrics_and_the_best_ones_prompts_only(settings, tmp
         folder = RunFolder(trial_folder(tmp_path, trial["params"]))
         assert folder.metrics.exists() and folder.results.exists() and not folder.checkpoint.exists()
         assert folder.prompts.exists() == (trial["params"] == found["best"]["params"])
+        assert not folder.curves.exists()
+    assert RunFolder(tmp_path / "final" / "seed-1").curves.exists()
 
 
 def test_files_of_a_trial_are_deleted_once_and_not_after_each_later_trial(tmp_path, monkeypatch):

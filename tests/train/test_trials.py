@@ -301,6 +301,7 @@ def test_sampler_chooses_after_interruptions_what_it_would_have_chosen(sampler, 
             stop=threading.Event(),
             folder_lock=contextlib.nullcontext,
             is_only_folder=True,
+            draws_curves=False,
         )
         for _ in interrupted:
             with pytest.raises(KeyboardInterrupt):
