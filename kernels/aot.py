@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.launch import ROUNDING
 
 # Bytes of shared memory available to one program; neither a build nor its machine code enforces it. Builds
 # for sm_80 also run on sm_86, sm_89 and sm_120, which have the least: 99 KiB.
@@ -156,7 +157,9 @@ def compile_build(build: Build, arch: int) -> tuple[Any, str]:
         constexprs=dict(build.constexprs),
         attrs={(arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
     )
-    options = dict(num_warps=build.num_warps, num_stages=build.num_stages, maxnreg=build.max_registers)
+    options = dict(
+        num_warps=build.num_warps, num_stages=build.num_stages, maxnreg=build.max_registers, **ROUNDING
+    )
 
     def compile_and_log() -> tuple[Any, str]:
         # Triton prints the log, and drops it.

@@ -69,6 +69,11 @@ MAX_ALONG_AXIS = 65535
 """Programs along a grid's second or third axis: a limit of CUDA's."""
 
 
+ROUNDING = {"enable_fp_fusion": True}
+"""The launch option that lets a product and a sum round once: Triton's default until 3.9, which warns of
+another from 3.10 on."""
+
+
 class Launch:
     """A kernel bound to everything but its tensors: device, grid and all other arguments.
 
@@ -106,7 +111,7 @@ class Launch:
     ) -> None:
         self._kernel, self._device = kernel, device
         self._grid = (grid, 1, 1) if isinstance(grid, int) else grid
-        self._scalars, self._options = scalars, options
+        self._scalars, self._options = scalars, {**options, **ROUNDING}
         self._constexprs = tuple(options[name] for name in kernel.arg_names if name in options)
         self._kinds: tuple[object, ...] | None = None
         self._run: Any = None  # the build's launcher; stays None in Triton's interpreter, which has no builds

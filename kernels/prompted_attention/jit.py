@@ -18,7 +18,7 @@ the mask would be a sixth of a tile's instructions.
 
 CLS beside n x n patches leaves few rows after whole tiles of 64: 5 of 197, and 1 of 257. The kernel for dK
 and dV takes those first, in a tile of TAIL rows, so that all tiles of its loop are full and need no mask.
-TAIL is 0 if no rows are left, or too many.
+TAIL is 0 if no rows are left, or too many, or if two tiles would need too many registers.
 
 The index of an image is int64, since its offset may exceed 2³¹ elements; offsets within an image are int32,
 which launchers check.

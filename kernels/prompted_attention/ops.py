@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
         }
 
 
-# The tables below were chosen by what Triton 3.6 and 3.8 compile: no spills; wgmma on sm_90; two or more
+# The tables below were chosen by what Triton 3.6, 3.8 and 3.9 compile: no spills; wgmma on sm_90; two or more
 # programs per SM, so that one works while another waits; few instructions per score; and three stages, since
 # with two the copy of a tile is waited for as soon as it is issued. In the last block few rows are read (CLS
 # alone): a tile of 16 wastes least. On sm_90 those of ViT-B and ViT-H (D 64 and 80, m = 100, bfloat16) were
@@ -79,10 +79,9 @@ def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) ->
     if arch == 80:
         return Tiles(64, 32, 4, 3)
     if head_dim > 64:
-        # On sm_90 a third stage would take the shared memory of a third program, and at head dim 96 ptxas by
-        # itself the registers.
+        # On sm_90 a third stage would take the shared memory of a third program.
         if arch == 90:
-            return Tiles(64, 64, 4, 2, 168 if head_dim == 96 else None)
+            return Tiles(64, 64, 4, 2)
         return Tiles(128, 32, 8, 3, 128 if head_dim == 80 else None)
     return Tiles(64, 64, 4, 3) if num_rows <= 64 else Tiles(128, 64, 8, 3)
 
@@ -98,11 +97,13 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     if arch == 80:
         if head_dim <= 64:
             return Tiles(64, 64 if head_dim <= 32 else 32, 4, 3)
-        if head_dim == 80:
-            return Tiles(32, 64, 4, 3)
-        return Tiles(32, 32, 8 if 80 < head_dim <= 96 else 4, 3)
+        if head_dim <= 96:
+            # Left to itself, ptxas takes 255 registers for 88 and 96, and spills all the same.
+            return Tiles(16, 64, 4, 3, 238 if head_dim > 80 else None)
+        return Tiles(32, 32, 4, 3)
     if arch == 90:
-        return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3)
+        # Left to itself, ptxas takes 255 registers for 104, and under Triton 3.6 spills all the same.
+        return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3, 248 if head_dim > 96 else None)
     # Left to itself, ptxas takes 80 registers for 48 and 64, to which Triton 3.6 has it spill.
     return Tiles(64, 64, 8 if head_dim > 32 else 4, 3, 128 if head_dim in (48, 64) else None)
 
@@ -110,9 +111,11 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
 _TAIL = 16  # rows of the smallest tile that tensor cores take
 
 
-def tail_rows(tiles: Tiles, num_rows: int) -> int:
+def tail_rows(tiles: Tiles, head_dim: int, num_rows: int) -> int:
     """Rows of a smaller tile for what is left after whole tiles of `block_m`, such as CLS beside n x n
-    patches. 0 if nothing is left, or too much for it."""
+    patches. 0 if nothing is left, or too much for it, or if ptxas would not have the registers for both."""
+    if head_dim > 96 and tiles.block_m < 64:  # under Triton 3.9, both spill
+        return 0
     return _TAIL if 0 < num_rows % tiles.block_m <= _TAIL < tiles.block_m else 0
 
 
@@ -412,7 +415,7 @@ def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch
         *_ONE_SEQUENCE,
         **inputs.flags,
         IMAGE=parts > 0,
-        TAIL=tail_rows(tiles, num_rows),
+        TAIL=tail_rows(tiles, head_dim, num_rows),
         **tiles.launch,
     )
 
@@ -497,7 +500,7 @@ def _builds_of(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> l
     forward = forward_tiles(dtype, head_dim, num_rows, arch)
     grad_q = grad_q_tiles(dtype, head_dim, num_rows, arch)
     grad_kv = grad_kv_tiles(dtype, head_dim, num_rows, arch)
-    tail = tail_rows(grad_kv, num_rows)
+    tail = tail_rows(grad_kv, head_dim, num_rows)
     rest = f" and {tail} rows" if tail else ""
     return [
         make_build(kernel, dtype, head_dim, tiles, variant, **flags)

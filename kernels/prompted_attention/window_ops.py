@@ -271,7 +271,8 @@ def _backward_launches(
         grad_kv = Launch(
             grad_kv_kernel, q.device, (cdiv(window_size, tiles.block_n), *sequences), *strides(grad_out),
             *alone.strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
-            num_fresh, **alone.flags, IMAGE=True, TAIL=tail_rows(tiles, num_rows), **tiles.launch,
+            num_fresh, **alone.flags, IMAGE=True, TAIL=tail_rows(tiles, head_dim, num_rows),
+            **tiles.launch,
         )  # fmt: skip
     return _BackwardLaunches(sizes, terms, grad_q, grad_kv)
 
@@ -380,7 +381,7 @@ def builds(arch: int) -> list[Build]:
 def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
     forward, grad_q = forward_tiles(dtype, head_dim, arch), grad_q_tiles(dtype, head_dim, arch)
     grad_kv = grad_kv_tiles(dtype, arch)
-    tail = tail_rows(grad_kv, 144)
+    tail = tail_rows(grad_kv, head_dim, 144)
     return [
         make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (

@@ -16,7 +16,7 @@ def sine_kernel(a):
 def builds(arch):
     return [
         product("spills", 256, 128, wgmma=False, num_warps=1),
-        Build(sine_kernel, "array", {"a": "*fp32"}, {}, ("a",), num_warps=4, num_stages=1, wgmma=False),
+        Build(sine_kernel, "array", {"a": "*fp64"}, {}, ("a",), num_warps=4, num_stages=1, wgmma=False),
         product("no wgmma", 16, 32, wgmma=True),
         product("serialized", 128, 128, wgmma=True, block_k=64, max_registers=152),
         product("too many registers", 128, 128, wgmma=True, programs=4),

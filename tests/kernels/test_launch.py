@@ -50,7 +50,8 @@ def launch_of(kernel: Kernel, grid: int | tuple[int, int, int] = 6) -> Launch:
 def test_the_first_call_goes_through_triton() -> None:
     kernel, x = Kernel(), torch.zeros(4)
     launch_of(kernel)(x, None)
-    assert kernel.calls == [((6, 1, 1), (x, None, 3), {"BLOCK": 16, "WIDE": True, "num_warps": 4})]
+    options = {"BLOCK": 16, "WIDE": True, "num_warps": 4, "enable_fp_fusion": True}
+    assert kernel.calls == [((6, 1, 1), (x, None, 3), options)]
     assert kernel.runs == []
 
 
@@ -132,7 +133,7 @@ def test_the_devices_that_kernels_run_on(
 
 
 # Triton as installed, on a device that it takes for an sm_90 and that runs nothing.
-TWICE = """
+ON_NO_DEVICE = """
 import json
 import torch
 import triton
@@ -154,24 +155,44 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
     def launcher_cls(self, src, metadata):
+        builds.append(metadata)
         return lambda *args: calls.append(args)
 
-calls = []
+builds, calls = [], []
 triton.runtime.driver.set_active(Driver())
 u, a = torch.zeros(4, 16), torch.empty(4, 16)
 options = dict(KIND="gelu", BLOCK=128, ONE_ROW=True, num_warps=4)
 launch = Launch(activate_kernel, torch.device("cpu"), 1, 64, 1, 1, 0, 0, 0, **options)
 launch(u, a, None)
+"""
+TWICE = """
 activate_kernel.run = None  # it is not asked again
 launch(u, a, None)
 first, second = ([*call[:6], *call[7:]] for call in calls)  # but for what profilers are told
 print(json.dumps([len(first), all(x is y or x == y for x, y in zip(first, second, strict=True))]))
 """
+AHEAD_OF_TIME = """
+from vpt_fast.kernels.aot import compile_build
+from vpt_fast.kernels.mlp.ops import builds as builds_of
+
+ahead, _ = compile_build(builds_of(90)[0], 90)
+print(json.dumps([build.enable_fp_fusion for build in (builds[0], ahead.metadata)]))
+"""
+
+
+def run_on_no_device(script: str, **variables: str) -> Any:
+    """What ON_NO_DEVICE and then this script print."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", ON_NO_DEVICE + script]
+    found = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
 
 
 def test_later_calls_give_tritons_launcher_what_the_first_one_gave() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    count, are_equal = json.loads(found.stdout)
+    count, are_equal = run_on_no_device(TWICE)
     assert count > 12 and are_equal  # the kernel's own 12 among them
+
+
+def test_builds_fuse_products_and_sums_whatever_tritons_default() -> None:
+    assert run_on_no_device(AHEAD_OF_TIME, TRITON_DEFAULT_FP_FUSION="0") == [True, True]

@@ -128,7 +128,9 @@ EXCHANGE = """
 
 
 @pytest.mark.parametrize(
-    ("between", "distance"), [("bar.sync 0;", 128), ("", 4)], ids=["past a barrier", "within a warp"]
+    ("between", "distance"),
+    [("bar.sync 0;", 128), ("barrier.sync 0;", 128), ("", 4)],
+    ids=["past a barrier", "past an unaligned barrier", "within a warp"],
 )
 def test_threads_exchange_what_they_know(between, distance):
     data = run(EXCHANGE.format(between=between, distance=distance), DATA)
@@ -448,6 +450,10 @@ FAULTS = {
     "a stored tile in flight at the end": (STORE_TILE, "TMA store: nobody waits for it"),
     "a barrier that some do not reach": (
         "setp.lt.s32 %p1, %r1, 10;\n @%p1 bra $end;\n bar.sync 0;\n $end:",
+        "not all threads reach it",
+    ),
+    "an unaligned barrier that some do not reach": (
+        "setp.lt.s32 %p1, %r1, 10;\n @%p1 bra $end;\n barrier.sync 0;\n $end:",
         "not all threads reach it",
     ),
     "an mbarrier that nobody arrives at": (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)([^{]*)\{", re.DOTALL)
 PARAMETER = re.compile(r"(\w+)(?:\[\d+\])?$")
-BARRIER = ("bar", "sync")
+BARRIERS = (("bar", "sync"), ("barrier", "sync"))  # the second is of Triton 3.9, on sm_100
 THREADS = re.compile(r"\.reqntid (\d+)")
 LABEL = re.compile(r"[$\w]+")
 OWN_LABEL = re.compile(r"^\s*(\w+):(?!:)", re.MULTILINE)  # of inline assembly; others begin with $
@@ -55,7 +55,7 @@ def parse(ptx: str) -> Source:
                 blocks.append([])
             labels[item] = len(blocks) - 1
             continue
-        if item.opcode[:2] == BARRIER and blocks[-1]:
+        if item.opcode[:2] in BARRIERS and blocks[-1]:
             blocks.append([])
         blocks[-1].append(item)
         if item.opcode[0] in ("bra", "ret"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import matrices, numbers, tensor_memory, tma
 from .machine import Block, Fault
-from .source import BARRIER, Instruction, Source, elements, parse
+from .source import BARRIERS, Instruction, Source, elements, parse
 
 Lines = list[str]
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8}
@@ -69,7 +69,7 @@ class Kernel:
         self._functions = translator.functions()
         self.num_registers = len(translator.registers)
         # Where threads do not go on alone: at a barrier, and at the end.
-        barriers = [i for i, each in enumerate(source.blocks) if each and each[0].opcode[:2] == BARRIER]
+        barriers = [i for i, each in enumerate(source.blocks) if each and each[0].opcode[:2] in BARRIERS]
         self._waits = [*barriers, len(source.blocks)]
 
     def run(self, block: Block) -> None:
@@ -195,7 +195,7 @@ class Translator:
             return []
         if i.opcode[:2] == ("bar", "warp"):  # as the threads of a warp are
             return []
-        if i.opcode == BARRIER and i.operands == ("0",):  # of all threads
+        if i.opcode in BARRIERS and i.operands == ("0",):  # of all threads
             return ["B.synchronize()"]
         special = getattr(self, f"_{first}", None)
         if special is not None:
