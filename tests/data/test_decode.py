@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -334,16 +335,17 @@ def test_progress_counts_every_image(write_images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_interruption_ends_the_check_at_once(write_images, workers):
     images = open_splits(write_images({"a": 40, "b": 40})).train
-    done = []
+    done, before = [], set(threading.enumerate())
 
     def interrupt(count: int) -> None:
         done.append(count)
         if len(done) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         check_images(images, workers=workers, progress=interrupt)
     assert len(done) == 3
+    assert raised.tb and set(threading.enumerate()) <= before
 
 
 def test_negative_workers_are_refused(write_images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections import deque
@@ -232,13 +233,15 @@ def find_broken(
 
     share = range(rank, len(images), size)
     broken: dict[int, DecodeError] = {}
-    for i, loaded in zip(share, map_decoding(load, share, workers), strict=True):
-        if isinstance(loaded, DecodeError):
-            broken[i] = loaded
-        elif keep is not None and loaded is not None:
-            keep(loaded)
-        if progress is not None:
-            progress(min(size, len(images) - i))
+    # Closed whatever ends this: Ctrl-C would leave threads that decode what they had been given.
+    with contextlib.closing(map_decoding(load, share, workers)) as loading:
+        for i, loaded in zip(share, loading, strict=True):
+            if isinstance(loaded, DecodeError):
+                broken[i] = loaded
+            elif keep is not None and loaded is not None:
+                keep(loaded)
+            if progress is not None:
+                progress(min(size, len(images) - i))
     return broken
 
 
