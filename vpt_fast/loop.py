@@ -164,19 +164,20 @@ def train(
         if begun:
             require_same_inputs(facts, begun, folder)
 
-        # With cached features the batches of images give the order alone, and no pixels are kept for them.
+        # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
         rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
         done = len(rows)
         lists = [splits.train] if splits.val is None else [splits.train, splits.val]
         with_features = done < recipe.epochs and caches_features(
             recipe, model, lists, preprocessing, world, cache
         )
-        placed = replace(recipe, resident="off") if with_features else recipe
+        reads_images = done < recipe.epochs and not with_features
+        placed = recipe if reads_images else replace(recipe, resident="off")
         train_batches: Any = problem.batches(train_images, preprocessing, placed, world, train=True)
         val_batches: Any = None
         if val_images is not None:
             val_batches = problem.batches(val_images, preprocessing, placed, world, train=False)
-        images_text = problem.describe_images(recipe, train_batches, read_once=with_features)
+        images_text = problem.describe_images(recipe, train_batches, read_once=not reads_images)
         print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
 
         # The network to train: with cached features, the trained part alone.

@@ -99,7 +99,7 @@ class Problem(Protocol):
         ...
 
     def describe_images(self, recipe: Recipe, batches: Any, *, read_once: bool) -> str:
-        """One line about the images, for the user. ``read_once``: epochs read their features."""
+        """One line about the images, for the user. ``read_once``: no epoch reads them."""
         ...
 
     def describe_data(self, splits: Any) -> dict[str, Any]:

@@ -415,6 +415,29 @@ def test_step_and_images_of_training_are_gone_before_the_test_images_come(
     assert alive == [None] * 4
 
 
+def test_run_that_lacks_only_its_test_results_keeps_no_pixels_for_epochs(
+    recipe, images, tmp_path, monkeypatch
+):
+    def evaluate_test(*arguments):
+        raise KeyboardInterrupt
+
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=2, test=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_test", evaluate_test)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run")
+    are_kept, make = [], classification.Batches
+
+    def batches(*arguments, **options):
+        made = make(*arguments, **options)
+        are_kept.append(made.is_resident)
+        return made
+
+    monkeypatch.setattr(classification, "Batches", batches)
+    assert train(recipe, tmp_path / "run").results["test_images"]
+    assert are_kept == [False, False, True]  # train, val, test
+
+
 @pytest.fixture
 def finished(recipe, images, tmp_path):
     """The recipe of a finished run in tmp_path / "run", on images that may be changed."""
