@@ -17,15 +17,18 @@ from triton.runtime.cache import get_cache_manager
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.launch import ROUNDING
 
-# Bytes of shared memory available to one program; neither a build nor its machine code enforces it. Builds
-# for sm_80 also run on sm_86, sm_89 and sm_120, which have the least: 99 KiB.
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-# Columns of tensor memory available to one program, and to all programs on an SM together (sm_100 only).
+# Bytes of shared memory available to one program; neither a build nor its machine code enforces it. sm_80
+# has 163 KiB, and shares its tiles with the GPUs that have the least.
+SHARED_LIMIT = {
+    **dict.fromkeys((80, 86, 89, 120), 101_376),
+    **dict.fromkeys((90, 100, 103), 232_448),
+}
+# Columns of tensor memory available to one program, and to all programs on an SM together (sm_100, sm_103).
 TMEM_LIMIT = 512
 # What the programs on an SM share: registers, allocated to a thread in units of 8, and threads. The SM's
 # shared memory is one program's limit plus 1 KiB; every program takes 1 KiB beyond what it requests.
 REGISTERS, REGISTER_UNIT = 65_536, 8
-THREADS = {80: 1536, 90: 2048, 100: 2048}
+THREADS = {**dict.fromkeys((80, 86, 89, 120), 1536), **dict.fromkeys((90, 100, 103), 2048)}
 SHARED_OVERHEAD = 1024
 
 LOG_FILE = "ptxas.log"  # in Triton's cache
@@ -55,7 +58,7 @@ class Resources:
             serves many of these stores.
         shared_bytes: shared memory of one program.
         programs: how many of them fit on an SM at once; while one waits, the others work.
-        tmem_columns: tensor memory of one program; 0 except on sm_100.
+        tmem_columns: tensor memory of one program; 0 except on sm_100 and sm_103.
         wgmma, tcgen05, mma_sync: matrix instructions in its code: of sm_90 (HGMMA), of sm_100 (UTCHMMA) and
             of every architecture (HMMA). Matmuls in float32 ("ieee") use none of them.
         serialized: whether every wgmma is waited for before the next is issued; ptxas does so if it has to
@@ -97,7 +100,7 @@ class Resources:
 
 
 def measure(build: Build, arch: int) -> Resources:
-    """Compiles for sm_`arch` (80, 90 or 100) and reads the resources that the build uses.
+    """Compiles for sm_`arch`, one of `SHARED_LIMIT`, and reads the resources that the build uses.
 
     They are read from its PTX and from what the assembler says of it. Disassembling the machine code would
     tell the same, and takes as long as compiling.

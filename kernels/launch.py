@@ -50,11 +50,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def arch_of(device: torch.device) -> int:
-    """80, 90 or 100: the architecture whose tables of tiles apply to this device. Consumer GPUs of any
-    generation have neither wgmma nor tensor memory, so they use those of 80."""
-    if device.type != "cuda":
-        return 90
-    return {9: 90, 10: 100}.get(_capability(device)[0], 80)
+    """80, 90 or 100: the architecture whose tables of tiles apply to this device."""
+    return tables_of(_capability(device)[0]) if device.type == "cuda" else 90
+
+
+def tables_of(generation: int) -> int:
+    """The same for a GPU of this major compute capability. Consumer GPUs of any generation have neither wgmma
+    nor tensor memory, so they use the tables of 80."""
+    return {9: 90, 10: 100}.get(generation, 80)
 
 
 @cache

@@ -29,6 +29,7 @@ import torch
 import triton
 from vpt_fast.kernels.aot import SHARED_LIMIT, measure
 from vpt_fast.kernels.build import Build
+from vpt_fast.kernels.launch import tables_of
 
 # Each has builds(arch).
 MODULES = (
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     places = [
         (module, index)
         for module in modules
-        for index, build in enumerate(list_builds(module, args.arch))
+        for index, build in enumerate(list_builds(module, tables_of(args.arch // 10)))
         if args.filter in f"{build.name} {build.config}"
     ]
     if modules and not places:
@@ -138,7 +139,7 @@ def build_rows(places: Sequence[tuple[str, int]], arch: int, jobs: int) -> list[
 
 def build_row(module: str, index: int, arch: int) -> tuple[dict[str, Any], float]:
     """The row of a module's build number `index`, and the seconds that it took."""
-    build = list_builds(module, arch)[index]
+    build = list_builds(module, tables_of(arch // 10))[index]
     row: dict[str, Any] = {
         "kernel": build.name,
         "config": build.config,

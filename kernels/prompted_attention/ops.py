@@ -65,8 +65,9 @@ def forward_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     widest_in_128_rows = {80: 32, 90: 64, 100: 128}[arch]
     if (num_rows <= 64 and head_dim <= 64) or head_dim > widest_in_128_rows:
         return Tiles(64, 64, 4, 3)
-    # Left to itself, ptxas takes up to five more, which leaves no room for a second program.
-    return Tiles(128, 64, 8, 3, max_registers=128 if arch == 90 else None)
+    # Left to itself, on sm_90 ptxas takes up to five more, which leaves no room for a second program; and on
+    # sm_103 for 16 it takes 80, and spills.
+    return Tiles(128, 64, 8, 3, 128 if arch == 90 or (arch == 100 and head_dim == 16) else None)
 
 
 def grad_q_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -> Tiles:
@@ -97,10 +98,9 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
     if arch == 80:
         if head_dim <= 64:
             return Tiles(64, 64 if head_dim <= 32 else 32, 4, 3)
-        if head_dim <= 96:
-            # Left to itself, ptxas takes 255 registers for 88 and 96, and spills all the same.
-            return Tiles(16, 64, 4, 3, 238 if head_dim > 80 else None)
-        return Tiles(32, 32, 4, 3)
+        if head_dim <= 80:
+            return Tiles(16, 64, 4, 3)
+        return Tiles(16 if head_dim <= 96 else 32, 32, 4, 3)
     if arch == 90:
         # Left to itself, ptxas takes 255 registers for 104, and under Triton 3.6 spills all the same.
         return Tiles(64 if 16 < head_dim <= 80 else 32, 64, 4, 3, 248 if head_dim > 96 else None)

@@ -46,7 +46,7 @@ from vpt_fast.kernels.torch_op import torch_op
 def forward_tiles(dtype: torch.dtype, head_dim: int, arch: int) -> Tiles:
     """Tiles of the forward pass on sm_`arch` (80, 90, 100)."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1)
+        return Tiles(16, 32, 8 if head_dim > 32 else 4, 1)
     return Tiles(64, 32, 8 if arch == 80 and head_dim > 32 else 4, 3 if arch == 90 else 2)
 
 
