@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.resources
 import json
 import subprocess
 import sys
@@ -261,8 +262,13 @@ def test_entry_of_the_command_imports_no_library():
     assert roots - sys.stdlib_module_names == {"vpt_fast"}, ended.stderr
 
 
-def test_weights_of_the_demo_backbone_are_package_data():
-    assert (Path(vpt_fast.__file__).parent / "backbones" / "demo.safetensors").is_file()
+@pytest.mark.parametrize(
+    ("package", "file"),
+    [("vpt_fast.backbones", "demo.safetensors"), ("vpt_fast", "py.typed"), ("vpt_fast.kernels", "py.typed")],
+)
+def test_files_that_are_not_code_are_package_data(package, file):
+    assert (importlib.resources.files(package) / file).is_file()
+    assert f'"{package}" = ["{file}"]' in (ROOT / "pyproject.toml").read_text()
 
 
 STATE = """
