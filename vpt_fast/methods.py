@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -115,8 +115,7 @@ def _in_settings(text: str, recipe: Recipe) -> str:
 
 def _build(recipe: Recipe, num_classes: int) -> TunedModel:
     """As `build_model`, but errors name the constructor's keywords instead of the recipe's settings."""
-    kind, settings = model_settings(recipe)
-    constructor: Any = kind
+    constructor, settings = model_settings(recipe)
     with naming_the_backbone(recipe):
         return constructor(
             recipe.backbone,
@@ -160,7 +159,7 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
         raise
 
 
-def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
+def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str, Any]]:
     """The class that a resolved recipe trains, and its keyword arguments except those for timm.
 
     Raises ValueError for a method that does not exist for the recipe's backbone or task.

@@ -123,8 +123,7 @@ def _count(
 ) -> MethodParameters:
     def build(num_prompts: int | None = None) -> Any:
         resolved = replace(recipe, num_prompts=num_prompts).resolved(num_train_images=1, device_type="cpu")
-        kind, settings = model_settings(resolved)
-        constructor: Any = kind
+        constructor, settings = model_settings(resolved)
         return constructor(vit, 1, **settings)
 
     model = build(1 if lengths else None)
@@ -175,10 +174,3 @@ def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
             for row in rows
         ),
     ]
-
-
-def markdown(rows: list[MethodParameters]) -> str:
-    """The table in docs/methods.md."""
-    header, *body = table(rows)
-    lines = [header, ("---",) * len(header), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
