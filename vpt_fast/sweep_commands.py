@@ -29,6 +29,7 @@ from vpt_fast.flags import (
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
+from vpt_fast.sweep_settings import SEEDS, Sweep, default_axes, first_backbone, parse_axes
 from vpt_fast.tables import format_table
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
@@ -69,7 +70,7 @@ PrunerFlag = Annotated[
     Literal["none", "median", "hyperband"],
     typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
-SEEDS = "42,44,82,100,800"  # the paper's
+SEED_LIST = ",".join(map(str, SEEDS))
 
 
 @with_recipe_flags
@@ -88,7 +89,7 @@ def sweep(
     sampler: SamplerFlag = "grid",
     trials: TrialsFlag = None,
     pruner: PrunerFlag = "none",
-    seeds: Annotated[str, typer.Option(help="Seeds of the final runs.", rich_help_panel=PANEL)] = SEEDS,
+    seeds: Annotated[str, typer.Option(help="Seeds of the final runs.", rich_help_panel=PANEL)] = SEED_LIST,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -112,8 +113,6 @@ def sweep(
     with one_line_errors(debug):
         settings = given_settings(config, flags)
         final_seeds = parse_seeds(seeds)
-        from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
-
         axes = parse_axes(over or (), settings)
         recipe = Recipe.from_dict({**first_backbone(axes), **settings})
         axes = axes or default_axes(recipe)
@@ -167,7 +166,7 @@ def ablate(
     methods: Annotated[
         str, typer.Option(help="Methods to compare, comma-separated.", show_default="by ablation")
     ] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEEDS,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEED_LIST,
     search: Annotated[
         bool, typer.Option("--sweep", help="Search the method's grid at each point first, as sweep does.")
     ] = False,
@@ -227,7 +226,7 @@ def tsne(
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
     data_root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
     ] = None,
     out: Annotated[
@@ -254,7 +253,7 @@ def tsne(
         console = LastingConsole()
         found = embed_run(
             run, data, split, seed=seed, backbone=backbone, checkpoint=checkpoint, device=device,
-            workers=workers, data_root=None if data_root is None else str(data_root), console=console,
+            workers=workers, data_root=data_root, console=console,
         )  # fmt: skip
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
         plot_embedding(found.points, found.labels, found.classes, path, title=title)
