@@ -19,6 +19,8 @@ import timm
 import torch
 import typer
 
+from vpt_fast.files import write
+
 RESULTS = Path(__file__).parent / "results"
 
 Fresh = Annotated[
@@ -54,9 +56,7 @@ def installed_version(package: str) -> str | None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes the report as JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def read_own(path: Path, row_type: type) -> dict[str, Any] | None:
