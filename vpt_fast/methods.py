@@ -76,7 +76,16 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     recipe's backbone_arg.
     """
     try:
-        return _build(recipe, num_classes)
+        constructor, settings = model_settings(recipe)
+        with naming_the_backbone(recipe):
+            return constructor(
+                recipe.backbone,
+                num_classes,
+                pretrained=recipe.pretrained,
+                checkpoint=recipe.checkpoint,
+                **settings,
+                **recipe.backbone_arg,
+            )
     except ValueError as error:
         if (text := _in_settings(str(error), recipe)) == str(error):
             raise
@@ -111,20 +120,6 @@ def _in_settings(text: str, recipe: Recipe) -> str:
         if keyword == called:
             return f"{setting}: {rest}"
     return text
-
-
-def _build(recipe: Recipe, num_classes: int) -> TunedModel:
-    """As `build_model`, but errors name the constructor's keywords instead of the recipe's settings."""
-    constructor, settings = model_settings(recipe)
-    with naming_the_backbone(recipe):
-        return constructor(
-            recipe.backbone,
-            num_classes,
-            pretrained=recipe.pretrained,
-            checkpoint=recipe.checkpoint,
-            **settings,
-            **recipe.backbone_arg,
-        )
 
 
 @contextlib.contextmanager
