@@ -29,7 +29,8 @@ from vpt_fast.flags import (
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
-from vpt_fast.sweep_settings import SEEDS, Sweep, default_axes, first_backbone, parse_axes
+from vpt_fast.sweep_settings import SEEDS as PAPERS_SEEDS
+from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 from vpt_fast.tables import format_table
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
@@ -70,7 +71,7 @@ PrunerFlag = Annotated[
     Literal["none", "median", "hyperband"],
     typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
-SEED_LIST = ",".join(map(str, SEEDS))
+SEEDS = ",".join(map(str, PAPERS_SEEDS))
 
 
 @with_recipe_flags
@@ -89,7 +90,7 @@ def sweep(
     sampler: SamplerFlag = "grid",
     trials: TrialsFlag = None,
     pruner: PrunerFlag = "none",
-    seeds: Annotated[str, typer.Option(help="Seeds of the final runs.", rich_help_panel=PANEL)] = SEED_LIST,
+    seeds: Annotated[str, typer.Option(help="Seeds of the final runs.", rich_help_panel=PANEL)] = SEEDS,
     storage: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +167,7 @@ def ablate(
     methods: Annotated[
         str, typer.Option(help="Methods to compare, comma-separated.", show_default="by ablation")
     ] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEED_LIST,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs at each point.")] = SEEDS,
     search: Annotated[
         bool, typer.Option("--sweep", help="Search the method's grid at each point first, as sweep does.")
     ] = False,
