@@ -295,7 +295,7 @@ def measure_loading(
     *,
     workers: int,
     repeats: int,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None],
 ) -> tuple[list[Loading], float]:
     """Trains on the images in every way, in turn; also the seconds that decoding them once took.
 

@@ -103,8 +103,8 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     """The suite, in the order in which it runs: what matters most comes first, in case time runs out."""
     logs = str(LOGS.relative_to(ROOT))
 
-    def benchmark(name: str, seconds: float, command: tuple[str, ...] = ()) -> Part:
-        return Part(name, command or script(name), seconds, BENCHMARK_LIMIT, alone=True)
+    def benchmark(name: str, seconds: float, command: tuple[str, ...]) -> Part:
+        return Part(name, command, seconds, BENCHMARK_LIMIT, alone=True)
 
     def compilation(name: str, command: tuple[str, ...]) -> Part:
         """Runs a benchmark once, to fill the compilers' caches."""
@@ -144,7 +144,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     return [
         Part("tests", tests, 110, TEST_LIMIT, alone=False),
         *compilations,
-        benchmark("attention", 20),
+        benchmark("attention", 20, script("attention")),
         *(benchmark(f"throughput-{model}", seconds, of_model(model)) for model, seconds in MODELS.items()),
         *(benchmark(f"profile-{model}", 15, profile(model)) for model in (SMALLEST, LARGEST)),
         benchmark("recipe", 48, script("recipe", *in_recipe)),
