@@ -137,10 +137,7 @@ Functions = tuple[Callable[..., Any], Callable[..., Any]]
 
 def functions_of(name: str) -> Functions:
     """Forward and backward; ValueError if they are not available here."""
-    if name in OURS:
-        ops = get_backend(name).other
-    else:
-        ops = get_backend("torch", name).other
+    ops = (get_backend(name) if name in OURS else get_backend("torch", name)).other
     return ops.attention, ops.attention_backward
 
 

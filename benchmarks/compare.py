@@ -124,7 +124,7 @@ def keyed_rows(report: dict[str, Any]) -> dict[Key, dict[str, Any]]:
 
 
 def label(key: Key) -> str:
-    return ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in key)
+    return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in key)
 
 
 def measurements(row: dict[str, Any]) -> Iterator[tuple[str, Measurement]]:

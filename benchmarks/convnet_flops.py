@@ -76,9 +76,8 @@ def _layers(shape: Shape, border: int, batch_size: int) -> list[int]:
 
     def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        found.append(
-            2 * output.numel() * weight[0].numel()
-        )  # each output is a sum over one row of the weight
+        # Each output is a sum over one row of the weight.
+        found.append(2 * output.numel() * weight[0].numel())
 
     network = copy.deepcopy(shape.network)
     for layer in network.modules():

@@ -270,8 +270,8 @@ def interleave(
     labels: Tensor,
     *,
     repeats: int,
-    steps: int = 1,
-    progress: Callable[[str], None] = lambda text: None,
+    steps: int,
+    progress: Callable[[str], None],
 ) -> None:
     """Times all contenders in one process, round-robin, so that other load on the machine affects all alike.
 

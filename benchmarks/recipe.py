@@ -36,7 +36,7 @@ from implementations import (
     require_possible,
 )
 from measure import Contender
-from operations import choose_device, end_with, verdict
+from operations import choose_device, end_with, finite, verdict
 from PIL import Image
 from reports import Fresh, Report, listed, make_header, one_of, output_path, require_model
 from rich import box
@@ -133,7 +133,8 @@ class Extrapolated:
 
 @dataclass
 class Row:
-    """One implementation; `ratio` is the speed of the whole task relative to the best concatenation."""
+    """One implementation; `ratio` is the speed of the whole task relative to the best concatenation. `error`:
+    why it failed, or, if it was measured, why its gradients could not be checked."""
 
     impl: str
     exact: bool
@@ -241,7 +242,7 @@ def make_rows(
         error = contender.gradient_error
         exact = error is not None and error <= EXACT_BELOW[contender.precision]
         reason = contender.error or contender.unchecked
-        row = Row(contender.name, exact, error, reason, measured.get(contender.name))
+        row = Row(contender.name, exact, finite(error), reason, measured.get(contender.name))
         if row.measured is not None:
             row.extrapolated = Extrapolated.of(row.measured, protocol, setting.batch_size)
         rows.append(row)
@@ -294,7 +295,7 @@ def measure_loading(
     *,
     workers: int,
     repeats: int,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[str], None],
 ) -> tuple[list[Loading], float]:
     """Trains on the images in every way, in turn; also the seconds that decoding them once took.
 
@@ -387,7 +388,7 @@ def make_tables(rows: list[Row], loading: list[Loading], setting: Setting) -> li
                 for seconds in (hours.sweep_seconds, hours.runs_seconds, hours.task_seconds)
             ),
             "" if row.ratio is None else f"{row.ratio:.2f}",
-            "unchecked" if row.gradient_error is None else verdict(None, row.exact, row.gradient_error),
+            "unchecked" if row.error is not None else verdict(None, row.exact, row.gradient_error),
             style="" if row.exact else "red",
         )
     ends = Table(title="end to end, with data loading", box=box.SIMPLE)
@@ -497,7 +498,7 @@ def main(
         console.print(table)
     console.print(f"written: {path}")
     # It is no failure that gradients of what ran could not be checked.
-    judged = [row for row in report.rows if row.measured is None or row.gradient_error is not None]
+    judged = [row for row in report.rows if row.measured is None or row.error is None]
     end_with(judged, console, ours="vpt_fast")
 
 

@@ -19,6 +19,8 @@ import timm
 import torch
 import typer
 
+from vpt_fast.files import write
+
 RESULTS = Path(__file__).parent / "results"
 
 Fresh = Annotated[
@@ -54,9 +56,7 @@ def installed_version(package: str) -> str | None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes the report as JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def read_own(path: Path, row_type: type) -> dict[str, Any] | None:
@@ -155,14 +155,8 @@ class Report:
         return f"What is done stands in {self.path}; the same command goes on with it."
 
 
-def default_path(header: dict[str, Any], benchmark: str = "") -> Path:
-    """results/[<benchmark>-]<device>-<date>.json"""
-    slug = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
-    return RESULTS / "-".join(filter(None, [benchmark, slug, f"{header['date']}.json"]))
-
-
-def output_path(output: Path | None, header: dict[str, Any], row_type: type, benchmark: str = "") -> Path:
-    """Where results go: what was asked for, else `default_path`. Its folder is made.
+def output_path(output: Path | None, header: dict[str, Any], row_type: type, benchmark: str) -> Path:
+    """What was asked for, else results/<benchmark>-<device>-<date>.json. Its folder is made.
 
     Args:
         row_type: the dataclass of this benchmark's rows.
@@ -170,7 +164,8 @@ def output_path(output: Path | None, header: dict[str, Any], row_type: type, ben
     Raises:
         typer.BadParameter: nothing can be written there, or a file is there that `read_own` refuses.
     """
-    path = output or default_path(header, benchmark)
+    device = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    path = output or RESULTS / f"{benchmark}-{device}-{header['date']}.json"
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -103,9 +103,8 @@ def essential(shape: Shape, num_prompts: int, prompt_type: str, batch_size: int,
             total += after + entering + asking  # backward
             if is_first:
                 total += 4 * product(b * places, a, m)  # S, dP, dK, dV over the prompts' columns alone
-                asked = (
-                    b * stage.num_windows * fresh
-                )  # S, dP, dQ over all columns, and dK, dV over the prompts'
+                asked = b * stage.num_windows * fresh
+                # S, dP, dQ over all columns, and dK, dV over the prompts'
                 total += 3 * product(asked, a, m + area) + 2 * product(asked, a, m)
             else:
                 total += image + 5 * product(queries, a, m + area)  # S, dP, dQ, dK, dV

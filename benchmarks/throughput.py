@@ -43,7 +43,7 @@ from implementations import (
     require_possible,
 )
 from measure import MIB, Contender
-from operations import choose_device
+from operations import choose_device, finite, number
 from reports import (
     Fresh,
     Report,
@@ -239,7 +239,7 @@ def fill_in(
     row.dtype, row.error = contender.precision, contender.error or contender.unchecked
     allowed = CODES_EXACT_BELOW if row.memory == "compact" else EXACT_BELOW[row.dtype]
     row.exact = error is not None and error <= allowed
-    row.gradient_error = error if error is None or error < float("inf") else None
+    row.gradient_error = finite(error)
 
     def mib(count: int | None, per: int = 1) -> float | None:
         return None if count is None else count / MIB / per
@@ -287,7 +287,7 @@ def measure_setting(
     repeats: int,
     steps: int,
     console: Console,
-    ceiling_tflops: float | None = None,
+    ceiling_tflops: float,
 ) -> list[Row]:
     """One row for each entrant."""
     torch.compiler.reset()  # how often one function may be compiled is limited
@@ -362,9 +362,6 @@ def make_table(rows: list[Row], dtype: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     concat = [row.images_per_second or 0.0 for row in rows if row.impl.startswith("concat") and row.rank]
 
-    def number(value: float | None, form: str = ".1f") -> str:
-        return "" if value is None else format(value, form)
-
     def speed_of(value: float | None) -> str:
         return number(value, ".2f" if (first.images_per_second or 0.0) < 100 else ".0f")
 
@@ -377,11 +374,9 @@ def make_table(rows: list[Row], dtype: str) -> Table:
             speed_of(speed),
             f"{speed_of(row.images_per_second_min)}–{speed_of(row.images_per_second_max)}" if speed else "",
             number(speed / max(concat), ".2f") if concat and speed and row.exact else "",
-            number(row.forward_ms),
-            number(row.backward_ms),
-            number(row.optimizer_ms),
+            *(number(ms, ".1f") for ms in (row.forward_ms, row.backward_ms, row.optimizer_ms)),
             number(row.peak_mib, ".0f"),
-            number(row.kept_mib_per_image),
+            number(row.kept_mib_per_image, ".1f"),
             number(row.share_of_ceiling, ".0%"),
         ]
         if searched:

@@ -103,19 +103,13 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     """The suite, in the order in which it runs: what matters most comes first, in case time runs out."""
     logs = str(LOGS.relative_to(ROOT))
 
-    def script(name: str, *arguments: str) -> tuple[str, ...]:
-        return (sys.executable, f"benchmarks/{name}.py", *arguments)
-
-    def benchmark(name: str, seconds: float, command: tuple[str, ...] = ()) -> Part:
-        return Part(name, command or script(name), seconds, BENCHMARK_LIMIT, alone=True)
+    def benchmark(name: str, seconds: float, command: tuple[str, ...]) -> Part:
+        return Part(name, command, seconds, BENCHMARK_LIMIT, alone=True)
 
     def compilation(name: str, command: tuple[str, ...]) -> Part:
         """Runs a benchmark once, to fill the compilers' caches."""
         output = f"--output={logs}/compile-{name}.json"
         return Part(f"compile-{name}", (*command, "--repeats=1", output), 100, BENCHMARK_LIMIT, alone=False)
-
-    def throughput(model: str, *names: str) -> tuple[str, ...]:
-        return script("throughput", f"--models={model}", f"--implementations={','.join(names)}", "--steps=4")
 
     rows = {model: (*OURS, *COMPILED, *(OF_THE_SMALLEST if model == SMALLEST else ())) for model in MODELS}
     # Without the one that waits for the CPU, and with epochs of two thirds of what is usual.
@@ -125,9 +119,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     compilations = [
         *(
             # The graphed ones compile to the same.
-            compilation(
-                model, throughput(model, *(name for name in rows[model] if name.endswith("compiled")))
-            )
+            compilation(model, throughput(model, [name for name in rows[model] if name.endswith("compiled")]))
             for model in reversed(MODELS)  # what takes longest starts first
         ),
         compilation("kernels", kernels),
@@ -144,7 +136,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
         # Each model has a results file of its own, so that one that was stopped loses no other's rows.
         output = f"--output=benchmarks/results/{file_name(header, model)}"
         memory = MEMORY[:1] if model == BETWEEN else MEMORY
-        return (*throughput(model, *rows[model]), f"--memory={','.join(memory)}", output)
+        return throughput(model, rows[model], f"--memory={','.join(memory)}", output)
 
     def profile(model: str) -> tuple[str, ...]:
         return script("profile_step", f"--model={model}", f"--implementation={OURS[0]}")
@@ -152,7 +144,7 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     return [
         Part("tests", tests, 110, TEST_LIMIT, alone=False),
         *compilations,
-        benchmark("attention", 20),
+        benchmark("attention", 20, script("attention")),
         *(benchmark(f"throughput-{model}", seconds, of_model(model)) for model, seconds in MODELS.items()),
         *(benchmark(f"profile-{model}", 15, profile(model)) for model in (SMALLEST, LARGEST)),
         benchmark("recipe", 48, script("recipe", *in_recipe)),
@@ -161,24 +153,33 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     ]
 
 
+def script(name: str, *arguments: str) -> tuple[str, ...]:
+    """The command of a benchmark."""
+    return (sys.executable, f"benchmarks/{name}.py", *arguments)
+
+
+def throughput(model: str, names: Iterable[str], *arguments: str) -> tuple[str, ...]:
+    """That of throughput.py for these implementations."""
+    rows = f"--implementations={','.join(names)}"
+    return script("throughput", f"--models={model}", rows, "--steps=4", *arguments)
+
+
 def on_request(header: Mapping[str, Any]) -> list[Part]:
     """Parts that nine minutes have no room for: for ViT-B the largest batches and curves over prompts and
     batches; and other launches of kernels."""
-    rows = f"--implementations={','.join((*OURS, *COMPILED, *ALIKE))}"
 
-    def part(name: str, seconds: float, *arguments: str) -> Part:
+    def part(name: str, seconds: float, command: tuple[str, ...]) -> Part:
         output = f"--output=benchmarks/results/{file_name(header, name)}"
-        command = (sys.executable, *arguments, output)
-        return Part(name, command, seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
+        return Part(name, (*command, output), seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
 
-    def throughput(*arguments: str) -> tuple[str, ...]:
-        return ("benchmarks/throughput.py", f"--models={SMALLEST}", rows, "--steps=4", *arguments)
+    def smallest(*arguments: str) -> tuple[str, ...]:
+        return throughput(SMALLEST, (*OURS, *COMPILED, *ALIKE), *arguments)
 
     return [
-        part("find-batch", 210, *throughput("--find-batch", f"--memory={','.join(MEMORY)}")),
-        part("prompts", 420, *throughput("--num-prompts=1,10,50,100,200", "--memory=exact")),
-        part("batches", 330, *throughput("--batch-size=16,64,256", "--memory=exact,recompute")),
-        part("tune", 300, "benchmarks/tune.py"),
+        part("find-batch", 210, smallest("--find-batch", f"--memory={','.join(MEMORY)}")),
+        part("prompts", 420, smallest("--num-prompts=1,10,50,100,200", "--memory=exact")),
+        part("batches", 330, smallest("--batch-size=16,64,256", "--memory=exact,recompute")),
+        part("tune", 300, script("tune")),
     ]
 
 
@@ -419,11 +420,12 @@ def chosen(parts: list[Part], patterns: str) -> list[Part]:
     Raises:
         ValueError: a pattern matches none.
     """
-    if not patterns.strip():
+    listed = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    if not listed:
         return [part for part in parts if not part.on_request]
     names = [part.name for part in parts]
     wanted: set[str] = set()
-    for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
+    for pattern in listed:
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise ValueError(f"--parts: {pattern!r} is none of {', '.join(names)}")

@@ -55,8 +55,8 @@ class Report:
     def rows(self) -> list[Row]:
         return self.content.get("rows", [])
 
-    def link(self, page: Path, text: str) -> str:
-        return f"[{text}]({'../' * (len(page.parts) - 1)}{self.path.as_posix()})"
+    def link(self, page: Path) -> str:
+        return f"[results]({'../' * (len(page.parts) - 1)}{self.path.as_posix()})"
 
     def versions(self) -> str:
         known = (

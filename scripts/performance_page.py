@@ -269,12 +269,12 @@ def readme_block(reports: list[Report]) -> str:
     text = [
         paragraph(
             f"Training steps of {group.title()}, on {group.report.device}, all in one run",
-            f"({group.report.link(README, 'results')}; medians of {shown[0]['repeats']} rounds):",
+            f"({group.report.link(README)}; medians of {shown[0]['repeats']} rounds):",
         ),
         readme_table(group, shown),
     ]
     for other in others:
-        title = f"{other.title()} ({other.report.link(README, 'results')}):"
+        title = f"{other.title()} ({other.report.link(README)}):"
         text += [paragraph(title), readme_table(other, ends(other))]
     return "\n\n".join([*text, readme_closing(group, shown)])
 
@@ -335,7 +335,7 @@ def memory_block(reports: list[Report]) -> str:
         [
             paragraph(
                 f"{group.title()}, on {group.report.device}, one run",
-                f"({group.report.link(ENGINE, 'results')}): bytes",
+                f"({group.report.link(ENGINE)}): bytes",
                 "kept for backward, and the largest relative error of a trained tensor's gradient from",
                 "concatenation in float64, on random weights.",
             ),

@@ -23,7 +23,7 @@ def search_section(group: Group) -> str:
         ("largest batch", field("largest_batch", "d")),
     ]
     title = f"#### The largest batches: {group.title()}"
-    source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
+    source = f"`{group.command()}` ({group.report.link(PAGE)})"
     return "\n\n".join([title, source, table(group.rows, columns)])
 
 
@@ -49,7 +49,7 @@ def throughput_section(group: Group) -> str:
         ("", remark),
     ]
     rows = sorted(group.rows, key=lambda row: -(row["images_per_second"] or 0.0))
-    source = f"`{group.command()}` ({group.report.link(PAGE, 'results')})"
+    source = f"`{group.command()}` ({group.report.link(PAGE)})"
     if ceiling := group.report.content.get("ceiling_tflops"):
         source += f"; ceiling: one large matrix product, {number(ceiling)} TFLOP/s"
     parts = [f"#### {group.title()}", source, table(rows, columns)]
@@ -93,7 +93,7 @@ def attention_section(report: Report) -> str:
             f"Forward and backward of one attention layer, {report.content['dtype']}. The times of libraries",
             "include concatenating prompts and image; *× without concatenation* compares with a library that",
             "is given the concatenated keys and values. Measured with",
-            f"`python benchmarks/attention.py` ({report.link(PAGE, 'results')}).",
+            f"`python benchmarks/attention.py` ({report.link(PAGE)}).",
         ),
         table([row for row in report.rows if row["impl"] not in absent], columns),
     ]
@@ -141,7 +141,7 @@ def kernels_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### The other operations",
-            f"In {report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE, 'results')}).",
+            f"In {report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE)}).",
             table(report.rows, columns),
             *lost(report.rows, "ratio", "the best other implementation"),
         ]
@@ -190,7 +190,7 @@ def recipe_section(report: Report) -> str:
             f"{protocol['test']:,} at the end of a run. Extrapolated from",
             f"{sum(step['train_steps'] for step in steps)} measured training steps and",
             f"{sum(step['inference_batches'] for step in steps)} inference batches:",
-            f"`python benchmarks/recipe.py` ({report.link(PAGE, 'results')}).",
+            f"`python benchmarks/recipe.py` ({report.link(PAGE)}).",
         ),
         table(flat, task),
     ]
@@ -227,7 +227,7 @@ def profile_section(report: Report) -> str:
                 f"`{content['implementation']}`{memory}, {setting_title(content)}:",
                 f"{number(step)} ms per step under the profiler. Without the profiler the CPU is busy for",
                 f"{number(content['host_ms'])} ms per step.",
-                f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE, 'results')}).",
+                f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE)}).",
             ),
             table(spent, columns),
             table(content["rows"][:MOST_KERNELS], longest),
@@ -270,7 +270,7 @@ def tune_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### Launch settings of the kernels",
-            f"`python benchmarks/tune.py` ({report.link(PAGE, 'results')}).",
+            f"`python benchmarks/tune.py` ({report.link(PAGE)}).",
             table(found, columns),
         ]
     )
@@ -283,7 +283,7 @@ def suite_section(report: Report) -> str:
     return "\n\n".join(
         [
             "### The GPU test suite",
-            f"`make gpu`: {passed} of {len(parts)} parts passed ({report.link(PAGE, 'results')}).",
+            f"`make gpu`: {passed} of {len(parts)} parts passed ({report.link(PAGE)}).",
             table(parts, columns),
         ]
     )

@@ -33,6 +33,8 @@ from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpt_fast.files import replacing, write
+
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "vpt_fast" / "backbones" / "demo.safetensors"
 LOG = Path(__file__).with_suffix(".log.jsonl")
@@ -146,9 +148,8 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
                 raw = bytearray(image.convert("RGB").tobytes())
             images[row] = torch.frombuffer(raw, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         labels = torch.tensor([classes.index(Path(names[i]).parent.name) for i in order])
-        partial = cache.with_suffix(".partial")
-        save_file({"images": images, "labels": labels}, partial, metadata={"classes": json.dumps(classes)})
-        os.replace(partial, cache)
+        with replacing(cache) as partial:
+            save_file({"images": images, "labels": labels}, partial, {"classes": json.dumps(classes)})
     tensors = load_file(cache)
     return tensors["images"], tensors["labels"], int(tensors["labels"].max()) + 1
 
@@ -223,9 +224,7 @@ def export(model: VisionTransformer, architecture: Architecture, result: dict) -
         "held_out_images": str(result["held_out_images"]),
         "epochs": str(result["epoch"]),
     }
-    partial = WEIGHTS.with_suffix(".partial")
-    partial.write_bytes(save(weights, metadata=metadata))
-    os.replace(partial, WEIGHTS)
+    write(WEIGHTS, save(weights, metadata=metadata))
 
 
 def main(
@@ -316,13 +315,12 @@ def main(
                 "seconds": spent,
                 "log": lines,
             }
-            torch.save(state, checkpoint.with_suffix(".partial"))
-            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
-            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with replacing(checkpoint) as partial:
+                torch.save(state, partial)
+            write(log, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     export(model, architecture, lines[-1])
-    LOG.with_suffix(".partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(LOG.with_suffix(".partial"), LOG)
+    write(LOG, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size:,} bytes, held-out accuracy {lines[-1]['accuracy']} %")
 
 

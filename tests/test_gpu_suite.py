@@ -208,6 +208,12 @@ def test_parts_are_chosen_by_pattern(project: Project) -> None:
     assert project.report()["parts"].keys() == {"test_a", "test_b", "recipe"}
 
 
+def test_no_pattern_between_commas_chooses_what_no_pattern_does(project: Project) -> None:
+    project.part("attention", "pass")
+    assert project.run("--parts", " , ") == 0
+    assert project.report()["parts"].keys() == {"attention"}
+
+
 def test_a_part_on_request_runs_only_where_it_is_named(project: Project) -> None:
     project.part("attention", "pass")
     project.part("tune", "pass")

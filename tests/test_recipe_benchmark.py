@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_one_with_wrong_gradients_is_nobodys_peer() -> None:
     right, wrong = recipe.make_rows(those, measured, Protocol(), SETTING)
     assert (right.exact, wrong.exact) == (True, False)
     assert right.ratio is None and wrong.ratio is None
+
+
+def test_gradients_that_are_no_numbers_are_wrong_and_leave_the_file_json() -> None:
+    (broken,), batch = contenders("vpt_fast")
+    broken.gradient_error = float("inf")
+    measured = recipe.time_batches([broken], *batch, repeats=1, steps=1)
+    rows = recipe.make_rows([broken], measured, Protocol(), SETTING)
+    assert json.dumps([dataclasses.asdict(row) for row in rows], allow_nan=False)
+    (table,) = recipe.make_tables(rows, [], SETTING)
+    assert list(table.columns[-1].cells)[0].strip() == "WRONG"
 
 
 def test_the_images_are_jpeg_files(tmp_path: Path) -> None:

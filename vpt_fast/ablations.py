@@ -27,7 +27,7 @@ from vpt_fast.classification import Classification
 from vpt_fast.files import parse_json, remove_unfinished, write
 from vpt_fast.method_rules import METHOD_KNOBS, parse_method
 from vpt_fast.methods import naming_the_backbone
-from vpt_fast.plots import plot_ablation
+from vpt_fast.plots import STYLES, plot_ablation
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run import data_and_backbone
 from vpt_fast.sweep import require_trials, run_sweep
@@ -52,7 +52,7 @@ class Ablation:
         title, x_label: of the plot.
         figure: the paper's.
         methods: default methods, one line each.
-        varied: the settings that the points set.
+        varied: the setting that tells a line's points apart.
         points: (method, recipe) -> {line: {value: settings}}.
     """
 
@@ -60,7 +60,7 @@ class Ablation:
     figure: str
     x_label: str
     methods: tuple[str, ...]
-    varied: tuple[str, ...]
+    varied: str
     points: Callable[[str, Recipe], Mapping[str, Mapping[Any, dict[str, Any]]]] = field(repr=False)
 
 
@@ -102,22 +102,22 @@ def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[st
 
 
 ABLATIONS = {
-    "length": Ablation("Prompt length", "Fig. 6", "prompts", ("vpt-deep",), ("num_prompts",), _length),
+    "length": Ablation("Prompt length", "Fig. 6", "prompts", ("vpt-deep",), "num_prompts", _length),
     "depth": Ablation(
-        "Prompt depth", "Fig. 7", "blocks with prompts", ("vpt-deep",), ("prompt_layers",), _depth
+        "Prompt depth", "Fig. 7", "blocks with prompts", ("vpt-deep",), "prompt_layers", _depth
     ),
     "location": Ablation(
-        "Prompt location", "Fig. 5", "location", tuple(LOCATIONS), ("prompt_location",), _location
+        "Prompt location", "Fig. 5", "location", tuple(LOCATIONS), "prompt_location", _location
     ),
     "output": Ablation(
-        "What the head reads", "Fig. 8", "output", ("vpt-deep", "vpt-shallow"), ("pool",), _output
+        "What the head reads", "Fig. 8", "output", ("vpt-deep", "vpt-shallow"), "pool", _output
     ),
     "data-size": Ablation(
         "Training data",
         "Fig. 3",
         "share of the training images",
         ("linear", "vpt-shallow", "vpt-deep", "full"),
-        ("train_fraction",),
+        "train_fraction",
         _data_size,
     ),
 }
@@ -164,12 +164,13 @@ def plan_ablation(
 
     Raises:
         ValueError: there is no such ablation, a given setting is one that it varies or searches, a point
-            refuses a setting, or for data-size without a task and batch_size, the data cannot be opened.
+            refuses a setting, there are more lines than a plot can tell apart, or for data-size without a
+            task and batch_size, the data cannot be opened.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
     ablation = ABLATIONS[name]
-    for given in (*ablation.varied, "method"):
+    for given in (ablation.varied, "method"):
         if given in settings:
             instead = "--methods names them" if given == "method" else "the ablation varies it"
             raise ValueError(f"{given} is given; {instead}")
@@ -188,7 +189,7 @@ def plan_ablation(
         foreign = set(METHOD_KNOBS) - set(parse_method(method).rule.knobs)
         common = {key: value for key, value in settings.items() if key not in foreign} | {"method": method}
         recipe = Recipe.from_dict(common)
-        if "train_fraction" in ablation.varied:
+        if ablation.varied == "train_fraction":
             common["batch_size"] = _batch_size_of_all_images(recipe, cache)
         for line, values in ablation.points(method, recipe).items():
             label = f"{method}, {line}" if line != method and len(methods) > 1 else line
@@ -203,6 +204,8 @@ def plan_ablation(
                             "leave out one of them"
                         )
                 found.append(Point(label, value, Sweep(merged, axes, tuple(seeds))))
+    if (lines := len({point.line for point in found})) > len(STYLES):
+        raise ValueError(f"methods: got {lines} lines to plot, want at most {len(STYLES)}")
     return found
 
 

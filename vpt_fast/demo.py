@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vpt_fast.data.digits import export_digits
-from vpt_fast.files import remove_unfinished, write
+from vpt_fast.files import read_json, remove_unfinished, write
 from vpt_fast.inference import LoadedRun, evaluate_run
 from vpt_fast.loop import train
 from vpt_fast.plots import plot_comparison
@@ -64,7 +64,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
     remove_unfinished(results_file, plot)
     if fresh:  # else, after a kill, the old results would pass for those of the new runs
         results_file.unlink(missing_ok=True)
-    known = json.loads(results_file.read_text()) if results_file.exists() else {}
+    known = read_json(results_file) if results_file.exists() else {}
     results: dict[str, dict[str, Any]] = {}
     curves: dict[str, list[dict[str, Any]]] = {}
     stop = threading.Event()

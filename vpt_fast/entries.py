@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vpt_fast.files import parse_json
+from vpt_fast.files import read_json, require_keys
 from vpt_fast.published import Published, published_of
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run_files import RunFiles
@@ -131,7 +131,7 @@ class _Reader:
             kind = "sweep" if (path / SWEEP_FILE).exists() else "run"
             self.leave_out(path, f"the {kind} is not finished")
             return
-        results = _read(path / "results.json")
+        results = read_json(path / "results.json")
         if results.get("kind") == "sweep" or "val_accuracy" in results:
             read = self._read_sweep if results.get("kind") == "sweep" else self._read_run
             try:
@@ -144,7 +144,7 @@ class _Reader:
             self.leave_out(path, "results.json is neither a sweep's nor a run's")
 
     def _read_sweep(self, path: Path, results: dict[str, Any]) -> None:
-        _require(path / "results.json", results, *SWEEP_KEYS)
+        require_keys(path / "results.json", results, *SWEEP_KEYS)
         if not results["finished"]:
             self.leave_out(path, "the sweep is not finished")
             return
@@ -167,8 +167,8 @@ class _Reader:
         if config["task"] == SEGMENTATION:
             self.leave_out(path, "a run of segmentation; tables are of classification")
             return
-        facts = _read(RunFiles(path).facts, "parameters")
-        _require(path / "results.json", results, "test_accuracy")
+        facts = read_json(RunFiles(path).facts, "parameters")
+        require_keys(path / "results.json", results, "test_accuracy")
         key = (config["backbone"], config["method"], _task(config))
         self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
         self._require_first(key, path)
@@ -201,23 +201,6 @@ class _Reader:
                 f"{earlier[0]} and {path} both hold results of {key[1]} on {key[2]} with {key[0]}; tabulate "
                 "one without the other"
             )
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """The mapping in a JSON file of a run or sweep; ValueError, which names the file, if it is not usable."""
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping")
-    _require(path, values, *keys)
-    return values
-
-
-def _require(path: Path, values: dict[str, Any], *keys: str) -> None:
-    if missing := [key for key in keys if key not in values]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
 
 
 def _find(folder: Path) -> list[Path]:

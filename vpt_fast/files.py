@@ -30,6 +30,25 @@ def parse_json(text: str) -> Any:
         raise ValueError("too many values lie within each other") from None
 
 
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The mapping in a JSON file; ValueError, which names the file, if it cannot be read or lacks any of
+    `keys`."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping")
+    require_keys(path, values, *keys)
+    return values
+
+
+def require_keys(path: Path, values: dict[str, Any], *keys: str) -> None:
+    """Raises ValueError if the mapping in a file lacks any of `keys`."""
+    if missing := [key for key in keys if key not in values]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of an empty temporary file beside `path`, which replaces `path` if the block succeeds.

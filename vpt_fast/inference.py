@@ -23,7 +23,8 @@ from vpt_fast.precision import AUTOCAST
 from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.recipe import SEGMENTATION
 from vpt_fast.report import checking_images, evaluating
-from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, RunFolder, list_digest
+from vpt_fast.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, list_digest
+from vpt_fast.run_files import RunFiles
 from vpt_fast.saved_model import read_pretrained
 from vpt_fast.tuned_model import TunedModel
 from vpt_fast.world import World, find_device
@@ -80,13 +81,14 @@ class LoadedRun:
         is a `checkpoint` and the run read its backbone from no file, or holds all weights itself, as after
         full fine-tuning.
         """
-        folder = RunFolder(run).prompts
-        if (run / LABELS_FILE).exists() or not (folder.exists() or RunFolder(run).config.exists()):
+        files = RunFiles(run)
+        folder = files.prompts
+        if (run / LABELS_FILE).exists() or not (folder.exists() or files.config.exists()):
             folder = run
-        elif not folder.exists() and RunFolder(run).config.exists():
-            if RunFolder(run).checkpoint.exists():
+        elif not folder.exists():
+            if files.checkpoint.exists():
                 raise RunError(f"{folder} is gone; the command that trained the run writes it again")
-            if RunFolder(run).results.exists():
+            if files.results.exists():
                 raise RunError(f"the run in {run} is finished, but {PROMPTS_GONE}")
             raise RunError(f"the run in {run} has not completed an epoch yet")
         labels = Labels.read(folder)
@@ -219,9 +221,9 @@ def open_split(
     split: str,
     *,
     batch_size: int = BATCH_SIZE,
-    workers: int | None = None,
-    data_root: str | None = None,
-    console: Console | None = None,
+    workers: int | None,
+    data_root: str | None,
+    console: Console,
 ) -> tuple[Batches, tuple[SkippedImage, ...]]:
     """Batches of the val or test split of ``data``, split as in training and in the split's order, and the
     images that cannot be decoded.
@@ -242,7 +244,6 @@ def open_split(
     )
     require_same_classes(data, splits.classes, labels)
     images = splits.test if split == "test" else splits.val
-    console = console or Console(quiet=True)
     if split == "val" and splits.val_is_drawn and labels.val_listed is not None:
         if list_digest(str(data), images) != labels.val_listed:
             console.print(

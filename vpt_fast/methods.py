@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +76,16 @@ def build_model(recipe: Recipe, num_classes: int) -> TunedModel:
     recipe's backbone_arg.
     """
     try:
-        return _build(recipe, num_classes)
+        constructor, settings = model_settings(recipe)
+        with naming_the_backbone(recipe):
+            return constructor(
+                recipe.backbone,
+                num_classes,
+                pretrained=recipe.pretrained,
+                checkpoint=recipe.checkpoint,
+                **settings,
+                **recipe.backbone_arg,
+            )
     except ValueError as error:
         if (text := _in_settings(str(error), recipe)) == str(error):
             raise
@@ -113,21 +122,6 @@ def _in_settings(text: str, recipe: Recipe) -> str:
     return text
 
 
-def _build(recipe: Recipe, num_classes: int) -> TunedModel:
-    """As `build_model`, but errors name the constructor's keywords instead of the recipe's settings."""
-    kind, settings = model_settings(recipe)
-    constructor: Any = kind
-    with naming_the_backbone(recipe):
-        return constructor(
-            recipe.backbone,
-            num_classes,
-            pretrained=recipe.pretrained,
-            checkpoint=recipe.checkpoint,
-            **settings,
-            **recipe.backbone_arg,
-        )
-
-
 @contextlib.contextmanager
 def naming_the_backbone(recipe: Recipe) -> Iterator[None]:
     """Turns the various errors of timm and the hub into a ValueError that names the recipe's backbone; too
@@ -160,7 +154,7 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
         raise
 
 
-def model_settings(recipe: Recipe) -> tuple[type[TunedModel], dict[str, Any]]:
+def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str, Any]]:
     """The class that a resolved recipe trains, and its keyword arguments except those for timm.
 
     Raises ValueError for a method that does not exist for the recipe's backbone or task.

@@ -107,24 +107,22 @@ def count_parameters(
         vit, _ = resolve_backbone(backbone, False, recipe.backbone_arg, kind=kind)
         for name, lengths, settings in ways:
             method = name.partition(",")[0]
+            paper = PAPER_TOTALS.get(method) if is_papers else None
             try:
-                row = _count(name, lengths, replace(recipe, method=method, **settings), vit)
+                rows.append(_count(name, lengths, replace(recipe, method=method, **settings), vit, paper))
             except ValueError as error:
                 if not rows:  # the linear probe, which every supported backbone has
                     raise
                 reasons[method] = str(error)
-            else:
-                rows.append(replace(row, paper=PAPER_TOTALS.get(method)) if is_papers else row)
     return rows, reasons
 
 
 def _count(
-    name: str, lengths: Mapping[str, int | None] | None, recipe: Recipe, vit: TimmViT
+    name: str, lengths: Mapping[str, int | None] | None, recipe: Recipe, vit: TimmViT, paper: float | None
 ) -> MethodParameters:
     def build(num_prompts: int | None = None) -> Any:
         resolved = replace(recipe, num_prompts=num_prompts).resolved(num_train_images=1, device_type="cpu")
-        kind, settings = model_settings(resolved)
-        constructor: Any = kind
+        constructor, settings = model_settings(resolved)
         return constructor(vit, 1, **settings)
 
     model = build(1 if lengths else None)
@@ -138,14 +136,9 @@ def _count(
     heads = per_class * sum(task.num_classes for task in TASKS.values())
     shared = 0 if model.stores_backbone else model.num_backbone_parameters
     stored = (least + heads, most + heads)
-    total = tuple((shared + count) / model.num_backbone_parameters for count in stored)
-    return MethodParameters(
-        name,
-        (round(least / len(TASKS)), round(most / len(TASKS))),
-        stored,
-        (total[0], total[1]),
-        paper=None,
-    )
+    low, high = ((shared + count) / model.num_backbone_parameters for count in stored)
+    trained = (round(least / len(TASKS)), round(most / len(TASKS)))
+    return MethodParameters(name, trained, stored, (low, high), paper)
 
 
 def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
@@ -175,10 +168,3 @@ def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
             for row in rows
         ),
     ]
-
-
-def markdown(rows: list[MethodParameters]) -> str:
-    """The table in docs/methods.md."""
-    header, *body = table(rows)
-    lines = [header, ("---",) * len(header), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -95,8 +95,8 @@ def plot_ablation(
         raise ValueError(f"lines: got {len(lines)}, want at most {len(STYLES)}, which can be told apart")
     values = list(dict.fromkeys(value for line in lines.values() for value in line))
     is_numeric = all(isinstance(value, int | float) for value in values)
-    width = 6.4 if is_numeric else max(6.4, 2.4 + 1.1 * len(values))  # room for the names
-    figure = Figure(figsize=(width, 4), layout="constrained", dpi=120)
+    inches = 6.4 if is_numeric else max(6.4, 2.4 + 1.1 * len(values))  # room for the names
+    figure = Figure(figsize=(inches, 4), layout="constrained", dpi=120)
     axes = figure.subplots()
     for i, ((name, line), style) in enumerate(zip(lines.items(), STYLES, strict=False)):
         means = [mean for mean, _ in line.values()]

@@ -59,8 +59,6 @@ def _knob(
     result depends on, so that it may change when a run is resumed.
     """
     metadata = {"help": help, "panel": panel, "shown": shown, "metavar": metavar, "result": result}
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -31,7 +31,7 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import holds, parse_json, remove_unfinished, write
+from vpt_fast.files import holds, parse_json, read_json, remove_unfinished, write
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run_files import RunFiles
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
@@ -185,8 +185,8 @@ class RunFolder(RunFiles):
             return None
         recipe = Recipe.from_yaml(self.config)
         checkpoint = self.read_checkpoint()
-        facts = _read_json(self.facts, ("backbone", "data", "processes"))
-        results = _read_json(self.results, ("test_images",)) if self.results.exists() else None
+        facts = _read_json(self.facts, "backbone", "data", "processes")
+        results = _read_json(self.results, "test_images") if self.results.exists() else None
         # A finished run does not need its checkpoint.
         done = recipe.epochs if results is not None else 0
         if checkpoint is not None:
@@ -379,16 +379,12 @@ _NOT_OURS = (
 )
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The contents of a run's JSON file; RunError if it cannot be read or lacks any of `keys`."""
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """`files.read_json` of a run's file; raises RunError."""
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}; {_NOT_OURS}") from None
-    if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):
-        found = f"lacks {', '.join(missing)}" if isinstance(values, dict) else "holds no mapping"
-        raise RunError(f"{path} {found}; {_NOT_OURS}")
-    return values
+        return read_json(path, *keys)
+    except ValueError as error:
+        raise RunError(f"{error}; {_NOT_OURS}") from None
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ _MOST_VALUES = 100_000  # in a file of settings
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ValueError if there is none."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ValueError(f"configuration file {path} does not exist") from None
     except OSError as error:
@@ -99,9 +99,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         if value in get_args(kind):
             return value
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, str):
+    if kind in (bool, str) and isinstance(value, kind):
         return value
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         if kind is int and isinstance(value, int | str):

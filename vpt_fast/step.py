@@ -172,8 +172,11 @@ class TrainStep:
         loss_sum = torch.zeros((), device=inputs.device)
         hits = torch.zeros((), device=inputs.device)
         parts = list(zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        # Processes average their gradients in the last part's backward pass; until then these accumulate. The
+        # average is exact because all processes have equal shares of a batch.
+        waiting = network.no_sync if isinstance(network, DistributedDataParallel) else contextlib.nullcontext
         for i, (x, y) in enumerate(parts):  # x and y (b / accumulate, ...)
-            with exchange(network, now=i == len(parts) - 1):
+            with contextlib.nullcontext() if i == len(parts) - 1 else waiting():
                 with autocast(recipe.precision, inputs.device):
                     output = network(x)  # logits (b / accumulate, classes), or a segmenter's
                 loss = self.objective.loss_sum(output, y)  # ()
@@ -188,13 +191,3 @@ class TrainStep:
         scaler.step(self.optimizer)
         scaler.update()
         return loss_sum, hits
-
-
-def exchange(network: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
-    """With `now`, processes average their gradients in this backward pass; else gradients only accumulate.
-
-    The average is exact because all processes have equal shares of a batch.
-    """
-    if isinstance(network, DistributedDataParallel) and not now:
-        return network.no_sync()
-    return contextlib.nullcontext()

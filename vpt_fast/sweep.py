@@ -462,7 +462,6 @@ def _collect(
     points = sweep.points()
     places = _places(points)
     rows: dict[int, dict[str, Any]] = {}  # by place in the grid: a sampler may repeat a choice
-    parameters = None
     for trial in search.get_trials(deepcopy=False):
         if not is_done(trial) or (place := places[key_of(params_of(trial))]) in rows:
             continue
@@ -476,17 +475,13 @@ def _collect(
         }
     trials = sorted(rows.values(), key=lambda row: row["place"])
     best = best_trial(trials)
-    accuracies = {}
-    for trial in final.get_trials(deepcopy=False):
-        if trial.state.name == "COMPLETE":
-            accuracies[trial.params["seed"]] = trial.value
-            parameters = trial.user_attrs.get("parameters", parameters)
-    ordered = [accuracies[seed] for seed in sweep.seeds if seed in accuracies]
-    failed = {
-        t.params["seed"]: t.user_attrs["diverged"]
-        for t in final.get_trials(deepcopy=False)
-        if "diverged" in t.user_attrs
+    runs = final.get_trials(deepcopy=False)
+    complete = {run.params["seed"]: run for run in runs if run.state.name == "COMPLETE"}
+    accuracies = {str(seed): complete[seed].value for seed in sweep.seeds if seed in complete}
+    diverged = {
+        str(run.params["seed"]): run.user_attrs["diverged"] for run in runs if "diverged" in run.user_attrs
     }
+    parameters = (run.user_attrs.get("parameters") for run in complete.values())
     # The best trial's recipe: backbone and method may be searched, too.
     recipe = sweep.recipe(**(points[0] if best is None else best["params"]))
     results = {
@@ -501,16 +496,17 @@ def _collect(
         "num_trials": sweep.num_trials,
         "trials": trials,
         "best": None if best is None else {k: best[k] for k in ("params", "val_accuracy")},
-        "parameters": parameters,
+        "parameters": next(filter(None, parameters), None),
         "final": {
             "split": plan.split,
             "note": plan.note(recipe),
-            "accuracies": {str(seed): accuracies[seed] for seed in sweep.seeds if seed in accuracies},
-            "diverged": {str(seed): reason for seed, reason in failed.items()},
-            "mean": statistics.fmean(ordered) if ordered else None,
-            "standard_deviation": statistics.stdev(ordered) if len(ordered) > 1 else None,  # sample: n - 1
+            "accuracies": accuracies,
+            "diverged": diverged,
+            "mean": statistics.fmean(accuracies.values()) if accuracies else None,
+            # of a sample: n - 1
+            "standard_deviation": statistics.stdev(accuracies.values()) if len(accuracies) > 1 else None,
         },
-        "finished": len(ordered) + len(failed) == len(sweep.seeds),
+        "finished": len(accuracies) + len(diverged) == len(sweep.seeds),
     }
     with _lock(out):
         if not _holds_more(out / "results.json", results):

@@ -29,6 +29,8 @@ from vpt_fast.flags import (
     with_recipe_flags,
 )
 from vpt_fast.recipe import Recipe
+from vpt_fast.sweep_settings import SEEDS as PAPERS_SEEDS
+from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
 from vpt_fast.tables import format_table
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
@@ -69,7 +71,7 @@ PrunerFlag = Annotated[
     Literal["none", "median", "hyperband"],
     typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
-SEEDS = "42,44,82,100,800"  # the paper's
+SEEDS = ",".join(map(str, PAPERS_SEEDS))
 
 
 @with_recipe_flags
@@ -112,8 +114,6 @@ def sweep(
     with one_line_errors(debug):
         settings = given_settings(config, flags)
         final_seeds = parse_seeds(seeds)
-        from vpt_fast.sweep_settings import Sweep, default_axes, first_backbone, parse_axes
-
         axes = parse_axes(over or (), settings)
         recipe = Recipe.from_dict({**first_backbone(axes), **settings})
         axes = axes or default_axes(recipe)
@@ -227,7 +227,7 @@ def tsne(
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
     data_root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
     ] = None,
     out: Annotated[
@@ -254,7 +254,7 @@ def tsne(
         console = LastingConsole()
         found = embed_run(
             run, data, split, seed=seed, backbone=backbone, checkpoint=checkpoint, device=device,
-            workers=workers, data_root=None if data_root is None else str(data_root), console=console,
+            workers=workers, data_root=data_root, console=console,
         )  # fmt: skip
         title = f"{run.name}: t-SNE of {len(found.points)} {split} images"
         plot_embedding(found.points, found.labels, found.classes, path, title=title)

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from vpt_fast.cache import TrainingCache
+from vpt_fast.counting import counted
 from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
 from vpt_fast.loop import train
 from vpt_fast.recipe import Recipe
@@ -363,7 +364,7 @@ class Display:
     ) -> None:
         self._console, self._noun, self._total, self._relative_cost = console, noun, total, relative_cost
         self._done = 0
-        self._first_seconds: float | None = None
+        self._has_estimated = False
         self._bars = Progress(
             # Settings may have brackets; where they are long, they go on below and leave the rest its room.
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
@@ -403,17 +404,17 @@ class Display:
         seconds = time.perf_counter() - self._started
         self._console.print(f"{self._name(params)}: {outcome}, {_duration(seconds)}", highlight=False)
         left = self._total - self._done - 1
-        if self._first_seconds is None and left > 0:
-            self._first_seconds = seconds
+        if not self._has_estimated and left > 0:
+            self._has_estimated = True
             about = _duration(left * seconds / self._relative_cost(params))
-            are_left = f"{self._noun} is left" if left == 1 else f"{self._noun}s are left"
-            self._console.print(f"{left} {are_left}, about {about}", highlight=False)
+            are = "is" if left == 1 else "are"
+            self._console.print(f"{counted(left, self._noun)} {are} left, about {about}", highlight=False)
 
     def repeat(self, params: Params, outcome: str) -> None:
         self._console.print(f"{self._name(params)}: as before, {outcome}", highlight=False)
 
     def wait(self, running: int) -> None:
-        self._bars.update(self._task, description=f"{running} {self._noun}s run in other processes")
+        self._bars.update(self._task, description=f"{counted(running, self._noun)} in other processes")
 
     def _name(self, params: Params) -> str:
         listed = " ".join(f"{key}={value}" for key, value in params.items())

@@ -135,7 +135,7 @@ def join_world(device: str | None) -> Iterator[World]:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         try:
-            yield World(dist.get_rank(), dist.get_world_size(), chosen)
+            yield World(rank, size, chosen)
         finally:
             dist.destroy_process_group()
 

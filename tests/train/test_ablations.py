@@ -137,8 +137,17 @@ def test_search_leaves_the_searched_settings_open() -> None:
             "base_lr is given as 1.0, and --sweep searches it for",
         ),
         ("length", {"weight_decay": 0.0}, {"search": True}, "weight_decay is given as 0.0, and --sweep"),
+        (
+            "data-size",
+            {"batch_size": 8},
+            {"methods": [f"mlp-{k}" for k in range(1, 10)]},
+            "methods: got 9 lines",
+        ),
     ],
-    ids=["ablation", "varied", "method", "refused", "location", "foreign", "seed", "searched rate", "decay"],
+    ids=[
+        *("ablation", "varied", "method", "refused", "location", "foreign", "seed", "searched rate", "decay"),
+        "lines",
+    ],
 )
 def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
     with pytest.raises(ValueError, match=named):

@@ -95,6 +95,12 @@ def test_demo_removes_temporary_files_of_a_process_that_was_killed(small_demo, t
     assert not left.exists()
 
 
+def test_results_file_that_was_changed_is_named(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ValueError, match="results.json cannot be read: "):
+        demo.run_demo(tmp_path, console=Console(quiet=True))
+
+
 def test_demo_table_repeats_what_eval_says(small_demo, command, tmp_path):
     command("demo", "--out", tmp_path / "demo")
     found = json.loads((tmp_path / "demo" / "results.json").read_text())["VPT-Deep"]

@@ -439,6 +439,15 @@ def test_description_of_a_trial_names_its_frozen_features():
     assert task.description == "trial 1/1 base_lr=0.5, frozen features 1,024/2,000"
 
 
+def test_trials_of_other_processes_are_counted_in_singular_and_plural():
+    display = trials.Display(Console(), "trial", 4)
+    shown = []
+    for running in (1, 2):
+        display.wait(running)
+        shown.append(display._bars.tasks[0].description)
+    assert shown == ["1 trial in other processes", "2 trials in other processes"]
+
+
 def test_long_settings_of_a_trial_leave_room_for_the_time_that_is_left():
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     with trials.Display(console, "trial", 2) as display:
