@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import shutil
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -140,7 +142,7 @@ class DSpritesFiles(SetFiles):
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 self._classes = arrays["latents_classes"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
@@ -191,9 +193,17 @@ class SmallNorbFiles(SetFiles):
             # The first of the two cameras' images, as in TensorFlow Datasets' field "image".
             yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
 
-    def _open(self, part: str, kind: str) -> BinaryIO:
+    @contextlib.contextmanager
+    def _open(self, part: str, kind: str) -> Iterator[Any]:
+        """The file, decompressed. Raises DataError where it ends too early, as a part of a download does."""
         path = self._path(part, kind)
-        return path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb")  # type: ignore[return-value]
+        try:
+            with path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
+                yield file
+        except DataError:
+            raise
+        except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: is damaged or not complete; get it again") from error
 
     def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
@@ -202,7 +212,7 @@ class SmallNorbFiles(SetFiles):
             raise DataError(f"{path}: is missing; wanted {self.layout}")
         return found
 
-    def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    def _header(self, file: Any) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and dtype of the array that follows. The header is a magic number, the number of dimensions,
         and their sizes, of which at least three are written."""
         magic, dimensions = np.frombuffer(file.read(8), "<i4").tolist()
