@@ -241,8 +241,8 @@ class Batches:
             return None
         if resident == "device" or (resident == "auto" and ready.num_bytes <= device_budget(self.device)):
             return ready.to(self.device)  # whatever is left of the host, whose pixels may be let go
-        # Not the budget again: they met it before they were decoded, and have since taken part of what it is
-        # a share of.
+        # Not the budget again, which they met before they were decoded: it is a share of what is free, and
+        # that is now less by the pixels themselves.
         return ready if resident == "host" or ready.num_bytes <= host_bytes_left() else None
 
 
