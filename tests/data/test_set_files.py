@@ -291,6 +291,11 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
             ),
             "wanted scenes, each with",
         ),
+        (
+            ClevrFiles,
+            ("scenes/CLEVR_train_scenes.json", '{"scenes": [{"image_filename": "a", "objects": [{}]}]}'),
+            "wanted scenes, each with",
+        ),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
         (
@@ -323,8 +328,11 @@ def test_a_mapping_of_kitti_that_says_something_else_is_named(tmp_path):
         KittiFiles(root)
 
 
-def test_a_line_of_kitti_that_says_something_else_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["Car 1 2 3", "Tree" + 14 * " 1", "Car" + 13 * " 1" + " one"], ids=["short", "type", "word"]
+)
+def test_a_line_of_kitti_that_says_something_else_is_named(tmp_path, line):
     files = KittiFiles(write_kitti(tmp_path / "set"))
-    (tmp_path / "set/training/label_2/000007.txt").write_text("Car 1 2 3\n")
+    (tmp_path / "set/training/label_2/000007.txt").write_text(f"{line}\n")
     with pytest.raises(DataError, match="000007.txt: wanted lines of a type of object and 14 numbers"):
         files.field("objects", "train", 7)

@@ -91,13 +91,17 @@ class KittiFiles(SetFiles):
         del part  # the numbers are unique over all parts
         assert name == "objects"
         path = self._folder / "label_2" / f"{number:06d}.txt"
-        objects = [line.split() for line in read_text(path).splitlines()]
-        known = [words for words in objects if words and words[0] != "DontCare"]
-        if any(len(words) != 15 or words[0] not in self._TYPES for words in known):
+        lines = [line.split() for line in read_text(path).splitlines()]
+        known = [words for words in lines if words and words[0] != "DontCare"]
+        try:
+            objects = [(self._TYPES.index(kind), *map(float, numbers)) for kind, *numbers in known]
+        except ValueError:  # of another type, or not a number
+            objects = []
+        if len(objects) != len(known) or any(len(values) != 15 for values in objects):
             raise DataError(f"{path}: wanted lines of a type of object and 14 numbers")
         return {
-            "type": [self._TYPES.index(words[0]) for words in known],
-            "location": [[float(word) for word in words[11:14]] for words in known],
+            "type": [kind for kind, *_ in objects],
+            "location": [list(values[11:14]) for values in objects],
         }
 
     def path(self, part: str, number: int) -> Path:
@@ -266,7 +270,7 @@ def _read_scenes(path: Path) -> list[dict[str, Any]]:
     found = read_json_file(path)
     scenes = found.get("scenes") if isinstance(found, dict) else None
     if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
-        raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
+        raise DataError(f"{path}: wanted scenes, each with image_filename and objects of three pixel_coords")
     return scenes
 
 
@@ -274,6 +278,9 @@ def _is_scene(scene: Any) -> bool:
     """Its image has to be in the folder of images: a path could name any file of this machine, which would be
     copied into a data set."""
     if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
+        return False
+    coordinates = [each.get("pixel_coords") if isinstance(each, dict) else None for each in scene["objects"]]
+    if not all(isinstance(each, list) and len(each) == 3 for each in coordinates):
         return False
     name = scene.get("image_filename")
     return isinstance(name, str) and Path(name).name == name
