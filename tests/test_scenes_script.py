@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from vpt_fast.plots import class_colors, plot_segmentation
+from vpt_fast.plots import class_colors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import scenes  # noqa: E402
@@ -50,17 +49,3 @@ def test_folder_depends_on_the_seed_and_one_that_is_there_stays(tmp_path):
 @pytest.mark.parametrize("count", [2, 19, 150])
 def test_colours_of_classes_differ(count):
     assert len(np.unique(class_colors(count), axis=0)) == count
-
-
-def test_pixels_without_a_class_are_left_as_they_are(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    shown = []
-    monkeypatch.setattr(Axes, "imshow", lambda self, pixels: shown.append(pixels))
-    image = np.full((4, 6, 3), 200, np.uint8)
-    mask = np.zeros((4, 6), np.uint8)
-    mask[:2] = scenes.NO_CLASS
-    plot_segmentation([(image, {"found": mask})], ("a", "b"), tmp_path / "picture.png")
-    assert (shown[1][:2] == 200).all() and (shown[1][2:] != 200).any()
-    with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.format == "PNG"

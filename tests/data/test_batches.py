@@ -417,10 +417,19 @@ def test_evaluation_keeps_no_more_than_the_crop(images):
     assert batches.resident_bytes == NUM_IMAGES * 3 * 8 * 8
 
 
-def test_kept_pixels_beyond_the_budget_are_let_go(images, monkeypatch):
-    checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=1 << 20)
-    monkeypatch.setattr("vpt_fast.data.resident.host_budget", lambda: checked.resident.num_bytes - 1)
-    assert not make(checked).is_resident
+@pytest.mark.parametrize("left, is_kept", [(3, True), (1, True), (0.99, False)])
+def test_pixels_that_were_within_the_budget_are_let_go_only_if_they_take_more_than_is_left(
+    images, monkeypatch, left, is_kept
+):
+    """Of four times their size, they leave three; a model and other images take more."""
+    num_bytes = NUM_IMAGES * 3 * 6 * 8
+    free = 4 * num_bytes
+    monkeypatch.setattr("vpt_fast.data.resident.free_bytes", lambda device: free)
+    keep_bytes = resident_budget("cpu")
+    checked = check_images(images, preprocessing=PREPROCESSINGS["squash"], keep_bytes=keep_bytes)
+    assert checked.resident is not None
+    free = int(left * num_bytes)
+    assert make(checked).is_resident == is_kept
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,11 +16,12 @@ from task_trees import picture, shrink, stream, write_fgvc, write_shards, write_
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
-from vpt_fast.data import prepare
+from vpt_fast.data import check, prepare
 from vpt_fast.data.decode import decode_image
 from vpt_fast.data.images import DataError
 from vpt_fast.data.prepare import TFDS_RANGES, prepare_task
 from vpt_fast.data.splits import open_splits
+from vpt_fast.data.task_files import read_task
 from vpt_fast.data.tasks import TASKS
 
 
@@ -330,6 +331,14 @@ def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar,
     result = command("check", write_vtab(TASKS["vtab/cifar"], tmp_path / "cifar100"))
     assert result.exit_code == 0 and "vtab/cifar" in result.output
     assert "not found: vtab/caltech101" in result.output
+
+
+def test_lists_of_a_task_s_own_folder_are_read_once(cifar, tmp_path, monkeypatch):
+    """All tasks of VTAB have lists of the same names."""
+    read = []
+    monkeypatch.setattr(check, "read_task", lambda task, folder: read.append(task) or read_task(task, folder))
+    (found,) = check.find_tasks(write_vtab(TASKS["vtab/cifar"], tmp_path / "cifar100"))
+    assert found.is_complete and read == [TASKS["vtab/cifar"]]
 
 
 def test_check_reports_other_folders_as_train_reads_them(command, write_images):

@@ -229,6 +229,19 @@ def test_smallnorb(small, tmp_path, name, modulus):
         assert all((pixels[0, 0] >= 50) == (split != "train") for pixels, _ in part)
 
 
+@pytest.mark.parametrize("length", [0, 4, 22, 0.5])
+@pytest.mark.parametrize("kind", ["info.mat", "dat.mat", "dat.mat.gz"])
+def test_incomplete_file_of_smallnorb_is_named(small, tmp_path, kind, length):
+    root = write_norb(tmp_path / "set")
+    whole = root / f"smallnorb-5x46789x9x18x6x2x96x96-training-{kind}"
+    if kind == "dat.mat":
+        whole.write_bytes(gzip.decompress(whole.with_name(f"{whole.name}.gz").read_bytes()))
+    contents = whole.read_bytes()
+    whole.write_bytes(contents[: length if length != 0.5 else len(contents) // 2])
+    with pytest.raises(DataError, match=f"training-{kind}: is damaged or not complete"):
+        prepare_task(small("vtab/smallnorb_azi", test=6), str(root), tmp_path / "out")
+
+
 def test_fields_of_tfds_become_labels_and_pixels_of_0_to_255(small, tmp_path, monkeypatch):
     asked = set()
 
@@ -278,6 +291,11 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
             ),
             "wanted scenes, each with",
         ),
+        (
+            ClevrFiles,
+            ("scenes/CLEVR_train_scenes.json", '{"scenes": [{"image_filename": "a", "objects": [{}]}]}'),
+            "wanted scenes, each with",
+        ),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),
         (
@@ -285,6 +303,7 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
             ("dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", "no"),
             "wanted an archive of imgs",
         ),
+        (DSpritesFiles, ("dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", ""), "wanted an archive of imgs"),
         (SmallNorbFiles, None, "-training-info.mat: is missing; wanted smallnorb-5x"),
         (
             SmallNorbFiles,
@@ -309,8 +328,11 @@ def test_a_mapping_of_kitti_that_says_something_else_is_named(tmp_path):
         KittiFiles(root)
 
 
-def test_a_line_of_kitti_that_says_something_else_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["Car 1 2 3", "Tree" + 14 * " 1", "Car" + 13 * " 1" + " one"], ids=["short", "type", "word"]
+)
+def test_a_line_of_kitti_that_says_something_else_is_named(tmp_path, line):
     files = KittiFiles(write_kitti(tmp_path / "set"))
-    (tmp_path / "set/training/label_2/000007.txt").write_text("Car 1 2 3\n")
+    (tmp_path / "set/training/label_2/000007.txt").write_text(f"{line}\n")
     with pytest.raises(DataError, match="000007.txt: wanted lines of a type of object and 14 numbers"):
         files.field("objects", "train", 7)

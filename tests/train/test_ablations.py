@@ -315,14 +315,9 @@ def test_seed_that_t_sne_cannot_take_is_refused_by_name(tmp_path) -> None:
     assert done.exit_code == 2 and "Invalid value for '--seed'" in done.stderr
 
 
-@pytest.mark.parametrize("picture", ["embedding", "segmentation"])
-def test_legend_has_the_names_of_classes_as_they_are(picture, tmp_path, drawn) -> None:
+def test_legend_of_points_has_the_names_of_classes_as_they_are(tmp_path, drawn) -> None:
     names = ("_wall", r"$\frac{$", "a$b$")
-    if picture == "embedding":
-        plots.plot_embedding(np.eye(3, 2), np.arange(3), names, tmp_path / "a.png", title="$\\run$")
-    else:
-        scene = np.zeros((4, 6, 3), np.uint8), {"found": np.array([[0, 0, 0, 1, 1, 2]] * 4, np.uint8)}
-        plots.plot_segmentation([scene], names, tmp_path / "a.png")
+    plots.plot_embedding(np.eye(3, 2), np.arange(3), names, tmp_path / "a.png", title="$\\run$")
     (legend,) = drawn[0].legends
     assert tuple(text.get_text() for text in legend.get_texts()) == names
     assert not any(text.get_parse_math() for text in legend.get_texts())

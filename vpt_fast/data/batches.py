@@ -15,7 +15,7 @@ from .decode import CheckedImages, default_workers, load_image, load_resident
 from .images import ImageItem, ImageList
 from .loader import PlannedLoader, copies_may_overlap
 from .preprocessing import Preprocessing
-from .resident import ResidentImages, device_budget, least_bytes, resident_budget
+from .resident import ResidentImages, device_budget, host_bytes_left, least_bytes, resident_budget
 
 RESIDENT = ("auto", "device", "host", "off")
 
@@ -50,7 +50,7 @@ class Batches:
             is `default_workers()`.
         resident: "device", "host", "off", or "auto": the first of device and host where the pixels take at
             most a quarter of the free memory, else off. On their way to the device they may take half of the
-            host's.
+            host's. Pixels of a `CheckedImages` stay unless they take more than is then left of it.
 
     Attributes:
         not_pinned: why pixels in host memory are not pinned; None if they are, or if there are no such
@@ -228,8 +228,8 @@ class Batches:
     ) -> ResidentImages | None:
         if resident == "off":
             return None
-        budget = resident_budget(self.device, resident)
         if ready is None:
+            budget = resident_budget(self.device, resident)
             if least_bytes(self.preprocessing, len(images)) > budget:
                 return None
             ready = load_resident(images, self.preprocessing, workers=workers, max_bytes=budget)
@@ -239,10 +239,11 @@ class Batches:
             )
         if ready is None:
             return None
-        fits_device = resident == "device" or ready.num_bytes <= device_budget(self.device)
-        if resident != "host" and fits_device:  # whatever is left of the host, whose pixels may be let go
-            return ready.to(self.device)
-        return ready if ready.num_bytes <= budget else None
+        if resident == "device" or (resident == "auto" and ready.num_bytes <= device_budget(self.device)):
+            return ready.to(self.device)  # whatever is left of the host, whose pixels may be let go
+        # Not the budget again, which they met before they were decoded: it is a share of what is free, and
+        # that is now less by the pixels themselves.
+        return ready if resident == "host" or ready.num_bytes <= host_bytes_left() else None
 
 
 class _Draws(NamedTuple):

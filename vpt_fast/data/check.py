@@ -73,10 +73,9 @@ def find_tasks(root: Path) -> list[TaskFound]:
     """The tasks that `root` holds, or that `root` itself is. The latter goes by its name, since lists
     of several tasks have the same file names."""
     name = root.resolve().name.lower()
-    found = [check_task(task, root) for task in TASKS.values()]
-    return [
-        each
-        for each in found
-        if each.folder is not None
-        and (each.folder != root or name in {folder.lower() for folder in each.task.folders})
-    ]
+    found = []
+    for task in TASKS.values():
+        folder = find_task_folder(task, root)
+        if folder is not None and (folder != root or name in {each.lower() for each in task.folders}):
+            found.append(check_task(task, root))
+    return found

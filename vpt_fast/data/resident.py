@@ -34,6 +34,11 @@ def host_budget() -> int:
     return _share_of_host(FREE_FRACTION)
 
 
+def host_bytes_left() -> int:
+    """Bytes of host memory that are left to this process."""
+    return _share_of_host(1)
+
+
 def _share_of_host(fraction: float) -> int:
     return _share_of_free(torch.device("cpu"), fraction) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

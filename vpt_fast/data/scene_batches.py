@@ -81,8 +81,7 @@ class SceneBatches:
     def epoch(self, epoch: int) -> Iterator[_Scene]:
         """The batches of epoch `epoch`, 0 or more. Only one epoch can run at a time: starting another ends
         this one, which then raises RuntimeError."""
-        seeds = (image_seed(self.seed, epoch, i) if self.train else None for i in self.indices(epoch))
-        reads = list(zip(self.indices(epoch), seeds, strict=True))
+        reads = [(i, image_seed(self.seed, epoch, i) if self.train else None) for i in self.indices(epoch)]
         plan = [reads[i : i + self.batch_size] for i in range(0, len(reads), self.batch_size)]
         overlap = copies_may_overlap(self.device)
         for loaded in self._loader.epoch(plan):

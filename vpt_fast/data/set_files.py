@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import shutil
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -89,13 +91,17 @@ class KittiFiles(SetFiles):
         del part  # the numbers are unique over all parts
         assert name == "objects"
         path = self._folder / "label_2" / f"{number:06d}.txt"
-        objects = [line.split() for line in read_text(path).splitlines()]
-        known = [words for words in objects if words and words[0] != "DontCare"]
-        if any(len(words) != 15 or words[0] not in self._TYPES for words in known):
+        lines = [line.split() for line in read_text(path).splitlines()]
+        known = [words for words in lines if words and words[0] != "DontCare"]
+        try:
+            objects = [(self._TYPES.index(kind), *map(float, numbers)) for kind, *numbers in known]
+        except ValueError:  # of another type, or not a number
+            objects = []
+        if len(objects) != len(known) or any(len(values) != 15 for values in objects):
             raise DataError(f"{path}: wanted lines of a type of object and 14 numbers")
         return {
-            "type": [self._TYPES.index(words[0]) for words in known],
-            "location": [[float(word) for word in words[11:14]] for words in known],
+            "type": [kind for kind, *_ in objects],
+            "location": [list(values[11:14]) for values in objects],
         }
 
     def path(self, part: str, number: int) -> Path:
@@ -140,7 +146,7 @@ class DSpritesFiles(SetFiles):
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 self._classes = arrays["latents_classes"]
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
@@ -191,9 +197,17 @@ class SmallNorbFiles(SetFiles):
             # The first of the two cameras' images, as in TensorFlow Datasets' field "image".
             yield from _records(file, file.tell(), shape[2:], numbers, stride=shape[1])
 
-    def _open(self, part: str, kind: str) -> BinaryIO:
+    @contextlib.contextmanager
+    def _open(self, part: str, kind: str) -> Iterator[Any]:
+        """The file, decompressed. Raises DataError where it ends too early, as a part of a download does."""
         path = self._path(part, kind)
-        return path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb")  # type: ignore[return-value]
+        try:
+            with path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
+                yield file
+        except DataError:
+            raise
+        except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: is damaged or not complete; get it again") from error
 
     def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
@@ -202,7 +216,7 @@ class SmallNorbFiles(SetFiles):
             raise DataError(f"{path}: is missing; wanted {self.layout}")
         return found
 
-    def _header(self, file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    def _header(self, file: Any) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and dtype of the array that follows. The header is a magic number, the number of dimensions,
         and their sizes, of which at least three are written."""
         magic, dimensions = np.frombuffer(file.read(8), "<i4").tolist()
@@ -256,7 +270,7 @@ def _read_scenes(path: Path) -> list[dict[str, Any]]:
     found = read_json_file(path)
     scenes = found.get("scenes") if isinstance(found, dict) else None
     if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
-        raise DataError(f"{path}: wanted scenes, each with image_filename and objects")
+        raise DataError(f"{path}: wanted scenes, each with image_filename and objects of three pixel_coords")
     return scenes
 
 
@@ -264,6 +278,9 @@ def _is_scene(scene: Any) -> bool:
     """Its image has to be in the folder of images: a path could name any file of this machine, which would be
     copied into a data set."""
     if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
+        return False
+    coordinates = [each.get("pixel_coords") if isinstance(each, dict) else None for each in scene["objects"]]
+    if not all(isinstance(each, list) and len(each) == 3 for each in coordinates):
         return False
     name = scene.get("image_filename")
     return isinstance(name, str) and Path(name).name == name
