@@ -281,9 +281,7 @@ def _linear_activate(
 
 
 @torch.library.register_fake("vpt_fast::linear_activate")
-def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
-) -> list[torch.Tensor]:
+def _(x, weight, bias, kind, pack, keep):
     return _empty_forward(x, weight, pack, keep)
 
 
@@ -298,7 +296,7 @@ def _linear_activate_backward(
 
 
 @torch.library.register_fake("vpt_fast::linear_activate_backward")
-def _(grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str) -> torch.Tensor:
+def _(grad, weight, kept, kind):
     return grad.new_empty(kept.shape)
 
 

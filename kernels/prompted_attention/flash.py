@@ -140,7 +140,7 @@ def _flash_attention(
 
 
 @torch.library.register_fake("vpt_fast::flash_attention")
-def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _(name, q, k, v, prompt_k, prompt_v):
     batch, rows, heads, _ = q.shape
     stat = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=stat)
@@ -190,20 +190,7 @@ def _flash_attention_backward(
 
 
 @torch.library.register_fake("vpt_fast::flash_attention_backward")
-def _(
-    name: str,
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    prompt_k: torch.Tensor | None,
-    prompt_v: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    need_q: bool,
-    need_kv: bool,
-    packed: bool,
-) -> list[torch.Tensor]:
+def _(name, grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
     return empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
