@@ -430,7 +430,7 @@ def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool, arch: int) -> Build:
     tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
     config |= _tma_options(kernel, config, pack, arch)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    max_registers = config.pop("maxnreg", None)
+    max_registers = config.pop("maxnreg")
     return Build(
         kernel=kernel,
         config=f"{TYPE_NAMES[dtype]} gelu {'codes' if pack else 'u'} {tile}",
