@@ -175,10 +175,3 @@ def table(rows: list[MethodParameters]) -> list[tuple[str, ...]]:
             for row in rows
         ),
     ]
-
-
-def markdown(rows: list[MethodParameters]) -> str:
-    """The table in docs/methods.md."""
-    header, *body = table(rows)
-    lines = [header, ("---",) * len(header), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
