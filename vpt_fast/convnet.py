@@ -115,7 +115,7 @@ class PromptedConvNet(FrozenClassifier):
         self._memory = memory
 
     def _make_prompts(self) -> None:
-        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
+        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
         (height, width), device = self.image_size, self.backbone.device
         if location == "pad":
             self.prompts, self.prompts_sides = border_prompts(self.backbone, m)
