@@ -172,7 +172,7 @@ class PromptedConvNet(FrozenClassifier):
             ValueError: images of the wrong shape.
         """
         self._check_images(images)
-        x = self.backbone.embed(images)
+        x = self.backbone.cast(images)
         if self.prompt_settings.prompt_location == "pad":
             border = self.prompt_settings.border
             x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)

@@ -15,7 +15,6 @@ from torch.nn.grad import conv2d_input
 
 from vpt_fast.backbones.layers import (
     class_name,
-    dtype_of,
     is_of_peft,
     is_read,
     merge_hint,
@@ -150,19 +149,10 @@ class FrozenConvNet(CopiedNetwork):
         """Stays in eval mode."""
         return super().train(False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights, which the first convolution's input must have."""
-        return dtype_of(self.stem, default=torch.float32)
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, height, width) in the weights' dtype."""
-        return images.to(self.dtype)
-
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, H, W) to the last feature map (B, C', H', W')."""
         del last  # always all of it: see head_reads_of_image
-        return self.stem.forward_features(self.embed(images))
+        return self.stem.forward_features(self.cast(images))
 
     def features(self, feature_map: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The last feature map to features (B, d), by the backbone's own pooling."""
@@ -183,7 +173,7 @@ class FrozenConvNet(CopiedNetwork):
         for module in meta.modules():
             if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
                 module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))
-        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta", dtype=self.dtype)
+        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta")
         with torch.no_grad():
             meta.run_folded(images, Read.PATCHES)
         return 3 * max(sizes)

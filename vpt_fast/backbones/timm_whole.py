@@ -1,4 +1,4 @@
-"""A timm network copied as a whole; left as it is, for methods that train timm's own modules."""
+"""Copies of whole timm networks; as it is, a WholeBackbone, for methods that train timm's own modules."""
 
 from __future__ import annotations
 
@@ -61,6 +61,10 @@ class CopiedNetwork(nn.Module):
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of the first convolution's kernel."""
         return self._first_kernel  # type: ignore[return-value]
+
+    def cast(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in the dtype of the first layer's weights."""
+        return images.to(dtype_of(self.stem, default=images.dtype))
 
 
 class WholeBackbone(CopiedNetwork):
@@ -148,7 +152,3 @@ class WholeBackbone(CopiedNetwork):
         if isinstance(self.stem, SwinTransformer):
             require_images(images, "a SwinTransformer")
         return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
-
-    def cast(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in the dtype of the first layer's weights."""
-        return images.to(dtype_of(self.stem, default=images.dtype))
