@@ -24,7 +24,7 @@ def once_per_layout(function: Callable[..., Found]) -> Callable[..., Found]:
     The result may depend on the positional arguments, which must be hashable; on dtype, device, shape,
     strides, address modulo 16 bytes and requires_grad of the tensors, which are passed by keyword; on whether
     grad mode is enabled; and, for tensors that are not on a CUDA device, on whether Triton's interpreter is
-    on.
+    on. An argument that the function does not read, such as `pack`, tells apart launches with other pointers.
     """
     known: dict[Hashable, Found] = {}
     _memories.append(known)

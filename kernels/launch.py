@@ -14,10 +14,8 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
 }
-"""Triton's names of dtypes."""
+"""Triton's names of these."""
 
 
 # Triton's own versions also work inside kernels, and take microseconds to find out that they are not in one.

@@ -26,6 +26,13 @@ class Rows(NamedTuple):
         return self.sizes[0] * self.sizes[1] * self.sizes[2]
 
 
+def require_contiguous_rows(**tensors: torch.Tensor | None) -> None:
+    """ValueError for a tensor whose last dimension is not contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
+
+
 def leading_rows(**tensors: torch.Tensor) -> Rows:
     """Merges neighbouring leading dimensions wherever the strides of every tensor allow it.
 
@@ -33,10 +40,9 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
         ValueError: a last dimension that is not contiguous, leading shapes that differ, or more than three
             dimensions left.
     """
+    require_contiguous_rows(**tensors)
     wanted = next(iter(tensors.values())).shape[:-1]
     for name, tensor in tensors.items():
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
         if tensor.shape[:-1] != wanted:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want {tuple(wanted)} before the last")
     merged: list[tuple[int, tuple[int, ...]]] = []  # (size, stride of each tensor), outermost first

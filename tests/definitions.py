@@ -59,6 +59,17 @@ def assert_as_good_as(got: torch.Tensor, eager: torch.Tensor, exact: torch.Tenso
     assert wrong <= allowed, f"error {wrong:.2e}, want at most {allowed:.2e}"
 
 
+def assert_equal_twice(op, *args, **kwargs):
+    """The op's results, the same to the bit when it runs again."""
+    first, second = op(*args, **kwargs), op(*args, **kwargs)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+        return first
+    for a, b in zip(first, second, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    return first
+
+
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
     """Normal numbers, the same on every device, with a mean for LayerNorm to take away."""
     generator = torch.Generator().manual_seed(seed)

@@ -189,13 +189,6 @@ def test_bad_setting_is_refused_by_name(message: str) -> None:
         PromptedViT(tiny_vit(), **settings)
 
 
-def test_triton_backend_without_a_gpu_is_refused_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="backend='triton': there is no CUDA device"):
-        PromptedViT(tiny_vit(), 5, 5, backend="triton")
-
-
 def test_unknown_memory_policy_names_the_choices() -> None:
     with pytest.raises(ValueError, match="memory: got 'least', want one of 'auto', 'exact', 'compact'"):
         PromptedViT(tiny_vit(), 5, 5, memory="least")

@@ -181,6 +181,16 @@ def test_prompts_that_are_dropped_before_the_head_are_not_pooled(first: int, poo
     assert mapped_settings(prompt, encoder="sup", depth=3, num_prompts=2)["pool"] == pool
 
 
+def test_a_convnet_is_refused_by_its_kind(tmp_path: Path) -> None:
+    path = save(official_model(), tmp_path / "file.pth")
+    with pytest.raises(
+        ValueError, match="backbone: got a timm.models.resnet.ResNet, want .* VisionTransformer"
+    ):
+        import_prompts(path, timm.create_model("resnet10t"))
+    with pytest.raises(ValueError, match="backbone: 'resnet10t' is not a timm VisionTransformer"):
+        import_prompts(path, "resnet10t")
+
+
 def test_a_swins_prompts_on_a_vit_are_refused(vit, tmp_path: Path) -> None:
     tensors = {**official_model(), "enc.deep_prompt_embeddings_0": torch.zeros(1, 2, 16)}
     with pytest.raises(ValueError, match="the prompts of a Swin, by stages; got a ViT"):

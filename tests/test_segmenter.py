@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -289,6 +290,24 @@ def test_bad_arguments_are_named(settings: dict, message: str) -> None:
     wanted = {"backbone": tiny_vit(), "num_classes": CLASSES, "num_prompts": 3} | settings
     with pytest.raises(ValueError, match=message):
         PromptedSegmenter(**wanted)
+
+
+def test_pool_that_is_given_as_it_must_be_is_taken() -> None:
+    assert PromptedSegmenter(tiny_vit(), CLASSES, "linear", pool=None).pool is None
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"method": "lora"}, {"method": ["full"]}], ids=["none", "lora", "list"]
+)
+def test_file_without_a_method_that_there_is_is_named(change: dict, tmp_path) -> None:
+    PromptedSegmenter(tiny_vit(), CLASSES, "full", head_channels=8).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["options"]["method"]
+    settings["options"] |= change
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*config.json describes a model that cannot be built"):
+        load_pretrained(tmp_path, tiny_vit())
 
 
 def test_heads_of_vit_l_have_as_many_parameters_as_the_docs_say() -> None:

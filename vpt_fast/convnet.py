@@ -115,7 +115,7 @@ class PromptedConvNet(FrozenClassifier):
         self._memory = memory
 
     def _make_prompts(self) -> None:
-        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts or 0
+        location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
         (height, width), device = self.image_size, self.backbone.device
         if location == "pad":
             self.prompts, self.prompts_sides = border_prompts(self.backbone, m)
@@ -172,7 +172,7 @@ class PromptedConvNet(FrozenClassifier):
             ValueError: images of the wrong shape.
         """
         self._check_images(images)
-        x = self.backbone.embed(images)
+        x = self.backbone.cast(images)
         if self.prompt_settings.prompt_location == "pad":
             border = self.prompt_settings.border
             x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)

@@ -66,7 +66,7 @@ class FinishedRun:
     """
 
     path: Path
-    config: dict[str, Any]
+    recipe: Recipe
     results: dict[str, Any]
     parameters: dict[str, int]
     images_by_class: tuple[int, ...] | None
@@ -163,18 +163,18 @@ class _Reader:
         self._sweeps[key] = path, entry
 
     def _read_run(self, path: Path, results: dict[str, Any]) -> None:
-        config = Recipe.from_yaml(RunFiles(path).config).to_dict()
-        if config["task"] == SEGMENTATION:
+        recipe = Recipe.from_yaml(RunFiles(path).config)
+        if recipe.task == SEGMENTATION:
             self.leave_out(path, "a run of segmentation; tables are of classification")
             return
         facts = read_json(RunFiles(path).facts, "parameters")
         require_keys(path / "results.json", results, "test_accuracy")
-        key = (config["backbone"], config["method"], _task(config))
+        key = (recipe.backbone, recipe.method, _task(recipe.task, recipe.data))
         self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
         self._require_first(key, path)
         images = _images_by_class(facts)
         images = self._images.setdefault(images, images)  # most runs share them
-        run = FinishedRun(path, config, results, facts["parameters"], images)
+        run = FinishedRun(path, recipe, results, facts["parameters"], images)
         self._runs.setdefault(key, []).append(run)
 
     def _require_same_classes(self, task: str, path: Path, classes: list[str] | None) -> None:
@@ -215,8 +215,8 @@ def _find(folder: Path) -> list[Path]:
     return sorted(below) or [folder] * any((folder / name).exists() for name in begun)
 
 
-def _task(values: dict[str, Any]) -> str:
-    return values["task"] or Path(values["data"]).expanduser().resolve().name
+def _task(task: str | None, data: str) -> str:
+    return task or Path(data).expanduser().resolve().name
 
 
 def _sweep_entry(results: dict[str, Any]) -> Entry:
@@ -225,7 +225,7 @@ def _sweep_entry(results: dict[str, Any]) -> Entry:
     settings = {**results["settings"], **(results["best"] or {}).get("params", {})}
     return Entry(
         method=settings.get("method", results["method"]),
-        task=_task(results),
+        task=_task(results["task"], results["data"]),
         backbone=settings.get("backbone", results["backbone"]),
         accuracy=100 * final["mean"],
         standard_deviation=None if deviation is None else 100 * deviation,
@@ -234,26 +234,25 @@ def _sweep_entry(results: dict[str, Any]) -> Entry:
         stored=results["parameters"]["trained"],
         backbone_parameters=results["parameters"]["backbone"],
         prompt_location=settings.get("prompt_location", Recipe.prompt_location),
-        has_weights=_has_weights(settings),
+        has_weights=_has_weights(settings.get("pretrained"), settings.get("checkpoint")),
     )
 
 
-def _has_weights(settings: dict[str, Any]) -> bool:
-    return settings.get("pretrained") is not False or settings.get("checkpoint") is not None
+def _has_weights(pretrained: bool | None, checkpoint: str | None) -> bool:
+    return pretrained is not False or checkpoint is not None
 
 
 def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
-    recipes = [Recipe.from_dict(run.config) for run in found]
-    first, named = recipes[0], f"{key[1]} on {key[2]}"
+    first, named = found[0].recipe, f"{key[1]} on {key[2]}"
     by_seed = {first.seed: found[0].path}
-    for run, recipe in zip(found[1:], recipes[1:], strict=True):
-        both = f"{found[0].path} and {run.path}"
-        if others := sorted(set(first.differences(recipe)) - {"seed"}):
+    for run in found[1:]:
+        both, seed = f"{found[0].path} and {run.path}", run.recipe.seed
+        if others := sorted(set(first.differences(run.recipe)) - {"seed"}):
             raise ValueError(f"{named} comes twice; {both} differ in {', '.join(others)}")
-        if recipe.seed in by_seed:
-            both = f"{by_seed[recipe.seed]} and {run.path}"
-            raise ValueError(f"{named} comes twice with the seed {recipe.seed}, in {both}")
-        by_seed[recipe.seed] = run.path
+        if seed in by_seed:
+            both = f"{by_seed[seed]} and {run.path}"
+            raise ValueError(f"{named} comes twice with the seed {seed}, in {both}")
+        by_seed[seed] = run.path
     split = "test" if all(run.results["test_accuracy"] is not None for run in found) else "val"
     values = [run.results[f"{split}_accuracy"] for run in found]
     if None in values:
@@ -272,7 +271,7 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
         prompt_location=first.prompt_location,
-        has_weights=_has_weights(found[0].config),
+        has_weights=_has_weights(first.pretrained, first.checkpoint),
     )
 
 

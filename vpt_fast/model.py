@@ -359,14 +359,14 @@ class PromptedViT(PromptedClassifier):
         m = settings.num_prompts or 0
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         copies = batch_size if per_image else 1
-        in_tokens = settings.prompt_location in IN_SEQUENCE
+        in_sequence = settings.prompt_location in IN_SEQUENCE
         below = self.backbone.trains_embedding
-        below = below or (not in_tokens and settings.prompt_location not in ("add", "add-1"))
+        below = below or (not in_sequence and settings.prompt_location not in ("add", "add-1"))
         # Otherwise the prompts are views of the parameter, not new tensors.
         formed = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
-            below = below or (not in_tokens and index in self._prompted)
+            below = below or (not in_sequence and index in self._prompted)
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.checkpoints import read_tensors
-from vpt_fast.backbones.resolve import SWIN, kind_of, resolve_backbone
+from vpt_fast.backbones.resolve import SWIN, VIT, kind_among, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
 from vpt_fast.engine.plan import Read
 from vpt_fast.files import replacing
@@ -301,7 +301,7 @@ def import_prompts(
             "has no head; say how many classes a new one has" if head is None else "has a head; leave it out"
         )
         raise ValueError(f"num_classes: got {num_classes}, and {path} {state}")
-    kind = kind_of(backbone)
+    kind = kind_among(backbone, (VIT, SWIN))
     built, _ = resolve_backbone(backbone, False, timm_kwargs, kind=kind)  # only for its sizes
     if kind is SWIN:
         encoder, depth = "swin", sum(len(stage.blocks) for stage in built.layers)

@@ -68,7 +68,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         layers = self.prompt_layers
-        if isinstance(layers, (Sequence, range)):
+        if isinstance(layers, Sequence):
             object.__setattr__(self, "prompt_layers", tuple(_index("prompt_layers", i) for i in layers))
         elif layers is not None:
             object.__setattr__(self, "prompt_layers", _index("prompt_layers", layers))

@@ -87,8 +87,8 @@ def write_pretrained(
     """Writes a model's settings and trained tensors to a folder, which is made if it does not exist; each
     file completely or not at all."""
     directory = Path(directory)
-    settings = json.dumps({"vpt_fast_version": vpt_fast.__version__, **config.to_dict()}, indent=2) + "\n"
-    text = settings.encode()
+    settings = {"vpt_fast_version": vpt_fast.__version__, **config.to_dict()}
+    text = (json.dumps(settings, indent=2) + "\n").encode()
     directory.mkdir(parents=True, exist_ok=True)
     remove_unfinished(directory / CONFIG_FILE, directory / WEIGHTS_FILE)  # of a process that was killed
     with contextlib.ExitStack() as files:

@@ -153,7 +153,7 @@ class PromptedSegmenter(TunedModel):
         constructor: Any = ENCODERS[method]
         encoder: TunedClassifier = constructor(
             # One class and this pooling are for the linear head, which is removed below.
-            backbone, 1, pool="image", pretrained=pretrained, checkpoint=checkpoint, **settings,
+            backbone, 1, pretrained=pretrained, checkpoint=checkpoint, **{**settings, "pool": "image"},
         )  # fmt: skip
         vit = encoder.backbone
         _check_patches(vit)
@@ -215,7 +215,9 @@ class PromptedSegmenter(TunedModel):
 
     @classmethod
     def stores_backbone_with(cls, options: dict[str, Any]) -> bool:
-        return ENCODERS[options["method"]].stores_backbone
+        # Of a method that there is not, the constructor says so.
+        method = options.get("method")
+        return any(encoder.stores_backbone for name, encoder in ENCODERS.items() if name == method)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Normalised images (B, C, H, W) to logits (B, num_classes, H, W); in training to a tuple of these

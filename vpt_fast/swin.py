@@ -178,7 +178,7 @@ class PromptedSwin(PromptedClassifier):
 
     def _rows(self, index: int) -> tuple[int, int]:
         """Half-open range of the rows that are read of a block's output: N tokens, then m prompts."""
-        num_tokens, m = self.backbone.blocks[index].num_tokens, self.prompt_settings.num_prompts or 0
+        num_tokens, m = self.backbone.blocks[index].num_tokens, self.prompt_settings.num_prompts
         if index < self.num_blocks - 1:
             return 0, num_tokens + (0 if self._is_deep else m)
         return (
@@ -199,7 +199,7 @@ class PromptedSwin(PromptedClassifier):
         """Bytes kept for backward by all blocks and merges, and bytes that temporaries add at the peak."""
         del num_tokens  # fixed: a Swin has one image size
         settings = self.prompt_settings
-        m = settings.num_prompts or 0
+        m = settings.num_prompts
         per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):

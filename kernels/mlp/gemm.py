@@ -21,7 +21,7 @@ from vpt_fast.kernels.mlp.gemm_jit import (
     linear_activate_tma_kernel,
 )
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
-from vpt_fast.kernels.rows import Rows, leading_rows
+from vpt_fast.kernels.rows import Rows, leading_rows, require_contiguous_rows
 from vpt_fast.kernels.torch_op import torch_op
 
 _MAX_SIDE = (
@@ -100,12 +100,6 @@ def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> in
     if max(num_rows, num_columns) > _MAX_SIDE or programs > MAX_PROGRAMS:
         raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
     return programs
-
-
-def _require_contiguous_rows(**tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: got stride {tensor.stride(-1)} along the last dimension, want 1")
 
 
 class _TMALaunch:
@@ -202,10 +196,9 @@ def _forward_launch(
     num_columns, depth = weight.shape
     require_shape((*x.shape[:-1], depth), x=x)
     require_shape((num_columns,), bias=bias)
-    _require_contiguous_rows(weight=weight)
+    require_contiguous_rows(weight=weight, bias=bias)
     if bias is not None:
         require_dtype(DTYPES, bias=bias.dtype)
-        _require_contiguous_rows(bias=bias)
     rows = leading_rows(x=x)
     aligned = _aligned(rows, weight, x)
     by_descriptors = aligned and _takes_descriptors(rows, weight)
@@ -241,7 +234,7 @@ def _backward_launch(
     depth, num_columns = weight.shape
     require_shape((*grad.shape[:-1], depth), grad=grad)
     require_shape((*grad.shape[:-1], num_columns), kept=kept)
-    _require_contiguous_rows(weight=weight)
+    require_contiguous_rows(weight=weight)
     rows = leading_rows(grad=grad, kept=kept)
     aligned = _aligned(rows, weight, grad, kept)
     by_descriptors = aligned and kept.dtype != torch.float32 and _takes_descriptors(rows, weight)
@@ -288,9 +281,7 @@ def _linear_activate(
 
 
 @torch.library.register_fake("vpt_fast::linear_activate")
-def _(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str, pack: bool, keep: bool
-) -> list[torch.Tensor]:
+def _(x, weight, bias, kind, pack, keep):
     return _empty_forward(x, weight, pack, keep)
 
 
@@ -305,7 +296,7 @@ def _linear_activate_backward(
 
 
 @torch.library.register_fake("vpt_fast::linear_activate_backward")
-def _(grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor, kind: str) -> torch.Tensor:
+def _(grad, weight, kept, kind):
     return grad.new_empty(kept.shape)
 
 
@@ -439,7 +430,7 @@ def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool, arch: int) -> Build:
     tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
     config |= _tma_options(kernel, config, pack, arch)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    max_registers = config.pop("maxnreg", None)
+    max_registers = config.pop("maxnreg")
     return Build(
         kernel=kernel,
         config=f"{TYPE_NAMES[dtype]} gelu {'codes' if pack else 'u'} {tile}",

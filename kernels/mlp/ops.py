@@ -140,7 +140,7 @@ def _activate(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
 
 
 @torch.library.register_fake("vpt_fast::activate")
-def _(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
+def _(u, kind, pack):
     return _empty_forward(u, kind, pack)
 
 
@@ -157,7 +157,7 @@ def _activate_(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
 
 
 @torch.library.register_fake("vpt_fast::activate_")
-def _(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
+def _(u, kind, pack):
     return _empty_codes(u, pack)
 
 
@@ -173,7 +173,7 @@ def _activate_backward(
 
 
 @torch.library.register_fake("vpt_fast::activate_backward")
-def _(grad: torch.Tensor, kept: torch.Tensor, scale: torch.Tensor | None, kind: str) -> torch.Tensor:
+def _(grad, kept, scale, kind):
     return grad.new_empty(kept.shape)
 
 
@@ -187,7 +187,7 @@ def _activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> No
 
 
 @torch.library.register_fake("vpt_fast::activate_backward_")
-def _(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> None:
+def _(grad, kept, kind):
     return None
 
 

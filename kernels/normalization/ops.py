@@ -128,7 +128,7 @@ def _normalize(x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack:
 
 
 @torch.library.register_fake("vpt_fast::normalize")
-def _(x: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool) -> list[torch.Tensor]:
+def _(x, eps, kind, dtype, pack):
     return _outputs(x, dtype, pack)
 
 
@@ -144,9 +144,7 @@ def _add_normalize(
 
 
 @torch.library.register_fake("vpt_fast::add_normalize")
-def _(
-    residual: torch.Tensor, update: torch.Tensor, eps: float, kind: str, dtype: torch.dtype, pack: bool
-) -> list[torch.Tensor]:
+def _(residual, update, eps, kind, dtype, pack):
     return [residual.new_empty(residual.shape), *_outputs(residual, dtype, pack)]
 
 
@@ -169,15 +167,7 @@ def _normalize_backward(
 
 
 @torch.library.register_fake("vpt_fast::normalize_backward")
-def _(
-    grad: torch.Tensor,
-    x_hat: torch.Tensor,
-    rstd: torch.Tensor,
-    scale: torch.Tensor | None,
-    kind: str,
-    residual: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _(grad, x_hat, rstd, scale, kind, residual, dtype):
     return grad.new_empty(grad.shape, dtype=dtype)
 
 

@@ -140,7 +140,7 @@ def _flash_attention(
 
 
 @torch.library.register_fake("vpt_fast::flash_attention")
-def _(name: str, q: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _(name, q, k, v, prompt_k, prompt_v):
     batch, rows, heads, _ = q.shape
     stat = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=stat)
@@ -190,20 +190,7 @@ def _flash_attention_backward(
 
 
 @torch.library.register_fake("vpt_fast::flash_attention_backward")
-def _(
-    name: str,
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    prompt_k: torch.Tensor | None,
-    prompt_v: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    need_q: bool,
-    need_kv: bool,
-    packed: bool,
-) -> list[torch.Tensor]:
+def _(name, grad_out, q, k, v, prompt_k, prompt_v, out, lse, need_q, need_kv, packed):
     return empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
@@ -237,7 +224,7 @@ def _has_wide_rows(x: torch.Tensor) -> bool:
     return is_one_piece and not any(n % _WIDE.itemsize for n in (x.data_ptr(), *in_bytes))
 
 
-# The libraries.
+# The libraries. What their functions take and return is said in `_Library`.
 
 
 def _import(name: str, module: str, source: str) -> Any:
@@ -251,19 +238,12 @@ def _flash_attn_2() -> _Library:
     module = _import("flash_attn", "flash_attn.flash_attn_interface", "pip install flash-attn, 2.7 or later")
     no_window = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None)
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         return module._flash_attn_forward(
             q, k, v, dropout_p=0.0, softmax_scale=1.0, causal=False, return_softmax=False, **no_window
         )[:2]
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(grad_out, q, k, v, out, lse):
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         module._flash_attn_backward(
             grad_out, q, k, v, out, lse, *grads, dropout_p=0.0, softmax_scale=1.0, causal=False,
@@ -281,17 +261,10 @@ def _flash_attn_3() -> _Library:
         "FlashAttention 3, built from the folder hopper of github.com/Dao-AILab/flash-attention",
     )
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         return module._flash_attn_forward(q, k, v, softmax_scale=1.0)[:2]
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(grad_out, q, k, v, out, lse):
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         dq, dk, dv = grads
         module._flash_attn_backward(
@@ -305,39 +278,23 @@ def _flash_attn_3() -> _Library:
 def _flash_attn_4() -> _Library:
     module = _import("flash_attn_4", "flash_attn.cute.interface", "pip install flash-attn-4")
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         return module._flash_attn_fwd(q, k, v, softmax_scale=1.0, return_lse=True)[:2]
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        return module._flash_attn_bwd(
-            q, k, v, out, grad_out, lse, softmax_scale=1.0, deterministic=True
-        )[:3]  # fmt: skip
+    def backward(grad_out, q, k, v, out, lse):
+        return module._flash_attn_bwd(q, k, v, out, grad_out, lse, softmax_scale=1.0, deterministic=True)[:3]
 
     return _Library(forward, backward, range(8, 129, 8))
 
 
 def _sdpa_flash() -> _Library:
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         out, lse, *_ = aten._scaled_dot_product_flash_attention.default(
             *_swap_heads(q, k, v), 0.0, False, scale=1.0
         )
         return out.transpose(1, 2), lse
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(grad_out, q, k, v, out, lse):
         # The state of dropout's generator, which is not read without dropout.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         offset = torch.empty((), dtype=torch.uint64, device=q.device)
@@ -353,21 +310,14 @@ def _sdpa_flash() -> _Library:
 
 
 def _sdpa_cudnn() -> _Library:
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         rows = q.shape[1]
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(
             *_swap_heads(_two_rows(q), k, v), None, True, 0.0, False, scale=1.0
         )
         return out.transpose(1, 2)[:, :rows], lse.squeeze(-1)[:, :, :rows]
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(grad_out, q, k, v, out, lse):
         if torch.get_deterministic_debug_mode() == 2:
             raise ValueError(
                 "attention='sdpa_cudnn': its backward pass does not repeat bit for bit, which "
@@ -400,20 +350,13 @@ def _two_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sdpa_cpu() -> _Library:
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(q, k, v):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
             *_swap_heads(q, k, v), 0.0, False, scale=1.0
         )
         return out.transpose(1, 2), lse
 
-    def backward(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+    def backward(grad_out, q, k, v, out, lse):
         return _swap_heads(
             *aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
                 *_swap_heads(grad_out, q, k, v, out), lse, 0.0, False, scale=1.0

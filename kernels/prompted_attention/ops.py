@@ -16,6 +16,7 @@ from vpt_fast.kernels.prompted_attention.jit import (
     terms_kernel,
 )
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
+from vpt_fast.kernels.rows import require_contiguous_rows
 from vpt_fast.kernels.torch_op import torch_op
 
 
@@ -183,8 +184,7 @@ def check_tensors(**tensors: torch.Tensor | None) -> None:
         require_dtype((q.dtype,), **{name: t.dtype})
         if t.shape[2:] != q.shape[2:]:
             raise ValueError(f"{name}: got (heads, head dim) {tuple(t.shape[2:])}, want {tuple(q.shape[2:])}")
-        if t.stride(3) != 1:
-            raise ValueError(f"{name}: got stride {t.stride(3)} along the last dimension, want 1")
+        require_contiguous_rows(**{name: t})
         if sum((n - 1) * stride for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) >= 2**31:
             raise ValueError(f"{name}: got strides {t.stride()}, want rows of an image within 2^31 elements")
         in_bytes = [
@@ -215,8 +215,7 @@ def check_lse(q: torch.Tensor, lse: torch.Tensor, num_statistics: int) -> None:
     require_device(q=q, lse=lse)
     require_shape((q.shape[0], q.shape[2], num_statistics), lse=lse)
     require_dtype((torch.float32,), lse=lse.dtype)
-    if num_statistics > 1 and lse.stride(2) != 1:
-        raise ValueError(f"lse: got stride {lse.stride(2)} along the last dimension, want 1")
+    require_contiguous_rows(lse=lse)
 
 
 def strides(t: torch.Tensor | None, shared: bool = False) -> tuple[int, int, int]:

@@ -127,14 +127,14 @@ def window_attention_backward(
     grad_scores = torch.matmul(grad, values.transpose(-1, -2))
 
     # δ = rowsum(dO ∘ O). Only the mean of a prompt's outputs is known, so theirs is from the scores.
-    known = num_rows // num_windows if out is not None else 0
+    rows = num_rows // num_windows
+    known = 0 if out is None else rows
     delta = delta_of_scores(probabilities[..., known:, :], grad_scores[..., known:, :])
-    if out is not None and known:
+    if known:
         known_delta = grad[..., :known, :] * _windows(out[:, :num_rows], num_windows)
         delta = torch.cat((known_delta.sum(-1, keepdim=True), delta), dim=-2)  # (B, W, H, T + f, 1)
     grad_scores.sub_(delta).mul_(probabilities)
 
-    rows = num_rows // num_windows
     grad_q = None
     if need_q:
         per_window = torch.matmul(grad_scores, keys)  # (B, W, H, T + f, D)

@@ -66,7 +66,7 @@ def _rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: boo
 
 
 @torch.library.register_fake("vpt_fast::rotate_")
-def _(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, inverse: bool) -> None:
+def _(x, sin, cos, inverse):
     return None
 
 

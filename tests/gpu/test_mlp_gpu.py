@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from definitions import activated, assert_as_good_as, gradient, random, slope
+from definitions import activated, assert_as_good_as, assert_equal_twice, gradient, random, slope
 from vpt_fast.kernels.mlp import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
@@ -29,17 +29,6 @@ def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Te
 def pre_activation(shape, kind, dtype):
     *lead, h = shape
     return make(*lead, 2 * h if kind == "swiglu" else h, seed=0, dtype=dtype)
-
-
-def assert_equal_twice(op, *args, **kwargs):
-    """The op's results, the same to the bit when it runs again."""
-    first, second = op(*args, **kwargs), op(*args, **kwargs)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-        return first
-    for a, b in zip(first, second, strict=True):
-        assert a is b is None or torch.equal(a, b)
-    return first
 
 
 @pytest.mark.parametrize("pack", [False, True], ids=["", "codes"])

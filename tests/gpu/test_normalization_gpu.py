@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from definitions import EPS, assert_as_good_as, gradient, normalized, random, rstd_of
+from definitions import EPS, assert_as_good_as, assert_equal_twice, gradient, normalized, random, rstd_of
 from vpt_fast.kernels.normalization import ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
@@ -43,17 +43,6 @@ CASES += [
 
 def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return random(*shape, seed=seed, dtype=dtype, device="cuda")
-
-
-def assert_equal_twice(op, *args, **kwargs):
-    """The op's results, the same to the bit when it runs again."""
-    first, second = op(*args, **kwargs), op(*args, **kwargs)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-        return first
-    for a, b in zip(first, second, strict=True):
-        assert a is b is None or torch.equal(a, b)
-    return first
 
 
 @pytest.mark.parametrize("kind", KINDS)

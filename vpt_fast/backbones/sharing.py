@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-_Value = TypeVar("_Value")
+from vpt_fast.backbones.architecture import fingerprint
 
 
 @dataclass
@@ -66,16 +66,17 @@ def created_once(key: Hashable, create: Callable[[], nn.Module]) -> nn.Module:
     return shared.model
 
 
-def made_once(backbone: nn.Module, kind: str, make: Callable[[], _Value]) -> _Value:
-    """`make()`, which only reads this backbone; where models share it, what an earlier call returned."""
-    return _made(backbone, kind, None, make)
+def fingerprint_once(backbone: nn.Module) -> str:
+    """This backbone's `fingerprint`; where models share it, what an earlier call returned."""
+    return _made(backbone, "fingerprint", None, lambda: fingerprint(backbone))
 
 
 def blocks_made_once(
     backbone: nn.Module, settings: Hashable, make: Callable[[], list[nn.Module]]
 ) -> list[nn.Module]:
-    """As `made_once`, of frozen blocks with these settings, which models share only if all of them treat them
-    alike. The blocks of one set of settings are held at a time."""
+    """The frozen blocks with these settings that `make` returns, which only reads this backbone; where models
+    share it and treat the blocks alike, those of an earlier call. The blocks of one set of settings are held
+    at a time."""
     sharing = _sharing.get()
     treatment = None if sharing is None else sharing[1]
     if treatment is None:

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm.data
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from vpt_fast.backbones.architecture import architecture, fingerprint
 from vpt_fast.backbones.layers import (
     class_name,
-    copied,
-    dtype_of,
     is_of_peft,
     is_read,
     merge_hint,
     on_meta,
     require_no_hooks,
 )
+from vpt_fast.backbones.timm_whole import CopiedNetwork
 from vpt_fast.engine.contexts import require_plain_autograd
 from vpt_fast.engine.plan import Read
 from vpt_fast.engine.weights import require_frozen
@@ -96,7 +93,7 @@ class FrozenBatchNorm2d(nn.Module):
         return self.act((x * self.scale + self.shift).to(x.dtype))
 
 
-class FrozenConvNet(nn.Module):
+class FrozenConvNet(CopiedNetwork):
     """A timm ConvNet without its classifier, frozen.
 
     The given model is read and not changed. Every parameter has requires_grad False, and the module stays in
@@ -115,9 +112,6 @@ class FrozenConvNet(nn.Module):
             peft's or has hooks itself.
     """
 
-    takes_any_size = False
-    pads_images = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -125,7 +119,6 @@ class FrozenConvNet(nn.Module):
         backend: str = "auto",
         attention: str = "auto",
     ) -> None:
-        super().__init__()
         for name, value, wanted in (
             ("backend", backend, ("auto", "torch")),
             ("attention", attention, ("auto",)),
@@ -135,68 +128,31 @@ class FrozenConvNet(nn.Module):
                     f"{name}: got {value!r} with a ConvNet; want {' or '.join(map(repr, wanted))}"
                 )
         _check(model)
-        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-        stem: Any = copied(model)
-        stem.reset_classifier(0)
-        self.fingerprint = fingerprint(stem, classifiers=())
-        self.architecture = architecture(stem, classifiers=())
-        self.num_parameters = sum(p.numel() for p in stem.parameters())
+        super().__init__(model)
         if dtype is not None:
-            stem.to(dtype)
-        stem.requires_grad_(False)
-        first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
-        self.in_chans, self.first_kernel = first.in_channels, tuple(first.kernel_size)
-        self.first_name = next(name for name, m in stem.named_modules() if m is first)
-        for name, module in list(stem.named_modules()):
+            self.stem.to(dtype)
+        self.requires_grad_(False)
+        for name, module in list(self.stem.named_modules()):
             if not is_read(module):
                 continue
             if isinstance(module, nn.BatchNorm2d):
-                stem.set_submodule(name, FrozenBatchNorm2d(module))
+                self.stem.set_submodule(name, FrozenBatchNorm2d(module))
             elif (
                 type(module) is nn.Conv2d
                 and module.padding_mode == "zeros"
                 and not isinstance(module.padding, str)
             ):
-                stem.set_submodule(name, FrozenConv2d(module))
-        self.stem = stem
+                self.stem.set_submodule(name, FrozenConv2d(module))
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenConvNet:
         """Stays in eval mode."""
         return super().train(False)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.stem.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights, which the first convolution's input must have."""
-        return dtype_of(self.stem, default=torch.float32)
-
-    @property
-    def embed_dim(self) -> int:
-        """The number of features that the classifier reads."""
-        return self.stem.head_hidden_size
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: img_size, or the size in timm's description of the weights."""
-        return tuple(self.data_config["input_size"][1:])
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """(height, width) of the first convolution's kernel."""
-        return self.first_kernel  # type: ignore[return-value]
-
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, height, width) in the weights' dtype."""
-        return images.to(self.dtype)
-
     def run_folded(self, images: torch.Tensor, last: Read) -> torch.Tensor:
         """Images (B, C, H, W) to the last feature map (B, C', H', W')."""
         del last  # always all of it: see head_reads_of_image
-        return self.stem.forward_features(self.embed(images))
+        return self.stem.forward_features(self.cast(images))
 
     def features(self, feature_map: torch.Tensor, pool: str | None) -> torch.Tensor:
         """The last feature map to features (B, d), by the backbone's own pooling."""
@@ -217,7 +173,7 @@ class FrozenConvNet(nn.Module):
         for module in meta.modules():
             if isinstance(module, FrozenConv2d | FrozenBatchNorm2d):
                 module.register_forward_hook(lambda _, __, out: sizes.append(out.nbytes))
-        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta", dtype=self.dtype)
+        images = torch.empty(batch_size, self.in_chans, *self.image_size, device="meta")
         with torch.no_grad():
             meta.run_folded(images, Read.PATCHES)
         return 3 * max(sizes)

@@ -22,7 +22,7 @@ from timm.models.swin_transformer import (
 )
 from torch import nn
 
-from vpt_fast.backbones.architecture import architecture, fingerprint
+from vpt_fast.backbones.architecture import architecture
 from vpt_fast.backbones.layers import (
     class_name,
     copied,
@@ -35,7 +35,7 @@ from vpt_fast.backbones.layers import (
 )
 from vpt_fast.backbones.parts import mlp_parts, norm_parts
 from vpt_fast.backbones.patches import as_input, as_product
-from vpt_fast.backbones.sharing import blocks_made_once, made_once
+from vpt_fast.backbones.sharing import blocks_made_once, fingerprint_once
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read
@@ -120,7 +120,7 @@ class FrozenSwin(nn.Module):
         self._leave = _move(last.order, raster_order(last.size)).to(self.device)
         self.requires_grad_(False)
         self.eval()
-        self.fingerprint = made_once(swin, "fingerprint", lambda: fingerprint(swin))
+        self.fingerprint = fingerprint_once(swin)
         self.architecture = architecture(swin)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(swin)
         self.num_parameters = sum(

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from vpt_fast.backbones.architecture import CLASSIFIERS, architecture, fingerprint
+from vpt_fast.backbones.architecture import CLASSIFIERS, architecture
 from vpt_fast.backbones.layers import (
     copied,
     dtype_of,
@@ -35,7 +35,7 @@ from vpt_fast.backbones.parts import (
     optional_norm_parts,
 )
 from vpt_fast.backbones.patches import as_input, as_product
-from vpt_fast.backbones.sharing import blocks_made_once, made_once
+from vpt_fast.backbones.sharing import blocks_made_once, fingerprint_once
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.call import Rotation
@@ -117,7 +117,7 @@ class FrozenViT(nn.Module):
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Of the given model: folding and dtype do not change which backbone it is.
-        self.fingerprint = made_once(vit, "fingerprint", lambda: fingerprint(vit))
+        self.fingerprint = fingerprint_once(vit)
         self.architecture = architecture(vit)
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(

@@ -1,4 +1,4 @@
-"""A timm Swin or ConvNet left as it is, for methods that train timm's own modules."""
+"""Copies of whole timm networks; as it is, a WholeBackbone, for methods that train timm's own modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,60 @@ from vpt_fast.backbones.architecture import architecture, fingerprint
 from vpt_fast.backbones.layers import copied, dtype_of, require_images
 
 
-class WholeBackbone(nn.Module):
+class CopiedNetwork(nn.Module):
+    """A copy of a timm Swin or ConvNet without its classifier, and what identifies the network.
+
+    Args:
+        model: the model to copy, which is not changed.
+
+    Attributes:
+        stem: the copy.
+        first_name: the name of its first convolution.
+    """
+
+    takes_any_size = False
+    pads_images = False
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+        self.stem = stem = copied(model)
+        stem.reset_classifier(0)
+        self.fingerprint = fingerprint(stem, classifiers=())
+        self.architecture = architecture(stem, classifiers=())
+        self.num_parameters = sum(p.numel() for p in stem.parameters())
+        convolutions = ((name, m) for name, m in stem.named_modules() if isinstance(m, nn.Conv2d))
+        self.first_name, first = next(convolutions)
+        self.in_chans, self._first_kernel = first.in_channels, tuple(first.kernel_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.stem.parameters()).device
+
+    @property
+    def embed_dim(self) -> int:
+        """The number of features that the classifier reads."""
+        return self.stem.head_hidden_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels: for a Swin, the size that its windows are for; for a ConvNet, img_size
+        or the size in timm's description of the weights."""
+        embedding = getattr(self.stem, "patch_embed", None)
+        # A FasterNet has a patch embedding without img_size.
+        return tuple(getattr(embedding, "img_size", self.data_config["input_size"][1:]))
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of the first convolution's kernel."""
+        return self._first_kernel  # type: ignore[return-value]
+
+    def cast(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in the dtype of the first layer's weights."""
+        return images.to(dtype_of(self.stem, default=images.dtype))
+
+
+class WholeBackbone(CopiedNetwork):
     """A copy of a timm Swin or ConvNet without its classifier, in timm's own modules and at least float32.
 
     Every parameter has requires_grad False until a method unfreezes it. Dropout is active in training.
@@ -28,20 +81,10 @@ class WholeBackbone(nn.Module):
         model: the model to copy, which is not changed.
     """
 
-    takes_any_size = False
-    pads_images = False
-
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-        stem: Any = copied(model)
-        stem.reset_classifier(0)
-        self.fingerprint = fingerprint(stem, classifiers=())
-        self.architecture = architecture(stem, classifiers=())
-        self.num_parameters = sum(p.numel() for p in stem.parameters())
-        first = next(m for m in stem.modules() if isinstance(m, nn.Conv2d))
-        self.in_chans, self._first_kernel = first.in_channels, tuple(first.kernel_size)
-        self.stem = stem.to(torch.promote_types(first.weight.dtype, torch.float32))
+        super().__init__(model)
+        first = self.stem.get_submodule(self.first_name)
+        self.stem.to(torch.promote_types(first.weight.dtype, torch.float32))
         self.moving_norms: frozenset[str] = frozenset()
         self.requires_grad_(False)
         self.eval()
@@ -65,28 +108,6 @@ class WholeBackbone(nn.Module):
         return [
             (name, m) for name, m in self.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.stem.parameters()).device
-
-    @property
-    def embed_dim(self) -> int:
-        """The number of features that the classifier reads."""
-        return self.stem.head_hidden_size
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: for a Swin, the size that its windows are for; for a ConvNet, img_size
-        or the size in timm's description of the weights."""
-        embedding = getattr(self.stem, "patch_embed", None)
-        # A FasterNet has a patch embedding without img_size.
-        return tuple(getattr(embedding, "img_size", self.data_config["input_size"][1:]))
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """(height, width) of the first convolution's kernel."""
-        return self._first_kernel  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[list[str]]:
         """The names of the network's parameters by timm's groups (`group_matcher`, as for layer-wise learning
@@ -131,7 +152,3 @@ class WholeBackbone(nn.Module):
         if isinstance(self.stem, SwinTransformer):
             require_images(images, "a SwinTransformer")
         return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
-
-    def cast(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in the dtype of the first layer's weights."""
-        return images.to(dtype_of(self.stem, default=images.dtype))

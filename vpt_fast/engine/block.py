@@ -115,7 +115,6 @@ class FrozenBlock(nn.Module):
         require_stream(stream)
         weights = self._weights()
         base, update = stream
-        device_type = base.device.type
         grad_tokens = stream.differentiable.requires_grad and torch.is_grad_enabled()
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
@@ -134,7 +133,7 @@ class FrozenBlock(nn.Module):
             require_no_vmap()
         if call.ops.name != "torch":
             require_no_forward_ad()
-        with without_autocast(device_type):
+        with without_autocast(base.device.type):
             output, _ = passes.forward(stream, prompts, rotation, weights.to(call.dtype), call, keep=False)
         return output
 

@@ -83,15 +83,7 @@ def plan_blocks(
 
 def row_range(read: Read, num_tokens: int, num_prefix: int, num_prompts: int) -> tuple[int, int]:
     """The half-open range of rows, counted over num_tokens image-side tokens and then num_prompts prompts."""
-    start = {
-        Read.CLS: 0,
-        Read.PREFIX: 0,
-        Read.TOKENS: 0,
-        Read.TOKENS_AND_PROMPTS: 0,
-        Read.PATCHES: num_prefix,
-        Read.PATCHES_AND_PROMPTS: num_prefix,
-        Read.PROMPTS: num_tokens,
-    }[read]
-    few = {Read.CLS: 1, Read.PREFIX: num_prefix}
-    stop = few.get(read, num_tokens + (num_prompts if read.prompts else 0))
-    return start, stop
+    starts = {Read.PATCHES: num_prefix, Read.PATCHES_AND_PROMPTS: num_prefix, Read.PROMPTS: num_tokens}
+    stops = {Read.CLS: 1, Read.PREFIX: num_prefix}
+    stop = stops.get(read, num_tokens + (num_prompts if read.prompts else 0))
+    return starts.get(read, 0), stop

@@ -132,7 +132,9 @@ class FrozenWindowBlock(FrozenBlock):
             ("regions", window_regions(size, window, shift)),
             ("pads", pads if len(pads) else None),
         ):
-            _register_table(self, name, None if table is None else table.to(device))
+            # Integers are buffers, here and in `Move`, and not Parameters as weights are: averaging a model's
+            # (torch.optim.swa_utils.AveragedModel) would round that of a number and itself to the one below.
+            self.register_buffer(name, None if table is None else table.to(device))
 
     @property
     def num_tokens(self) -> int:
@@ -165,8 +167,8 @@ class Move(nn.Module):
         super().__init__()
         for name, index in (("index", _places(current, wanted)), ("back", _places(wanted, current))):
             holes = (index < 0).nonzero().squeeze(1)
-            _register_table(self, name, index.clamp(min=0))
-            _register_table(self, f"{name}_holes", holes if len(holes) else None)
+            self.register_buffer(name, index.clamp(min=0))
+            self.register_buffer(f"{name}_holes", holes if len(holes) else None)
 
     def forward(self, stream: Stream) -> Stream:
         return Stream(*(None if part is None else self._move(part) for part in stream))
@@ -330,9 +332,3 @@ def _layer(weight: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     """A Parameter and not a buffer: see `FrozenBlock`."""
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _register_table(module: nn.Module, name: str, table: torch.Tensor | None) -> None:
-    """Registers integers as a buffer and not, like weights, as a Parameter: averaging a model's parameters
-    (torch.optim.swa_utils.AveragedModel) would round the average of a number and itself to the one below."""
-    module.register_buffer(name, table)

@@ -33,10 +33,6 @@ class ClsTokenTuning(FoldedClassifier):
         token = model.cls_token.detach().to(self.backbone.device, wide, copy=True)
         self.backbone.stem.cls_token = nn.Parameter(token)
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        self._check_images(images)
-        return self._features(self.backbone.run_folded(images, self._reads))
-
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """In the compute dtype."""
         num_tokens = self.backbone.num_tokens

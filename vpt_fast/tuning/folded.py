@@ -60,3 +60,7 @@ class FoldedClassifier(FrozenClassifier):
 
         model: the timm model that the backbone was made of, whose weights have not been rounded.
         """
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        self._check_images(images)
+        return self._features(self.backbone.run_folded(images, self._reads))

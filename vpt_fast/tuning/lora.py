@@ -41,12 +41,6 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def require_peft() -> None:
-    """Raises ValueError if peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError("method lora needs the package peft; pip install peft")
-
-
 class LoRATuning(TimmClassifier):
     """Trains low-rank updates W + B A of the attention matrices of a frozen vision transformer or Swin, or of
     a ConvNet's linear layers and convolutions, and the head (Hu et al., ICLR 2022).
@@ -71,7 +65,8 @@ class LoRATuning(TimmClassifier):
 
     def __init__(self, backbone: str | nn.Module, num_classes: int, rank: int = 8, **settings: Any) -> None:
         rank = check_count("rank", rank)
-        require_peft()
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("method lora needs the package peft; pip install peft")
         import peft  # an optional dependency
 
         super().__init__(backbone, num_classes, **settings)

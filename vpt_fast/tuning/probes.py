@@ -47,8 +47,7 @@ class LinearProbe(FoldedClassifier):
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the pooled features (B, `num_features`)."""
-        self._check_images(images)
-        return self._features(self.backbone.run_folded(images, self._reads))
+        return super().image_features(images)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (B, `num_features`) to logits (B, num_classes)."""

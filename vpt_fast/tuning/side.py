@@ -63,9 +63,7 @@ class SideTuning(FoldedClassifier):
         self.alpha = nn.Parameter(torch.zeros((), device=device))
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        self._check_images(images)
-        base = self._features(self.backbone.run_folded(images, self._reads))
-        alpha = self.alpha.sigmoid()
+        base, alpha = super().image_features(images), self.alpha.sigmoid()
         return alpha * base + (1 - alpha) * self.side(images.to(dtype_of(self.side, default=images.dtype)))
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
