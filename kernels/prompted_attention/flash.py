@@ -106,8 +106,8 @@ def _attention_backward(
 def _require_supported(name: str, q: torch.Tensor) -> None:
     if is_for_other_programs():
         raise ValueError(
-            f"attention={name!r}: got a model to export, whose file would need this package's operators; want "
-            "one built or loaded with 'auto'"
+            f"attention={name!r}: got a model to export, whose file would need this package's operators; "
+            "want one built or loaded with 'auto'"
         )
     library = _LIBRARIES[name]()
     if q.dtype not in library.dtypes:
