@@ -12,6 +12,7 @@ from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images, window_reference
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.rotation import reference as rotation
+from vpt_fast.kernels.torch_op import is_for_other_programs
 
 BACKENDS = ("auto", "torch", "triton", "triton_fused_mlp")
 ATTENTION = ("auto", *FLASH_BACKENDS)
@@ -107,7 +108,17 @@ class Backend(NamedTuple):
             head_dim: D.
             in_windows: whether tokens attend in windows.
             is_gated: whether the MLP's activation is gated.
+
+        Raises:
+            ValueError: the model is being exported, and the backend has no plain PyTorch.
         """
+        if is_for_other_programs():
+            if self.other.name != "torch":
+                raise ValueError(
+                    f"backend={self.other.name!r}: got a model to export, whose file would need this "
+                    "package's operators; want one built or loaded with 'auto' or 'torch'"
+                )
+            return self.other
         if device.type != "cuda" or dtype == torch.float64 or head_dim not in _head_dims(in_windows):
             return self.other
         if self.cuda is not self.other and not takes_kernels(device):
@@ -165,7 +176,7 @@ def get_backend(backend: str, attention: str = "auto") -> Backend:
             backward writes. ``"triton_fused_mlp"``: includes those GEMMs everywhere; not for gated
             activations. ``"auto"``: ``"triton"`` on an NVIDIA GPU of compute capability 8.0 or more, for the
             dtypes and head dims that it supports (not float64; those in `prompted_attention.HEAD_DIMS`; in
-            windows 32 and 64), and PyTorch for everything else.
+            windows 32 and 64), and PyTorch for everything else, and wherever a model is exported.
         attention: ``"auto"``: the backend's own prompted attention; or the name of a FlashAttention
             implementation in `FLASH_BACKENDS`, which runs on prompts and image concatenated, and not in
             windows.

@@ -65,6 +65,12 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def is_for_other_programs() -> bool:
+    """Whether operators are recorded into a file (torch.export, torch.onnx.export, torch.jit.trace): who
+    reads it may not have this package's."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def mark_changed(tensor: torch.Tensor) -> None:
     """Tells autograd that the tensor was written to, so that backward refuses values saved of it before."""
     if not tensor.is_inference():

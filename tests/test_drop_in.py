@@ -611,6 +611,16 @@ def test_exports_for_batches_of_any_size(name: str) -> None:
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("prompts", ["deep", "shallow"])
+def test_exported_prompts_are_joined_to_the_tokens_and_written_into_nothing(prompts: str) -> None:
+    model = build(torch.float32, **PROMPTS[prompts]).eval()
+    images, _ = random_batch(model, dtype=torch.float32)
+    program = torch.export.export(model, (images,)).run_decompositions({})
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "aten.cat.default" in names
+    assert not [name for name in names if "scatter" in name or "copy" in name or "index_put" in name]
+
+
 OUTSIDE_OF_AUTOGRAD = {
     "ViT": build,
     "Swin": lambda: PromptedSwin(tiny_swin(), NUM_CLASSES, 4).double(),

@@ -365,6 +365,13 @@ class TestBackends:
         monkeypatch.setattr(torch.version, "hip", "7.0")
         assert auto.ops(GPU, torch.float16, 64).name == "torch"
 
+    @pytest.mark.parametrize("recording", [(torch.compiler, "is_exporting"), (torch.jit, "is_tracing")])
+    def test_auto_on_a_gpu_is_pytorch_while_a_model_is_exported(self, auto, monkeypatch, recording) -> None:
+        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+        monkeypatch.setattr(*recording, lambda: True)
+        assert auto.ops(GPU, torch.bfloat16, 64).name == "torch"
+        assert auto.ops(GPU, torch.bfloat16, 32, in_windows=True).name == "torch"
+
     def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:
         ops = get_backend("torch", "sdpa_cpu").other
         assert ops.needs_out and ops.normalize is OPS.normalize and ops.attention is not OPS.attention

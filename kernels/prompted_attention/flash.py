@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
-from vpt_fast.kernels.torch_op import torch_op
+from vpt_fast.kernels.torch_op import is_for_other_programs, torch_op
 
 aten = torch.ops.aten
 
@@ -55,7 +55,8 @@ def get_flash(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
     Raises:
         ValueError: an unknown name, or a package that is not installed. When they are called: a dtype,
-            device or head dim that the library does not take; an `out` that was not kept.
+            device or head dim that the library does not take; an `out` that was not kept; a model that is
+            being exported.
     """
     if name not in _LIBRARIES:
         raise ValueError(f"attention: got {name!r}, want one of {', '.join(map(repr, _LIBRARIES))}")
@@ -103,6 +104,11 @@ def _attention_backward(
 
 
 def _require_supported(name: str, q: torch.Tensor) -> None:
+    if is_for_other_programs():
+        raise ValueError(
+            f"attention={name!r}: got a model to export, whose file would need this package's operators; "
+            "want one built or loaded with 'auto'"
+        )
     library = _LIBRARIES[name]()
     if q.dtype not in library.dtypes:
         wanted = " or ".join(_dtype_name(dtype) for dtype in library.dtypes)

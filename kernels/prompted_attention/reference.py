@@ -189,9 +189,6 @@ def _extend(prompts: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tenso
     assert x is not None
     if prompts is None:
         return _heads_first(x)
-    shape = (x.shape[0], x.shape[2], prompts.shape[1] + x.shape[1], x.shape[3])
-    joined = torch.empty(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    # Expanded first: torch.jit.trace records what an assignment expands for this number of images only.
-    joined[:, :, : prompts.shape[1]] = prompts.transpose(1, 2).expand(x.shape[0], -1, -1, -1)
-    joined[:, :, prompts.shape[1] :] = x.transpose(1, 2)
-    return joined
+    # Joined and not written into an empty tensor, which ONNX would do element by element (ScatterND).
+    joined = torch.cat((prompts.transpose(1, 2).expand(x.shape[0], -1, -1, -1), x.transpose(1, 2)), dim=2)
+    return joined.to(torch.promote_types(x.dtype, torch.float32))

@@ -22,10 +22,9 @@ def rotate_(x: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor, *, inverse: b
         sin, cos: (P, 1 or H, D/2), of the angles; the same for all heads, or each head's own.
         inverse: rotate by the opposite angles.
     """
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]  # in grad mode, chunk's views must not be written to
+    first, second = x.chunk(2, dim=-1)
     if inverse:
         sin = -sin
-    turned = first * cos - second * sin
-    second.copy_(second * cos + first * sin)
-    first.copy_(turned)
+    # Written at once: in an ONNX file every write scatters element by element.
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    x.copy_(torch.cat([half.to(x.dtype) for half in turned], dim=-1))

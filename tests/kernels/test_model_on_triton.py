@@ -115,6 +115,26 @@ def test_forward_mode_differentiation_is_refused() -> None:
         model(fwAD.make_dual(images, torch.ones_like(images)))
 
 
+@pytest.mark.filterwarnings("ignore")  # that torch.jit.trace is deprecated
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(backend="triton"), "backend='triton'.* 'auto' or 'torch'"),
+        (dict(backend="triton_fused_mlp"), "backend='triton_fused_mlp'.* 'auto' or 'torch'"),
+        (dict(backend="torch", attention="sdpa_cpu"), "attention='sdpa_cpu'.* 'auto'"),
+    ],
+    ids=["triton", "triton_fused_mlp", "sdpa_cpu"],
+)
+@torch.no_grad()
+def test_file_for_other_programs_never_holds_this_packages_operators(settings: dict, message: str) -> None:
+    model = PromptedViT(backbone().float(), CLASSES, 3, **settings).eval()
+    images = random_batch(model, 1, CLASSES, torch.float32)[0]
+    with pytest.raises(ValueError, match=message):
+        torch.export.export(model, (images,))
+    with pytest.raises(ValueError, match=message):
+        torch.jit.trace(model, images)
+
+
 EXACT = [name for name, policy in POLICIES.items() if not policy.compact]
 
 

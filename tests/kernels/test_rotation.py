@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from definitions import assert_as_good_as, random
+from torch.utils._python_dispatch import TorchDispatchMode
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.rotation import ops, reference
 
@@ -52,6 +53,21 @@ def test_only_the_rows_of_a_view_are_turned(rotate_):
     untouched = torch.ones_like(qkv, dtype=torch.bool)
     untouched[:, 2:8, 1] = False
     assert torch.equal(qkv[untouched], before[untouched])
+
+
+def test_definition_writes_to_the_rows_once() -> None:
+    writes = []
+
+    class Writes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            writes.extend([func] * func._schema.is_mutable)
+            return func(*args, **(kwargs or {}))
+
+    x, angle = random(2, 4, 3, 16, seed=0), angles(4, 1, 16)
+    sin, cos = angle.sin(), angle.cos()
+    with Writes():
+        reference.rotate_(x, sin, cos)
+    assert writes == [torch.ops.aten.copy_.default]
 
 
 def test_more_rows_than_one_program_holds():
