@@ -65,6 +65,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's Dynamo takes is_exporting() for True in every graph
 def is_for_other_programs() -> bool:
     """Whether operators are recorded into a file (torch.export, torch.onnx.export, torch.jit.trace): who
     reads it may not have this package's."""
