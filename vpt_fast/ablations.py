@@ -163,9 +163,9 @@ def plan_ablation(
         search: whether each point searches the recipe's grid first; else `settings` are final.
 
     Raises:
-        ValueError: there is no such ablation, a given setting is one that it varies or searches, a point
-            refuses a setting, there are more lines than a plot can tell apart, or for data-size without a
-            task and batch_size, the data cannot be opened.
+        ValueError: there is no such ablation, a method is named twice, a given setting is one that the
+            ablation varies or searches, a point refuses a setting, there are more lines than a plot can tell
+            apart, or for data-size without a task and batch_size, the data cannot be opened.
     """
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
@@ -177,6 +177,8 @@ def plan_ablation(
     if settings.get("task") == SEGMENTATION:
         raise ValueError("task is segmentation, which the paper's ablations are not of")
     chosen = methods or ablation.methods
+    if twice := [method for i, method in enumerate(chosen) if method in chosen[:i]]:
+        raise ValueError(f"methods: got {twice[0]} twice")
     known = {knob for method in chosen for knob in parse_method(method).rule.knobs}
     defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
     for given in sorted(set(METHOD_KNOBS) - known):

@@ -128,6 +128,7 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ("length", {"method": "vpt-deep"}, {}, "method is given; --methods names them"),
         ("length", {}, {"methods": ["linear"]}, "num_prompts"),
         ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
+        ("data-size", {}, {"methods": ["linear", "full", "linear"]}, "methods: got linear twice"),
         ("length", {"lora_rank": 4}, {}, "lora_rank is given; of vpt-deep none has it"),
         ("length", {"seed": 4}, {}, "seed is given as 4 with nothing to search; seeds name it"),
         (
@@ -145,8 +146,8 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ),
     ],
     ids=[
-        *("ablation", "varied", "method", "refused", "location", "foreign", "seed", "searched rate", "decay"),
-        "lines",
+        *("ablation", "varied", "method", "refused", "location", "methods", "foreign", "seed"),
+        *("searched rate", "decay", "lines"),
     ],
 )
 def test_what_cannot_be_varied_is_named(name, changes, options, named) -> None:
