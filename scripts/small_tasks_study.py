@@ -6,11 +6,17 @@
 Six methods are tuned on every task. Several processes may share the work, each with its own tasks
 (`--tasks digits,shape_position`). When they are done, `--docs docs` adds the results to
 docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into docs/small-tasks.md.
+
+Some methods may be trained for another number of epochs, in a folder of their own; their results and table
+are kept apart:
+
+    python scripts/small_tasks_study.py tasks runs/small-tasks-24 --epochs 24 --methods vpt-deep
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,13 +59,14 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 
 
-def plan(tasks: Path, task: str, method: str) -> Sweep:
+def plan(tasks: Path, task: str, method: str, epochs: int | None = None) -> Sweep:
     settings, rates = METHODS[method]
+    settings = {**settings, "epochs": epochs or settings["epochs"]}
     return Sweep(dict(data=str(tasks / task), method=method, **COMMON, **settings), {"base_lr": rates})
 
 
-def collect(out: Path, tasks: list[str]) -> dict[str, Any]:
-    """The contents of docs/small-tasks/results.json, from the sweeps' folders.
+def collect(out: Path, tasks: list[str], methods: list[str]) -> dict[str, Any]:
+    """The contents of a results file in docs/small-tasks, from the sweeps' folders.
 
     Raises:
         typer.BadParameter: a sweep is not finished.
@@ -67,7 +74,7 @@ def collect(out: Path, tasks: list[str]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
         found[task] = {}
-        for method in METHODS:
+        for method in methods:
             path = out / task / method / "results.json"
             results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
             if not results.get("finished"):
@@ -89,36 +96,48 @@ def collect(out: Path, tasks: list[str]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table: a row for each method, columns for each task and the mean; the best in bold."""
+    """A Markdown table: a row for each method, columns for each task and the mean; the best of several
+    methods in bold."""
     tasks = results["tasks"]
     methods = list(next(iter(tasks.values())))
     means = {method: sum(task[method]["mean"] for task in tasks.values()) / len(tasks) for method in methods}
-    best = {name: max(found[method]["mean"] for method in methods) for name, found in tasks.items()}
+
+    def shown(value: float, values: Iterable[float]) -> str:
+        return f"**{value:.1%}**" if len(methods) > 1 and value == max(values) else f"{value:.1%}"
+
     lines = [["method", *(name.replace("_", " ") for name in tasks), "mean", "stored for a task"]]
     lines.append(["---"] * len(lines[0]))
     for method in methods:
         line = [method]
-        for name, found in tasks.items():
-            mean, deviation = found[method]["mean"], found[method]["standard_deviation"]
-            shown = f"**{mean:.1%}**" if mean == best[name] else f"{mean:.1%}"
-            line.append(f"{shown} ± {deviation:.1%}")
+        for found in tasks.values():
+            mean = shown(found[method]["mean"], [each["mean"] for each in found.values()])
+            line.append(f"{mean} ± {found[method]['standard_deviation']:.1%}")
         stored = [found[method]["stored_parameters"] for found in tasks.values()]
-        mean = f"**{means[method]:.1%}**" if means[method] == max(means.values()) else f"{means[method]:.1%}"
+        mean = shown(means[method], means.values())
         lines.append([*line, mean, f"{min(stored):,} to {max(stored):,}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_docs(results: dict[str, Any], docs: Path) -> None:
-    """Writes results.json, keeping the results of other tasks in it, the plot, and the table in
-    docs/small-tasks.md."""
+def write_docs(results: dict[str, Any], docs: Path, epochs: int | None) -> None:
+    """Writes the results file, keeping the results of other tasks in it, and the table in
+    docs/small-tasks.md; with each method's own number of epochs, the plot too."""
     folder, page = docs / "small-tasks", docs / "small-tasks.md"
-    if (folder / "results.json").exists():
-        there = json.loads((folder / "results.json").read_text())
+    file = folder / ("results.json" if epochs is None else f"results-{epochs}-epochs.json")
+    if file.exists():
+        there = json.loads(file.read_text())
         results = {**results, "tasks": {**there["tasks"], **results["tasks"]}}
-    text = replace_block(page, page.read_text(), MARKER, table(results))
+    marker = MARKER if epochs is None else f"{MARKER}, {epochs} epochs"
+    text = replace_block(page, page.read_text(), marker, table(results))
     folder.mkdir(exist_ok=True)
-    with replacing(folder / "results.json") as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
+    if epochs is None:
+        draw(results, folder / "comparison.png")
+    with replacing(page) as temporary:
+        temporary.write_text(text)
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
     lines = {
         method: {
             name.replace("_", " "): (found[method]["mean"], found[method]["standard_deviation"])
@@ -127,20 +146,18 @@ def write_docs(results: dict[str, Any], docs: Path) -> None:
         for method in METHODS
     }
     plot_ablation(
-        lines,
-        folder / "comparison.png",
-        title="five seeds, trained on 1,000 images",
-        x_label="",
-        y_label="test accuracy",
+        lines, file, title="five seeds, trained on 1,000 images", x_label="", y_label="test accuracy"
     )
-    with replacing(page) as temporary:
-        temporary.write_text(text)
 
 
 def main(
     tasks: Annotated[Path, typer.Argument(help="What small_tasks.py wrote.", exists=True, file_okay=False)],
     out: Annotated[Path, typer.Argument(help="Folder for the sweeps.")],
     only: Annotated[str, typer.Option("--tasks", help="Of these tasks, comma-separated.")] = ",".join(TASKS),
+    methods: Annotated[str, typer.Option(help="These methods, comma-separated.")] = ",".join(METHODS),
+    epochs: Annotated[
+        int | None, typer.Option(help="Train for so many, not for each method's own number.", min=1)
+    ] = None,
     docs: Annotated[
         Path | None,
         typer.Option(help="Train nothing; write what was found into this folder.", file_okay=False),
@@ -148,7 +165,10 @@ def main(
 ) -> None:
     """Work through what is not done yet. Ctrl-C stops; the same command goes on."""
     console = Console()
-    chosen = only.split(",")
+    chosen, compared = only.split(","), methods.split(",")
+    for method in compared:
+        if method not in METHODS:
+            raise typer.BadParameter(f"methods: got {method!r}, want some of {', '.join(METHODS)}")
     for task in chosen:
         if task not in TASKS:
             raise typer.BadParameter(f"tasks: got {task!r}, want some of {', '.join(TASKS)}")
@@ -158,13 +178,13 @@ def main(
                 + (" with --photographs" if task == "photo_turn" else "")
             )
     if docs is not None:
-        write_docs(collect(out, chosen), docs)
+        write_docs(collect(out, chosen, compared), docs, epochs)
         return
     for task in chosen:
         cache = TrainingCache()
-        for method in METHODS:
+        for method in compared:
             console.rule(f"{task}, {method}")
-            sweep = plan(tasks, task, method)
+            sweep = plan(tasks, task, method, epochs)
             if not run_sweep(sweep, out / task / method, console=console, cache=cache)["finished"]:
                 raise typer.Exit(130)
 

@@ -131,7 +131,7 @@ def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
 
 def test_a_task_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="small_tasks.py writes it with --photographs"):
-        study.main(tmp_path, tmp_path / "out", "photo_turn", None)
+        study.main(tmp_path, tmp_path / "out", "photo_turn")
 
 
 @pytest.mark.parametrize("method", study.METHODS)
@@ -139,10 +139,14 @@ def test_every_method_of_the_study_is_a_sweep_with_its_own_rates(method: str, tm
     sweep = study.plan(tmp_path, "digits", method)
     rates = [sweep.recipe(**point).base_lr for point in sweep.points()]
     assert rates == list(study.METHODS[method][1]) and sweep.seeds == (42, 44, 82, 100, 800)
+    own, longer = study.plan(tmp_path, "digits", method), study.plan(tmp_path, "digits", method, epochs=24)
+    assert own.settings["epochs"] == study.METHODS[method][0]["epochs"]
+    assert longer.settings == {**own.settings, "epochs": 24}
 
 
-def test_the_committed_page_shows_the_committed_results() -> None:
-    results = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
+@pytest.mark.parametrize("name", ["results.json", "results-24-epochs.json"])
+def test_the_committed_page_shows_the_committed_results(name: str) -> None:
+    results = json.loads((ROOT / "docs/small-tasks" / name).read_text())
     assert study.table(results) in (ROOT / "docs/small-tasks.md").read_text()
     for task in results["tasks"].values():
         for found in task.values():
@@ -172,14 +176,23 @@ def test_the_committed_page_says_how_training_is_not_the_paper_s() -> None:
 
 def test_a_study_that_is_not_finished_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="digits/linear is not finished"):
-        study.collect(tmp_path, ["digits"])
+        study.collect(tmp_path, ["digits"], list(study.METHODS))
 
 
 def test_results_of_another_task_join_those_that_are_there(tmp_path: Path) -> None:
     committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
     (tmp_path / "small-tasks.md").write_text(f"<!-- {study.MARKER} -->\n<!-- {study.MARKER} -->\n")
     for task in ("digits", "photo_turn"):
-        study.write_docs({**committed, "tasks": {task: committed["tasks"][task]}}, tmp_path)
+        study.write_docs({**committed, "tasks": {task: committed["tasks"][task]}}, tmp_path, None)
     written = json.loads((tmp_path / "small-tasks/results.json").read_text())
     assert list(written["tasks"]) == ["digits", "photo_turn"]
     assert study.table(written) in (tmp_path / "small-tasks.md").read_text()
+
+
+def test_results_of_another_number_of_epochs_are_kept_apart(tmp_path: Path) -> None:
+    committed = json.loads((ROOT / "docs/small-tasks/results-24-epochs.json").read_text())
+    marker = f"<!-- {study.MARKER}, 24 epochs -->\n"
+    (tmp_path / "small-tasks.md").write_text(marker + marker)
+    study.write_docs(committed, tmp_path, 24)
+    assert [path.name for path in (tmp_path / "small-tasks").iterdir()] == ["results-24-epochs.json"]
+    assert study.table(committed) in (tmp_path / "small-tasks.md").read_text()
