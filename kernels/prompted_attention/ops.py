@@ -101,6 +101,7 @@ def grad_kv_tiles(dtype: torch.dtype, head_dim: int, num_rows: int, arch: int) -
             return Tiles(64, 64 if head_dim <= 32 else 32, 4, 3)
         if head_dim <= 80:
             return Tiles(16, 64, 4, 3)
+        # With 64 keys, 88 and 96 need a limit on registers on sm_80, with which they spill on sm_86.
         return Tiles(16 if head_dim <= 96 else 32, 32, 4, 3)
     if arch == 90:
         # Left to itself, ptxas takes 255 registers for 104, and under Triton 3.6 spills all the same.
