@@ -95,11 +95,15 @@ def collect(out: Path, tasks: list[str], methods: list[str]) -> dict[str, Any]:
     return {"torch": torch.__version__, "tasks": found}
 
 
+def common_methods(results: dict[str, Any]) -> list[str]:
+    """The methods that have results on every task."""
+    return [method for method in METHODS if all(method in found for found in results["tasks"].values())]
+
+
 def table(results: dict[str, Any]) -> str:
     """A Markdown table: a row for each method, columns for each task and the mean; the best of several
     methods in bold."""
-    tasks = results["tasks"]
-    methods = list(next(iter(tasks.values())))
+    tasks, methods = results["tasks"], common_methods(results)
     means = {method: sum(task[method]["mean"] for task in tasks.values()) / len(tasks) for method in methods}
 
     def shown(value: float, values: Iterable[float]) -> str:
@@ -119,13 +123,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_docs(results: dict[str, Any], docs: Path, epochs: int | None) -> None:
-    """Writes the results file, keeping the results of other tasks in it, and the table in
+    """Writes the results file, keeping the results of other tasks and methods in it, and the table in
     docs/small-tasks.md; with each method's own number of epochs, the plot too."""
     folder, page = docs / "small-tasks", docs / "small-tasks.md"
     file = folder / ("results.json" if epochs is None else f"results-{epochs}-epochs.json")
     if file.exists():
-        there = json.loads(file.read_text())
-        results = {**results, "tasks": {**there["tasks"], **results["tasks"]}}
+        tasks = json.loads(file.read_text())["tasks"]
+        for task, found in results["tasks"].items():
+            tasks[task] = {**tasks.get(task, {}), **found}
+        results = {**results, "tasks": tasks}
     marker = MARKER if epochs is None else f"{MARKER}, {epochs} epochs"
     text = replace_block(page, page.read_text(), marker, table(results))
     folder.mkdir(exist_ok=True)
@@ -143,7 +149,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
             name.replace("_", " "): (found[method]["mean"], found[method]["standard_deviation"])
             for name, found in results["tasks"].items()
         }
-        for method in METHODS
+        for method in common_methods(results)
     }
     plot_ablation(
         lines, file, title="five seeds, trained on 1,000 images", x_label="", y_label="test accuracy"

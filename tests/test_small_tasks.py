@@ -189,6 +189,23 @@ def test_results_of_another_task_join_those_that_are_there(tmp_path: Path) -> No
     assert study.table(written) in (tmp_path / "small-tasks.md").read_text()
 
 
+def test_results_of_one_method_leave_those_of_the_others(tmp_path: Path) -> None:
+    committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
+    (tmp_path / "small-tasks.md").write_text(f"<!-- {study.MARKER} -->\n<!-- {study.MARKER} -->\n")
+    study.write_docs(committed, tmp_path, None)
+    again = {"vpt-deep": {**committed["tasks"]["digits"]["vpt-deep"], "base_lr": 3.0}}
+    study.write_docs({**committed, "tasks": {"digits": again}}, tmp_path, None)
+    written = json.loads((tmp_path / "small-tasks/results.json").read_text())["tasks"]
+    assert written == {**committed["tasks"], "digits": {**committed["tasks"]["digits"], **again}}
+
+
+def test_a_method_without_results_on_some_task_is_not_in_the_table() -> None:
+    committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
+    del committed["tasks"]["digits"]["full"]
+    assert study.common_methods(committed) == ["linear", "bias", "adapter", "vpt-shallow", "vpt-deep"]
+    assert "| full |" not in study.table(committed)
+
+
 def test_results_of_another_number_of_epochs_are_kept_apart(tmp_path: Path) -> None:
     committed = json.loads((ROOT / "docs/small-tasks/results-24-epochs.json").read_text())
     marker = f"<!-- {study.MARKER}, 24 epochs -->\n"
