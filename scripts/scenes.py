@@ -143,9 +143,11 @@ def report(
     from vpt_fast.scene_inference import evaluate_scene_run
     from vpt_fast.segmentation import segment
 
+    begun = RunFolder(run).read()
+    if begun is None:
+        raise typer.BadParameter(f"run: got {run}, which is no run folder (there is no config.yaml)")
     loaded = LoadedRun.load(run)
     made = loaded.scene_preprocessing
-    begun = RunFolder(run).read()
     results: dict[str, Any] = {
         "backbone": begun.recipe.backbone,
         "method": begun.recipe.method,

@@ -194,7 +194,11 @@ def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
     ("backbone", "settings", "message"),
     [
         ("resnet10t", {"prompt_type": "deep"}, "prompt_type: got 'deep' with a ConvNet"),
-        ("resnet10t", {"prompt_location": "prepend"}, "prompt_location: got 'prepend' with a ConvNet"),
+        (
+            "resnet10t",
+            {"prompt_location": "prepend"},
+            "got 'prepend' with a ConvNet, want 'pad' or 'concat-channel'",
+        ),
         ("resnet10t", {"pool": "cls"}, "pool: got 'cls' with a ConvNet"),
         ("resnet10t", {"prompt_dropout": 0.1}, "prompt_dropout=0.1: not with a ConvNet"),
         (
@@ -202,7 +206,7 @@ def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
             {"prompt_location": "concat-channel", "dtype": torch.bfloat16},
             "dtype: got torch.bfloat16 with prompt_location='concat-channel'",
         ),
-        ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet"),
+        ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet, want 'auto' or"),
         ("dla46x_c", {"img_size": 32}, "num_prompts: got 2 with images of 32x32, and .* none of 36x36"),
         ("bat_resnext26ts", {}, "num_prompts: got 2 with images of 256x256, and .* none of 260x260"),
         (

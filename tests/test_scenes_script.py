@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from vpt_fast.plots import class_colors
 
@@ -44,6 +45,11 @@ def test_folder_depends_on_the_seed_and_one_that_is_there_stays(tmp_path):
     assert len(files[0]) == 3 and files[0] == files[1] != files[2]
     scenes.write_scenes(tmp_path / "one", {"training": 1}, seed=9)
     assert len(list((tmp_path / "one").rglob("*.png"))) == 3
+
+
+def test_report_of_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(typer.BadParameter, match=f"run: got {tmp_path}, which is no run folder"):
+        scenes.report(tmp_path, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("count", [2, 19, 150])

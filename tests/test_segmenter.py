@@ -273,6 +273,7 @@ def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
     ("settings", "message"),
     [
         (dict(method="lora"), "method: got 'lora', want one of 'vpt-deep', 'vpt.bias', 'linear', 'bias'"),
+        (dict(method=["full"]), r"method: got \['full'\], want one of"),
         (dict(num_classes=0), "num_classes: got 0"),
         (dict(head_channels=0), "head_channels: got 0"),
         (dict(pool="cls"), "pool: got 'cls' with a segmenter, want None"),
@@ -281,6 +282,7 @@ def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
         (dict(aux_blocks=[2]), r"aux_blocks: got \[2\], want rising block indices below 2"),
         (dict(aux_blocks=[1.0]), r"aux_blocks: got \[1.0\], want rising block indices below 2"),
         (dict(aux_blocks=[1, 0]), r"aux_blocks: got \[1, 0\], want rising block indices below 2"),
+        (dict(aux_blocks=1), "aux_blocks: got 1, want rising block indices below 2"),
         (dict(backbone=tiny_vit(patch_drop_rate=0.5)), "patch_drop_rate leaves patches out"),
         (dict(backbone=tiny_vit(dynamic_img_pad=True, dynamic_img_size=True)), "dynamic_img_pad pads images"),
     ],

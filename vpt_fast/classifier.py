@@ -33,6 +33,13 @@ from vpt_fast.tuned_model import TunedModel, check_count, check_dtype
 _HEAD_BIAS = -math.log(99.0)
 
 
+def is_rising(blocks: Any, num_blocks: int) -> bool:
+    """Whether these are ascending indices, as plain ints, of a model's blocks."""
+    if not isinstance(blocks, Sequence) or not all(type(index) is int for index in blocks):
+        return False
+    return list(blocks) == sorted({*blocks} & {*range(num_blocks)})
+
+
 def check_arguments(
     num_classes: int,
     pool: str | None,
@@ -208,10 +215,9 @@ class TunedClassifier(TunedModel):
         raise NotImplementedError(f"{type(self).__name__} gives no patch tokens")
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
-        wanted = sorted({*blocks} & {*range(self.num_blocks)})
-        if not blocks or list(blocks) != wanted or not all(type(index) is int for index in blocks):
+        if not is_rising(blocks, self.num_blocks) or not blocks:
             raise ValueError(
-                f"blocks: got {list(blocks)}, want rising block indices from 0 to {self.num_blocks - 1}"
+                f"blocks: got {blocks!r}, want rising block indices from 0 to {self.num_blocks - 1}"
             )
 
     def _patches(self, tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:

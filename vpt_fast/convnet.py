@@ -85,7 +85,8 @@ class PromptedConvNet(FrozenClassifier):
             raise ValueError(f"prompt_type: got {prompt_type!r} with a ConvNet, want 'shallow'")
         if prompt_location not in LOCATIONS:
             raise ValueError(
-                f"prompt_location: got {prompt_location!r} with a ConvNet, want one of {LOCATIONS}"
+                f"prompt_location: got {prompt_location!r} with a ConvNet, "
+                f"want {' or '.join(map(repr, LOCATIONS))}"
             )
         if prompt_location == "concat-channel" and dtype is not None and dtype.itemsize < 4:
             raise ValueError(f"dtype: got {dtype}{_NEEDS_FLOAT32}")
@@ -186,7 +187,7 @@ class PromptedConvNet(FrozenClassifier):
 
 def _check_memory(memory: str) -> None:
     if memory not in MEMORY:
-        raise ValueError(f"memory: got {memory!r} with a ConvNet, want one of {MEMORY}")
+        raise ValueError(f"memory: got {memory!r} with a ConvNet, want {' or '.join(map(repr, MEMORY))}")
 
 
 def border_prompts(backbone: FrozenConvNet | WholeBackbone, border: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -18,7 +18,7 @@ from vpt_fast.backbones.architecture import POOLING
 from vpt_fast.backbones.layers import on_meta
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
-from vpt_fast.classifier import PromptedClassifier, TunedClassifier
+from vpt_fast.classifier import PromptedClassifier, TunedClassifier, is_rising
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
 from vpt_fast.tuned_model import TunedModel, check_count
@@ -144,7 +144,7 @@ class PromptedSegmenter(TunedModel):
         **settings: Any,
     ) -> None:
         num_classes = check_count("num_classes", num_classes)
-        if method not in ENCODERS:
+        if method not in tuple(ENCODERS):
             raise ValueError(f"method: got {method!r}, want one of {', '.join(map(repr, ENCODERS))}")
         head_channels = check_count("head_channels", head_channels)
         for name, wanted in (("pool", None), ("prompt_type", "deep"), ("prompt_location", "prepend")):
@@ -157,10 +157,14 @@ class PromptedSegmenter(TunedModel):
         )  # fmt: skip
         vit = encoder.backbone
         _check_patches(vit)
+        last = encoder.num_blocks - 1
         if aux_blocks is None:
-            blocks = {max(round(share * encoder.num_blocks), 1) - 1 for share in _AUX_SHARES}
-            aux_blocks = sorted(blocks - {encoder.num_blocks - 1})
-        _check_aux_blocks(aux_blocks, encoder.num_blocks - 1)
+            aux_blocks = sorted({max(round(share * (last + 1)), 1) - 1 for share in _AUX_SHARES} - {last})
+        if not is_rising(aux_blocks, last):
+            raise ValueError(
+                f"aux_blocks: got {aux_blocks!r}, want rising block indices below {last}, the last block, "
+                "which the head reads"
+            )
         super().__init__(encoder._backbone_config)
         encoder.head = nn.Identity()  # type: ignore[assignment]
         for module in (vit.stem.norm, vit.stem.fc_norm, vit.stem.attn_pool):
@@ -269,16 +273,6 @@ class PromptedSegmenter(TunedModel):
                 tokens = torch.empty(1, math.prod(grid), vit.embed_dim, dtype=dtype, device="meta")
                 F.cross_entropy(head(tokens, grid, size), labels)
         return kept_sizes()
-
-
-def _check_aux_blocks(blocks: Sequence[int], last: int) -> None:
-    """Raises ValueError unless these are ascending indices of blocks before the last one."""
-    wanted = sorted({*blocks} & {*range(last)})
-    if list(blocks) != wanted or not all(type(index) is int for index in blocks):
-        raise ValueError(
-            f"aux_blocks: got {list(blocks)}, want rising block indices below {last}, the last block, which "
-            "the head reads"
-        )
 
 
 def _check_patches(vit: FrozenViT) -> None:
