@@ -9,6 +9,8 @@ import pytest
 import torch
 from image_files import noise
 
+from vpt_fast.data import loader
+
 
 @pytest.fixture
 def write_images(tmp_path: Path) -> Callable[[Mapping[str, int]], Path]:
@@ -36,3 +38,16 @@ def overlapping(monkeypatch) -> list[torch.device]:
 
     monkeypatch.setattr(torch.Tensor, "to", recorded)
     return devices
+
+
+@pytest.fixture
+def full_shared_memory(monkeypatch) -> list[loader._InBytes]:
+    """Worker processes find no room in shared memory; the batches that came without it."""
+    came, tensors = [], loader._InBytes.tensors
+
+    def refuse(*_, **__):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: Success (0)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", refuse)
+    monkeypatch.setattr(loader._InBytes, "tensors", lambda batch: came.append(batch) or tensors(batch))
+    return came

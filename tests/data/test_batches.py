@@ -76,6 +76,12 @@ def test_batches_do_not_depend_on_the_number_of_workers(images, workers):
         assert_same(one.epoch(epoch), more.epoch(epoch))
 
 
+def test_workers_give_the_same_batches_without_room_in_shared_memory(images, full_shared_memory):
+    batches = make(images, resident="off", workers=1)
+    assert_same(make(images, resident="off").epoch(0), batches.epoch(0))
+    assert len(full_shared_memory) == len(batches)
+
+
 def test_evaluation_goes_through_the_list_in_order_as_the_model_sees_it(images):
     preprocessing = PREPROCESSINGS["crop-flip"]
     pixels, labels = zip(*make(images, preprocessing, train=False).epoch(0), strict=True)
@@ -459,6 +465,20 @@ def test_workers_share_the_names_of_files(tmp_path):
     )  # an object's count of references is written by each that reads it
     ((pixels, _),) = batches.epoch(0)
     assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "started"), [("forkserver", "fork"), ("fork", "fork"), ("spawn", "spawn")]
+)
+def test_workers_are_forked_unless_they_are_to_be_spawned(images, method, started):
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        batches = make(images, resident="off", workers=1)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert batches._loader._loader.multiprocessing_context.get_start_method() == started
+    assert_same(batches.epoch(0), make(images, resident="off").epoch(0))
 
 
 def test_decode_error_crosses_processes():

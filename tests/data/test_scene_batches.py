@@ -159,6 +159,12 @@ def test_batches_are_the_same_in_worker_processes(scenes):
             assert x.dtype == torch.float32 and y.dtype == torch.int64
 
 
+def test_workers_give_the_same_scenes_without_room_in_shared_memory(scenes, full_shared_memory):
+    pairs = zip(batches(scenes).epoch(0), batches(scenes, workers=1).epoch(0), strict=True)
+    assert all(torch.equal(x, other_x) and torch.equal(y, other_y) for (x, y), (other_x, other_y) in pairs)
+    assert len(full_shared_memory) == 3
+
+
 def test_epochs_differ_and_repeat(scenes):
     source = batches(scenes)
     first, second, again = (torch.cat([x for x, _ in source.epoch(epoch)]) for epoch in (0, 1, 0))

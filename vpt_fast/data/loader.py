@@ -44,6 +44,7 @@ class PlannedLoader(Generic[_Read]):
             _Reads(read),
             batch_sampler=self._plan,
             num_workers=workers,
+            multiprocessing_context=_start_method() if workers else None,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -69,7 +70,17 @@ class PlannedLoader(Generic[_Read]):
                 # cycle. The garbage collector would free it after its queues, and it would wait for workers
                 # that it can no longer tell to stop.
                 raise DecodeError(loaded.path, loaded.reason)
-            yield loaded
+            yield loaded.tensors() if isinstance(loaded, _InBytes) else loaded
+
+
+def _start_method() -> str:
+    """How worker processes start: as multiprocessing does, but forked where that would be by a server.
+
+    Python 3.14 made the server Linux's default. A process that it starts imports PyTorch and timm anew, which
+    takes seconds of a core for each of them, where a fork takes milliseconds.
+    """
+    method = multiprocessing.get_start_method()
+    return "fork" if method == "forkserver" else method
 
 
 class _Reads(Dataset, Generic[_Read]):
@@ -86,10 +97,37 @@ class _Reads(Dataset, Generic[_Read]):
             return error
 
 
+class _InBytes:
+    """A batch that comes from a worker process through a pipe, since it found no room in shared memory: a
+    container has 64 MiB of that, unless it is started with more."""
+
+    def __init__(self, loaded: list[Any]) -> None:
+        self._is_tuple = isinstance(loaded[0], tuple)
+        columns = zip(*loaded, strict=True) if self._is_tuple else (loaded,)
+        self._arrays = [torch.stack(column).numpy() for column in columns]
+
+    def tensors(self) -> Any:
+        """As `default_collate` gives them."""
+        found = [torch.from_numpy(array) for array in self._arrays]
+        return found if self._is_tuple else found[0]
+
+    def pin_memory(self) -> Any:
+        """The same, pinned: DataLoader's thread for that calls it."""
+        found = self.tensors()
+        return [t.pin_memory() for t in found] if self._is_tuple else found.pin_memory()
+
+
 def _collate(loaded: list[Any]) -> Any:
     """The batch, or its first error."""
     error = next((item for item in loaded if isinstance(item, DecodeError)), None)
-    return default_collate(loaded) if error is None else error
+    if error is not None:
+        return error
+    try:
+        return default_collate(loaded)
+    except RuntimeError as full:
+        if "unable to allocate shared memory" not in str(full):
+            raise
+        return _InBytes(loaded)
 
 
 def _leave_stop_signals(is_exiting: Any, worker: int) -> None:
