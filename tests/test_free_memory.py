@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 from vpt_fast import free_memory
@@ -15,18 +16,11 @@ def test_free_bytes_of_this_machine_are_less_than_it_has() -> None:
     assert 0 < free_bytes(torch.device("cpu")) < total
 
 
-def test_free_bytes_of_a_container_are_what_its_control_group_leaves(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(free_memory, "_CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("4000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1000000\ninactive_file 300000\n")
-    assert free_bytes(torch.device("cpu")) == 1_300_000
-
-
-def test_free_bytes_of_a_container_without_a_limit_are_the_machines(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(free_memory, "_CONTROL_GROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes(torch.device("cpu")) > 1_300_000
+@pytest.mark.parametrize(("left", "expected"), [(1_300_000, 1_300_000), (2**60, None), (None, None)])
+def test_free_bytes_are_no_more_than_control_groups_leave(left, expected, monkeypatch) -> None:
+    monkeypatch.setattr(free_memory, "memory_left", lambda: left)
+    monkeypatch.setattr(free_memory, "_available", lambda: 2**30)
+    assert free_bytes(torch.device("cpu")) == (expected or 2**30)
 
 
 def test_free_bytes_of_a_gpu_are_those_after_unused_memory_is_given_back(monkeypatch) -> None:

@@ -413,7 +413,10 @@ def test_pixels_that_were_staged_go_to_the_device_whatever_is_left_of_the_host(i
 
 def test_all_cores_decode_shared_by_local_processes(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.setattr("vpt_fast.control_groups.cores", lambda: None)
     assert default_workers() == 6
+    monkeypatch.setattr("vpt_fast.control_groups.cores", lambda: 4)
+    assert default_workers() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert default_workers() == 1
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from vpt_fast import control_groups
+
 from .images import DataError, ImageItem, ImageList, open_image
 from .preprocessing import Preprocessing
 from .resident import ResidentBuilder, ResidentImages
@@ -74,9 +76,10 @@ class CheckedImages:
 
 
 def default_workers() -> int:
-    """Cores that this process may use, divided among the processes that torchrun started on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """Cores that this process may use, in a container too, divided among the processes that torchrun started
+    on this machine."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(own, control_groups.cores() or own) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def decode_image(path: str | ImageItem) -> Image.Image:
