@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 # A part is a module or package directly under vpt_fast; "" is vpt_fast/__init__.py itself.
 LAYERS = {
-    "files": ["files", "free_memory", "failures", "data_names", "counting"],
+    "files": ["files", "control_groups", "free_memory", "failures", "data_names", "counting"],
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
