@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -49,6 +49,24 @@ def require_keys(path: Path, values: dict[str, Any], *keys: str) -> None:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
 
 
+def lock_file(file: IO[Any] | int, *, wait: bool = True) -> bool:
+    """Locks an open file against other processes, until it is closed.
+
+    Returns:
+        Whether its file system has locks; some clusters mount theirs without.
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one is not to `wait`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of an empty temporary file beside `path`, which replaces `path` if the block succeeds.
@@ -68,8 +86,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if fcntl is None:
             os.close(descriptor)  # Windows neither renames nor deletes an open file
         else:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `remove_unfinished` that it is being written
+            lock_file(descriptor)  # tells `remove_unfinished` that it is being written
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -125,5 +142,5 @@ def remove_unfinished(*paths: str | os.PathLike[str]) -> None:
         return
     for left in unfinished(*paths):
         with contextlib.suppress(OSError), open(left, "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink(missing_ok=True)
+            if lock_file(file, wait=False):
+                left.unlink(missing_ok=True)

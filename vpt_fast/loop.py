@@ -34,7 +34,15 @@ from vpt_fast.plots import plot_curves
 from vpt_fast.precision import AUTOCAST
 from vpt_fast.problem import Evaluated, Problem, Source
 from vpt_fast.recipe import SEGMENTATION, Recipe
-from vpt_fast.report import Progress, checking_images, device_name, evaluating, print_skipped, print_start
+from vpt_fast.report import (
+    Progress,
+    checking_images,
+    device_name,
+    evaluating,
+    print_no_locks,
+    print_skipped,
+    print_start,
+)
 from vpt_fast.resume import (
     describe_run,
     digest_lists,
@@ -125,6 +133,8 @@ def train(
 
         # The run folder: a new one, or one begun with this recipe.
         folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
+        if not folder.is_locked:
+            print_no_locks(console, out)
         if fresh:
             world.from_main(folder.require_clearable)
         begun = None if fresh else world.from_main(folder.read)

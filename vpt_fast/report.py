@@ -30,6 +30,14 @@ NAMES_SHOWN = 10
 MANY_IMAGES = 20_000  # which take seconds to decode
 
 
+def print_no_locks(console: Console, folder: Path) -> None:
+    """Prints that the folder, in which one process may train, cannot be locked."""
+    console.print(
+        f"No file in {folder} can be locked: nothing keeps a second process from training there.",
+        style="yellow", highlight=False, markup=False,
+    )  # fmt: skip
+
+
 def print_start(
     console: Console,
     recipe: Recipe,

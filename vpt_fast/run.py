@@ -7,7 +7,6 @@ last good one. An epoch adds its line to metrics.jsonl; of one that an interrupt
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -31,7 +30,7 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import holds, parse_json, read_json, remove_unfinished, write
+from vpt_fast.files import holds, lock_file, parse_json, read_json, remove_unfinished, write
 from vpt_fast.recipe import SEGMENTATION, Recipe
 from vpt_fast.run_files import RunFiles
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
@@ -134,13 +133,16 @@ class RunFolder(RunFiles):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._metrics_size: int | None = None  # bytes, after `save_epoch`
+        self.is_locked = False
 
     @classmethod
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[RunFolder]:
         """Creates the folder and locks it against other processes; RunError if that fails."""
-        with _lock(path):
+        lock, is_locked = _lock(path)
+        with lock:
             folder = cls(path)
+            folder.is_locked = is_locked
             folder.remove_unfinished()
             try:
                 yield folder
@@ -298,8 +300,12 @@ class RunFolder(RunFiles):
         return Checkpoint(done, part("trainable/"), part("optimizer/"), scaler)
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Creates the folder and locks its lock file, until that is closed; RunError if it cannot."""
+def _lock(folder: Path) -> tuple[IO[str], bool]:
+    """Creates the folder and locks its lock file, until that is closed; RunError if another process has.
+
+    Returns:
+        The lock file, and whether it could be locked.
+    """
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +314,7 @@ def _lock(folder: Path) -> IO[str]:
         except OSError as error:
             raise RunError(f"out is {folder}, which cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = lock_file(lock, wait=False)
         except BlockingIOError:
             lock.close()
             raise RunError(
@@ -318,7 +324,7 @@ def _lock(folder: Path) -> IO[str]:
         # would lock another one.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock")):
-                return lock
+                return lock, is_locked
         lock.close()
 
 

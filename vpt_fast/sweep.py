@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -40,10 +39,10 @@ from vpt_fast.cache import TrainingCache
 from vpt_fast.classification import Classification
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import find_task
-from vpt_fast.files import remove_unfinished, write
+from vpt_fast.files import lock_file, remove_unfinished, write
 from vpt_fast.methods import build_model_without_values, require_attention
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
-from vpt_fast.report import print_facts
+from vpt_fast.report import print_facts, print_no_locks
 from vpt_fast.run import RunFolder, default_run_folder, list_digest
 from vpt_fast.setting_values import read_yaml
 from vpt_fast.step import graph_obstacle, require_batches
@@ -120,7 +119,7 @@ def run_sweep(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out is {out}, which cannot be written: {error.strerror}") from None
-    with _lock(out):  # the first process determines which sweep the folder holds
+    with _lock(out) as is_locked:  # the first process determines which sweep the folder holds
         _require_same_sweep(sweep, inputs, out)
         search, final = open_studies(sweep.study_name(inputs), out, storage)
         _begin(sweep, inputs, out)
@@ -130,6 +129,8 @@ def run_sweep(
         sampler = functools.partial(find_sampler, sweep.sampler, sweep.first_recipe.seed)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
     _print_plan(console, sweep, plan, amounts, out)
+    if not is_locked:
+        print_no_locks(console, out)
 
     tidied: set[int] = set()
 
@@ -141,7 +142,7 @@ def run_sweep(
         cache=cache,
         stop=stop,
         folder_lock=functools.partial(_lock, out),
-        is_only_folder=storage is None,
+        is_only_folder=storage is None and is_locked,
     )
     with saving_studies(out), contextlib.suppress(Stopped):
         changes = plan.changes
@@ -448,11 +449,10 @@ def _range(noun: str, values: Iterable[int]) -> str:
 
 
 @contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Lets one process at a time into the block."""
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _lock(out: Path) -> Iterator[bool]:
+    """Lets one process at a time into the block. Yields whether the file system can do that."""
+    with open(out / ".lock", "w") as file:
+        yield lock_file(file)
 
 
 def _collect(

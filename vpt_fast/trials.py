@@ -159,7 +159,7 @@ class Worker:
     display: Display
     after: Callable[[], Any]
     stop: threading.Event
-    folder_lock: Callable[[], contextlib.AbstractContextManager[None]]
+    folder_lock: Callable[[], contextlib.AbstractContextManager[bool]]
     is_only_folder: bool
     draws_curves: bool
 

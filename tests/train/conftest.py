@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import signal
 import sqlite3
@@ -99,6 +102,16 @@ def settings(color_images) -> dict:
         batch_size=9,
         device="cpu",
     )
+
+
+@pytest.fixture
+def without_locks(monkeypatch) -> None:
+    """A file system that has no locks."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 @pytest.fixture

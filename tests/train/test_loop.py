@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import fcntl
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import pytest
 import timm
 import torch
 from graph_on_cpu import capture_on_cpu
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from vpt_fast import classification, load_pretrained, loop
@@ -551,6 +553,12 @@ def test_two_processes_in_one_folder_are_refused(recipe, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="another process is training in .*run"):
             train(recipe, tmp_path / "run")
+
+
+def test_folder_that_cannot_be_locked_is_trained_in_after_a_note(recipe, tmp_path, without_locks):
+    console = Console(file=io.StringIO(), width=500)
+    assert train(recipe, tmp_path / "run", console=console).results
+    assert console.file.getvalue().startswith(f"No file in {tmp_path / 'run'} can be locked: nothing keeps a")
 
 
 def test_folder_that_another_process_removes_while_it_is_locked_is_locked_anew(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -21,6 +22,12 @@ from vpt_fast.recipe import Recipe
 from vpt_fast.run import RunFolder
 from vpt_fast.sweep import best_trial, run_sweep, trial_folder
 from vpt_fast.sweep_settings import Sweep
+
+
+def test_folder_that_cannot_be_locked_is_swept_in_after_one_note(settings, tmp_path, without_locks):
+    console = Console(file=io.StringIO(), width=500)
+    assert run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path, console=console)["finished"]
+    assert console.file.getvalue().count(f"No file in {tmp_path} can be locked") == 1
 
 
 def test_best_trial_and_final_runs_are_those_trained_by_hand(settings, tmp_path):

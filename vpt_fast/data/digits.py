@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vpt_fast.counting import counted
+from vpt_fast.files import lock_file
 
 from .images import DataError
 
@@ -86,10 +86,9 @@ def _locked(folder: Path) -> Iterator[bool]:
     """Yields whether it could be locked: not if another process has, and not where there are no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        is_locked = True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            is_locked = lock_file(descriptor, wait=False)
+        except BlockingIOError:
             is_locked = False
         yield is_locked
     finally:

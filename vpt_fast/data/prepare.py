@@ -10,7 +10,6 @@ task of the same form, with other training images. So do a set's original files,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -24,7 +23,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from vpt_fast.counting import counted
-from vpt_fast.files import parse_json, remove_unfinished, replacing, unfinished
+from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, unfinished
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
@@ -191,15 +190,12 @@ def _locked(folder: Path) -> Iterator[bool]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
-        is_alone = True
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = lock_file(lock, wait=False)
         except BlockingIOError:
             raise DataError(
                 f"{folder}: another process is preparing it; wait for it, or choose another folder"
             ) from None
-        except OSError:
-            is_alone = False
         yield is_alone
 
 
