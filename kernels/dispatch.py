@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from vpt_fast.kernels.launch import arch_of, takes_kernels
+from vpt_fast.kernels.launch import arch_of, require_driver, takes_kernels
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images, window_reference
@@ -110,7 +110,8 @@ class Backend(NamedTuple):
             is_gated: whether the MLP's activation is gated.
 
         Raises:
-            ValueError: the model is being exported, and the backend has no plain PyTorch.
+            ValueError: the model is being exported, and the backend has no plain PyTorch; or kernels cannot
+                be launched, for want of a C compiler.
         """
         if is_for_other_programs():
             if self.other.name != "torch":
@@ -123,6 +124,8 @@ class Backend(NamedTuple):
             return self.other
         if self.cuda is not self.other and not takes_kernels(device):
             return self.other
+        if self.cuda.name != "torch":
+            require_driver()
         can_fuse = self.fused is not None and not in_windows and not is_gated
         if can_fuse and fused_mlp_pays(device, dtype):
             return self.fused
@@ -146,13 +149,16 @@ class Backend(NamedTuple):
                 f"{', '.join(map(str, head_dims))}; 'auto' and 'torch' take any"
             )
 
-    def require_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-        """Raises ValueError if a FlashAttention implementation does not support such tensors, found by
-        calling it on a few rows. A backend's own attention is not tried: it supports whatever the backend
-        does."""
+    def require_operations(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, in_windows: bool = False
+    ) -> None:
+        """Raises ValueError if `ops` does, or if a FlashAttention implementation does not support such
+        tensors, found by calling it on a few rows. A backend's own attention is not tried: it supports
+        whatever the backend does."""
+        ops = self.ops(device, dtype, head_dim, in_windows)
         if self.needs_out:
             rows = torch.zeros(1, 8, 1, head_dim, dtype=dtype, device=device)  # (B, N, H, D)
-            self.ops(device, dtype, head_dim).attention(rows, rows, rows, None, None)
+            ops.attention(rows, rows, rows, None, None)
 
     @property
     def needs_out(self) -> bool:

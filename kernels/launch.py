@@ -47,6 +47,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
+def require_driver() -> None:
+    """Raises ValueError if Triton cannot launch kernels. It compiles a C file for that, once, and containers
+    often have no compiler or lack Python's headers."""
+    try:
+        _make_driver()
+    except Exception as error:  # of Triton, of the compiler's process, or of loading what was compiled
+        raise ValueError(
+            f"backend='triton': Triton cannot launch kernels here ({error}); it needs a C compiler, such as "
+            "gcc, and Python's headers, in a package such as python3-dev; 'torch' needs neither"
+        ) from error
+
+
+@cache
+def _make_driver() -> None:
+    import triton
+
+    _ = triton.runtime.driver.active  # made when it is first read
+
+
 def arch_of(device: torch.device) -> int:
     """80, 90 or 100: the architecture whose tables of tiles apply to this device."""
     return tables_of(_capability(device)[0]) if device.type == "cuda" else 90

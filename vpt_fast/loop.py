@@ -29,7 +29,7 @@ from vpt_fast.counting import counted
 from vpt_fast.failures import OutOfMemory, TrainingDiverged, is_out_of_memory, said_of_memory
 from vpt_fast.features import caches_features, feature_batches
 from vpt_fast.method_rules import parse_method
-from vpt_fast.methods import build_seeded, require_attention
+from vpt_fast.methods import build_seeded, require_operations
 from vpt_fast.plots import plot_curves
 from vpt_fast.precision import AUTOCAST
 from vpt_fast.problem import Evaluated, Problem, Source
@@ -159,7 +159,7 @@ def train(
         if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
             model.hold_frozen_weights_in(dtype)
         model.to(world.device)
-        require_attention(recipe, model, world.device)
+        require_operations(recipe, model, world.device)
         preprocessing = problem.preprocessing(recipe, model)
         require_same_lists(recipe, splits, world)  # of which each may check a share
         train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)

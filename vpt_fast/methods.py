@@ -100,11 +100,12 @@ def build_seeded(recipe: Recipe, num_classes: int, cache: TrainingCache) -> Tune
         return build_model(recipe, num_classes)
 
 
-def require_attention(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
-    """Raises ValueError if attention that was chosen by name does not support the precision or device."""
+def require_operations(recipe: Recipe, model: TunedModel, device: torch.device) -> None:
+    """Raises ValueError if kernels cannot be launched on the device, or if attention that was chosen by name
+    does not support it or the precision."""
     try:
         with autocast(recipe.precision, device):
-            model.require_attention(device)
+            model.require_operations(device)
     except ValueError as error:
         raise ValueError(f"{error} (precision {recipe.precision} on {device})") from None
 

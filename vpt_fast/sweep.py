@@ -40,7 +40,7 @@ from vpt_fast.classification import Classification
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import find_task
 from vpt_fast.files import lock_file, remove_unfinished, write
-from vpt_fast.methods import build_model_without_values, require_attention
+from vpt_fast.methods import build_model_without_values, require_operations
 from vpt_fast.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.report import print_facts, print_no_locks
 from vpt_fast.run import RunFolder, default_run_folder, list_digest
@@ -235,7 +235,7 @@ def _require_trial(sweep: Sweep, recipe: Recipe, device: torch.device, cache: Tr
     graph_obstacle(resolved, device, problem.graph_obstacle)  # raises if the requested graph is impossible
     model = build_model_without_values(resolved, len(splits.classes))
     if model is not None:
-        require_attention(resolved, model, device)
+        require_operations(resolved, model, device)
         problem.preprocessing(resolved, model)
         amount = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache)
         for num_images in (amount.trial_images, amount.final_images):

@@ -178,16 +178,17 @@ class TunedModel(nn.Module, metaclass=_Built):
         # Without this property, an assignment would create an attribute that has no effect.
         raise ValueError(f"memory: got {memory!r} with {type(self).__name__}, which has no memory policies")
 
-    def require_attention(self, device: torch.device) -> None:
-        """Checks before the first step that an attention implementation chosen by name supports this device,
-        the compute dtype (the model's own, or autocast's) and the head dimension.
+    def require_operations(self, device: torch.device) -> None:
+        """Checks before the first step that kernels can be launched, and that an attention implementation
+        chosen by name supports this device, the compute dtype (the model's own, or autocast's) and the head
+        dimension.
 
         Raises:
             ValueError: it does not.
         """
         for module in self.backbone.modules():
             if isinstance(module, FrozenBlock):
-                module.require_attention(device)
+                module.require_operations(device)
 
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """Memory of a training step at the model's own image size: counted, or estimated where blocks are

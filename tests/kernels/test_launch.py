@@ -196,3 +196,33 @@ def test_later_calls_give_tritons_launcher_what_the_first_one_gave() -> None:
 
 def test_builds_fuse_products_and_sums_whatever_tritons_default() -> None:
     assert run_on_no_device(AHEAD_OF_TIME, TRITON_DEFAULT_FP_FUSION="0") == [True, True]
+
+
+WITHOUT_COMPILER = """
+import torch
+from triton.backends import backends
+from vpt_fast.kernels.dispatch import get_backend
+from vpt_fast.kernels import dispatch
+
+backends["nvidia"].driver.is_active = staticmethod(lambda: True)
+torch.cuda.is_available = lambda: True
+dispatch.takes_kernels = lambda device: True
+backend = get_backend("auto")
+assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "torch"
+for check in (backend.ops, backend.require_operations):
+    try:
+        check(torch.device("cuda"), torch.float32, 64)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_machine_without_a_c_compiler_is_named_before_anything_runs(tmp_path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "CC"}
+    env |= {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=env, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == second and "Failed to find C compiler" in first
+    assert (
+        first.startswith("backend='triton': Triton cannot launch kernels here") and "'torch' needs" in first
+    )

@@ -72,11 +72,11 @@ class FrozenBlock(nn.Module):
             if weight is not None and weight.dtype != torch.float64:
                 weight.data = weight.data.to(dtype)
 
-    def require_attention(self, device: torch.device) -> None:
-        """Raises ValueError if attention that was chosen by name does not support this device in the current
-        compute dtype (the weights' own, or autocast's)."""
+    def require_operations(self, device: torch.device) -> None:
+        """Raises ValueError if the backend, or attention that was chosen by name, does not support this
+        device in the current compute dtype (the weights' own, or autocast's)."""
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
-        self.backend.require_attention(device, dtype, self.spec.head_dim)
+        self.backend.require_operations(device, dtype, self.spec.head_dim, self.in_windows)
 
     @property
     def windows(self) -> Windows | None:
