@@ -301,7 +301,8 @@ class RunFolder(RunFiles):
 
 
 def _lock(folder: Path) -> tuple[IO[str], bool]:
-    """Creates the folder and locks its lock file, until that is closed; RunError if another process has.
+    """Creates the folder and locks its lock file, until that is closed. RunError if it cannot be written, or
+    if another process has locked it.
 
     Returns:
         The lock file, and whether it could be locked.

@@ -157,9 +157,9 @@ class PromptedSegmenter(TunedModel):
         )  # fmt: skip
         vit = encoder.backbone
         _check_patches(vit)
-        last = encoder.num_blocks - 1
+        num_blocks, last = encoder.num_blocks, encoder.num_blocks - 1
         if aux_blocks is None:
-            aux_blocks = sorted({max(round(share * (last + 1)), 1) - 1 for share in _AUX_SHARES} - {last})
+            aux_blocks = sorted({max(round(share * num_blocks), 1) - 1 for share in _AUX_SHARES} - {last})
         if not is_rising(aux_blocks, last):
             raise ValueError(
                 f"aux_blocks: got {aux_blocks!r}, want rising block indices below {last}, the last block, "
