@@ -236,6 +236,17 @@ def training_steps(models: Sequence[nn.Module], images: Tensor, labels: Tensor) 
     return steps
 
 
+def image_by_image(plain: nn.Module, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Logits of a definition that is called with each image and its own prompts: for every tensor of the
+    definition's prompts one (B, *shape)."""
+    names = [name for name, _ in plain.named_parameters() if name.split(".")[0] == "prompts"]
+    rows = []
+    for index, image in enumerate(images):
+        of_image = {name: given[index] for name, given in zip(names, prompts, strict=True)}
+        rows.append(torch.func.functional_call(plain, of_image, (image.unsqueeze(0),)))
+    return torch.cat(rows)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`, in float64; 0 where both are exactly zero."""
     difference = (actual.detach().double() - expected.detach().double()).norm()

@@ -369,7 +369,7 @@ def test_counting_what_is_kept_calls_no_hooks(build) -> None:
 def test_auto_leaves_room_for_what_attention_pooling_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = tiny_vit(torch.float32, global_pool="map", class_token=False)
     model = PromptedViT(vit, CLASSES, M, memory="auto")
-    blocks = sum(model._step_bytes(BATCH, model.backbone.num_tokens, torch.float32, POLICIES["exact"]))
+    blocks = sum(model._step_bytes(BATCH, model.backbone.num_tokens, torch.float32, POLICIES["exact"], False))
     monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device: int((blocks + 1) / 0.9))
     assert model.memory_policy(BATCH) != "exact"
 

@@ -292,7 +292,7 @@ class PromptedClassifier(FrozenClassifier):
         # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
         self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
-        self._chosen: dict[tuple[int, int, torch.dtype, torch.device], str] = {}
+        self._chosen: dict[tuple[int, int, bool, torch.dtype, torch.device], str] = {}
 
     @property
     def memory(self) -> str:
@@ -309,7 +309,8 @@ class PromptedClassifier(FrozenClassifier):
         self.memory = "recompute" if enable else "exact"
 
     def memory_policy(self, batch_size: int, num_tokens: int | None = None) -> str:
-        """Name of the policy that a training step uses: `memory`, or what ``"auto"`` chooses.
+        """Name of the policy that a training step with the model's own prompts uses: `memory`, or what
+        ``"auto"`` chooses.
 
         ``"auto"`` checks the free memory once for each batch size, N, compute dtype and device, and keeps its
         choice.
@@ -326,26 +327,27 @@ class PromptedClassifier(FrozenClassifier):
             num_tokens = check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
-    def _policy(self, batch_size: int, num_tokens: int) -> MemoryPolicy:
-        """The policy of a forward pass."""
+    def _policy(self, batch_size: int, num_tokens: int, per_image: bool) -> MemoryPolicy:
+        """The policy of a forward pass. per_image: whether it is given prompts that differ from image to
+        image."""
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return POLICIES["exact"]  # nothing is kept, so the free memory need not be checked
-        return POLICIES[self._policy_name(batch_size, num_tokens)]
+        return POLICIES[self._policy_name(batch_size, num_tokens, per_image)]
 
-    def _policy_name(self, batch_size: int, num_tokens: int) -> str:
+    def _policy_name(self, batch_size: int, num_tokens: int, per_image: bool = False) -> str:
         """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
         # A compiler specialises symbolic sizes here: the choice is for these.
         sizes = operator.index(batch_size), operator.index(num_tokens)
-        key = (*sizes, self._compute_dtype, self.backbone.device)
+        key = (*sizes, per_image, self._compute_dtype, self.backbone.device)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
 
     @torch.compiler.assume_constant_result  # Dynamo calls it when it traces the first step of these sizes
     def _choose_policy(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, device: torch.device
+        self, batch_size: int, num_tokens: int, per_image: bool, dtype: torch.dtype, device: torch.device
     ) -> str:
         if getattr(self, "_is_replica", False):
             raise ValueError(
@@ -355,7 +357,7 @@ class PromptedClassifier(FrozenClassifier):
         beside = self._bytes_beside_blocks(batch_size, num_tokens)
 
         def step_bytes(memory: str) -> int:
-            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory]))
+            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory], per_image))
 
         return choose_policy(step_bytes, dtype, free_bytes(device))
 
@@ -368,14 +370,17 @@ class PromptedClassifier(FrozenClassifier):
         under the model's memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
-        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
+        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy, False)
         kept += self._bytes_beside_blocks(batch_size, num_tokens)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
     ) -> tuple[int, int]:
-        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak."""
+        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak.
+
+        per_image: whether prompts are given that differ from image to image.
+        """
         raise NotImplementedError
 
     def _num_rows_read(self, num_tokens: int) -> int:

@@ -24,6 +24,7 @@ from vpt_fast.prompts import (
     IN_SEQUENCE,
     IN_TOKENS,
     PromptConfig,
+    check_given,
     drop,
     init_bound,
     mask_bytes,
@@ -222,38 +223,62 @@ class PromptedViT(PromptedClassifier):
         border = self.prompt_settings.border
         return height - 2 * border, width - 2 * border
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        (rows,), _ = self._outputs(images, self._plans, (self.num_blocks - 1,))
+    def forward(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
+
+        Args:
+            images: (B, C, H, W).
+            prompts: used in place of `self.prompts`: of the same shape, or (B, *shape) where each image has
+                prompts of its own, such as a network computes from the image, or those of its task.
+                Gradients flow to them. Projection, dropout and sharing apply as to the model's own. None: the
+                model's own.
+
+        Raises:
+            ValueError: images or prompts of the wrong shape, or prompts for a model whose own are pixels.
+        """
+        return self.head(self.image_features(images, prompts))
+
+    def image_features(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        """As of every model; `prompts` as for `forward`."""
+        (rows,), _ = self._outputs(images, prompts, self._plans, (self.num_blocks - 1,))
         return self._features(rows)
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens after the final norm, without the prompts.
 
         Like timm's `forward_features` of the backbone, but influenced by the prompts.
+
+        Args: as for `forward`.
 
         Returns:
             (B, prefix tokens + patches, d), in the residual stream's dtype.
 
         Raises:
-            ValueError: images of the wrong shape.
+            ValueError: as `forward`.
         """
         last = self.num_blocks - 1
-        (x,), _ = self._outputs(images, self._plans_to(last, Read.TOKENS), (last,))
+        (x,), _ = self._outputs(images, prompts, self._plans_to(last, Read.TOKENS), (last,))
         return self.backbone.normalize(x).to(x.dtype)
 
-    def patch_tokens(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+    def patch_tokens(
+        self, images: torch.Tensor, blocks: Sequence[int], prompts: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """As of every model; `prompts` as for `forward`."""
         self._check_blocks(blocks)
-        outputs, num_tokens = self._outputs(images, self._plans_to(blocks[-1], Read.PATCHES), blocks)
+        plans = self._plans_to(blocks[-1], Read.PATCHES)
+        outputs, num_tokens = self._outputs(images, prompts, plans, blocks)
         return [self._patches(x, num_tokens) for x in outputs]
 
     @torch.no_grad()
-    def attention_maps(self, images: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+    def attention_maps(
+        self, images: torch.Tensor, blocks: Sequence[int], prompts: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Normalised images (B, C, H, W) to attention's probabilities in the given blocks.
 
         They are recomputed for this by the definition, since attention's kernels never write them.
 
         Args:
-            images: as for `forward`.
+            images, prompts: as for `forward`.
             blocks: indices from 0, in ascending order.
 
         Returns:
@@ -262,17 +287,17 @@ class PromptedViT(PromptedClassifier):
             in the block, if there are any.
 
         Raises:
-            ValueError: images of the wrong shape, or no such blocks.
+            ValueError: as `forward`, or no such blocks.
         """
         self._check_blocks(blocks)
         maps: list[torch.Tensor] = []
 
-        def look(block: FrozenBlock, stream: Stream, prompts: torch.Tensor | None, *call: Any) -> None:
-            found = block.attention_probabilities(stream, prompts, *call)
+        def look(block: FrozenBlock, stream: Stream, own: torch.Tensor | None, *call: Any) -> None:
+            found = block.attention_probabilities(stream, own, *call)
             m = found.shape[-1] - stream.num_tokens  # prompts that flow on are among the stream's tokens
             maps.append(torch.cat((found[..., m:], found[..., :m]), dim=-1))
 
-        self._outputs(images, self._plans_to(blocks[-1], Read.CLS), blocks, look)
+        self._outputs(images, prompts, self._plans_to(blocks[-1], Read.CLS), blocks, look)
         return maps
 
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
@@ -284,6 +309,7 @@ class PromptedViT(PromptedClassifier):
     def _outputs(
         self,
         images: torch.Tensor,
+        given: torch.Tensor | None,
         plans: Sequence[BlockPlan],
         wanted: Sequence[int],
         look: Callable[..., None] | None = None,
@@ -291,6 +317,7 @@ class PromptedViT(PromptedClassifier):
         """Runs images through the blocks that have a plan. Returns the rows (B, R, d) that are read of each
         block in `wanted`, and N, the number of an image's tokens.
 
+        given: prompts in place of the model's own, or None.
         look: called before each of these blocks: with the block, its stream and prompts, the range of the N
             tokens, and its rotary positions.
         """
@@ -299,10 +326,11 @@ class PromptedViT(PromptedClassifier):
         stream = Stream(self._tokens(images))
         batch_size, num_tokens = images.shape[0], stream.num_tokens
         num_prefix, num_prompts = self.backbone.num_prefix_tokens, settings.num_prompts or 0
-        sets = self._prompt_sets()
+        sets = self._prompt_sets(given, batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        policy = self._policy(batch_size, num_tokens)
+        per_image = given is not None and given.dim() == 4
+        policy = self._policy(batch_size, num_tokens, per_image)
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
@@ -335,15 +363,21 @@ class PromptedViT(PromptedClassifier):
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
         return self.backbone.embed(images)
 
-    def _prompt_sets(self) -> tuple[torch.Tensor, ...]:
-        """One set of prompts (1, m, d) for every prompted block; none if prompts are not tokens."""
+    def _prompt_sets(self, given: torch.Tensor | None, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """One set of prompts for every prompted block, (1, m, d), or (B, m, d) where those given are
+        different for each image; none if prompts are not tokens."""
         settings = self.prompt_settings
+        if given is not None and settings.prompt_location not in IN_TOKENS:
+            raise ValueError(
+                f"prompts: got some for a model with prompt_location={settings.prompt_location!r}, whose "
+                "prompts are pixels; want None"
+            )
         if settings.prompt_location == "prepend-pixel":
             return (self.backbone.embed_pixel_prompts(self.prompts),)
         if settings.prompt_location not in IN_TOKENS:
             return ()
-        prompts = self.prompts if self.prompt_projection is None else self.prompt_projection(self.prompts)
-        sets = split_sets(prompts)
+        prompts = self.prompts if given is None else check_given(given, self.prompts, batch_size)
+        sets = split_sets(prompts if self.prompt_projection is None else self.prompt_projection(prompts))
         return sets * len(self._prompted) if settings.prompt_shared else sets
 
     def _num_rows_read(self, num_tokens: int) -> int:
@@ -352,12 +386,11 @@ class PromptedViT(PromptedClassifier):
         return last - first
 
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks, and bytes that temporaries add at the peak."""
         settings = self.prompt_settings
         m = settings.num_prompts or 0
-        per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
+        per_image = per_image or settings.masks_per_image
         copies = batch_size if per_image else 1
         in_sequence = settings.prompt_location in IN_SEQUENCE
         below = self.backbone.trains_embedding

@@ -129,6 +129,11 @@ class PromptConfig:
         """Pixels of border on each side of the image."""
         return self.num_prompts if self.prompt_location == "pad" else 0
 
+    @property
+    def masks_per_image(self) -> bool:
+        """Whether dropout makes prompts in training that differ from image to image."""
+        return self.prompt_dropout > 0.0 and self.prompt_dropout_per == "image"
+
     def prompted_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The indices of the blocks that get prompts of their own, in order.
 
@@ -190,14 +195,43 @@ def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "promp
         )
 
 
+def check_given(
+    given: torch.Tensor, own: torch.Tensor, batch_size: int, name: str = "prompts"
+) -> torch.Tensor:
+    """Checks prompts that a caller passes in place of a model's own, and returns them in the dtype of these.
+
+    Args:
+        given: the same prompts for all images, of the shape of `own`, or (B, *shape) with each image's own.
+        own: the model's prompts.
+        batch_size: B.
+        name: of the argument, in messages.
+
+    Raises:
+        ValueError: no floating-point tensor, or one of another shape or on another device.
+    """
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        what = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"{name}: got {what}, want a tensor of floating-point numbers")
+    shape = tuple(own.shape)
+    # By the number of dimensions first: a tracer would specialise a batch size that it compares with `sets`.
+    if tuple(given.shape) != (shape if given.dim() == len(shape) else (batch_size, *shape)):
+        raise ValueError(
+            f"{name}: got shape {tuple(given.shape)}, want {shape}, as the model's own prompts, or "
+            f"{(batch_size, *shape)} for other prompts in each image"
+        )
+    if given.device != own.device:
+        raise ValueError(f"{name}: got a tensor on {given.device}, want {own.device}, where the model is")
+    return given.to(own.dtype)
+
+
 def split_sets(prompts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Prompts (sets, m, d) to one tensor (1, m, d) for every set."""
+    """Prompts (sets, m, d) to one tensor (1, m, d) for every set; (B, sets, m, d) to tensors (B, m, d)."""
     if prompts.requires_grad and not torch.is_grad_enabled():
         # Views would claim to require a gradient that no graph has, which breaks tools that look for one in a
         # block's arguments (FlopCounterMode). Not detached, which forward-mode tangents would not survive.
         prompts = prompts.clone()
     # unbind, not indexing: its backward is one stack, where each index would fill a full-size zero tensor
-    return prompts.unsqueeze(1).unbind(0)
+    return prompts.unbind(1) if prompts.dim() == 4 else prompts.unsqueeze(1).unbind(0)
 
 
 def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, training: bool) -> torch.Tensor:
@@ -205,10 +239,9 @@ def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, traini
     would stay in memory until the last block has run.
 
     Args:
-        prompts: (1, m, d).
+        prompts: (1 or B, m, d).
         config: `prompt_dropout`, the probability p of dropping an element (the others are scaled by
-            1 / (1 - p)); `prompt_dropout_per`, which makes the result (B, m, d) for a mask per image, or
-            (1, m, d).
+            1 / (1 - p)); `prompt_dropout_per`, which makes the result (B, m, d) for a mask per image.
         batch_size: B.
         training: if False, nothing is dropped.
     """
@@ -216,6 +249,8 @@ def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, traini
         return prompts
     if config.prompt_dropout_per == "image":
         prompts = prompts.expand(batch_size, -1, -1)
+    elif prompts.shape[0] > 1:  # one mask for prompts that differ from image to image
+        return prompts * F.dropout(torch.ones_like(prompts[:1]), config.prompt_dropout)
     return F.dropout(prompts, config.prompt_dropout)
 
 

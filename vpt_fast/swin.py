@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import (
     PromptConfig,
+    check_given,
     drop,
     init_bound,
     mask_bytes,
@@ -126,35 +128,58 @@ class PromptedSwin(PromptedClassifier):
         names = ("num_prompts", "prompt_type", "prompt_dropout", "prompt_dropout_per")
         return {**super()._options(), **{name: getattr(self.prompt_settings, name) for name in names}}
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        tokens, prompts = self._outputs(images, self._rows(self.num_blocks - 1))
-        return self._features(tokens if prompts is None else torch.cat((tokens, prompts), dim=1))
+    def forward(self, images: torch.Tensor, prompts: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to logits (B, num_classes).
 
-    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        Args:
+            images: (B, C, H, W).
+            prompts: used in place of `self.prompts`: a tensor for each of its tensors, of the same shape, or
+                (B, *shape) where each image has prompts of its own, see `PromptedViT.forward`. None: the
+                model's own.
+
+        Raises:
+            ValueError: images or prompts of the wrong shape.
+        """
+        return self.head(self.image_features(images, prompts))
+
+    def image_features(
+        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """As of every model; `prompts` as for `forward`."""
+        tokens, outputs = self._outputs(images, prompts, self._rows(self.num_blocks - 1))
+        return self._features(tokens if outputs is None else torch.cat((tokens, outputs), dim=1))
+
+    def forward_features(
+        self, images: torch.Tensor, prompts: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the image's tokens after the final norm, without the prompts.
 
         Like timm's `forward_features` of the backbone, but influenced by the prompts.
+
+        Args: as for `forward`.
 
         Returns:
             (B, H', W', d), the grid of the last stage, in the residual stream's dtype.
 
         Raises:
-            ValueError: images of the wrong shape.
+            ValueError: as `forward`.
         """
         last = self.backbone.blocks[-1]
-        tokens, _ = self._outputs(images, (0, last.num_tokens))
+        tokens, _ = self._outputs(images, prompts, (0, last.num_tokens))
         return self.backbone.normalize(tokens).to(tokens.dtype).unflatten(1, last.size)
 
     def _outputs(
-        self, images: torch.Tensor, last_rows: tuple[int, int]
+        self, images: torch.Tensor, given: Sequence[torch.Tensor] | None, last_rows: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs images through all blocks. Returns what is read of the last one's output, its rows
+        """Runs images through all blocks, with the prompts that are given in place of the model's own.
+        Returns what is read of the last one's output, its rows
         `last_rows`: tokens (B, N, d) in row-major order, and prompts (B, m, d), None if none are read."""
         self._check_images(images)
         stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
-        policy = self._policy(batch, self.backbone.num_tokens)
-        sets = self._prompt_sets()
+        sets = self._prompt_sets(given, batch)
+        per_image = given is not None and any(stage.dim() == 4 for stage in given)
+        policy = self._policy(batch, self.backbone.num_tokens, per_image)
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
             stream, prompts = self.backbone.enter(index, stream, prompts, policy)
@@ -170,11 +195,21 @@ class PromptedSwin(PromptedClassifier):
         tokens = self.backbone.leave(stream) if stream.num_tokens else stream.sum()
         return tokens, prompts
 
-    def _prompt_sets(self) -> list[torch.Tensor]:
-        """New prompts (1, m, d) for each block that gets some: all blocks if deep, else the first."""
-        for index, (stage, shape) in enumerate(zip(self.prompts, self._prompt_shapes, strict=True)):
+    def _prompt_sets(self, given: Sequence[torch.Tensor] | None, batch_size: int) -> list[torch.Tensor]:
+        """New prompts for each block that gets some: all blocks if deep, else the first; (1, m, d), or
+        (B, m, d) where those given are different for each image."""
+        stages: Sequence[torch.Tensor] = list(self.prompts)
+        for index, (stage, shape) in enumerate(zip(stages, self._prompt_shapes, strict=True)):
             require_shape(stage, shape, f"prompts.{index}")
-        return [prompts for stage in self.prompts for prompts in split_sets(stage)]
+        if given is not None:
+            if isinstance(given, torch.Tensor) or len(given) != len(stages):
+                what = "one tensor" if isinstance(given, torch.Tensor) else f"{len(given)} tensors"
+                raise ValueError(f"prompts: got {what}, want a sequence of {len(stages)}, as the model's own")
+            stages = [
+                check_given(stage, own, batch_size, f"prompts.{index}")
+                for index, (stage, own) in enumerate(zip(given, stages, strict=True))
+            ]
+        return [prompts for stage in stages for prompts in split_sets(stage)]
 
     def _rows(self, index: int) -> tuple[int, int]:
         """Half-open range of the rows that are read of a block's output: N tokens, then m prompts."""
@@ -194,13 +229,13 @@ class PromptedSwin(PromptedClassifier):
         return tokens + last - block.num_tokens
 
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy
+        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
     ) -> tuple[int, int]:
-        """Bytes kept for backward by all blocks and merges, and bytes that temporaries add at the peak."""
+        """As of every model; blocks, and the merges between stages."""
         del num_tokens  # fixed: a Swin has one image size
         settings = self.prompt_settings
         m = settings.num_prompts
-        per_image = settings.prompt_dropout > 0.0 and settings.prompt_dropout_per == "image"
+        per_image = per_image or settings.masks_per_image
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
             rows, flowed = self._rows(index), not self._is_deep and index > 0

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from tiny import random_batch, tiny_vit
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from vpt_fast import PromptedViT
@@ -94,6 +95,38 @@ def test_step_with_a_border_of_prompts_is_captured() -> None:
     images, labels = batches(model, 1)[0]
     losses = [step(images, labels).item() for _ in range(WARM_UP + 2)]
     assert len(set(losses)) == 1  # the rate is 0
+
+
+class PooledPrompts(nn.Module):
+    """Each image's prompts are a mixture of a pool's, weighted by what the image looks like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = make_model()
+        self.vit.prompts.requires_grad_(False)
+        self.pool = nn.Parameter(torch.randn(4, *self.vit.prompts.shape, device="cuda"))
+        self.key = nn.Linear(3, 4, device="cuda")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        weights = self.key(images.mean(dim=(2, 3))).softmax(dim=1)
+        return self.vit(images, prompts=torch.einsum("bp,psmd->bsmd", weights, self.pool))
+
+
+def test_step_whose_prompts_are_computed_from_the_images_is_captured() -> None:
+    model = PooledPrompts()
+    plain = copy.deepcopy(model)
+    eager, optimizer = (
+        OPTIMIZERS["sgd"]([p for p in m.parameters() if p.requires_grad]) for m in (plain, model)
+    )
+    step = GraphedStep(model, optimizer, cross_entropy)
+    for images, labels in batches(model.vit, WARM_UP + 3):
+        eager.param_groups[0]["lr"] = torch.tensor(0.1, device="cuda")
+        optimizer.param_groups[0]["lr"] = 0.1
+        eager.zero_grad()
+        expected = cross_entropy(plain(images.cuda()), labels.cuda())
+        expected.backward()
+        eager.step()
+        assert torch.equal(step(images, labels), expected.detach())
 
 
 @pytest.mark.skipif(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from concatenation import ConcatenatedViT, relative_error
+from concatenation import ConcatenatedViT, image_by_image, relative_error
 from low_precision import CLASSES, assert_no_worse_than_concatenation, gradients, vits
 from tiny import random_batch, tiny_vit
 
@@ -80,6 +80,31 @@ def test_gradients_of_large_models_in_bfloat16(name: str, memory: str, variant: 
     for key, gradient in expected.items():
         ours, theirs = relative_error(actual[key], gradient), relative_error(eager[key], gradient)
         assert ours <= 1.25 * theirs, f"{key}: {ours:.2e}, concatenation {theirs:.2e}"
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_prompts_that_are_each_image_s_own_in_bfloat16(memory: str) -> None:
+    """Error of their gradient from float64 at most 1.25 times that of concatenation in bfloat16."""
+    vit, settings = large("vit_base_patch16_224"), dict(num_prompts=20)
+    plain = ConcatenatedViT(vit, CLASSES, **settings).cuda().double()
+    fast = PromptedViT(vit, CLASSES, dtype=torch.bfloat16, memory=memory, **settings)
+    plain.load_trainables(fast.trainable_state_dict())
+    eager = ConcatenatedViT(vit.to(torch.bfloat16), CLASSES, **settings)
+    eager.load_trainables(fast.trainable_state_dict())
+    images = random_batch(fast, 4, CLASSES, torch.float32)[0].cuda()
+    prompts = torch.randn(4, *fast.prompts.shape, device="cuda")
+    weights = torch.randn(4, CLASSES, device="cuda", dtype=torch.float64)
+    found = []
+    for dtype, run in (
+        (torch.float64, lambda given: image_by_image(plain, images.double(), [given])),
+        (torch.float32, lambda given: fast(images, given)),
+        (torch.float32, lambda given: image_by_image(eager, images, [given])),
+    ):
+        given = prompts.to(dtype).requires_grad_()
+        logits = run(given)
+        found.append(torch.autograd.grad((logits * weights.to(logits.dtype)).sum(), given)[0])
+    exact, ours, theirs = found
+    assert relative_error(ours, exact) <= 1.25 * relative_error(theirs, exact)
 
 
 @pytest.mark.parametrize("memory", POLICIES)

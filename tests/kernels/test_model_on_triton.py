@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from concatenation import ConcatenatedViT, relative_error
+from concatenation import ConcatenatedViT, image_by_image, relative_error
 from low_precision import assert_no_worse_than_concatenation, vits
 from tiny import random_batch, tiny_eva, tiny_vit
 from vpt_fast.kernels.dispatch import Backend, Ops
@@ -85,6 +85,24 @@ def test_variant_of_the_backbone_equals_concatenation(arguments: dict) -> None:
 @pytest.mark.parametrize(("arguments", "settings"), EVAS.values(), ids=EVAS)
 def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -> None:
     assert max(errors(tiny_eva(depth=2, **arguments), settings).values()) < 2e-5
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("settings", [DEEP, SETTINGS["image_and_prompt_pool"]], ids=["deep", "prompt_pool"])
+def test_prompts_that_are_each_image_s_own_equal_concatenation(settings: dict, memory: str) -> None:
+    vit = backbone()
+    model = PromptedViT(vit.float(), CLASSES, backend="triton", memory=memory, **settings)
+    plain = ConcatenatedViT(vit.double(), CLASSES, **settings).double()
+    plain.load_trainables(model.trainable_state_dict())
+    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+    prompts = torch.randn(2, *model.prompts.shape, generator=torch.Generator().manual_seed(2))
+    ours, theirs = prompts.requires_grad_(), prompts.detach().double().requires_grad_()
+    actual, expected = model(images, ours), image_by_image(plain, images.double(), [theirs])
+    assert relative_error(actual, expected) < 2e-5
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual.backward(weights.float())
+    expected.backward(weights)
+    assert relative_error(ours.grad, theirs.grad) < (2e-2 if memory == "compact" else 2e-5)
 
 
 DECODERS = {  # what a gradient's strides come from: patches (B, P, d) to a number

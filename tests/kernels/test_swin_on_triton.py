@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from concatenated_swin import ConcatenatedSwin
-from concatenation import relative_error
+from concatenation import image_by_image, relative_error
 from low_precision import assert_no_worse_than_concatenation, swins
 from test_model_on_triton import gradients
 from tiny import random_batch, randomise, tiny_swin
@@ -49,6 +49,22 @@ def errors(memory: str = "exact", **settings: Any) -> dict[str, float]:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_equals_concatenation(settings: dict[str, Any]) -> None:
     assert max(errors(**settings).values()) < 2e-5
+
+
+@pytest.mark.parametrize("prompt_type", ["deep", "shallow"])
+def test_prompts_that_are_each_image_s_own_equal_concatenation(prompt_type: str) -> None:
+    model, plain = models(prompt_type=prompt_type)
+    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+    generator = torch.Generator().manual_seed(2)
+    ours = [torch.randn(2, *own.shape, generator=generator).requires_grad_() for own in model.prompts]
+    theirs = [given.detach().double().requires_grad_() for given in ours]
+    actual, expected = model(images, ours), image_by_image(plain, images.double(), theirs)
+    assert relative_error(actual, expected) < 2e-5
+    weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    actual.backward(weights.float())
+    expected.backward(weights)
+    for given, exact in zip(ours, theirs, strict=True):
+        assert relative_error(given.grad, exact.grad) < 2e-5
 
 
 def test_compact_gradients_carry_the_codes_rounding_alone() -> None:
