@@ -37,6 +37,15 @@ def test_gpu_that_is_asked_for_is_the_current_one(current: list[torch.device]) -
     assert current == [torch.device("cuda", 0)]
 
 
+def test_processes_that_would_share_a_gpu_are_refused(
+    current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device is 'cuda:1' in each of 2 processes.* 'cuda', each"):
+        with join_world("cuda:1"):
+            pass
+
+
 @pytest.mark.parametrize("command", ["eval . --data=.", "predict . x.jpg", "plot tsne . --data=."])
 def test_gpu_that_a_run_is_used_on_is_the_current_one(
     command: str, current: list[torch.device], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

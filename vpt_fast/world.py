@@ -122,9 +122,16 @@ class World:
 def join_world(device: str | None) -> Iterator[World]:
     """Joins the other processes if torchrun started this one; ``device`` is as for `on_device`.
 
-    Raises ValueError for a device that torch does not know or this machine does not have.
+    Raises ValueError for a device that torch does not know or this machine does not have, and for a GPU by
+    number that several processes would have to share, which NCCL refuses.
     """
     with on_device(device, int(os.environ.get("LOCAL_RANK", 0))) as chosen:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if sharing > 1 and chosen.type == "cuda" and device not in (None, "cuda"):
+            raise ValueError(
+                f"device is {device!r} in each of {sharing} processes, which need a GPU each; with "
+                "'cuda', each takes its own"
+            )
         if not dist.is_torchelastic_launched():
             yield World(0, 1, chosen)
             return
