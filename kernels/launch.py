@@ -50,13 +50,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @torch.compiler.assume_constant_result
 def require_driver() -> None:
     """Raises ValueError if Triton cannot launch kernels. It compiles a C file for that, once, and containers
-    often have no compiler or lack Python's headers."""
+    often have no compiler, lack Python's headers, or run as a user without a home."""
     try:
         _make_driver()
     except Exception as error:  # of Triton, of the compiler's process, or of loading what was compiled
         raise ValueError(
             f"backend='triton': Triton cannot launch kernels here ({error}); it needs a C compiler, such as "
-            "gcc, and Python's headers, in a package such as python3-dev; 'torch' needs neither"
+            "gcc, Python's headers, in a package such as python3-dev, and a folder that it may write to "
+            "(~/.triton, or what the environment variable TRITON_CACHE_DIR names); 'torch' needs none of them"
         ) from error
 
 
