@@ -58,6 +58,8 @@ def print_start(
     free = free_bytes(world.device)
     processes = f" in {world.size} processes" if world.size > 1 else ""
     parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+    kernels = model.runs_kernels(world.device)
+    compiled = "; first steps wait for kernels that are not compiled yet" if kernels else ""
     parts_of_data = ", ".join(
         f"{name} {len(images):,}"
         for name, images in (("train", splits.train), ("val", splits.val), ("test", splits.test))
@@ -73,7 +75,7 @@ def print_start(
         "images": images_text,
         "schedule": f"{counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, batch {batch}{parts}, "
         f"learning rate {recipe.peak_lr:g} at its peak, {recipe.precision}",
-        "device": f"{device_name(world.device)}{processes}",
+        "device": f"{device_name(world.device)}{processes}{compiled}",
         "memory": f"{gigabytes(expected)} expected{'' if free is None else f', {gigabytes(free)} free'}",
         "run folder": str(out),
     }

@@ -190,6 +190,10 @@ class TunedModel(nn.Module, metaclass=_Built):
             if isinstance(module, FrozenBlock):
                 module.require_operations(device)
 
+    def runs_kernels(self, device: torch.device) -> bool:
+        """Whether steps on this device run Triton's kernels, which are compiled at their first call."""
+        return any(m.runs_kernels(device) for m in self.backbone.modules() if isinstance(m, FrozenBlock))
+
     def estimate_training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         """Memory of a training step at the model's own image size: counted, or estimated where blocks are
         timm's own; see `cost.TrainingBytes`.

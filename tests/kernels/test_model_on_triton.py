@@ -200,6 +200,12 @@ def test_products_hold_the_activation_where_that_pays_and_it_is_not_gated(
     assert bool(calls) == (not arguments)
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_fused_mlp", "torch"])
+def test_model_says_whether_it_runs_kernels(backend: str) -> None:
+    model = PromptedViT(backbone().float(), CLASSES, 7, backend=backend)
+    assert model.runs_kernels(torch.device("cpu")) == (backend != "torch")
+
+
 def test_fused_mlp_refuses_a_gated_activation() -> None:
     with pytest.raises(ValueError, match="backend='triton_fused_mlp': .*gated activation 'swiglu'"):
         PromptedViT(backbone(mlp_layer="swiglu").float(), CLASSES, 7, backend="triton_fused_mlp")

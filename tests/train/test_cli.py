@@ -24,6 +24,7 @@ from vpt_fast import cli, inference, loop
 from vpt_fast.__main__ import main
 from vpt_fast.cli import app
 from vpt_fast.data import decode
+from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.flags import LastingConsole, one_line_errors
 from vpt_fast.inference import LoadedRun, require_same_classes
 from vpt_fast.run import Labels, RunFolder
@@ -66,6 +67,15 @@ def test_train_says_what_where_and_at_what_cost(command, color_images, tmp_path)
         str(tmp_path / "run"),
     ):
         assert text in result.output
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_train_says_that_kernels_are_compiled_if_it_runs_any(
+    kernels, command, color_images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FrozenBlock, "runs_kernels", lambda self, device: kernels)
+    result = command(*train_arguments(color_images, tmp_path / "run", epochs=1))
+    assert ("first steps wait for kernels that are not compiled yet" in result.output) == kernels
 
 
 def test_names_with_brackets_and_long_paths_are_printed_as_they_are(command, images, tmp_path):

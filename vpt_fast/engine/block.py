@@ -78,6 +78,12 @@ class FrozenBlock(nn.Module):
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
         self.backend.require_operations(device, dtype, self.spec.head_dim, self.in_windows)
 
+    def runs_kernels(self, device: torch.device) -> bool:
+        """Whether its operations on this device are Triton's kernels."""
+        dtype = compute_dtype(device.type, self.qkv_weight.dtype)
+        is_gated = self.spec.activation in PACKED
+        return self.backend.ops(device, dtype, self.spec.head_dim, self.in_windows, is_gated).name != "torch"
+
     @property
     def windows(self) -> Windows | None:
         """The windows that tokens attend in; None where every token attends to every other."""
