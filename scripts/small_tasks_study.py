@@ -6,11 +6,6 @@
 Six methods are tuned on every task. Several processes may share the work, each with its own tasks
 (`--tasks digits,shape_position`). When they are done, `--docs docs` adds the results to
 docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into docs/small-tasks.md.
-
-Some methods may be trained for another number of epochs, in a folder of their own; their results and table
-are kept apart:
-
-    python scripts/small_tasks_study.py tasks runs/small-tasks-24 --epochs 24 --methods vpt-deep
 """
 
 from __future__ import annotations
@@ -43,12 +38,12 @@ COMMON: dict[str, Any] = dict(
     weight_decay=0.03,
     warmup_epochs=0,
 )
-TRAINED: dict[str, Any] = dict(epochs=6, batch_size=16)
+TRAINED: dict[str, Any] = dict(epochs=24, batch_size=16)
 PROMPTS: dict[str, Any] = dict(prompt_dropout=0.0, **TRAINED)
 
 # Each method's settings, and base learning rates to search, spaced by factors of three to four. All are
-# larger than usual, since 300 steps have to train the head too, at the same rate. The linear probe's features
-# are computed once, so that there is time for more epochs.
+# larger than usual, since 1,200 steps have to train the head too, at the same rate. The linear probe computes
+# its features once, so that there is time for more epochs.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "linear": (dict(epochs=100, batch_size=128), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "bias": (TRAINED, (0.08, 0.3, 1.2)),
@@ -59,9 +54,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 
 
-def plan(tasks: Path, task: str, method: str, epochs: int | None = None) -> Sweep:
+def plan(tasks: Path, task: str, method: str) -> Sweep:
     settings, rates = METHODS[method]
-    settings = {**settings, "epochs": epochs or settings["epochs"]}
     return Sweep(dict(data=str(tasks / task), method=method, **COMMON, **settings), {"base_lr": rates})
 
 
@@ -101,13 +95,13 @@ def common_methods(results: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A Markdown table: a row for each method, columns for each task and the mean; the best of several
-    methods in bold."""
+    """A Markdown table: a row for each method, columns for each task and the mean; the best method in
+    bold."""
     tasks, methods = results["tasks"], common_methods(results)
     means = {method: sum(task[method]["mean"] for task in tasks.values()) / len(tasks) for method in methods}
 
     def shown(value: float, values: Iterable[float]) -> str:
-        return f"**{value:.1%}**" if len(methods) > 1 and value == max(values) else f"{value:.1%}"
+        return f"**{value:.1%}**" if value == max(values) else f"{value:.1%}"
 
     lines = [["method", *(name.replace("_", " ") for name in tasks), "mean", "stored for a task"]]
     lines.append(["---"] * len(lines[0]))
@@ -122,23 +116,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_docs(results: dict[str, Any], docs: Path, epochs: int | None) -> None:
-    """Writes the results file, keeping the results of other tasks and methods in it, and the table in
-    docs/small-tasks.md; with each method's own number of epochs, the plot too."""
+def write_docs(results: dict[str, Any], docs: Path) -> None:
+    """Writes the results file, keeping the results of other tasks and methods in it, the plot, and the table
+    in docs/small-tasks.md."""
     folder, page = docs / "small-tasks", docs / "small-tasks.md"
-    file = folder / ("results.json" if epochs is None else f"results-{epochs}-epochs.json")
+    file = folder / "results.json"
     if file.exists():
         tasks = json.loads(file.read_text())["tasks"]
         for task, found in results["tasks"].items():
             tasks[task] = {**tasks.get(task, {}), **found}
         results = {**results, "tasks": tasks}
-    marker = MARKER if epochs is None else f"{MARKER}, {epochs} epochs"
-    text = replace_block(page, page.read_text(), marker, table(results))
+    text = replace_block(page, page.read_text(), MARKER, table(results))
     folder.mkdir(exist_ok=True)
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
-    if epochs is None:
-        draw(results, folder / "comparison.png")
+    draw(results, folder / "comparison.png")
     with replacing(page) as temporary:
         temporary.write_text(text)
 
@@ -161,9 +153,6 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder for the sweeps.")],
     only: Annotated[str, typer.Option("--tasks", help="Of these tasks, comma-separated.")] = ",".join(TASKS),
     methods: Annotated[str, typer.Option(help="These methods, comma-separated.")] = ",".join(METHODS),
-    epochs: Annotated[
-        int | None, typer.Option(help="Train for so many, not for each method's own number.", min=1)
-    ] = None,
     docs: Annotated[
         Path | None,
         typer.Option(help="Train nothing; write what was found into this folder.", file_okay=False),
@@ -184,13 +173,13 @@ def main(
                 + (" with --photographs" if task == "photo_turn" else "")
             )
     if docs is not None:
-        write_docs(collect(out, chosen, compared), docs, epochs)
+        write_docs(collect(out, chosen, compared), docs)
         return
     for task in chosen:
         cache = TrainingCache()
         for method in compared:
             console.rule(f"{task}, {method}")
-            sweep = plan(tasks, task, method, epochs)
+            sweep = plan(tasks, task, method)
             if not run_sweep(sweep, out / task / method, console=console, cache=cache)["finished"]:
                 raise typer.Exit(130)
 
