@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from vpt_fast.cli import app
@@ -40,6 +41,7 @@ def test_gpu_that_is_asked_for_is_the_current_one(current: list[torch.device]) -
 def test_processes_that_would_share_a_gpu_are_refused(
     current: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="device is 'cuda:1' in each of 2 processes.* 'cuda', each"):
         with join_world("cuda:1"):

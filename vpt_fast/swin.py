@@ -172,8 +172,8 @@ class PromptedSwin(PromptedClassifier):
         self, images: torch.Tensor, given: Sequence[torch.Tensor] | None, last_rows: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs images through all blocks, with the prompts that are given in place of the model's own.
-        Returns what is read of the last one's output, its rows
-        `last_rows`: tokens (B, N, d) in row-major order, and prompts (B, m, d), None if none are read."""
+        Returns what is read of the last one's output, its rows `last_rows`: tokens (B, N, d) in row-major
+        order, and prompts (B, m, d), None if none are read."""
         self._check_images(images)
         stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]

@@ -126,15 +126,15 @@ def join_world(device: str | None) -> Iterator[World]:
     number that several processes would have to share, which NCCL refuses.
     """
     with on_device(device, int(os.environ.get("LOCAL_RANK", 0))) as chosen:
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if not dist.is_torchelastic_launched():
+            yield World(0, 1, chosen)
+            return
+        sharing = int(os.environ["LOCAL_WORLD_SIZE"])
         if sharing > 1 and chosen.type == "cuda" and device not in (None, "cuda"):
             raise ValueError(
                 f"device is {device!r} in each of {sharing} processes, which need a GPU each; with "
                 "'cuda', each takes its own"
             )
-        if not dist.is_torchelastic_launched():
-            yield World(0, 1, chosen)
-            return
         # torchrun's store lives as long as its processes. With torch's own keys, a new process group would
         # read addresses that an earlier one may have left there; hence the prefix.
         store, rank, size = next(dist.rendezvous("env://"))
