@@ -81,8 +81,7 @@ class FrozenBlock(nn.Module):
     def runs_kernels(self, device: torch.device) -> bool:
         """Whether its operations on this device are Triton's kernels."""
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
-        is_gated = self.spec.activation in PACKED
-        return self.backend.ops(device, dtype, self.spec.head_dim, self.in_windows, is_gated).name != "torch"
+        return self.backend.ops(device, dtype, self.spec.head_dim, self.in_windows).name != "torch"
 
     @property
     def windows(self) -> Windows | None:
