@@ -61,7 +61,7 @@ PROMPTED = ("vpt-deep", "vpt-shallow")
 SETTING_ROWS: tuple[dict[str, Any], ...] = (
     *(
         dict(prompt_location=location)
-        for location in ("prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
+        for location in ("prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
     ),
     *(dict(prompt_layers=layers) for layers in (1, -1, [0, 1])),
     dict(after_prompts="drop"),

@@ -7,8 +7,10 @@ else. The engine is held against this in float64. Nothing here imports vpt_fast.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -62,15 +64,19 @@ class ConcatenatedViT(nn.Module):
         self.shared, self.dropout, self.dropout_per = prompt_shared, prompt_dropout, prompt_dropout_per
 
         embed = vit.patch_embed
-        (height, width), (patch_h, patch_w), m = embed.img_size, embed.patch_size, num_prompts or 0
-        sets, dim = 1 if prompt_shared else len(self.layers), prompt_project or vit.embed_dim
+        (height, image_width), (patch_h, patch_w), m = embed.img_size, embed.patch_size, num_prompts or 0
+        attention = vit.blocks[0].attn
+        self.heads = (attention.num_heads, attention.head_dim)
+        width = 2 * attention.num_heads * attention.head_dim if self.is_key_value else vit.embed_dim
+        sets, dim = 1 if prompt_shared else len(self.layers), prompt_project or width
         shapes: dict[str, tuple[int, ...]] = {
             "prepend": (sets, m, dim),
+            "key-value": (sets, m, dim),
             "add": (sets, vit.num_prefix_tokens + embed.num_patches, dim),
             "add-1": (sets, 1, dim),
             "prepend-pixel": (1, 3, patch_h, patch_w * m),
-            "pad": (1, 3, 2 * m, width),  # the backbone's image is the padded one
-            "concat-channel": (1, m, height, width),
+            "pad": (1, 3, 2 * m, image_width),  # the backbone's image is the padded one
+            "concat-channel": (1, m, height, image_width),
         }
         self.num_border = m
         self.prompts = nn.Parameter(torch.zeros(shapes[prompt_location]))
@@ -83,9 +89,13 @@ class ConcatenatedViT(nn.Module):
             )
             self.vit.patch_embed.proj = nn.Identity()  # the trainable one runs in its place
         if prompt_project is not None:
-            self.prompt_projection = nn.Linear(prompt_project, vit.embed_dim)
+            self.prompt_projection = nn.Linear(prompt_project, width)
         self.is_distilled = isinstance(vit, VisionTransformerDistilled) and pool is None
         self.head = nn.Linear(vit.embed_dim * (2 if self.is_distilled else 1), num_classes)
+
+    @property
+    def is_key_value(self) -> bool:
+        return self.location == "key-value"
 
     def train(self, mode: bool = True) -> ConcatenatedViT:
         super().train(mode)
@@ -113,16 +123,20 @@ class ConcatenatedViT(nn.Module):
         x, ropes = self.embed(images)  # (B, prefix + patches, d)
         held = 0  # how many prompts stand in the sequence now, right after the prefix tokens
         for i, block in enumerate(self.vit.blocks):
-            if i in self.layers:
+            attention: AbstractContextManager[None] = nullcontext()
+            if i in self.layers and self.is_key_value:
+                attention = attending_to(*self.keys_and_values(x, i))
+            elif i in self.layers:
                 x, held = self.with_prompts(x, held, i)
             elif self.after_prompts == "drop":
                 x, held = self.without_prompts(x, held), 0
-            if isinstance(self.vit, Eva):
-                # timm turns what stands behind the prefix tokens; prompts have no position either
-                block.attn.num_prefix_tokens = self.vit.num_prefix_tokens + held
-                x = block(x, rope=ropes[i])
-            else:
-                x = block(x)
+            with attention:
+                if isinstance(self.vit, Eva):
+                    # timm turns what stands behind the prefix tokens; prompts have no position either
+                    block.attn.num_prefix_tokens = self.vit.num_prefix_tokens + held
+                    x = block(x, rope=ropes[i])
+                else:
+                    x = block(x)
         x = self.vit.fc_norm(self.pool(self.vit.norm(x), held))  # (B, d)
         return self.head(x.to(self.head.weight.dtype))
 
@@ -161,19 +175,30 @@ class ConcatenatedViT(nn.Module):
             strip = embed.proj(self.prompts.to(x.dtype)).flatten(2).transpose(1, 2)  # (1, m, d), no position
             prompts = self.vit.norm_pre(embed.norm(strip))
         else:
-            index = 0 if self.shared else self.layers.index(block)
-            prompts = self.prompts[index : index + 1]  # (1, m, d)
-            if hasattr(self, "prompt_projection"):
-                prompts = self.prompt_projection(prompts)
-            if self.dropout_per == "image":
-                prompts = prompts.expand(len(x), -1, -1)
-            prompts = F.dropout(prompts, self.dropout, self.training).to(x.dtype)
+            prompts = self.set_of(x, block)
         if self.location in ("add", "add-1"):
             return x + prompts, 0
         prefix = self.vit.num_prefix_tokens
         x = self.without_prompts(x, held)
         x = torch.cat([x[:, :prefix], prompts.expand(len(x), -1, -1), x[:, prefix:]], dim=1)
         return x, prompts.shape[1]
+
+    def set_of(self, x: Tensor, block: int) -> Tensor:
+        """The block's own prompts, in the dtype of the tokens x: (1 or B, m, width)."""
+        index = 0 if self.shared else self.layers.index(block)
+        prompts = self.prompts[index : index + 1]
+        if hasattr(self, "prompt_projection"):
+            prompts = self.prompt_projection(prompts)
+        if self.dropout_per == "image":
+            prompts = prompts.expand(len(x), -1, -1)
+        return F.dropout(prompts, self.dropout, self.training).to(x.dtype)
+
+    def keys_and_values(self, x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """The block's own keys and values, (B, H, m, D) each."""
+        keys, values = self.set_of(x, block).expand(len(x), -1, -1).chunk(2, dim=-1)
+        return keys.unflatten(-1, self.heads).transpose(1, 2), values.unflatten(-1, self.heads).transpose(
+            1, 2
+        )
 
     def without_prompts(self, x: Tensor, held: int) -> Tensor:
         prefix = self.vit.num_prefix_tokens
@@ -194,6 +219,19 @@ class ConcatenatedViT(nn.Module):
         if self.pool_type == "image_and_prompts":
             return x[:, prefix:].mean(dim=1)
         raise ValueError(f"pool: {self.pool_type!r}")
+
+
+@contextmanager
+def attending_to(keys: Tensor, values: Tensor) -> Iterator[None]:
+    """Inside, timm's attention runs once, with these keys and values (B, H, m, D) before the tokens' own."""
+    plain = F.scaled_dot_product_attention
+
+    def extended(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        return plain(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", side_effect=extended) as attention:
+        yield
+    attention.assert_called_once()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.nn.functional as F
 from concatenation import ConcatenatedViT, relative_error
 from test_segmenter import BACKBONES, CLASSES, SETTINGS
 from tiny import random_batch, tiny_vit
@@ -42,6 +45,31 @@ def test_maps_are_those_of_concatenation(setting: dict, backbone) -> None:
     images, _ = random_batch(model)
     exact = maps_of_concatenation(wanted, images)
     for ours, theirs in zip(model.attention_maps(images, BLOCKS), exact, strict=True):
+        assert ours.shape == theirs.shape and relative_error(ours, theirs) < 1e-12
+
+
+def test_maps_are_those_of_concatenated_keys() -> None:
+    vit, setting = (
+        tiny_vit(qk_norm=True),
+        dict(num_prompts=3, prompt_location="key-value", prompt_layers=[0, 2]),
+    )
+    model = PromptedViT(vit, CLASSES, **setting).double()
+    wanted = ConcatenatedViT(vit, CLASSES, **setting).double()
+    wanted.load_trainables(model.trainable_state_dict())
+    images, _ = random_batch(model)
+    maps: list[Tensor] = []
+    attention = F.scaled_dot_product_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        found = (q @ k.mT * q.shape[-1] ** -0.5).softmax(
+            -1
+        )  # over the prompts, if there are any, then tokens
+        maps.append(found.roll(found.shape[-2], dims=-1))
+        return attention(q, k, v, **options)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", recorded):
+        wanted(images)
+    for ours, theirs in zip(model.attention_maps(images, BLOCKS), maps, strict=True):
         assert ours.shape == theirs.shape and relative_error(ours, theirs) < 1e-12
 
 

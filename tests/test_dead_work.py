@@ -32,7 +32,8 @@ class Block(NamedTuple):
     """What one block has to do. tokens: in its input; prompts: sets of m that are projected (0, 1, or B
     where each image has its own); rows, fresh: tokens and prompts whose output is read; below: whether the
     tokens' gradient is wanted; trained: whether the block runs under autograd at all; formed: whether the
-    prompts are the block's own tensor, and not the parameter."""
+    prompts are the block's own tensor, and not the parameter; key_value: whether they are keys and values,
+    which nothing projects."""
 
     tokens: int
     prompts: int
@@ -41,6 +42,12 @@ class Block(NamedTuple):
     below: bool
     trained: bool = True
     formed: bool = False
+    key_value: bool = False
+
+    @property
+    def projected(self) -> int:
+        """Sets of prompts that are normalised and projected."""
+        return 0 if self.key_value else self.prompts
 
 
 SETTINGS = {
@@ -58,6 +65,9 @@ SETTINGS = {
     "last_two": dict(num_prompts=M, prompt_layers=-2),
     "gap_flow": dict(num_prompts=M, prompt_layers=[0, 2]),
     "gap_drop": dict(num_prompts=M, prompt_layers=[0, 2], after_prompts="drop"),
+    "key_value": dict(num_prompts=M, prompt_location="key-value"),
+    "key_value_gap": dict(num_prompts=M, prompt_location="key-value", prompt_layers=[0, 2]),
+    "key_value_dropout_per_image": dict(num_prompts=M, prompt_location="key-value", prompt_dropout=0.5),
     "add_deep": dict(prompt_location="add"),
     "add_one_before_block_1": dict(prompt_location="add-1", prompt_layers=[1]),
 }
@@ -98,6 +108,21 @@ WORK = {
     # block 1's prompts are replaced before block 2: their rows are not computed
     "gap_flow": [Block(N, 1, N, M, False), Block(ALL, 0, N, 0, True), Block(N, 1, 1, 0, True)],
     "gap_drop": [Block(N, 1, N, 0, False), Block(N, 0, N, 0, True), Block(N, 1, 1, 0, True)],
+    "key_value": [
+        Block(N, 1, N, 0, False, key_value=True),
+        Block(N, 1, N, 0, True, key_value=True),
+        Block(N, 1, 1, 0, True, key_value=True),
+    ],
+    "key_value_gap": [
+        Block(N, 1, N, 0, False, key_value=True),
+        Block(N, 0, N, 0, True),
+        Block(N, 1, 1, 0, True, key_value=True),
+    ],
+    "key_value_dropout_per_image": [
+        Block(N, BATCH, N, 0, False, formed=True, key_value=True),
+        Block(N, BATCH, N, 0, True, formed=True, key_value=True),
+        Block(N, BATCH, 1, 0, True, formed=True, key_value=True),
+    ],
     "add_deep": [Block(N, 0, N, 0, True), Block(N, 0, N, 0, True), Block(N, 0, 1, 0, True)],
     "add_one_before_block_1": [
         Block(N, 0, N, 0, False, trained=False),
@@ -118,7 +143,7 @@ def forward_flops(block: Block) -> int:
     return (
         linear(BATCH * block.tokens, WIDTH, 2 * WIDTH)  # keys and values of all tokens
         + linear(BATCH * block.rows, WIDTH, WIDTH)  # queries of the rows that are read
-        + linear(block.prompts * M, WIDTH, 2 * WIDTH)
+        + linear(block.projected * M, WIDTH, 2 * WIDTH)
         + linear(block.prompts * block.fresh, WIDTH, WIDTH)
         + 2 * linear(BATCH * rows, WIDTH, keys)  # Q Kᵀ and P V, over all heads
         + linear(BATCH * rows, WIDTH, WIDTH)
@@ -133,8 +158,8 @@ def projections_flops(block: Block) -> int:
     if block.below:
         total += linear(BATCH * block.tokens, WIDTH, 2 * WIDTH) + linear(BATCH * block.rows, WIDTH, WIDTH)
         total += linear(block.prompts * block.fresh, WIDTH, WIDTH)
-    if block.prompts > 1:
-        total += linear(block.prompts * M, WIDTH, 2 * WIDTH)
+    if block.projected > 1:
+        total += linear(block.projected * M, WIDTH, 2 * WIDTH)
     return total
 
 
@@ -150,7 +175,7 @@ def backward_flops(block: Block) -> int:
         total += 4 * linear(BATCH * block.rows, WIDTH, M)  # S, dP, dK, dV over the prompts' columns alone
         total += 3 * linear(BATCH * block.fresh, WIDTH, keys)  # S, dP, dQ of prompts that go on
         total += 2 * linear(BATCH * block.fresh, WIDTH, M)  # and their share of the prompts' dK, dV
-    total += linear(block.prompts * M, 2 * WIDTH, WIDTH) + linear(block.prompts * block.fresh, WIDTH, WIDTH)
+    total += linear(block.projected * M, 2 * WIDTH, WIDTH) + linear(block.prompts * block.fresh, WIDTH, WIDTH)
     return total
 
 
@@ -159,9 +184,9 @@ def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
     if not block.trained:
         return 0
     rows, image_keys = block.rows + block.fresh, block.below or block.fresh > 0
-    per_image = block.prompts > 1
     if memory == "recompute":  # the input
-        return (BATCH * block.tokens + block.formed * block.prompts * M) * WIDTH * size
+        prompt_width = 2 * WIDTH if block.key_value else WIDTH
+        return (BATCH * block.tokens * WIDTH + block.formed * block.prompts * M * prompt_width) * size
     compact = memory == "compact"
     x_hat = (WIDTH + 1) * size  # and rstd
     codes = WIDTH + 2 * size  # with scale and rstd
@@ -174,8 +199,8 @@ def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
         total += BATCH * rows * HIDDEN * (1 if compact else size)
     if block.below:
         total += BATCH * block.tokens * x_hat  # x̂1
-    total += block.prompts * M * x_hat
-    if not (compact and per_image):
+    total += block.projected * M * x_hat
+    if not (compact and block.projected > 1):
         total += block.prompts * M * 2 * WIDTH * size  # K, V of the prompts
     return total
 
@@ -236,7 +261,16 @@ def test_backward_operations_equal_the_closed_form(setting: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["deep", "deep_dropout_per_image", "shallow", "first_two_flow", "last_two"]
+    "setting",
+    [
+        "deep",
+        "deep_dropout_per_image",
+        "shallow",
+        "first_two_flow",
+        "last_two",
+        "key_value_gap",
+        "key_value_dropout_per_image",
+    ],
 )
 @pytest.mark.parametrize("memory", ["compact", "recompute_mlp", "recompute"])
 def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(setting: str, memory: str) -> None:
@@ -256,7 +290,11 @@ def test_operations_of_a_memory_policy_are_those_and_what_is_formed_again(settin
 
 
 # Dropout's masks, which PyTorch keeps in the prompts' dtype on the CPU: numbers of all blocks.
-MASKS = {"deep_dropout_per_image": 3 * BATCH * M * WIDTH, "deep_dropout_per_batch": 3 * M * WIDTH}
+MASKS = {
+    "deep_dropout_per_image": 3 * BATCH * M * WIDTH,
+    "deep_dropout_per_batch": 3 * M * WIDTH,
+    "key_value_dropout_per_image": 3 * BATCH * M * 2 * WIDTH,
+}
 
 CASES = [(setting, "exact", dtype) for setting in SETTINGS for dtype in (torch.float32, torch.float64)]
 CASES += [
@@ -268,6 +306,8 @@ CASES += [
         "shallow",
         "first_two_flow",
         "last_two",
+        "key_value_gap",
+        "key_value_dropout_per_image",
         "add_deep",
     )
     for memory in ("compact", "recompute_mlp", "recompute")

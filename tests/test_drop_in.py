@@ -46,6 +46,7 @@ TRAINED = {"prompts", "head.weight", "head.bias"}
 PROMPTS: dict[str, dict[str, Any]] = {
     "deep": {"num_prompts": 4},
     "shallow": {"num_prompts": 4, "prompt_type": "shallow"},
+    "key-value": {"num_prompts": 4, "prompt_location": "key-value"},
 }
 
 
@@ -481,6 +482,7 @@ NO_INDUCTOR = why_inductor_cannot_run()
     [
         ("aot_eager", "deep"),
         ("aot_eager", "shallow"),
+        ("aot_eager", "key-value"),
         pytest.param(
             "inductor", "deep", marks=pytest.mark.skipif(bool(NO_INDUCTOR), reason=str(NO_INDUCTOR))
         ),

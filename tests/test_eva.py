@@ -87,7 +87,17 @@ def test_pooling_of_prompts_that_flow_on_without_a_position(layers: str, pool: s
 
 @pytest.mark.parametrize("kind", ["dinov3", "mixed"])
 @pytest.mark.parametrize(
-    "location", ["pixel", "pad", "channels", "add_deep", "add1_middle", "prepend_shared", "prepend_projected"]
+    "location",
+    [
+        "key_value",
+        "pixel",
+        "pad",
+        "channels",
+        "add_deep",
+        "add1_middle",
+        "prepend_shared",
+        "prepend_projected",
+    ],
 )
 def test_location_on_eva(location: str, kind: str) -> None:
     assert_equal_to_concatenation(tiny_eva(**KINDS[kind]), **LOCATIONS[location])
@@ -129,10 +139,11 @@ def test_memory_policy_gives_the_gradients_of_concatenation(memory, tolerance, k
 
 @pytest.mark.parametrize("memory", ["exact", "compact", "recompute_mlp", "recompute"])
 @pytest.mark.parametrize("kind", ["dinov3", "eva02_base", "qk_norm"])
-@pytest.mark.parametrize("layers", ["all", "shallow"])
+@pytest.mark.parametrize("layers", ["all", "shallow", "key_value", "key_value_shared"])
 def test_bytes_kept_equal_the_estimate(layers: str, kind: str, memory: str) -> None:
     eva = tiny_eva(torch.float32, **(KINDS[kind] | {"global_pool": "token"}))
-    model = PromptedViT(eva, NUM_CLASSES, 5, memory=memory, **LAYERS[layers]).train()
+    settings = LOCATIONS[layers] if layers in LOCATIONS else LAYERS[layers] | {"num_prompts": 5}
+    model = PromptedViT(eva, NUM_CLASSES, memory=memory, **settings).train()
     images, _ = random_batch(model, 3, dtype=torch.float32)
     with KeptBytes(model, images) as kept:
         model(images)

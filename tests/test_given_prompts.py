@@ -55,6 +55,8 @@ VIT: dict[str, dict[str, Any]] = {
     "gap_drop": dict(num_prompts=4, prompt_layers=[1], after_prompts="drop"),
     "shared": dict(num_prompts=4, prompt_shared=True),
     "projected": dict(num_prompts=4, prompt_project=6),
+    "key-value": dict(num_prompts=4, prompt_location="key-value"),
+    "key-value_projected": dict(num_prompts=4, prompt_location="key-value", prompt_project=6),
     "add": dict(prompt_location="add"),
     "add-1": dict(prompt_location="add-1", prompt_layers=[0, 2]),
 }
@@ -93,7 +95,7 @@ def test_each_image_s_own_equal_concatenation_image_by_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("memory", [name for name in MEMORY if name not in ("auto", "compact")])
-@pytest.mark.parametrize("name", ["deep", "shallow_prompt_pool", "swin"])
+@pytest.mark.parametrize("name", ["deep", "shallow_prompt_pool", "key-value", "swin"])
 def test_policies_give_the_same_gradients(name: str, memory: str) -> None:
     model, plain = pair(name, memory=memory)
     images, _ = random_batch(model, BATCH)
@@ -316,3 +318,13 @@ def test_documented_pool_is_trained(page: list[str]) -> None:
     (F.cross_entropy(logits, labels) - likeness.mean()).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained == {"keys", "pool", "prompted.head.weight", "prompted.head.bias"}
+
+
+def test_documented_network_that_computes_keys_and_values_is_trained(page: list[str]) -> None:
+    names = dict(globals(), vpt_fast=vpt_fast)
+    exec(page[2], names)
+    model = names["CodaPrompt"](tiny_vit(torch.float32), CLASSES, blocks=2)
+    images, labels = random_batch(model.prompted, BATCH, dtype=torch.float32)
+    F.cross_entropy(model(images), labels).backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"keys", "attention", "components", "prompted.head.weight", "prompted.head.bias"}

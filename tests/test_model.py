@@ -30,6 +30,7 @@ class TestParameters:
         assert PromptedViT(vit, 5, 7, prompt_layers=[0, 2]).prompts.shape == (2, 7, 32)
         assert PromptedViT(vit, 5, 7, prompt_shared=True).prompts.shape == (1, 7, 32)
         assert PromptedViT(vit, 5, 7, prompt_project=1).prompts.shape == (3, 7, 1)
+        assert PromptedViT(vit, 5, 7, prompt_location="key-value").prompts.shape == (3, 7, 64)
         assert PromptedViT(vit, 5, prompt_location="add").prompts.shape == (3, 17, 32)
         assert PromptedViT(vit, 5, prompt_location="add-1").prompts.shape == (3, 1, 32)
 
@@ -52,8 +53,9 @@ class TestParameters:
         assert deep.prompts.numel() == 460_800
         assert deep.num_backbone_parameters == 85_798_656
 
-    def test_prompts_start_uniform_within_the_official_bound(self) -> None:
-        prompts = PromptedViT(tiny_vit(), 5, 500).prompts.detach()
+    @pytest.mark.parametrize("location", ["prepend", "key-value"])
+    def test_prompts_start_uniform_within_the_official_bound(self, location: str) -> None:
+        prompts = PromptedViT(tiny_vit(), 5, 500, prompt_location=location).prompts.detach()
         bound = math.sqrt(6 / (3 * 8 * 8 + 32))
         assert prompts.abs().max() <= bound
         assert prompts.mean().abs() < 0.01 * bound
@@ -143,6 +145,15 @@ REFUSED = {
     "num_prompts: got 2.5": dict(num_prompts=2.5),
     "num_prompts: got True": dict(num_prompts=True),
     "num_prompts: got 5 with prompt_location='add', want None or 17": dict(prompt_location="add"),
+    "after_prompts: got 'drop' with prompt_location='key-value'": dict(
+        prompt_location="key-value", after_prompts="drop"
+    ),
+    "pool: got 'prompts' with prompt_location='key-value', whose prompts have no outputs": dict(
+        prompt_location="key-value", pool="prompts"
+    ),
+    "pool: got 'image_and_prompts' with prompt_location='add', whose prompts have no outputs": dict(
+        prompt_location="add", pool="image_and_prompts"
+    ),
     "prompt_type: got 'medium'": dict(prompt_type="medium"),
     "prompt_type: got 'deep' with prompt_location='pad'": dict(prompt_location="pad"),
     "prompt_location: got 'below'": dict(prompt_location="below"),
@@ -172,7 +183,7 @@ REFUSED = {
     "pool: got \\['cls'\\]": dict(pool=["cls"]),
     "pool: the head reads prompts": dict(pool="prompts", prompt_layers=1, after_prompts="drop"),
     "pool: the head reads patches and prompts": dict(
-        pool="image_and_prompts", prompt_location="add", num_prompts=None
+        pool="image_and_prompts", prompt_layers=1, after_prompts="drop"
     ),
     "num_classes: got 0": dict(num_classes=0),
     "dtype: got torch.int8": dict(dtype=torch.int8),

@@ -282,6 +282,12 @@ def test_a_pooling_that_the_official_swin_does_not_have_is_not_written(pool: str
         export_prompts(PromptedSwin(tiny_swin(), 5, 2, pool=pool), tmp_path / "file.pth")
 
 
+def test_a_location_that_the_official_code_does_not_have_is_not_written(vit, tmp_path: Path) -> None:
+    model = PromptedViT(vit, 5, 2, prompt_location="key-value")
+    with pytest.raises(Unmapped, match="prompt_location 'key-value': the official code has no such prompts"):
+        export_prompts(model, tmp_path / "file.pth", encoder="sup")
+
+
 def test_a_setting_that_the_encoder_does_not_look_at_is_not_written(vit, tmp_path: Path) -> None:
     model = PromptedViT(vit, 5, 2, prompt_project=8)
     with pytest.raises(Unmapped, match="PROJECT 8 with mocov3: the official code does not look at it"):

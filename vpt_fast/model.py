@@ -21,8 +21,9 @@ from vpt_fast.engine.plan import BlockPlan, Read, plan_blocks, row_range
 from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import (
+    IN_ATTENTION,
+    IN_BLOCKS,
     IN_SEQUENCE,
-    IN_TOKENS,
     PromptConfig,
     check_given,
     drop,
@@ -70,11 +71,13 @@ class PromptedViT(PromptedClassifier):
 
     Attributes:
         prompts: the trained prompts: (prompted blocks, m, d); (1, m, d) if shallow or shared; (.., m, p)
-            with `prompt_project` p. ``add``: m is the number of tokens; ``add-1``: 1; ``prepend-pixel``:
-            (1, C, patch height, m · patch width); ``pad``: (1, 3, 2m, W + 2m), the rows above the image,
-            then those below; ``concat-channel``: (1, m, H, W).
+            with `prompt_project` p. ``key-value``: 2·H·D in place of d, for H heads of D dimensions: the keys
+            of all heads, then the values, as attention takes them (past query-key normalisation). ``add``: m
+            is the number of tokens; ``add-1``: 1; ``prepend-pixel``: (1, C, patch height, m · patch width);
+            ``pad``: (1, 3, 2m, W + 2m), the rows above the image, then those below; ``concat-channel``:
+            (1, m, H, W).
         prompts_sides: (``pad`` only) (1, 3, H, 2m), the columns left of the image, then those right of it.
-        prompt_projection: (with `prompt_project` only) nn.Linear from p to d dimensions.
+        prompt_projection: (with `prompt_project` only) nn.Linear from p to d, or 2·H·D, dimensions.
         head: nn.Linear, from `num_features` features to logits.
 
     Raises:
@@ -124,6 +127,11 @@ class PromptedViT(PromptedClassifier):
             prompt_dropout=prompt_dropout,
             prompt_dropout_per=prompt_dropout_per,
         )
+        if pool in ("prompts", "image_and_prompts") and prompt_location not in IN_SEQUENCE:
+            raise ValueError(
+                f"pool: got {pool!r} with prompt_location={prompt_location!r}, whose prompts have no "
+                "outputs; want None, 'cls' or 'image'"
+            )
         border = settings.border
         vit, origin = resolve_backbone(
             backbone, pretrained, timm_kwargs, border=border, checkpoint=checkpoint
@@ -147,18 +155,18 @@ class PromptedViT(PromptedClassifier):
         self._make_prompts()
 
     def _make_prompts(self) -> None:
-        settings, embed_dim, device = self.prompt_settings, self.embed_dim, self.backbone.device
+        settings, device = self.prompt_settings, self.backbone.device
         location, m = settings.prompt_location, settings.num_prompts
         channels, (height, width) = self.backbone.in_chans, self.image_size
         shape: tuple[int, ...]
-        if location in IN_TOKENS:
-            expected = {"prepend": m, "add": self.backbone.num_tokens, "add-1": 1}[location]
+        if location in IN_BLOCKS:
+            expected = {"add": self.backbone.num_tokens, "add-1": 1}.get(location, m)
             if m is not None and m != expected:
                 raise ValueError(
                     f"num_prompts: got {m} with prompt_location={location!r}, want None or {expected}"
                 )
             num_sets = 1 if settings.prompt_shared else len(self._prompted)
-            shape = (num_sets, expected, settings.prompt_project or embed_dim)
+            shape = (num_sets, expected, settings.prompt_project or self._prompt_width)
         elif location == "prepend-pixel":
             shape = (1, channels, self.patch_size[0], m * self.patch_size[1])
         elif location == "pad":
@@ -178,15 +186,23 @@ class PromptedViT(PromptedClassifier):
         else:  # concat-channel
             shape = (1, m, height, width)
             self._widen_patch_embedding(m)
-        # The bound depends on the prompts' own width, or on the model's width if prompts are pixels.
-        bound = init_bound(self.patch_size, settings.prompt_project or embed_dim)
+        # The bound depends on the width of tokens or of what is projected; else on the model's width.
+        bound = init_bound(self.patch_size, settings.prompt_project or self.embed_dim)
         low, high = (0.0, 1.0) if location == "pad" else (-bound, bound)
         self.prompts = nn.Parameter(torch.empty(shape, device=device).uniform_(low, high))
         self._prompt_shape = shape
         self.prompt_projection: nn.Linear | None = None
         if settings.prompt_project is not None:
-            self.prompt_projection = nn.Linear(settings.prompt_project, embed_dim, device=device)
+            self.prompt_projection = nn.Linear(settings.prompt_project, self._prompt_width, device=device)
             nn.init.kaiming_normal_(self.prompt_projection.weight, a=0, mode="fan_out")
+
+    @property
+    def _prompt_width(self) -> int:
+        """Of a prompt as it enters a block: d, or 2·H·D if it is a key and a value of every head."""
+        if not self.prompt_settings.key_value:
+            return self.embed_dim
+        spec = self.backbone.blocks[0].spec
+        return 2 * spec.num_heads * spec.head_dim
 
     def _widen_patch_embedding(self, extra: int) -> None:
         """Adds `extra` input channels to the patch embedding and trains all of it, in at least float32."""
@@ -291,9 +307,10 @@ class PromptedViT(PromptedClassifier):
         """
         self._check_blocks(blocks)
         maps: list[torch.Tensor] = []
+        key_value = self.prompt_settings.key_value
 
         def look(block: FrozenBlock, stream: Stream, own: torch.Tensor | None, *call: Any) -> None:
-            found = block.attention_probabilities(stream, own, *call)
+            found = block.attention_probabilities(stream, own, *call, key_value=key_value)
             m = found.shape[-1] - stream.num_tokens  # prompts that flow on are among the stream's tokens
             maps.append(torch.cat((found[..., m:], found[..., :m]), dim=-1))
 
@@ -302,9 +319,12 @@ class PromptedViT(PromptedClassifier):
 
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
         """The plans of the blocks up to `last`; `read`: which rows of its output are read."""
-        in_sequence = self.prompt_settings.prompt_location in IN_SEQUENCE
-        prompted = [index for index in self._prompted if index <= last] if in_sequence else []
-        return plan_blocks(last + 1, prompted, self.prompt_settings.after_prompts, read)
+        settings = self.prompt_settings
+        in_attention = settings.prompt_location in IN_ATTENTION
+        prompted = [index for index in self._prompted if index <= last] if in_attention else []
+        # Keys and values have no outputs that could flow on.
+        after = settings.after_prompts if settings.prompt_location in IN_SEQUENCE else "drop"
+        return plan_blocks(last + 1, prompted, after, read)
 
     def _outputs(
         self,
@@ -344,10 +364,11 @@ class PromptedViT(PromptedClassifier):
             if plan.prompt_index is not None:
                 own = sets[plan.prompt_index]
                 prompts = drop(own, settings, batch_size, training=self.training)
+                prompts = self.backbone.keys_as_folded(prompts) if settings.key_value else prompts
             rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
             if look is not None and index in wanted:
                 look(block, stream, prompts, (0, num_tokens), rotation)
-            stream = block(stream, prompts, rows, policy, rotation)
+            stream = block(stream, prompts, rows, policy, rotation, key_value=settings.key_value)
             if index in wanted:
                 outputs.append(stream.sum())
         return outputs, num_tokens
@@ -364,17 +385,17 @@ class PromptedViT(PromptedClassifier):
         return self.backbone.embed(images)
 
     def _prompt_sets(self, given: torch.Tensor | None, batch_size: int) -> tuple[torch.Tensor, ...]:
-        """One set of prompts for every prompted block, (1, m, d), or (B, m, d) where those given are
-        different for each image; none if prompts are not tokens."""
+        """One set of prompts for every prompted block, (1, m, d or 2·H·D), or (B, ..) where those given are
+        different for each image; none if prompts are part of the image."""
         settings = self.prompt_settings
-        if given is not None and settings.prompt_location not in IN_TOKENS:
+        if given is not None and settings.prompt_location not in IN_BLOCKS:
             raise ValueError(
                 f"prompts: got some for a model with prompt_location={settings.prompt_location!r}, whose "
                 "prompts are pixels; want None"
             )
         if settings.prompt_location == "prepend-pixel":
             return (self.backbone.embed_pixel_prompts(self.prompts),)
-        if settings.prompt_location not in IN_TOKENS:
+        if settings.prompt_location not in IN_BLOCKS:
             return ()
         prompts = self.prompts if given is None else check_given(given, self.prompts, batch_size)
         sets = split_sets(prompts if self.prompt_projection is None else self.prompt_projection(prompts))
@@ -392,14 +413,14 @@ class PromptedViT(PromptedClassifier):
         m = settings.num_prompts or 0
         per_image = per_image or settings.masks_per_image
         copies = batch_size if per_image else 1
-        in_sequence = settings.prompt_location in IN_SEQUENCE
-        below = self.backbone.trains_embedding
-        below = below or (not in_sequence and settings.prompt_location not in ("add", "add-1"))
-        # Otherwise the prompts are views of the parameter, not new tensors.
+        in_attention = settings.prompt_location in IN_ATTENTION
+        below = self.backbone.trains_embedding or settings.prompt_location in ("pad", "concat-channel")
+        # Otherwise the prompts are views of the parameter, not new tensors: of all blocks, or of each.
         formed = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
+        formed_anew = settings.prompt_dropout > 0.0 or (settings.key_value and self.backbone.reorders_keys)
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
-            below = below or (not in_sequence and index in self._prompted)
+            below = below or (not in_attention and index in self._prompted)
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:
@@ -412,13 +433,14 @@ class PromptedViT(PromptedClassifier):
                     grad_tokens=below,
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
+                    key_value=settings.key_value and own,
                 )
-                # Shared prompts are kept once, but after dropout every block keeps its own.
+                # Shared prompts are kept once, but those formed anew in every block by each.
                 is_first = not settings.prompt_shared or plan.prompt_index == 0
-                own_prompts = own and (settings.prompt_dropout > 0.0 or (formed and is_first))
+                own_prompts = own and (formed_anew or (formed and is_first))
                 kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)
                 if own or index in self._prompted:
-                    kept += mask_bytes(settings, batch_size, self.embed_dim, self.prompts)
+                    kept += mask_bytes(settings, batch_size, self._prompt_width, self.prompts)
                 peak.add(kept, cost.workspace_bytes(block, **call))
             below = below or own
         return peak.kept, peak.workspace

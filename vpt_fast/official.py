@@ -435,11 +435,12 @@ def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[
     drops = options.after_prompts == "drop"
     if drops and layers is not None and pool == "img_pool":
         pool = "imgprompt_pool"  # pools only patches then: no prompt is left
+    locations = {ours: official for official, ours in reversed(_LOCATIONS.items())}
+    if options.prompt_location not in locations:
+        raise Unmapped(f"prompt_location {options.prompt_location!r}: the official code has no such prompts")
     prompt = {
         "NUM_TOKENS": options.num_prompts or model.trainable_state_dict()["prompts"].shape[1],
-        "LOCATION": {ours: official for official, ours in reversed(_LOCATIONS.items())}[
-            options.prompt_location
-        ],
+        "LOCATION": locations[options.prompt_location],
         "DEEP": options.prompt_type == "deep",
         "PROJECT": -1 if options.prompt_project is None else options.prompt_project,
         "NUM_DEEP_LAYERS": None if layers is None else abs(layers),

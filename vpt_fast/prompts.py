@@ -18,12 +18,13 @@ import torch
 from torch.nn import functional as F
 
 PROMPT_TYPES = ("deep", "shallow")
-LOCATIONS = ("prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
+LOCATIONS = ("prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
 AFTER_PROMPTS = ("flow", "drop")
 DROPOUT_PER = ("image", "batch")
 
-IN_TOKENS = ("prepend", "add", "add-1")  # locations that support deep, shared and projected prompts
+IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # those of deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
+IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
 
 # The border prompts of `pad` are pixels in [0, 1], normalised like ImageNet images.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -35,22 +36,23 @@ class PromptConfig:
     """All prompt settings of a model.
 
     Attributes:
-        num_prompts: m: prompts per prompted block (prepend, prepend-pixel), pixels of border on each side
-            (pad), extra input channels (concat-channel). ``add`` has one prompt per token and ``add-1``
-            one in all: None there, or that number.
+        num_prompts: m: prompts per prompted block (prepend, key-value, prepend-pixel), pixels of border on
+            each side (pad), extra input channels (concat-channel). ``add`` has one prompt per token and
+            ``add-1`` one in all: None there, or that number.
         prompt_type: ``"deep"``: blocks get prompts of their own; ``"shallow"``: only the first block does.
         prompt_layers: (deep only) which blocks get prompts of their own: None for all, k > 0 for the first
             k, k < 0 for the last -k, or the blocks' indices from 0.
         after_prompts: what a block without prompts of its own gets if an earlier block had some:
             ``"flow"``: their outputs, as ordinary tokens (as in shallow prompting); ``"drop"``: nothing.
-        prompt_location: ``"prepend"``: tokens beside the image's (the paper's choice); ``"add"``: added to
-            the tokens, one prompt for every position; ``"add-1"``: one prompt added to every token;
-            ``"prepend-pixel"``: patches of pixels beside the image's, without position embedding;
-            ``"pad"``: a border of pixels around the image; ``"concat-channel"``: extra input channels,
-            with the whole patch embedding trained.
+        prompt_location: ``"prepend"``: tokens beside the image's (the paper's choice); ``"key-value"``: keys
+            and values of attention themselves, for every head (prefix tuning: Li and Liang, ACL 2021; on ViTs
+            DualPrompt: Wang et al., ECCV 2022); ``"add"``: added to the tokens, one prompt for every
+            position; ``"add-1"``: one prompt added to every token; ``"prepend-pixel"``: patches of pixels
+            beside the image's, without position embedding; ``"pad"``: a border of pixels around the image;
+            ``"concat-channel"``: extra input channels, with the whole patch embedding trained.
         prompt_shared: one set of prompts for all prompted blocks.
         prompt_project: prompts have this many dimensions, and one trained linear layer projects them to
-            the model's width; None: no projection.
+            the model's width (key-value: to keys and values); None: no projection.
         prompt_dropout: probability that an element of a prompt is dropped in training.
         prompt_dropout_per: ``"image"``: a mask per image (the standard recipe); ``"batch"``: one for the
             whole batch, which is cheaper but a different regulariser.
@@ -102,7 +104,7 @@ class PromptConfig:
                 )
             if self.prompt_shared:
                 raise ValueError("prompt_shared: got True with prompt_type='shallow', which has one set")
-        if self.prompt_location not in IN_TOKENS:
+        if self.prompt_location not in IN_BLOCKS:
             if self.prompt_type == "deep":
                 raise ValueError(
                     f"prompt_type: got 'deep' with {where}, whose prompts are "
@@ -128,6 +130,11 @@ class PromptConfig:
     def border(self) -> int:
         """Pixels of border on each side of the image."""
         return self.num_prompts if self.prompt_location == "pad" else 0
+
+    @property
+    def key_value(self) -> bool:
+        """Whether prompts are keys and values, which no norm and no projection comes before."""
+        return self.prompt_location == "key-value"
 
     @property
     def masks_per_image(self) -> bool:
@@ -260,7 +267,7 @@ def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch
     Args:
         config: see `drop`.
         batch_size: B.
-        width: d.
+        width: of a prompt as it enters the block.
         prompts: the parameter (.., m, any width). On a CUDA device a bool is kept per element, elsewhere a
             factor in its dtype.
     """

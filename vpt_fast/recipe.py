@@ -213,8 +213,12 @@ class Recipe:
         "prompts of their own.",
         PROMPTS,
     )
-    prompt_location: Literal["prepend", "add", "add-1", "prepend-pixel", "pad", "concat-channel"] = _knob(
-        "prepend", "Where prompts are inserted (the paper's Fig. 5).", PROMPTS
+    prompt_location: Literal[
+        "prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "concat-channel"
+    ] = _knob(
+        "prepend",
+        "Where prompts are inserted (the paper's Fig. 5); key-value is prefix tuning.",
+        PROMPTS,
     )
     prompt_shared: bool = _knob(False, "Share one set of prompts between all prompted blocks.", PROMPTS)
     prompt_project: int | None = _knob(

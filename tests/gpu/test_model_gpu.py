@@ -19,6 +19,7 @@ SETTINGS = {
     "shallow": dict(num_prompts=50, prompt_type="shallow"),
     "image_and_prompt_pool": dict(num_prompts=7, pool="image_and_prompts"),
     "first_drop": dict(num_prompts=7, prompt_layers=1, after_prompts="drop"),
+    "key_value": dict(num_prompts=50, prompt_location="key-value"),
     "add": dict(prompt_location="add"),
 }
 

@@ -23,6 +23,7 @@ SETTINGS = {
     "image_and_prompt_pool": dict(num_prompts=3, pool="image_and_prompts"),
     "first_drop": dict(num_prompts=7, prompt_layers=1, after_prompts="drop"),
     "last_one": dict(num_prompts=7, prompt_layers=-1),
+    "key_value": dict(num_prompts=7, prompt_location="key-value"),
     "add": dict(prompt_location="add"),
 }
 BACKBONES = {
@@ -88,7 +89,11 @@ def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -
 
 
 @pytest.mark.parametrize("memory", POLICIES)
-@pytest.mark.parametrize("settings", [DEEP, SETTINGS["image_and_prompt_pool"]], ids=["deep", "prompt_pool"])
+@pytest.mark.parametrize(
+    "settings",
+    [DEEP, SETTINGS["image_and_prompt_pool"], SETTINGS["key_value"]],
+    ids=["deep", "prompt_pool", "key_value"],
+)
 def test_prompts_that_are_each_image_s_own_equal_concatenation(settings: dict, memory: str) -> None:
     vit = backbone()
     model = PromptedViT(vit.float(), CLASSES, backend="triton", memory=memory, **settings)

@@ -73,6 +73,7 @@ class FrozenEva(FrozenViT):
         self.stem.rope = None
         wide = torch.promote_types(vit.patch_embed.proj.weight.dtype, torch.float32)
         self.rope = copy.deepcopy(vit.rope)
+        self.reorders_keys = not vit.blocks[0].attn.rotate_half
         self.sin = self.cos = None
         self._tables: dict[Hashable, tuple[torch.Tensor, ...]] = {}
         if self.rope is not None:
@@ -203,6 +204,13 @@ class FrozenEva(FrozenViT):
         half = sin.shape[-1] // 2
         once = slice(half) if _pairs_halves(self.rope) else slice(0, None, 2)
         return sin[..., once].contiguous(), cos[..., once].contiguous()
+
+    def keys_as_folded(self, prompts: torch.Tensor) -> torch.Tensor:
+        if not self.reorders_keys:
+            return prompts
+        keys, values = prompts.chunk(2, dim=-1)
+        heads = keys.unflatten(-1, (-1, self.folded_blocks[0].spec.head_dim // 2, 2))
+        return torch.cat((heads.transpose(-1, -2).flatten(-3), values), dim=-1)
 
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         if self.sin is None or self.cos is None:

@@ -79,6 +79,8 @@ class FrozenViT(nn.Module):
         ValueError: the model has a part that is not supported; the message names it.
     """
 
+    reorders_keys = False  # whether `keys_as_folded` returns another tensor than it is given
+
     def __init__(
         self,
         vit: VisionTransformer,
@@ -225,6 +227,11 @@ class FrozenViT(nn.Module):
         x = patch_embed.proj(as_input(pixels, patch_embed.proj)).flatten(2).transpose(1, 2)
         x = self._norm_pre(patch_embed.norm(x))
         return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+    def keys_as_folded(self, prompts: torch.Tensor) -> torch.Tensor:
+        """Prompts (.., 2·H·D) that are keys and values, with the dimensions of keys in timm's order, to those
+        that a folded block takes."""
+        return prompts
 
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         """Each folded block's rotary positions for an image of this (height, width)."""

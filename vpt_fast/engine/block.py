@@ -100,6 +100,8 @@ class FrozenBlock(nn.Module):
         rows: tuple[int, int],
         policy: MemoryPolicy,
         rotation: Rotation | None = None,
+        *,
+        key_value: bool = False,
     ) -> Stream:
         """The block's output for the rows that are read.
 
@@ -109,6 +111,8 @@ class FrozenBlock(nn.Module):
             rows: half-open range of the rows to compute, out of the N tokens followed by the m prompts.
             policy: what is kept for backward.
             rotation: rotary positions, where the block has them.
+            key_value: prompts are (1 or B, m, 2·H·D), the keys of all heads and then the values, as attention
+                takes them: past query-key normalisation. They are no rows that can be computed.
 
         Returns:
             (B, R, d), with an update.
@@ -124,7 +128,7 @@ class FrozenBlock(nn.Module):
         grad_prompts = prompts is not None and prompts.requires_grad and torch.is_grad_enabled()
         is_kept = grad_tokens or grad_prompts
         # No codes where no backward reads them.
-        call = self._call(stream, rows, policy if is_kept else MemoryPolicy(), grad_tokens)
+        call = self._call(stream, rows, policy if is_kept else MemoryPolicy(), grad_tokens, key_value)
         prompts = _wide(prompts, base.dtype)
         if is_kept:
             require_plain_autograd()
@@ -144,7 +148,13 @@ class FrozenBlock(nn.Module):
 
     @torch.no_grad()
     def attention_probabilities(
-        self, stream: Stream, prompts: torch.Tensor | None, rows: tuple[int, int], rotation: Rotation | None
+        self,
+        stream: Stream,
+        prompts: torch.Tensor | None,
+        rows: tuple[int, int],
+        rotation: Rotation | None,
+        *,
+        key_value: bool,
     ) -> torch.Tensor:
         """The probabilities that attention's softmax forms for the rows, which `forward` never holds.
 
@@ -154,7 +164,7 @@ class FrozenBlock(nn.Module):
             (B, H, R, m + N), at least float32: over the prompts, then over the tokens.
         """
         require_stream(stream)
-        call = self._call(stream, rows, MemoryPolicy(), grad_tokens=False)
+        call = self._call(stream, rows, MemoryPolicy(), grad_tokens=False, key_value=key_value)
         weights, prompts = self._weights().to(call.dtype), _wide(prompts, stream.base.dtype)
         with without_autocast(stream.base.device.type):
             return passes.attention_probabilities(stream, prompts, rotation, weights, call)
@@ -164,7 +174,14 @@ class FrozenBlock(nn.Module):
         require_frozen(*weights)
         return weights
 
-    def _call(self, stream: Stream, rows: tuple[int, int], policy: MemoryPolicy, grad_tokens: bool) -> Call:
+    def _call(
+        self,
+        stream: Stream,
+        rows: tuple[int, int],
+        policy: MemoryPolicy,
+        grad_tokens: bool,
+        key_value: bool,
+    ) -> Call:
         """What a call computes; raises ValueError if weights do not survive in the matmuls' dtype."""
         device, num_tokens = stream.base.device, stream.num_tokens
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
@@ -183,6 +200,7 @@ class FrozenBlock(nn.Module):
             grad_dtype=stream.differentiable.dtype,
             policy=policy,
             windows=self.windows,
+            key_value=key_value,
         )
 
 

@@ -48,6 +48,7 @@ class Call:
     """What one call of a block has to compute.
 
     image, fresh: the ranges of the N image-side tokens and of the m prompts whose output is read.
+    key_value: prompts are keys and values, not tokens, and none is read.
     dtype: of the matmuls, of what is kept and of the gradient of the block's output.
     grad_tokens: whether anything below is trained. grad_dtype: of the tokens' gradient.
     """
@@ -62,6 +63,7 @@ class Call:
     grad_dtype: torch.dtype
     policy: MemoryPolicy
     windows: Windows | None  # None: every token attends to every other
+    key_value: bool
 
     @property
     def num_image_rows(self) -> int:
@@ -84,7 +86,7 @@ class Kept:
 
     # For a block that is recomputed in backward; until then all other fields are None.
     tokens: torch.Tensor | None = None  # (B, N, d), the residual stream's sum
-    prompts: torch.Tensor | None = None  # (1 or B, m, d)
+    prompts: torch.Tensor | None = None  # (1 or B, m, d), or (1 or B, m, 2·H·D) if they are keys and values
     x_hat1: torch.Tensor | None = None  # (B, N, d); None where the tokens' gradient is not wanted
     rstd1: torch.Tensor | None = None  # (B, N, 1)
     # Queries, keys and values: None where backward recomputes them.
@@ -93,7 +95,7 @@ class Kept:
     kv: torch.Tensor | None = None  # (B, N, 2, H, D), None where no gradient flows through the image's keys
     q_rstd: torch.Tensor | None = None  # (B, R, H, 1), only with query-key normalisation; q, k are then q̂, k̂
     k_rstd: torch.Tensor | None = None  # (B, N, H, 1)
-    prompt_x_hat: torch.Tensor | None = None  # (1 or B, m, d)
+    prompt_x_hat: torch.Tensor | None = None  # (1 or B, m, d); None if prompts are keys and values
     prompt_rstd: torch.Tensor | None = None  # (1 or B, m, 1)
     prompt_kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
     prompt_k_rstd: torch.Tensor | None = None  # (1 or B, m, H, 1)

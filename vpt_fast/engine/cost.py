@@ -100,6 +100,7 @@ def kept_bytes(
     grad_tokens: bool,
     policy: MemoryPolicy,
     residual_dtype: torch.dtype | None = None,
+    key_value: bool = False,
     prompts_formed: bool = False,
 ) -> int:
     """Bytes that one call of a block keeps for backward.
@@ -114,6 +115,7 @@ def kept_bytes(
         grad_tokens: whether anything below it is trained.
         policy: what is kept.
         residual_dtype: of the residual stream; None for float32 or more.
+        key_value: whether prompts are keys and values, not tokens.
         prompts_formed: whether prompts that all images share are a new tensor of this call, such as dropout
             returns, and not the parameter itself.
     """
@@ -132,8 +134,9 @@ def kept_bytes(
 
     if policy.recompute_block:  # tokens and prompts
         residual = _residual_size(dtype, residual_dtype)
-        own = copies * m if copies > 1 or prompts_formed else 0
-        return (batch_size * num_tokens * residual + own * stat) * embed_dim
+        own = copies * m * (2 * attn_dim if key_value else embed_dim)
+        is_new = copies > 1 or prompts_formed
+        return batch_size * num_tokens * embed_dim * residual + (own * stat if is_new else 0)
 
     def x_hat(num: int, width: int = embed_dim, *, codes: bool = False) -> int:
         """x̂ and rstd of `num` rows; or codes, with a scale."""
@@ -159,7 +162,9 @@ def kept_bytes(
         total += batch_size * num_rows * hidden_dim * size  # u
     if block.spec.mlp_norm is not None and not policy.recompute_mlp:
         total += x_hat(batch_size * num_rows, activated_dim, codes=policy.compact)
-    if prompt_shape is not None:
+    if key_value:
+        total += copies * m * 2 * attn_dim * size
+    elif prompt_shape is not None:
         total += x_hat(copies * m)
         if not policy.recomputes_prompt_kv(copies):
             total += copies * m * 2 * attn_dim * size  # k, v
@@ -213,6 +218,7 @@ def workspace_bytes(
     grad_tokens: bool,
     policy: MemoryPolicy,
     residual_dtype: torch.dtype | None = None,
+    key_value: bool = False,
 ) -> int:
     """Peak bytes of temporaries while one call of a block runs forward or backward, including the gradient
     that backward is given and what it recomputes.
@@ -259,7 +265,7 @@ def workspace_bytes(
     )
     # Recomputed queries, keys and values.
     anew = qkv if policy.recomputes_qkv(grad_tokens) else 0
-    anew += parts if policy.recomputes_prompt_kv(copies) else 0
+    anew += parts if policy.recomputes_prompt_kv(copies) and not key_value else 0
     attention = grad + out + anew + qkv + parts
     if block.spec.attn_norm is not None:
         attention = max(attention, grad + 3 * out)  # its gradients on both sides, and x̂
@@ -276,6 +282,7 @@ def workspace_bytes(
             prompt_shape=prompt_shape and (min(copies, images), m),
             grad_tokens=grad_tokens,
             policy=MemoryPolicy(),
+            key_value=key_value,
             **call | {"batch_size": images},
         )
         mlp += formed

@@ -63,7 +63,7 @@ def _up_to_fc2(
     """The forward pass without fc2: the residual stream after attention (B, R, d); fc2's input (B, R, h),
     which may be None if `activate` is False; and what is to be kept."""
     spec, ops, dtype, policy = call.spec, call.ops, call.dtype, call.policy
-    (norm1, eps1), (norm2, eps2) = spec.norm1, spec.norm2
+    norm2, eps2 = spec.norm2
     kept = Kept()
 
     def hold(**tensors: torch.Tensor | None) -> None:
@@ -73,7 +73,9 @@ def _up_to_fc2(
 
     # What the policy says of each part.
     keeps_qkv = not policy.recomputes_qkv(call.grad_tokens)
-    keeps_prompt_kv = prompts is not None and not policy.recomputes_prompt_kv(prompts.shape[0])
+    keeps_prompt_kv = call.key_value or (
+        prompts is not None and not policy.recomputes_prompt_kv(prompts.shape[0])
+    )
     keeps_out = policy.keeps_out(call.grad_tokens, ops.needs_out or spec.attn_norm is not None)
     keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp
     pack = policy.compact
@@ -87,16 +89,14 @@ def _up_to_fc2(
     residual = x[:, call.image]  # (B, R, d), once prompts that are read are in it
     del x
 
-    prompt_x_hat, projected_prompts = None, _Prompts()
-    if prompts is not None:
-        prompt_x_hat, rstd, _, _ = ops.normalize(prompts, eps1, norm1, dtype)  # (1 or B, m, d)
-        projected_prompts = _project_prompts(prompt_x_hat, w, call)
-        hold(prompt_x_hat=prompt_x_hat, prompt_rstd=rstd)
-        if keeps_prompt_kv:
-            hold(prompt_kv=projected_prompts.kv, prompt_k_rstd=projected_prompts.k_rstd)
-        if call.num_fresh_rows:
-            fresh = prompts[:, call.fresh].to(residual.dtype)
-            residual = torch.cat((residual, fresh.expand(residual.shape[0], -1, -1)), dim=1)
+    prompt_x_hat, rstd, prompt_keys = _enter_prompts(prompts, w, call)
+    hold(prompt_x_hat=prompt_x_hat, prompt_rstd=rstd)
+    if keeps_prompt_kv:
+        hold(prompt_kv=prompt_keys.kv, prompt_k_rstd=prompt_keys.k_rstd)
+    if call.num_fresh_rows:
+        assert prompts is not None
+        fresh = prompts[:, call.fresh].to(residual.dtype)
+        residual = torch.cat((residual, fresh.expand(residual.shape[0], -1, -1)), dim=1)
     tokens = _project_tokens(x_hat, prompt_x_hat, rotation, w, call)
     del x_hat, prompt_x_hat
     if keeps_qkv:
@@ -106,10 +106,10 @@ def _up_to_fc2(
         if call.grad_tokens:
             hold(k_rstd=tokens.k_rstd)
 
-    q, k, prompt_k = _attention_operands(tokens, projected_prompts, rotation, w, call)
-    out, lse = _attend(call, q, k, tokens.v, prompt_k, projected_prompts.v)  # (B, R, H, D), (B, H, R)
+    q, k, prompt_k = _attention_operands(tokens, prompt_keys, rotation, w, call)
+    out, lse = _attend(call, q, k, tokens.v, prompt_k, prompt_keys.v)  # (B, R, H, D), (B, H, R)
     hold(out=out if keeps_out else None, lse=lse)
-    del tokens, projected_prompts, q, k, prompt_k
+    del tokens, prompt_keys, q, k, prompt_k
     out = out.flatten(2)  # (B, R, H·D)
     if spec.attn_norm is not None:
         out = _normalize_out(out, call)[0]
@@ -181,7 +181,9 @@ def backward(
             grad_tokens[:, call.image] += grad_hidden[:, :num_image]
 
     grad_prompts = None
-    if grad_prompts_wanted:
+    if grad_prompts_wanted and call.key_value:
+        grad_prompts = grads.prompt_kv.flatten(2).to(torch.promote_types(call.dtype, torch.float32))
+    elif grad_prompts_wanted:
         shared = kept.prompt_x_hat.shape[0] == 1
 
         def per_prompt(x: torch.Tensor) -> torch.Tensor:
@@ -251,12 +253,9 @@ def attention_probabilities(
 ) -> torch.Tensor:
     """P of the rows that are read, all among the tokens: (B, H, R, m + N), over prompts, then tokens."""
     _, x_hat, _ = _normalize_stream(stream, call)
-    projected_prompts = _Prompts()
-    if prompts is not None:
-        norm1, eps1 = call.spec.norm1
-        projected_prompts = _project_prompts(call.ops.normalize(prompts, eps1, norm1, call.dtype)[0], w, call)
+    _, _, prompt_keys = _enter_prompts(prompts, w, call)
     tokens = _project_tokens(x_hat, None, rotation, w, call)
-    q, k, prompt_k = _attention_operands(tokens, projected_prompts, rotation, w, call)
+    q, k, prompt_k = _attention_operands(tokens, prompt_keys, rotation, w, call)
     return probabilities(q, k, prompt_k)
 
 
@@ -345,7 +344,7 @@ def _through_attention(
             through_norm(grad_q, w.q_norm_weight, tokens.q[:, first:], tokens.q_rstd[:, first:])
         if call.grad_tokens:
             through_norm(grad_k, w.k_norm_weight, tokens.k, tokens.k_rstd)
-        if grad_prompt_kv is not None:
+        if grad_prompt_kv is not None and not call.key_value:
             through_norm(grad_prompt_kv[:, :, 0], w.k_norm_weight, prompts.k, prompts.k_rstd)
     return grads
 
@@ -368,7 +367,8 @@ class _Tokens(NamedTuple):
 
 
 class _Prompts(NamedTuple):
-    """Keys and values of the prompts. k_rstd: with query-key normalisation, and k is then k̂."""
+    """Keys and values of the prompts. k_rstd: with query-key normalisation, and k is then k̂, if prompts are
+    tokens."""
 
     kv: torch.Tensor | None = None  # (1 or B, m, 2, H, D)
     k: torch.Tensor | None = None  # (1 or B, m, H, D)
@@ -389,12 +389,12 @@ def _projections(
         else:
             q, (k, v) = kept.q, (None, None) if kept.kv is None else kept.kv.unbind(2)
         tokens = _Tokens(kept.qkv, q, kept.kv, k, v, kept.q_rstd, kept.k_rstd)
-    if kept.prompt_x_hat is None:
-        return tokens, _Prompts()
-    if call.policy.recomputes_prompt_kv(kept.prompt_x_hat.shape[0]):
+    if kept.prompt_kv is not None:
+        k, v = kept.prompt_kv.unbind(2)
+        return tokens, _Prompts(kept.prompt_kv, k, v, kept.prompt_k_rstd)
+    if kept.prompt_x_hat is not None:
         return tokens, _project_prompts(kept.prompt_x_hat, w, call)
-    k, v = kept.prompt_kv.unbind(2)
-    return tokens, _Prompts(kept.prompt_kv, k, v, kept.prompt_k_rstd)
+    return tokens, _Prompts()
 
 
 def _project_tokens(
@@ -430,6 +430,24 @@ def _project_tokens(
     return _Tokens(qkv, q, kv, k, v, q_rstd, k_rstd)
 
 
+def _enter_prompts(
+    prompts: torch.Tensor | None, w: BlockWeights, call: Call
+) -> tuple[torch.Tensor | None, torch.Tensor | None, _Prompts]:
+    """x̂ (1 or B, m, d) and rstd (1 or B, m, 1) of the prompts, both None if there are none or they are keys
+    and values; and their keys and values."""
+    spec = call.spec
+    if prompts is None:
+        return None, None, _Prompts()
+    if call.key_value:
+        # A copy in any case: it is kept, and its rows are aligned as kernels want them.
+        kv = prompts.to(call.dtype, copy=True, memory_format=torch.contiguous_format)
+        kv = kv.unflatten(-1, (2, spec.num_heads, spec.head_dim))
+        return None, None, _Prompts(kv, *kv.unbind(2))
+    kind, eps = spec.norm1
+    x_hat, rstd, _, _ = call.ops.normalize(prompts, eps, kind, call.dtype)
+    return x_hat, rstd, _project_prompts(x_hat, w, call)
+
+
 def _project_prompts(x_hat: torch.Tensor, w: BlockWeights, call: Call) -> _Prompts:
     """Projects x̂ (1 or B, m, d) of the prompts."""
     spec = call.spec
@@ -460,14 +478,16 @@ def _parts(packed: torch.Tensor) -> list[torch.Tensor]:
 def _attention_operands(
     tokens: _Tokens, prompts: _Prompts, rotation: Rotation | None, w: BlockWeights, call: Call
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Queries, keys and prompts' keys as attention takes them: q̂ and k̂ get affine parts, then rotation."""
+    """Queries, keys and prompts' keys as attention takes them: q̂ and k̂ get affine parts, then rotation;
+    prompts that are keys are so already."""
     if call.spec.qk_norm is None:
         return tokens.q, tokens.k, prompts.k
     q = _affine(tokens.q, w.q_norm_weight, w.q_norm_bias)
     k = _affine(tokens.k, w.k_norm_weight, w.k_norm_bias)
     if rotation is not None:
         _rotate(call, rotation, q, k)
-    return q, k, _affine(prompts.k, w.k_norm_weight, w.k_norm_bias)
+    prompt_k = prompts.k if call.key_value else _affine(prompts.k, w.k_norm_weight, w.k_norm_bias)
+    return q, k, prompt_k
 
 
 def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
