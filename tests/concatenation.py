@@ -195,10 +195,9 @@ class ConcatenatedViT(nn.Module):
 
     def keys_and_values(self, x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """The block's own keys and values, (B, H, m, D) each."""
-        keys, values = self.set_of(x, block).expand(len(x), -1, -1).chunk(2, dim=-1)
-        return keys.unflatten(-1, self.heads).transpose(1, 2), values.unflatten(-1, self.heads).transpose(
-            1, 2
-        )
+        prompts = self.set_of(x, block).expand(len(x), -1, -1)
+        keys, values = prompts.unflatten(-1, (2, *self.heads)).transpose(1, 3).unbind(2)
+        return keys, values
 
     def without_prompts(self, x: Tensor, held: int) -> Tensor:
         prefix = self.vit.num_prefix_tokens

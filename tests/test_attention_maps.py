@@ -49,10 +49,8 @@ def test_maps_are_those_of_concatenation(setting: dict, backbone) -> None:
 
 
 def test_maps_are_those_of_concatenated_keys() -> None:
-    vit, setting = (
-        tiny_vit(qk_norm=True),
-        dict(num_prompts=3, prompt_location="key-value", prompt_layers=[0, 2]),
-    )
+    vit = tiny_vit(qk_norm=True)
+    setting = dict(num_prompts=3, prompt_location="key-value", prompt_layers=[0, 2])
     model = PromptedViT(vit, CLASSES, **setting).double()
     wanted = ConcatenatedViT(vit, CLASSES, **setting).double()
     wanted.load_trainables(model.trainable_state_dict())
@@ -61,9 +59,7 @@ def test_maps_are_those_of_concatenated_keys() -> None:
     attention = F.scaled_dot_product_attention
 
     def recorded(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
-        found = (q @ k.mT * q.shape[-1] ** -0.5).softmax(
-            -1
-        )  # over the prompts, if there are any, then tokens
+        found = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # over prompts, if there are any, then tokens
         maps.append(found.roll(found.shape[-2], dims=-1))
         return attention(q, k, v, **options)
 

@@ -320,6 +320,21 @@ def test_documented_pool_is_trained(page: list[str]) -> None:
     assert trained == {"keys", "pool", "prompted.head.weight", "prompted.head.bias"}
 
 
+@pytest.mark.parametrize("index, name", [(1, "PromptPool"), (2, "CodaPrompt")])
+def test_documented_model_holds_one_backbone_that_gives_a_probe_s_features(
+    page: list[str], index: int, name: str
+) -> None:
+    names = dict(globals(), vpt_fast=vpt_fast)
+    exec(page[index], names)
+    vit = tiny_vit(torch.float32, depth=5)
+    model = names[name](vit, CLASSES)
+    held = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert held < 1.5 * sum(p.numel() for p in vit.parameters())
+    images = random_batch(model.prompted, BATCH, dtype=torch.float32)[0]
+    expected = vpt_fast.LinearProbe(vit, CLASSES).image_features(images)
+    assert torch.equal(model.unprompted.image_features(images), expected)
+
+
 def test_documented_network_that_computes_keys_and_values_is_trained(page: list[str]) -> None:
     names = dict(globals(), vpt_fast=vpt_fast)
     exec(page[2], names)

@@ -415,8 +415,8 @@ class PromptedViT(PromptedClassifier):
         copies = batch_size if per_image else 1
         in_attention = settings.prompt_location in IN_ATTENTION
         below = self.backbone.trains_embedding or settings.prompt_location in ("pad", "concat-channel")
-        # Otherwise the prompts are views of the parameter, not new tensors: of all blocks, or of each.
-        formed = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
+        # Prompts are new tensors, formed once for all blocks or anew in each, or else views of the parameter.
+        formed_once = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         formed_anew = settings.prompt_dropout > 0.0 or (settings.key_value and self.backbone.reorders_keys)
         peak = cost.Peak()
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
@@ -433,11 +433,11 @@ class PromptedViT(PromptedClassifier):
                     grad_tokens=below,
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
-                    key_value=settings.key_value and own,
+                    key_value=settings.key_value,
                 )
-                # Shared prompts are kept once, but those formed anew in every block by each.
+                # Shared prompts that are formed once are kept once.
                 is_first = not settings.prompt_shared or plan.prompt_index == 0
-                own_prompts = own and (formed_anew or (formed and is_first))
+                own_prompts = own and (formed_anew or (formed_once and is_first))
                 kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)
                 if own or index in self._prompted:
                     kept += mask_bytes(settings, batch_size, self._prompt_width, self.prompts)

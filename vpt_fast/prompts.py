@@ -22,7 +22,7 @@ LOCATIONS = ("prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "co
 AFTER_PROMPTS = ("flow", "drop")
 DROPOUT_PER = ("image", "batch")
 
-IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # those of deep, shared and projected prompts
+IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # that support deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
 
@@ -133,7 +133,7 @@ class PromptConfig:
 
     @property
     def key_value(self) -> bool:
-        """Whether prompts are keys and values, which no norm and no projection comes before."""
+        """Whether prompts are keys and values, which a block neither normalises nor projects."""
         return self.prompt_location == "key-value"
 
     @property
