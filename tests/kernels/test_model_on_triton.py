@@ -110,6 +110,28 @@ def test_prompts_that_are_each_image_s_own_equal_concatenation(settings: dict, m
     assert relative_error(ours.grad, theirs.grad) < (2e-2 if memory == "compact" else 2e-5)
 
 
+STRIDES = {  # of the prompts of 2 images, from sets, m and width
+    "transposed": lambda sets, m, width: torch.randn(2, width, m, sets).transpose(1, 3),
+    "expanded": lambda sets, m, width: torch.randn(2, sets, m, 1).expand(-1, -1, -1, width),
+    "sliced": lambda sets, m, width: torch.randn(2, sets, m, width + 3)[..., 1:-2],
+}
+
+
+@pytest.mark.parametrize("given", STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("name", ["deep", "shallow", "key_value"])
+def test_given_prompts_of_any_strides_are_taken(name: str, given) -> None:
+    model = PromptedViT(backbone().float(), CLASSES, backend="triton", **SETTINGS[name])
+    images = random_batch(model, 2, CLASSES, torch.float32)[0]
+    strided = given(*model.prompts.shape).requires_grad_()
+    plain = strided.detach().contiguous().requires_grad_()
+    actual, expected = model(images, prompts=strided), model(images, prompts=plain)
+    assert torch.equal(actual, expected)
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    (ours,) = torch.autograd.grad(actual, strided, weights)
+    (theirs,) = torch.autograd.grad(expected, plain, weights)
+    assert torch.equal(ours, theirs)
+
+
 DECODERS = {  # what a gradient's strides come from: patches (B, P, d) to a number
     "transposed": lambda x: x.transpose(1, 2).unflatten(2, (4, 4)).contiguous().square().sum(),
     "expanded": lambda x: x.sum(),

@@ -205,8 +205,12 @@ class FrozenBlock(nn.Module):
 
 
 def _wide(prompts: torch.Tensor | None, residual_dtype: torch.dtype) -> torch.Tensor | None:
-    """The prompts as passes take them: in the residual stream's dtype, but at least float32."""
-    return None if prompts is None else prompts.to(torch.promote_types(residual_dtype, torch.float32))
+    """The prompts as passes take them: in the residual stream's dtype, but at least float32, and each in one
+    piece, as kernels read rows."""
+    if prompts is None:
+        return None
+    prompts = prompts.to(torch.promote_types(residual_dtype, torch.float32))
+    return prompts if prompts.stride(-1) == 1 else prompts.contiguous()
 
 
 _NO_ROTATION = (None, None, 0)
