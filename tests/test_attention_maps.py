@@ -48,8 +48,9 @@ def test_maps_are_those_of_concatenation(setting: dict, backbone) -> None:
         assert ours.shape == theirs.shape and relative_error(ours, theirs) < 1e-12
 
 
-def test_maps_are_those_of_concatenated_keys() -> None:
-    vit = tiny_vit(qk_norm=True)
+@pytest.mark.parametrize("backbone", ["ragged", "rotary"])
+def test_maps_are_those_of_concatenated_keys(backbone: str) -> None:
+    vit = BACKBONES[backbone]()
     setting = dict(num_prompts=3, prompt_location="key-value", prompt_layers=[0, 2])
     model = PromptedViT(vit, CLASSES, **setting).double()
     wanted = ConcatenatedViT(vit, CLASSES, **setting).double()

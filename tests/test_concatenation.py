@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from concatenation import ConcatenatedViT, relative_error, step, training_steps
-from timm.layers import ConvMlp, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.layers import Attention, ConvMlp, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
     ParallelThingsBlock,
@@ -355,6 +355,15 @@ def test_memory_policy_gives_the_gradients_of_concatenated_keys_and_values(varia
     for name, gradient in expected.gradients.items():
         tolerance = 5e-2 if memory == "compact" else TOLERANCE
         assert relative_error(actual.gradients[name], gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("location", ["key_value", "key_value_projected"])
+def test_keys_and_values_of_heads_that_are_wider_than_tokens(location: str) -> None:
+    vit = tiny_vit()
+    for block in vit.blocks:
+        block.attn = Attention(32, num_heads=3, attn_head_dim=16, qkv_bias=True)
+    randomise(vit)
+    assert_equal_to_concatenation(vit.double(), **LOCATIONS[location])
 
 
 def test_prompt_dropout_is_off_in_eval_mode() -> None:

@@ -412,6 +412,10 @@ class TestMAE:
         assert PromptedViT("mae_vitb16", 3, 2, checkpoint=path, **sizes).pool == "image_and_prompts"
         assert LinearProbe("mae_vitb16", 3, checkpoint=path, **sizes).pool is None
 
+    def test_by_its_name_prompts_without_outputs_are_not_pooled(self, path: Path) -> None:
+        sizes: dict[str, Any] = dict(SMALL_VIT, prompt_location="key-value")
+        assert PromptedViT("mae_vitb16", 3, 2, checkpoint=path, **sizes).pool is None
+
     def test_with_a_pooling_of_the_users_the_files_norm_is_used(self, path: Path) -> None:
         sizes: dict[str, Any] = dict(SMALL_VIT, global_pool="token")
         model = PromptedViT("mae_vitb16", 3, 2, checkpoint=path, **sizes)
