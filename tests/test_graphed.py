@@ -322,6 +322,51 @@ def test_float16_is_refused() -> None:
         GraphedStep(model, make_sgd(model), cross_entropy, autocast_dtype=torch.float16)
 
 
+class Tasks(nn.Module):
+    """A network, and an offset of the logits for each image's task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.offsets = make_model(), nn.Parameter(torch.zeros(4, 3))
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.network(images) + weight[:, None] * self.offsets[task]
+
+
+def batches_with_tasks(number: int) -> list[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(2)
+    tasks = torch.randint(4, (number, 5), generator=generator)
+    return [(*batch, task, torch.rand(5)) for batch, task in zip(batches(number), tasks, strict=True)]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_model_is_called_with_the_other_tensors_of_each_batch() -> None:
+    model = Tasks()
+    plain = copy.deepcopy(model)
+    step = GraphedStep(model, make_sgd(model, lr=0.1), cross_entropy)
+    optimizer = make_sgd(plain, lr=0.1)
+    for images, labels, *others in batches_with_tasks(WARM_UP + 3):
+        optimizer.zero_grad()
+        expected = cross_entropy(plain(images, *others), labels)
+        expected.backward()
+        optimizer.step()
+        assert torch.equal(step(images, labels, *others), expected.detach())
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_other_tensors_than_the_first_batch_had_are_refused() -> None:
+    model = Tasks()
+    step = GraphedStep(model, make_sgd(model), cross_entropy)
+    images, labels, task, weight = batches_with_tasks(1)[0]
+    step(images, labels, task, weight)
+    with pytest.raises(ValueError, match="others: got 1 tensors, want the captured 2"):
+        step(images, labels, task)
+    with pytest.raises(ValueError, match=r"others\[1\]: got \(3,\) torch.float32, want the captured \(5,\)"):
+        step(images, labels, task, weight[:3])
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("steps", [1, WARM_UP + 1], ids=["warming_up", "captured"])
 def test_batch_of_another_shape_is_refused_and_changes_nothing(steps: int) -> None:

@@ -29,7 +29,7 @@ class CaptureError(RuntimeError):
 
 
 class GraphedStep:
-    """``loss_value = step(images, labels)``: one training step, replayed from a CUDA graph.
+    """``loss_value = step(images, labels, *others)``: one training step, replayed from a CUDA graph.
 
     The first three steps run normally (on a stream of their own). The fourth is captured; from then on every
     call copies its batch into the graph's input tensors and replays the graph. So no step is spent on warm-up
@@ -52,9 +52,9 @@ class GraphedStep:
       model, the memory policy.
 
     Args:
-        model: maps images to logits (b, classes); on one CUDA device. Its Python code does not run after the
-            capture, so nothing in it may depend on the values of tensors. It must stay in the mode (train or
-            eval) of the first step.
+        model: maps images, and tensors of the batch that may follow them (each image's task, say), to logits
+            (b, classes); on one CUDA device. Its Python code does not run after the capture, so nothing in it
+            may depend on the values of tensors. It must stay in the mode (train or eval) of the first step.
         optimizer: ``torch.optim.SGD(..., fused=True)``, or ``Adam`` or ``AdamW`` with ``capturable=True``
             (faster with ``fused=True`` as well).
         loss: maps (logits in at least float32, labels) to ().
@@ -67,7 +67,7 @@ class GraphedStep:
 
     Raises:
         ValueError: an optimizer, model, device or dtype that cannot be captured. When called: a batch whose
-            shape or dtype differs from the first one's, a loss that is not a scalar, a model that returns
+            shapes or dtypes differ from the first one's, a loss that is not a scalar, a model that returns
             anything but one tensor or is in another mode; or after the capture, replaced parameters or
             optimizer state, weights in other memory, changed optimizer settings other than the learning rate.
         CaptureError: in the fourth call, if the step cannot be captured, but for lack of memory.
@@ -101,13 +101,16 @@ class GraphedStep:
         self._stream = _CaptureStream(device)
         self._rates = LearningRates(optimizer, device)
         self._average = None if process_group is None else GradientAverage(optimizer, process_group)
-        self._inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._inputs: tuple[torch.Tensor, ...] | None = None
         self._steps = 0
         self._replay: Callable[[], None] | None = None
         self._captured: _Captured | None = None
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """One step on images (b, ...) and labels (b, ...), on any device; returns the loss (), detached.
+
+        others: tensors that the model is called with after the images; no gradient reaches what they were
+            computed from.
 
         The loss may be infinite or NaN: checking it would have to wait for the GPU.
         """
@@ -117,11 +120,12 @@ class GraphedStep:
                 "autocast_dtype: got None where the step is called under autocast, which it does not follow; "
                 f"want autocast_dtype={torch.get_autocast_dtype(device.type)}"
             )
+        batch = (images, labels, *others)
         if self._inputs is None:
-            self._inputs = torch.empty_like(images, device=device), torch.empty_like(labels, device=device)
+            self._inputs = tuple(torch.empty_like(given, device=device) for given in batch)
             self._is_training = self.model.training
-        self._check(images, labels)
-        for held, given in zip(self._inputs, (images, labels), strict=True):
+        self._check(batch)
+        for held, given in zip(self._inputs, batch, strict=True):
             held.copy_(given, non_blocking=True)
         self._rates.follow()
         if self._steps < WARM_UP:
@@ -169,7 +173,7 @@ class GraphedStep:
     def _form_gradients(self) -> None:
         assert self._inputs is not None
         self._loss_value, self.logits = form_gradients(
-            self.model, self.optimizer, self.loss, *self._inputs, self.autocast_dtype
+            self.model, self.optimizer, self.loss, *self._inputs, autocast_dtype=self.autocast_dtype
         )
         if self._average is not None:
             self._average.pack()
@@ -181,9 +185,14 @@ class GraphedStep:
             nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), self.max_grad_norm)
         self.optimizer.step()
 
-    def _check(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def _check(self, batch: tuple[torch.Tensor, ...]) -> None:
         assert self._inputs is not None
-        for name, held, given in zip(("images", "labels"), self._inputs, (images, labels), strict=True):
+        if len(batch) != len(self._inputs):
+            raise ValueError(
+                f"others: got {len(batch) - 2} tensors, want the captured {len(self._inputs) - 2}"
+            )
+        names = ("images", "labels", *(f"others[{index}]" for index in range(len(batch) - 2)))
+        for name, held, given in zip(names, self._inputs, batch, strict=True):
             if (held.shape, held.dtype) != (given.shape, given.dtype):
                 raise ValueError(
                     f"{name}: got {tuple(given.shape)} {given.dtype}, want the captured "
@@ -206,6 +215,7 @@ def form_gradients(
     loss: Loss,
     images: torch.Tensor,
     labels: torch.Tensor,
+    *others: torch.Tensor,
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward from no gradients; returns the loss () and the logits (b, classes), detached.
@@ -217,7 +227,7 @@ def form_gradients(
     with torch.autocast(
         images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None, cache_enabled=False
     ):
-        logits = model(images)  # (b, classes)
+        logits = model(images, *others)  # (b, classes)
     if not isinstance(logits, torch.Tensor):
         raise ValueError(
             f"model: got a {type(logits).__name__} from it, as a segmenter gives in training; want one "

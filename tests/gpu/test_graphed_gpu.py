@@ -129,6 +129,29 @@ def test_step_whose_prompts_are_computed_from_the_images_is_captured() -> None:
         assert torch.equal(step(images, labels), expected.detach())
 
 
+class Tasks(nn.Module):
+    """Each image has the keys and values of its task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = make_model(prompt_location="key-value")
+        self.vit.prompts.requires_grad_(False)
+        self.prompts = nn.Parameter(torch.randn(4, *self.vit.prompts.shape, device="cuda"))
+
+    def forward(self, images: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        return self.vit(images, prompts=self.prompts[task])
+
+
+def test_step_is_replayed_with_the_tasks_of_each_batch() -> None:
+    model = Tasks()
+    plain = copy.deepcopy(model)
+    step = GraphedStep(model, OPTIMIZERS["sgd"](trained(model)), cross_entropy)  # the rate is 0
+    for index, (images, labels) in enumerate(batches(model.vit, WARM_UP + 3)):
+        task = (torch.arange(len(images)) + index) % 4
+        expected = cross_entropy(plain(images.cuda(), task.cuda()), labels.cuda())
+        assert torch.equal(step(images, labels, task), expected.detach())
+
+
 @pytest.mark.skipif(
     not hasattr(torch.autograd.graph, "set_override_stale_capture_stream"), reason="a PyTorch that cannot"
 )
