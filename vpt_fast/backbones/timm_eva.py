@@ -209,8 +209,8 @@ class FrozenEva(FrozenViT):
         if not self.reorders_keys:
             return prompts
         keys, values = prompts.chunk(2, dim=-1)
-        heads = keys.unflatten(-1, (-1, self.folded_blocks[0].spec.head_dim // 2, 2))
-        return torch.cat((heads.transpose(-1, -2).flatten(-3), values), dim=-1)
+        heads = keys.unflatten(-1, (-1, self.folded_blocks[0].spec.head_dim))
+        return torch.cat((_evens_first(heads).flatten(-2), values), dim=-1)
 
     def rotations(self, image_size: tuple[int, int]) -> Sequence[Rotation | None]:
         if self.sin is None or self.cos is None:
@@ -298,17 +298,21 @@ def _qkv_parts(attn: Any, where: str) -> LinearParts:
     return LinearParts(qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
+def _evens_first(heads: torch.Tensor) -> torch.Tensor:
+    """A head's dimensions (.., D) in the order 0, 2, .., 1, 3, .."""
+    return heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def _reordered(qkv: LinearParts, num_heads: int) -> LinearParts:
-    """The projection with the dimensions of each head's queries and keys in the order 0, 2, .., 1, 3, .."""
-    values = qkv.weight.shape[0] * 2 // 3
-    head_dim = values // (2 * num_heads)
+    """The projection with the dimensions of each head's queries and keys in that order."""
     order = torch.arange(qkv.weight.shape[0], device=qkv.weight.device)
-    order[:values] = order[:values].view(-1, head_dim // 2, 2).transpose(1, 2).flatten()
+    queries, keys, values = order.view(3, num_heads, -1)
+    order = torch.cat((_evens_first(queries), _evens_first(keys), values)).flatten()
     return LinearParts(qkv.weight[order], None if qkv.bias is None else qkv.bias[order])
 
 
 def _reordered_norm(norm: NormParts | None) -> NormParts | None:
     if norm is None:
         return None
-    weight, bias = (None if t is None else torch.cat((t[::2], t[1::2])) for t in (norm.weight, norm.bias))
+    weight, bias = (None if t is None else _evens_first(t) for t in (norm.weight, norm.bias))
     return NormParts(norm.kind, norm.eps, weight, bias)
