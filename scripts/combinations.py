@@ -21,6 +21,7 @@ from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.files import replacing
 from vpt_fast.method_rules import METHODS
 from vpt_fast.methods import build_model
+from vpt_fast.prompts import LOCATIONS
 from vpt_fast.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel
 
@@ -59,10 +60,7 @@ KINDS = (
 METHOD_ROWS = tuple(method.replace("-K", "-1") for method in METHODS)
 PROMPTED = ("vpt-deep", "vpt-shallow")
 SETTING_ROWS: tuple[dict[str, Any], ...] = (
-    *(
-        dict(prompt_location=location)
-        for location in ("prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "concat-channel")
-    ),
+    *(dict(prompt_location=location) for location in LOCATIONS),
     *(dict(prompt_layers=layers) for layers in (1, -1, [0, 1])),
     dict(after_prompts="drop"),
     dict(prompt_shared=True),

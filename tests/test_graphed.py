@@ -336,7 +336,9 @@ class Tasks(nn.Module):
 def batches_with_tasks(number: int) -> list[tuple[torch.Tensor, ...]]:
     generator = torch.Generator().manual_seed(2)
     tasks = torch.randint(4, (number, 5), generator=generator)
-    return [(*batch, task, torch.rand(5)) for batch, task in zip(batches(number), tasks, strict=True)]
+    weights = torch.rand(number, 5, generator=generator)
+    found = zip(batches(number), tasks, weights, strict=True)
+    return [(*batch, task, weight) for batch, task, weight in found]
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -107,12 +107,14 @@ class GraphedStep:
         self._captured: _Captured | None = None
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        """One step on images (b, ...) and labels (b, ...), on any device; returns the loss (), detached.
-
-        others: tensors that the model is called with after the images; no gradient reaches what they were
-            computed from.
+        """One step on a batch, on any device; returns the loss (), detached.
 
         The loss may be infinite or NaN: checking it would have to wait for the GPU.
+
+        Args:
+            images, labels: (b, ...).
+            others: tensors that the model is called with after the images. No gradient reaches what they were
+                computed from.
         """
         device = self._stream.device
         if self.autocast_dtype is None and torch.is_autocast_enabled(device.type):

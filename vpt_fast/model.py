@@ -186,7 +186,7 @@ class PromptedViT(PromptedClassifier):
         else:  # concat-channel
             shape = (1, m, height, width)
             self._widen_patch_embedding(m)
-        # The bound depends on the width of tokens or of what is projected; else on the model's width.
+        # The bound depends on the width of prompts that are projected, and for others on the model's.
         bound = init_bound(self.patch_size, settings.prompt_project or self.embed_dim)
         low, high = (0.0, 1.0) if location == "pad" else (-bound, bound)
         self.prompts = nn.Parameter(torch.empty(shape, device=device).uniform_(low, high))

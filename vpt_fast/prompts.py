@@ -22,7 +22,7 @@ LOCATIONS = ("prepend", "key-value", "add", "add-1", "prepend-pixel", "pad", "co
 AFTER_PROMPTS = ("flow", "drop")
 DROPOUT_PER = ("image", "batch")
 
-IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # that support deep, shared and projected prompts
+IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # locations of deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
 

@@ -166,7 +166,7 @@ def kept_bytes(
         total += copies * m * 2 * attn_dim * size
     elif prompt_shape is not None:
         total += x_hat(copies * m)
-        if not policy.recomputes_prompt_kv(copies):
+        if not policy.recomputes_prompt_kv(copies, key_value):
             total += copies * m * 2 * attn_dim * size  # k, v
             if block.spec.qk_norm is not None:
                 total += copies * m * heads * stat
@@ -265,7 +265,7 @@ def workspace_bytes(
     )
     # Recomputed queries, keys and values.
     anew = qkv if policy.recomputes_qkv(grad_tokens) else 0
-    anew += parts if policy.recomputes_prompt_kv(copies) and not key_value else 0
+    anew += parts if policy.recomputes_prompt_kv(copies, key_value) else 0
     attention = grad + out + anew + qkv + parts
     if block.spec.attn_norm is not None:
         attention = max(attention, grad + 3 * out)  # its gradients on both sides, and x̂

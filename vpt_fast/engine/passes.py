@@ -73,8 +73,8 @@ def _up_to_fc2(
 
     # What the policy says of each part.
     keeps_qkv = not policy.recomputes_qkv(call.grad_tokens)
-    keeps_prompt_kv = call.key_value or (
-        prompts is not None and not policy.recomputes_prompt_kv(prompts.shape[0])
+    keeps_prompt_kv = prompts is not None and not policy.recomputes_prompt_kv(
+        prompts.shape[0], call.key_value
     )
     keeps_out = policy.keeps_out(call.grad_tokens, ops.needs_out or spec.attn_norm is not None)
     keeps_mlp = keep is _Keep.ALL and not policy.recompute_mlp

@@ -28,10 +28,11 @@ class MemoryPolicy:
         tokens' gradient."""
         return self.compact and grad_tokens
 
-    def recomputes_prompt_kv(self, num_sets: int) -> bool:
-        """Whether backward recomputes the keys and values of `num_sets` sets of prompts. Those of a single
-        set, which all images share, are too few to be worth a matmul."""
-        return self.compact and num_sets > 1
+    def recomputes_prompt_kv(self, num_sets: int, key_value: bool) -> bool:
+        """Whether backward recomputes the keys and values of `num_sets` sets of prompts, unless the prompts
+        are (`key_value`) keys and values themselves. Those of a single set, which all images share, are too
+        few to be worth a matmul."""
+        return self.compact and num_sets > 1 and not key_value
 
     def keeps_out(self, grad_tokens: bool, needs_out: bool) -> bool:
         """Whether attention's output is kept: if a norm on it or attention's backward needs it, or where
