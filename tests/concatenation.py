@@ -186,7 +186,7 @@ class ConcatenatedViT(nn.Module):
     def set_of(self, x: Tensor, block: int) -> Tensor:
         """The block's own prompts, in the dtype of the tokens x: (1 or B, m, width)."""
         index = 0 if self.shared else self.layers.index(block)
-        prompts = self.prompts[index : index + 1]
+        prompts = self.prompts[index].unsqueeze(0)
         if hasattr(self, "prompt_projection"):
             prompts = self.prompt_projection(prompts)
         if self.dropout_per == "image":

@@ -356,6 +356,36 @@ def test_prompts_that_a_step_forms_are_in_the_estimate_of_recompute(settings: di
     assert outside[0] == outside[1]
 
 
+@pytest.mark.parametrize("memory", ["exact", "compact", "recompute_mlp", "recompute"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(prompt_layers=[0, 1]),
+        dict(prompt_layers=[0, 1], pool="image_and_prompts"),
+        dict(prompt_layers=[0, 2], prompt_dropout=0.5),
+        dict(prompt_layers=[0, 2], prompt_location="key-value"),
+    ],
+    ids=["flowing", "read", "dropped", "key_value"],
+)
+def test_kept_for_a_tensor_for_each_set_is_the_estimate_for_their_shapes(
+    settings: dict[str, Any], memory: str
+) -> None:
+    model = PromptedViT(tiny_vit(dtype=torch.float32), CLASSES, M, memory=memory, **settings).train()
+    images, _ = random_batch(model, BATCH, dtype=torch.float32)
+    shapes = ((1, M + 3), (BATCH, M - 2))
+    width = model.prompts.shape[-1]
+    of_all = torch.randn(M + 3, width, requires_grad=True)
+    of_each = torch.randn(BATCH, M - 2, width, requires_grad=True)
+    with KeptBytes(model, images, of_all) as everything:
+        rows = record_last_rows(model)
+        model(images, prompts=[of_all, of_each])
+    num_tokens = model.backbone.num_tokens
+    blocks, _ = model._step_bytes(BATCH, num_tokens, torch.float32, POLICIES[memory], shapes)
+    assert rows.count == model._num_rows_read(num_tokens, shapes)
+    after = rows.count * (WIDTH + 2) + WIDTH
+    assert everything.total == blocks + BATCH * after * torch.float32.itemsize
+
+
 POOLS = {
     "attention_pool": (dict(global_pool="map", class_token=False), {}),  # SigLIP's
     "attention_pool_and_cls": (dict(global_pool="map"), {}),
@@ -409,7 +439,7 @@ def test_counting_what_is_kept_calls_no_hooks(build) -> None:
 def test_auto_leaves_room_for_what_attention_pooling_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     vit = tiny_vit(torch.float32, global_pool="map", class_token=False)
     model = PromptedViT(vit, CLASSES, M, memory="auto")
-    blocks = sum(model._step_bytes(BATCH, model.backbone.num_tokens, torch.float32, POLICIES["exact"], False))
+    blocks = sum(model._step_bytes(BATCH, model.backbone.num_tokens, torch.float32, POLICIES["exact"]))
     monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device: int((blocks + 1) / 0.9))
     assert model.memory_policy(BATCH) != "exact"
 

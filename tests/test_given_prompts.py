@@ -106,6 +106,68 @@ def test_policies_give_the_same_gradients(name: str, memory: str) -> None:
         assert relative_error(ours, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("memory", [name for name in MEMORY if name not in ("auto", "compact")])
+@pytest.mark.parametrize("name", ["gap", "key-value"])
+def test_policies_give_the_same_gradients_of_a_tensor_for_each_set(name: str, memory: str) -> None:
+    model, plain = pair(name, memory=memory)
+    images, _ = random_batch(model, BATCH)
+    sets = sets_of_other_lengths(model, (False, True, True))
+    actual = gradients(model(images, prompts=sets), model, *sets)
+    expected = gradients(sets_image_by_image(plain, images, sets), plain, *sets)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert relative_error(ours, wanted) < TOLERANCE
+
+
+LENGTHS = (2, 7, 5)  # of the blocks' prompts
+IN_ATTENTION = [name for name in VIT if not name.startswith("add")]
+
+
+def sets_of_other_lengths(model: PromptedViT, per_image: Sequence[bool]) -> list[Tensor]:
+    """For each of the model's sets one to pass, with each image's own prompts or the same for all."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = [(*([BATCH] * own), m) for own, m in zip(per_image, LENGTHS, strict=True)]
+    num_sets, _, width = model.prompts.shape
+    return [
+        torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+        .to(model.prompts)
+        .requires_grad_()
+        for shape in shapes[:num_sets]
+    ]
+
+
+def sets_image_by_image(plain: nn.Module, images: Tensor, sets: Sequence[Tensor]) -> Tensor:
+    """Logits of a definition that is called with each image and its sets of prompts."""
+    del plain.prompts
+    rows = []
+    for index, image in enumerate(images):
+        plain.prompts = [prompts[index] if prompts.dim() == 3 else prompts for prompts in sets]
+        rows.append(plain(image.unsqueeze(0)))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("per_image", [(False, True, True), (True, False, False)], ids=str)
+@pytest.mark.parametrize("name", [*IN_ATTENTION, "eva"])
+def test_a_tensor_for_each_set_of_any_length_equals_concatenation(name: str, per_image: list[bool]) -> None:
+    model, plain = pair(name)
+    images, _ = random_batch(model, BATCH)
+    sets = sets_of_other_lengths(model, per_image)
+    actual, expected = model(images, prompts=sets), sets_image_by_image(plain, images, sets)
+    assert relative_error(actual, expected) < TOLERANCE, "logits"
+    found = zip(gradients(actual, model, *sets), gradients(expected, plain, *sets), strict=True)
+    for index, (ours, wanted) in enumerate(found):
+        assert relative_error(ours, wanted) < TOLERANCE, f"gradient {index}"
+
+
+@pytest.mark.parametrize("name", ["add", "add-1"])
+def test_a_tensor_for_each_set_that_is_added_gives_what_one_for_all_gives(name: str) -> None:
+    model, _ = pair(name)
+    images, _ = random_batch(model, BATCH)
+    (prompts,) = random_prompts(model)
+    assert torch.equal(model(images, prompts=list(prompts)), model(images, prompts=prompts))
+    with pytest.raises(ValueError, match=r"prompts.0: got shape \(2, 32\), want"):
+        model(images, prompts=[prompts[0][:1].expand(2, -1)] * len(prompts))
+
+
 @pytest.mark.parametrize("name", [*VIT, "eva", *SWIN])
 def test_the_model_s_own_when_passed_give_what_they_give_as_its_own(name: str) -> None:
     model, _ = pair(name)
@@ -218,6 +280,11 @@ def test_auto_leaves_room_for_each_image_s_own(monkeypatch: pytest.MonkeyPatch) 
     model(images, prompts=random_prompts(model)[0])
     model(images, prompts=random_prompts(model, BATCH)[0])
     assert used == [False] * 6 + [True] * 3
+    used.clear()
+    few, many = torch.randn(5, 32), torch.randn(BATCH, 200, 32)
+    model(images, prompts=[few, few, few])
+    model(images, prompts=[few, few, many])
+    assert used == [False] * 3 + [True] * 3
 
 
 def test_they_are_an_input_of_an_exported_program() -> None:
@@ -232,17 +299,32 @@ def test_they_are_an_input_of_an_exported_program() -> None:
         torch.testing.assert_close(exported(images[:2], prompts[:2]), model(images[:2], prompts[:2]))
 
 
-def test_they_compile_without_a_graph_break() -> None:
-    torch._dynamo.reset()
-    model = PromptedViT(tiny_vit(torch.float32), CLASSES, 4)
+def test_a_tensor_for_each_set_is_an_input_of_an_exported_program() -> None:
+    model = PromptedViT(tiny_vit(torch.float32), CLASSES, 4).eval()
     images, _ = random_batch(model, BATCH, dtype=torch.float32)
-    (prompts,) = random_prompts(model, BATCH)
+    sets = [prompts.detach() for prompts in sets_of_other_lengths(model, (False, True, True))]
+    batch = torch.export.Dim("batch", max=64)
+    shapes = {"images": {0: batch}, "prompts": [None, {0: batch}, {0: batch}]}
+    with torch.no_grad():
+        exported = torch.export.export(model, (images, sets), dynamic_shapes=shapes).module()
+        torch.testing.assert_close(exported(images, sets), model(images, sets))
+        fewer = [sets[0], sets[1][:2], sets[2][:2]]
+        torch.testing.assert_close(exported(images[:2], fewer), model(images[:2], fewer))
+
+
+@pytest.mark.parametrize("memory", ["exact", "auto"])
+@pytest.mark.parametrize("form", ["one tensor", "a tensor for each set"])
+def test_they_compile_without_a_graph_break(form: str, memory: str) -> None:
+    torch._dynamo.reset()
+    model = PromptedViT(tiny_vit(torch.float32), CLASSES, 4, memory=memory)
+    images, _ = random_batch(model, BATCH, dtype=torch.float32)
+    is_one = form == "one tensor"
+    each = random_prompts(model, BATCH) if is_one else sets_of_other_lengths(model, (False, True, True))
+    prompts = each[0] if is_one else each
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     actual, expected = compiled(images, prompts), model(images, prompts)
     torch.testing.assert_close(actual, expected)
-    for ours, wanted in zip(
-        gradients(actual, model, prompts), gradients(expected, model, prompts), strict=True
-    ):
+    for ours, wanted in zip(gradients(actual, model, *each), gradients(expected, model, *each), strict=True):
         torch.testing.assert_close(ours, wanted)
 
 
@@ -253,12 +335,17 @@ def wrong(*shape: int, **tensor: Any) -> Tensor:
 @pytest.mark.parametrize(
     "given, message",
     [
-        (wrong(4, 32), r"prompts: got shape \(4, 32\), want \(3, 4, 32\), as .*, or \(3, 3, 4, 32\) for"),
+        (wrong(4, 32), r"prompts: got shape \(4, 32\), want \(3, 4, 32\) for .*, or \(3, 3, 4, 32\) for"),
         (wrong(3, 5, 32), r"prompts: got shape \(3, 5, 32\), want \(3, 4, 32\)"),
         (wrong(2, 3, 4, 32), r"prompts: got shape \(2, 3, 4, 32\), want"),
         (wrong(1, 3, 4, 32), r"prompts: got shape \(1, 3, 4, 32\), want"),
         (wrong(3, 4, 32, dtype=torch.int64), "prompts: got torch.int64, want a tensor of floating-point"),
-        ([[0.0]], "prompts: got list, want a tensor of floating-point"),
+        (1, "prompts: got int, want one tensor, or a sequence of 3, one for each of the model's sets"),
+        ([wrong(4, 32)], "prompts: got 1 tensors, want one tensor, or a sequence of 3, one for each"),
+        ([[0.0]] * 3, "prompts.0: got list, want a tensor of floating-point"),
+        ([wrong(4, 32)] * 2 + [wrong(5, 30)], r"prompts.2: got shape \(5, 30\), want \(5, 32\) for the same"),
+        ([wrong(2, 4, 32)] * 3, r"prompts.0: got shape \(2, 4, 32\), want \(4, 32\) for .* \(3, 4, 32\)"),
+        ([wrong(0, 32)] * 3, r"prompts.0: got shape \(0, 32\), want 1 prompt or more"),
         (wrong(3, 4, 32, device="meta"), "prompts: got a tensor on meta, want cpu, where the model is"),
     ],
 )
@@ -273,7 +360,7 @@ def test_others_are_refused_by_name(given: Any, message: str) -> None:
     [
         (wrong(2, 4, 16), r"prompts: got one tensor, want a sequence of 2, as the model's own"),
         ([wrong(2, 4, 16)], r"prompts: got 1 tensors, want a sequence of 2"),
-        ([wrong(2, 4, 16), wrong(2, 4, 16)], r"prompts.1: got shape \(2, 4, 16\), want \(2, 4, 32\), as"),
+        ([wrong(2, 4, 16), wrong(2, 4, 16)], r"prompts.1: got shape \(2, 4, 16\), want \(2, 4, 32\) for"),
     ],
 )
 def test_others_are_refused_by_name_in_a_swin(given: Any, message: str) -> None:
@@ -333,6 +420,17 @@ def test_documented_model_holds_one_backbone_that_gives_a_probe_s_features(
     images = random_batch(model.prompted, BATCH, dtype=torch.float32)[0]
     expected = vpt_fast.LinearProbe(vit, CLASSES).image_features(images)
     assert torch.equal(model.unprompted.image_features(images), expected)
+
+
+def test_documented_keys_and_values_of_tasks_are_trained(page: list[str]) -> None:
+    vit = tiny_vit(torch.float32, depth=5)
+    images = random_batch(PromptedViT(vit, CLASSES, 1), BATCH, dtype=torch.float32)[0]
+    names = dict(globals(), vpt_fast=vpt_fast, vit=vit, num_classes=CLASSES, images=images, num_tasks=4)
+    exec(page[3].replace("cuda", "cpu"), names | dict(task_of_image=torch.tensor([2, 0, 2])), names)
+    names["logits"].square().sum().backward()
+    assert names["general"].grad.abs().amax(dim=(1, 2)).all()
+    used = names["expert"].grad.abs().amax(dim=(1, 2, 3)) > 0
+    assert used.tolist() == [True, False, True, False]
 
 
 def test_documented_network_that_computes_keys_and_values_is_trained(page: list[str]) -> None:

@@ -261,7 +261,7 @@ def test_memory_that_is_changed_is_the_encoders() -> None:
 
 def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
     model = make("vpt-deep", memory="auto").train()
-    blocks = sum(model.encoder._step_bytes(2, 17, torch.float32, POLICIES["exact"], False))
+    blocks = sum(model.encoder._step_bytes(2, 17, torch.float32, POLICIES["exact"]))
     monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device: int(1.2 * blocks))
     assert model.encoder.memory_policy(2) != "exact"
     model.encoder.bytes_beside = 0

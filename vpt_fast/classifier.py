@@ -26,6 +26,7 @@ from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES, MemoryPolicy, check_memory, choose_policy
 from vpt_fast.free_memory import free_bytes
 from vpt_fast.kernels import get_backend
+from vpt_fast.prompts import PromptShapes
 from vpt_fast.saved_model import BackboneConfig
 from vpt_fast.tuned_model import TunedModel, check_count, check_dtype
 
@@ -292,7 +293,7 @@ class PromptedClassifier(FrozenClassifier):
         # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
         self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
-        self._chosen: dict[tuple[int, int, bool, torch.dtype, torch.device], str] = {}
+        self._chosen: dict[tuple[Any, ...], str] = {}  # by what `_choose_policy` is called with
 
     @property
     def memory(self) -> str:
@@ -327,37 +328,46 @@ class PromptedClassifier(FrozenClassifier):
             num_tokens = check_count("num_tokens", num_tokens)
         return self._policy_name(batch_size, num_tokens or self.backbone.num_tokens)
 
-    def _policy(self, batch_size: int, num_tokens: int, per_image: bool) -> MemoryPolicy:
-        """The policy of a forward pass. per_image: whether it is given prompts that differ from image to
-        image."""
+    def _policy(self, batch_size: int, num_tokens: int, sets: Sequence[torch.Tensor] | None) -> MemoryPolicy:
+        """The policy of a forward pass. sets: prompts (1 or B, m, width) that are passed to it, or None."""
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return POLICIES["exact"]  # nothing is kept, so the free memory need not be checked
-        return POLICIES[self._policy_name(batch_size, num_tokens, per_image)]
+        return POLICIES[self._policy_name(batch_size, num_tokens, sets)]
 
-    def _policy_name(self, batch_size: int, num_tokens: int, per_image: bool = False) -> str:
+    def _policy_name(
+        self, batch_size: int, num_tokens: int, sets: Sequence[torch.Tensor] | None = None
+    ) -> str:
         """`memory_policy` without its checks: for empty batches and a compiler's symbolic sizes too."""
         if self.memory != "auto":
             return self.memory
         # A compiler specialises symbolic sizes here: the choice is for these.
         sizes = operator.index(batch_size), operator.index(num_tokens)
-        key = (*sizes, per_image, self._compute_dtype, self.backbone.device)
+        given = None
+        if sets is not None:
+            given = tuple((operator.index(own.shape[0]), operator.index(own.shape[1])) for own in sets)
+        key = (*sizes, given, self._compute_dtype, self.backbone.device)
         if key not in self._chosen:
             self._chosen[key] = self._choose_policy(*key)
         return self._chosen[key]
 
     @torch.compiler.assume_constant_result  # Dynamo calls it when it traces the first step of these sizes
     def _choose_policy(
-        self, batch_size: int, num_tokens: int, per_image: bool, dtype: torch.dtype, device: torch.device
+        self,
+        batch_size: int,
+        num_tokens: int,
+        given: PromptShapes | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> str:
         if getattr(self, "_is_replica", False):
             raise ValueError(
                 "memory: got 'auto' in a replica of nn.DataParallel's, where memory is not estimated; "
                 f"want one of {', '.join(map(repr, POLICIES))}, or DistributedDataParallel"
             )
-        beside = self._bytes_beside_blocks(batch_size, num_tokens)
+        beside = self._bytes_beside_blocks(batch_size, num_tokens, given)
 
         def step_bytes(memory: str) -> int:
-            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory], per_image))
+            return beside + sum(self._step_bytes(batch_size, num_tokens, dtype, POLICIES[memory], given))
 
         return choose_policy(step_bytes, dtype, free_bytes(device))
 
@@ -370,30 +380,36 @@ class PromptedClassifier(FrozenClassifier):
         under the model's memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
-        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy, False)
+        kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
         kept += self._bytes_beside_blocks(batch_size, num_tokens)
         return cost.TrainingBytes(weights=self._weight_bytes(), kept=kept, workspace=workspace)
 
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
+        self,
+        batch_size: int,
+        num_tokens: int,
+        dtype: torch.dtype,
+        policy: MemoryPolicy,
+        given: PromptShapes | None = None,
     ) -> tuple[int, int]:
-        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak.
-
-        per_image: whether prompts are given that differ from image to image.
-        """
+        """Bytes that blocks keep for backward, and bytes that temporaries add at the peak. given: shapes of
+        prompts that are passed, or None for the model's own."""
         raise NotImplementedError
 
-    def _num_rows_read(self, num_tokens: int) -> int:
-        """R, the rows of the last block's output that the head reads, of N tokens and the prompts."""
+    def _num_rows_read(self, num_tokens: int, given: PromptShapes | None) -> int:
+        """R, the rows of the last block's output that the head reads, of N tokens and the prompts. given: as
+        for `_step_bytes`."""
         raise NotImplementedError
 
     @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
-    def _bytes_beside_blocks(self, batch_size: int, num_tokens: int) -> int:
+    def _bytes_beside_blocks(
+        self, batch_size: int, num_tokens: int, given: PromptShapes | None = None
+    ) -> int:
         """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling (under
         autocast it is less) and of the head its input."""
         if self.bytes_beside is not None:
             return batch_size * self.bytes_beside
-        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens), self.pool)
+        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens, given), self.pool)
         return batch_size * (pooling + self.num_features * self._feature_dtype.itemsize)
 
 

@@ -25,7 +25,9 @@ from vpt_fast.prompts import (
     IN_BLOCKS,
     IN_SEQUENCE,
     PromptConfig,
+    PromptShapes,
     check_given,
+    check_given_sets,
     drop,
     init_bound,
     mask_bytes,
@@ -33,6 +35,8 @@ from vpt_fast.prompts import (
     require_shape,
     split_sets,
 )
+
+Prompts = torch.Tensor | Sequence[torch.Tensor]  # that a caller passes
 
 # Not float16: the residual streams of large ViTs exceed its range.
 RESIDUAL_DTYPES = (None, torch.bfloat16)
@@ -239,27 +243,29 @@ class PromptedViT(PromptedClassifier):
         border = self.prompt_settings.border
         return height - 2 * border, width - 2 * border
 
-    def forward(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """Normalised images (B, C, H, W) to logits (B, num_classes).
 
         Args:
             images: (B, C, H, W).
             prompts: used in place of `self.prompts`: of the same shape, or (B, *shape) where each image has
-                prompts of its own, such as a network computes from the image, or those of its task.
-                Gradients flow to them. Projection, dropout and sharing apply as to the model's own. None: the
-                model's own.
+                prompts of its own, such as a network computes from the image, or those of its task. Or a
+                sequence of tensors, one for each set (of a prompted block, or of all that share it), (m, d),
+                or (B, m, d) with each image's own; ``prepend`` and ``key-value`` take any m, which may
+                differ from set to set. Gradients flow to them. Projection, dropout and sharing apply as to
+                the model's own. None: the model's own.
 
         Raises:
             ValueError: images or prompts of the wrong shape, or prompts for a model whose own are pixels.
         """
         return self.head(self.image_features(images, prompts))
 
-    def image_features(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    def image_features(self, images: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """As of every model; `prompts` as for `forward`."""
         (rows,), _ = self._outputs(images, prompts, self._plans, (self.num_blocks - 1,))
         return self._features(rows)
 
-    def forward_features(self, images: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens after the final norm, without the prompts.
 
         Like timm's `forward_features` of the backbone, but influenced by the prompts.
@@ -277,7 +283,7 @@ class PromptedViT(PromptedClassifier):
         return self.backbone.normalize(x).to(x.dtype)
 
     def patch_tokens(
-        self, images: torch.Tensor, blocks: Sequence[int], prompts: torch.Tensor | None = None
+        self, images: torch.Tensor, blocks: Sequence[int], prompts: Prompts | None = None
     ) -> list[torch.Tensor]:
         """As of every model; `prompts` as for `forward`."""
         self._check_blocks(blocks)
@@ -287,7 +293,7 @@ class PromptedViT(PromptedClassifier):
 
     @torch.no_grad()
     def attention_maps(
-        self, images: torch.Tensor, blocks: Sequence[int], prompts: torch.Tensor | None = None
+        self, images: torch.Tensor, blocks: Sequence[int], prompts: Prompts | None = None
     ) -> list[torch.Tensor]:
         """Normalised images (B, C, H, W) to attention's probabilities in the given blocks.
 
@@ -329,7 +335,7 @@ class PromptedViT(PromptedClassifier):
     def _outputs(
         self,
         images: torch.Tensor,
-        given: torch.Tensor | None,
+        given: Prompts | None,
         plans: Sequence[BlockPlan],
         wanted: Sequence[int],
         look: Callable[..., None] | None = None,
@@ -345,16 +351,15 @@ class PromptedViT(PromptedClassifier):
         require_shape(self.prompts, self._prompt_shape)
         stream = Stream(self._tokens(images))
         batch_size, num_tokens = images.shape[0], stream.num_tokens
-        num_prefix, num_prompts = self.backbone.num_prefix_tokens, settings.num_prompts or 0
         sets = self._prompt_sets(given, batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
-        per_image = given is not None and given.dim() == 4
-        policy = self._policy(batch_size, num_tokens, per_image)
+        policy = self._policy(batch_size, num_tokens, None if given is None else sets)
         height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
         outputs = []
+        num_prompts = 0  # of those that were last to enter
         blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
         for index, (block, plan, rotation) in enumerate(blocks):
             if index in added:
@@ -363,9 +368,10 @@ class PromptedViT(PromptedClassifier):
             prompts = None
             if plan.prompt_index is not None:
                 own = sets[plan.prompt_index]
+                num_prompts = own.shape[1]
                 prompts = drop(own, settings, batch_size, training=self.training)
                 prompts = self.backbone.keys_as_folded(prompts) if settings.key_value else prompts
-            rows = row_range(plan.read, num_tokens, num_prefix, num_prompts)
+            rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, num_prompts)
             if look is not None and index in wanted:
                 look(block, stream, prompts, (0, num_tokens), rotation)
             stream = block(stream, prompts, rows, policy, rotation, key_value=settings.key_value)
@@ -384,7 +390,7 @@ class PromptedViT(PromptedClassifier):
             images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
         return self.backbone.embed(images)
 
-    def _prompt_sets(self, given: torch.Tensor | None, batch_size: int) -> tuple[torch.Tensor, ...]:
+    def _prompt_sets(self, given: Prompts | None, batch_size: int) -> tuple[torch.Tensor, ...]:
         """One set of prompts for every prompted block, (1, m, d or 2·H·D), or (B, ..) where those given are
         different for each image; none if prompts are part of the image."""
         settings = self.prompt_settings
@@ -397,30 +403,51 @@ class PromptedViT(PromptedClassifier):
             return (self.backbone.embed_pixel_prompts(self.prompts),)
         if settings.prompt_location not in IN_BLOCKS:
             return ()
-        prompts = self.prompts if given is None else check_given(given, self.prompts, batch_size)
-        sets = split_sets(prompts if self.prompt_projection is None else self.prompt_projection(prompts))
+        own = self.prompts
+        parts: list[torch.Tensor]
+        if given is None:
+            parts = [own]
+        elif isinstance(given, torch.Tensor):
+            parts = [check_given(given, own.shape, own, batch_size)]
+        else:
+            any_length = settings.prompt_location in IN_ATTENTION
+            parts = check_given_sets(given, own, batch_size, any_length=any_length)
+        if self.prompt_projection is not None:
+            parts = [self.prompt_projection(part) for part in parts]
+        sets = tuple(prompts for part in parts for prompts in split_sets(part))
         return sets * len(self._prompted) if settings.prompt_shared else sets
 
-    def _num_rows_read(self, num_tokens: int) -> int:
-        num_prefix, m = self.backbone.num_prefix_tokens, self.prompt_settings.num_prompts or 0
-        first, last = row_range(self._plans[-1].read, num_tokens, num_prefix, m)
+    def _num_rows_read(self, num_tokens: int, given: PromptShapes | None) -> int:
+        _, m = self._prompt_shapes(given)[-1]
+        first, last = row_range(self._plans[-1].read, num_tokens, self.backbone.num_prefix_tokens, m)
         return last - first
 
+    def _prompt_shapes(self, given: PromptShapes | None) -> PromptShapes:
+        """For every prompted block: as given, or else of the model's own prompts."""
+        m = self.prompt_settings.num_prompts or self.prompts.shape[-2]
+        return ((1, m),) * len(self._prompted) if given is None else given
+
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
+        self,
+        batch_size: int,
+        num_tokens: int,
+        dtype: torch.dtype,
+        policy: MemoryPolicy,
+        given: PromptShapes | None = None,
     ) -> tuple[int, int]:
         settings = self.prompt_settings
-        m = settings.num_prompts or 0
-        per_image = per_image or settings.masks_per_image
-        copies = batch_size if per_image else 1
+        shapes = dict(zip(self._prompted, self._prompt_shapes(given), strict=True))
         in_attention = settings.prompt_location in IN_ATTENTION
         below = self.backbone.trains_embedding or settings.prompt_location in ("pad", "concat-channel")
         # Prompts are new tensors, formed once for all blocks or anew in each, or else views of the parameter.
         formed_once = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         formed_anew = settings.prompt_dropout > 0.0 or (settings.key_value and self.backbone.reorders_keys)
         peak = cost.Peak()
+        copies, m = 0, 0  # of the prompts that were last to enter
         for index, (block, plan) in enumerate(zip(self.backbone.blocks, self._plans, strict=True)):
-            below = below or (not in_attention and index in self._prompted)
+            below = below or (not in_attention and index in shapes)
+            copies, m = shapes.get(index, (copies, m))
+            copies = batch_size if settings.masks_per_image else copies
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:
@@ -439,8 +466,8 @@ class PromptedViT(PromptedClassifier):
                 is_first = not settings.prompt_shared or plan.prompt_index == 0
                 own_prompts = own and (formed_anew or (formed_once and is_first))
                 kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)
-                if own or index in self._prompted:
-                    kept += mask_bytes(settings, batch_size, self._prompt_width, self.prompts)
+                if index in shapes:
+                    kept += mask_bytes(settings, batch_size, (m, self._prompt_width), self.prompts)
                 peak.add(kept, cost.workspace_bytes(block, **call))
             below = below or own
         return peak.kept, peak.workspace

@@ -26,6 +26,8 @@ IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # locations of deep, share
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
 
+PromptShapes = tuple[tuple[int, int], ...]  # (1 or B, m) of each set of prompts that enter a model's blocks
+
 # The border prompts of `pad` are pixels in [0, 1], normalised like ImageNet images.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -203,12 +205,17 @@ def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "promp
 
 
 def check_given(
-    given: torch.Tensor, own: torch.Tensor, batch_size: int, name: str = "prompts"
+    given: torch.Tensor,
+    shape: Sequence[int],
+    own: torch.Tensor,
+    batch_size: int,
+    name: str = "prompts",
 ) -> torch.Tensor:
     """Checks prompts that a caller passes in place of a model's own, and returns them in the dtype of these.
 
     Args:
-        given: the same prompts for all images, of the shape of `own`, or (B, *shape) with each image's own.
+        given: the same prompts for all images, of this shape, or (B, *shape) with each image's own.
+        shape: wanted.
         own: the model's prompts.
         batch_size: B.
         name: of the argument, in messages.
@@ -216,19 +223,53 @@ def check_given(
     Raises:
         ValueError: no floating-point tensor, or one of another shape or on another device.
     """
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
-        what = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
-        raise ValueError(f"{name}: got {what}, want a tensor of floating-point numbers")
-    shape = tuple(own.shape)
+    _require_floating(given, name)
+    shape = tuple(shape)
     # By the number of dimensions first: a tracer would specialise a batch size that it compares with `sets`.
     if tuple(given.shape) != (shape if given.dim() == len(shape) else (batch_size, *shape)):
         raise ValueError(
-            f"{name}: got shape {tuple(given.shape)}, want {shape}, as the model's own prompts, or "
+            f"{name}: got shape {tuple(given.shape)}, want {shape} for the same prompts in all images, or "
             f"{(batch_size, *shape)} for other prompts in each image"
         )
     if given.device != own.device:
         raise ValueError(f"{name}: got a tensor on {given.device}, want {own.device}, where the model is")
     return given.to(own.dtype)
+
+
+def check_given_sets(
+    given: Sequence[torch.Tensor], own: torch.Tensor, batch_size: int, *, any_length: bool
+) -> list[torch.Tensor]:
+    """`check_given` of each set of prompts on its own. Returns tensors for `split_sets`, of one set each.
+
+    Args:
+        given: for each set (m, d), or (B, m, d) with each image's own.
+        own: the model's prompts (sets, m, d).
+        batch_size: B.
+        any_length: whether m may be another number than the model's, and differ from set to set.
+
+    Raises:
+        ValueError: as `check_given`; another number of tensors than of sets; a tensor without prompts.
+    """
+    num_sets, m, width = own.shape
+    if not hasattr(given, "__len__") or len(given) != num_sets:
+        what = f"{len(given)} tensors" if hasattr(given, "__len__") else type(given).__name__
+        wanted = f"a sequence of {num_sets}, one for each of the model's sets"
+        raise ValueError(f"prompts: got {what}, want one tensor, or {wanted}")
+    checked = []
+    for index, prompts in enumerate(given):
+        name = f"prompts.{index}"
+        _require_floating(prompts, name)
+        length = prompts.shape[-2] if any_length and prompts.dim() >= 2 else m
+        if length == 0:
+            raise ValueError(f"{name}: got shape {tuple(prompts.shape)}, want 1 prompt or more")
+        checked.append(check_given(prompts, (length, width), own, batch_size, name).unsqueeze(-3))
+    return checked
+
+
+def _require_floating(given: Any, name: str) -> None:
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        what = given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"{name}: got {what}, want a tensor of floating-point numbers")
 
 
 def split_sets(prompts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -261,21 +302,20 @@ def drop(prompts: torch.Tensor, config: PromptConfig, batch_size: int, *, traini
     return F.dropout(prompts, config.prompt_dropout)
 
 
-def mask_bytes(config: PromptConfig, batch_size: int, width: int, prompts: torch.Tensor) -> int:
+def mask_bytes(config: PromptConfig, batch_size: int, shape: tuple[int, int], prompts: torch.Tensor) -> int:
     """Bytes that `drop` keeps for the backward pass of one block's prompts.
 
     Args:
         config: see `drop`.
         batch_size: B.
-        width: of a prompt as it enters the block.
-        prompts: the parameter (.., m, any width). On a CUDA device a bool is kept per element, elsewhere a
-            factor in its dtype.
+        shape: (m, width) of the prompts as they enter the block.
+        prompts: the parameter. On a CUDA device a bool is kept per element, elsewhere a factor in its dtype.
     """
     if config.prompt_dropout == 0.0:
         return 0
     copies = batch_size if config.prompt_dropout_per == "image" else 1
     size = torch.bool.itemsize if prompts.is_cuda else prompts.itemsize
-    return copies * prompts.shape[-2] * width * size
+    return copies * math.prod(shape) * size
 
 
 def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, border: int) -> torch.Tensor:

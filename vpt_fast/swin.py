@@ -19,6 +19,7 @@ from vpt_fast.engine.policy import MemoryPolicy, check_memory
 from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import (
     PromptConfig,
+    PromptShapes,
     check_given,
     drop,
     init_bound,
@@ -178,8 +179,7 @@ class PromptedSwin(PromptedClassifier):
         stream = Stream(self.backbone.embed(images))
         batch = images.shape[0]
         sets = self._prompt_sets(given, batch)
-        per_image = given is not None and any(stage.dim() == 4 for stage in given)
-        policy = self._policy(batch, self.backbone.num_tokens, per_image)
+        policy = self._policy(batch, self.backbone.num_tokens, None if given is None else sets)
         prompts: torch.Tensor | None = None
         for index, block in enumerate(self.backbone.blocks):
             stream, prompts = self.backbone.enter(index, stream, prompts, policy)
@@ -206,7 +206,7 @@ class PromptedSwin(PromptedClassifier):
                 what = "one tensor" if isinstance(given, torch.Tensor) else f"{len(given)} tensors"
                 raise ValueError(f"prompts: got {what}, want a sequence of {len(stages)}, as the model's own")
             stages = [
-                check_given(stage, own, batch_size, f"prompts.{index}")
+                check_given(stage, own.shape, own, batch_size, f"prompts.{index}")
                 for index, (stage, own) in enumerate(zip(given, stages, strict=True))
             ]
         return [prompts for stage in stages for prompts in split_sets(stage)]
@@ -221,30 +221,37 @@ class PromptedSwin(PromptedClassifier):
             num_tokens if self.pool == "image" else num_tokens + m,
         )
 
-    def _num_rows_read(self, num_tokens: int) -> int:
-        del num_tokens  # fixed: a Swin has one image size
+    def _num_rows_read(self, num_tokens: int, given: PromptShapes | None) -> int:
+        del num_tokens, given  # fixed: a Swin has one image size, and m is the model's own
         first, last = self._rows(self.num_blocks - 1)
         block = self.backbone.blocks[-1]
         tokens = 0 if first else math.prod(block.size)  # without those that fill windows up
         return tokens + last - block.num_tokens
 
     def _step_bytes(
-        self, batch_size: int, num_tokens: int, dtype: torch.dtype, policy: MemoryPolicy, per_image: bool
+        self,
+        batch_size: int,
+        num_tokens: int,
+        dtype: torch.dtype,
+        policy: MemoryPolicy,
+        given: PromptShapes | None = None,
     ) -> tuple[int, int]:
         """As of every model; blocks, and the merges between stages."""
         del num_tokens  # fixed: a Swin has one image size
         settings = self.prompt_settings
         m = settings.num_prompts
-        per_image = per_image or settings.masks_per_image
+        num_sets = self.num_blocks if self._is_deep else 1
+        shapes = ((1, m),) * num_sets if given is None else given
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
-            rows, flowed = self._rows(index), not self._is_deep and index > 0
+            rows, flowed = self._rows(index), index >= num_sets
+            per_image = flowed or settings.masks_per_image
             call: dict[str, Any] = dict(
                 dtype=dtype,
                 batch_size=batch_size,
                 num_tokens=block.num_tokens,
                 rows=rows,
-                prompt_shape=(batch_size if per_image or flowed else 1, m),
+                prompt_shape=(batch_size, m) if per_image else shapes[index],
                 grad_tokens=index > 0 or self.backbone.trains_embedding,
                 policy=policy,
             )
@@ -252,7 +259,7 @@ class PromptedSwin(PromptedClassifier):
             is_formed = flowed or settings.prompt_dropout > 0.0
             kept = cost.kept_bytes(block, **call, prompts_formed=is_formed)
             if not flowed:
-                kept += mask_bytes(settings, batch_size, block.proj_weight.shape[0], self.prompts[0])
+                kept += mask_bytes(settings, batch_size, (m, block.proj_weight.shape[0]), self.prompts[0])
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
             peak.add(kept, self.backbone.workspace_bytes(block, **call))
         return peak.kept, peak.workspace

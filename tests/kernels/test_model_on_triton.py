@@ -132,6 +132,22 @@ def test_given_prompts_of_any_strides_are_taken(name: str, given) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["deep", "key_value"])
+def test_a_tensor_for_each_set_gives_the_gradients_of_the_plain_operations(name: str) -> None:
+    vit, sets, found = backbone().float(), [], []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        model = PromptedViT(vit, CLASSES, backend=backend, **SETTINGS[name])
+        num_sets, _, width = model.prompts.shape
+        sets = sets or [torch.randn(*[2] * (i % 2), 3 + 4 * i, width) for i in range(num_sets)]
+        given = [prompts.clone().requires_grad_() for prompts in sets]
+        logits = model(random_batch(model, 2, CLASSES, torch.float32)[0], prompts=given)
+        weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        found.append(torch.autograd.grad(logits, given, weights))
+    for expected, actual in zip(*found, strict=True):
+        assert relative_error(actual, expected.double()) < 2e-5
+
+
 DECODERS = {  # what a gradient's strides come from: patches (B, P, d) to a number
     "transposed": lambda x: x.transpose(1, 2).unflatten(2, (4, 4)).contiguous().square().sum(),
     "expanded": lambda x: x.sum(),
