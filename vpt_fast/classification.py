@@ -129,6 +129,7 @@ class Classification:
             train_on=recipe.train_on,
             with_test=recipe.test,
             train_fraction=recipe.train_fraction,
+            shots=recipe.shots,
             val_fraction=recipe.val_fraction,
             data_root=recipe.data_root,
             seed=recipe.seed,

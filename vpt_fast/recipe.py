@@ -35,6 +35,7 @@ CLASSIFICATION_KNOBS = (  # settings that segmentation does not have
     "train_on",
     "test",
     "train_fraction",
+    "shots",
     "val_fraction",
     "augment",
     "resize",
@@ -99,6 +100,12 @@ class Recipe:
     test: bool = _knob(False, "Evaluate on the test images after the last epoch.", DATA, result=False)
     train_fraction: float = _knob(
         1.0, "Fraction of each class's training images to use, drawn with --seed.", DATA
+    )
+    shots: int | None = _knob(
+        None,
+        "Training images of each class to use, drawn with --seed; of a class that has fewer, all.",
+        DATA,
+        shown="all",
     )
     val_fraction: float = _knob(
         0.2, "Fraction of each class held out for validation if there is no val/.", DATA
@@ -317,6 +324,7 @@ class Recipe:
             ("adapter_reduction", 1),
             ("lora_rank", 1),
             ("head_channels", 1),
+            ("shots", 1),
             ("epochs", 1),
             ("warmup_epochs", 0),
             ("batch_size", 1),
@@ -351,6 +359,10 @@ class Recipe:
             raise ValueError(
                 f"val_fraction is {self.val_fraction}, and {self.task} has a val split of its own; leave it "
                 "out"
+            )
+        if self.shots is not None and self.train_fraction != Recipe.train_fraction:
+            raise ValueError(
+                f"train_fraction is {self.train_fraction} beside shots {self.shots}; leave one of them out"
             )
         if self.pretrained and self.checkpoint is not None:
             raise ValueError(

@@ -307,9 +307,14 @@ class _FinalPlan:
 
     def note(self, recipe: Recipe) -> str:
         """The reason, for final runs of `recipe`."""
-        if recipe.train_fraction < 1 and "train_on" in self.changes:
-            return "trained on a share of train and val"
+        if _is_part(recipe) and "train_on" in self.changes:
+            return "trained on a part of train and val"
         return self.reason
+
+
+def _is_part(recipe: Recipe) -> bool:
+    """Whether a run trains on a part of its splits."""
+    return recipe.train_fraction < 1 or recipe.shots is not None
 
 
 @dataclass(frozen=True)
@@ -327,7 +332,7 @@ class _Amount:
         num_train = num_final = len(splits.train)
         if "train_on" in plan.changes:
             num_final += len(splits.val or ())
-            if recipe.train_fraction < 1:
+            if _is_part(recipe):
                 shared = dataclasses.replace(recipe, **plan.changes)
                 num_final = len(Classification().open(shared, cache).train)
         return cls(recipe.epochs, num_train, num_final, plan.note(recipe))

@@ -40,11 +40,29 @@ def test_smaller_fractions_are_parts_of_larger_ones_by_the_same_seed(write_image
     assert parts[1] != set(open_splits(root, train_fraction=0.5, seed=2).train.items)
 
 
+def test_shots_are_as_many_images_of_each_class(write_images):
+    root = write_images(FOLDERS)
+    splits = open_splits(root, shots=3)
+    assert Counter(splits.train.labels) == {0: 3, 1: 3}
+    assert splits.val == open_splits(root).val
+    assert Counter(open_splits(root, shots=7).train.labels) == {0: 7, 1: 4}  # all of the class with fewer
+    assert Counter(open_splits(root, shots=5, train_on="train+val").train.labels) == {0: 5, 1: 5}
+
+
+def test_fewer_shots_are_parts_of_more_by_the_same_seed(write_images):
+    root = write_images(FOLDERS)
+    parts = [set(open_splits(root, shots=n, seed=1).train.items) for n in (1, 3, 10)]
+    assert parts[0] < parts[1] < parts[2] == set(open_splits(root).train.items)
+    assert parts[1] != set(open_splits(root, shots=3, seed=2).train.items)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"train_on": "val"}, "train_on: 'val', wanted one of train, train\\+val"),
         ({"train_fraction": 0}, "train_fraction: 0, wanted a number above 0 and at most 1"),
+        ({"shots": 0}, "shots: 0, wanted 1 or more"),
+        ({"shots": 2, "train_fraction": 0.5}, "train_fraction: 0.5 beside shots: 2, wanted one of them"),
         ({"val_fraction": 1.0}, "val_fraction: 1.0, wanted a number above 0 and below 1"),
         ({"seed": -1}, "seed: -1"),
         ({"data_root": "x"}, "data_root: goes with a data set of timm's"),

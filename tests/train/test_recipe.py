@@ -258,6 +258,8 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("val_fraction", 0),
         ("train_fraction", 0),
         ("train_fraction", 1.5),
+        ("shots", 0),
+        ("shots", 1.5),
         ("prompt_project", 0),
         ("adapter_reduction", 0),
         ("lora_rank", 0),
@@ -339,6 +341,11 @@ def test_weights_of_a_backbone_s_folder_are_read_where_no_others_are_wanted(tmp_
     assert make(backbone=backbone, pretrained=False).weights_file is None
     assert make(backbone=backbone, checkpoint="ViT-B_16.npz").weights_file == "ViT-B_16.npz"
     assert make().weights_file is None
+
+
+def test_shots_beside_a_fraction_are_refused():
+    with pytest.raises(ValueError, match="train_fraction is 0.5 beside shots 4; leave one of them out"):
+        make(train_fraction=0.5, shots=4)
 
 
 def test_pretrained_beside_a_checkpoint_is_refused():

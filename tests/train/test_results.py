@@ -207,9 +207,10 @@ def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(sho
     assert result.new_epochs == 0 and result.results["test_images"] == 6
 
 
-def test_train_fraction_trains_on_fewer_images(short, tmp_path):
-    result = train(dataclasses.replace(short, train_fraction=0.34), tmp_path / "run")
-    assert result.facts["data"]["train"]["per_class"] == [3, 3, 3]
+@pytest.mark.parametrize("part, kept", [({"train_fraction": 0.34}, 3), ({"shots": 2}, 2)], ids=str)
+def test_part_of_the_training_images_is_trained_on(short, tmp_path, part, kept):
+    result = train(dataclasses.replace(short, **part), tmp_path / "run")
+    assert result.facts["data"]["train"]["per_class"] == [kept] * 3
     assert result.facts["data"]["val"]["images"] == 9
 
 

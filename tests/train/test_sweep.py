@@ -464,10 +464,17 @@ def test_plan_of_searched_epochs_and_images_is_a_sum_and_a_range(settings, tmp_p
     printed = capsys.readouterr().out
     assert "4 trials of 1 to 2 epochs on 9 to 27 images, by grid" in printed
     assert (
-        "2 of 1 to 2 epochs on 12 to 36 images, trained on a share of train and val, or trained on" in printed
+        "2 of 1 to 2 epochs on 12 to 36 images, trained on a part of train and val, or trained on" in printed
     )
     # Trials (1 + 2) · (9 + 27); final runs from 2 · 1 · 12 to 2 · 2 · 36.
     assert "132 to 252 images trained on" in printed
+
+
+def test_final_runs_train_on_the_shots_of_train_and_val_together(settings, tmp_path):
+    found = run_sweep(Sweep(dict(settings, shots=2), {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
+    assert found["final"]["note"] == "trained on a part of train and val"
+    (run,) = (tmp_path / "final").iterdir()
+    assert json.loads((run / "run.json").read_text())["data"]["train"]["per_class"] == [2, 2, 2]
 
 
 def test_sweep_file_holds_what_was_asked(settings, tmp_path):

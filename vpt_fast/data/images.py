@@ -146,11 +146,20 @@ def take_fraction(images: ImageList, fraction: float, seed: int) -> ImageList:
 
     With the same seed, a smaller fraction is a subset of a larger one.
     """
-    if fraction == 1:
-        return images
+    return images if fraction == 1 else _chosen(images, seed, lambda n: max(round(fraction * n), 1))
+
+
+def take_shots(images: ImageList, shots: int, seed: int) -> ImageList:
+    """`shots` images of each class, all of a class that has fewer, in the list's order.
+
+    With the same seed, a smaller number is a subset of a larger one.
+    """
+    return _chosen(images, seed, lambda n: shots)
+
+
+def _chosen(images: ImageList, seed: int, count: Callable[[int], int]) -> ImageList:
     # Not hold_out's random stream, which may have chosen these very images.
-    chosen = _drawn(_by_class(images), (seed, 1), lambda n: max(round(fraction * n), 1))
-    return images.select(sorted(chosen))
+    return images.select(sorted(_drawn(_by_class(images), (seed, 1), count)))
 
 
 def _by_class(images: ImageList) -> dict[str, list[int]]:
