@@ -19,10 +19,10 @@ import torch
 
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.files import replacing
-from vpt_fast.method_rules import METHODS
-from vpt_fast.methods import build_model
 from vpt_fast.prompts import LOCATIONS
-from vpt_fast.recipe import Recipe
+from vpt_fast.training.method_rules import METHODS
+from vpt_fast.training.methods import build_model
+from vpt_fast.training.recipe import Recipe
 from vpt_fast.tuned_model import TunedModel
 
 PAGE = Path("docs/combinations.md")

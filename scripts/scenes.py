@@ -137,11 +137,11 @@ def report(
 
     from vpt_fast.data.scenes import open_scenes, read_scene
     from vpt_fast.files import write
-    from vpt_fast.inference import LoadedRun
-    from vpt_fast.plots import plot_segmentation
-    from vpt_fast.run import RunFolder
-    from vpt_fast.scene_inference import evaluate_scene_run
-    from vpt_fast.segmentation import segment
+    from vpt_fast.training.inference import LoadedRun
+    from vpt_fast.training.plots import plot_segmentation
+    from vpt_fast.training.run import RunFolder
+    from vpt_fast.training.scene_inference import evaluate_scene_run
+    from vpt_fast.training.segmentation import segment
 
     begun = RunFolder(run).read()
     if begun is None:

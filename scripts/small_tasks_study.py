@@ -20,11 +20,11 @@ import typer
 from page_text import replace_block
 from rich.console import Console
 
-from vpt_fast.cache import TrainingCache
 from vpt_fast.files import replacing
-from vpt_fast.plots import plot_ablation
-from vpt_fast.sweep import run_sweep
-from vpt_fast.sweep_settings import Sweep
+from vpt_fast.sweeps.settings import Sweep
+from vpt_fast.sweeps.sweep import run_sweep
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.plots import plot_ablation
 
 MARKER = "small tasks"
 TASKS = ("digits", "photo_turn", "shape_position", "shape_count")

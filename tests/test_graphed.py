@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from vpt_fast import graphed
-from vpt_fast.classification import CrossEntropy
 from vpt_fast.graphed import (
     WARM_UP,
     CaptureError,
@@ -24,8 +23,9 @@ from vpt_fast.graphed import (
     form_gradients,
     require_capturable,
 )
-from vpt_fast.recipe import Recipe
-from vpt_fast.step import TrainStep
+from vpt_fast.training.classification import CrossEntropy
+from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.step import TrainStep
 
 RATES = (0.1, 0.1, 0.05, 0.2, 0.0, 0.3, 0.3)  # as a scheduler would assign them, past the warm-up
 

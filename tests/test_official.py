@@ -15,7 +15,7 @@ from tiny import tiny_swin, tiny_vit
 from typer.testing import CliRunner
 
 from vpt_fast import PromptedSwin, PromptedViT, load_pretrained
-from vpt_fast.cli import app
+from vpt_fast.commands.cli import app
 from vpt_fast.official import Unmapped, export_prompts, import_prompts, mapped_settings
 
 PREFIX = "enc.transformer."

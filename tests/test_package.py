@@ -23,7 +23,7 @@ LAYERS = {
     "kernels": ["kernels"],
     "engine": ["engine"],
     "backbones": ["backbones"],
-    "model": [
+    "models": [
         "prompts",
         "hub",
         "saved_model",
@@ -40,54 +40,20 @@ LAYERS = {
         "",
     ],
     "data": ["data"],
-    "train": [
-        "methods",
-        "parameters",
-        "method_rules",
-        "setting_values",
-        "published",
-        "recipe",
-        "world",
-        "plots",
-        "run",
-        "run_files",
-        "report",
-        "cache",
-        "precision",
-        "problem",
-        "classification",
-        "segmentation",
-        "resume",
-        "features",
-        "step",
-        "loop",
-        "inference",
-        "scene_inference",
-        "tsne",
-    ],
-    "sweeps": ["trials", "sweep_settings", "sweep", "entries", "tables", "ablations"],
-    "commands": [
-        "command_help",
-        "flags",
-        "sweep_commands",
-        "data_commands",
-        "backbone_commands",
-        "official_commands",
-        "demo",
-        "cli",
-        "__main__",
-    ],
+    "training": ["training"],
+    "sweeps": ["sweeps"],
+    "commands": ["commands", "__main__"],
 }
 BELOW = {
     "files": [],
     "kernels": [],
     "engine": ["kernels"],
     "backbones": ["files", "kernels", "engine"],
-    "model": ["files", "kernels", "engine", "backbones"],
+    "models": ["files", "kernels", "engine", "backbones"],
     "data": ["files"],
-    "train": ["files", "data", "engine", "backbones", "model"],
-    "sweeps": ["files", "data", "backbones", "model", "train"],
-    "commands": ["files", "data", "backbones", "model", "train", "sweeps"],
+    "training": ["files", "data", "engine", "backbones", "models"],
+    "sweeps": ["files", "data", "backbones", "models", "training"],
+    "commands": ["files", "data", "backbones", "models", "training", "sweeps"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 
@@ -165,14 +131,14 @@ def test_public_names_are_there_when_asked_for():
 
 
 def test_commands_are_known_without_torch_and_timm():
-    code = "import sys, vpt_fast.cli; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
+    code = "import sys, vpt_fast.commands.cli; sys.exit(bool({'torch', 'timm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 REFUSED = """
 import sys
 from typer.testing import CliRunner
-from vpt_fast.cli import app
+from vpt_fast.commands.cli import app
 out = sys.argv[1]
 for words in (
     "train --data=nowhere --backbone=x", "sweep --data=nowhere --backbone=x", "ablate length --data=nowhere",
@@ -197,7 +163,7 @@ def test_commands_refuse_what_is_not_there_before_they_import_torch(tmp_path):
 ANSWERED = """
 import sys
 from typer.testing import CliRunner
-from vpt_fast.cli import app
+from vpt_fast.commands.cli import app
 data, run = sys.argv[1:]
 for words, code in (
     ("backbones", 0), (f"data check {data}", 0), (f"table {run}", 0), (f"predict {run} missing.jpg", 1),
@@ -298,7 +264,7 @@ before = state()
 safetensors.safe_open = recording
 from vpt_fast import *
 after = state()
-import vpt_fast.inference, vpt_fast.loop
+import vpt_fast.training.inference, vpt_fast.training.loop
 assert timm.is_model("vpt_fast_demo")
 found = {
     "changed": [name for name in before if before[name] != after[name]],

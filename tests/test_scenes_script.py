@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import typer
 
-from vpt_fast.plots import class_colors
+from vpt_fast.training.plots import class_colors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import scenes  # noqa: E402

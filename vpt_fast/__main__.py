@@ -15,7 +15,7 @@ def main() -> None:
         print("error: the commands do not run on Windows itself; run them in WSL", file=sys.stderr)
         sys.exit(2)
     try:
-        from vpt_fast.cli import main as run
+        from vpt_fast.commands.cli import main as run
 
         run()
     except KeyboardInterrupt:

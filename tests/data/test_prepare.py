@@ -15,7 +15,7 @@ import pytest
 from task_trees import picture, shrink, stream, write_fgvc, write_shards, write_vtab
 from typer.testing import CliRunner
 
-from vpt_fast.cli import app
+from vpt_fast.commands.cli import app
 from vpt_fast.data import check, prepare
 from vpt_fast.data.decode import decode_image
 from vpt_fast.data.images import DataError

@@ -17,9 +17,9 @@ from ways_to_tune import adapter, low_rank
 
 from vpt_fast import LinearProbe, load_pretrained
 from vpt_fast.classifier import TunedClassifier
-from vpt_fast.methods import model_settings
 from vpt_fast.prompts import pad_image
-from vpt_fast.recipe import Recipe
+from vpt_fast.training.methods import model_settings
+from vpt_fast.training.recipe import Recipe
 from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasConvNetTuning
 from vpt_fast.tuning.full import FullTuning

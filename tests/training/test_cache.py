@@ -1,0 +1,115 @@
+"""What runs of one process share changes no result."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+
+import pytest
+import timm
+from test_loop import require_equal
+
+from vpt_fast.backbones import timm_vit
+from vpt_fast.training import classification, features, loop
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.run import RunFolder
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear", "full"])
+def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
+    if method != "vpt-deep":
+        recipe = dataclasses.replace(recipe, method=method, num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(
+        recipe, backbone="test_vit", pretrained=False, epochs=2, test=True, base_lr=0.1
+    )
+    cache = TrainingCache()
+    loop.train(recipe, tmp_path / "before", cache=cache)
+    cached = loop.train(recipe, tmp_path / "cached", cache=cache)
+    plain = loop.train(recipe, tmp_path / "plain")
+    require_equal(plain, cached)
+    assert plain.results == cached.results
+    assert RunFolder(plain.path).read().facts == RunFolder(cached.path).read().facts
+
+
+def test_run_in_float32_is_the_same_after_one_whose_weights_were_rounded(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=2, base_lr=0.1)
+    cache = TrainingCache()
+    loop.train(dataclasses.replace(recipe, precision="bf16"), tmp_path / "rounded", cache=cache)
+    wide = dataclasses.replace(recipe, precision="fp32")
+    require_equal(loop.train(wide, tmp_path / "plain"), loop.train(wide, tmp_path / "cached", cache=cache))
+
+
+def test_backbone_and_images_are_loaded_and_blocks_folded_once(recipe, tmp_path, monkeypatch):
+    built, folded, read = [], [], []
+    create, check, fold = timm.create_model, classification.check_images, timm_vit.fold
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: built.append(1) or create(*a, **k))
+    monkeypatch.setattr(timm_vit, "fold", lambda *a: folded.append(1) or fold(*a))
+    monkeypatch.setattr(classification, "check_images", lambda *a, **k: read.append(1) or check(*a, **k))
+    cache = TrainingCache()
+    for i, base_lr in enumerate((0.1, 0.2)):
+        changed = dataclasses.replace(recipe, base_lr=base_lr, epochs=1, warmup_epochs=0)
+        loop.train(changed, tmp_path / str(i), cache=cache)
+    depth = len(create(recipe.backbone).blocks)
+    assert (len(built), len(folded), len(read)) == (1, depth, 2)  # images: train and val
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_images_in_host_memory_are_let_go_before_the_first_epoch(recipe, tmp_path, monkeypatch, method):
+    """Where their pixels are on a GPU, or their features are kept, nothing else needs them."""
+    if method == "linear":
+        recipe = dataclasses.replace(recipe, method=method, num_prompts=None, prompt_dropout=None)
+    read, alive, check = [], [], classification.check_images
+
+    def check_images(*arguments, **options):
+        checked = check(*arguments, **options)
+        read.append(weakref.ref(checked))
+        return checked
+
+    monkeypatch.setattr(classification, "check_images", check_images)
+    loop.train(
+        recipe, tmp_path / "run", on_epoch=lambda row: alive.extend(images() is not None for images in read)
+    )
+    assert alive == [False] * 2 * recipe.epochs  # train and val
+
+
+def test_features_in_the_cache_are_used_however_little_memory_is_free(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
+    cache = TrainingCache()
+    first = loop.train(recipe, tmp_path / "first", cache=cache)
+    used, original = [], loop.feature_batches
+    monkeypatch.setattr(loop, "feature_batches", lambda *a: used.append(1) or original(*a))
+    monkeypatch.setattr(features, "device_budget", lambda device: 0)
+    require_equal(first, loop.train(recipe, tmp_path / "second", cache=cache))
+    assert used == [1]
+    loop.train(dataclasses.replace(recipe, train_fraction=0.5), tmp_path / "other images", cache=cache)
+    assert used == [1]
+
+
+def test_another_seed_draws_other_random_weights(recipe, tmp_path):
+    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=1, warmup_epochs=0)
+    cache = TrainingCache()
+    one, other = (
+        loop.train(dataclasses.replace(recipe, seed=seed), tmp_path / str(seed), cache=cache)
+        for seed in (1, 2)
+    )
+    assert one.facts["backbone"]["fingerprint"] != other.facts["backbone"]["fingerprint"]
+
+
+def test_the_things_used_last_are_kept():
+    cache, made = TrainingCache(kept=2), []
+    for key in (1, 2, 1, 3, 1, 2):
+        cache.get("numbers", key, lambda key=key: made.append(key))
+    assert made == [1, 2, 3, 2]
+
+
+def test_on_epoch_sees_each_saved_row_and_may_end_the_run(recipe, tmp_path):
+    rows = []
+
+    def on_epoch(row):
+        rows.append(row)
+        if len(rows) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        loop.train(recipe, tmp_path / "run", on_epoch=on_epoch)
+    assert RunFolder(tmp_path / "run").read().metrics == rows

@@ -1,0 +1,245 @@
+"""Benchmark tasks in training: their defaults, results.json, and eval of such a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from task_trees import shrink, write_fgvc, write_vtab
+from torch import nn
+
+from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.splits import open_splits
+from vpt_fast.training import inference, loop
+from vpt_fast.training.classification import evaluate
+from vpt_fast.training.inference import LoadedRun, evaluate_run
+from vpt_fast.training.loop import train
+from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
+from vpt_fast.training.run import RunError, RunFolder, list_digest
+from vpt_fast.training.world import World
+
+
+@pytest.fixture
+def short(recipe) -> Recipe:
+    return dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+
+
+def resolved(**knobs) -> Recipe:
+    recipe = Recipe(data="x", backbone="train_test_vit", **knobs)
+    return recipe.resolved(num_train_images=800, device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    "knobs, normalization, augment, resize",
+    [
+        ({}, "backbone", "none", None),
+        ({"task": "vtab/cifar"}, "imagenet", "none", "squash"),
+        ({"task": "fgvc/cub"}, "imagenet", "crop_flip", "shortest"),
+        ({"task": "fgvc/cub", "normalization": "inception"}, "inception", "crop_flip", "shortest"),
+        ({"task": "fgvc/cub", "augment": "none"}, "imagenet", "none", "shortest"),
+        ({"task": "fgvc/cub", "resize": "squash"}, "imagenet", "flip", "squash"),
+        ({"task": "vtab/cifar", "augment": "crop_flip"}, "imagenet", "crop_flip", "shortest"),
+    ],
+)
+def test_task_fills_the_preprocessing_that_was_not_given(knobs, normalization, augment, resize):
+    recipe = resolved(**knobs)
+    assert (recipe.normalization, recipe.augment, recipe.resize) == (normalization, augment, resize)
+
+
+def test_task_of_a_recipe_has_its_own_name():
+    assert resolved(task="cifar100") == resolved(task="vtab/cifar")
+    with pytest.raises(ValueError, match="task is 'cifar1000'.*close names: vtab/cifar"):
+        resolved(task="cifar1000")
+
+
+@pytest.mark.parametrize(
+    "images, said", [(19_999, ""), (20_000, "Checking 20,000 images: each is decoded once.\n")]
+)
+def test_log_says_what_takes_time_before_training(images, said):
+    console = Console(file=io.StringIO())
+    with checking_images(console, images):
+        assert console.file.getvalue() == said
+
+
+def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
+    result = train(dataclasses.replace(short, test=True), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == result.results
+    last = result.metrics[-1]
+    test = evaluate_run(LoadedRun.load(tmp_path / "run"), short.data, "test").evaluation
+    assert result.results == {
+        "val_accuracy": last["val_accuracy"],
+        "val_loss": last["val_loss"],
+        "val_images": 9,
+        "test_accuracy": test.accuracy,
+        "test_loss": pytest.approx(test.loss, rel=1e-5),
+        "test_images": 6,
+        "test_listed": list_digest(short.data, open_splits(short.data).test),
+    }
+
+
+def test_loss_and_accuracy_are_those_counted_by_hand():
+    logits = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [1, 0, 2], [2, 1, 0]])
+    labels = torch.tensor([0, 1, 2, 2, 2])  # the third and the fifth are wrong
+    batches = SimpleNamespace(epoch=lambda _: zip(logits.split(2), labels.split(2), strict=True))
+    seen = []
+    found = evaluate(nn.Identity(), batches, 3, World(0, 1, torch.device("cpu")), "fp32", seen.append)
+    assert (found.correct, found.images, found.accuracy) == ((1, 1, 1), (1, 1, 3), 3 / 5)
+    right, first, second = (math.log(sum(math.exp(x - own) for x in (0, 1, 2))) for own in (2, 1, 0))
+    assert found.loss == pytest.approx((3 * right + first + second) / 5) and seen == [2, 2, 1]
+
+
+def test_images_that_are_left_out_are_counted_and_the_first_ten_named():
+    console = Console(file=io.StringIO())
+    print_skipped(console, [SkippedImage(Path(f"{i}.png"), "no pixels") for i in range(12)])
+    first, *named, last = console.file.getvalue().splitlines()
+    assert first == "12 images cannot be read and will be left out:"
+    assert named == [f"  {i}.png: no pixels" for i in range(10)] and last == "  and 2 more"
+
+
+def test_a_path_longer_than_a_line_is_printed_in_one_piece():
+    console = Console(file=io.StringIO(), width=40)
+    path = "/folder" * 10
+    print_facts(console, {"data": f"{path}: 3 classes, and train 1,000 and val 200 images", "run": "a"})
+    assert console.file.getvalue().splitlines() == [
+        f"data  {path}:",
+        "      3 classes, and train 1,000 and val",
+        "      200 images",
+        "run   a",
+    ]
+
+
+EPOCH = {"epoch": 8, "lr": 0.5, "train_loss": 1.5, "train_accuracy": 0.5, "val_loss": 2.5, "val_accuracy": 1}
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_epoch_is_broken_between_train_and_val_in_a_narrow_terminal_alone(is_terminal):
+    console = Console(file=io.StringIO(), width=80, force_terminal=is_terminal, soft_wrap=True)
+    Progress(console, 10, 4, done=0).end_epoch({**EPOCH, "images_per_second": 1000.0})
+    train, val = "train loss 1.5000 accuracy 50.00%", "val loss 2.5000 accuracy 100.00%  1,000 images/s"
+    between = "\n             " if is_terminal else "  "
+    assert console.file.getvalue() == f"epoch  9/10  lr 0.5      {train}{between}{val}\n"
+
+
+def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
+    RunFolder(tmp_path).config.write_text(short.to_yaml())
+    with pytest.raises(RunError, match=f"the run in {tmp_path} has not completed an epoch yet"):
+        LoadedRun.load(tmp_path)
+
+
+def test_eval_reads_the_data_as_it_is_told(monkeypatch):
+    asked = []
+
+    def open_split(*given, **options):
+        asked.append((given, options))
+        raise KeyboardInterrupt  # no more is wanted
+
+    monkeypatch.setattr(inference, "open_split", open_split)
+    where = {"batch_size": 3, "workers": 2, "data_root": "d", "console": Console(quiet=True)}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run("run", "x", "test", **where)
+    assert asked == [(("run", "x", "test"), where)]
+
+
+def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):
+    first = train(short, tmp_path / "run")
+    assert first.results["test_accuracy"] is None and first.results["val_images"] == 9
+    recipe = dataclasses.replace(short, test=True)
+    later = train(recipe, tmp_path / "run")
+    assert later.new_epochs == 0 and later.results["test_images"] == 6
+    monkeypatch.setattr("vpt_fast.training.methods.build_model", None)  # not again
+    assert train(recipe, tmp_path / "run").results == later.results
+
+
+def test_finished_run_without_its_checkpoint_is_not_trained_again_for_test_images(short, tmp_path):
+    train(short, tmp_path / "run")
+    RunFolder(tmp_path / "run").checkpoint.unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="finished, but not its checkpoint.*--split test.*--fresh"):
+        train(dataclasses.replace(short, test=True), tmp_path / "run")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["vpt-deep", "linear"])
+def test_training_on_val_too_reports_no_val(command, short, color_images, tmp_path, method):
+    prompts = {"num_prompts": None, "prompt_dropout": None} if method == "linear" else {}
+    recipe = dataclasses.replace(short, method=method, train_on="train+val", test=True, **prompts)
+    result = train(recipe, tmp_path / "run")
+    assert result.facts["data"]["train"]["images"] == 36 and result.facts["data"]["val"] is None
+    assert result.metrics[-1]["val_accuracy"] is None and result.metrics[-1]["val_loss"] is None
+    assert result.results["val_accuracy"] is None and result.results["test_images"] == 6
+    refused = command("eval", tmp_path / "run", "--data", color_images)
+    assert refused.exit_code == 2 and "--split test is left" in refused.output
+
+
+def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(short, test=True)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return print_skipped(*arguments)
+
+        patch.setattr(
+            loop, "print_skipped", interrupted
+        )  # between reading the test images and evaluating them
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    result = train(recipe, tmp_path / "run")
+    assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
+def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(short, method="linear", num_prompts=None, prompt_dropout=None)
+    train(recipe, tmp_path / "run")
+    monkeypatch.setattr(loop, "feature_batches", None)
+    result = train(dataclasses.replace(recipe, test=True), tmp_path / "run")
+    assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
+@pytest.mark.parametrize("part, kept", [({"train_fraction": 0.34}, 3), ({"shots": 2}, 2)], ids=str)
+def test_part_of_the_training_images_is_trained_on(short, tmp_path, part, kept):
+    result = train(dataclasses.replace(short, **part), tmp_path / "run")
+    assert result.facts["data"]["train"]["per_class"] == [kept] * 3
+    assert result.facts["data"]["val"]["images"] == 9
+
+
+@pytest.mark.parametrize("name, write", [("vtab/cifar", write_vtab), ("fgvc/cub", write_fgvc)])
+def test_run_of_a_task_is_evaluated_as_the_task(command, tmp_path, monkeypatch, name, write):
+    folder = write(shrink(monkeypatch, name), tmp_path / "data")
+    options = "--backbone train_test_vit --num-prompts 2 --epochs 1 --test --device cpu --precision fp32"
+    run = tmp_path / "run"
+    trained = command("train", "--data", folder, "--task", name, *options.split(), "--out", run)
+    assert trained.exit_code == 0 and "test accuracy" in trained.output, trained.output
+    results = json.loads((run / "results.json").read_text())
+    for split in ("val", "test"):
+        found = json.loads(command("eval", run, "--data", folder, "--split", split, "--json").stdout)
+        assert found["accuracy"] == results[f"{split}_accuracy"]
+        assert found["images"] == results[f"{split}_images"]
+    saved = json.loads((run / "prompts" / "labels.json").read_text())
+    assert saved["split"]["task"] == name
+    assert saved["preprocessing"] == json.loads((run / "run.json").read_text())["preprocessing"]
+    assert saved["preprocessing"]["augment"] == ("crop_flip" if name == "fgvc/cub" else "none")
+
+
+def test_test_images_that_are_missing_are_found_before_training(short, images, tmp_path):
+    shutil.rmtree(images / "test")
+    with pytest.raises(ValueError, match="has no test split"):
+        train(dataclasses.replace(short, data=str(images), test=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("threads", "named"), [(1, "cpu (1 thread)"), (2, "cpu (2 threads)")])
+def test_device_is_named_with_its_threads(threads, named, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")) == named

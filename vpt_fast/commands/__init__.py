@@ -1,0 +1,1 @@
+"""The vpt-fast command."""

@@ -1,0 +1,1 @@
+"""Many runs: searches of settings, the paper's ablations and its tables."""

@@ -1,0 +1,1 @@
+"""Training and use of a run: recipe, loop, run folders, results, and what is particular to a problem."""

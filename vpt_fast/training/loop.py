@@ -1,0 +1,520 @@
+"""The training loop, from the recipe to the run folder.
+
+:func:`train` reads top to bottom; the functions that it calls follow in the order of their use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from vpt_fast.classifier import TrainedPart, TunedClassifier
+from vpt_fast.counting import counted
+from vpt_fast.failures import OutOfMemory, TrainingDiverged, is_out_of_memory, said_of_memory
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.classification import Classification
+from vpt_fast.training.features import caches_features, feature_batches
+from vpt_fast.training.method_rules import parse_method
+from vpt_fast.training.methods import build_seeded, require_operations
+from vpt_fast.training.plots import plot_curves
+from vpt_fast.training.precision import AUTOCAST
+from vpt_fast.training.problem import Evaluated, Problem, Source
+from vpt_fast.training.recipe import SEGMENTATION, Recipe
+from vpt_fast.training.report import (
+    Progress,
+    checking_images,
+    device_name,
+    evaluating,
+    print_no_locks,
+    print_skipped,
+    print_start,
+)
+from vpt_fast.training.resume import (
+    describe_run,
+    digest_lists,
+    labels_of,
+    require_same_inputs,
+    require_same_lists,
+    require_same_recipe,
+    take_finished,
+)
+from vpt_fast.training.run import Checkpoint, RunError, RunFolder
+from vpt_fast.training.segmentation import Segmentation
+from vpt_fast.training.step import (
+    TrainStep,
+    build_optimizer,
+    captures_steps,
+    load_optimizer,
+    moving_norms,
+    optimizer_tensors,
+    require_batches,
+)
+from vpt_fast.training.world import World, join_world
+from vpt_fast.tuned_model import TunedModel
+
+CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run: ``facts`` is its run.json, ``metrics`` has a row per completed epoch.
+
+    The last ``new_epochs`` rows are from this call. ``results``, the contents of results.json, is None until
+    the last epoch is done: {val,test}_{accuracy,loss,images}, for segmentation also miou, and test_listed,
+    the digest of the list of test images; each None if there was no such evaluation.
+    """
+
+    path: Path
+    recipe: Recipe
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    new_epochs: int
+    results: dict[str, Any] | None
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.metrics) == self.recipe.epochs
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    console: Console | None = None,
+    fresh: bool = False,
+    draw_curves: bool = True,
+    cache: TrainingCache | None = None,
+    on_features: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    stop: threading.Event | None = None,
+) -> TrainResult:
+    """Trains ``recipe`` in the run folder ``out``, resuming an earlier call that was stopped.
+
+    Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
+    first. ``draw_curves`` is whether curves.png is drawn. ``cache`` holds what earlier runs in this process
+    loaded. ``on_features`` is called while frozen features are computed, with the number of images that are
+    done and of all. ``on_epoch`` is called with the row of each epoch that this call completed and saved; an
+    exception that it raises ends the call. ``stop`` is set by the first of these signals. The signal may come
+    too late to stop this run, so a caller with further runs has to check it.
+
+    Raises:
+        ValueError: the request cannot be met (RunError for the folder, DataError for the data).
+        TrainingDiverged: the loss is not finite; the folder keeps the last good state.
+        OutOfMemory: the device has too little for a step; the folder keeps the last good state.
+        SavingFailed: the folder can no longer be written; it keeps the last good state.
+    """
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(join_world(recipe.device))
+        console = console if console is not None and world.is_main else Console(quiet=True)
+
+        # Whatever can be refused at once is refused before a folder is created or an image is read.
+        if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
+        cache = cache or TrainingCache(kept=0)
+        problem = problem_of(recipe)
+        splits = problem.open(recipe, cache)
+        recipe = recipe.resolved(
+            num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
+        )
+
+        # The run folder: a new one, or one begun with this recipe.
+        folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
+        if not folder.is_locked:
+            print_no_locks(console, out)
+        if fresh:
+            world.from_main(folder.require_clearable)
+        begun = None if fresh else world.from_main(folder.read)
+        listed = world.from_main(lambda: digest_lists(recipe, splits))
+        if begun:
+            require_same_recipe(recipe, begun, folder)
+            if begun.results is not None and (begun.results["test_images"] or not recipe.test):
+                world.from_main(
+                    lambda: take_finished(problem, recipe, begun, folder, splits, listed, cache, console)
+                )
+                return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
+            if begun.results is not None and begun.checkpoint is None:
+                raise RunError(
+                    f"{folder.path} holds this run, finished, but not its checkpoint, from which it would go "
+                    "on to the test images; vpt-fast eval takes --split test, and --fresh trains it again"
+                )
+
+        is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
+
+        # Model and images.
+        model = build_seeded(recipe, len(splits.classes), cache)
+        if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
+            model.hold_frozen_weights_in(dtype)
+        model.to(world.device)
+        require_operations(recipe, model, world.device)
+        preprocessing = problem.preprocessing(recipe, model)
+        require_same_lists(recipe, splits, world)  # of which each may check a share
+        train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
+        skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
+        splits = replace(
+            splits, train=train_images.images, val=None if val_images is None else val_images.images
+        )
+        require_same_lists(recipe, splits, world)
+        require_batches(recipe, model, len(splits.train), world)
+        used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
+        facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
+        if begun:
+            require_same_inputs(facts, begun, folder)
+
+        # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
+        rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
+        done = len(rows)
+        lists = [splits.train] if splits.val is None else [splits.train, splits.val]
+        with_features = done < recipe.epochs and caches_features(
+            recipe, model, lists, preprocessing, world, cache
+        )
+        reads_images = done < recipe.epochs and not with_features
+        placed = recipe if reads_images else replace(recipe, resident="off")
+        train_batches: Any = problem.batches(train_images, preprocessing, placed, world, train=True)
+        val_batches: Any = None
+        if val_images is not None:
+            val_batches = problem.batches(val_images, preprocessing, placed, world, train=False)
+        images_text = problem.describe_images(recipe, train_batches, read_once=not reads_images)
+        print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
+
+        # The network to train: with cached features, the trained part alone.
+        network: nn.Module = model
+        feature_seconds = 0.0
+        if with_features:
+            assert isinstance(model, TunedClassifier)
+            network = TrainedPart(model)
+            train_batches, val_batches, feature_seconds = feature_batches(
+                model,
+                (train_images, train_batches),
+                None if val_images is None else (val_images, val_batches),
+                preprocessing,
+                recipe,
+                world,
+                console,
+                cache,
+                on_features,
+            )
+        del train_images, val_images  # pixels that are on the GPU are not kept in host memory too
+        optimizer = build_optimizer(recipe, model, capturable=is_graphed)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        joined = network
+        if is_graphed:
+            world.share_parameters(network)  # the step averages its gradients
+        else:
+            joined = stack.enter_context(world.joined(network))
+        step = TrainStep(
+            joined,
+            recipe,
+            optimizer,
+            scaler,
+            problem.objective(recipe, splits, world),
+            num_images=recipe.step_images(len(splits.train), world.size),
+            is_graphed=is_graphed,
+            process_group=world.group,
+        )
+
+        # Begin, or resume after the last completed epoch.
+        if begun and begun.checkpoint:
+            model.load_trainable_state_dict(begun.checkpoint.trainable)
+            load_optimizer(optimizer, begun.checkpoint.optimizer)
+            scaler.load_state_dict(begun.checkpoint.scaler)
+            console.print(f"Going on after epoch {done} of {recipe.epochs}.")
+        elif world.is_main:
+            with folder.saving("the start of the run"):
+                folder.clear()
+                folder.begin(recipe, facts)
+        labels = labels_of(recipe, splits, preprocessing, listed["val"])
+        if done == recipe.epochs and world.is_main:
+            with folder.saving("the prompts"):  # they may be damaged, and no epoch is left to write them
+                folder.save_prompts(model, labels)
+        if (events := open_events(recipe, folder, world, done)) is not None:
+            stack.callback(events.close)
+
+        stop = stop or threading.Event()
+        stack.enter_context(stop_signals(stop))
+        progress = stack.enter_context(Progress(console, recipe.epochs, len(train_batches), done=done))
+        for epoch in range(done, recipe.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(epoch)
+            seed_epoch(recipe.seed, epoch, world.rank)
+            network.train()  # which evaluation left in eval mode; the model is in it
+            started = time.perf_counter()
+            totals = train_epoch(epoch, step, train_batches, recipe, world, stop, progress)
+            if totals is None:  # asked to stop: the incomplete epoch is dropped
+                break
+            for norm in moving_norms(network):  # each process's are of its own images
+                world.average(b for b in norm.buffers() if b.is_floating_point())
+            seconds = time.perf_counter() - started + feature_seconds
+            feature_seconds = 0.0
+
+            validation: Evaluated | None = None
+            if val_batches is not None:
+                validation = problem.evaluate(
+                    network, val_batches, len(splits.classes), world, recipe.precision
+                )
+            require_finite_state(model, epoch, validation.loss if validation else 0.0)
+            row = epoch_row(problem, recipe, epoch, totals, validation, seconds)
+            rows.append(row)
+            if world.is_main:
+                state = Checkpoint(
+                    epochs_done=len(rows),
+                    trainable=model.trainable_state_dict(),
+                    optimizer=optimizer_tensors(optimizer),
+                    scaler=scaler.state_dict(),
+                )
+                with folder.saving(f"epoch {epoch + 1}"):
+                    # The checkpoint comes last: if the process is killed before it, the epoch is repeated
+                    # with the same result. Prompts saved after it could be missing for the last epoch.
+                    folder.save_prompts(model, labels)
+                    folder.save_epoch(rows, state)
+            if events is not None:
+                for name in row.keys() - {"epoch", "seconds"}:
+                    if row[name] is not None:
+                        events.add_scalar(name, row[name], epoch)
+            progress.end_epoch(row)
+            if on_epoch is not None:
+                on_epoch(row)
+
+        if rows and draw_curves and world.is_main:
+            with folder.saving("the curves"):
+                plot_curves(rows, folder.curves)
+        results = None
+        if len(rows) == recipe.epochs:
+            test = None
+            progress.close()  # the test images have their own progress bar
+            if recipe.test:
+                # Test images go where the graph's memory, the optimizer's state and the other images were.
+                del step, optimizer, train_batches, val_batches
+                test = evaluate_test(
+                    problem, model, splits, preprocessing, recipe, world, console, cache, stop
+                )
+            results = summarise(problem, rows[-1], splits, test, listed["test"])
+            if world.is_main:
+                with folder.saving("the results"):
+                    folder.save_results(results)
+        return TrainResult(out, recipe, facts, rows, len(rows) - done, results)
+
+
+def problem_of(recipe: Recipe) -> Problem:
+    """The problem that the recipe's task poses."""
+    return Segmentation() if recipe.task == SEGMENTATION else Classification()
+
+
+def read_images(
+    problem: Problem,
+    splits: Any,
+    preprocessing: Any,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+    cache: TrainingCache,
+) -> tuple[Any, Any]:
+    """The results of the problem's `check` of train and of val; None for val if there is none."""
+    lists = [images for images in (splits.train, splits.val) if images is not None]
+    with checking_images(console, sum(map(len, lists))) as advance:
+        train, *val = (
+            problem.check(
+                images,
+                preprocessing if images is splits.train else preprocessing.for_evaluation(),
+                recipe,
+                world,
+                cache,
+                advance,
+            )
+            for images in lists
+        )
+    return train, val[0] if val else None
+
+
+def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
+    """A TensorBoard writer; None if none is wanted, and in all but the main process."""
+    is_wanted = recipe.tensorboard
+    if is_wanted is None:
+        is_wanted = importlib.util.find_spec("tensorboard") is not None
+    if not is_wanted or not world.is_main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+    return SummaryWriter(str(folder.tensorboard), purge_step=epochs_done)
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """Seeds torch's generators, so that prompt dropout depends on these three numbers alone."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
+
+
+@contextlib.contextmanager
+def stop_signals(stop: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM sets ``stop``; the second interrupts at once."""
+    process = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a decoding worker that has just been forked
+            return
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over an epoch's images in all processes."""
+
+    loss: float
+    hits: float
+    images: float
+
+
+def train_epoch(
+    epoch: int,
+    train_step: TrainStep,
+    batches: Source,
+    recipe: Recipe,
+    world: World,
+    stop: threading.Event,
+    progress: Progress,
+) -> Totals | None:
+    """One pass over the training images; None if it was asked to stop.
+
+    Raises TrainingDiverged, which names the first step with a loss that is not finite, fewer than CHECK_EVERY
+    steps after it, and OutOfMemory.
+    """
+    progress.begin_epoch(epoch)
+    losses = torch.zeros(len(batches), device=world.device)  # (steps,), each summed over the step's images
+    hits = torch.zeros((), device=world.device)
+    num_images = 0
+    for step, (inputs, targets) in enumerate(batches.epoch(epoch)):
+        # inputs (b, 3, H, W), or features of them; labels (b,) or masks (b, H, W): this process's share
+        try:
+            losses[step], step_hits = train_step(inputs, targets)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            less = "--accumulate splits a batch"
+            if "memory" in parse_method(recipe.method).rule.knobs:
+                less += ", --memory recompute keeps less for the backward pass"
+            raise OutOfMemory(
+                f"{device_name(world.device)} has too little memory for a step of "
+                f"{counted(len(targets), 'image')}: {said_of_memory(error)} ({kept(epoch)}); {less}"
+            ) from error
+        hits += step_hits
+        num_images += len(targets)
+        progress.step(len(targets) * world.size)
+        is_check = (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches)
+        if is_check:
+            seen = world.sum(losses[: step + 1])
+            if bad := (~torch.isfinite(seen)).nonzero().flatten().tolist():
+                lr = recipe.learning_rate(epoch)
+                raise TrainingDiverged(
+                    f"the loss is {seen[bad[0]].item()} in epoch {epoch + 1} of {recipe.epochs}, "
+                    f"step {bad[0] + 1} of {len(batches)}, at a learning rate of {lr:g}; "
+                    f"{kept(epoch)}; a lower base_lr may help"
+                )
+        # A single process can stop after any step; several have to stop at the same one.
+        if (is_check or world.size == 1) and world.any(stop.is_set()):
+            return None
+    totals = world.sum(torch.stack([losses.sum(), hits, torch.full_like(hits, num_images)]))
+    return Totals(*totals.tolist())
+
+
+def require_finite_state(model: TunedModel, epoch: int, val_loss: float) -> None:
+    """Raises TrainingDiverged if a trained parameter or the validation loss is not finite, before saving."""
+    broken = [name for name, tensor in model.trainable_state_dict().items() if not tensor.isfinite().all()]
+    if broken or not math.isfinite(val_loss):
+        what = f"{', '.join(broken)} not finite" if broken else f"the validation loss is {val_loss}"
+        raise TrainingDiverged(f"{what} after the last step of epoch {epoch + 1}; {kept(epoch)}")
+
+
+def kept(epochs_done: int) -> str:
+    return f"what epoch {epochs_done} ended with is kept" if epochs_done else "no epoch was completed"
+
+
+def epoch_row(
+    problem: Problem, recipe: Recipe, epoch: int, totals: Totals, validation: Evaluated | None, seconds: float
+) -> dict[str, Any]:
+    """A line of metrics.jsonl; the values of val are None if there was no validation."""
+    return {
+        "epoch": epoch,
+        "lr": recipe.learning_rate(epoch),
+        "train_loss": totals.loss / totals.images,
+        "train_accuracy": totals.hits / totals.images,
+        "val_loss": validation.loss if validation else None,
+        **{f"val_{name}": validation.scores[name] if validation else None for name in problem.score_names},
+        "images_per_second": totals.images / seconds,
+        "seconds": seconds,
+    }
+
+
+def evaluate_test(
+    problem: Problem,
+    model: TunedModel,
+    splits: Any,
+    preprocessing: Any,
+    recipe: Recipe,
+    world: World,
+    console: Console,
+    cache: TrainingCache,
+    stop: threading.Event,
+) -> Evaluated:
+    """Loss and scores on the test images; those that cannot be decoded are reported and left out.
+
+    Raises KeyboardInterrupt if asked to stop; training is saved, so the same command resumes here.
+    """
+
+    def unless_stopped(advance: Callable[[int], None]) -> Callable[[int], None]:
+        def call(count: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            advance(count)
+
+        return call
+
+    assert splits.test is not None, "opening the data saw to it"
+    preprocessing = preprocessing.for_evaluation()
+    with checking_images(console, len(splits.test)) as advance:
+        images = problem.check(splits.test, preprocessing, recipe, world, cache, unless_stopped(advance))
+    require_same_lists(recipe, replace(splits, test=images.images), world)
+    print_skipped(console, images.skipped)
+    batches = problem.batches(images, preprocessing, recipe, world, train=False)
+    with evaluating(console, "test", len(images.images)) as count:
+        return problem.evaluate(
+            model, batches, len(splits.classes), world, recipe.precision, unless_stopped(count)
+        )
+
+
+def summarise(
+    problem: Problem, last: dict[str, Any], splits: Any, test: Evaluated | None, test_listed: str | None
+) -> dict[str, Any]:
+    """The contents of results.json, from the last epoch's row and the evaluation on test."""
+    return {
+        **{f"val_{name}": last[f"val_{name}"] for name in problem.score_names},
+        "val_loss": last["val_loss"],
+        "val_images": None if splits.val is None else len(splits.val),
+        **{f"test_{name}": test.scores[name] if test else None for name in problem.score_names},
+        "test_loss": test.loss if test else None,
+        "test_images": test.num_images if test else None,
+        "test_listed": test_listed if test else None,
+    }

@@ -1,0 +1,278 @@
+"""Segmentation: pixels' classes, trained with cross-entropy; mean IoU evaluated with sliding windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vpt_fast.data.scene_batches import SceneBatches
+from vpt_fast.data.scene_preprocessing import ScenePreprocessing
+from vpt_fast.data.scenes import IGNORED, CheckedScenes, SceneList, SceneSplits, check_scenes, open_scenes
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.precision import autocast
+from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.world import World
+from vpt_fast.tuned_model import TunedModel
+
+WINDOW_STRIDE = 2 / 3
+"""Fraction of a window's side, rounded down to pixels: 341 of 512."""
+WINDOWS = 16
+"""Default for the most windows in one pass."""
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Scales relative to the size that just covers a window; each is evaluated with and without a flip."""
+
+
+@dataclass(frozen=True)
+class PixelCrossEntropy:
+    """Of the head's logits (b, classes, H, W), plus `aux_weight` times that of each auxiliary head's, with
+    masks (b, H, W). An image's loss is the sum over its labelled pixels, divided by the number of all its
+    pixels."""
+
+    label_smoothing: float
+    aux_weight: float
+
+    def loss_sum(self, outputs: tuple[torch.Tensor, ...], masks: torch.Tensor) -> torch.Tensor:
+        losses = [
+            F.cross_entropy(
+                logits.float(),
+                masks,
+                ignore_index=IGNORED,
+                label_smoothing=self.label_smoothing,
+                reduction="sum",
+            )
+            for logits in outputs
+        ]
+        return (losses[0] + self.aux_weight * sum(losses[1:])) / math.prod(masks.shape[1:])
+
+    def hits(self, outputs: tuple[torch.Tensor, ...], masks: torch.Tensor) -> torch.Tensor:
+        """Each image's accuracy on its labelled pixels, summed over the images."""
+        right = (outputs[0].detach().argmax(1) == masks).flatten(1).sum(1)
+        return (right / (masks != IGNORED).flatten(1).sum(1).clamp(min=1)).sum()
+
+
+@torch.no_grad()
+def segment(
+    model: nn.Module,
+    image: torch.Tensor,
+    preprocessing: ScenePreprocessing,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flips: bool = False,
+    precision: str | None = "fp32",
+    windows: int = WINDOWS,
+) -> torch.Tensor:
+    """Probabilities of the classes (C, H, W) for an image (3, H, W) uint8, on its device.
+
+    For each scale, the image is resized to that many times the size that just covers a window of the model's
+    image size. Windows slide over it with a stride of two thirds of their side, and overlapping logits are
+    averaged. Resized to (H, W), they give probabilities, which are averaged over the scales and, with
+    `flips`, over the image and its horizontal flip. Images smaller than a window are padded with the mean
+    colour.
+
+    Args:
+        model: a PromptedSegmenter in eval mode.
+        preprocessing: the one that it was trained with.
+        windows: the most windows in one pass.
+    """
+    total = None
+    for scale in scales:
+        pixels = preprocessing.normalize(preprocessing.resize(image, scale))  # (3, h, w)
+        for mirrored in (False, True) if flips else (False,):
+            view = pixels.flip(-1) if mirrored else pixels
+            logits = _slide(model, view, preprocessing.image_size, precision, windows)
+            logits = F.interpolate(logits[None], image.shape[-2:], mode="bilinear")[0]
+            found = (logits.flip(-1) if mirrored else logits).softmax(0)
+            total = found if total is None else total + found
+    assert total is not None, "there is a scale"
+    return total / (len(scales) * (2 if flips else 1))
+
+
+def _slide(
+    model: nn.Module, pixels: torch.Tensor, window: tuple[int, int], precision: str | None, most: int
+) -> torch.Tensor:
+    """Normalised pixels (3, h, w) to logits (C, h, w), averaged over the windows that contain a pixel."""
+    height, width = pixels.shape[-2:]
+    pixels = F.pad(pixels, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
+    places = [
+        (slice(top, top + window[0]), slice(left, left + window[1]))
+        for top in window_starts(pixels.shape[-2], window[0])
+        for left in window_starts(pixels.shape[-1], window[1])
+    ]
+    total = counts = None
+    for start in range(0, len(places), most):
+        part = places[start : start + most]
+        with autocast(precision, pixels.device):
+            logits = model(torch.stack([pixels[:, rows, columns] for rows, columns in part])).float()
+        if total is None:
+            total = logits.new_zeros(logits.shape[1], *pixels.shape[1:])
+            counts = logits.new_zeros(pixels.shape[1:])
+        for found, (rows, columns) in zip(logits, part, strict=True):
+            total[:, rows, columns] += found
+            counts[rows, columns] += 1
+    return (total / counts)[:, :height, :width]
+
+
+def window_starts(length: int, window: int) -> list[int]:
+    """Offsets of the windows along a side: a stride apart, the last one flush with the end."""
+    stride = max(int(window * WINDOW_STRIDE), 1)
+    return [*range(0, length - window, stride), length - window]
+
+
+@dataclass(frozen=True)
+class SceneEvaluation:
+    """loss: mean cross-entropy over the labelled pixels. accuracy: share of them that are right. iou:
+    intersection over union of each class in the order of the classes, NaN for a class that occurs neither in
+    a mask nor in a prediction."""
+
+    loss: float
+    accuracy: float
+    iou: tuple[float, ...]
+    num_images: int
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that occur."""
+        present = [value for value in self.iou if not math.isnan(value)]
+        return sum(present) / len(present)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {"miou": self.miou, "accuracy": self.accuracy}
+
+
+@torch.no_grad()
+def evaluate_scenes(
+    model: nn.Module,
+    batches: SceneBatches,
+    num_classes: int,
+    world: World,
+    precision: str | None,
+    progress: Callable[[int], None] | None = None,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flips: bool = False,
+    windows: int = WINDOWS,
+) -> SceneEvaluation:
+    """Loss, pixel accuracy and intersection over union over all processes' images, at their original sizes;
+    leaves ``model`` in eval mode. The confusion matrix is accumulated image by image."""
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex  # takes seconds
+
+    settings: dict[str, Any] = dict(num_classes=num_classes, ignore_index=IGNORED, validate_args=False)
+    iou = MulticlassJaccardIndex(average="none", zero_division=math.nan, **settings).to(world.device)
+    accuracy = MulticlassAccuracy(average="micro", **settings).to(world.device)
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, pixels, images
+    for image, mask in batches.epoch(0):  # (3, h, w) uint8, (h, w)
+        found = segment(
+            model,
+            image,
+            batches.preprocessing,
+            scales=scales,
+            flips=flips,
+            precision=precision,
+            windows=windows,
+        )  # (C, h, w)
+        loss = F.nll_loss(
+            found.clamp(min=torch.finfo(found.dtype).tiny).log()[None],
+            mask[None],
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+        classes = found.argmax(0)
+        iou.update(classes[None], mask[None])
+        accuracy.update(classes[None], mask[None])
+        sums += torch.stack([loss.double(), (mask != IGNORED).sum().double(), torch.ones_like(sums[0])])
+        if progress is not None:
+            progress(world.size)
+    loss_sum, pixels, images = world.sum(sums).tolist()
+    return SceneEvaluation(
+        loss_sum / pixels, accuracy.compute().item(), tuple(iou.compute().tolist()), int(images)
+    )
+
+
+class Segmentation:
+    """The `problem.Problem` of semantic segmentation."""
+
+    score_names: tuple[str, ...] = ("miou", "accuracy")
+    graph_obstacle: str | None = "a segmenter has several outputs"
+
+    def open(self, recipe: Recipe, cache: TrainingCache) -> SceneSplits:
+        return open_scenes(recipe.data, ignore_zero=recipe.ignore_zero)
+
+    def preprocessing(self, recipe: Recipe, model: TunedModel) -> ScenePreprocessing:
+        assert recipe.normalization is not None, "resolve the recipe first"
+        return ScenePreprocessing.for_model(
+            model.data_config,
+            model.image_size,
+            normalization=recipe.normalization,
+            interpolation=recipe.interpolation,
+        )
+
+    def check(
+        self,
+        scenes: SceneList,
+        preprocessing: ScenePreprocessing,
+        recipe: Recipe,
+        world: World,
+        cache: TrainingCache,
+        progress: Callable[[int], None],
+    ) -> CheckedScenes:
+        return check_scenes(scenes, workers=recipe.workers, progress=progress)
+
+    def batches(
+        self,
+        scenes: CheckedScenes,
+        preprocessing: ScenePreprocessing,
+        recipe: Recipe,
+        world: World,
+        *,
+        train: bool,
+    ) -> SceneBatches:
+        assert recipe.batch_size is not None, "resolve the recipe first"
+        return SceneBatches(
+            scenes.images,
+            preprocessing,
+            math.ceil(recipe.batch_size / world.size),  # uneven only if one batch holds the whole set
+            train=train,
+            seed=recipe.seed,
+            device=world.device,
+            workers=recipe.workers,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    def objective(self, recipe: Recipe, splits: SceneSplits, world: World) -> PixelCrossEntropy:
+        return PixelCrossEntropy(recipe.label_smoothing, recipe.aux_weight)
+
+    def evaluate(
+        self,
+        network: nn.Module,
+        batches: SceneBatches,
+        num_classes: int,
+        world: World,
+        precision: str | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> SceneEvaluation:
+        return evaluate_scenes(network, batches, num_classes, world, precision, progress)
+
+    def describe_images(self, recipe: Recipe, batches: SceneBatches, *, read_once: bool) -> str:
+        made = batches.preprocessing
+        height, width = made.image_size
+        return (
+            f"random crops of {height}×{width} ({made.interpolation}), mirrored and distorted, "
+            f"normalization {recipe.normalization}; decoded in each epoch"
+        )
+
+    def describe_data(self, splits: SceneSplits) -> dict[str, Any]:
+        return {
+            "classes": list(splits.classes),
+            "ignores_zero": splits.train.ignores_zero,
+            "train": {"images": len(splits.train)},
+            "val": {"images": len(splits.val)},
+        }
