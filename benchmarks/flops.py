@@ -1,8 +1,8 @@
 """Floating-point operations of one training step, in closed form: those needed, and those done.
 
 Matmuls, including attention's, are counted, with two operations for each multiply-add; norms, activations and
-softmax are not. A step is forward and backward on B images, without the optimizer. `tests/test_flops.py`
-compares every form with operations counted while the implementation runs.
+softmax are not. A step is forward and backward on B images, without the optimizer.
+`tests/benchmarks/test_flops.py` compares every form with operations counted while the implementation runs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python scripts/combinations.py
 
 Every combination is built, as in `vpt-fast train`, on a small backbone of the kind; if that raises, it is not
-supported. `tests/test_combinations.py` trains a step of each supported one, and checks the error message of
-each other one.
+supported. `tests/scripts/test_combinations.py` trains a step of each supported one, and checks the error
+message of each other one.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ Which tuning methods, and which settings of prompts, work on which kind of backb
   read the image, do not support `concat-channel`.
 
 `python scripts/combinations.py` writes this page by building every combination on a small backbone of each
-kind. `tests/test_combinations.py` trains a step of each combination that works and checks that each of the
-others raises an error that names both sides.
+kind. `tests/scripts/test_combinations.py` trains a step of each combination that works and checks that each
+of the others raises an error that names both sides.
 
 ## Methods
 

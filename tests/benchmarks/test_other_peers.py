@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ceilings
+import convnet_flops
+import convnet_peers
+import implementations
+import peers
 import pytest
+import swin_flops
+import swin_peers
+import throughput
 import torch
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step
@@ -24,16 +31,6 @@ from torch.utils import flop_counter
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin
 from vpt_fast.prompts import pad_image
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ceilings  # noqa: E402
-import convnet_flops  # noqa: E402
-import convnet_peers  # noqa: E402
-import implementations  # noqa: E402
-import peers  # noqa: E402
-import swin_flops  # noqa: E402
-import swin_peers  # noqa: E402
-import throughput  # noqa: E402
 
 Build = Callable[[Any, dict[str, Tensor]], nn.Module]
 TYPES = ("deep", "shallow")

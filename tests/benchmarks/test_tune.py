@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import sys
 import types
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import attention
+import operations
 import pytest
 import torch
+import tune
 from rich.console import Console
 from rich.progress import Progress
 from vpt_fast.kernels.mlp import gemm
 from vpt_fast.kernels.prompted_attention import ops
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import attention  # noqa: E402
-import operations  # noqa: E402
-import tune  # noqa: E402
-
-import kernels  # noqa: E402
+import kernels
 
 SETTINGS = operations.Settings(
     torch.device("cpu"), torch.float32, repeats=1, bounds=operations.Bounds(20.0, 0.1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import flops
+import peers
 import pytest
 import timm
 import torch
@@ -17,10 +17,6 @@ from torch import nn
 from torch.utils import flop_counter
 
 from vpt_fast import LinearProbe, PromptedViT
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import flops  # noqa: E402
-import peers  # noqa: E402
 
 BATCH, CLASSES = 3, 5
 

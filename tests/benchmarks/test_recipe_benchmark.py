@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
+import implementations
 import pytest
+import recipe
+import reports
 import torch
 from PIL import Image
+from recipe import Extrapolated, Measured, Protocol
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import implementations  # noqa: E402
-import recipe  # noqa: E402
-import reports  # noqa: E402
-from recipe import Extrapolated, Measured, Protocol  # noqa: E402
 
 SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
 CPU = torch.device("cpu")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import draw_dead_work as picture  # noqa: E402
+import draw_dead_work as picture
 
 
 def test_work_grows_with_prompts_as_the_design_says() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_tasks
+import small_tasks_study as study
 import typer
 from PIL import Image
 from scipy import ndimage
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import small_tasks  # noqa: E402
-import small_tasks_study as study  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def drawn(name: str, split: str = "train", count: int = 40) -> list[tuple[np.ndarray, int]]:

@@ -6,13 +6,20 @@ import copy
 import dataclasses
 import io
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ceilings
+import find_batch
+import flops
+import implementations
+import measure
+import operations
+import peers
 import pytest
+import throughput
 import torch
 from concatenation import ConcatenatedViT, relative_error, step
 from rich.console import Console
@@ -23,16 +30,6 @@ from typer.testing import CliRunner
 from vpt_fast.kernels.launch import MAX_ALONG_AXIS
 
 from vpt_fast import PromptedViT
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ceilings  # noqa: E402
-import find_batch  # noqa: E402
-import flops  # noqa: E402
-import implementations  # noqa: E402
-import measure  # noqa: E402
-import operations  # noqa: E402
-import peers  # noqa: E402
-import throughput  # noqa: E402
 
 NUM_CLASSES = 5
 
@@ -746,7 +743,7 @@ def test_a_wrong_flag_is_named(arguments: list[str], named: str, monkeypatch: py
 
 
 def test_the_page_names_the_errors_up_to_which_a_row_counts_as_right():
-    page = " ".join((Path(__file__).parents[1] / "docs" / "performance.md").read_text().split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "performance.md").read_text().split())
     assert implementations.EXACT_BELOW["amp"] == implementations.CODES_EXACT_BELOW
     for limits in (implementations.EXACT_BELOW, operations.ERROR_BELOW):
         exact, rounded = (f"{limits[key]:g}" for key in list(limits)[:2])  # float32, bfloat16

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+import measurements
+import page_text
+import performance_page as page
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import measurements  # noqa: E402
-import page_text  # noqa: E402
-import performance_page as page  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_committed_documents_match_the_committed_results() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import plots
 import pytest
 import typer
 from matplotlib.axes import Axes
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import plots  # noqa: E402
 
 HEADER = {"device": "AMD EPYC, 2 threads", "torch": "2.14", "date": "2026-11-23", "dtype": "bfloat16"}
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import profile_step
 import pytest
+import reports
 import torch
+import typer
+from implementations import IMPLEMENTATIONS, Setting, make_start, random_batch
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import profile_step  # noqa: E402
-import reports  # noqa: E402
-import typer  # noqa: E402
-from implementations import IMPLEMENTATIONS, Setting, make_start, random_batch  # noqa: E402
 
 APP = typer.Typer()
 APP.command()(profile_step.main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +12,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import attention
+import ceilings
+import compare
+import operations
 import pytest
+import reports
 import torch
 import typer
 from rich.console import Console
@@ -22,14 +26,7 @@ from typer.testing import CliRunner, Result
 from vpt_fast.kernels.dispatch import TORCH_OPS
 from vpt_fast.kernels.prompted_attention import reference
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import attention  # noqa: E402
-import ceilings  # noqa: E402
-import compare  # noqa: E402
-import operations  # noqa: E402
-import reports  # noqa: E402
-
-import kernels  # noqa: E402
+import kernels
 
 CPU = torch.device("cpu")
 SHAPE = attention.Shape(batch_size=3, num_tokens=7, num_prompts=4, num_heads=2, head_dim=16)

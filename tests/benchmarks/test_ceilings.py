@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import ceilings
+import flops
 import pytest
 import torch
 from tiny import tiny_vit
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ceilings  # noqa: E402
-import flops  # noqa: E402
 
 CPU = torch.device("cpu")
 

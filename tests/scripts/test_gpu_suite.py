@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_suite
 import pytest
 import typer
+from gpu_suite import Part
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import gpu_suite  # noqa: E402
-from gpu_suite import Part  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 HEADER = {"device": "NVIDIA H100 80GB", "torch": "2.14", "triton": "3.8", "timm": "1.0", "date": "2026-11-23"}
 FILE = "gpu-suite-nvidia-h100-80gb-2026-11-23.json"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import scenes
 import typer
 
 from vpt_fast.training.plots import class_colors
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import scenes  # noqa: E402
 
 
 def test_labels_are_of_the_classes_and_edges_have_none():

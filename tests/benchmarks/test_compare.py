@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import compare
 import pytest
+import recipe
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import compare  # noqa: E402
-import recipe  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 app = compare.typer.Typer()
 app.command()(compare.main)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import combinations as page
 import pytest
 import torch
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import combinations as page  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 NAMES = [combination.name for combination in page.combinations()]
 
