@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None, modules: Sequence[str] = MODULES) ->
     parser.add_argument("--arch", type=int, choices=SHARED_LIMIT, required=True, help="90 stands for sm_90")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
     parser.add_argument("--filter", default="", metavar="NAME", help="only rows with NAME in them")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes that build")
+    cores = len(os.sched_getaffinity(0))  # of this process, which a cluster may have given a few
+    parser.add_argument("--jobs", type=int, default=cores, metavar="N", help="processes that build")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs: got {args.jobs}, want 1 or more")
