@@ -121,19 +121,19 @@ class Group:
     def command(self) -> str:
         """The command that measures these rows again."""
         content = self.report.content
-        flags = {
-            "models": self["model"],
-            "prompt-type": self["prompt_type"],
-            "num-prompts": self["num_prompts"],
-            "batch-size": self["batch_size"],
-            "dtype": content["dtype"],
-            "image-size": content.get("image_size"),
+        command = benchmark_command(
+            "throughput",
+            models=self["model"],
+            prompt_type=self["prompt_type"],
+            num_prompts=self["num_prompts"],
+            batch_size=self["batch_size"],
+            dtype=content["dtype"],
+            image_size=content.get("image_size"),
             **self.chosen_rows(),
-        }
-        words = [f"--{key} {value}" for key, value in flags.items() if value]
-        if self.is_search:
-            words.append("--find-batch")
-        return f"python benchmarks/throughput.py {' '.join(words)}"
+            repeats=content.get("repeats"),
+            steps=content.get("steps"),
+        )
+        return f"{command} --find-batch" if self.is_search else command
 
     def chosen_rows(self) -> dict[str, str]:
         """The flags that select these rows. If vpt_fast's implementations have different policies, which no
@@ -146,6 +146,14 @@ class Group:
             return {}
         memory = ",".join(filter(None, policies))
         return {"implementations": ",".join(names), "memory": "" if memory == "exact" else memory}
+
+
+def benchmark_command(script: str, **flags: Any) -> str:
+    """The command of a script in benchmarks/. Lists are joined by commas; what is None or empty is left out:
+    not all results files say everything."""
+    values = {name: ",".join(map(str, v)) if isinstance(v, list) else v for name, v in flags.items()}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value]
+    return " ".join([f"python benchmarks/{script}.py", *words])
 
 
 def is_right(row: Row) -> bool:

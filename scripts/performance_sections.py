@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from measurements import MODELS, RESULTS, Group, Report, name_of, setting_title
+from measurements import MODELS, RESULTS, Group, Report, benchmark_command, name_of, setting_title
 from page_text import Column, Row, field, number, paragraph, percent, spread, table
 
 PAGE = Path("docs/performance.md")
@@ -65,8 +68,31 @@ def throughput_section(group: Group) -> str:
     return "\n\n".join(parts)
 
 
+def distinct(rows: list[Row], *names: str) -> list[Any]:
+    """The values of a field, or the tuples of values of several, in their order."""
+    return list(dict.fromkeys(map(itemgetter(*names), rows)))
+
+
+def attention_command(report: Report, rows: list[Row]) -> str:
+    """The command that measures these rows again. Flags of sizes multiply; what no flags can ask for are the
+    models' sizes, which are measured without them."""
+    names = ("num_tokens", "num_heads", "head_dim")
+    sizes = {name: distinct(rows, name) for name in names}
+    is_product = math.prod(map(len, sizes.values())) == len(distinct(rows, *names))
+    return benchmark_command(
+        "attention",
+        **(sizes if is_product else {}),
+        num_prompts=distinct(rows, "num_prompts"),
+        batch_size=distinct(rows, "batch_size"),
+        implementations=distinct(rows, "impl"),
+        dtype=report.content["dtype"],
+        repeats=report.content.get("repeats"),
+    )
+
+
 def attention_section(report: Report) -> str:
     absent = never_ran(report.rows)
+    shown = [row for row in report.rows if row["impl"] not in absent]
     columns: list[Column] = [
         *((name, field(key, "d")) for name, key in (
             ("B", "batch_size"), ("N", "num_tokens"), ("m", "num_prompts"), ("H", "num_heads"),
@@ -93,11 +119,11 @@ def attention_section(report: Report) -> str:
             f"Forward and backward of one attention layer, {report.content['dtype']}. The times of libraries",
             "include concatenating prompts and image; *× without concatenation* compares with a library that",
             "is given the concatenated keys and values. Measured with",
-            f"`python benchmarks/attention.py` ({report.link(PAGE)}).",
+            f"`{attention_command(report, shown)}` ({report.link(PAGE)}).",
         ),
-        table([row for row in report.rows if row["impl"] not in absent], columns),
+        table(shown, columns),
     ]
-    there = {row["impl"] for row in report.rows} - absent.keys()
+    there = distinct(shown, "impl")
     if timed := [f"`{name}`" for name in DETERMINISTIC if name in there]:
         text.append(
             paragraph(
@@ -138,10 +164,20 @@ def kernels_section(report: Report) -> str:
         ("error", field("relative_error", ".1e")),
         ("", field("error")),
     ]  # fmt: skip
+    content = report.content
+    shapes = [f"{tokens}x{width}" for tokens, width in distinct(report.rows, "num_tokens", "width")]
+    command = benchmark_command(
+        "kernels",
+        shapes=shapes,
+        batch_size=distinct(report.rows, "batch_size"),
+        implementations=distinct(report.rows, "impl"),
+        dtype=content["dtype"],
+        repeats=content.get("repeats"),
+    )
     return "\n\n".join(
         [
             "### The other operations",
-            f"In {report.content['dtype']}: `python benchmarks/kernels.py` ({report.link(PAGE)}).",
+            paragraph(f"In {content['dtype']}: `{command}` ({report.link(PAGE)})."),
             table(report.rows, columns),
             *lost(report.rows, "ratio", "the best other implementation"),
         ]
@@ -180,6 +216,16 @@ def recipe_section(report: Report) -> str:
         ("images/s without loading", field("without_loading")),
         ("lost to loading", percent("share_lost")),
     ]
+    common = ("num_prompts", "batch_size", "prompt_type", "dtype", "image_size")
+    of_run = ("repeats", "steps", "epoch_steps", "workers")
+    command = benchmark_command(
+        "recipe",
+        model=content["model"],
+        **{name: content.get(name) for name in common},
+        test_images=protocol["test"],
+        implementations=[row["impl"] for row in report.rows],
+        **{name: content.get(name) for name in of_run},
+    )
     text = [
         "### A whole task",
         paragraph(
@@ -190,7 +236,7 @@ def recipe_section(report: Report) -> str:
             f"{protocol['test']:,} at the end of a run. Extrapolated from",
             f"{sum(step['train_steps'] for step in steps)} measured training steps and",
             f"{sum(step['inference_batches'] for step in steps)} inference batches:",
-            f"`python benchmarks/recipe.py` ({report.link(PAGE)}).",
+            f"`{command}` ({report.link(PAGE)}).",
         ),
         table(flat, task),
     ]
@@ -219,7 +265,7 @@ def profile_section(report: Report) -> str:
     ]
     memory = "" if content["memory"] == "exact" else f", memory {content['memory']}"
     names = ("model", "num_prompts", "batch_size", "dtype", "implementation", "memory")
-    flags = " ".join(f"--{name.replace('_', '-')} {content[name]}" for name in names)
+    command = benchmark_command("profile_step", **{name: content[name] for name in names})
     return "\n\n".join(
         [
             "### Where a step's time goes",
@@ -227,7 +273,7 @@ def profile_section(report: Report) -> str:
                 f"`{content['implementation']}`{memory}, {setting_title(content)}:",
                 f"{number(step)} ms per step under the profiler. Without the profiler the CPU is busy for",
                 f"{number(content['host_ms'])} ms per step.",
-                f"`python benchmarks/profile_step.py {flags}` ({report.link(PAGE)}).",
+                f"`{command}` ({report.link(PAGE)}).",
             ),
             table(spent, columns),
             table(content["rows"][:MOST_KERNELS], longest),

@@ -117,11 +117,59 @@ def test_the_command_measures_the_rows_of_its_table(
     assert f"`{command}`" in project.text()
 
 
-def test_the_command_has_the_run_s_dtype_size_and_search(project: Project) -> None:
+def test_the_command_has_the_run_s_dtype_size_rounds_and_search(project: Project) -> None:
     searched = row("concat_reference", 100.0, dtype="float32", largest_batch=96)
-    project.add("h100", [searched], image_size=384)
-    asked = "--dtype bfloat16 --image-size 384 --implementations concat_reference --find-batch`"
-    assert asked in project.text()
+    project.add("h100", [searched], image_size=384, repeats=3, steps=4)
+    asked = "--dtype bfloat16 --image-size 384 --implementations concat_reference --repeats 3 --steps 4"
+    assert f"{asked} --find-batch`" in project.text()
+
+
+def test_the_command_of_kernels_measures_the_rows_of_its_table(project: Project) -> None:
+    shapes = [dict(num_tokens=197, width=768), dict(num_tokens=257, width=1280)]
+    rows = [
+        kernel_row(op="rotate", batch_size=8, impl=impl, **shape)
+        for shape in shapes
+        for impl in ("triton", "torch")
+    ]
+    project.add("kernels-h100", rows, repeats=3)
+    flags = "--shapes 197x768,257x1280 --batch-size 8 --implementations triton,torch --dtype bfloat16"
+    assert f"`python benchmarks/kernels.py {flags} --repeats 3`" in " ".join(project.text().split())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "flags"),
+    [
+        ([(197, 12, 64), (197, 12, 80)], "--num-tokens 197 --num-heads 12 --head-dim 64,80 "),
+        ([(197, 12, 64), (257, 16, 80)], ""),
+    ],
+    ids=["a product", "the models'"],
+)
+def test_the_command_of_attention_measures_the_rows_of_its_table(
+    project: Project, sizes: list[tuple[int, int, int]], flags: str
+) -> None:
+    names = ("num_tokens", "num_heads", "head_dim")
+    rows = [
+        kernel_row(**dict(zip(names, size, strict=True)), num_prompts=m, batch_size=8)
+        for size in sizes
+        for m in (50, 100)
+    ]
+    project.add("attention-h100", rows, repeats=3)
+    flags += "--num-prompts 50,100 --batch-size 8 --implementations triton --dtype bfloat16 --repeats 3"
+    assert f"`python benchmarks/attention.py {flags}`" in " ".join(project.text().split())
+
+
+def test_the_command_of_a_whole_task_has_its_setting_and_rounds(project: Project) -> None:
+    project.add(
+        "recipe-h100",
+        **recipe(protocol=dict.fromkeys(PROTOCOL, 99)),
+        repeats=3,
+        steps=4,
+        epoch_steps=64,
+        workers=2,
+    )
+    flags = "--batch-size 64 --prompt-type deep --dtype bfloat16 --test-images 99 --implementations vpt_fast"
+    command = f"{flags} --repeats 3 --steps 4 --epoch-steps 64 --workers 2`"
+    assert command in " ".join(project.text().split())
 
 
 def test_what_lost_is_said(project: Project) -> None:
@@ -274,10 +322,9 @@ def test_the_readme_says_where_the_host_is_the_limit(project: Project, graphed: 
 
 
 def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
-    shape = {"batch_size": 64, "num_tokens": 197, "exact": False, "forward_ms": None}
-    missing = shape | {"impl": "flash_attn", "error": "no module"}
-    out_of_memory = shape | {"impl": "sdpa_flash", "error": "out of memory"}
-    fine = shape | {"impl": "sdpa_flash", "error": None, "exact": True, "forward_ms": 1.5}
+    missing = kernel_row(impl="flash_attn", exact=False, error="no module")
+    out_of_memory = kernel_row(impl="sdpa_flash", exact=False, error="out of memory")
+    fine = kernel_row(impl="sdpa_flash", forward_ms=1.5)
     project.add("attention-h100", [missing, out_of_memory, missing, fine])
     text = project.text()
     assert text.count("flash_attn") == 1 and "Not measured: `flash_attn`: no module." in text
@@ -288,8 +335,7 @@ def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
 def test_a_library_that_ran_in_deterministic_mode_is_named(
     project: Project, library: str, said: bool
 ) -> None:
-    shape = {"batch_size": 64, "num_tokens": 197, "exact": True, "error": None, "backward_ms": 1.5}
-    project.add("attention-h100", [shape | {"impl": library}])
+    project.add("attention-h100", [kernel_row(impl=library, backward_ms=1.5)])
     assert (
         f"backward pass of `{library}` was timed in deterministic mode" in " ".join(project.text().split())
     ) == said
@@ -313,8 +359,9 @@ def test_that_a_cpu_emulates_bfloat16_is_said(project: Project, dtype: str, said
 
 
 def kernel_row(**fields: Any) -> dict[str, Any]:
-    start = {"batch_size": 64, "num_tokens": 197, "impl": "triton", "exact": True, "error": None}
-    return start | fields
+    """Of attention, or of another operation."""
+    sizes = {"batch_size": 64, "num_tokens": 197, "num_prompts": 100, "num_heads": 12, "head_dim": 64}
+    return sizes | {"width": 768, "impl": "triton", "exact": True, "error": None} | fields
 
 
 def test_attention_has_a_section(project: Project) -> None:
@@ -329,12 +376,14 @@ def test_other_kernels_have_a_section(project: Project) -> None:
     assert "add_normalize" in text and "slower than the best other implementation in 0 of 1 rows" in text
 
 
+PROTOCOL = ("points", "epochs", "sweep_train", "val", "runs", "run_train", "test")
+
+
 def recipe(**fields: Any) -> dict[str, Any]:
     measured = {"train_steps": 50, "inference_batches": 40, "train_ms": 20.0, "inference_ms": 5.0}
     hours = {"sweep_seconds": 7200.0, "runs_seconds": 3600.0, "task_seconds": 10800.0}
     task = {"impl": "vpt_fast", "exact": True, "error": None, "measured": measured, "extrapolated": hours}
-    names = ("points", "epochs", "sweep_train", "val", "runs", "run_train", "test")
-    own = {"rows": [task], "protocol": dict.fromkeys(names, 40), "end_to_end": []}
+    own = {"rows": [task], "protocol": dict.fromkeys(PROTOCOL, 40), "end_to_end": []}
     setting = ("model", "num_prompts", "prompt_type", "batch_size", "dtype")
     return {name: row("", None)[name] for name in setting} | own | fields
 
