@@ -81,19 +81,25 @@ def has_descriptors(device: torch.device, dtype: torch.dtype) -> bool:
     return arch_of(device) >= 90 and dtype.itemsize == 2
 
 
-def _takes_descriptors(rows: Rows, weight: torch.Tensor) -> bool:
-    """Whether aligned tensors are moved by descriptors: only if their rows form a single dimension."""
+def _takes_descriptors(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
+    """Whether aligned tensors are moved by descriptors: only if their rows form a single dimension, and do
+    not overlap, as those of an expanded tensor do. CUDA asks for a stride of at least a row."""
     is_matrix = rows.sizes[1:] == (1, 1) and 0 not in weight.shape
-    return is_matrix and has_descriptors(weight.device, weight.dtype)
+    is_apart = all(_row_stride(t) >= t.shape[-1] for t in (weight, *tensors))
+    return is_matrix and is_apart and has_descriptors(weight.device, weight.dtype)
+
+
+def _row_stride(t: torch.Tensor) -> int:
+    """Elements from one row of (.., columns) to the next, if the leading dimensions can be one."""
+    # The stride of a dimension of size 1 is arbitrary.
+    steps = [stride for n, stride in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
+    return steps[-1] if steps else t.shape[-1]
 
 
 def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """Descriptor of (.., columns), whose leading dimensions can be one, in blocks of this shape."""
     columns = t.shape[-1]
-    num_rows = t.numel() // columns
-    # The stride of a dimension of size 1 is arbitrary.
-    steps = [stride for n, stride in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
-    return TensorDescriptor(t, [num_rows, columns], [steps[-1] if steps else columns, 1], list(block))
+    return TensorDescriptor(t, [t.numel() // columns, columns], [_row_stride(t), 1], list(block))
 
 
 def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
@@ -202,7 +208,7 @@ def _forward_launch(
         require_dtype(DTYPES, bias=bias.dtype)
     rows = leading_rows(x=x)
     aligned = _aligned(rows, weight, x)
-    by_descriptors = aligned and _takes_descriptors(rows, weight)
+    by_descriptors = aligned and _takes_descriptors(rows, weight, x)
     config = _tma_config() if by_descriptors else _config(x.dtype, aligned)
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
@@ -238,7 +244,8 @@ def _backward_launch(
     require_contiguous_rows(weight=weight)
     rows = leading_rows(grad=grad, kept=kept)
     aligned = _aligned(rows, weight, grad, kept)
-    by_descriptors = aligned and kept.dtype != torch.float32 and _takes_descriptors(rows, weight)
+    takes_descriptors = _takes_descriptors(rows, weight, grad, kept)
+    by_descriptors = aligned and kept.dtype != torch.float32 and takes_descriptors
     config = _tma_config() if by_descriptors else _config(grad.dtype, aligned)
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth

@@ -150,9 +150,14 @@ def odd_start(t: torch.Tensor) -> torch.Tensor:
     return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
 
 
-@pytest.mark.parametrize("odd", [odd_rows, odd_start])
+def one_row(t: torch.Tensor) -> torch.Tensor:
+    """t's first row for all of its rows, which have one address."""
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("odd", [odd_rows, odd_start, one_row])
 @pytest.mark.parametrize("name", ["x", "weight"])
-def test_forward_of_what_starts_elsewhere_goes_by_pointers(name, odd):
+def test_forward_of_what_starts_elsewhere_or_overlaps_goes_by_pointers(name, odd):
     x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
     given = {"x": x, "weight": weight, "bias": bias}
     given[name] = odd(given[name])
@@ -164,12 +169,14 @@ def test_forward_of_what_starts_elsewhere_goes_by_pointers(name, odd):
     [
         ("grad", odd_rows),
         ("grad", odd_start),
+        ("grad", one_row),
         ("kept", odd_rows),
         ("kept", odd_start),
+        ("kept", one_row),
         ("kept", torch.Tensor.float),
     ],
 )
-def test_backward_of_what_starts_elsewhere_or_is_kept_in_float32_goes_by_pointers(name, odd):
+def test_backward_of_what_starts_elsewhere_overlaps_or_is_kept_in_float32_goes_by_pointers(name, odd):
     grad, weight, u = backward_inputs(((141,), 80, 208), torch.bfloat16)
     given = {"grad": grad, "weight": weight, "kept": u}
     given[name] = odd(given[name])
