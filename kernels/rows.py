@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+MAX_ROWS = 2**31 - 2**11  # row indices are int32, including those of the last program that are past the end
+
 
 class Rows(NamedTuple):
     """All dimensions but the last of tensors with the same leading shape, merged into at most three.
@@ -37,11 +39,14 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
     """Merges neighbouring leading dimensions wherever the strides of every tensor allow it.
 
     Raises:
-        ValueError: a last dimension that is not contiguous, leading shapes that differ, or more than three
-            dimensions left.
+        ValueError: a last dimension that is not contiguous, leading shapes that differ, more than three
+            dimensions left, or more than `MAX_ROWS` rows.
     """
     require_contiguous_rows(**tensors)
-    wanted = next(iter(tensors.values())).shape[:-1]
+    first = next(iter(tensors))
+    wanted = tensors[first].shape[:-1]
+    if wanted.numel() > MAX_ROWS:
+        raise ValueError(f"{first}: got {wanted.numel()} rows, want at most {MAX_ROWS}")
     for name, tensor in tensors.items():
         if tensor.shape[:-1] != wanted:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, want {tuple(wanted)} before the last")
@@ -55,13 +60,11 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
         else:
             merged.append((size, strides))
     if len(merged) > 3:
-        raise ValueError(
-            f"{next(iter(tensors))}: got {len(merged)} leading dimensions that cannot be merged, want up to 3"
-        )
+        raise ValueError(f"{first}: got {len(merged)} leading dimensions that cannot be merged, want up to 3")
     merged += [(1, (0,) * len(tensors))] * (3 - len(merged))
-    first, second, third = (size for size, _ in merged)
+    size0, size1, size2 = (size for size, _ in merged)
     by_tensor = zip(*(strides for _, strides in merged), strict=True)
-    return Rows((first, second, third), tuple((s0, s1, s2) for s0, s1, s2 in by_tensor))
+    return Rows((size0, size1, size2), tuple((s0, s1, s2) for s0, s1, s2 in by_tensor))
 
 
 # Adding 1.5 · 2^23 to a float32 of magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to

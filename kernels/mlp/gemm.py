@@ -21,12 +21,8 @@ from vpt_fast.kernels.mlp.gemm_jit import (
     linear_activate_tma_kernel,
 )
 from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
-from vpt_fast.kernels.rows import Rows, leading_rows, require_contiguous_rows
+from vpt_fast.kernels.rows import MAX_ROWS, Rows, leading_rows, require_contiguous_rows
 from vpt_fast.kernels.torch_op import torch_op
-
-_MAX_SIDE = (
-    2**31 - 2**10
-)  # rows and columns have int32 indices, including those of the last tile that are past the end
 
 
 def _config(dtype: torch.dtype, aligned: bool) -> dict[str, int]:
@@ -104,7 +100,7 @@ def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
     programs = cdiv(num_rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
-    if max(num_rows, num_columns) > _MAX_SIDE or programs > MAX_PROGRAMS:
+    if num_columns > MAX_ROWS or programs > MAX_PROGRAMS:  # columns have int32 indices too
         raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
     return programs
 

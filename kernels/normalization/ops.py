@@ -18,7 +18,6 @@ from vpt_fast.kernels.rows import leading_rows
 from vpt_fast.kernels.torch_op import torch_op
 
 MAX_WIDTH = 8192
-_MAX_ROWS = 2**31 - 2**11  # row indices are int32, including the last program's rows past the end
 
 
 def _config(d: int) -> dict[str, int]:
@@ -40,7 +39,7 @@ def _forward_launch(eps: float, kind: str, dtype: torch.dtype, pack: bool, **inp
     require_shape(first.shape, **inputs)
     rows = leading_rows(**inputs)
     d = first.shape[-1]
-    _check(kind, rows.num_rows, d)
+    _check(kind, d)
     config = _config(d)
     return Launch(
         normalize_kernel,
@@ -81,7 +80,7 @@ def _backward_launch(
         require_dtype(DTYPES, residual=residual.dtype)
     rows = leading_rows(grad=grad, x_hat=x_hat, residual=grad if residual is None else residual)
     d = grad.shape[-1]
-    _check(kind, rows.num_rows, d)
+    _check(kind, d)
     config = _config(d)
     return Launch(
         normalize_backward_kernel,
@@ -98,13 +97,11 @@ def _backward_launch(
     )
 
 
-def _check(kind: str, num_rows: int, d: int) -> None:
+def _check(kind: str, d: int) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, want one of {', '.join(map(repr, KINDS))}")
     if not 1 <= d <= MAX_WIDTH:
         raise ValueError(f"width: got {d}, want 1 to {MAX_WIDTH}")
-    if num_rows > _MAX_ROWS:
-        raise ValueError(f"rows: got {num_rows}, want at most {_MAX_ROWS}")
 
 
 def _outputs(x: torch.Tensor, dtype: torch.dtype, pack: bool) -> list[torch.Tensor]:

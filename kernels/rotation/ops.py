@@ -15,7 +15,6 @@ from vpt_fast.kernels.rotation.jit import rotate_kernel
 from vpt_fast.kernels.rows import leading_rows
 from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
-_MAX_ROWS = 2**31 - 2**11  # row indices are int32, including the last program's rows past the end
 _NUM_WARPS = 4
 
 
@@ -39,8 +38,6 @@ def _launch(inverse: bool, *, x: torch.Tensor, sin: torch.Tensor, cos: torch.Ten
     table_heads = sin.shape[1] if sin.ndim == 3 and sin.shape[1] == num_heads else 1
     require_shape((num_patches, table_heads, half), sin=sin, cos=cos)
     rows = leading_rows(x=x)
-    if rows.num_rows > _MAX_ROWS:
-        raise ValueError(f"rows: got {rows.num_rows}, want at most {_MAX_ROWS}")
     config = _config(half)
     return Launch(
         rotate_kernel,

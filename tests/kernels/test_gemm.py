@@ -345,7 +345,7 @@ def backward(**changed):
         (forward, {"x": torch.ones(4, 8).double()}, "x: got torch.float64"),
         (forward, {"x": torch.ones(4, 9)}, r"x: got shape \(4, 9\), want \(4, 8\)"),
         (forward, {"x": torch.ones(8, 4).T}, "x: got stride 4"),
-        (forward, {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "rows: got 2147483647 x 12 results"),
+        (forward, {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "x: got 2147483647 rows, want at most"),
         (
             forward,
             {"weight": torch.ones(1, 8).expand(2**31 - 1, -1), "bias": None},

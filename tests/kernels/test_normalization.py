@@ -215,7 +215,7 @@ def call(op, **changed):
         ("normalize", {"dtype": torch.float64}, "dtype: got torch.float64"),
         ("normalize", {"x": torch.ones(8, 4).T}, "x: got stride 4"),
         ("normalize", {"x": torch.ones(2, 8193)}, "width: got 8193"),
-        ("normalize", {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "rows: got 2147483647, want at most"),
+        ("normalize", {"x": torch.ones(1, 8).expand(2**31 - 1, -1)}, "x: got 2147483647 rows, want at most"),
         ("normalize", {"kind": "batch"}, "kind: got 'batch'"),
         ("normalize", {"x": torch.ones(3, 3, 3, 3, 8).permute(2, 0, 3, 1, 4)}, "x: got 4 leading"),
         ("add_normalize", {"update": torch.ones(1, 8)}, r"update: got shape \(1, 8\), want \(4, 8\)"),

@@ -95,7 +95,7 @@ def call(**changed):
         ({"x": torch.ones(2, 4, 48)}, r"x: got shape \(2, 4, 48\)"),
         ({"x": torch.ones(2, 4, 3, 40)}, "head dim: got 40, want one of 16"),
         ({"x": torch.ones(2, 4, 16, 3).transpose(2, 3)}, "x: got stride 3"),
-        ({"x": torch.ones(1, 1, 1, 16).expand(178956970, 4, 3, -1)}, "rows: got 2147483640, want at most"),
+        ({"x": torch.ones(1, 1, 1, 16).expand(178956970, 4, 3, -1)}, "x: got 2147483640 rows, want at most"),
         ({"sin": torch.ones(5, 1, 8)}, r"sin: got shape \(5, 1, 8\), want \(4, 1, 8\)"),
         ({"cos": torch.ones(4, 3, 8)}, r"cos: got shape \(4, 3, 8\), want \(4, 1, 8\)"),
         ({"sin": torch.ones(4, 2, 8)}, r"sin: got shape \(4, 2, 8\), want \(4, 1, 8\)"),
