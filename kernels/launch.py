@@ -87,8 +87,11 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+MAX_PROGRAMS = 2**31 - 1
+"""Programs along a grid's first axis: a limit of CUDA's."""
+
 MAX_ALONG_AXIS = 65535
-"""Programs along a grid's second or third axis: a limit of CUDA's."""
+"""The same along the second or third axis."""
 
 
 ROUNDING = {"enable_fp_fusion": True}

@@ -13,14 +13,14 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, arch_of, cdiv, num_sms
+from vpt_fast.kernels.launch import DTYPES, MAX_PROGRAMS, TYPE_NAMES, Launch, arch_of, cdiv, num_sms
 from vpt_fast.kernels.mlp.gemm_jit import (
     linear_activate_backward_kernel,
     linear_activate_backward_tma_kernel,
     linear_activate_kernel,
     linear_activate_tma_kernel,
 )
-from vpt_fast.kernels.mlp.ops import ELEMENTWISE, MAX_PROGRAMS, check_kind
+from vpt_fast.kernels.mlp.ops import ELEMENTWISE, check_kind
 from vpt_fast.kernels.rows import MAX_ROWS, Rows, leading_rows, require_contiguous_rows
 from vpt_fast.kernels.torch_op import torch_op
 

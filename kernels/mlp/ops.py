@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
-from vpt_fast.kernels.launch import DTYPES, TYPE_NAMES, Launch, cdiv, next_power_of_2
+from vpt_fast.kernels.launch import DTYPES, MAX_PROGRAMS, TYPE_NAMES, Launch, cdiv, next_power_of_2
 from vpt_fast.kernels.mlp.jit import (
     activate_backward_kernel,
     activate_kernel,
@@ -25,7 +25,6 @@ from vpt_fast.kernels.torch_op import mark_changed, torch_op
 ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
 MAX_PACKED_WIDTH = 8192
 """Largest width of a gated unit whose derivatives are packed: one program finds the scales of a row."""
-MAX_PROGRAMS = 2**31 - 1  # along the first axis of a grid
 _BLOCK = 2048  # with 4 warps, 16 elements per thread, 8 at a time: 16-byte accesses in 16-bit dtypes
 _GATED_BLOCK = 1024
 

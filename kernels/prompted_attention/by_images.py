@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from vpt_fast.kernels.prompted_attention import reference
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads, num_rows_of
 
 # Scores, in elements. In float32 4 MiB on a CPU, to fit its caches, and 512 MiB on other devices, to save
 # memory.
@@ -27,7 +27,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.attention`."""
     batch, num_rows, num_heads, _ = q.shape
-    at_once = _images_at_once(q, _num_rows(prompt_k) + k.shape[1])
+    at_once = _images_at_once(q, num_rows_of(prompt_k) + k.shape[1])
     if at_once >= batch:
         return reference.attention(q, k, v, prompt_k, prompt_v)
     out = q.new_empty(q.shape)
@@ -57,7 +57,7 @@ def attention_backward(
     the batch, and the parts are summed in at least float32."""
     wanted = dict(need_q=need_q, need_kv=need_kv, packed=packed)
     batch = q.shape[0]
-    at_once = _images_at_once(q, _num_rows(prompt_k) + _num_rows(k))
+    at_once = _images_at_once(q, num_rows_of(prompt_k) + num_rows_of(k))
     if at_once >= batch:
         return reference.attention_backward(grad_out, q, k, v, prompt_k, prompt_v, out, lse, **wanted)
     shared = prompt_k is not None and prompt_k.shape[0] == 1
@@ -91,10 +91,6 @@ def _images_at_once(q: torch.Tensor, num_keys: int) -> int:
 
 def _shares(batch: int, at_once: int) -> Iterator[slice]:
     return (slice(start, start + at_once) for start in range(0, batch, at_once))
-
-
-def _num_rows(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.shape[1]
 
 
 def _of(x: torch.Tensor | None, images: slice) -> torch.Tensor | None:

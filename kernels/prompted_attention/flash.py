@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads, num_rows_of
 from vpt_fast.kernels.torch_op import is_for_other_programs, torch_op
 
 aten = torch.ops.aten
@@ -172,7 +172,7 @@ def _flash_attention_backward(
     packed: bool,
 ) -> list[torch.Tensor]:
     """Returns the gradients that are wanted, in the order of `empty_grads`."""
-    m = 0 if prompt_k is None else prompt_k.shape[1]
+    m = num_rows_of(prompt_k)
     if not (need_q or need_kv):
         k = v = q[:, :0]  # no image keys: the prompts' columns are enough
     keys, values = _extend(prompt_k, k), _extend(prompt_v, v)  # (B, m + N, H, D)

@@ -15,7 +15,7 @@ from vpt_fast.kernels.prompted_attention.jit import (
     grad_q_kernel,
     terms_kernel,
 )
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads, num_rows_of
 from vpt_fast.kernels.rows import require_contiguous_rows
 from vpt_fast.kernels.torch_op import torch_op
 
@@ -268,11 +268,6 @@ class Inputs(NamedTuple):
             WINDOWS=self.bias is not None,
             SHIFTED=self.regions is not None,
         )
-
-
-def num_rows_of(x: torch.Tensor | None) -> int:
-    """Of (.., rows, H, D)."""
-    return 0 if x is None else x.shape[1]
 
 
 @once_per_layout

@@ -48,6 +48,11 @@ def probabilities(q: torch.Tensor, k: torch.Tensor, prompt_k: torch.Tensor | Non
     return torch.matmul(_heads_first(q), _extend(prompt_k, k).transpose(-1, -2)).softmax(-1)
 
 
+def num_rows_of(x: torch.Tensor | None) -> int:
+    """Rows of (B, rows, H, D); 0 of a tensor that is absent."""
+    return 0 if x is None else x.shape[1]
+
+
 class AttentionGrads(NamedTuple):
     """Gradients of `attention`'s inputs, in their dtype; None where one is not wanted."""
 
@@ -123,7 +128,7 @@ def attention_backward(
         need_kv: compute dK and dV of the image-side tokens.
         packed: return dQ, dK and dV as one tensor; requires `need_q`, `need_kv` and R = N.
     """
-    m = 0 if prompt_k is None else prompt_k.shape[1]
+    m = num_rows_of(prompt_k)
     queries, grad = _heads_first(q), _heads_first(grad_out)
     all_keys = need_q or need_kv or out is None
     if all_keys:

@@ -28,13 +28,12 @@ from vpt_fast.kernels.prompted_attention.ops import (
     grad_kv_launch,
     grad_pointers,
     make_build,
-    num_rows_of,
     packed_strides,
     strides,
     sum_over_images,
     tail_rows,
 )
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads, num_rows_of
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
 from vpt_fast.kernels.torch_op import torch_op
 

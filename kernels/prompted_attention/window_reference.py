@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, delta_of_scores
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, delta_of_scores, num_rows_of
 
 # What timm and the original authors add to the scores of tokens that must not see each other. An integer: of
 # a float torch.compile(dynamic=True) makes a symbol, and fails where two blocks share it.
@@ -101,7 +101,7 @@ def window_attention_backward(
     neither `need_q` nor `need_kv` (the first prompted block) only the prompts' columns of S are computed, and
     `k` and `v` may be None; `num_fresh` must then be 0.
     """
-    m = 0 if prompt_k is None else prompt_k.shape[1]
+    m = num_rows_of(prompt_k)
     window_size = bias.bias.shape[1]
     num_rows = q.shape[1] - num_fresh
     num_windows = (num_rows if k is None else k.shape[1]) // window_size
