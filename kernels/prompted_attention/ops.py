@@ -327,8 +327,14 @@ def grad_pointers(q: torch.Tensor, grads: AttentionGrads) -> tuple[torch.Tensor,
 
 
 def packed_strides(num_rows: int, parts: int, num_heads: int, head_dim: int) -> tuple[int, int, int]:
-    """Strides of images, rows and heads of one part of (B, rows, parts, H, D)."""
+    """Strides of images, rows and heads of one part of (B, rows, parts, H, D); ValueError for more elements
+    of an image than int32 numbers, as an image whose parts are separate tensors may have."""
     row = parts * num_heads * head_dim
+    if num_rows * row >= 2**31:
+        raise ValueError(
+            f"packed: got {num_rows} rows of {parts} x {num_heads} x {head_dim} gradients, want those of an "
+            "image within 2^31 elements"
+        )
     return num_rows * row, row, head_dim
 
 

@@ -249,6 +249,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="k: got strides .* want rows of an image within 2.31"):
             ops.attention(q, far, v, *prompts)
 
+    def test_packed_gradients_of_2_to_the_31_elements(self) -> None:
+        num_rows = 2**31 // (3 * 64) + 1
+        rows = torch.zeros(1, 1, 1, 64).expand(1, num_rows, 1, 64)  # one row, whose gradients would be many
+        given = dict.fromkeys(("grad_out", "q", "k", "v", "out"), rows) | {"prompt_k": None, "prompt_v": None}
+        with pytest.raises(ValueError, match=f"packed: got {num_rows} rows of 3 x 1 x 64 gradients"):
+            ops._backward_launches(True, True, True, lse=torch.empty(1, 1, num_rows), **given)
+
     @pytest.mark.parametrize("name", ["q", "k", "v"])
     def test_rows_that_are_not_aligned(self, case, name: str) -> None:
         given = dict(zip(NAMES, case[0], strict=True))
