@@ -70,11 +70,8 @@ def leading_rows(**tensors: torch.Tensor) -> Rows:
 # Adding 1.5 · 2^23 to a float32 of magnitude below 2^22 leaves no bits for a fraction: the sum is rounded to
 # the nearest integer, ties to even, and its lowest bits are that integer in two's complement. Converting
 # through the bits thus costs one addition; the hardware's conversions run at a quarter of that rate.
-_INTEGER = tl.constexpr(12582912.0)
-_INTEGER_BITS = tl.constexpr(0x4B400000)
-
-_STEPS = tl.constexpr(200.0)  # codes of a derivative: steps per unit ...
-_ZERO = tl.constexpr(27.0)  # ... and the code of 0
+INTEGER = tl.constexpr(12582912.0)
+INTEGER_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -96,25 +93,10 @@ def symmetric_scale(largest):
 def encode_symmetric(x, scale):
     """int8 codes round(x / scale); 0 where the scale is 0."""
     inverse = tl.where(scale > 0.0, 1.0 / tl.where(scale > 0.0, scale, 1.0), 0.0)
-    return (x * inverse + _INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
+    return (x * inverse + INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def decode_symmetric(codes, scale):
     """float32 values of int8 codes."""
-    return ((codes.to(tl.int32) + _INTEGER_BITS).to(tl.float32, bitcast=True) - _INTEGER) * scale
-
-
-@triton.jit
-def encode_derivative(derivative):
-    """uint8 codes round(200 · derivative) + 27: steps of 0.005, with 0 and 1 exact.
-
-    Derivatives of the activations here lie in [-0.13, 1.13], codes 1 to 253, so nothing needs clamping.
-    """
-    return (derivative * _STEPS + (_INTEGER + _ZERO)).to(tl.int32, bitcast=True).to(tl.uint8)
-
-
-@triton.jit
-def decode_derivative(codes):
-    """float32 derivatives of uint8 codes."""
-    return ((codes.to(tl.int32) + _INTEGER_BITS).to(tl.float32, bitcast=True) - (_INTEGER + _ZERO)) * 0.005
+    return ((codes.to(tl.int32) + INTEGER_BITS).to(tl.float32, bitcast=True) - INTEGER) * scale

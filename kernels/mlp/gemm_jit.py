@@ -18,8 +18,8 @@ start DELAY nanoseconds later.
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
-from vpt_fast.kernels.mlp.jit import activation
-from vpt_fast.kernels.rows import decode_derivative, encode_derivative, row_offset
+from vpt_fast.kernels.mlp.jit import activation, decode_derivative, encode_derivative
+from vpt_fast.kernels.rows import row_offset
 
 
 @triton.jit

@@ -5,10 +5,11 @@ A program processes a block of one row. The launcher treats a contiguous tensor 
 
 import triton
 import triton.language as tl
+from vpt_fast.kernels.mlp.reference import CODE_OF_ZERO, CODES_PER_UNIT, QUICK_GELU_SLOPE
 from vpt_fast.kernels.rows import (
-    decode_derivative,
+    INTEGER,
+    INTEGER_BITS,
     decode_symmetric,
-    encode_derivative,
     encode_symmetric,
     row_offset,
     symmetric_scale,
@@ -20,7 +21,9 @@ _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 _LOG2_DENSITY_AT_0 = tl.constexpr(-1.3257480647361592)
 _TANH_CUBIC = tl.constexpr(0.044715)
-_QUICK_SLOPE = tl.constexpr(1.702)
+_QUICK_SLOPE = tl.constexpr(QUICK_GELU_SLOPE)
+_STEPS = tl.constexpr(float(CODES_PER_UNIT))
+_ZERO = tl.constexpr(float(CODE_OF_ZERO))
 # Contiguous elements per thread: 16 bytes in 16-bit dtypes. By itself Triton chooses 16, for the 8-bit codes,
 # and moves 16-bit tensors through shared memory to store them.
 _AT_ONCE = tl.constexpr(8)
@@ -103,6 +106,23 @@ def activation(u, KIND: tl.constexpr, EXACT: tl.constexpr):
         value = tl.where(u < 0.0, 0.0, u)  # NaN stays NaN
         slope = tl.where(u > 0.0, 1.0, 0.0)
     return value, slope
+
+
+@triton.jit
+def encode_derivative(derivative):
+    """uint8 codes round(200 · derivative) + 27: steps of 0.005, with 0 and 1 exact.
+
+    Derivatives of the activations here lie in [-0.13, 1.13], codes 1 to 253, so nothing needs clamping.
+    """
+    return (derivative * _STEPS + (INTEGER + _ZERO)).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@triton.jit
+def decode_derivative(codes):
+    """float32 derivatives of uint8 codes."""
+    return ((codes.to(tl.int32) + INTEGER_BITS).to(tl.float32, bitcast=True) - (INTEGER + _ZERO)) * (
+        1.0 / _STEPS
+    )
 
 
 @triton.jit

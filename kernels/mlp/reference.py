@@ -15,7 +15,7 @@ from torch.nn import functional as F
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
 PACKED = ("swiglu",)
 
-_QUICK_GELU_SLOPE = 1.702  # x · sigmoid(1.702 x): CLIP's approximation of GELU (Hendrycks & Gimpel, 2016)
+QUICK_GELU_SLOPE = 1.702  # x · sigmoid(1.702 x): CLIP's approximation of GELU (Hendrycks & Gimpel, 2016)
 
 CODES_PER_UNIT = 200
 CODE_OF_ZERO = 27
@@ -61,7 +61,7 @@ def _activate(u: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "gelu_tanh":
         return F.gelu(u, approximate="tanh")
     if kind == "quick_gelu":
-        return u * torch.sigmoid(_QUICK_GELU_SLOPE * u)
+        return u * torch.sigmoid(QUICK_GELU_SLOPE * u)
     if kind == "silu":
         return F.silu(u)
     if kind == "relu":
@@ -122,8 +122,8 @@ def activate_backward(
     if kind == "gelu_tanh":
         return torch.ops.aten.gelu_backward(grad, u, approximate="tanh")
     if kind == "quick_gelu":
-        s = torch.sigmoid(_QUICK_GELU_SLOPE * u)
-        return grad * (s + _QUICK_GELU_SLOPE * u * s * (1 - s))
+        s = torch.sigmoid(QUICK_GELU_SLOPE * u)
+        return grad * (s + QUICK_GELU_SLOPE * u * s * (1 - s))
     if kind == "silu":
         return torch.ops.aten.silu_backward(grad, u)
     if kind == "relu":
