@@ -45,7 +45,8 @@ WARM_UP = 3
 
 # What a kernel (on a CPU an operator of PyTorch's) is for, by its name; the first match counts.
 KINDS = {
-    "attention": r"attention|terms_kernel|grad_q_kernel|grad_kv_kernel|flash|fmha|sdpa|softmax|window",
+    "attention": r"attention|terms_kernel|grad_q_kernel|grad_kv_kernel|flash|fmha|sdpa|window|"
+    r"(?<!log_)softmax(?!_warp_\w+<[^>]*, true, )",  # the loss has a log-softmax
     "normalisation": r"normalize|layer_?norm|rms_?norm",
     "activation": r"(?<!linear_)activate|swiglu|gelu|silu",
     "products": r"gemm|nvjet|cutlass|cublas|xmma|splitk|linear_activate|aten::(_?addmm|b?mm|baddbmm|linear)",
