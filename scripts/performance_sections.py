@@ -55,6 +55,8 @@ def throughput_section(group: Group) -> str:
     source = f"`{group.command()}` ({group.report.link(PAGE)})"
     if ceiling := group.report.content.get("ceiling_tflops"):
         source += f"; ceiling: one large matrix product, {number(ceiling)} TFLOP/s"
+        if of_shapes := rows[0].get("shapes_tflops"):
+            source += f" (products of the model's own shapes: {number(of_shapes)})"
     parts = [f"#### {group.title()}", source, table(rows, columns)]
     slower = [
         f"{name_of(row)} ({group.ratio(row):.2f})"

@@ -124,6 +124,13 @@ def test_the_command_has_the_run_s_dtype_size_rounds_and_search(project: Project
     assert f"{asked} --find-batch`" in project.text()
 
 
+def test_products_of_the_model_s_shapes_stand_beside_the_ceiling(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0)], ceiling_tflops=800.0)
+    assert "one large matrix product, 800 TFLOP/s\n" in project.text()
+    project.add("h100", [row("vpt_fast", 300.0, shapes_tflops=700.0)], ceiling_tflops=800.0)
+    assert "800 TFLOP/s (products of the model's own shapes: 700)\n" in project.text()
+
+
 def test_the_command_of_kernels_measures_the_rows_of_its_table(project: Project) -> None:
     shapes = [dict(num_tokens=197, width=768), dict(num_tokens=257, width=1280)]
     rows = [
