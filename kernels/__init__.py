@@ -2,7 +2,8 @@
 
 Every operation has one plain-PyTorch definition (`reference.py` in its folder), which runs on any device and
 which faster implementations are tested against. `dispatch.get_backend` gives the engine a complete set of
-implementations; the engine reaches operations in no other way.
+implementations; the engine reaches operations in no other way, but for
+`prompted_attention.reference.probabilities`, which has no faster implementation.
 
 Installed as ``vpt_fast.kernels``; imports torch (and, for GPU kernels, triton) only.
 """

@@ -41,7 +41,7 @@ def test_prompts_of_each_image(dtype: torch.dtype) -> None:
     assert_forward_and_backward(inputs((3, 197, 197, 50, 4, 64), False, dtype, "cuda"))
 
 
-CASES = {
+WANTED = {
     "packed": dict(need_q=True, need_kv=True, packed=True),
     "queries": dict(need_q=True, need_kv=False),
     "prompts": dict(need_q=False, need_kv=False),
@@ -55,13 +55,13 @@ def backward(wanted: dict[str, bool], keep_out: bool = True):
     return ops.attention_backward(grad, *given, out if keep_out else None, lse, **wanted)
 
 
-@pytest.mark.parametrize("wanted", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 def test_same_bits_when_run_again(wanted: dict[str, bool]) -> None:
     for first, second in zip(backward(wanted), backward(wanted), strict=True):
         assert first is second is None or torch.equal(first, second)
 
 
-@pytest.mark.parametrize("wanted", [CASES["queries"], CASES["prompts"]], ids=["queries", "prompts"])
+@pytest.mark.parametrize("wanted", [WANTED["queries"], WANTED["prompts"]], ids=["queries", "prompts"])
 def test_fewer_gradients_are_the_same_ones(wanted: dict[str, bool]) -> None:
     every, some = backward(dict(need_q=True, need_kv=True)), backward(wanted)
     torch.testing.assert_close(some.prompt_kv, every.prompt_kv, rtol=2e-2, atol=1e-2)
@@ -70,7 +70,7 @@ def test_fewer_gradients_are_the_same_ones(wanted: dict[str, bool]) -> None:
 
 
 def test_gradients_without_the_output_are_the_same() -> None:
-    kept, formed = (backward(CASES["packed"], keep_out) for keep_out in (True, False))
+    kept, formed = (backward(WANTED["packed"], keep_out) for keep_out in (True, False))
     for actual, expected in ((formed.qkv, kept.qkv), (formed.prompt_kv, kept.prompt_kv)):
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 5e-3  # bfloat16's own is about as large
