@@ -351,6 +351,11 @@ def backward(**changed):
             {"weight": torch.ones(1, 8).expand(2**31 - 1, -1), "bias": None},
             "rows: got 4 x 2147483647 results",
         ),
+        (
+            forward,
+            {name: torch.ones(1, 8).expand(2**22, -1) for name in ("x", "weight")} | {"bias": None},
+            "rows: got 4194304 x 4194304 results, more than one launch can number",
+        ),
         (forward, {"weight": torch.ones(12, 8).half()}, "weight: got torch.float16"),
         (forward, {"weight": torch.ones(8, 12).T}, "weight: got stride 12"),
         (forward, {"bias": torch.ones(12).requires_grad_()}, "bias: requires a gradient"),
