@@ -15,6 +15,7 @@ from ceilings import large_product
 from find_batch import ran_out_of_memory
 from reports import Report, make_header, one_of, output_path
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,5 +226,5 @@ def end_with(rows: Iterable[Any], console: Console, *, ours: str = "triton") -> 
 
 
 def failures(errors: Mapping[str, str | None]) -> str | None:
-    """A table's caption: why implementations failed."""
-    return "\n".join(f"{name}: {error}" for name, error in errors.items() if error) or None
+    """A table's caption: why implementations failed. Brackets in it are no markup of rich's."""
+    return escape("\n".join(f"{name}: {error}" for name, error in errors.items() if error)) or None

@@ -41,6 +41,7 @@ from PIL import Image
 from reports import Fresh, Report, listed, make_header, one_of, output_path, require_model
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from throughput import check_gradients
 from timm.data import resolve_model_data_config
@@ -375,7 +376,7 @@ def make_tables(rows: list[Row], loading: list[Loading], setting: Setting) -> li
         task.add_column(column, justify="right")
     for row in rows:
         if row.measured is None or row.extrapolated is None:
-            task.add_row(row.impl, row.error, style="red")
+            task.add_row(row.impl, escape(row.error), style="red")
             continue
         times, hours = row.measured, row.extrapolated
         task.add_row(

@@ -43,7 +43,7 @@ from implementations import (
     require_possible,
 )
 from measure import MIB, Contender
-from operations import choose_device, finite, number
+from operations import choose_device, failures, finite, number
 from reports import (
     Fresh,
     Report,
@@ -56,7 +56,6 @@ from reports import (
 )
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -383,8 +382,7 @@ def make_table(rows: list[Row], dtype: str) -> Table:
             cells.append(number(row.largest_batch, "d"))
         cells.append(number(row.gradient_error, ".1e"))
         table.add_row(*cells, style="" if row.exact else "red")
-    failures = [f"{measure.label(row.impl, row.memory)}: {row.error}" for row in rows if row.error]
-    table.caption = escape("\n".join(failures))
+    table.caption = failures({measure.label(row.impl, row.memory): row.error for row in rows})
     table.caption_justify = "left"
     return table
 

@@ -275,7 +275,7 @@ def make_table(rows: list[Row], most: int = 8) -> Table:
     wrong = sum(row.error is None and not row.exact for row in rows)
     table.caption = f"{len(rows)} launches; {failed} do not run here, {wrong} are wrong"
     if recorded.error is not None:
-        table.caption += f"; the recorded one: {recorded.error}"
+        table.caption += f"; {operations.failures({'the recorded one': recorded.error})}"
     return table
 
 

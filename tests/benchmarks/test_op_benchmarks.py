@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import weakref
 from collections.abc import Callable
@@ -276,6 +277,12 @@ def test_what_cannot_run_is_a_row_with_its_reason() -> None:
     assert "float32" in library.error and library.forward_ms is None and not library.exact
     caption = attention.make_table([ours, library]).caption
     assert caption == f"sdpa_flash: {library.error}"
+
+
+def test_brackets_of_a_reason_are_shown_and_are_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(attention.make_table([attention.Row(1, 1, 1, 1, 1, "triton", error="no [/lib] of [red]")]))
+    assert "triton: no [/lib] of [red]" in console.file.getvalue()
 
 
 # The commands

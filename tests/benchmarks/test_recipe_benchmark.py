@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import reports
 import torch
 from PIL import Image
 from recipe import Extrapolated, Measured, Protocol
+from rich.console import Console
 from typer.testing import CliRunner
 
 SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
@@ -62,6 +64,10 @@ def test_one_that_fails_is_a_row_with_its_reason_and_no_ratio() -> None:
     first, second = recipe.make_rows([bad, good], measured, Protocol(), SETTING)
     assert "80 GiB wanted" in first.error and first.measured is None and first.ratio is None
     assert second.ratio == 1.0
+    first.error = "no [/lib] of [red]"
+    console = Console(file=io.StringIO(), width=200)
+    console.print(*recipe.make_tables([first, second], [], SETTING))
+    assert "no [/lib] of [red]" in console.file.getvalue()
 
 
 def test_one_with_wrong_gradients_is_nobodys_peer() -> None:
