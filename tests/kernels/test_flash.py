@@ -351,19 +351,34 @@ def test_rows_are_joined_16_bytes_at_a_time(how: Any, dim: int) -> None:
     assert sizes == [16, 16, 16]
 
 
+def starting_at(storage: int, offset: int) -> torch.Tensor:
+    """(2, 5, 2, 8) in a storage that starts so many elements of 4 bytes after a multiple of 16 bytes, so many
+    elements after its start."""
+    memory = torch.from_numpy(torch.randn(storage + offset + 2 * 5 * 16).numpy()[storage:])
+    return memory[offset:].view(2, 5, 2, 8)
+
+
 @pytest.mark.parametrize(
     "x",
     [
         torch.randn(2, 5, 3, 7),  # 84 bytes a row
         torch.randn(2, 5, 2, 8, 3)[..., 0],
         torch.randn(2, 2, 5, 8).transpose(1, 2),
-        torch.randn(2 * 5 * 16 + 1)[1:].view(2, 5, 2, 8),
+        starting_at(2, 0),
+        starting_at(2, 2),
         torch.randn(2, 5, 18)[..., :16].unflatten(2, (2, 8)),
     ],
-    ids=["short", "not contiguous", "heads apart", "offset", "rows apart"],
+    ids=["short", "not contiguous", "heads apart", "address", "offset in the storage", "rows apart"],
 )
 def test_rows_that_are_no_whole_16_bytes_are_joined_as_they_are(x: torch.Tensor) -> None:
-    assert torch.equal(flash._join(torch.cat, (x, x), 1), torch.cat((x, x), 1))
+    sizes = []
+
+    def recorded(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+        sizes.extend(x.element_size() for x in parts)
+        return torch.cat(parts, dim)
+
+    assert torch.equal(flash._join(recorded, (x, x), 1), torch.cat((x, x), 1))
+    assert sizes == [4, 4]
 
 
 def test_sdpa_flash_is_deterministic_and_leaves_the_mode_as_it_was(on_cpu: FakeAten) -> None:

@@ -207,6 +207,13 @@ def test_activate_backward_from_codes_of_a_gated_unit(shape, dtype):
     assert_as_good_as(grad_u, eager.to(dtype), exact)
 
 
+def test_scales_that_are_views_are_those_in_one_piece():
+    grad, (_, codes, scale) = random(5, 16, seed=1), ops.activate(random(5, 32, seed=0), "swiglu", pack=True)
+    expected = ops.activate_backward(grad, codes, scale, "swiglu")
+    view = torch.cat((scale, scale), -1)[:, :2]
+    assert torch.equal(ops.activate_backward(grad, codes, view, "swiglu"), expected)
+
+
 @pytest.mark.parametrize("pack", [False, True], ids=["", "codes"])
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 @pytest.mark.parametrize("view", VIEWS)

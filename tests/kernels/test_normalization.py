@@ -171,6 +171,21 @@ def test_normalize_backward_of_views(name):
     assert torch.equal(dx, contiguous)
 
 
+def test_statistics_that_are_views_are_those_in_one_piece():
+    grad = random(5, 16, seed=1)
+    _, rstd, codes, scale = ops.normalize(random(5, 16, seed=0), EPS, "layer", torch.float32, pack=True)
+    views = (torch.cat((t, t), -1)[:, :1] for t in (rstd, scale))
+    expected = ops.normalize_backward(grad, codes, rstd, scale, "layer")
+    assert torch.equal(ops.normalize_backward(grad, codes, *views, "layer"), expected)
+
+
+def test_dimensions_of_one_row_may_have_any_stride():
+    memory = random(2000, seed=0)
+    x = memory.as_strided((2, 1, 3, 1, 4, 16), (600, 7, 160, 5, 32, 1))  # the three others do not merge
+    x_hat, *_ = ops.normalize(x, EPS, "layer", torch.float32)
+    assert torch.equal(x_hat, ops.normalize(x.contiguous(), EPS, "layer", torch.float32)[0])
+
+
 def test_no_rows_give_no_rows():
     x_hat, rstd, codes, scale = ops.normalize(torch.ones(0, 16), EPS, "rms", torch.float16, pack=True)
     assert [tuple(t.shape) for t in (x_hat, rstd, codes, scale)] == [(0, 16), (0, 1), (0, 16), (0, 1)]

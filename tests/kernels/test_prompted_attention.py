@@ -304,6 +304,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="lse: got shape"):
             ops.attention_backward(grad_out, q, k, v, *prompts, out, lse[:, :, :1], need_q=True, need_kv=True)
 
+    def test_log_sum_exp_on_another_device(self, case) -> None:
+        (q, k, v, *prompts), grad_out = case
+        out, lse = ops.attention(q, k, v, *prompts)
+        wanted = dict(need_q=True, need_kv=True)
+        with pytest.raises(ValueError, match="lse: got a tensor on meta, want cpu like the others"):
+            ops.attention_backward(grad_out, q, k, v, *prompts, out, lse.to("meta"), **wanted)
+
     def test_log_sum_exp_that_is_not_contiguous(self, case) -> None:
         (q, k, v, *prompts), grad_out = case
         out, lse = ops.attention(q, k, v, *prompts)

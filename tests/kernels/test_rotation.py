@@ -77,6 +77,21 @@ def test_more_rows_than_one_program_holds():
     torch.testing.assert_close(x.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_tables_that_are_views_are_those_in_one_piece():
+    x, angle = random(2, 5, 3, 16, seed=3), angles(5, 3, 16)
+    turned_by_views, sin, cos = x.clone(), angle.sin(), angle.cos()
+    ops.rotate_(x, sin, cos)
+    ops.rotate_(turned_by_views, *(torch.stack((t, t), -1)[..., 0] for t in (sin, cos)))
+    assert torch.equal(turned_by_views, x)
+
+
+def test_autograd_is_told_of_the_write():
+    x = torch.ones(2, 4, 3, 16)
+    version = x._version
+    ops.rotate_(x, torch.ones(4, 1, 8), torch.ones(4, 1, 8))
+    assert x._version > version
+
+
 def test_no_patches_are_no_work():
     x = torch.ones(2, 0, 3, 16)
     ops.rotate_(x, torch.ones(0, 1, 8), torch.ones(0, 1, 8))

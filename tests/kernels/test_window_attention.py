@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_definition import error
 from vpt_fast.kernels.prompted_attention import window_ops, window_reference
+from vpt_fast.kernels.prompted_attention.window_reference import WindowBias
 from window_attention_definition import (
     NAMES,
     Case,
@@ -137,6 +138,14 @@ def test_part_of_the_rows_as_the_block_passes_them() -> None:
 
     for sliced, copied in zip(part(lambda t: t), part(torch.Tensor.contiguous), strict=True):
         assert torch.equal(sliced, copied)
+
+
+def test_bias_and_regions_that_are_views_are_those_in_one_piece() -> None:
+    case = make_case(Size(1, 2, 9, 7, 0, 2, 32), True, torch.float32)
+    views = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in case.bias)
+    apart = case._replace(bias=WindowBias(*views))
+    for actual, expected in zip(computed(window_ops, apart), computed(window_ops, case), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_scores_of_any_size_give_finite_results() -> None:
