@@ -385,6 +385,7 @@ def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
         make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "windows", {}),
+            (terms_kernel, grad_q, "windows from O", {"HAS_OUT": True}),
             (terms_kernel, grad_q, "windows from scores", {"HAS_OUT": False}),
             (grad_q_kernel, grad_q, "windows with O", {"HAS_OUT": True}),
             (grad_q_kernel, grad_q, "windows with terms", {"HAS_OUT": False}),

@@ -122,6 +122,16 @@ def test_queries_and_prompts_without_the_keys_gradients() -> None:
     assert torch.equal(some.q, every.q) and torch.equal(some.prompt_kv, every.prompt_kv)
 
 
+@pytest.mark.parametrize("size", [PLAIN, MIXED], ids=str)
+def test_keys_without_the_queries_gradients(size: Size) -> None:
+    case = make_case(size, True, torch.float32)
+    every = backward(case, need_q=True, need_kv=True)
+    some = backward(case, need_q=False, need_kv=True)
+    assert some.q is None
+    assert_same(some.kv, every.kv)
+    assert_same(some.prompt_kv, every.prompt_kv)
+
+
 def test_part_of_the_rows_as_the_block_passes_them() -> None:
     """The first prompted block gives prompts' rows alone, as slices of longer tensors."""
     case = make_case(MIXED, True, torch.float32)
