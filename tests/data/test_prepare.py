@@ -114,9 +114,9 @@ def test_preparing_goes_on_where_it_was_stopped(cifar, tfds, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.txt"))  # it does not look like a task yet
     first = (tmp_path / "cifar/images/train800/000000.png").stat().st_mtime_ns
     written = []
-    writer = prepare._png_writer
+    writer = prepare.png_writer
     monkeypatch.setattr(
-        prepare, "_png_writer", lambda image: lambda path: (written.append(1), writer(image)(path))
+        prepare, "png_writer", lambda image: lambda path: (written.append(1), writer(image)(path))
     )
     prepare_task(cifar, "tfds/cifar100", tmp_path)
     assert len(written) == 8
@@ -289,13 +289,16 @@ def refused(check: str, folder: Path, name: str) -> str:
     return text
 
 
-def test_check_names_a_number_of_class_names_that_training_refuses(command, cifar, monkeypatch, tmp_path):
+@pytest.mark.parametrize("names, said", [("a\n", "1 name;"), ("a\nb\nc\n", "3 names;")])
+def test_check_names_a_number_of_class_names_that_training_refuses(
+    command, cifar, monkeypatch, tmp_path, names, said
+):
     monkeypatch.setenv("COLUMNS", "300")
     folder = write_vtab(cifar, tmp_path / "cifar")
-    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    (folder / "classnames.txt").write_text(names)
     result = command("check", tmp_path, "--task", "cifar")
     assert result.exit_code == 1
-    assert refused(result.output, folder, "vtab/cifar").startswith("classnames.txt: 3 names")
+    assert refused(result.output, folder, "vtab/cifar").startswith(f"classnames.txt: {said}")
 
 
 def test_check_names_a_class_that_train_lacks_as_training_does(command, monkeypatch, tmp_path):

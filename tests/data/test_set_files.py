@@ -198,6 +198,12 @@ def test_dsprites(small, tmp_path, name, row, values):
         assert {int(pixels.max()) for pixels, _ in part} == {255}
 
 
+def test_archive_of_dsprites_without_the_images_is_named(tmp_path):
+    np.savez(tmp_path / DSpritesFiles.layout, latents_classes=np.zeros((30, 6), np.int64))
+    with pytest.raises(DataError, match="imgs.npy.*; wanted an archive of imgs and latents_classes"):
+        DSpritesFiles(tmp_path)
+
+
 def write_norb(root: Path) -> Path:
     """Image i has elevation i % 9 and azimuth i % 18; its first camera sees i at every pixel."""
     root.mkdir()
