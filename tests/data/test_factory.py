@@ -195,6 +195,30 @@ def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):
         open_splits("wds/some")
 
 
+def cut_short() -> Image.Image:
+    encoded = io.BytesIO()
+    picture(1).save(encoded, "png")
+    return Image.open(io.BytesIO(encoded.getvalue()[:-100]))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((cut_short(), 1), "wds/some, split train: image 1: image file is truncated"),
+        ((picture(1), "cat"), "split train: wanted one class number for each image: invalid literal"),
+        ((picture(1), None), "split train: wanted one class number for each image: int.. argument"),
+    ],
+    ids=["broken image", "name of a class", "no label"],
+)
+def test_stream_of_something_that_cannot_be_trained_on_is_refused_by_name(monkeypatch, second, message):
+    def create(name, root, **options):
+        return IterableImageDataset(root, reader=[(picture(0), 0), second])
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    with pytest.raises(DataError, match=message):
+        open_splits("wds/some", train_on="train+val")
+
+
 def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monkeypatch):
     monkeypatch.setattr(
         Rows, "__init__", lambda self, count: setattr(self, "dataset", {"label": [0, 10**12]})

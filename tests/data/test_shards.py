@@ -146,10 +146,14 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             lambda root: [pack(root / f"train/{i}.tar", {}) for i in range(3)],
             r"train: found no samples in 3 shards",
         ),
+        (
+            lambda root: pack(root / "train/0.tar", {"s\udce9.png": b"", "s\udce9.cls": b"1"}),
+            r"train/0.tar/s\\udce9.png': found a name that is not UTF-8",
+        ),
         (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
-            r"1 class names, but the labels go up to 1",
+            r"classnames.txt: 1 class name; wanted 2 or more, one for each class",
         ),
         (lambda root: (root / "classnames.txt").write_text("a\na\n"), r"line 2: 'a' again, as in line 1"),
         (
@@ -170,6 +174,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "two labels",
         "two of val",
         "no samples",
+        "not UTF-8",
         "cut off",
         "few names",
         "names twice",
