@@ -215,17 +215,6 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path):
         open_splits(tmp_path / "images.zip")
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_val_fraction_outside_0_to_1_is_refused(tmp_path, fraction):
-    with pytest.raises(ValueError, match="val_fraction: "):
-        open_splits(tmp_path, val_fraction=fraction)
-
-
-def test_negative_seed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="seed: -1"):
-        open_splits(tmp_path, seed=-1)
-
-
 @pytest.mark.parametrize("labels", [(0,), (0, 2), (-1, 0)])
 def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
     with pytest.raises(ValueError, match="labels: "):
