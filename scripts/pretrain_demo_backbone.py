@@ -18,6 +18,7 @@ import math
 import os
 import tarfile
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -120,7 +121,7 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
     """Images (n, 3, 32, 32) uint8, labels (n,) int64 and the number of classes, in the order of the paths.
 
     Raises:
-        typer.BadParameter: no tar archive, one without JPEG files, or a picture that is not 32x32.
+        typer.BadParameter: no whole tar archive, one without JPEG files, or a picture that is not 32x32.
     """
     if not cache.exists():
         names, files = [], []
@@ -130,9 +131,9 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
                     if member.isfile() and member.name.endswith(".jpg"):
                         names.append(member.name)
                         files.append(tar.extractfile(member).read())  # type: ignore[union-attr]
-        except tarfile.TarError:
+        except (EOFError, tarfile.TarError, zlib.error) as error:  # all but the last of a part of a download
             raise typer.BadParameter(
-                f"{archive} is no tar archive; wanted one folder of JPEGs per class"
+                f"{archive} is no tar archive, or not whole: {error}; wanted one folder of JPEGs per class"
             ) from None
         if not names:
             raise typer.BadParameter(f"{archive} holds no .jpg file; wanted one folder of JPEGs per class")

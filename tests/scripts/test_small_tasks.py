@@ -115,6 +115,13 @@ def test_an_archive_that_is_none_is_named_before_anything_is_written(tmp_path: P
     assert list((tmp_path / "tasks").iterdir()) == []
 
 
+def test_an_archive_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "a.tar.gz", (32, 32), (32, 32))
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(typer.BadParameter, match=r"a.tar.gz is no tar archive, or not whole"):
+        small_tasks.main(tmp_path / "tasks", archive, 0)
+
+
 def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="cat/1.jpg is 64x48, wanted 32x32"):
         small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32), (64, 48)), 0)
