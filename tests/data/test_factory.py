@@ -117,8 +117,8 @@ def test_image_of_a_stream_is_what_the_same_image_in_a_file_is(monkeypatch, tmp_
 
     def create(name, root, input_img_mode="RGB", **options):
         stored = [Image.open(file) for file in files]
-        reader = [(image.convert(input_img_mode) if input_img_mode else image, 0) for image in stored]
-        return IterableImageDataset(root, reader=reader)
+        opened = [image.convert(input_img_mode) if input_img_mode else image for image in stored]
+        return IterableImageDataset(root, reader=list(zip(opened, (0, 1, 0), strict=True)))
 
     monkeypatch.setattr(factory, "create_dataset", create)
     for item, file in zip(open_splits("wds/some", train_on="train+val").train.items, files, strict=True):

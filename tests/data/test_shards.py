@@ -96,6 +96,12 @@ def test_classes_are_numbers_where_nothing_names_them(tmp_path):
     assert open_splits(write_shards(tmp_path, COUNTS, names=False)).classes == ("0", "1")
 
 
+def test_shards_of_one_class_are_refused(tmp_path):
+    shards = write_shards(tmp_path, {"train": 1}, names=False)
+    with pytest.raises(DataError, match="found one class, '0'; wanted two or more"):
+        open_splits(shards, train_on="train+val")
+
+
 def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
     here = [str(item) for item in open_splits(root).train.items]
     assert here == [str(item) for item in open_splits(root.rename(tmp_path / "moved")).train.items]
