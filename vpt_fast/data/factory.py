@@ -139,17 +139,12 @@ def _read(name: str, root: str | None, split: str) -> ImageList:
 def _labels(dataset: Any, where: str) -> list[int]:
     """The labels of all rows, without decoding an image."""
     reader = getattr(dataset, "reader", None)
-    found: Iterable[Any] | None = None
-    if reader is not None and hasattr(reader, "dataset") and hasattr(reader, "label_key"):
-        found = reader.dataset[reader.label_key]
-    elif reader is not None and hasattr(reader, "samples"):
-        found = [sample[1] for sample in reader.samples]
-    else:
-        field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
-        found = None if field is None else getattr(dataset, field)
-    if found is None:
+    if reader is not None:  # timm's, of the Hugging Face hub's data sets
+        return _class_numbers(reader.dataset[reader.label_key], where)
+    field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
+    if field is None:
         raise DataError(f"{where}: {type(dataset).__name__} does not list its labels")
-    return _class_numbers(found, where)
+    return _class_numbers(getattr(dataset, field), where)
 
 
 def _class_numbers(labels: Iterable[Any], where: str) -> list[int]:
