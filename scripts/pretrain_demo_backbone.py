@@ -243,6 +243,9 @@ def main(
     images, labels, num_classes = read_archive(archive, work / "images.safetensors")
 
     held_out, train = split_photographs(len(images), recipe, seed)
+    if len(train) == 0:
+        wanted = f"want more than the {recipe.held_out} that are held out"
+        raise typer.BadParameter(f"archive: got {archive} with {len(images)}, {wanted}")
     held_images, held_labels = images[held_out], labels[held_out]
 
     torch.manual_seed(seed)
