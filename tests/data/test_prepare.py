@@ -205,6 +205,13 @@ def test_shards_of_another_set_are_refused(cifar, tmp_path, counts, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_of_another_number_of_classes_are_refused(cifar, tmp_path):
+    shards = write_shards(tmp_path / "shards", {"train": 12, "test": 6})
+    (shards / "classnames.txt").write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match="shards: 3 classes; those of vtab/cifar have 2"):
+        prepare_task(cifar, str(shards), tmp_path / "out")
+
+
 def test_folder_prepared_from_another_source_is_left_alone(cifar, tfds, tmp_path):
     prepare_task(cifar, str(write_shards(tmp_path / "shards", {"train": 12, "test": 6})), tmp_path)
     with pytest.raises(DataError, match="'source': 'shards'.* and not .*'tfds/cifar100'.*; go on with that"):

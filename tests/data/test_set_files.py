@@ -204,6 +204,13 @@ def test_archive_of_dsprites_without_the_images_is_named(tmp_path):
         DSpritesFiles(tmp_path)
 
 
+def test_images_of_dsprites_of_another_kind_are_named(tmp_path):
+    arrays = {"imgs": np.zeros((30, 64, 64)), "latents_classes": np.zeros((30, 6), np.int64)}
+    np.savez(tmp_path / DSpritesFiles.layout, **arrays)
+    with pytest.raises(DataError, match=r"imgs is float64 \(30, 64, 64\), wanted uint8"):
+        next(DSpritesFiles(tmp_path).images("train", [0]))
+
+
 def write_norb(root: Path) -> Path:
     """Image i has elevation i % 9 and azimuth i % 18; its first camera sees i at every pixel."""
     root.mkdir()

@@ -100,7 +100,7 @@ def test_variants_that_were_timed_beside_others_are_timed_again_by_what_runs_alo
     assert (project.root / "seen").read_text() == "k.py; k.best_config k.py; "
 
 
-@pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day"])
+@pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day", "helper", "test"])
 def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_request(
     project: Project, change: str
 ) -> None:
@@ -108,9 +108,12 @@ def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_req
     project.run()
     if change == "source":
         (project.root / "kernels" / "tile.py").write_text("TILE = 128\n")
+    if change in ("helper", "test"):
+        (project.root / "tests").mkdir()
+        (project.root / "tests" / {"helper": "tiny.py", "test": "test_tiny.py"}[change]).touch()
     header = HEADER | {"version": {"torch": "2.15"}, "day": {"date": "2026-11-24"}}.get(change, {})
     assert project.run(*["--fresh"] * (change == "fresh"), header=header) == 0
-    assert project.runs_of("test_good") == (1 if change in ("nothing", "day") else 2)
+    assert project.runs_of("test_good") == (1 if change in ("nothing", "day", "test") else 2)
 
 
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_has_failed(project: Project) -> None:
