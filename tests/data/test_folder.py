@@ -215,6 +215,11 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path):
         open_splits(tmp_path / "images.zip")
 
 
+def test_lists_of_other_classes_are_not_joined():
+    with pytest.raises(ValueError, match="classes: two lists with other classes cannot be joined"):
+        ImageList((), (), ("a", "b")) + ImageList((), (), ("b", "a"))
+
+
 @pytest.mark.parametrize("labels", [(0,), (0, 2), (-1, 0)])
 def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
     with pytest.raises(ValueError, match="labels: "):
