@@ -336,6 +336,12 @@ def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar,
     assert "not found: vtab/caltech101" in result.output
 
 
+def test_check_of_the_working_directory_has_its_name(command, cifar, monkeypatch, tmp_path):
+    monkeypatch.chdir(write_vtab(cifar, tmp_path / "cifar100"))
+    cells = [line.strip("│ ").split("│")[0].strip() for line in command("check", ".").output.splitlines()]
+    assert cells[cells.index("vtab/cifar") + 1] == "cifar100"
+
+
 def test_lists_of_a_task_s_own_folder_are_read_once(cifar, tmp_path, monkeypatch):
     """All tasks of VTAB have lists of the same names."""
     read = []
