@@ -23,8 +23,8 @@ class SplitFound:
 
 @dataclass(frozen=True)
 class TaskFound:
-    """A task in a folder: `folder`, an absolute path, is None if nothing of it was found; `num_classes` counts
-    the classes that occur in its lists."""
+    """A task in a folder: `folder`, an absolute path, is None if nothing of it was found; `num_classes`
+    counts the classes that occur in its lists."""
 
     task: Task
     folder: Path | None
