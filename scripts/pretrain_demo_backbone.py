@@ -27,6 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models.vision_transformer import VisionTransformer
@@ -119,11 +120,13 @@ def make_optimizers(model: VisionTransformer, recipe: Recipe) -> list[torch.opti
 
 def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
     """Images (n, 3, 32, 32) uint8, labels (n,) int64 and the number of classes, in the order of the paths.
+    They are kept in `cache`, which is written again for another archive.
 
     Raises:
         typer.BadParameter: no whole tar archive, one without JPEG files, or a picture that is not 32x32.
     """
-    if not cache.exists():
+    metadata = {"archive": f"{archive.name}, {archive.stat().st_size} bytes"}
+    if not cache.exists() or safe_open(cache, framework="pt").metadata() != metadata:
         names, files = [], []
         try:
             with tarfile.open(archive) as tar:
@@ -150,7 +153,7 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
             images[row] = torch.frombuffer(raw, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         labels = torch.tensor([classes.index(Path(names[i]).parent.name) for i in order])
         with replacing(cache) as partial:
-            save_file({"images": images, "labels": labels}, partial, {"classes": json.dumps(classes)})
+            save_file({"images": images, "labels": labels}, partial, metadata)
     tensors = load_file(cache)
     return tensors["images"], tensors["labels"], int(tensors["labels"].max()) + 1
 

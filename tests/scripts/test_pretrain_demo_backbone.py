@@ -44,6 +44,21 @@ def test_weights_are_those_of_the_architecture_without_a_classifier(small):
     vit.load_state_dict(load_file(script.WEIGHTS))
 
 
+@pytest.mark.parametrize("name", ["a.tar.gz", "b.tar.gz"])
+def test_images_of_another_archive_are_not_taken_from_the_cache(tmp_path, name):
+    cache = tmp_path / "cache.safetensors"
+    script.read_archive(archive_of(tmp_path / "a.tar.gz", (32, 32)), cache)
+    images, _, _ = script.read_archive(archive_of(tmp_path / name, (32, 32), (32, 32)), cache)
+    assert len(images) == 2
+
+
+def test_images_are_read_from_the_archive_once(tmp_path, monkeypatch):
+    archive, cache = archive_of(tmp_path / "a.tar.gz", (32, 32)), tmp_path / "cache.safetensors"
+    script.read_archive(archive, cache)
+    monkeypatch.setattr(script.tarfile, "open", None)
+    assert len(script.read_archive(archive, cache)[0]) == 1
+
+
 def test_an_archive_that_leaves_nothing_to_train_on_is_refused(tmp_path):
     archive = archive_of(tmp_path / "a.tar.gz", (32, 32))
     with pytest.raises(typer.BadParameter, match="a.tar.gz with 1, want more than the 2000 that are held"):

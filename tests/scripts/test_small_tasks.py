@@ -135,7 +135,6 @@ def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
 def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"a.tar.gz with 1, want 2000 or more"):
         small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32)), 0)
-    assert list((tmp_path / "tasks").iterdir()) == []  # nothing that another archive's would be taken from
 
 
 def test_a_task_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
