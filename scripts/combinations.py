@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page_text import markdown_table
 
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.files import replacing
@@ -180,20 +181,15 @@ of the others raises an error that names both sides.
 `--method` with its own defaults ([methods.md](methods.md)). On a ConvNet, prompts have
 `prompt_location=pad`.
 
-{table(("method", *header), by_method)}
+{markdown_table([("method", *header), *by_method])}
 
 ## Settings of prompted models
 
 Which of `vpt-deep` and `vpt-shallow` support each setting ([prompts.md](prompts.md)). All other settings are
 the defaults, except `prompt_location=pad` on a ConvNet.
 
-{table(("setting", *header), by_setting)}
+{markdown_table([("setting", *header), *by_setting])}
 """
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:

@@ -53,12 +53,13 @@ def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
     """A Markdown table without its empty columns."""
     cells = [[show(row) for _, show in columns] for row in rows]
     kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
-    lines = [
-        [columns[i][0] for i in kept],
-        ["---" for _ in kept],
-        *([line[i] for i in kept] for line in cells),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([[columns[i][0] for i in kept], *([line[i] for i in kept] for line in cells)])
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of these cells; the first line is its header."""
+    header, *rows = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def paragraph(*sentences: str) -> str:

@@ -18,6 +18,7 @@ import math
 import os
 import tarfile
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ import torch
 import typer
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models.vision_transformer import VisionTransformer
@@ -118,11 +120,13 @@ def make_optimizers(model: VisionTransformer, recipe: Recipe) -> list[torch.opti
 
 def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
     """Images (n, 3, 32, 32) uint8, labels (n,) int64 and the number of classes, in the order of the paths.
+    They are kept in `cache`, which is written again for another archive.
 
     Raises:
-        typer.BadParameter: no tar archive, one without JPEG files, or a picture that is not 32x32.
+        typer.BadParameter: no whole tar archive, one without JPEG files, or a picture that is not 32x32.
     """
-    if not cache.exists():
+    metadata = {"archive": f"{archive.name}, {archive.stat().st_size} bytes"}
+    if not cache.exists() or safe_open(cache, framework="pt").metadata() != metadata:
         names, files = [], []
         try:
             with tarfile.open(archive) as tar:
@@ -130,9 +134,9 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
                     if member.isfile() and member.name.endswith(".jpg"):
                         names.append(member.name)
                         files.append(tar.extractfile(member).read())  # type: ignore[union-attr]
-        except tarfile.TarError:
+        except (EOFError, tarfile.TarError, zlib.error) as error:  # all but the last of a part of a download
             raise typer.BadParameter(
-                f"{archive} is no tar archive; wanted one folder of JPEGs per class"
+                f"{archive} is no tar archive, or not whole: {error}; wanted one folder of JPEGs per class"
             ) from None
         if not names:
             raise typer.BadParameter(f"{archive} holds no .jpg file; wanted one folder of JPEGs per class")
@@ -149,7 +153,7 @@ def read_archive(archive: Path, cache: Path) -> tuple[Tensor, Tensor, int]:
             images[row] = torch.frombuffer(raw, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
         labels = torch.tensor([classes.index(Path(names[i]).parent.name) for i in order])
         with replacing(cache) as partial:
-            save_file({"images": images, "labels": labels}, partial, {"classes": json.dumps(classes)})
+            save_file({"images": images, "labels": labels}, partial, metadata)
     tensors = load_file(cache)
     return tensors["images"], tensors["labels"], int(tensors["labels"].max()) + 1
 
@@ -242,6 +246,9 @@ def main(
     images, labels, num_classes = read_archive(archive, work / "images.safetensors")
 
     held_out, train = split_photographs(len(images), recipe, seed)
+    if len(train) == 0:
+        wanted = f"want more than the {recipe.held_out} that are held out"
+        raise typer.BadParameter(f"archive: got {archive} with {len(images)}, {wanted}")
     held_images, held_labels = images[held_out], labels[held_out]
 
     torch.manual_seed(seed)

@@ -143,11 +143,9 @@ def main(
     """Write the tasks that are not there yet."""
     if photographs is not None:
         out.mkdir(parents=True, exist_ok=True)
-        cache = out / "photographs.safetensors"
-        images, _, _ = read_archive(photographs, cache)
+        images, _, _ = read_archive(photographs, out / "photographs.safetensors")
         held_out, _ = split_photographs(len(images), Recipe(), seed=0)  # the backbone's training seed
         if len(held_out) < (wanted := sum(SPLITS.values())):
-            cache.unlink()  # it would be read instead of the next archive
             raise typer.BadParameter(
                 f"photographs: got {photographs} with {len(images)}, want {wanted} or more: the CIFAR-10 "
                 "training images"

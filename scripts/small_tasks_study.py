@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from page_text import replace_block
+from page_text import markdown_table, replace_block
 from rich.console import Console
 
 from vpt_fast.files import replacing
@@ -104,7 +104,6 @@ def table(results: dict[str, Any]) -> str:
         return f"**{value:.1%}**" if value == max(values) else f"{value:.1%}"
 
     lines = [["method", *(name.replace("_", " ") for name in tasks), "mean", "stored for a task"]]
-    lines.append(["---"] * len(lines[0]))
     for method in methods:
         line = [method]
         for found in tasks.values():
@@ -113,7 +112,7 @@ def table(results: dict[str, Any]) -> str:
         stored = [found[method]["stored_parameters"] for found in tasks.values()]
         mean = shown(means[method], means.values())
         lines.append([*line, mean, f"{min(stored):,} to {max(stored):,}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 def write_docs(results: dict[str, Any], docs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from definitions import relative_error
 from vpt_fast.kernels.prompted_attention import ops
 
 
@@ -40,16 +41,12 @@ def leaves(tensors, dtype: torch.dtype):
     return [None if t is None else t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
 
 
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((actual.double() - exact).norm() / exact.norm()).item()
-
-
 def assert_no_worse(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, what: str) -> None:
     """The error is at most 1.25 times that of eager in the same dtype. The floor, where eager happens to be
     nearly exact: one rounding of the result in 16 bits, a few of the intermediates in float32."""
     assert actual.shape == exact.shape, what
     floor = torch.finfo(actual.dtype).eps * (0.5 if actual.dtype.itemsize == 2 else 8)
-    ours, theirs = error(actual, exact), error(eager, exact)
+    ours, theirs = relative_error(actual, exact), relative_error(eager, exact)
     assert ours <= 1.25 * max(theirs, floor), f"{what}: error {ours:.2e}, eager {theirs:.2e}"
 
 

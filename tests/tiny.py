@@ -34,6 +34,11 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+_VIT: dict[str, Any] = dict(
+    img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, num_classes=0
+)
+
+
 def tiny_vit(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -41,16 +46,7 @@ def tiny_vit(
     **arguments,
 ) -> VisionTransformer:
     """A timm VisionTransformer of width 32 with 3 blocks for 32x32 images, every weight random."""
-    defaults = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 3,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "num_classes": 0,
-    }
-    vit = kind(**(defaults | arguments))
+    vit = kind(**(_VIT | arguments))
     randomise(vit, seed)
     return vit.to(dtype).eval()
 
@@ -63,17 +59,7 @@ def tiny_distilled(dtype: torch.dtype = torch.float64, seed: int = 0, **argument
 def tiny_eva(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> Eva:
     """A timm Eva of width 32 with 3 blocks for 32x32 images, every weight random. Built in `dtype`, as timm
     keeps the angles of rotary positions in the dtype that a model is built in."""
-    defaults = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 32,
-        "depth": 3,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "num_classes": 0,
-        "use_rot_pos_emb": True,
-    }
-    eva = Eva(**(defaults | arguments), dtype=dtype)
+    eva = Eva(**(_VIT | {"use_rot_pos_emb": True} | arguments), dtype=dtype)
     randomise(eva, seed)
     return eva.eval()
 

@@ -117,8 +117,8 @@ def test_image_of_a_stream_is_what_the_same_image_in_a_file_is(monkeypatch, tmp_
 
     def create(name, root, input_img_mode="RGB", **options):
         stored = [Image.open(file) for file in files]
-        reader = [(image.convert(input_img_mode) if input_img_mode else image, 0) for image in stored]
-        return IterableImageDataset(root, reader=reader)
+        opened = [image.convert(input_img_mode) if input_img_mode else image for image in stored]
+        return IterableImageDataset(root, reader=list(zip(opened, (0, 1, 0), strict=True)))
 
     monkeypatch.setattr(factory, "create_dataset", create)
     for item, file in zip(open_splits("wds/some", train_on="train+val").train.items, files, strict=True):
@@ -193,6 +193,30 @@ def test_stream_that_does_not_fit_is_refused(stream, monkeypatch):
         DataError, match=r"wds/some, split train: comes as a stream, and more than .* \(3 images\)"
     ):
         open_splits("wds/some")
+
+
+def cut_short() -> Image.Image:
+    encoded = io.BytesIO()
+    picture(1).save(encoded, "png")
+    return Image.open(io.BytesIO(encoded.getvalue()[:-100]))
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((cut_short(), 1), "wds/some, split train: image 1: image file is truncated"),
+        ((picture(1), "cat"), "split train: wanted one class number for each image: invalid literal"),
+        ((picture(1), None), "split train: wanted one class number for each image: int.. argument"),
+    ],
+    ids=["broken image", "name of a class", "no label"],
+)
+def test_stream_of_something_that_cannot_be_trained_on_is_refused_by_name(monkeypatch, second, message):
+    def create(name, root, **options):
+        return IterableImageDataset(root, reader=[(picture(0), 0), second])
+
+    monkeypatch.setattr(factory, "create_dataset", create)
+    with pytest.raises(DataError, match=message):
+        open_splits("wds/some", train_on="train+val")
 
 
 def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monkeypatch):

@@ -215,15 +215,9 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path):
         open_splits(tmp_path / "images.zip")
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_val_fraction_outside_0_to_1_is_refused(tmp_path, fraction):
-    with pytest.raises(ValueError, match="val_fraction: "):
-        open_splits(tmp_path, val_fraction=fraction)
-
-
-def test_negative_seed_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="seed: -1"):
-        open_splits(tmp_path, seed=-1)
+def test_lists_of_other_classes_are_not_joined():
+    with pytest.raises(ValueError, match="classes: two lists with other classes cannot be joined"):
+        ImageList((), (), ("a", "b")) + ImageList((), (), ("b", "a"))
 
 
 @pytest.mark.parametrize("labels", [(0,), (0, 2), (-1, 0)])

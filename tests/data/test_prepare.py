@@ -114,9 +114,9 @@ def test_preparing_goes_on_where_it_was_stopped(cifar, tfds, tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.txt"))  # it does not look like a task yet
     first = (tmp_path / "cifar/images/train800/000000.png").stat().st_mtime_ns
     written = []
-    writer = prepare._png_writer
+    writer = prepare.png_writer
     monkeypatch.setattr(
-        prepare, "_png_writer", lambda image: lambda path: (written.append(1), writer(image)(path))
+        prepare, "png_writer", lambda image: lambda path: (written.append(1), writer(image)(path))
     )
     prepare_task(cifar, "tfds/cifar100", tmp_path)
     assert len(written) == 8
@@ -168,7 +168,7 @@ def test_second_process_is_refused_and_leaves_the_files_of_the_first(cifar, tfds
     assert left.exists()
 
 
-def test_refused_folder_gets_no_lock_file(cifar, tfds, tmp_path):
+def test_folder_that_something_else_is_in_is_left_alone_without_a_lock_file(cifar, tfds, tmp_path):
     (tmp_path / "cifar").mkdir()
     (tmp_path / "cifar" / "mine.png").touch()
     with pytest.raises(DataError, match="holds files that were not prepared here"):
@@ -205,11 +205,11 @@ def test_shards_of_another_set_are_refused(cifar, tmp_path, counts, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_that_something_else_is_in_is_left_alone(cifar, tfds, tmp_path):
-    (tmp_path / "cifar").mkdir()
-    (tmp_path / "cifar" / "mine").touch()
-    with pytest.raises(DataError, match="holds files that were not prepared here"):
-        prepare_task(cifar, "tfds/cifar100", tmp_path)
+def test_shards_of_another_number_of_classes_are_refused(cifar, tmp_path):
+    shards = write_shards(tmp_path / "shards", {"train": 12, "test": 6})
+    (shards / "classnames.txt").write_text("a\nb\nc\n")
+    with pytest.raises(DataError, match="shards: 3 classes; those of vtab/cifar have 2"):
+        prepare_task(cifar, str(shards), tmp_path / "out")
 
 
 def test_folder_prepared_from_another_source_is_left_alone(cifar, tfds, tmp_path):
@@ -289,13 +289,16 @@ def refused(check: str, folder: Path, name: str) -> str:
     return text
 
 
-def test_check_names_a_number_of_class_names_that_training_refuses(command, cifar, monkeypatch, tmp_path):
+@pytest.mark.parametrize("names, said", [("a\n", "1 name;"), ("a\nb\nc\n", "3 names;")])
+def test_check_names_a_number_of_class_names_that_training_refuses(
+    command, cifar, monkeypatch, tmp_path, names, said
+):
     monkeypatch.setenv("COLUMNS", "300")
     folder = write_vtab(cifar, tmp_path / "cifar")
-    (folder / "classnames.txt").write_text("a\nb\nc\n")
+    (folder / "classnames.txt").write_text(names)
     result = command("check", tmp_path, "--task", "cifar")
     assert result.exit_code == 1
-    assert refused(result.output, folder, "vtab/cifar").startswith("classnames.txt: 3 names")
+    assert refused(result.output, folder, "vtab/cifar").startswith(f"classnames.txt: {said}")
 
 
 def test_check_names_a_class_that_train_lacks_as_training_does(command, monkeypatch, tmp_path):
@@ -331,6 +334,12 @@ def test_check_of_a_task_s_own_folder_takes_it_for_no_other_task(command, cifar,
     result = command("check", write_vtab(TASKS["vtab/cifar"], tmp_path / "cifar100"))
     assert result.exit_code == 0 and "vtab/cifar" in result.output
     assert "not found: vtab/caltech101" in result.output
+
+
+def test_check_of_the_working_directory_has_its_name(command, cifar, monkeypatch, tmp_path):
+    monkeypatch.chdir(write_vtab(cifar, tmp_path / "cifar100"))
+    cells = [line.strip("│ ").split("│")[0].strip() for line in command("check", ".").output.splitlines()]
+    assert cells[cells.index("vtab/cifar") + 1] == "cifar100"
 
 
 def test_lists_of_a_task_s_own_folder_are_read_once(cifar, tmp_path, monkeypatch):

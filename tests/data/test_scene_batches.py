@@ -201,5 +201,10 @@ def test_two_epochs_at_once_are_refused(scenes):
         list(zip(source.epoch(0), source.epoch(1), strict=True))
 
 
+def test_rank_that_no_process_has_is_refused(scenes):
+    with pytest.raises(ValueError, match="rank: 2, wanted 0 to world_size - 1 = 1"):
+        batches(scenes, rank=2, world_size=2)
+
+
 def test_seeds_of_images_and_epochs_differ():
     assert len({image_seed(1, epoch, index) for epoch in range(5) for index in range(5)}) == 25

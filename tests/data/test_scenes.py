@@ -130,6 +130,12 @@ def broken_mask(root):
     (root / "annotations/training/1.png").write_bytes(b"no image")
 
 
+def name_that_is_not_utf8(root):
+    for folder, ending in (("images", "jpg"), ("annotations", "png")):
+        path = root / folder / f"training/1.{ending}"
+        path.rename(path.with_stem("caf\udce9"))
+
+
 def no_validation(root):
     (root / "images/validation").rename(root / "elsewhere")
 
@@ -140,6 +146,10 @@ def no_images(root):
 
 def no_names(root):
     (root / "classnames.txt").unlink()
+
+
+def one_name(root):
+    (root / "classnames.txt").write_text("a\n")
 
 
 def too_many_names(root):
@@ -174,10 +184,12 @@ def no_folder(root):
         (label_out_of_range, "training/1.png: label 7; wanted 0 to 2 of 3 classes, or 255 for no class"),
         (colour_mask, "training/1.png: wanted one whole-number label a pixel"),
         (broken_image, "training/1.jpg: not an image"),
-        (broken_mask, "training/1.png: "),
+        (broken_mask, "training/1.png: not an image in a format that Pillow decodes"),
+        (name_that_is_not_utf8, r"training/caf\\udce9.jpg': found a name that is not UTF-8"),
         (no_validation, "images/validation: there is no such folder; wanted images/training/NAME.jpg"),
         (no_images, "images/validation: found no images"),
         (no_names, "has neither objectInfo150.txt nor classnames.txt"),
+        (one_name, "classnames.txt: 1 class name; wanted 2 or more"),
         (too_many_names, "classnames.txt: 256 names; wanted at most 255"),
         (short_object_info, "objectInfo150.txt: 149 class names; wanted 150"),
         (name_twice_in_object_info, "objectInfo150.txt: 149 class names; wanted 150"),

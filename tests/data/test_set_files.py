@@ -118,7 +118,7 @@ def write_clevr(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("name, modulus", [("vtab/clevr_count", 8), ("vtab/clevr_dist", 6)])
-def test_clevr(small, tmp_path, name, modulus):
+def test_images_of_clevr_are_labelled_by_their_scenes(small, tmp_path, name, modulus):
     found = prepared(small(name, test=6), write_clevr(tmp_path / "set"), tmp_path / "out")
     for part in found.values():
         assert [label for _, label in part] == [int(pixels[0, 0, 0]) % modulus for pixels, _ in part]
@@ -145,7 +145,7 @@ def write_kitti(root: Path) -> Path:
     return root
 
 
-def test_kitti(small, tmp_path):
+def test_images_of_kitti_are_labelled_by_distance_and_split_by_video(small, tmp_path):
     found = prepared(small("vtab/kitti", test=4), write_kitti(tmp_path / "set"), tmp_path / "out")
     videos = {}
     for split, part in found.items():
@@ -191,11 +191,24 @@ def write_dsprites(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("name, row, values", [("vtab/dsprites_loc", 0, 32), ("vtab/dsprites_ori", 1, 40)])
-def test_dsprites(small, tmp_path, name, row, values):
+def test_images_of_dsprites_are_labelled_by_their_factors(small, tmp_path, name, row, values):
     found = prepared(small(name, test=6), write_dsprites(tmp_path / "set"), tmp_path / "out")
     for part in found.values():
         assert [label for _, label in part] == [16 * int(px[row].sum()) // 255 // values for px, _ in part]
         assert {int(pixels.max()) for pixels, _ in part} == {255}
+
+
+def test_archive_of_dsprites_without_the_images_is_named(tmp_path):
+    np.savez(tmp_path / DSpritesFiles.layout, latents_classes=np.zeros((30, 6), np.int64))
+    with pytest.raises(DataError, match="imgs.npy.*; wanted an archive of imgs and latents_classes"):
+        DSpritesFiles(tmp_path)
+
+
+def test_images_of_dsprites_of_another_kind_are_named(tmp_path):
+    arrays = {"imgs": np.zeros((30, 64, 64)), "latents_classes": np.zeros((30, 6), np.int64)}
+    np.savez(tmp_path / DSpritesFiles.layout, **arrays)
+    with pytest.raises(DataError, match=r"imgs is float64 \(30, 64, 64\), wanted uint8"):
+        next(DSpritesFiles(tmp_path).images("train", [0]))
 
 
 def write_norb(root: Path) -> Path:
@@ -222,7 +235,7 @@ def write_norb(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("name, modulus", [("vtab/smallnorb_azi", 18), ("vtab/smallnorb_ele", 9)])
-def test_smallnorb(small, tmp_path, name, modulus):
+def test_images_of_smallnorb_are_labelled_by_their_pose_and_are_of_one_camera(small, tmp_path, name, modulus):
     found = prepared(small(name, test=6), write_norb(tmp_path / "set"), tmp_path / "out")
     for split, part in found.items():
         assert [label for _, label in part] == [int(pixels[0, 0]) % modulus for pixels, _ in part]

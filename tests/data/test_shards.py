@@ -96,6 +96,12 @@ def test_classes_are_numbers_where_nothing_names_them(tmp_path):
     assert open_splits(write_shards(tmp_path, COUNTS, names=False)).classes == ("0", "1")
 
 
+def test_shards_of_one_class_are_refused(tmp_path):
+    shards = write_shards(tmp_path, {"train": 1}, names=False)
+    with pytest.raises(DataError, match="found one class, '0'; wanted two or more"):
+        open_splits(shards, train_on="train+val")
+
+
 def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
     here = [str(item) for item in open_splits(root).train.items]
     assert here == [str(item) for item in open_splits(root.rename(tmp_path / "moved")).train.items]
@@ -146,10 +152,14 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             lambda root: [pack(root / f"train/{i}.tar", {}) for i in range(3)],
             r"train: found no samples in 3 shards",
         ),
+        (
+            lambda root: pack(root / "train/0.tar", {"s\udce9.png": b"", "s\udce9.cls": b"1"}),
+            r"train/0.tar/s\\udce9.png': found a name that is not UTF-8",
+        ),
         (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
-            r"1 class names, but the labels go up to 1",
+            r"classnames.txt: 1 class name; wanted 2 or more, one for each class",
         ),
         (lambda root: (root / "classnames.txt").write_text("a\na\n"), r"line 2: 'a' again, as in line 1"),
         (
@@ -170,6 +180,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "two labels",
         "two of val",
         "no samples",
+        "not UTF-8",
         "cut off",
         "few names",
         "names twice",

@@ -63,7 +63,10 @@ def test_fewer_shots_are_parts_of_more_by_the_same_seed(write_images):
         ({"train_fraction": 0}, "train_fraction: 0, wanted a number above 0 and at most 1"),
         ({"shots": 0}, "shots: 0, wanted 1 or more"),
         ({"shots": 2, "train_fraction": 0.5}, "train_fraction: 0.5 beside shots: 2, wanted one of them"),
-        ({"val_fraction": 1.0}, "val_fraction: 1.0, wanted a number above 0 and below 1"),
+        *(
+            ({"val_fraction": fraction}, f"val_fraction: {fraction}, wanted a number above 0 and below 1")
+            for fraction in (0.0, 1.0, -0.1, float("nan"))
+        ),
         ({"seed": -1}, "seed: -1"),
         ({"data_root": "x"}, "data_root: goes with a data set of timm's"),
         ({"data_root": ""}, "data_root: '', wanted a folder"),

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 import pytest
-from task_trees import shrink, write_fgvc, write_vtab
+from task_trees import shrink, write_fgvc, write_shards, write_vtab
 
 from vpt_fast.data.decode import check_images
 from vpt_fast.data.images import DataError
@@ -207,6 +207,17 @@ def test_missing_images_are_counted_and_the_first_is_named(fgvc):
         open_splits(fgvc, task=FGVC)
 
 
+def test_list_that_is_missing_is_named(vtab):
+    (vtab / "val200.txt").unlink()
+    with pytest.raises(DataError, match="val200.txt: is missing"):
+        open_splits(vtab, task=VTAB)
+
+
+def test_blank_lines_of_a_list_are_no_images(vtab):
+    edit(vtab / "test.txt", "\n", "\n\n")
+    assert sizes(open_splits(vtab, task=VTAB)) == [8, 4, 6]
+
+
 def test_class_that_no_list_has_is_an_error(vtab):
     for file in ("train800.txt", "val200.txt", "test.txt"):
         path = vtab / file
@@ -215,14 +226,28 @@ def test_class_that_no_list_has_is_an_error(vtab):
         open_splits(vtab, task=VTAB)
 
 
-def test_file_that_is_no_json_is_named_with_its_line(fgvc):
-    (fgvc / "val.json").write_text('{\n"a": ')
-    with pytest.raises(DataError, match="val.json, line 2: is not JSON"):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{\n"a": ', "val.json, line 2: is not JSON"),
+        ("[" * 100_000, "val.json: is not JSON: too many values lie within each other"),
+    ],
+    ids=["half", "depth"],
+)
+def test_file_that_is_no_json_is_named(fgvc, text, message):
+    (fgvc / "val.json").write_text(text)
+    with pytest.raises(DataError, match=message):
         open_splits(fgvc, task=FGVC)
 
 
 def test_folder_without_the_task_says_what_was_looked_for(tmp_path):
     with pytest.raises(DataError, match=r"no train800.txt of vtab/cifar in cifar/, cifar100/ and"):
+        open_splits(tmp_path, task=VTAB)
+
+
+def test_shards_in_the_place_of_a_task_s_lists_are_said_to_be_there(tmp_path):
+    write_shards(tmp_path / "cifar", {"train": 2})
+    with pytest.raises(DataError, match="there are shards of a full data set: vpt-fast data prepare"):
         open_splits(tmp_path, task=VTAB)
 
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from attention_definition import error
+from definitions import relative_error
 from vpt_fast.kernels.prompted_attention import window_ops, window_reference
 from vpt_fast.kernels.prompted_attention.window_reference import WindowBias
 from window_attention_definition import (
@@ -59,7 +59,7 @@ def test_plain_pytorch_equals_the_definition(size: Size, is_shared: bool, keep_o
     case = make_case(size, is_shared, torch.float64)
     actual, expected = computed(window_reference, case, keep_out), defined(case.to(torch.float64))
     for name, ours, exact in zip(NAMES, actual, expected, strict=False):
-        assert error(ours, exact) < 1e-12, name
+        assert relative_error(ours, exact) < 1e-12, name
 
 
 @pytest.mark.parametrize("size", [PLAIN, MIXED], ids=str)

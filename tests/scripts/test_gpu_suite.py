@@ -100,7 +100,7 @@ def test_variants_that_were_timed_beside_others_are_timed_again_by_what_runs_alo
     assert (project.root / "seen").read_text() == "k.py; k.best_config k.py; "
 
 
-@pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day"])
+@pytest.mark.parametrize("change", ["source", "version", "fresh", "nothing", "day", "helper", "test"])
 def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_request(
     project: Project, change: str
 ) -> None:
@@ -108,9 +108,12 @@ def test_what_has_passed_runs_again_only_for_other_sources_or_versions_or_on_req
     project.run()
     if change == "source":
         (project.root / "kernels" / "tile.py").write_text("TILE = 128\n")
+    if change in ("helper", "test"):
+        (project.root / "tests").mkdir()
+        (project.root / "tests" / {"helper": "tiny.py", "test": "test_tiny.py"}[change]).touch()
     header = HEADER | {"version": {"torch": "2.15"}, "day": {"date": "2026-11-24"}}.get(change, {})
     assert project.run(*["--fresh"] * (change == "fresh"), header=header) == 0
-    assert project.runs_of("test_good") == (1 if change in ("nothing", "day") else 2)
+    assert project.runs_of("test_good") == (1 if change in ("nothing", "day", "test") else 2)
 
 
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_has_failed(project: Project) -> None:
@@ -130,8 +133,8 @@ def test_what_does_not_fit_is_left_for_the_next_command(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.part("test_hang", HANG)
-    project.part("throughput", "pass", seconds=1.0, alone=True)
-    assert project.run("--minutes", "0.02") == 3
+    project.part("throughput", "pass", seconds=0.3, alone=True)
+    assert project.run("--minutes", "0.005") == 3  # which are 0.3 s
     assert project.report()["parts"]["test_hang"]["state"] == "unfinished"
     assert project.runs_of("throughput") == 0
     assert "left: test_hang, throughput: run it again" in capsys.readouterr().out
@@ -139,11 +142,13 @@ def test_what_does_not_fit_is_left_for_the_next_command(
 
 def test_a_part_that_took_longer_than_thought_is_given_that_time_from_then_on(project: Project) -> None:
     project.part("test_good", "pass")
-    project.part("throughput", "import time; time.sleep(1.2)", alone=True)
-    assert project.run("--parts", "throughput") == 0
-    project.parts[0] = Part("test_good", (sys.executable, "-c", "pass"), 0.0, 60.0, False)
-    assert project.run("--fresh", "--minutes", "0.02") == 3  # which are 1.2 s
-    assert project.runs_of("throughput") == 1
+    project.part("throughput", "pass", alone=True)
+    assert project.run() == 0
+    report = project.report()
+    report["parts"]["throughput"]["seconds"] = 61.0
+    (project.root / "results" / FILE).write_text(json.dumps(report))
+    assert project.run("--fresh", "--minutes", "1") == 3
+    assert (project.runs_of("test_good"), project.runs_of("throughput")) == (2, 1)
 
 
 def test_an_interruption_loses_nothing_that_is_done(

@@ -328,6 +328,12 @@ def test_the_readme_says_where_the_host_is_the_limit(project: Project, graphed: 
     assert ("waits for the CPU" in " ".join(project.text(page.README).split())) == waits
 
 
+def test_the_readme_says_how_fast_it_is_beside_a_backbone_without_prompts(project: Project) -> None:
+    project.add("h100", [row("vpt_fast", 300.0), row("concat_timm", 200.0), row("no_prompts", 400.0)])
+    text = " ".join(project.text(page.README).split())
+    assert "vpt_fast runs at 0.75 times the speed of timm's blocks without prompts." in text
+
+
 def test_a_library_that_is_not_installed_is_said_once(project: Project) -> None:
     missing = kernel_row(impl="flash_attn", exact=False, error="no module")
     out_of_memory = kernel_row(impl="sdpa_flash", exact=False, error="out of memory")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,12 @@ import pytest
 import small_tasks
 import small_tasks_study as study
 import typer
+from photographs import archive_of
 from PIL import Image
+from run_fixtures import empty_study, no_curves, quick_studies  # noqa: F401
 from scipy import ndimage
+
+from vpt_fast.data.splits import open_splits
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,16 +77,6 @@ def test_every_photograph_is_in_one_split_under_one_turn() -> None:
     assert sorted(seen) == list(range(total))
 
 
-def archive_of(path: Path, *pictures: tuple[int, int]) -> Path:
-    """A tar archive of one class with black JPEG files of these (width, height)."""
-    with tarfile.open(path, "w:gz") as tar:
-        for index, size in enumerate(pictures):
-            file = path.with_suffix(".jpg")
-            Image.new("RGB", size).save(file)
-            tar.add(file, f"cat/{index}.jpg")
-    return path
-
-
 def test_a_task_is_written_as_a_whole_or_not_at_all_and_once(tmp_path: Path) -> None:
     def images(*shades: int, broken: bool = False) -> Iterator[small_tasks.Labelled]:
         for i, shade in enumerate(shades):
@@ -115,6 +109,24 @@ def test_an_archive_that_is_none_is_named_before_anything_is_written(tmp_path: P
     assert list((tmp_path / "tasks").iterdir()) == []
 
 
+def test_an_archive_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "a.tar.gz", (32, 32), (32, 32))
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(typer.BadParameter, match=r"a.tar.gz is no tar archive, or not whole"):
+        small_tasks.main(tmp_path / "tasks", archive, 0)
+
+
+def test_a_folder_for_each_task_of_the_study_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_tasks, "SPLITS", dict.fromkeys(small_tasks.SPLITS, 8))
+    archive = archive_of(tmp_path / "a.tar.gz", *[(32, 32)] * 24)
+    small_tasks.main(tmp_path / "tasks", archive, 0)
+    for name in study.TASKS:
+        splits = open_splits(tmp_path / "tasks" / name)
+        assert name == "digits" or [len(splits.train), len(splits.val), len(splits.test)] == [8, 8, 8]
+
+
 def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="cat/1.jpg is 64x48, wanted 32x32"):
         small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32), (64, 48)), 0)
@@ -123,7 +135,6 @@ def test_a_photograph_of_another_size_is_named(tmp_path: Path) -> None:
 def test_too_few_photographs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"a.tar.gz with 1, want 2000 or more"):
         small_tasks.main(tmp_path / "tasks", archive_of(tmp_path / "a.tar.gz", (32, 32)), 0)
-    assert list((tmp_path / "tasks").iterdir()) == []  # nothing that another archive's would be taken from
 
 
 def test_a_task_that_is_not_there_is_named_with_what_writes_it(tmp_path: Path) -> None:
@@ -169,6 +180,26 @@ def test_the_committed_page_says_how_training_is_not_the_paper_s() -> None:
 def test_a_study_that_is_not_finished_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="digits/linear is not finished"):
         study.collect(tmp_path, ["digits"], list(study.METHODS))
+
+
+def test_study_writes_what_its_sweeps_have_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_tasks, "SPLITS", {"train": 12, "val": 6, "test": 6})
+    small_tasks.write_task(
+        tmp_path / "tasks" / "shape_count",
+        {split: small_tasks.drawn_images("shape_count", split, seed=0) for split in small_tasks.SPLITS},
+    )
+    monkeypatch.setattr(study, "METHODS", {"linear": (dict(epochs=1, batch_size=6), (0.1,))})
+    plan = study.plan
+    monkeypatch.setattr(study, "plan", lambda *of: dataclasses.replace(plan(*of), seeds=(42, 44)))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "small-tasks.md").write_text(f"<!-- {study.MARKER} -->\n<!-- {study.MARKER} -->\n")
+    for folder in (None, docs):
+        study.main(tmp_path / "tasks", tmp_path / "out", "shape_count", "linear", folder)
+    found = json.loads((docs / "small-tasks/results.json").read_text())["tasks"]["shape_count"]["linear"]
+    committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())["tasks"]["digits"]["linear"]
+    assert found.keys() == committed.keys()
+    assert found["val_accuracies"].keys() == {"0.1"} and found["test_accuracies"].keys() == {"42", "44"}
 
 
 def test_results_of_another_task_join_those_that_are_there(tmp_path: Path) -> None:

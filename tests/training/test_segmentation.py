@@ -103,6 +103,16 @@ def test_eval_repeats_the_scores_of_training(run, command, scenes):
     assert found["loss"] == pytest.approx(last["val_loss"]) and found["per_class"].keys() == set(CLASSES)
 
 
+def test_report_of_the_generated_scenes_has_the_scores_of_training(run, scenes, tmp_path):
+    generated.report(run[1].path, scenes, tmp_path / "report")
+    found = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert found["single_scale"]["miou"] == run[1].metrics[-1]["val_miou"]
+    assert 0 < found["multi_scale"]["miou"] != found["single_scale"]["miou"]
+    assert (found["train_images"], found["epochs"]) == (12, 3)
+    with Image.open(tmp_path / "report" / "scenes.png") as picture:
+        assert picture.format == "PNG"
+
+
 def test_eval_takes_label_0_for_what_it_was_in_training(run, scenes, monkeypatch):
     labels = dataclasses.replace(Labels.read(run[1].path / "prompts"), ignore_zero=True)
     asked = []

@@ -147,7 +147,17 @@ def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_pa
     assert sum(counted) == 36
 
 
-def test_ctrl_c_interrupts_the_computation_of_frozen_features(small, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Ctrl-C is not ignored, as it is in tests that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_interrupts_the_computation_of_frozen_features(
+    small, tmp_path, monkeypatch, ctrl_c_interrupts
+):
     seen = []
 
     def frozen_features(self, images):

@@ -13,7 +13,7 @@ import torch
 
 from .decode import CheckedImages, default_workers, load_image, load_resident
 from .images import ImageItem, ImageList
-from .loader import PlannedLoader, copies_may_overlap
+from .loader import PlannedLoader, copies_may_overlap, require_usable
 from .preprocessing import Preprocessing
 from .resident import ResidentImages, device_budget, host_bytes_left, least_bytes, resident_budget
 
@@ -79,17 +79,14 @@ class Batches:
         ready = images.resident if isinstance(images, CheckedImages) else None
         images = images.images if isinstance(images, CheckedImages) else images
         workers = default_workers() if workers is None else workers
-        for name, value, least in (
-            ("images", len(images), 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("workers", workers, 0),
-            ("world_size", world_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: {value}, wanted {least} or more")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank}, wanted 0 to world_size - 1 = {world_size - 1}")
+        require_usable(
+            images=len(images),
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
         if resident not in RESIDENT:
             raise ValueError(f"resident: {resident!r}, wanted one of {', '.join(RESIDENT)}")
 

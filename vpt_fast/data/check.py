@@ -16,15 +16,14 @@ class SplitFound:
     """One list of a task: `images` is None if it cannot be read; `expected` is 0 for val if it is held out of
     train."""
 
-    split: str
     images: int | None
     expected: int
 
 
 @dataclass(frozen=True)
 class TaskFound:
-    """A task in a folder: `folder` is None if nothing of it was found; `num_classes` counts the classes that
-    occur in its lists."""
+    """A task in a folder: `folder`, an absolute path, is None if nothing of it was found; `splits` are those
+    of its lists of train, val and test; `num_classes` counts the classes that occur in them."""
 
     task: Task
     folder: Path | None
@@ -45,8 +44,8 @@ def check_task(task: Task, root: Path) -> TaskFound:
         shards = [name for name in task.folders if holds_shards(root / name)]
         found = f"{shards[0]}/ holds shards of a full data set" if shards else "not found"
         return TaskFound(task, None, (), 0, (found,))
-    whole = folder.absolute()
-    files = read_task(task, whole)
+    folder = folder.absolute()  # that of "." has a name
+    files = read_task(task, folder)
     problems = list(files.problems)
     if not problems:
         try:
@@ -60,12 +59,12 @@ def check_task(task: Task, root: Path) -> TaskFound:
         listed = files.lists.get(split)
         if listed is not None:
             images = None if listed.entries is None else len(listed.entries)
-            splits.append(SplitFound(split, images, listed.expected))
+            splits.append(SplitFound(images, listed.expected))
         else:  # a missing val list is no problem for FGVC: a tenth of train is held out instead
-            splits.append(SplitFound(split, *((0, 0) if split == "val" else (None, task.sizes[split]))))
+            splits.append(SplitFound(0, 0) if split == "val" else SplitFound(None, task.sizes[split]))
     classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
     # What is printed of a task names its folder once.
-    shown = tuple(problem.replace(f"{whole}/", "").removeprefix(f"{whole}: ") for problem in problems)
+    shown = tuple(problem.replace(f"{folder}/", "").removeprefix(f"{folder}: ") for problem in problems)
     return TaskFound(task, folder, tuple(splits), len(classes), shown)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vpt_fast import control_groups
 
-from .images import DataError, ImageItem, ImageList, open_image
+from .images import DataError, ImageItem, ImageList, open_image, some_names
 from .preprocessing import Preprocessing
 from .resident import ResidentBuilder, ResidentImages
 
@@ -33,7 +33,6 @@ _TRANSPOSITIONS = {
 }
 """EXIF orientation -> transposition that makes the image upright."""
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_NAMES_SHOWN = 5
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -97,9 +96,15 @@ def decode_image(path: str | ImageItem) -> Image.Image:
         DecodeError: the file is missing, unreadable, truncated or not an image; it has more pixels than
             Pillow's limit against decompression bombs allows; or its pixels are outside the ranges above.
     """
+    with decoding(path), open_image(path) if isinstance(path, str | os.PathLike) else path.open() as file:
+        return upright_rgb(file)
+
+
+@contextlib.contextmanager
+def decoding(path: str | ImageItem) -> Iterator[None]:
+    """Whatever goes wrong within is a DecodeError of `path`, but for a lack of memory."""
     try:
-        with open_image(path) if isinstance(path, str | os.PathLike) else path.open() as file:
-            return upright_rgb(file)
+        yield
     except MemoryError:
         raise
     # On broken files Pillow's parsers raise almost anything: SyntaxError, struct.error, KeyError, ...
@@ -259,10 +264,9 @@ def leave_out(
     remaining = images.select([i for i in range(len(images)) if i not in broken])
     errors = sorted(broken.items())
     if lost := sorted(set(images.labels) - set(remaining.labels)):
-        names = ", ".join(images.classes[label] for label in lost[:_NAMES_SHOWN])
-        more = f" and {len(lost) - _NAMES_SHOWN} more classes" if len(lost) > _NAMES_SHOWN else ""
+        names = some_names([images.classes[label] for label in lost], "")
         example = next(error for i, error in errors if images.labels[i] == lost[0])
-        raise DataError(f"no image of {names}{more} can be decoded; the first: {example}")
+        raise DataError(f"no image of {names} can be decoded; the first: {example}")
     skipped = tuple(SkippedImage(error.path, error.reason) for _, error in errors)
     return CheckedImages(remaining, skipped, resident)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from .decode import upright_rgb
+from .decode import decoding, upright_rgb
 from .images import (
     MOST_CLASSES,
     DataError,
@@ -139,32 +139,29 @@ def _read(name: str, root: str | None, split: str) -> ImageList:
 def _labels(dataset: Any, where: str) -> list[int]:
     """The labels of all rows, without decoding an image."""
     reader = getattr(dataset, "reader", None)
-    found: Iterable[Any] | None = None
-    if reader is not None and hasattr(reader, "dataset") and hasattr(reader, "label_key"):
-        found = reader.dataset[reader.label_key]
-    elif reader is not None and hasattr(reader, "samples"):
-        found = [sample[1] for sample in reader.samples]
-    else:
-        field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
-        found = None if field is None else getattr(dataset, field)
-    if found is None:
+    if reader is not None:  # timm's, of the Hugging Face hub's data sets
+        return _class_numbers(reader.dataset[reader.label_key], where)
+    field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
+    if field is None:
         raise DataError(f"{where}: {type(dataset).__name__} does not list its labels")
+    return _class_numbers(getattr(dataset, field), where)
+
+
+def _class_numbers(labels: Iterable[Any], where: str) -> list[int]:
     try:
-        return [int(label) for label in found]
+        return [int(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: wanted one class number for each image: {error}") from error
 
 
 def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], list[int]]:
     items: list[ImageItem] = []
-    labels: list[int] = []
+    labels: list[Any] = []
     budget = host_budget()
     taken = 0
     for image, label in dataset:
-        try:
+        with decoding(f"{where}: image {len(items)}"):
             pixels = np.asarray(upright_rgb(image))
-        except ValueError as error:
-            raise DataError(f"{where}: image {len(items)}: {error}") from error
         taken += pixels.nbytes
         if taken > budget:
             raise DataError(
@@ -172,8 +169,8 @@ def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], 
                 " cannot be held in memory; write it to a folder of class folders"
             )
         items.append(HeldImage(pixels, f"{split}[{len(items)}]"))
-        labels.append(int(label))
-    return tuple(items), labels
+        labels.append(label)
+    return tuple(items), _class_numbers(labels, where)
 
 
 def class_names(dataset: Any, count: int) -> tuple[str, ...]:

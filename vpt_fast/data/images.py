@@ -15,6 +15,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import EpsImagePlugin, Image
 
+from vpt_fast.counting import counted
 from vpt_fast.files import parse_json
 
 MOST_CLASSES = 1_000_000
@@ -204,6 +205,33 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: is missing") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text") from None
+
+
+def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
+    """Reads one name per line, in the order of the labels; None if there is no such file. Blank lines at the
+    end are ignored.
+
+    Raises:
+        DataError: there are fewer than `at_least` names, or duplicates; a line among them is blank; the file
+            is not text.
+    """
+    if not path.exists():
+        return None
+    lines = tuple(read_text(path).rstrip("\r\n").splitlines())
+    first: dict[str, int] = {}
+    for number, name in enumerate(lines, 1):
+        if not name.strip():
+            raise DataError(f"{path}, line {number}: is blank; wanted a class's name")
+        if name in first:
+            raise DataError(
+                f"{path}, line {number}: {name!r} again, as in line {first[name]}; wanted other names"
+            )
+        first[name] = number
+    if len(lines) < at_least:
+        raise DataError(
+            f"{path}: {counted(len(lines), 'class name')}; wanted {at_least} or more, one for each class"
+        )
+    return lines
 
 
 def read_json_file(path: Path) -> Any:

@@ -25,6 +25,24 @@ def copies_may_overlap(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def require_usable(
+    *, images: int, batch_size: int, seed: int, workers: int, rank: int, world_size: int
+) -> None:
+    """Raises ValueError, which names the argument, for one that no batches of `images` images are made
+    with."""
+    for name, value, least in (
+        ("images", images, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("workers", workers, 0),
+        ("world_size", world_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: {value}, wanted {least} or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: {rank}, wanted 0 to world_size - 1 = {world_size - 1}")
+
+
 class PlannedLoader(Generic[_Read]):
     """Reads an epoch's batches, each a list of what `read` takes, in processes that live over all epochs.
 

@@ -27,7 +27,7 @@ from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, 
 
 from .factory import class_names, open_set
 from .images import DataError, ImageList
-from .set_files import SET_FILES, SetFiles, Writer
+from .set_files import SET_FILES, SetFiles, Writer, png_writer
 from .shards import TarImage, holds_shards, read_shards
 from .tasks import HOW_TO_GET, VTAB_FILES, Task
 from .vtab_labels import LABEL_RULES, LabelRule
@@ -58,7 +58,7 @@ TFDS_RANGES = {
 }
 """Task -> the TensorFlow Datasets ranges of train800, val200 and test."""
 
-_Sample = tuple[Callable[[Path], None], str, int]  # writes the image to a path; file extension; label
+_Sample = tuple[Writer, str, int]  # writes the image to a path; file extension; label
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,8 @@ def _write(
     lists["train800val200.txt"] = lists[VTAB_FILES["train"]] + lists[VTAB_FILES["val"]]
     if len(found.classes) == task.num_classes:
         lists["classnames.txt"] = "".join(f"{name}\n" for name in found.classes)
-    for file in sorted(
-        lists, key=VTAB_FILES["train"].__eq__
-    ):  # train800.txt last: its presence marks the task as complete
+    # train800.txt last: its presence marks the task as complete
+    for file in sorted(lists, key=VTAB_FILES["train"].__eq__):
         with replacing(folder / file) as temporary:
             temporary.write_text(lists[file], encoding="utf-8")
     return done
@@ -258,11 +257,7 @@ def _rows(dataset: IterableDataset[Any], rule: LabelRule | None) -> Iterator[_Sa
     for image, value in dataset:
         if rule is not None and rule.scale != 1:
             image = Image.fromarray(np.asarray(image) * np.uint8(rule.scale))
-        yield _png_writer(image), ".png", int(value) if rule is None else rule.label(value)
-
-
-def _png_writer(image: Image.Image) -> Callable[[Path], None]:
-    return lambda path: image.convert("RGB").save(path, "png")
+        yield png_writer(image.convert("RGB")), ".png", int(value) if rule is None else rule.label(value)
 
 
 def _read_files(task: Task, files: SetFiles) -> _Source:
@@ -351,7 +346,7 @@ def _members(images: ImageList, bins: LabelRule | None) -> Iterator[_Sample]:
         yield _copy_writer(item), Path(item.name).suffix, label if bins is None else bins.label(label)
 
 
-def _copy_writer(item: TarImage) -> Callable[[Path], None]:
+def _copy_writer(item: TarImage) -> Writer:
     def write(path: Path) -> None:
         path.write_bytes(item.read())
 

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .decode import default_workers
-from .loader import PlannedLoader, copies_may_overlap
+from .loader import PlannedLoader, copies_may_overlap, require_usable
 from .scene_preprocessing import ScenePreprocessing, image_seed
 from .scenes import SceneList, read_scene
 
@@ -54,9 +54,14 @@ class SceneBatches:
         world_size: int = 1,
     ) -> None:
         workers = default_workers() if workers is None else workers
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("workers", workers, 0)):
-            if value < least:
-                raise ValueError(f"{name}: {value}, wanted {least} or more")
+        require_usable(
+            images=len(scenes),
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
         self.num_images = len(scenes)
         self.preprocessing = preprocessing
         self.batch_size = batch_size if train else 1

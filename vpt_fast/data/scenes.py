@@ -11,10 +11,17 @@ from PIL import Image
 
 from vpt_fast.counting import counted
 
-from .decode import DecodeError, SkippedImage, decode_image, map_threads, transposition_of
+from .decode import DecodeError, SkippedImage, decode_image, decoding, map_threads, transposition_of
 from .folder import IMAGE_EXTENSIONS
-from .images import DataError, open_image, read_text, refuse_pipe, some_names
-from .shards import read_class_names
+from .images import (
+    DataError,
+    open_image,
+    read_class_names,
+    read_text,
+    refuse_pipe,
+    require_utf8,
+    some_names,
+)
 
 IGNORED = 255
 """In a mask of class indices, a pixel without a class."""
@@ -135,6 +142,7 @@ def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool
     if not images:
         raise DataError(f"{folders[0]}: found no images; {LAYOUT}")
     for path in images:
+        require_utf8(path)
         refuse_pipe(path)
     masks = [folders[1] / f"{path.stem}.png" for path in images]
     if missing := [mask.name for mask in masks if not mask.is_file()]:
@@ -154,13 +162,8 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
     Raises:
         DecodeError: the file cannot be read, does not hold one label per pixel, or holds an invalid label.
     """
-    try:
-        with open_image(path) as file:
-            labels = np.asarray(file)
-    except MemoryError:
-        raise
-    except Exception as error:  # see decode_image: broken files raise almost anything
-        raise DecodeError(path, str(error) or "broken file") from error
+    with decoding(path), open_image(path) as file:
+        labels = np.asarray(file)
     if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise DecodeError(path, "wanted one whole-number label a pixel: a greyscale or palette PNG")
     first = 1 if no_zero else 0

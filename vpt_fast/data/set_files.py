@@ -146,6 +146,7 @@ class DSpritesFiles(SetFiles):
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 self._classes = arrays["latents_classes"]
+                arrays.zip.getinfo("imgs.npy")  # which `images` reads
         except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
@@ -244,10 +245,10 @@ def _records(
     for number in numbers:
         file.seek(start + int(number) * size * stride)
         pixels = np.frombuffer(file.read(size), np.uint8).reshape(shape) * (255 // white)
-        yield _png_writer(Image.fromarray(pixels)), ".png"
+        yield png_writer(Image.fromarray(pixels)), ".png"
 
 
-def _png_writer(image: Image.Image) -> Writer:
+def png_writer(image: Image.Image) -> Writer:
     return lambda path: image.save(path, "png")
 
 

@@ -19,7 +19,17 @@ from PIL import Image
 from vpt_fast.counting import counted
 
 from .folder import IMAGE_EXTENSIONS, SPLIT_FOLDERS
-from .images import DataError, ImageList, Splits, class_number, hold_out, open_image, read_text
+from .images import (
+    DataError,
+    ImageList,
+    Splits,
+    class_number,
+    hold_out,
+    open_image,
+    read_class_names,
+    read_text,
+    require_utf8,
+)
 
 _LONGEST_LABEL = 100  # bytes
 
@@ -88,31 +98,6 @@ def read_shards(root: Path) -> dict[str, ImageList]:
     }
 
 
-def read_class_names(path: Path, at_least: int) -> tuple[str, ...] | None:
-    """Reads one name per line, in the order of the labels; None if there is no such file. Blank lines at the
-    end are ignored.
-
-    Raises:
-        DataError: there are fewer than `at_least` names, or duplicates; a line among them is blank; the file
-            is not text.
-    """
-    if not path.exists():
-        return None
-    lines = tuple(read_text(path).rstrip("\r\n").splitlines())
-    first: dict[str, int] = {}
-    for number, name in enumerate(lines, 1):
-        if not name.strip():
-            raise DataError(f"{path}, line {number}: is blank; wanted a class's name")
-        if name in first:
-            raise DataError(
-                f"{path}, line {number}: {name!r} again, as in line {first[name]}; wanted other names"
-            )
-        first[name] = number
-    if len(lines) < at_least:
-        raise DataError(f"{path}: {len(lines)} class names, but the labels go up to {at_least - 1}")
-    return lines
-
-
 def _shard_files(folder: Path) -> dict[int, Path]:
     """Number -> tar."""
     found: dict[int, Path] = {}
@@ -179,6 +164,7 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                             f"{path}: {key} has two images, {images[key].name.rpartition('/')[2]} and {file}"
                         )
                     name = f"{split}/{path.name}/{member.name}"
+                    require_utf8(name)
                     images[key] = TarImage(path, member.offset_data, member.size, name)
     except DataError:
         raise

@@ -65,6 +65,8 @@ def open_splits(
         raise ValueError(f"seed: {seed}, wanted 0 or more")
     held_out = val_fraction if train_on == "train" else None
     splits = _open(data, task, with_test, held_out, data_root, seed)
+    if len(splits.classes) < 2:
+        raise DataError(f"{data}: found one class, {splits.classes[0]!r}; wanted two or more")
     if with_test and splits.test is None:
         raise DataError(f"{data}: has no test split")
     train, val = splits.train, splits.val

@@ -16,8 +16,17 @@ from typing import Any
 
 from vpt_fast.counting import counted
 
-from .images import DataError, ImageList, Splits, class_number, hold_out, read_json_file, read_text
-from .shards import holds_shards, read_class_names
+from .images import (
+    DataError,
+    ImageList,
+    Splits,
+    class_number,
+    hold_out,
+    read_class_names,
+    read_json_file,
+    read_text,
+)
+from .shards import holds_shards
 from .tasks import Task
 
 FGVC_VAL_FRACTION = 0.1  # of train, held out if there is no val.json: the paper's appendix
@@ -195,9 +204,11 @@ def _missing_files(root: Path, entries: tuple[tuple[str, str, int], ...]) -> lis
 
 
 def _named_classes(task: Task, path: Path) -> tuple[str, ...] | None:
-    classes = read_class_names(path, task.num_classes)
+    classes = read_class_names(path, 1)
     if classes is not None and len(classes) != task.num_classes:
-        raise DataError(f"{path}: {len(classes)} names; {task.name} has {task.num_classes} classes")
+        raise DataError(
+            f"{path}: {counted(len(classes), 'name')}; {task.name} has {task.num_classes} classes"
+        )
     return classes
 
 
