@@ -527,6 +527,7 @@ class TunedModel(nn.Module, metaclass=_Built):
                     config.num_classes,
                     task=self.hub_task,
                     stores_backbone=self.stores_backbone,
+                    call=config.backbone_call,
                 )
                 (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
             commit = api.upload_folder(
