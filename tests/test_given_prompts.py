@@ -360,6 +360,7 @@ def test_others_are_refused_by_name(given: Any, message: str) -> None:
     [
         (wrong(2, 4, 16), r"prompts: got one tensor, want a sequence of 2, as the model's own"),
         ([wrong(2, 4, 16)], r"prompts: got 1 tensors, want a sequence of 2"),
+        (1, r"prompts: got int, want a sequence of 2"),
         ([wrong(2, 4, 16), wrong(2, 4, 16)], r"prompts.1: got shape \(2, 4, 16\), want \(2, 4, 32\) for"),
     ],
 )
