@@ -275,6 +275,13 @@ class FrozenClassifier(TunedClassifier):
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._backend, self._attention = backend, attention
 
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def _bytes_behind_blocks(self, num_rows: int) -> int:
+        """Bytes kept for backward of one image by pooling, which reads `num_rows` rows (under autocast it is
+        less), and of the head its input."""
+        pooling = self.backbone.features_bytes(num_rows, self.pool)
+        return pooling + self.num_features * self._feature_dtype.itemsize
+
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
 
@@ -401,16 +408,13 @@ class PromptedClassifier(FrozenClassifier):
         for `_step_bytes`."""
         raise NotImplementedError
 
-    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
     def _bytes_beside_blocks(
         self, batch_size: int, num_tokens: int, given: PromptShapes | None = None
     ) -> int:
-        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling (under
-        autocast it is less) and of the head its input."""
+        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, behind the blocks."""
         if self.bytes_beside is not None:
             return batch_size * self.bytes_beside
-        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens, given), self.pool)
-        return batch_size * (pooling + self.num_features * self._feature_dtype.itemsize)
+        return batch_size * self._bytes_behind_blocks(self._num_rows_read(num_tokens, given))
 
 
 class TrainedPart(nn.Module):

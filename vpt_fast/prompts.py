@@ -25,6 +25,7 @@ DROPOUT_PER = ("image", "batch")
 IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # locations of deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
+IN_IMAGE = ("pad", "concat-channel")  # locations whose prompts change the image's own tokens before any block
 
 PromptShapes = tuple[tuple[int, int], ...]  # (1 or B, m) of each set of prompts that enter a model's blocks
 

@@ -221,6 +221,17 @@ class FrozenViT(nn.Module):
         # Without prefix tokens, nothing has yet copied a convolution's output to channels-last.
         return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
 
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def embed_bytes(self, *, grad_images: bool) -> int:
+        """Bytes that `embed` keeps for backward of one image of the model's own size, counted on the meta
+        device in the modules' own dtype. grad_images: whether the image's gradient is wanted."""
+        meta = on_meta(self)
+        shape = (1, meta.stem.patch_embed.proj.in_channels, *self.image_size)
+        images = torch.empty(shape, device="meta", requires_grad=grad_images)
+        with cost.counting_kept(meta) as kept_sizes:
+            meta.embed(images)
+        return sum(kept_sizes())
+
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
         """Prompts that are a strip of patches: (1, C, p, p·m) -> (1, m, d), without position embedding."""
         patch_embed = self.stem.patch_embed
