@@ -25,6 +25,7 @@ from vpt_fast.backbones.layers import (
     linear_parts,
     on_meta,
     require_embedding,
+    require_images,
     require_no_hooks,
 )
 from vpt_fast.backbones.parts import (
@@ -215,7 +216,11 @@ class FrozenViT(nn.Module):
 
         The residual stream is kept for backward only under the policy "recompute", so float32 costs memory
         only there; it costs time, since every block reads and writes the stream.
+
+        Raises ValueError for a batch of 0 with dynamic_img_size.
         """
+        if self.stem.dynamic_img_size:
+            require_images(images, "timm's positions for images of any size (dynamic_img_size)")
         x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj))
         x = self._norm_pre(self._add_positions(x))
         # Without prefix tokens, nothing has yet copied a convolution's output to channels-last.
