@@ -297,7 +297,8 @@ class PromptedClassifier(FrozenClassifier):
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
+        # Kept outside the blocks per image of the model's own size, and by others in proportion to their
+        # patches, which "auto" leaves room for; None: by pooling and the head.
         self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
         self._chosen: dict[tuple[Any, ...], str] = {}  # by what `_choose_policy` is called with
@@ -413,7 +414,9 @@ class PromptedClassifier(FrozenClassifier):
     ) -> int:
         """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, behind the blocks."""
         if self.bytes_beside is not None:
-            return batch_size * self.bytes_beside
+            prefix = self.backbone.num_prefix_tokens
+            patches, own = num_tokens - prefix, self.backbone.num_tokens - prefix
+            return batch_size * self.bytes_beside * patches // own
         return batch_size * self._bytes_behind_blocks(self._num_rows_read(num_tokens, given))
 
 
