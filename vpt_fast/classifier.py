@@ -384,8 +384,8 @@ class PromptedClassifier(FrozenClassifier):
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the compute dtype (the model's own, or autocast's; behind the blocks always the model's own) and
-        under the model's memory policy."""
+        """In the compute dtype (the model's own, or autocast's; outside the blocks always the model's own)
+        and under the memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
