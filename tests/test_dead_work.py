@@ -21,6 +21,7 @@ from vpt_fast import LinearProbe, PromptedConvNet, PromptedSegmenter, PromptedVi
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
 from vpt_fast.tuning.bias import BiasTuning
+from vpt_fast.tuning.cls_token import ClsTokenTuning
 
 WIDTH, HEADS, HIDDEN, CLASSES, PATCH = 32, 2, 64, 5, 8
 BATCH = 3
@@ -407,6 +408,32 @@ def test_what_pooling_keeps_is_in_the_estimate(
     with KeptBytes(model, images) as kept:
         model(images)
     assert model.estimate_training_bytes(BATCH)["kept"] == pytest.approx(kept.total, rel=tolerance)
+
+
+BEFORE = {
+    "channels": lambda: PromptedViT(
+        tiny_vit(torch.float32), CLASSES, M, "shallow", prompt_location="concat-channel"
+    ),
+    "border_and_norm": lambda: PromptedViT(
+        tiny_vit(torch.float32, pre_norm=True), CLASSES, 4, "shallow", prompt_location="pad"
+    ),
+    "unfrozen": lambda: unfrozen_embedding(PromptedViT(tiny_vit(torch.float32), CLASSES, M)),
+    "cls_token": lambda: ClsTokenTuning(tiny_vit(torch.float32, pre_norm=True), CLASSES),
+}
+
+
+def unfrozen_embedding(model: PromptedViT) -> PromptedViT:
+    model.backbone.stem.patch_embed.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("build", BEFORE.values(), ids=BEFORE)
+def test_what_is_kept_before_the_blocks_is_in_the_estimate(build) -> None:
+    model = build().train()
+    images, _ = random_batch(model, BATCH, dtype=torch.float32)
+    with KeptBytes(model, images) as kept:
+        model(images)
+    assert model.estimate_training_bytes(BATCH)["kept"] == kept.total
 
 
 COUNTED = {

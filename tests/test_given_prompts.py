@@ -158,6 +158,21 @@ def test_a_tensor_for_each_set_of_any_length_equals_concatenation(name: str, per
         assert relative_error(ours, wanted) < TOLERANCE, f"gradient {index}"
 
 
+@pytest.mark.parametrize("memory", [name for name in MEMORY if name not in ("auto", "compact")])
+@pytest.mark.parametrize("trained", [(True, False, True), (False, True, False)], ids=str)
+def test_a_tensor_for_each_set_of_which_some_are_not_trained(trained: tuple[bool, ...], memory: str) -> None:
+    model, plain = pair("deep", memory=memory)
+    images, _ = random_batch(model, BATCH)
+    sets = sets_of_other_lengths(model, (False, True, True))
+    for given, is_trained in zip(sets, trained, strict=True):
+        given.requires_grad_(is_trained)
+    wanted = [given for given in sets if given.requires_grad]
+    actual, expected = model(images, prompts=tuple(sets)), sets_image_by_image(plain, images, sets)
+    found = zip(gradients(actual, model, *wanted), gradients(expected, plain, *wanted), strict=True)
+    for ours, theirs in found:
+        assert relative_error(ours, theirs) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["add", "add-1"])
 def test_a_tensor_for_each_set_that_is_added_gives_what_one_for_all_gives(name: str) -> None:
     model, _ = pair(name)
@@ -360,6 +375,7 @@ def test_others_are_refused_by_name(given: Any, message: str) -> None:
     [
         (wrong(2, 4, 16), r"prompts: got one tensor, want a sequence of 2, as the model's own"),
         ([wrong(2, 4, 16)], r"prompts: got 1 tensors, want a sequence of 2"),
+        (1, r"prompts: got int, want a sequence of 2"),
         ([wrong(2, 4, 16), wrong(2, 4, 16)], r"prompts.1: got shape \(2, 4, 16\), want \(2, 4, 32\) for"),
     ],
 )

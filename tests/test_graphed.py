@@ -358,6 +358,18 @@ def test_model_is_called_with_the_other_tensors_of_each_batch() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_is_no_tensor_is_refused_by_name(steps: int) -> None:
+    model = Tasks()
+    step = GraphedStep(model, make_sgd(model), cross_entropy)
+    images, labels, task, weight = batches_with_tasks(1)[0]
+    for _ in range(steps):
+        step(images, labels, task, weight)
+    with pytest.raises(ValueError, match=r"others\[1\]: got a list, want a torch.Tensor"):
+        step(images, labels, task, [weight])
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_other_tensors_than_the_first_batch_had_are_refused() -> None:
     model = Tasks()
     step = GraphedStep(model, make_sgd(model), cross_entropy)

@@ -167,10 +167,29 @@ def test_the_hub_here_knows_all_that_is_asked_of_it(hub: Any) -> None:
 def test_the_card_links_the_repository_that_has_the_backbones_weights(
     origin: Origin, base_model: str | None
 ) -> None:
-    card = model_card("me/p", "PromptedViT", origin, 5, task="image-classification", stores_backbone=False)
+    card = model_card("me/p", "PromptedViT", origin, 5, task="", stores_backbone=False, call=None)
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base_model
 
 
-def test_the_card_of_an_instances_prompts_asks_for_the_instance() -> None:
-    card = model_card("me/p", "PromptedViT", Origin(None, False, {}), 5, task="", stores_backbone=False)
-    assert 'load_pretrained("me/p", backbone=...)' in card
+@pytest.mark.parametrize(
+    ("origin", "call", "stores_backbone", "argument"),
+    [
+        (Origin("vit_base_patch16_224", True, {}), None, False, ""),
+        (Origin(None, False, {}), None, False, ", backbone=..."),
+        (Origin("local-dir:/vit", True, {}), None, True, ", backbone=..."),
+        (
+            Origin("vit_base_patch16_224", False, {}),
+            "vit_base_patch16_224, mlp_layer=...",
+            False,
+            ", backbone=...",
+        ),
+        (Origin("vit_base_patch16_224", False, {}, checkpoint="vit.npz"), None, False, ", checkpoint=..."),
+        (Origin("vit_base_patch16_224", False, {}, checkpoint="vit.npz"), None, True, ""),
+    ],
+    ids=["name", "instance", "folder", "arguments", "file", "file_that_is_not_needed"],
+)
+def test_the_card_asks_for_what_loading_needs(
+    origin: Origin, call: str | None, stores_backbone: bool, argument: str
+) -> None:
+    card = model_card("me/p", "PromptedViT", origin, 5, task="", stores_backbone=stores_backbone, call=call)
+    assert f'load_pretrained("me/p"{argument})' in card

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import random_batch, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 
 from vpt_fast import (
     LinearProbe,
@@ -400,6 +400,17 @@ def test_images_of_another_size_are_refused_unless_any_size_is_taken(kind) -> No
     assert model(torch.zeros(1, 3, 40, 32).double()).shape == (1, 5)
     with pytest.raises(ValueError, match="images: got 41x32, want a multiple of 8x8"):
         model(torch.zeros(1, 3, 41, 32))
+
+
+@pytest.mark.parametrize("backbone", [tiny_vit, tiny_eva])
+def test_no_images_are_refused_where_timm_s_positions_take_none(backbone) -> None:
+    none = torch.zeros(0, 3, 32, 32).double()
+    assert PromptedViT(backbone(), 5, 4).double()(none).shape == (0, 5)
+    model = PromptedViT(backbone(dynamic_img_size=True), 5, 4).double()
+    with pytest.raises(
+        ValueError, match="images: got a batch of 0, and .*dynamic_img_size.* take none; want"
+    ):
+        model(none)
 
 
 def test_backbone_for_one_channel_takes_grey_images() -> None:

@@ -222,16 +222,33 @@ def test_a_file_without_prompts_is_refused(vit, tmp_path: Path) -> None:
         (dict(prompt_layers=-2), "slices off prompts"),
         (dict(prompt_dropout=0.1, prompt_dropout_per="batch"), "prompt_dropout_per 'batch'"),
         (dict(prompt_shared=True, after_prompts="drop"), "prompt_shared True"),
+        (
+            dict(num_prompts=None, prompt_location="add", prompt_layers=-2, prompt_shared=True),
+            "prompt_shared True",
+        ),
     ],
-    ids=["some", "last", "dropout", "shared"],
+    ids=["some", "last", "dropout", "shared", "shared_last"],
 )
 def test_a_model_that_the_official_code_does_not_have_is_not_written(
     vit, arguments: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    model = PromptedViT(vit, 5, 2, **arguments)
+    model = PromptedViT(vit, 5, **{"num_prompts": 2, **arguments})
     with pytest.raises(Unmapped, match=reason):
         export_prompts(model, tmp_path / "file.pth")
     assert not (tmp_path / "file.pth").exists()
+
+
+@pytest.mark.parametrize("same", [(None, -3), (2, [0, 1]), (-2, [1, 2])], ids=["all", "first", "last"])
+def test_the_same_blocks_are_written_alike_however_they_are_named(
+    vit, same: tuple[Any, Any], tmp_path: Path
+) -> None:
+    written = [
+        export_prompts(
+            PromptedViT(vit, 5, prompt_location="add", prompt_layers=layers), tmp_path / "file.pth"
+        )
+        for layers in same
+    ]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])

@@ -269,6 +269,19 @@ def test_auto_policy_leaves_room_for_the_heads(monkeypatch) -> None:
     assert model.encoder.memory_policy(2) == "exact"
 
 
+def test_auto_policy_leaves_room_for_the_heads_of_larger_images(monkeypatch) -> None:
+    vit = tiny_vit(torch.float32, dynamic_img_size=True)
+    encoder = PromptedSegmenter(vit, CLASSES, num_prompts=3, head_channels=8, memory="auto").encoder
+    larger = 1 + 4 * 16
+    blocks = sum(encoder._step_bytes(2, larger, torch.float32, POLICIES["exact"]))
+    enough = blocks + 2 * 4 * encoder.bytes_beside
+    for share, is_exact in ((0.99, False), (1.01, True)):
+        encoder._chosen.clear()
+        free = int(share * enough / 0.9)
+        monkeypatch.setattr("vpt_fast.classifier.free_bytes", lambda device, free=free: free)
+        assert (encoder.memory_policy(2, larger) == "exact") == is_exact
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

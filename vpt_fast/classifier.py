@@ -275,6 +275,13 @@ class FrozenClassifier(TunedClassifier):
         self._dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self._backend, self._attention = backend, attention
 
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def _bytes_behind_blocks(self, num_rows: int) -> int:
+        """Bytes kept for backward of one image by pooling, which reads `num_rows` rows (under autocast it is
+        less), and of the head its input."""
+        pooling = self.backbone.features_bytes(num_rows, self.pool)
+        return pooling + self.num_features * self._feature_dtype.itemsize
+
     def _options(self) -> dict[str, Any]:
         return {"dtype": self._dtype, "backend": self._backend, "attention": self._attention}
 
@@ -290,7 +297,8 @@ class PromptedClassifier(FrozenClassifier):
     def __init__(self, *args: Any, memory: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        # Kept per image outside the blocks, which "auto" leaves room for; None: by pooling and the head.
+        # Kept outside the blocks per image of the model's own size, and by others in proportion to their
+        # patches, which "auto" leaves room for; None: by pooling and the head.
         self.bytes_beside: int | None = None
         # What "auto" has chosen. By device too: a model may be asked before it is moved.
         self._chosen: dict[tuple[Any, ...], str] = {}  # by what `_choose_policy` is called with
@@ -376,8 +384,8 @@ class PromptedClassifier(FrozenClassifier):
         return compute_dtype(self.backbone.device.type, self.backbone.blocks[0].qkv_weight.dtype)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the compute dtype (the model's own, or autocast's; behind the blocks always the model's own) and
-        under the model's memory policy."""
+        """In the compute dtype (the model's own, or autocast's; outside the blocks always the model's own)
+        and under the memory policy."""
         num_tokens = self.backbone.num_tokens
         policy = POLICIES[self._policy_name(batch_size, num_tokens)]
         kept, workspace = self._step_bytes(batch_size, num_tokens, self._compute_dtype, policy)
@@ -401,16 +409,15 @@ class PromptedClassifier(FrozenClassifier):
         for `_step_bytes`."""
         raise NotImplementedError
 
-    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
     def _bytes_beside_blocks(
         self, batch_size: int, num_tokens: int, given: PromptShapes | None = None
     ) -> int:
-        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, by pooling (under
-        autocast it is less) and of the head its input."""
+        """Bytes kept for backward outside the blocks: unless `bytes_beside` says them, behind the blocks."""
         if self.bytes_beside is not None:
-            return batch_size * self.bytes_beside
-        pooling = self.backbone.features_bytes(self._num_rows_read(num_tokens, given), self.pool)
-        return batch_size * (pooling + self.num_features * self._feature_dtype.itemsize)
+            prefix = self.backbone.num_prefix_tokens
+            patches, own = num_tokens - prefix, self.backbone.num_tokens - prefix
+            return batch_size * self.bytes_beside * patches // own
+        return batch_size * self._bytes_behind_blocks(self._num_rows_read(num_tokens, given))
 
 
 class TrainedPart(nn.Module):

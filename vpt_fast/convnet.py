@@ -17,9 +17,8 @@ from vpt_fast.backbones.timm_whole import WholeBackbone
 from vpt_fast.classifier import FrozenClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
-from vpt_fast.prompts import PromptConfig, init_bound, pad_image, refuse_settings
+from vpt_fast.prompts import IN_IMAGE, PromptConfig, init_bound, pad_image, refuse_settings
 
-LOCATIONS = ("pad", "concat-channel")
 MEMORY = ("auto", "exact")
 
 _NEEDS_FLOAT32 = (
@@ -83,10 +82,10 @@ class PromptedConvNet(FrozenClassifier):
         _check_memory(memory)
         if prompt_type != "shallow":
             raise ValueError(f"prompt_type: got {prompt_type!r} with a ConvNet, want 'shallow'")
-        if prompt_location not in LOCATIONS:
+        if prompt_location not in IN_IMAGE:
             raise ValueError(
                 f"prompt_location: got {prompt_location!r} with a ConvNet, "
-                f"want {' or '.join(map(repr, LOCATIONS))}"
+                f"want {' or '.join(map(repr, IN_IMAGE))}"
             )
         if prompt_location == "concat-channel" and dtype is not None and dtype.itemsize < 4:
             raise ValueError(f"dtype: got {dtype}{_NEEDS_FLOAT32}")

@@ -66,10 +66,11 @@ class GraphedStep:
             size. None: this process trains alone.
 
     Raises:
-        ValueError: an optimizer, model, device or dtype that cannot be captured. When called: a batch whose
-            shapes or dtypes differ from the first one's, a loss that is not a scalar, a model that returns
-            anything but one tensor or is in another mode; or after the capture, replaced parameters or
-            optimizer state, weights in other memory, changed optimizer settings other than the learning rate.
+        ValueError: an optimizer, model, device or dtype that cannot be captured. When called: what is no
+            tensor, a batch whose shapes or dtypes differ from the first one's, a loss that is not a scalar, a
+            model that returns anything but one tensor or is in another mode; or after the capture, replaced
+            parameters or optimizer state, weights in other memory, changed optimizer settings other than the
+            learning rate.
         CaptureError: in the fourth call, if the step cannot be captured, but for lack of memory.
     """
 
@@ -122,12 +123,16 @@ class GraphedStep:
                 "autocast_dtype: got None where the step is called under autocast, which it does not follow; "
                 f"want autocast_dtype={torch.get_autocast_dtype(device.type)}"
             )
-        batch = (images, labels, *others)
+        batch = {"images": images, "labels": labels}
+        batch |= {f"others[{index}]": other for index, other in enumerate(others)}
+        for name, given in batch.items():
+            if not isinstance(given, torch.Tensor):
+                raise ValueError(f"{name}: got a {type(given).__name__}, want a torch.Tensor")
         if self._inputs is None:
-            self._inputs = tuple(torch.empty_like(given, device=device) for given in batch)
+            self._inputs = tuple(torch.empty_like(given, device=device) for given in batch.values())
             self._is_training = self.model.training
         self._check(batch)
-        for held, given in zip(self._inputs, batch, strict=True):
+        for held, given in zip(self._inputs, batch.values(), strict=True):
             held.copy_(given, non_blocking=True)
         self._rates.follow()
         if self._steps < WARM_UP:
@@ -187,14 +192,13 @@ class GraphedStep:
             nn.utils.clip_grad_norm_(trained_parameters(self.optimizer), self.max_grad_norm)
         self.optimizer.step()
 
-    def _check(self, batch: tuple[torch.Tensor, ...]) -> None:
+    def _check(self, batch: dict[str, torch.Tensor]) -> None:
         assert self._inputs is not None
         if len(batch) != len(self._inputs):
             raise ValueError(
                 f"others: got {len(batch) - 2} tensors, want the captured {len(self._inputs) - 2}"
             )
-        names = ("images", "labels", *(f"others[{index}]" for index in range(len(batch) - 2)))
-        for name, held, given in zip(names, self._inputs, batch, strict=True):
+        for held, (name, given) in zip(self._inputs, batch.items(), strict=True):
             if (held.shape, held.dtype) != (given.shape, given.dtype):
                 raise ValueError(
                     f"{name}: got {tuple(given.shape)} {given.dtype}, want the captured "

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from vpt_fast.backbones.resolve import Origin, hub_repository
-from vpt_fast.backbones.sources import said_by_hub
+from vpt_fast.backbones.sources import local_folder, said_by_hub
 from vpt_fast.counting import counted
 
 CARD_FILE = "README.md"
@@ -39,7 +39,14 @@ def download_saved(name: str, files: Sequence[str]) -> Path:
 
 
 def model_card(
-    repo_id: str, model: str, backbone: Origin, num_classes: int, *, task: str, stores_backbone: bool
+    repo_id: str,
+    model: str,
+    backbone: Origin,
+    num_classes: int,
+    *,
+    task: str,
+    stores_backbone: bool,
+    call: str | None,
 ) -> str:
     """README.md of a new repository: what the hub lists it under, what it is, and how to load it.
 
@@ -47,6 +54,7 @@ def model_card(
         model: the class's name.
         task: the hub's name for it, such as image-classification.
         stores_backbone: whether the file holds the backbone's weights too.
+        call: `ClassifierConfig.backbone_call`.
     """
     base_model = hub_repository(backbone)
     metadata = huggingface_hub.ModelCardData(
@@ -55,7 +63,11 @@ def model_card(
     link = f"[{base_model}](https://huggingface.co/{base_model})"
     of = link if base_model else backbone.name or "a backbone that was built in Python"
     held = "All weights are here." if stores_backbone else "The backbone's own weights are not here."
-    argument = "" if backbone.name else ", backbone=..."
+    argument = ""
+    if backbone.name is None or local_folder(backbone.name) or call is not None:
+        argument = ", backbone=..."
+    elif backbone.checkpoint is not None and not stores_backbone:
+        argument = ", checkpoint=..."
     return f"""---
 {metadata.to_yaml()}
 ---

@@ -23,6 +23,7 @@ from vpt_fast.engine.stream import Stream
 from vpt_fast.prompts import (
     IN_ATTENTION,
     IN_BLOCKS,
+    IN_IMAGE,
     IN_SEQUENCE,
     PromptConfig,
     PromptShapes,
@@ -382,7 +383,7 @@ class PromptedViT(PromptedClassifier):
     def _tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W), combined with prompts that are pixels, to tokens (B, N, d)."""
         location, m = self.prompt_settings.prompt_location, self.prompt_settings.num_prompts
-        is_tied = location in ("add", "pad", "concat-channel")  # the prompts' shape depends on the image's
+        is_tied = location in ("add", *IN_IMAGE)  # the prompts' shape depends on the image's
         self._check_images(images, f"prompt_location={location!r} is tied to one size" if is_tied else None)
         if location == "pad":
             images = pad_image(images, self.prompts, self.prompts_sides, m)
@@ -427,6 +428,21 @@ class PromptedViT(PromptedClassifier):
         m = self.prompt_settings.num_prompts or self.prompts.shape[-2]
         return ((1, m),) * len(self._prompted) if given is None else given
 
+    @property
+    def _trains_tokens(self) -> bool:
+        """Whether the tokens before the first block depend on anything that is trained."""
+        return self.backbone.trains_embedding or self.prompt_settings.prompt_location in IN_IMAGE
+
+    def _bytes_beside_blocks(
+        self, batch_size: int, num_tokens: int, given: PromptShapes | None = None
+    ) -> int:
+        """As of every model, and before the blocks."""
+        beside = super()._bytes_beside_blocks(batch_size, num_tokens, given)
+        if not self._trains_tokens:
+            return beside
+        grad_images = self.prompt_settings.prompt_location in IN_IMAGE
+        return beside + batch_size * self.backbone.embed_bytes(grad_images=grad_images)
+
     def _step_bytes(
         self,
         batch_size: int,
@@ -438,7 +454,7 @@ class PromptedViT(PromptedClassifier):
         settings = self.prompt_settings
         shapes = dict(zip(self._prompted, self._prompt_shapes(given), strict=True))
         in_attention = settings.prompt_location in IN_ATTENTION
-        below = self.backbone.trains_embedding or settings.prompt_location in ("pad", "concat-channel")
+        below = self._trains_tokens
         # Prompts are new tensors, formed once for all blocks or anew in each, or else views of the parameter.
         formed_once = self.prompt_projection is not None or settings.prompt_location == "prepend-pixel"
         formed_anew = settings.prompt_dropout > 0.0 or (settings.key_value and self.backbone.reorders_keys)

@@ -145,13 +145,13 @@ def _mapped_deep_settings(prompt: Mapping[str, Any], depth: int) -> dict[str, An
                 "REVERSE_DEEP with LOCATION prepend: the official code slices off prompts that were never "
                 "inserted, so it loses the first num_prompts patches"
             )
-        return {"prompt_layers": -first}
+        return {"prompt_layers": -first, "prompt_shared": False}  # this path ignores it
 
     drop = prompt["FORWARD_DEEP_NOEXPAND"]
     if drop and location != "prepend":
         raise Unmapped(f"FORWARD_DEEP_NOEXPAND with LOCATION {location}: the official code refuses it")
     settings: dict[str, Any] = {} if first is None else {"prompt_layers": first}
-    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path ignores it
+    settings["prompt_shared"] = prompt["DEEP_SHARED"] and not drop  # the NOEXPAND path ignores it, too
     settings["after_prompts"] = "drop" if drop else "flow"
     if drop and first is not None and first < depth:
         if pool in ("img_pool", "prompt_pool"):
@@ -419,15 +419,14 @@ def _own_pool(model: PromptedViT | PromptedSwin) -> str | None:
 def _official_settings(model: PromptedViT | PromptedSwin, encoder: str) -> dict[str, Any]:
     """The official settings closest to the model."""
     options, depth = model.prompt_settings, model.num_blocks
-    layers = options.prompt_layers
-    if isinstance(layers, tuple):
-        if layers != tuple(range(len(layers))):
-            raise Unmapped(f"prompt_layers {list(layers)}: the official code takes the first or the last k")
-        layers = len(layers)
+    blocks, layers = options.prompted_blocks(depth), None
+    k = len(blocks)
+    if options.prompt_type == "deep" and k < depth:
+        if blocks not in (tuple(range(k)), tuple(range(depth - k, depth))):
+            raise Unmapped(f"prompt_layers {list(blocks)}: the official code takes the first or the last k")
+        layers = k if blocks[0] == 0 else -k
     if options.prompt_dropout and options.prompt_dropout_per != "image":
         raise Unmapped(f"prompt_dropout_per {options.prompt_dropout_per!r}: the official code's is 'image'")
-    if layers == depth:
-        layers = None
     pools = {name: official for official, name in _POOLS.items()} | {"cls": "original"}
     pool = pools.get(_own_pool(model) or "")
     if pool is None:

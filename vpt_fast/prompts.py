@@ -25,6 +25,7 @@ DROPOUT_PER = ("image", "batch")
 IN_BLOCKS = ("prepend", "key-value", "add", "add-1")  # locations of deep, shared and projected prompts
 IN_SEQUENCE = ("prepend", "prepend-pixel")  # locations that put prompts beside the image's tokens
 IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention reads as keys and values
+IN_IMAGE = ("pad", "concat-channel")  # locations whose prompts change the image's own tokens before any block
 
 PromptShapes = tuple[tuple[int, int], ...]  # (1 or B, m) of each set of prompts that enter a model's blocks
 
@@ -251,10 +252,9 @@ def check_given_sets(
         ValueError: as `check_given`; another number of tensors than of sets; a tensor without prompts.
     """
     num_sets, m, width = own.shape
-    if not hasattr(given, "__len__") or len(given) != num_sets:
-        what = f"{len(given)} tensors" if hasattr(given, "__len__") else type(given).__name__
-        wanted = f"a sequence of {num_sets}, one for each of the model's sets"
-        raise ValueError(f"prompts: got {what}, want one tensor, or {wanted}")
+    require_sequence(
+        given, num_sets, f"one tensor, or a sequence of {num_sets}, one for each of the model's sets"
+    )
     checked = []
     for index, prompts in enumerate(given):
         name = f"prompts.{index}"
@@ -264,6 +264,20 @@ def check_given_sets(
             raise ValueError(f"{name}: got shape {tuple(prompts.shape)}, want 1 prompt or more")
         checked.append(check_given(prompts, (length, width), own, batch_size, name).unsqueeze(-3))
     return checked
+
+
+def require_sequence(given: Any, count: int, wanted: str) -> None:
+    """Raises ValueError unless the prompts that a caller passes are a sequence of `count`; `wanted` says what
+    they may be."""
+    if isinstance(given, torch.Tensor):
+        got = "one tensor"
+    elif not hasattr(given, "__len__"):
+        got = type(given).__name__
+    elif len(given) != count:
+        got = f"{len(given)} tensors"
+    else:
+        return
+    raise ValueError(f"prompts: got {got}, want {wanted}")
 
 
 def _require_floating(given: Any, name: str) -> None:

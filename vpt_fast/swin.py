@@ -25,6 +25,7 @@ from vpt_fast.prompts import (
     init_bound,
     mask_bytes,
     refuse_settings,
+    require_sequence,
     require_shape,
     split_sets,
 )
@@ -202,9 +203,7 @@ class PromptedSwin(PromptedClassifier):
         for index, (stage, shape) in enumerate(zip(stages, self._prompt_shapes, strict=True)):
             require_shape(stage, shape, f"prompts.{index}")
         if given is not None:
-            if isinstance(given, torch.Tensor) or len(given) != len(stages):
-                what = "one tensor" if isinstance(given, torch.Tensor) else f"{len(given)} tensors"
-                raise ValueError(f"prompts: got {what}, want a sequence of {len(stages)}, as the model's own")
+            require_sequence(given, len(stages), f"a sequence of {len(stages)}, as the model's own")
             stages = [
                 check_given(stage, own.shape, own, batch_size, f"prompts.{index}")
                 for index, (stage, own) in enumerate(zip(given, stages, strict=True))

@@ -152,8 +152,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Rounds the weights of the folded blocks to `dtype`, permanently.
 
         For a model that always runs under autocast to `dtype`: results are bit-identical, the blocks take
-        half the memory of float32 ones, and no step casts a weight. Saved files do not change. Blocks that
-        are timm's own are left alone.
+        half the memory of float32 ones, and no step casts their matrices. Saved files do not change. Blocks
+        that are timm's own, and a Swin's merges between stages, are left alone.
 
         Args:
             dtype: autocast's.
@@ -527,6 +527,7 @@ class TunedModel(nn.Module, metaclass=_Built):
                     config.num_classes,
                     task=self.hub_task,
                     stores_backbone=self.stores_backbone,
+                    call=config.backbone_call,
                 )
                 (Path(folder) / CARD_FILE).write_text(card, encoding="utf-8")
             commit = api.upload_folder(

@@ -177,16 +177,14 @@ def require_plain_weights(model: nn.Module) -> None:
 
 
 def require_images(batch: torch.Tensor, what: str) -> None:
-    """Raises ValueError for a batch of 0, with which timm's reshaping of queries, keys and values fails.
+    """Raises ValueError for a batch of 0, with which timm's reshaping of tensors fails.
 
     Args:
         batch: any tensor with the batch's size first.
-        what: names timm's model.
+        what: those of timm's modules that reshape, in the plural.
     """
     if batch.shape[0] == 0:
-        raise ValueError(
-            f"images: got a batch of 0, and timm's own blocks of {what} take none; want 1 or more"
-        )
+        raise ValueError(f"images: got a batch of 0, and {what} take none; want 1 or more")
 
 
 def require_embedding(embedding: Any) -> None:

@@ -227,7 +227,7 @@ class FrozenEva(FrozenViT):
 
     def require_batch(self, x: torch.Tensor) -> None:
         if isinstance(self.timm_blocks[0].attn, EvaAttention):
-            require_images(x, "an Eva")
+            require_images(x, "timm's own blocks of an Eva")
 
     def timm_positions(self, image_size: tuple[int, int]) -> Positions:
         if self.rope is None:

@@ -25,6 +25,7 @@ from vpt_fast.backbones.layers import (
     linear_parts,
     on_meta,
     require_embedding,
+    require_images,
     require_no_hooks,
 )
 from vpt_fast.backbones.parts import (
@@ -215,11 +216,26 @@ class FrozenViT(nn.Module):
 
         The residual stream is kept for backward only under the policy "recompute", so float32 costs memory
         only there; it costs time, since every block reads and writes the stream.
+
+        Raises ValueError for a batch of 0 with dynamic_img_size.
         """
+        if self.stem.dynamic_img_size:
+            require_images(images, "timm's positions for images of any size (dynamic_img_size)")
         x = self.stem.patch_embed(as_input(images, self.stem.patch_embed.proj))
         x = self._norm_pre(self._add_positions(x))
         # Without prefix tokens, nothing has yet copied a convolution's output to channels-last.
         return x.to(self.residual_dtype or torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+    @torch.inference_mode(False)  # in inference mode autograd saves nothing that could be counted
+    def embed_bytes(self, *, grad_images: bool) -> int:
+        """Bytes that `embed` keeps for backward of one image of the model's own size, counted on the meta
+        device in the modules' own dtype. grad_images: whether the image's gradient is wanted."""
+        meta = on_meta(self)
+        shape = (1, meta.stem.patch_embed.proj.in_channels, *self.image_size)
+        images = torch.empty(shape, device="meta", requires_grad=grad_images)
+        with cost.counting_kept(meta) as kept_sizes:
+            meta.embed(images)
+        return sum(kept_sizes())
 
     def embed_pixel_prompts(self, pixels: torch.Tensor) -> torch.Tensor:
         """Prompts that are a strip of patches: (1, C, p, p·m) -> (1, m, d), without position embedding."""

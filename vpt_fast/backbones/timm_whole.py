@@ -150,5 +150,5 @@ class WholeBackbone(CopiedNetwork):
         Raises ValueError for a batch of 0 with a Swin.
         """
         if isinstance(self.stem, SwinTransformer):
-            require_images(images, "a SwinTransformer")
+            require_images(images, "timm's own blocks of a SwinTransformer")
         return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)

@@ -10,7 +10,7 @@ from torch import nn
 from vpt_fast.backbones.resolve import VIT
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
-from vpt_fast.engine.plan import Read, row_range
+from vpt_fast.engine.plan import row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.tuning.folded import FoldedClassifier
 
@@ -34,19 +34,22 @@ class ClsTokenTuning(FoldedClassifier):
         self.backbone.stem.cls_token = nn.Parameter(token)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
-        """In the compute dtype."""
+        """In the compute dtype; before and behind the blocks in the model's own."""
         num_tokens = self.backbone.num_tokens
+        read = row_range(self._reads, num_tokens, self.backbone.num_prefix_tokens, 0)
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
-            read = self._reads if index == self.num_blocks - 1 else Read.TOKENS
             call: dict[str, Any] = dict(
                 dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
                 batch_size=batch_size,
                 num_tokens=num_tokens,
-                rows=row_range(read, num_tokens, self.backbone.num_prefix_tokens, 0),
+                rows=read if index == self.num_blocks - 1 else (0, num_tokens),
                 prompt_shape=None,
                 grad_tokens=True,
                 policy=POLICIES["exact"],
             )
             peak.add(cost.kept_bytes(block, **call), cost.workspace_bytes(block, **call))
-        return cost.TrainingBytes(weights=self._weight_bytes(), kept=peak.kept, workspace=peak.workspace)
+        beside = self.backbone.embed_bytes(grad_images=False) + self._bytes_behind_blocks(read[1] - read[0])
+        return cost.TrainingBytes(
+            weights=self._weight_bytes(), kept=peak.kept + batch_size * beside, workspace=peak.workspace
+        )
