@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.data.tasks import TASKS
 from vpt_fast.files import read_json, require_keys
 from vpt_fast.training.published import Published, published_of
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
@@ -26,7 +27,7 @@ class Entry:
     split: that the accuracy is on: "test", or "val" if there is none on test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
     prompt_location: of the prompts, if there are any.
-    has_weights: whether the backbone had pretrained weights, published ones or a checkpoint's.
+    incomparable: why no published number is comparable, whatever the backbone; None if one may be.
     """
 
     method: str
@@ -39,13 +40,13 @@ class Entry:
     stored: int
     backbone_parameters: int
     prompt_location: str
-    has_weights: bool
+    incomparable: str | None
 
     @property
     def published(self) -> Published | None:
-        """Published numbers of the backbone with this prompt location; None for an accuracy on val or of a
-        backbone without weights, to which none are comparable."""
-        if self.split != "test" or not self.has_weights:
+        """Published numbers of the backbone with this prompt location; None if none are comparable, as to an
+        accuracy on val."""
+        if self.split != "test" or self.incomparable:
             return None
         return published_of(self.backbone, self.prompt_location)
 
@@ -100,10 +101,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         if entry.split == "val"
     ]
     notes += [
-        f"{entry.method} on {entry.task}: {entry.backbone} had no weights to begin with, and is held against "
-        "nothing published"
+        f"{entry.method} on {entry.task}: {entry.incomparable}; it is held against nothing published"
         for entry in entries
-        if not entry.has_weights and published_of(entry.backbone) is not None
+        if entry.incomparable and entry.task in TASKS and published_of(entry.backbone) is not None
     ]
     return entries, notes
 
@@ -151,7 +151,10 @@ class _Reader:
         if results["final"]["mean"] is None:
             self.leave_out(path, "every final run of the sweep diverged")
             return
-        entry = _sweep_entry(results)
+        try:
+            entry = _sweep_entry(results)
+        except ValueError as error:
+            raise ValueError(f"{path / 'results.json'}: {error}") from None
         if diverged := results["final"].get("diverged"):
             self.notes.append(
                 f"{entry.method} on {entry.task}: {len(diverged)} of {entry.runs + len(diverged)} final runs "
@@ -222,24 +225,27 @@ def _task(task: str | None, data: str) -> str:
 def _sweep_entry(results: dict[str, Any]) -> Entry:
     final = results["final"]
     deviation = final["standard_deviation"]
-    settings = {**results["settings"], **(results["best"] or {}).get("params", {})}
+    named = {name: results[name] for name in ("data", "backbone", "method")}
+    recipe = Recipe.from_dict({**named, **results["settings"], **(results["best"] or {}).get("params", {})})
     return Entry(
-        method=settings.get("method", results["method"]),
+        method=recipe.method,
         task=_task(results["task"], results["data"]),
-        backbone=settings.get("backbone", results["backbone"]),
+        backbone=recipe.backbone,
         accuracy=100 * final["mean"],
         standard_deviation=None if deviation is None else 100 * deviation,
         runs=len(final["accuracies"]),
         split=final["split"],
         stored=results["parameters"]["trained"],
         backbone_parameters=results["parameters"]["backbone"],
-        prompt_location=settings.get("prompt_location", Recipe.prompt_location),
-        has_weights=_has_weights(settings.get("pretrained"), settings.get("checkpoint")),
+        prompt_location=recipe.prompt_location,
+        incomparable=_incomparable(recipe),
     )
 
 
-def _has_weights(pretrained: bool | None, checkpoint: str | None) -> bool:
-    return pretrained is not False or checkpoint is not None
+def _incomparable(recipe: Recipe) -> str | None:
+    if recipe.pretrained is False and recipe.checkpoint is None:
+        return f"{recipe.backbone} had no weights to begin with"
+    return "trained on a part of the images" if recipe.trains_on_part else None
 
 
 def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
@@ -257,7 +263,8 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
     values = [run.results[f"{split}_accuracy"] for run in found]
     if None in values:
         raise ValueError(f"{named}: of some runs there is neither test nor val accuracy")
-    if first.train_fraction == 1 and len({run.images_by_class for run in found}) > 1:
+    # Of a part of the images, it depends on the seed how many of them cannot be read.
+    if not first.trains_on_part and len({run.images_by_class for run in found}) > 1:
         raise ValueError(f"{named}: the runs are of other images; tabulate them apart")
     parameters = found[0].parameters
     return Entry(
@@ -271,7 +278,7 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
         prompt_location=first.prompt_location,
-        has_weights=_has_weights(first.pretrained, first.checkpoint),
+        incomparable=_incomparable(first),
     )
 
 

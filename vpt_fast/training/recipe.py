@@ -456,6 +456,11 @@ class Recipe:
             )
 
     @property
+    def trains_on_part(self) -> bool:
+        """Whether only some of the training images are used, which the seed decides about."""
+        return self.train_fraction < 1 or self.shots is not None
+
+    @property
     def weights_file(self) -> str | None:
         """The file with the backbone's weights, if it is the user's own."""
         from vpt_fast.backbones.sources import WEIGHTS_FILE, local_folder
