@@ -130,6 +130,7 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ("length", {}, {"methods": ["linear"]}, "num_prompts"),
         ("location", {}, {"methods": ["bias"]}, "'bias' has no locations"),
         ("data-size", {}, {"methods": ["linear", "full", "linear"]}, "methods: got linear twice"),
+        ("data-size", {"shots": 4}, {}, "shots is given; the ablation takes fractions of the images"),
         ("length", {"lora_rank": 4}, {}, "lora_rank is given; of vpt-deep none has it"),
         ("length", {"seed": 4}, {}, "seed is given as 4 with nothing to search; seeds name it"),
         (
@@ -147,7 +148,7 @@ def test_search_leaves_the_searched_settings_open() -> None:
         ),
     ],
     ids=[
-        *("ablation", "varied", "method", "refused", "location", "methods", "foreign", "seed"),
+        *("ablation", "varied", "method", "refused", "location", "methods", "shots", "foreign", "seed"),
         *("searched rate", "decay", "lines"),
     ],
 )

@@ -208,6 +208,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.first_recipe.device)
+    Classification().open(sweep.first_recipe, cache)  # what no searched setting is to blame for
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
@@ -237,10 +238,12 @@ def _require_trial(sweep: Sweep, recipe: Recipe, device: torch.device, cache: Tr
     if model is not None:
         require_operations(resolved, model, device)
         problem.preprocessing(resolved, model)
-        amount = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache)
-        for num_images in (amount.trial_images, amount.final_images):
-            resolved = recipe.resolved(num_train_images=num_images, device_type=device.type)
-            require_batches(resolved, model, num_images, World(0, 1, device))
+        amount, world = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache), World(0, 1, device)
+        if sweep.axes:  # a trial, whose batch size the final runs have
+            require_batches(resolved, model, amount.trial_images, world)
+        else:
+            resolved = recipe.resolved(num_train_images=amount.final_images, device_type=device.type)
+        require_batches(resolved, model, amount.final_images, world)
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
@@ -249,7 +252,8 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
 
     Raises ValueError if a file cannot be read.
     """
-    recipe = sweep.first_recipe
+    # All images: of a part, other seeds and searched numbers of shots take others.
+    recipe = dataclasses.replace(sweep.first_recipe, train_fraction=1.0, shots=None)
     splits = Classification().open(recipe, cache)
     lists = [
         list_digest(recipe.data, images)
@@ -307,14 +311,9 @@ class _FinalPlan:
 
     def note(self, recipe: Recipe) -> str:
         """The reason, for final runs of `recipe`."""
-        if _is_part(recipe) and "train_on" in self.changes:
-            return "trained on a part of train and val"
+        if recipe.trains_on_part and self.split == "test":
+            return f"trained on a part of {'train and val' if 'train_on' in self.changes else 'train'}"
         return self.reason
-
-
-def _is_part(recipe: Recipe) -> bool:
-    """Whether a run trains on a part of its splits."""
-    return recipe.train_fraction < 1 or recipe.shots is not None
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,7 @@ class _Amount:
         num_train = num_final = len(splits.train)
         if "train_on" in plan.changes:
             num_final += len(splits.val or ())
-            if _is_part(recipe):
+            if recipe.trains_on_part:
                 shared = dataclasses.replace(recipe, **plan.changes)
                 num_final = len(Classification().open(shared, cache).train)
         return cls(recipe.epochs, num_train, num_final, plan.note(recipe))
