@@ -15,8 +15,8 @@ from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.sweeps import entries
 from vpt_fast.sweeps.entries import read_entries
+from vpt_fast.sweeps.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.sweeps.tables import format_table, make_rows
-from vpt_fast.training.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.training.recipe import Recipe
 
 

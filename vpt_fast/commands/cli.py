@@ -329,7 +329,7 @@ def methods(
 ) -> None:
     """Count the parameters each method trains and stores, for one task and for the paper's 24 tasks."""
     with one_line_errors(debug):
-        from vpt_fast.training.parameters import count_parameters, table
+        from vpt_fast.sweeps.parameters import count_parameters, table
 
         rows, reasons = count_parameters(backbone, backbone_arg or [])
     if as_json:

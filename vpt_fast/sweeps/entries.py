@@ -10,7 +10,7 @@ from typing import Any
 
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.files import read_json, require_keys
-from vpt_fast.training.published import Published, published_of
+from vpt_fast.sweeps.published import Published, published_of
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
 from vpt_fast.training.run_files import RunFiles
 

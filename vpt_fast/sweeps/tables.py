@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.sweeps.entries import Entry
+from vpt_fast.sweeps.published import BACKBONE, PAPER_TOTALS, PUBLISHED, published_of
 from vpt_fast.training.method_rules import parse_method
-from vpt_fast.training.published import BACKBONE, PAPER_TOTALS, PUBLISHED, published_of
 
 FORMATS = ("markdown", "csv", "latex")
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
