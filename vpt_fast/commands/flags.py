@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -237,8 +237,9 @@ def refuse(run: str, **flags: Any) -> None:
         raise ValueError(f"{', '.join(given)}: {run} has no such choice; leave it out")
 
 
-def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag left out is None."""
+def with_recipe_flags(command: Callable[..., None], hidden: Collection[str] = ()) -> Callable[..., None]:
+    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag left out is None.
+    Help does not show the ``hidden`` fields, which the command refuses, each with its reason."""
     hints = get_type_hints(Recipe)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = []
@@ -250,6 +251,7 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
             rich_help_panel=field.metadata["panel"],
             metavar=field.metadata["metavar"],
             show_default=shown_default(field),
+            hidden=field.name in hidden,
         )
         parameters.append(
             inspect.Parameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,9 +30,9 @@ from vpt_fast.counting import counted
 from vpt_fast.files import write
 from vpt_fast.sweeps.entries import LEFT_OUT, read_entries
 from vpt_fast.sweeps.settings import SEEDS as PAPERS_SEEDS
-from vpt_fast.sweeps.settings import Sweep, default_axes, first_backbone, parse_axes
+from vpt_fast.sweeps.settings import SET_BY_SWEEP, Sweep, default_axes, first_backbone, parse_axes
 from vpt_fast.sweeps.tables import format_table
-from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.recipe import SEGMENTATION_KNOBS, Recipe
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -72,9 +73,10 @@ PrunerFlag = Annotated[
     typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
 SEEDS = ",".join(map(str, PAPERS_SEEDS))
+REFUSED = (*SET_BY_SWEEP, *SEGMENTATION_KNOBS)  # settings that no sweep takes
 
 
-@with_recipe_flags
+@partial(with_recipe_flags, hidden=REFUSED)
 def sweep(
     out: Annotated[
         Path | None,
@@ -148,7 +150,7 @@ def sweep(
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
 
 
-@with_recipe_flags
+@partial(with_recipe_flags, hidden=(*REFUSED, "method"))
 def ablate(
     name: Annotated[
         Literal["length", "depth", "location", "output", "data-size"],

@@ -310,7 +310,11 @@ class Recipe:
         None, "Device, such as cpu or cuda:0.", RUN, shown="cuda if available, else cpu", result=False
     )
     tensorboard: bool | None = _knob(
-        None, "Write TensorBoard logs.", RUN, shown="on if tensorboard is installed", result=False
+        None,
+        "Write TensorBoard logs.",
+        RUN,
+        shown="on if tensorboard is installed; off in sweeps",
+        result=False,
     )
 
     def __post_init__(self) -> None:
