@@ -177,7 +177,7 @@ def test_predictions_do_not_depend_on_the_batches_they_are_made_in(run, color_im
         paths.insert(place, tmp_path / "broken.png")
     loaded = LoadedRun.load(run)
     whole = list(inference.predict_images(loaded, paths, 1))
-    monkeypatch.setattr(inference, "BATCH_SIZE", 4)
+    monkeypatch.setattr(inference, "FORWARD_BATCH", 4)
     parts = list(inference.predict_images(loaded, paths, 1))
     assert [answer["image"] for answer in whole] == [str(path) for path in paths]
     assert [i for i, answer in enumerate(whole) if "error" in answer] == [2, 4, 5, 6, 7]

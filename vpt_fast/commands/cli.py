@@ -25,6 +25,7 @@ from vpt_fast.commands.backbones import backbones
 from vpt_fast.commands.data import app as data_app
 from vpt_fast.commands.flags import (
     PATH,
+    DataRootFlag,
     DebugFlag,
     DeviceFlag,
     JsonFlag,
@@ -34,6 +35,7 @@ from vpt_fast.commands.flags import (
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    WorkersFlag,
     given_settings,
     one_line_errors,
     print_error,
@@ -145,13 +147,8 @@ def evaluate(
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Mixed precision (autocast); that of the training gives its accuracy."),
     ] = "fp32",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
-    ] = None,
-    data_root: Annotated[
-        str | None,
-        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
-    ] = None,
+    workers: WorkersFlag = None,
+    data_root: DataRootFlag = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
@@ -161,7 +158,8 @@ def evaluate(
     with one_line_errors(debug):
         require_folder("RUN", run)
         require_data(data)
-        from vpt_fast.training.inference import BATCH_SIZE, LoadedRun, evaluate_run
+        from vpt_fast.training.classification import FORWARD_BATCH
+        from vpt_fast.training.inference import LoadedRun, evaluate_run
         from vpt_fast.training.world import on_device
 
         with on_device(device):
@@ -177,7 +175,7 @@ def evaluate(
                 loaded,
                 data,
                 split,
-                batch_size=batch_size or BATCH_SIZE,
+                batch_size=batch_size or FORWARD_BATCH,
                 workers=workers,
                 data_root=data_root,
                 console=NameConsole(stderr=True),
@@ -196,7 +194,7 @@ def evaluate(
         left_out = f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}"
         console.print(left_out, soft_wrap=True)
     console.print(
-        f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(sum(found.evaluation.images), 'image')})"
+        f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(found.evaluation.num_images, 'image')})"
     )
 
 

@@ -50,6 +50,12 @@ DeviceFlag = Annotated[
     str | None,
     typer.Option(help="Device, such as cpu or cuda:0.", show_default="cuda if available, else cpu"),
 ]
+WorkersFlag = Annotated[
+    int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
+]
+DataRootFlag = Annotated[
+    str | None, typer.Option(help="Folder that holds timm data sets.", show_default="the library's own")
+]
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder inside it.")
 ]

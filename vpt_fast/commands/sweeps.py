@@ -11,12 +11,14 @@ from rich.table import Table
 
 from vpt_fast.commands.flags import (
     PATH,
+    DataRootFlag,
     DebugFlag,
     DeviceFlag,
     LastingConsole,
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    WorkersFlag,
     fail,
     given_settings,
     one_line_errors,
@@ -228,17 +230,12 @@ def tsne(
     run: RunArgument,
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
-    data_root: Annotated[
-        str | None,
-        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
-    ] = None,
+    data_root: DataRootFlag = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of t-SNE.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
-    ] = None,
+    workers: WorkersFlag = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
