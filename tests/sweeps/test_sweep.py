@@ -377,6 +377,15 @@ def test_without_test_images_the_final_runs_are_of_val(settings, images, tmp_pat
     assert found["final"]["mean"] is not None and found["best"] is None
 
 
+def test_final_runs_train_on_what_the_search_held_out_by_a_fraction_of_its_own(settings, images, tmp_path):
+    shutil.rmtree(images / "val")
+    given = dict(settings, data=str(images), val_fraction=0.4)
+    run_sweep(Sweep(given, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
+    final, trial = (json.loads(file.read_text())["data"] for file in sorted(tmp_path.rglob("run.json")))
+    assert (trial["train"]["per_class"], trial["val"]["per_class"]) == ([5, 5, 5], [4, 4, 4])
+    assert (final["train"]["per_class"], final["val"]) == ([9, 9, 9], None)
+
+
 def test_folder_of_another_sweep_is_refused(settings, tmp_path):
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
     with pytest.raises(ValueError, match="other settings: seeds, batch_size"):

@@ -306,7 +306,7 @@ class _FinalPlan:
             return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)
         if recipe.task is not None and find_task(recipe.task).suite == "fgvc":
             return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", splits.classes)
-        changes: dict[str, Any] = {"test": True, "train_on": "train+val"}
+        changes: dict[str, Any] = {"test": True, "train_on": "train+val", "val_fraction": Recipe.val_fraction}
         return cls(changes, "test", "trained on train and val", splits.classes)
 
     def note(self, recipe: Recipe) -> str:

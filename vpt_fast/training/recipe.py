@@ -364,6 +364,11 @@ class Recipe:
                 f"val_fraction is {self.val_fraction}, and {self.task} has a val split of its own; leave it "
                 "out"
             )
+        if self.train_on == "train+val" and self.val_fraction != Recipe.val_fraction:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction} beside train_on train+val, which holds nothing out; "
+                "leave one of them out"
+            )
         if self.shots is not None and self.train_fraction != Recipe.train_fraction:
             raise ValueError(
                 f"train_fraction is {self.train_fraction} beside shots {self.shots}; leave one of them out"
