@@ -272,6 +272,18 @@ def test_an_empty_out_is_not_the_working_directory(command, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("below", ["", "/folder"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["demo", "predict . {file}", "data prepare --task cifar --from .", "import-prompts {file} --backbone x"],
+)
+def test_folder_that_is_to_be_written_where_a_file_is_is_refused_by_name(command, tmp_path, arguments, below):
+    (tmp_path / "file").touch()
+    result = command(*arguments.format(file=tmp_path / "file").split(), "--out", f"{tmp_path}/file{below}")
+    assert result.exit_code == 2
+    assert f"out is {tmp_path}/file{below}, and {tmp_path}/file is no folder" in result.stderr
+
+
 def test_help_of_a_sweeps_trials_names_the_samplers_that_need_it(command):
     text = command("sweep", "--help").stdout
     assert "required for tpe and random" in " ".join(text.split()) and "all of the grid" not in text

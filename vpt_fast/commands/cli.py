@@ -42,6 +42,7 @@ from vpt_fast.commands.flags import (
     refuse,
     require_data,
     require_folder,
+    require_folder_place,
     with_recipe_flags,
 )
 from vpt_fast.commands.help import CommandApp
@@ -302,6 +303,7 @@ def _predict(
     from vpt_fast.training.world import on_device
 
     if out is not None:
+        require_folder_place("out", out)
         from vpt_fast.training.scene_inference import require_masks_folder
 
         require_masks_folder(paths, out)  # before the backbone is loaded
@@ -350,6 +352,7 @@ def demo(
 ) -> None:
     """Compare linear probe, VPT-Shallow and VPT-Deep on handwritten digits, in under 3 minutes on 2 cores."""
     with one_line_errors(debug):
+        require_folder_place("out", out)
         from vpt_fast.commands.demo import run_demo
 
         if not run_demo(out, console=LastingConsole(), fresh=fresh):

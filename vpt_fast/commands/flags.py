@@ -237,6 +237,13 @@ def require_place(name: str, path: Path) -> None:
     remove_unfinished(path)
 
 
+def require_folder_place(name: str, path: Path) -> None:
+    """Raises ValueError if no folder can be at ``path``; called before the work starts."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name} is {path}, and {there} is no folder")
+
+
 def refuse(run: str, **flags: Any) -> None:
     """Raises ValueError for given flags that this kind of run does not have."""
     if given := [name for name, value in flags.items() if value not in (None, False)]:
