@@ -19,6 +19,8 @@ from vpt_fast.sweeps.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISH
 from vpt_fast.sweeps.tables import format_table, make_rows
 from vpt_fast.training.recipe import Recipe
 
+CLASSES = ["dark", "light"]
+
 
 @pytest.fixture
 def sweep(tmp_path):
@@ -32,10 +34,12 @@ def sweep(tmp_path):
             "accuracies": {str(seed): value for seed, value in enumerate(accuracies)},
             "mean": statistics.fmean(accuracies),
             "standard_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "diverged": {},
         }
         results = {"kind": "sweep", "task": task, "data": "x", "backbone": backbone, "method": method}
         results |= {"settings": settings, "best": {"params": {"base_lr": 1}}}
         results |= {"parameters": {"trained": 10, "backbone": 1000}, "final": final, "finished": finished}
+        results["classes"] = CLASSES
         (folder / "results.json").write_text(json.dumps(results))
         return folder
 
@@ -52,7 +56,9 @@ def run(tmp_path):
         test = settings.pop("test_accuracy")
         recipe = Recipe(data="x", backbone=BACKBONE, task="vtab/cifar", **settings)
         (folder / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-        (folder / "run.json").write_text(json.dumps({"parameters": {"trained": 10, "backbone": 1000}}))
+        facts = {"parameters": {"trained": 10, "backbone": 1000}}
+        facts["data"] = {"classes": CLASSES, "train": {"per_class": [8, 8]}, "val": None}
+        (folder / "run.json").write_text(json.dumps(facts))
         (folder / "results.json").write_text(json.dumps({"val_accuracy": 0.5, "test_accuracy": test}))
         return folder
 
@@ -465,8 +471,8 @@ def test_many_runs_hold_the_numbers_of_their_images_once(run):
     reader = entries._Reader()
     for seed in (1, 2):
         folder = run(f"run-{seed}", seed=seed, method="linear", test_accuracy=0.5)
-        facts = {"parameters": {}, "data": {"train": {"per_class": [2, 3]}, "val": {"per_class": [1, 1]}}}
-        (folder / "run.json").write_text(json.dumps(facts))
+        data = {"classes": CLASSES, "train": {"per_class": [2, 3]}, "val": {"per_class": [1, 1]}}
+        (folder / "run.json").write_text(json.dumps({"parameters": {}, "data": data}))
         reader.read(folder)
     ((one, other),) = reader._runs.values()
     assert one.images_by_class is other.images_by_class and one.images_by_class == (3, 4)

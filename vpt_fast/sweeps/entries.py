@@ -16,7 +16,9 @@ from vpt_fast.training.run_files import RunFiles
 
 SWEEP_FILE = "sweep.yaml"  # in a sweep's folder from its start
 LEFT_OUT = "; left out"
-SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data")
+SWEEP_KEYS = (
+    "finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data", "classes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class FinishedRun:
     recipe: Recipe
     results: dict[str, Any]
     parameters: dict[str, int]
-    images_by_class: tuple[int, ...] | None
+    images_by_class: tuple[int, ...]
 
 
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
@@ -116,7 +118,7 @@ class _Reader:
         self._classes: dict[str, tuple[Path, list[str]]] = {}  # by task: its first folder, and its own
         self._sweeps: dict[Key, tuple[Path, Entry]] = {}
         self._runs: dict[Key, list[FinishedRun]] = {}
-        self._images: dict[tuple[int, ...] | None, tuple[int, ...] | None] = {}
+        self._images: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def entries(self) -> list[Entry]:
         of_sweeps = [entry for _, entry in self._sweeps.values()]
@@ -155,12 +157,12 @@ class _Reader:
             entry = _sweep_entry(results)
         except ValueError as error:
             raise ValueError(f"{path / 'results.json'}: {error}") from None
-        if diverged := results["final"].get("diverged"):
+        if diverged := results["final"]["diverged"]:
             self.notes.append(
                 f"{entry.method} on {entry.task}: {len(diverged)} of {entry.runs + len(diverged)} final runs "
                 "diverged; mean and standard deviation are of the others"
             )
-        self._require_same_classes(entry.task, path, results.get("classes"))
+        self._require_same_classes(entry.task, path, results["classes"])
         key = (entry.backbone, entry.method, entry.task)
         self._require_first(key, path, runs=self._runs.get(key, []))
         self._sweeps[key] = path, entry
@@ -170,24 +172,19 @@ class _Reader:
         if recipe.task == SEGMENTATION:
             self.leave_out(path, "a run of segmentation; tables are of classification")
             return
-        facts = read_json(RunFiles(path).facts, "parameters")
+        facts = read_json(RunFiles(path).facts, "parameters", "data")
         require_keys(path / "results.json", results, "test_accuracy")
         key = (recipe.backbone, recipe.method, _task(recipe.task, recipe.data))
-        self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
+        self._require_same_classes(key[2], path, facts["data"]["classes"])
         self._require_first(key, path)
-        images = _images_by_class(facts)
+        images = _images_by_class(facts["data"])
         images = self._images.setdefault(images, images)  # most runs share them
         run = FinishedRun(path, recipe, results, facts["parameters"], images)
         self._runs.setdefault(key, []).append(run)
 
-    def _require_same_classes(self, task: str, path: Path, classes: list[str] | None) -> None:
+    def _require_same_classes(self, task: str, path: Path, classes: list[str]) -> None:
         """Raises ValueError if the data behind `path` have other classes than earlier data with the same
-        name.
-
-        classes: None if the results do not record them.
-        """
-        if classes is None:
-            return
+        name."""
         first, known = self._classes.setdefault(task, (path, classes))
         if classes != known:
             raise ValueError(
@@ -282,9 +279,7 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
     )
 
 
-def _images_by_class(facts: dict[str, Any]) -> tuple[int, ...] | None:
-    """Images per class in train and val together, since the seed decides how they are split; None if they are
-    not recorded."""
-    data = facts.get("data", {})
-    counts = [data[split]["per_class"] for split in ("train", "val") if data.get(split)]
-    return tuple(sum(of_class) for of_class in zip(*counts, strict=True)) if counts else None
+def _images_by_class(data: dict[str, Any]) -> tuple[int, ...]:
+    """Images per class in train and val together, since the seed decides how they are split."""
+    counts = [data[split]["per_class"] for split in ("train", "val") if data[split] is not None]
+    return tuple(sum(of_class) for of_class in zip(*counts, strict=True))

@@ -367,14 +367,14 @@ def _short(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None] | None]:
-    """The sweep in a sweep.yaml, and its `digest_inputs`, which are None if the file predates them."""
+def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None]]:
+    """The sweep in a sweep.yaml, and its `digest_inputs`."""
     values = read_yaml(path)
     try:
-        inputs = values.pop("inputs", None)
+        inputs = values.pop("inputs")
         axes = {name: tuple(axis) for name, axis in values["axes"].items()}
         begun = Sweep(**{**values, "axes": axes, "seeds": tuple(values["seeds"])})
-        return begun, None if inputs is None else {name: inputs[name] for name in ("data", "checkpoint")}
+        return begun, {name: inputs[name] for name in ("data", "checkpoint")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what a sweep writes ({error!r}); choose another --out, or remove the sweep there"
@@ -392,13 +392,8 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
     pairs = ((name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"])
     changed += [name for name, one, other in pairs if one != other]
     for name, digest in inputs.items():
-        now, was = sweep.settings.get(name), begun.settings.get(name)
-        if recorded is None:
-            one, other = (path and Path(path).expanduser().resolve() for path in (now, was))
-            is_same = now == was or one == other  # timm's data set names are not paths
-        else:
-            is_same = digest == recorded[name]
-        if not is_same:
+        if digest != recorded[name]:
+            now, was = sweep.settings.get(name), begun.settings.get(name)
             if name == "checkpoint" and now is was is None:
                 name = "backbone"
                 now, was = (
