@@ -181,6 +181,12 @@ def test_point_that_cannot_be_trained_is_refused_before_any_is(settings, tmp_pat
     assert not (tmp_path / "a").exists()
 
 
+def test_data_that_cannot_be_used_are_not_blamed_on_a_point(settings, tmp_path) -> None:
+    points = plan_ablation("length", settings | {"data": "no such"}, seeds=(1,))
+    with pytest.raises(ValueError, match="^no such: there is no such folder"):
+        run_ablation("length", points, tmp_path)
+
+
 def test_setting_that_no_method_of_an_ablation_has_is_refused() -> None:
     with pytest.raises(ValueError, match="lora_rank is given; of linear, vpt-shallow, .* none has it"):
         plan_ablation("data-size", {**NAMED, "lora_rank": 4}, seeds=(1,))
