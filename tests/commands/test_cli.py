@@ -509,6 +509,16 @@ def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path
     assert result.exit_code == 2 and message in result.stderr
 
 
+@pytest.mark.parametrize("lost", ["task", "train_on"])
+def test_labels_that_lack_what_the_run_was_trained_on_are_named(command, run, color_images, tmp_path, lost):
+    labels = shutil.copytree(run / "prompts", tmp_path / "prompts") / "labels.json"
+    values = json.loads(labels.read_text())
+    del values["split"][lost]
+    labels.write_text(json.dumps(values))
+    result = command("eval", labels.parent, "--data", color_images)
+    assert result.exit_code == 2 and "labels.json cannot be read" in result.stderr and lost in result.stderr
+
+
 @pytest.mark.parametrize("names", ["classes", "images"])
 def test_control_characters_in_names_do_not_reach_the_terminal(command, run, color_images, tmp_path, names):
     evil = "\x1b]0;title\x07\x9b31m"
