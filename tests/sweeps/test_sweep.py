@@ -377,6 +377,15 @@ def test_without_test_images_the_final_runs_are_of_val(settings, images, tmp_pat
     assert found["final"]["mean"] is not None and found["best"] is None
 
 
+def test_of_timm_s_data_sets_nothing_is_said_of_test_images_that_were_not_looked_for(
+    settings, images, tmp_path
+):
+    given = dict(settings, data="torch/image_folder", data_root=str(images))
+    final = run_sweep(Sweep(given, {}, seeds=(1,)), tmp_path / "sweep")["final"]
+    assert final["split"] == "val"
+    assert final["note"] == "no test images of timm's data sets are looked for: final accuracies are of val"
+
+
 def test_final_runs_train_on_what_the_search_held_out_by_a_fraction_of_its_own(settings, images, tmp_path):
     shutil.rmtree(images / "val")
     given = dict(settings, data=str(images), val_fraction=0.4)

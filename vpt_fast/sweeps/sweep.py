@@ -37,6 +37,7 @@ from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import find_task
+from vpt_fast.data_names import is_factory_name
 from vpt_fast.files import lock_file, remove_unfinished, write
 from vpt_fast.sweeps.settings import Params, Sweep
 from vpt_fast.sweeps.trials import (
@@ -128,7 +129,7 @@ def run_sweep(
     if sweep.sampler != "grid":
         sampler = functools.partial(find_sampler, sweep.sampler, sweep.first_recipe.seed)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
-    _print_plan(console, sweep, plan, amounts, out)
+    _print_plan(console, sweep, amounts, out)
     if not is_locked:
         print_no_locks(console, out)
 
@@ -303,7 +304,10 @@ class _FinalPlan:
         recipe = sweep.first_recipe
         splits = Classification().open(recipe, cache)
         if splits.test is None:
-            return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)
+            why = "there are no test images"
+            if is_factory_name(recipe.data):  # which opens them only for a run that asks for them
+                why = "no test images of timm's data sets are looked for"
+            return cls({}, "val", f"{why}: final accuracies are of val", splits.classes)
         if recipe.task is not None and find_task(recipe.task).suite == "fgvc":
             return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", splits.classes)
         changes: dict[str, Any] = {"test": True, "train_on": "train+val", "val_fraction": Recipe.val_fraction}
@@ -416,9 +420,7 @@ def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
         write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
 
 
-def _print_plan(
-    console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
-) -> None:
+def _print_plan(console: Console, sweep: Sweep, amounts: Sequence[_Amount], out: Path) -> None:
     """Prints the numbers of runs, epochs and images, as ranges if they depend on the searched settings."""
     epochs = _range("epoch", (amount.epochs for amount in amounts))
     trials = [amount.epochs * amount.trial_images for amount in amounts]
