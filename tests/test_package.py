@@ -181,7 +181,8 @@ def test_commands_that_compute_nothing_answer_without_torch(tmp_path):
     for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"):
         (data / name).touch()  # listed, not opened
     (run / "config.yaml").write_text("{data: x, backbone: y}")
-    (run / "run.json").write_text('{"parameters": {"trained": 1, "backbone": 9}}')
+    images = '{"classes": ["a", "b"], "train": {"per_class": [1, 1]}, "val": null}'
+    (run / "run.json").write_text(f'{{"parameters": {{"trained": 1, "backbone": 9}}, "data": {images}}}')
     (run / "results.json").write_text('{"val_accuracy": 0.5, "test_accuracy": null}')
     ended = subprocess.run([sys.executable, "-c", ANSWERED, data, run], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

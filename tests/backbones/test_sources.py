@@ -29,8 +29,8 @@ from vpt_fast import (
 from vpt_fast.backbones import sources
 from vpt_fast.backbones.resolve import CONVNET, SWIN, kind_of, resolve_backbone
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
+from vpt_fast.sweeps.parameters import count_parameters
 from vpt_fast.training.methods import build_model
-from vpt_fast.training.parameters import count_parameters
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.tuning.full import FullTuning
 

@@ -177,7 +177,7 @@ def test_predictions_do_not_depend_on_the_batches_they_are_made_in(run, color_im
         paths.insert(place, tmp_path / "broken.png")
     loaded = LoadedRun.load(run)
     whole = list(inference.predict_images(loaded, paths, 1))
-    monkeypatch.setattr(inference, "BATCH_SIZE", 4)
+    monkeypatch.setattr(inference, "FORWARD_BATCH", 4)
     parts = list(inference.predict_images(loaded, paths, 1))
     assert [answer["image"] for answer in whole] == [str(path) for path in paths]
     assert [i for i, answer in enumerate(whole) if "error" in answer] == [2, 4, 5, 6, 7]
@@ -270,6 +270,18 @@ def test_an_empty_out_is_not_the_working_directory(command, tmp_path, monkeypatc
     result = command(*arguments, "--out", "")
     assert result.exit_code == 2 and "--out" in result.stderr and "it is ''" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "/folder"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["demo", "predict . {file}", "data prepare --task cifar --from .", "import-prompts {file} --backbone x"],
+)
+def test_folder_that_is_to_be_written_where_a_file_is_is_refused_by_name(command, tmp_path, arguments, below):
+    (tmp_path / "file").touch()
+    result = command(*arguments.format(file=tmp_path / "file").split(), "--out", f"{tmp_path}/file{below}")
+    assert result.exit_code == 2
+    assert f"out is {tmp_path}/file{below}, and {tmp_path}/file is no folder" in result.stderr
 
 
 def test_help_of_a_sweeps_trials_names_the_samplers_that_need_it(command):
@@ -495,6 +507,16 @@ def test_labels_that_were_changed_are_named(command, run, color_images, tmp_path
     labels.write_text(json.dumps(values))
     result = command("predict", labels.parent, color_images / "val")
     assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize("lost", ["task", "train_on"])
+def test_labels_that_lack_what_the_run_was_trained_on_are_named(command, run, color_images, tmp_path, lost):
+    labels = shutil.copytree(run / "prompts", tmp_path / "prompts") / "labels.json"
+    values = json.loads(labels.read_text())
+    del values["split"][lost]
+    labels.write_text(json.dumps(values))
+    result = command("eval", labels.parent, "--data", color_images)
+    assert result.exit_code == 2 and "labels.json cannot be read" in result.stderr and lost in result.stderr
 
 
 @pytest.mark.parametrize("names", ["classes", "images"])

@@ -34,6 +34,10 @@ def shown(context: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
     return re.sub(r"\x1b\[\d*m", "", context.command.get_help(context))
 
 
+def shown_parameters(context: Any) -> list[Any]:
+    return [each for each in context.command.get_params(context) if not getattr(each, "hidden", False)]
+
+
 def words(text: str) -> str:
     return " ".join(text.split())
 
@@ -56,7 +60,7 @@ def test_help_breaks_no_flag_and_no_choice(columns, monkeypatch) -> None:
     for context in CONTEXTS:
         text = shown(context, columns, monkeypatch)
         lines = re.sub(r"\|\n +", "|", text).splitlines()
-        for parameter in context.command.get_params(context):
+        for parameter in shown_parameters(context):
             name, _ = parameter.get_help_record(context)
             if parameter.param_type_name == "option":
                 assert any(line.startswith(f"  {name}") for line in lines), (context.command_path, name)
@@ -66,7 +70,7 @@ def test_help_breaks_no_flag_and_no_choice(columns, monkeypatch) -> None:
 def test_help_has_every_text_with_its_default(columns, monkeypatch) -> None:
     for context in CONTEXTS:
         text = words(shown(context, columns, monkeypatch))
-        for parameter in context.command.get_params(context):
+        for parameter in shown_parameters(context):
             assert words(parameter.help) in text, (context.command_path, parameter.name)
             if isinstance(parameter.show_default, str):
                 assert re.search(rf"\[default: {re.escape(parameter.show_default)}[];]", text), parameter.name
@@ -76,6 +80,16 @@ def test_help_of_train_has_its_groups_in_order(monkeypatch) -> None:
     (train,) = (context for context in CONTEXTS if context.info_name == "train")
     titles = re.findall(r"^\w+(?=:$)", shown(train, 80, monkeypatch), re.MULTILINE)
     assert titles == ["Options", "Data", "Model", "Prompts", "Optimisation", "Run"]
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"), [("sweep", []), ("ablate", ["--method"])], ids=["sweep", "ablate"]
+)
+def test_help_of_sweeps_has_no_flag_that_they_refuse(command, refused, monkeypatch) -> None:
+    (context,) = (each for each in CONTEXTS if each.info_name == command)
+    flags = re.findall(r"^  (--[\w-]+)", shown(context, 80, monkeypatch), re.MULTILINE)
+    assert "--backbone" in flags
+    assert not {*refused, "--train-on", "--test", "--ignore-zero", "--aux-weight"} & {*flags}
 
 
 def test_an_example_in_help_keeps_its_lines(monkeypatch) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vpt_fast.data.images import DataError
+from vpt_fast.data.images import DataError, take_fraction, take_shots
 from vpt_fast.data.splits import open_splits
 
 FOLDERS = {"train/a": 10, "train/b": 4, "val/a": 2, "val/b": 2}
@@ -25,44 +25,36 @@ def test_class_of_one_image_can_be_trained_on_where_nothing_is_held_out(write_im
         open_splits(root)
 
 
-def test_train_fraction_keeps_its_share_of_each_class(write_images):
-    root = write_images(FOLDERS)
-    splits = open_splits(root, train_fraction=0.5)
-    assert Counter(splits.train.labels) == {0: 5, 1: 2}
-    assert splits.val == open_splits(root).val
-    assert Counter(open_splits(root, train_fraction=0.01).train.labels) == {0: 1, 1: 1}
+def test_fraction_keeps_its_share_of_each_class(write_images):
+    images = open_splits(write_images(FOLDERS)).train
+    assert Counter(take_fraction(images, 0.5, 0).labels) == {0: 5, 1: 2}
+    assert Counter(take_fraction(images, 0.01, 0).labels) == {0: 1, 1: 1}
 
 
 def test_smaller_fractions_are_parts_of_larger_ones_by_the_same_seed(write_images):
-    root = write_images(FOLDERS)
-    parts = [set(open_splits(root, train_fraction=f, seed=1).train.items) for f in (0.2, 0.5, 1.0)]
+    images = open_splits(write_images(FOLDERS)).train
+    parts = [set(take_fraction(images, fraction, 1).items) for fraction in (0.2, 0.5, 1.0)]
     assert parts[0] < parts[1] < parts[2]
-    assert parts[1] != set(open_splits(root, train_fraction=0.5, seed=2).train.items)
+    assert parts[1] != set(take_fraction(images, 0.5, 2).items)
 
 
 def test_shots_are_as_many_images_of_each_class(write_images):
-    root = write_images(FOLDERS)
-    splits = open_splits(root, shots=3)
-    assert Counter(splits.train.labels) == {0: 3, 1: 3}
-    assert splits.val == open_splits(root).val
-    assert Counter(open_splits(root, shots=7).train.labels) == {0: 7, 1: 4}  # all of the class with fewer
-    assert Counter(open_splits(root, shots=5, train_on="train+val").train.labels) == {0: 5, 1: 5}
+    images = open_splits(write_images(FOLDERS)).train
+    assert Counter(take_shots(images, 3, 0).labels) == {0: 3, 1: 3}
+    assert Counter(take_shots(images, 7, 0).labels) == {0: 7, 1: 4}  # all of the class with fewer
 
 
 def test_fewer_shots_are_parts_of_more_by_the_same_seed(write_images):
-    root = write_images(FOLDERS)
-    parts = [set(open_splits(root, shots=n, seed=1).train.items) for n in (1, 3, 10)]
-    assert parts[0] < parts[1] < parts[2] == set(open_splits(root).train.items)
-    assert parts[1] != set(open_splits(root, shots=3, seed=2).train.items)
+    images = open_splits(write_images(FOLDERS)).train
+    parts = [set(take_shots(images, shots, 1).items) for shots in (1, 3, 10)]
+    assert parts[0] < parts[1] < parts[2] == set(images.items)
+    assert parts[1] != set(take_shots(images, 3, 2).items)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"train_on": "val"}, "train_on: 'val', wanted one of train, train\\+val"),
-        ({"train_fraction": 0}, "train_fraction: 0, wanted a number above 0 and at most 1"),
-        ({"shots": 0}, "shots: 0, wanted 1 or more"),
-        ({"shots": 2, "train_fraction": 0.5}, "train_fraction: 0.5 beside shots: 2, wanted one of them"),
         *(
             ({"val_fraction": fraction}, f"val_fraction: {fraction}, wanted a number above 0 and below 1")
             for fraction in (0.0, 1.0, -0.1, float("nan"))

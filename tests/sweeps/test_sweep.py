@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from rich.console import Console
+from task_trees import shrink, write_fgvc
 
 from vpt_fast.failures import TrainingDiverged
 from vpt_fast.sweeps import sweep, trials
@@ -272,12 +273,31 @@ def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     assert trained == [] and not (tmp_path / "sweep").exists()
 
 
+def test_data_that_cannot_be_used_are_not_blamed_on_what_is_searched(settings, tmp_path):
+    with pytest.raises(ValueError, match="^no such: there is no such folder"):
+        run_sweep(Sweep(dict(settings, data="no such"), {"shots": (1, 2)}), tmp_path / "sweep")
+
+
 @pytest.mark.parametrize("batch_size", [13, 7])  # of 27 images in a trial, and of 36 in a final run
 def test_image_that_batch_norm_cannot_normalise_is_found_before_any_trial(settings, batch_size):
     network = {"backbone": "resnet10t", "backbone_arg": {"img_size": 32}, "method": "full"}
     given = {**settings, **network, "batch_size": batch_size, "pretrained": False}
     with pytest.raises(ValueError, match=f"batch_size is {batch_size} .* BatchNorm cannot normalise it"):
         sweep.require_trials(Sweep(given, {"base_lr": (0.1,)}), TrainingCache())
+
+
+def test_batches_of_final_runs_are_checked_with_the_batch_size_that_they_will_have(settings, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        sweep, "require_batches", lambda recipe, _, images, __: checked.append((recipe.batch_size, images))
+    )
+    monkeypatch.setitem(METHODS, "linear", replace(METHODS["linear"], batch_size=30))
+    del settings["batch_size"]
+    sweep.require_trials(Sweep(settings, {"base_lr": (0.1,)}), TrainingCache())
+    assert checked == [(64, 27), (64, 36)]  # fewer than 30 images are in batches of 64
+    checked.clear()
+    sweep.require_trials(Sweep(settings, {}), TrainingCache())  # there are no trials
+    assert checked == [(30, 36)]
 
 
 def test_graph_of_accumulated_steps_is_refused_on_a_gpu(settings):
@@ -357,6 +377,24 @@ def test_without_test_images_the_final_runs_are_of_val(settings, images, tmp_pat
     assert found["final"]["mean"] is not None and found["best"] is None
 
 
+def test_of_timm_s_data_sets_nothing_is_said_of_test_images_that_were_not_looked_for(
+    settings, images, tmp_path
+):
+    given = dict(settings, data="torch/image_folder", data_root=str(images))
+    final = run_sweep(Sweep(given, {}, seeds=(1,)), tmp_path / "sweep")["final"]
+    assert final["split"] == "val"
+    assert final["note"] == "no test images of timm's data sets are looked for: final accuracies are of val"
+
+
+def test_final_runs_train_on_what_the_search_held_out_by_a_fraction_of_its_own(settings, images, tmp_path):
+    shutil.rmtree(images / "val")
+    given = dict(settings, data=str(images), val_fraction=0.4)
+    run_sweep(Sweep(given, {"base_lr": (0.1,)}, seeds=(1,)), tmp_path)
+    final, trial = (json.loads(file.read_text())["data"] for file in sorted(tmp_path.rglob("run.json")))
+    assert (trial["train"]["per_class"], trial["val"]["per_class"]) == ([5, 5, 5], [4, 4, 4])
+    assert (final["train"]["per_class"], final["val"]) == ([9, 9, 9], None)
+
+
 def test_folder_of_another_sweep_is_refused(settings, tmp_path):
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
     with pytest.raises(ValueError, match="other settings: seeds, batch_size"):
@@ -393,6 +431,18 @@ def test_sweep_that_was_killed_does_not_go_on_with_other_images(own_images, imag
         run_sweep(plan, tmp_path / "sweep")
 
 
+@pytest.mark.parametrize("part", [{"shots": 1}, {"train_fraction": 0.1}], ids=str)
+def test_sweep_on_a_part_of_the_images_does_not_go_on_where_any_changed(own_images, images, tmp_path, part):
+    plan = Sweep(dict(own_images, **part), {"base_lr": (0.1,)}, seeds=(1,))
+    run_sweep(plan, tmp_path / "sweep")
+    for image in (images / "train" / "red").iterdir():
+        other = shutil.copytree(images, tmp_path / image.stem / images.name)
+        (other / "train" / "red" / image.name).unlink()
+        moved = Sweep(dict(plan.settings, data=str(other)), plan.axes, seeds=(1,))
+        with pytest.raises(ValueError, match=f"data .{images} there, {other} now"):
+            run_sweep(moved, tmp_path / "sweep")
+
+
 def test_finished_sweep_does_not_answer_for_other_images(own_images, images, tmp_path):
     run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
     other = shutil.copytree(images, tmp_path / "other" / images.name)
@@ -418,13 +468,8 @@ def test_weights_that_do_not_exist_are_refused_before_the_first_trial(settings, 
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("with_digests", [True, False], ids=["digests", "written before there were any"])
-def test_data_by_another_path_are_the_same(own_images, images, tmp_path, monkeypatch, trained, with_digests):
+def test_data_by_another_path_are_the_same(own_images, images, tmp_path, monkeypatch, trained):
     run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
-    if not with_digests:
-        values = yaml.safe_load((tmp_path / "sweep" / "sweep.yaml").read_text())
-        del values["inputs"]
-        (tmp_path / "sweep" / "sweep.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(images.parent)
     for path in (images.name, f"{images}/", f"../{images.parent.name}/{images.name}"):
         run_sweep(Sweep(dict(own_images, data=path), {}, seeds=(1,)), tmp_path / "sweep")
@@ -476,6 +521,13 @@ def test_final_runs_train_on_the_shots_of_train_and_val_together(settings, tmp_p
     assert found["final"]["note"] == "trained on a part of train and val"
     (run,) = (tmp_path / "final").iterdir()
     assert json.loads((run / "run.json").read_text())["data"]["train"]["per_class"] == [2, 2, 2]
+
+
+def test_final_runs_on_the_shots_of_fgvc_are_said_to_be_on_a_part_of_train(settings, tmp_path, monkeypatch):
+    write_fgvc(shrink(monkeypatch, "fgvc/cub"), tmp_path / "cub")
+    given = dict(settings, data=str(tmp_path), task="fgvc/cub", shots=2)
+    found = run_sweep(Sweep(given, {}, seeds=(1,)), tmp_path / "sweep")
+    assert found["final"]["note"] == "trained on a part of train"
 
 
 def test_sweep_file_holds_what_was_asked(settings, tmp_path):

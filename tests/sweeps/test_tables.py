@@ -15,9 +15,11 @@ from vpt_fast.backbones.known import KNOWN
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.sweeps import entries
 from vpt_fast.sweeps.entries import read_entries
+from vpt_fast.sweeps.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.sweeps.tables import format_table, make_rows
-from vpt_fast.training.published import ACCURACIES, BACKBONE, GROUP_MEANS, PUBLISHED, published_of
 from vpt_fast.training.recipe import Recipe
+
+CLASSES = ["dark", "light"]
 
 
 @pytest.fixture
@@ -32,10 +34,12 @@ def sweep(tmp_path):
             "accuracies": {str(seed): value for seed, value in enumerate(accuracies)},
             "mean": statistics.fmean(accuracies),
             "standard_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "diverged": {},
         }
         results = {"kind": "sweep", "task": task, "data": "x", "backbone": backbone, "method": method}
         results |= {"settings": settings, "best": {"params": {"base_lr": 1}}}
         results |= {"parameters": {"trained": 10, "backbone": 1000}, "final": final, "finished": finished}
+        results["classes"] = CLASSES
         (folder / "results.json").write_text(json.dumps(results))
         return folder
 
@@ -52,7 +56,9 @@ def run(tmp_path):
         test = settings.pop("test_accuracy")
         recipe = Recipe(data="x", backbone=BACKBONE, task="vtab/cifar", **settings)
         (folder / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-        (folder / "run.json").write_text(json.dumps({"parameters": {"trained": 10, "backbone": 1000}}))
+        facts = {"parameters": {"trained": 10, "backbone": 1000}}
+        facts["data"] = {"classes": CLASSES, "train": {"per_class": [8, 8]}, "val": None}
+        (folder / "run.json").write_text(json.dumps(facts))
         (folder / "results.json").write_text(json.dumps({"val_accuracy": 0.5, "test_accuracy": test}))
         return folder
 
@@ -455,12 +461,18 @@ def test_results_of_another_form_are_named(sweep, final):
         read_entries([path.parent])
 
 
+def test_sweep_with_a_setting_that_there_is_not_is_named(sweep):
+    folder = sweep("linear", "vtab/cifar", 0.5, newer=1)
+    with pytest.raises(ValueError, match=f"{folder / 'results.json'}: unknown setting 'newer'"):
+        read_entries([folder])
+
+
 def test_many_runs_hold_the_numbers_of_their_images_once(run):
     reader = entries._Reader()
     for seed in (1, 2):
         folder = run(f"run-{seed}", seed=seed, method="linear", test_accuracy=0.5)
-        facts = {"parameters": {}, "data": {"train": {"per_class": [2, 3]}, "val": {"per_class": [1, 1]}}}
-        (folder / "run.json").write_text(json.dumps(facts))
+        data = {"classes": CLASSES, "train": {"per_class": [2, 3]}, "val": {"per_class": [1, 1]}}
+        (folder / "run.json").write_text(json.dumps({"parameters": {}, "data": data}))
         reader.read(folder)
     ((one, other),) = reader._runs.values()
     assert one.images_by_class is other.images_by_class and one.images_by_class == (3, 4)
@@ -493,7 +505,7 @@ def test_command_that_writes_a_file_removes_what_a_killed_one_left_of_it(command
 
 def test_unknown_format_is_refused(sweep):
     with pytest.raises(ValueError, match="format is 'html'; it must be one of markdown, csv, latex"):
-        format_table(*read_entries([sweep("vtab/cifar", "full", 0.7)]), "html")
+        format_table(*read_entries([sweep("full", "vtab/cifar", 0.7)]), "html")
 
 
 def test_table_of_nothing_finished_is_refused(command, sweep):
@@ -509,6 +521,22 @@ def test_backbone_without_weights_is_held_against_nothing_published(sweep):
     assert (natural.published, natural.wins, row.published_accuracies) == (None, None, {})
     (note,) = notes
     assert f"vpt-deep on vtab/cifar: {BACKBONE} had no weights" in note
+
+
+@pytest.mark.parametrize("part", [{"shots": 4}, {"train_fraction": 0.5}], ids=str)
+def test_runs_on_a_part_of_the_images_are_held_against_nothing_published(sweep, part):
+    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.9, **part)])
+    ((row,), more) = make_rows(entries)
+    natural = row.means["natural"]
+    assert (natural.published, natural.wins, row.published_accuracies) == (None, None, {})
+    assert notes == [
+        "vpt-deep on vtab/cifar: trained on a part of the images; it is held against nothing published"
+    ]
+    assert more == []  # nor is full fine-tuning as published
+
+
+def test_of_data_that_are_no_task_nothing_is_said_of_what_was_published(sweep):
+    assert read_entries([sweep("vpt-deep", "birds", 0.9, pretrained=False)])[1] == []
 
 
 def test_backbone_with_weights_of_a_file_is_held_against_what_was_published(sweep):
@@ -553,6 +581,13 @@ def test_runs_on_other_numbers_of_images_are_not_taken_together(run_on):
     folders = [run_on("a", {"cat": 3, "dog": 3}, seed=1), run_on("b", {"cat": 3, "dog": 4}, seed=2)]
     with pytest.raises(ValueError, match="linear on images: the runs are of other images"):
         read_entries(folders)
+
+
+@pytest.mark.parametrize("part", [{"shots": 4}, {"train_fraction": 0.5}], ids=str)
+def test_runs_that_drew_other_numbers_of_readable_images_are_taken_together(run_on, part):
+    numbers = {1: {"cat": 4, "dog": 3}, 2: {"cat": 3, "dog": 4}}  # one of each class cannot be read
+    folders = [run_on(f"{seed}", counts, seed=seed, **part) for seed, counts in numbers.items()]
+    assert [entry.runs for entry in read_entries(folders)[0]] == [2]
 
 
 def test_sweep_on_data_of_one_name_and_other_classes_is_refused(run_on, sweep):

@@ -53,6 +53,16 @@ def test_backbone_and_images_are_loaded_and_blocks_folded_once(recipe, tmp_path,
     assert (len(built), len(folded), len(read)) == (1, depth, 2)  # images: train and val
 
 
+def test_data_are_listed_once_for_all_parts_of_them(recipe, monkeypatch):
+    listed, original = [], classification.open_splits
+    monkeypatch.setattr(classification, "open_splits", lambda *a, **k: listed.append(1) or original(*a, **k))
+    cache = TrainingCache()
+    parts = ({}, {"shots": 2}, {"shots": 4}, {"train_fraction": 0.34})
+    problem = classification.Classification()
+    found = [problem.open(dataclasses.replace(recipe, **part), cache) for part in parts]
+    assert [len(splits.train) for splits in found] == [27, 6, 12, 9] and listed == [1]
+
+
 @pytest.mark.parametrize("method", ["vpt-deep", "linear"])
 def test_images_in_host_memory_are_let_go_before_the_first_epoch(recipe, tmp_path, monkeypatch, method):
     """Where their pixels are on a GPU, or their features are kept, nothing else needs them."""

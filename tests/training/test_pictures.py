@@ -62,6 +62,14 @@ def test_compared_runs_are_by_their_share_of_epochs_with_their_test_accuracies(d
     assert [text.get_text() for text in test.texts] == ["25.0%", "50.0%"]
 
 
+def test_legend_of_points_has_the_names_of_classes_as_they_are(drawn):
+    names = ("_wall", r"$\frac{$", "a$b$")
+    plots.plot_embedding(np.eye(3, 2), np.arange(3), names, Path("a.png"), title="$\\run$")
+    (legend,) = drawn[0].legends
+    assert tuple(text.get_text() for text in legend.get_texts()) == names
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+
+
 def test_masks_are_laid_over_the_image_where_there_is_a_class(tmp_path, monkeypatch):
     shown, pad = [], plots.ImageOps.pad
     monkeypatch.setattr(

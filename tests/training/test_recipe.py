@@ -348,6 +348,11 @@ def test_shots_beside_a_fraction_are_refused():
         make(train_fraction=0.5, shots=4)
 
 
+def test_fraction_to_hold_out_where_nothing_is_held_out_is_refused():
+    with pytest.raises(ValueError, match="val_fraction is 0.5 beside train_on train.val"):
+        make(train_on="train+val", val_fraction=0.5)
+
+
 def test_pretrained_beside_a_checkpoint_is_refused():
     with pytest.raises(ValueError, match="pretrained is on beside checkpoint ViT-B_16.npz"):
         make(checkpoint="ViT-B_16.npz", pretrained=True)

@@ -259,7 +259,7 @@ def test_prediction_removes_files_that_a_killed_one_left_half_written(run, comma
 def test_file_in_the_place_of_the_masks_folder_is_one_line(run, command, scenes, tmp_path):
     (tmp_path / "file").write_text("")
     result = command("predict", run[1].path, scenes / "images" / "validation", "--out", tmp_path / "file")
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "File exists" in result.stderr
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "file is no folder" in result.stderr
 
 
 def test_saved_segmenter_is_the_trained_one(run):

@@ -25,6 +25,7 @@ from vpt_fast.commands.backbones import backbones
 from vpt_fast.commands.data import app as data_app
 from vpt_fast.commands.flags import (
     PATH,
+    DataRootFlag,
     DebugFlag,
     DeviceFlag,
     JsonFlag,
@@ -34,12 +35,14 @@ from vpt_fast.commands.flags import (
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    WorkersFlag,
     given_settings,
     one_line_errors,
     print_error,
     refuse,
     require_data,
     require_folder,
+    require_folder_place,
     with_recipe_flags,
 )
 from vpt_fast.commands.help import CommandApp
@@ -145,13 +148,8 @@ def evaluate(
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Mixed precision (autocast); that of the training gives its accuracy."),
     ] = "fp32",
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
-    ] = None,
-    data_root: Annotated[
-        str | None,
-        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
-    ] = None,
+    workers: WorkersFlag = None,
+    data_root: DataRootFlag = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,
@@ -161,7 +159,8 @@ def evaluate(
     with one_line_errors(debug):
         require_folder("RUN", run)
         require_data(data)
-        from vpt_fast.training.inference import BATCH_SIZE, LoadedRun, evaluate_run
+        from vpt_fast.training.classification import FORWARD_BATCH
+        from vpt_fast.training.inference import LoadedRun, evaluate_run
         from vpt_fast.training.world import on_device
 
         with on_device(device):
@@ -177,7 +176,7 @@ def evaluate(
                 loaded,
                 data,
                 split,
-                batch_size=batch_size or BATCH_SIZE,
+                batch_size=batch_size or FORWARD_BATCH,
                 workers=workers,
                 data_root=data_root,
                 console=NameConsole(stderr=True),
@@ -196,7 +195,7 @@ def evaluate(
         left_out = f"[yellow]left out:[/] {escape(str(image.path))}: {escape(image.reason)}"
         console.print(left_out, soft_wrap=True)
     console.print(
-        f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(sum(found.evaluation.images), 'image')})"
+        f"{split} accuracy {found.evaluation.accuracy:.2%} ({counted(found.evaluation.num_images, 'image')})"
     )
 
 
@@ -304,6 +303,7 @@ def _predict(
     from vpt_fast.training.world import on_device
 
     if out is not None:
+        require_folder_place("out", out)
         from vpt_fast.training.scene_inference import require_masks_folder
 
         require_masks_folder(paths, out)  # before the backbone is loaded
@@ -329,7 +329,7 @@ def methods(
 ) -> None:
     """Count the parameters each method trains and stores, for one task and for the paper's 24 tasks."""
     with one_line_errors(debug):
-        from vpt_fast.training.parameters import count_parameters, table
+        from vpt_fast.sweeps.parameters import count_parameters, table
 
         rows, reasons = count_parameters(backbone, backbone_arg or [])
     if as_json:
@@ -352,6 +352,7 @@ def demo(
 ) -> None:
     """Compare linear probe, VPT-Shallow and VPT-Deep on handwritten digits, in under 3 minutes on 2 cores."""
     with one_line_errors(debug):
+        require_folder_place("out", out)
         from vpt_fast.commands.demo import run_demo
 
         if not run_demo(out, console=LastingConsole(), fresh=fresh):

@@ -16,6 +16,7 @@ from vpt_fast.commands.flags import (
     OutputConsole,
     one_line_errors,
     require_folder,
+    require_folder_place,
 )
 from vpt_fast.commands.help import CommandApp
 from vpt_fast.counting import counted
@@ -134,6 +135,7 @@ def prepare(
     """
     with one_line_errors(debug):
         chosen = find_task(task)
+        require_folder_place("out", out)
         from vpt_fast.data.prepare import prepare_task
         from vpt_fast.training.report import progress_bar
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -49,6 +49,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 DeviceFlag = Annotated[
     str | None,
     typer.Option(help="Device, such as cpu or cuda:0.", show_default="cuda if available, else cpu"),
+]
+WorkersFlag = Annotated[
+    int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
+]
+DataRootFlag = Annotated[
+    str | None, typer.Option(help="Folder that holds timm data sets.", show_default="the library's own")
 ]
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run folder, or the prompts folder inside it.")
@@ -231,14 +237,22 @@ def require_place(name: str, path: Path) -> None:
     remove_unfinished(path)
 
 
+def require_folder_place(name: str, path: Path) -> None:
+    """Raises ValueError if no folder can be at ``path``; called before the work starts."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name} is {path}, and {there} is no folder")
+
+
 def refuse(run: str, **flags: Any) -> None:
     """Raises ValueError for given flags that this kind of run does not have."""
     if given := [name for name, value in flags.items() if value not in (None, False)]:
         raise ValueError(f"{', '.join(given)}: {run} has no such choice; leave it out")
 
 
-def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag left out is None."""
+def with_recipe_flags(command: Callable[..., None], hidden: Collection[str] = ()) -> Callable[..., None]:
+    """Gives ``command`` one flag per field of Recipe in place of its ``flags``; a flag left out is None.
+    Help does not show the ``hidden`` fields, which the command refuses, each with its reason."""
     hints = get_type_hints(Recipe)
     own = inspect.signature(command, eval_str=True).parameters
     parameters = []
@@ -250,6 +264,7 @@ def with_recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
             rich_help_panel=field.metadata["panel"],
             metavar=field.metadata["metavar"],
             show_default=shown_default(field),
+            hidden=field.name in hidden,
         )
         parameters.append(
             inspect.Parameter(

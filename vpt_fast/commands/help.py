@@ -73,7 +73,9 @@ def help_text(command: Any, context: Any) -> str:
 def _sections(command: Any, context: Any) -> dict[str, list[Row]]:
     sections: dict[str, list[Row]] = {"Arguments": [], "Options": []}
     for parameter in command.get_params(context):
-        name, help = parameter.get_help_record(context)
+        if (record := parameter.get_help_record(context)) is None:  # it is hidden
+            continue
+        name, help = record
         help = help.replace(r"\[", "[")  # some versions of typer escape it, as for rich
         if parameter.param_type_name == "argument":
             sections["Arguments"].append((name.split()[0], help))  # without its type in Python

@@ -9,7 +9,14 @@ import typer
 import yaml
 from rich.markup import escape
 
-from vpt_fast.commands.flags import PATH, DebugFlag, OutputConsole, one_line_errors, require_place
+from vpt_fast.commands.flags import (
+    PATH,
+    DebugFlag,
+    OutputConsole,
+    one_line_errors,
+    require_folder_place,
+    require_place,
+)
 from vpt_fast.counting import counted
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.setting_values import yaml_value
@@ -56,6 +63,7 @@ def import_prompts(
     with one_line_errors(debug):
         if not file.is_file():
             raise ValueError(f"FILE is {file}, which is no file")
+        require_folder_place("out", out)
         prompt = {}
         for text in setting or []:
             name, equals, value = text.partition("=")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,12 +11,14 @@ from rich.table import Table
 
 from vpt_fast.commands.flags import (
     PATH,
+    DataRootFlag,
     DebugFlag,
     DeviceFlag,
     LastingConsole,
     RunArgument,
     SameBackboneFlag,
     SameCheckpointFlag,
+    WorkersFlag,
     fail,
     given_settings,
     one_line_errors,
@@ -29,9 +32,9 @@ from vpt_fast.counting import counted
 from vpt_fast.files import write
 from vpt_fast.sweeps.entries import LEFT_OUT, read_entries
 from vpt_fast.sweeps.settings import SEEDS as PAPERS_SEEDS
-from vpt_fast.sweeps.settings import Sweep, default_axes, first_backbone, parse_axes
+from vpt_fast.sweeps.settings import SET_BY_SWEEP, Sweep, default_axes, first_backbone, parse_axes
 from vpt_fast.sweeps.tables import format_table
-from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.recipe import SEGMENTATION_KNOBS, Recipe
 
 # Modules that import torch are imported by the commands that need them, so that --help answers at once.
 
@@ -72,9 +75,10 @@ PrunerFlag = Annotated[
     typer.Option(help="Optuna pruner that stops weak trials early.", rich_help_panel=PANEL),
 ]
 SEEDS = ",".join(map(str, PAPERS_SEEDS))
+REFUSED = (*SET_BY_SWEEP, *SEGMENTATION_KNOBS)  # settings that no sweep takes
 
 
-@with_recipe_flags
+@partial(with_recipe_flags, hidden=REFUSED)
 def sweep(
     out: Annotated[
         Path | None,
@@ -148,7 +152,7 @@ def sweep(
     console.print(f"{final['split']} accuracy {final['mean']:.2%}{spread}; {runs}; folder {folder}")
 
 
-@with_recipe_flags
+@partial(with_recipe_flags, hidden=(*REFUSED, "method"))
 def ablate(
     name: Annotated[
         Literal["length", "depth", "location", "output", "data-size"],
@@ -226,17 +230,12 @@ def tsne(
     run: RunArgument,
     data: Annotated[str, typer.Option(help="Images, as for train.")],
     split: Annotated[Literal["val", "test"], typer.Option(help="Split to plot.")] = "val",
-    data_root: Annotated[
-        str | None,
-        typer.Option(help="Folder that holds timm data sets.", show_default="the library's own"),
-    ] = None,
+    data_root: DataRootFlag = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file.", show_default="RUN/tsne-SPLIT.png", **PATH)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of t-SNE.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads for decoding images.", show_default="all cores")
-    ] = None,
+    workers: WorkersFlag = None,
     backbone: SameBackboneFlag = None,
     checkpoint: SameCheckpointFlag = None,
     device: DeviceFlag = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from vpt_fast.data_names import PREFIXES, is_factory_name
 
 from .folder import LAYOUTS, open_folder
-from .images import DataError, Splits, take_fraction, take_shots
+from .images import DataError, Splits
 from .shards import holds_shards, open_shards
 from .task_files import open_task
 from .tasks import find_task
@@ -22,8 +22,6 @@ def open_splits(
     task: str | None = None,
     train_on: str = "train",
     with_test: bool = False,
-    train_fraction: float = 1.0,
-    shots: int | None = None,
     val_fraction: float = 0.2,
     data_root: str | None = None,
     seed: int = 0,
@@ -36,8 +34,6 @@ def open_splits(
         task: a name in `TASKS`, or one of its aliases.
         train_on: "train", or "train+val" to train on all images except test's; `val` is then None.
         with_test: whether there must be a test split.
-        train_fraction: fraction of each class's training images to keep, by `take_fraction`.
-        shots: training images of each class to keep, by `take_shots`, in place of a fraction; None: all.
         val_fraction: fraction of each class's training images to hold out if there is no val split; FGVC
             tasks have their own.
         data_root: folder that stores a data set of timm's factory.
@@ -55,12 +51,6 @@ def open_splits(
         raise ValueError(f"train_on: {train_on!r}, wanted one of {', '.join(TRAIN_ON)}")
     if not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction: {val_fraction}, wanted a number above 0 and below 1")
-    if not 0.0 < train_fraction <= 1.0:
-        raise ValueError(f"train_fraction: {train_fraction}, wanted a number above 0 and at most 1")
-    if shots is not None and shots < 1:
-        raise ValueError(f"shots: {shots}, wanted 1 or more")
-    if shots is not None and train_fraction != 1.0:
-        raise ValueError(f"train_fraction: {train_fraction} beside shots: {shots}, wanted one of them")
     if seed < 0:
         raise ValueError(f"seed: {seed}, wanted 0 or more")
     held_out = val_fraction if train_on == "train" else None
@@ -72,7 +62,6 @@ def open_splits(
     train, val = splits.train, splits.val
     if train_on == "train+val" and val is not None:  # the data have their own val split
         train, val = train + val, None
-    train = take_fraction(train, train_fraction, seed) if shots is None else take_shots(train, shots, seed)
     return Splits(train, val, splits.test, splits.val_is_drawn)
 
 

@@ -170,10 +170,12 @@ def plan_ablation(
     if name not in ABLATIONS:
         raise ValueError(f"ablation is {name!r}; it must be one of {', '.join(ABLATIONS)}")
     ablation = ABLATIONS[name]
-    for given in (ablation.varied, "method"):
+    refused = {ablation.varied: "the ablation varies it", "method": "--methods names them"}
+    if ablation.varied == "train_fraction":
+        refused["shots"] = "the ablation takes fractions of the images"
+    for given, reason in refused.items():
         if given in settings:
-            instead = "--methods names them" if given == "method" else "the ablation varies it"
-            raise ValueError(f"{given} is given; {instead}")
+            raise ValueError(f"{given} is given; {reason}")
     if settings.get("task") == SEGMENTATION:
         raise ValueError("task is segmentation, which the paper's ablations are not of")
     chosen = methods or ablation.methods
@@ -243,6 +245,7 @@ def run_ablation(
     remove_unfinished(results_file, picture)
     console = console or Console(quiet=True)
     ablation, cache, stop = ABLATIONS[name], TrainingCache(), threading.Event()
+    Classification().open(points[0].sweep.first_recipe, cache)  # what no point is to blame for
     for point in points:
         try:
             require_trials(point.sweep, cache)

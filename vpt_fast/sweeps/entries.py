@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vpt_fast.data.tasks import TASKS
 from vpt_fast.files import read_json, require_keys
-from vpt_fast.training.published import Published, published_of
+from vpt_fast.sweeps.published import Published, published_of
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
 from vpt_fast.training.run_files import RunFiles
 
 SWEEP_FILE = "sweep.yaml"  # in a sweep's folder from its start
 LEFT_OUT = "; left out"
-SWEEP_KEYS = ("finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data")
+SWEEP_KEYS = (
+    "finished", "final", "best", "settings", "parameters", "method", "backbone", "task", "data", "classes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Entry:
     split: that the accuracy is on: "test", or "val" if there is none on test.
     stored: parameters stored for the task; backbone_parameters: of the backbone.
     prompt_location: of the prompts, if there are any.
-    has_weights: whether the backbone had pretrained weights, published ones or a checkpoint's.
+    incomparable: why no published number is comparable, whatever the backbone; None if one may be.
     """
 
     method: str
@@ -39,13 +42,13 @@ class Entry:
     stored: int
     backbone_parameters: int
     prompt_location: str
-    has_weights: bool
+    incomparable: str | None
 
     @property
     def published(self) -> Published | None:
-        """Published numbers of the backbone with this prompt location; None for an accuracy on val or of a
-        backbone without weights, to which none are comparable."""
-        if self.split != "test" or not self.has_weights:
+        """Published numbers of the backbone with this prompt location; None if none are comparable, as to an
+        accuracy on val."""
+        if self.split != "test" or self.incomparable:
             return None
         return published_of(self.backbone, self.prompt_location)
 
@@ -69,7 +72,7 @@ class FinishedRun:
     recipe: Recipe
     results: dict[str, Any]
     parameters: dict[str, int]
-    images_by_class: tuple[int, ...] | None
+    images_by_class: tuple[int, ...]
 
 
 def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
@@ -100,10 +103,9 @@ def read_entries(folders: Iterable[Path]) -> tuple[list[Entry], list[str]]:
         if entry.split == "val"
     ]
     notes += [
-        f"{entry.method} on {entry.task}: {entry.backbone} had no weights to begin with, and is held against "
-        "nothing published"
+        f"{entry.method} on {entry.task}: {entry.incomparable}; it is held against nothing published"
         for entry in entries
-        if not entry.has_weights and published_of(entry.backbone) is not None
+        if entry.incomparable and entry.task in TASKS and published_of(entry.backbone) is not None
     ]
     return entries, notes
 
@@ -116,7 +118,7 @@ class _Reader:
         self._classes: dict[str, tuple[Path, list[str]]] = {}  # by task: its first folder, and its own
         self._sweeps: dict[Key, tuple[Path, Entry]] = {}
         self._runs: dict[Key, list[FinishedRun]] = {}
-        self._images: dict[tuple[int, ...] | None, tuple[int, ...] | None] = {}
+        self._images: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def entries(self) -> list[Entry]:
         of_sweeps = [entry for _, entry in self._sweeps.values()]
@@ -151,13 +153,16 @@ class _Reader:
         if results["final"]["mean"] is None:
             self.leave_out(path, "every final run of the sweep diverged")
             return
-        entry = _sweep_entry(results)
-        if diverged := results["final"].get("diverged"):
+        try:
+            entry = _sweep_entry(results)
+        except ValueError as error:
+            raise ValueError(f"{path / 'results.json'}: {error}") from None
+        if diverged := results["final"]["diverged"]:
             self.notes.append(
                 f"{entry.method} on {entry.task}: {len(diverged)} of {entry.runs + len(diverged)} final runs "
                 "diverged; mean and standard deviation are of the others"
             )
-        self._require_same_classes(entry.task, path, results.get("classes"))
+        self._require_same_classes(entry.task, path, results["classes"])
         key = (entry.backbone, entry.method, entry.task)
         self._require_first(key, path, runs=self._runs.get(key, []))
         self._sweeps[key] = path, entry
@@ -167,24 +172,19 @@ class _Reader:
         if recipe.task == SEGMENTATION:
             self.leave_out(path, "a run of segmentation; tables are of classification")
             return
-        facts = read_json(RunFiles(path).facts, "parameters")
+        facts = read_json(RunFiles(path).facts, "parameters", "data")
         require_keys(path / "results.json", results, "test_accuracy")
         key = (recipe.backbone, recipe.method, _task(recipe.task, recipe.data))
-        self._require_same_classes(key[2], path, facts.get("data", {}).get("classes"))
+        self._require_same_classes(key[2], path, facts["data"]["classes"])
         self._require_first(key, path)
-        images = _images_by_class(facts)
+        images = _images_by_class(facts["data"])
         images = self._images.setdefault(images, images)  # most runs share them
         run = FinishedRun(path, recipe, results, facts["parameters"], images)
         self._runs.setdefault(key, []).append(run)
 
-    def _require_same_classes(self, task: str, path: Path, classes: list[str] | None) -> None:
+    def _require_same_classes(self, task: str, path: Path, classes: list[str]) -> None:
         """Raises ValueError if the data behind `path` have other classes than earlier data with the same
-        name.
-
-        classes: None if the results do not record them.
-        """
-        if classes is None:
-            return
+        name."""
         first, known = self._classes.setdefault(task, (path, classes))
         if classes != known:
             raise ValueError(
@@ -222,24 +222,27 @@ def _task(task: str | None, data: str) -> str:
 def _sweep_entry(results: dict[str, Any]) -> Entry:
     final = results["final"]
     deviation = final["standard_deviation"]
-    settings = {**results["settings"], **(results["best"] or {}).get("params", {})}
+    named = {name: results[name] for name in ("data", "backbone", "method")}
+    recipe = Recipe.from_dict({**named, **results["settings"], **(results["best"] or {}).get("params", {})})
     return Entry(
-        method=settings.get("method", results["method"]),
+        method=recipe.method,
         task=_task(results["task"], results["data"]),
-        backbone=settings.get("backbone", results["backbone"]),
+        backbone=recipe.backbone,
         accuracy=100 * final["mean"],
         standard_deviation=None if deviation is None else 100 * deviation,
         runs=len(final["accuracies"]),
         split=final["split"],
         stored=results["parameters"]["trained"],
         backbone_parameters=results["parameters"]["backbone"],
-        prompt_location=settings.get("prompt_location", Recipe.prompt_location),
-        has_weights=_has_weights(settings.get("pretrained"), settings.get("checkpoint")),
+        prompt_location=recipe.prompt_location,
+        incomparable=_incomparable(recipe),
     )
 
 
-def _has_weights(pretrained: bool | None, checkpoint: str | None) -> bool:
-    return pretrained is not False or checkpoint is not None
+def _incomparable(recipe: Recipe) -> str | None:
+    if recipe.pretrained is False and recipe.checkpoint is None:
+        return f"{recipe.backbone} had no weights to begin with"
+    return "trained on a part of the images" if recipe.trains_on_part else None
 
 
 def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
@@ -257,7 +260,8 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
     values = [run.results[f"{split}_accuracy"] for run in found]
     if None in values:
         raise ValueError(f"{named}: of some runs there is neither test nor val accuracy")
-    if first.train_fraction == 1 and len({run.images_by_class for run in found}) > 1:
+    # Of a part of the images, it depends on the seed how many of them cannot be read.
+    if not first.trains_on_part and len({run.images_by_class for run in found}) > 1:
         raise ValueError(f"{named}: the runs are of other images; tabulate them apart")
     parameters = found[0].parameters
     return Entry(
@@ -271,13 +275,11 @@ def _run_entry(key: Key, found: list[FinishedRun]) -> Entry:
         stored=parameters["trained"],
         backbone_parameters=parameters["backbone"],
         prompt_location=first.prompt_location,
-        has_weights=_has_weights(first.pretrained, first.checkpoint),
+        incomparable=_incomparable(first),
     )
 
 
-def _images_by_class(facts: dict[str, Any]) -> tuple[int, ...] | None:
-    """Images per class in train and val together, since the seed decides how they are split; None if they are
-    not recorded."""
-    data = facts.get("data", {})
-    counts = [data[split]["per_class"] for split in ("train", "val") if data.get(split)]
-    return tuple(sum(of_class) for of_class in zip(*counts, strict=True)) if counts else None
+def _images_by_class(data: dict[str, Any]) -> tuple[int, ...]:
+    """Images per class in train and val together, since the seed decides how they are split."""
+    counts = [data[split]["per_class"] for split in ("train", "val") if data[split] is not None]
+    return tuple(sum(of_class) for of_class in zip(*counts, strict=True))

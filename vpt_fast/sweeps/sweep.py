@@ -37,6 +37,7 @@ from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import find_task
+from vpt_fast.data_names import is_factory_name
 from vpt_fast.files import lock_file, remove_unfinished, write
 from vpt_fast.sweeps.settings import Params, Sweep
 from vpt_fast.sweeps.trials import (
@@ -128,7 +129,7 @@ def run_sweep(
     if sweep.sampler != "grid":
         sampler = functools.partial(find_sampler, sweep.sampler, sweep.first_recipe.seed)
     amounts = [_Amount.of(sweep.recipe(**point), plan, cache) for point in sweep.points()]
-    _print_plan(console, sweep, plan, amounts, out)
+    _print_plan(console, sweep, amounts, out)
     if not is_locked:
         print_no_locks(console, out)
 
@@ -208,6 +209,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.first_recipe.device)
+    Classification().open(sweep.first_recipe, cache)  # what no searched setting is to blame for
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
@@ -237,10 +239,12 @@ def _require_trial(sweep: Sweep, recipe: Recipe, device: torch.device, cache: Tr
     if model is not None:
         require_operations(resolved, model, device)
         problem.preprocessing(resolved, model)
-        amount = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache)
-        for num_images in (amount.trial_images, amount.final_images):
-            resolved = recipe.resolved(num_train_images=num_images, device_type=device.type)
-            require_batches(resolved, model, num_images, World(0, 1, device))
+        amount, world = _Amount.of(recipe, _FinalPlan.of(sweep, cache), cache), World(0, 1, device)
+        if sweep.axes:  # a trial, whose batch size the final runs have
+            require_batches(resolved, model, amount.trial_images, world)
+        else:
+            resolved = recipe.resolved(num_train_images=amount.final_images, device_type=device.type)
+        require_batches(resolved, model, amount.final_images, world)
 
 
 def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
@@ -249,7 +253,8 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
 
     Raises ValueError if a file cannot be read.
     """
-    recipe = sweep.first_recipe
+    # All images: of a part, other seeds and searched numbers of shots take others.
+    recipe = dataclasses.replace(sweep.first_recipe, train_fraction=1.0, shots=None)
     splits = Classification().open(recipe, cache)
     lists = [
         list_digest(recipe.data, images)
@@ -299,22 +304,20 @@ class _FinalPlan:
         recipe = sweep.first_recipe
         splits = Classification().open(recipe, cache)
         if splits.test is None:
-            return cls({}, "val", "there are no test images: final accuracies are of val", splits.classes)
+            why = "there are no test images"
+            if is_factory_name(recipe.data):  # which opens them only for a run that asks for them
+                why = "no test images of timm's data sets are looked for"
+            return cls({}, "val", f"{why}: final accuracies are of val", splits.classes)
         if recipe.task is not None and find_task(recipe.task).suite == "fgvc":
             return cls({"test": True}, "test", "trained on train, as the paper does for FGVC", splits.classes)
-        changes: dict[str, Any] = {"test": True, "train_on": "train+val"}
+        changes: dict[str, Any] = {"test": True, "train_on": "train+val", "val_fraction": Recipe.val_fraction}
         return cls(changes, "test", "trained on train and val", splits.classes)
 
     def note(self, recipe: Recipe) -> str:
         """The reason, for final runs of `recipe`."""
-        if _is_part(recipe) and "train_on" in self.changes:
-            return "trained on a part of train and val"
+        if recipe.trains_on_part and self.split == "test":
+            return f"trained on a part of {'train and val' if 'train_on' in self.changes else 'train'}"
         return self.reason
-
-
-def _is_part(recipe: Recipe) -> bool:
-    """Whether a run trains on a part of its splits."""
-    return recipe.train_fraction < 1 or recipe.shots is not None
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,7 @@ class _Amount:
         num_train = num_final = len(splits.train)
         if "train_on" in plan.changes:
             num_final += len(splits.val or ())
-            if _is_part(recipe):
+            if recipe.trains_on_part:
                 shared = dataclasses.replace(recipe, **plan.changes)
                 num_final = len(Classification().open(shared, cache).train)
         return cls(recipe.epochs, num_train, num_final, plan.note(recipe))
@@ -368,14 +371,14 @@ def _short(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None] | None]:
-    """The sweep in a sweep.yaml, and its `digest_inputs`, which are None if the file predates them."""
+def _read_begun(path: Path) -> tuple[Sweep, dict[str, str | None]]:
+    """The sweep in a sweep.yaml, and its `digest_inputs`."""
     values = read_yaml(path)
     try:
-        inputs = values.pop("inputs", None)
+        inputs = values.pop("inputs")
         axes = {name: tuple(axis) for name, axis in values["axes"].items()}
         begun = Sweep(**{**values, "axes": axes, "seeds": tuple(values["seeds"])})
-        return begun, None if inputs is None else {name: inputs[name] for name in ("data", "checkpoint")}
+        return begun, {name: inputs[name] for name in ("data", "checkpoint")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what a sweep writes ({error!r}); choose another --out, or remove the sweep there"
@@ -393,13 +396,8 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
     pairs = ((name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"])
     changed += [name for name, one, other in pairs if one != other]
     for name, digest in inputs.items():
-        now, was = sweep.settings.get(name), begun.settings.get(name)
-        if recorded is None:
-            one, other = (path and Path(path).expanduser().resolve() for path in (now, was))
-            is_same = now == was or one == other  # timm's data set names are not paths
-        else:
-            is_same = digest == recorded[name]
-        if not is_same:
+        if digest != recorded[name]:
+            now, was = sweep.settings.get(name), begun.settings.get(name)
             if name == "checkpoint" and now is was is None:
                 name = "backbone"
                 now, was = (
@@ -422,9 +420,7 @@ def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
         write(out / "sweep.yaml", yaml.safe_dump(values, sort_keys=False).encode())
 
 
-def _print_plan(
-    console: Console, sweep: Sweep, plan: _FinalPlan, amounts: Sequence[_Amount], out: Path
-) -> None:
+def _print_plan(console: Console, sweep: Sweep, amounts: Sequence[_Amount], out: Path) -> None:
     """Prints the numbers of runs, epochs and images, as ranges if they depend on the searched settings."""
     epochs = _range("epoch", (amount.epochs for amount in amounts))
     trials = [amount.epochs * amount.trial_images for amount in amounts]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.sweeps.entries import Entry
+from vpt_fast.sweeps.published import BACKBONE, PAPER_TOTALS, PUBLISHED, published_of
 from vpt_fast.training.method_rules import parse_method
-from vpt_fast.training.published import BACKBONE, PAPER_TOTALS, PUBLISHED, published_of
 
 FORMATS = ("markdown", "csv", "latex")
 GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
@@ -63,7 +63,7 @@ class Row:
     @property
     def published_accuracies(self) -> dict[str, float]:
         """Published accuracies of the method on this backbone, also for tasks without an entry."""
-        if not self._first.has_weights:
+        if self._first.incomparable:
             return {}
         published = published_of(self.backbone, self._first.prompt_location)
         return published.accuracies.get(self.method, {}) if published is not None else {}
@@ -91,8 +91,9 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
         here = [entry for entry in entries if entry.backbone == backbone]
         full = {(entry.task, entry.split): entry.accuracy for entry in here if entry.method == BASELINE}
         published = published_of(backbone)
-        of_the_papers = any(entry.task in TASKS for entry in here)
-        if not full and published is not None and BASELINE in published.accuracies and of_the_papers:
+        of_the_papers = [entry for entry in here if entry.task in TASKS]
+        comparable = any(entry.incomparable is None for entry in of_the_papers)
+        if not full and published is not None and BASELINE in published.accuracies and comparable:
             full = {(task, "test"): accuracy for task, accuracy in published.accuracies[BASELINE].items()}
             notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
         if published is None and of_the_papers:
@@ -103,9 +104,9 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             size = next(iter(mine.values())).backbone_parameters
             shared = 0 if parse_method(method).rule.stores_backbone else size
             total = (shared + sum(entry.stored for entry in mine.values())) / size
-            # Published accuracies are of pretrained backbones: without weights, only own runs are compared.
+            # What nothing published is comparable to is held against own runs alone.
             has_baseline = any(entry.method == BASELINE for entry in here)
-            against = full if has_baseline or all(entry.has_weights for entry in mine.values()) else {}
+            against = full if has_baseline or not any(entry.incomparable for entry in mine.values()) else {}
             means = {
                 group: mean
                 for group in (*GROUPS, OTHER)

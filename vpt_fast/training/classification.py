@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import CheckedImages, check_images, find_broken, leave_out
-from vpt_fast.data.images import ImageList, Splits
+from vpt_fast.data.images import ImageList, Splits, take_fraction, take_shots
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import least_bytes, resident_budget
 from vpt_fast.data.splits import open_splits
@@ -128,8 +128,6 @@ class Classification:
             task=recipe.task,
             train_on=recipe.train_on,
             with_test=recipe.test,
-            train_fraction=recipe.train_fraction,
-            shots=recipe.shots,
             val_fraction=recipe.val_fraction,
             data_root=recipe.data_root,
             seed=recipe.seed,
@@ -142,7 +140,10 @@ class Classification:
                 f"val_fraction is {recipe.val_fraction}, and {recipe.data} has a val split of its own; leave "
                 "it out"
             )
-        return splits
+        # Not cached: runs on other parts would list the data again, of which a stream is decoded for that.
+        if recipe.shots is not None:
+            return replace(splits, train=take_shots(splits.train, recipe.shots, recipe.seed))
+        return replace(splits, train=take_fraction(splits.train, recipe.train_fraction, recipe.seed))
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
         assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"

@@ -20,7 +20,7 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.splits import open_splits
 from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.saved_model import read_pretrained
-from vpt_fast.training.classification import Evaluation, evaluate
+from vpt_fast.training.classification import FORWARD_BATCH, Evaluation, evaluate
 from vpt_fast.training.precision import AUTOCAST
 from vpt_fast.training.recipe import SEGMENTATION
 from vpt_fast.training.report import checking_images, evaluating
@@ -28,8 +28,6 @@ from vpt_fast.training.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, l
 from vpt_fast.training.run_files import RunFiles
 from vpt_fast.training.world import World, find_device
 from vpt_fast.tuned_model import TunedModel
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,9 @@ def predict_images(run: LoadedRun, paths: Sequence[Path], top_k: int) -> Iterato
     loading = map_decoding(lambda path: load_image(path, preprocessing), paths, None)
     # Closed whatever ends this: an exception's traceback would keep it, and its threads, at work.
     with contextlib.closing(loading):
-        for start in range(0, len(paths), BATCH_SIZE):
+        for start in range(0, len(paths), FORWARD_BATCH):
             answers: list[dict[str, Any]] = [
-                {"image": str(path)} for path in paths[start : start + BATCH_SIZE]
+                {"image": str(path)} for path in paths[start : start + FORWARD_BATCH]
             ]
             pixels = torch.empty(len(answers), 3, *preprocessing.image_size, dtype=torch.uint8)
             readable: list[dict[str, Any]] = []
@@ -176,7 +174,7 @@ class SplitAccuracy:
         found = self.evaluation
         return {
             "split": self.split,
-            "images": sum(found.images),
+            "images": found.num_images,
             "accuracy": found.accuracy,
             "loss": found.loss,
             "per_class": {
@@ -192,7 +190,7 @@ def evaluate_run(
     data: str | Path,
     split: str,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = FORWARD_BATCH,
     workers: int | None = None,
     data_root: str | None = None,
     console: Console | None = None,
@@ -220,7 +218,7 @@ def open_split(
     data: str | Path,
     split: str,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = FORWARD_BATCH,
     workers: int | None,
     data_root: str | None,
     console: Console,

@@ -310,7 +310,11 @@ class Recipe:
         None, "Device, such as cpu or cuda:0.", RUN, shown="cuda if available, else cpu", result=False
     )
     tensorboard: bool | None = _knob(
-        None, "Write TensorBoard logs.", RUN, shown="on if tensorboard is installed", result=False
+        None,
+        "Write TensorBoard logs.",
+        RUN,
+        shown="on if tensorboard is installed; off in sweeps",
+        result=False,
     )
 
     def __post_init__(self) -> None:
@@ -359,6 +363,11 @@ class Recipe:
             raise ValueError(
                 f"val_fraction is {self.val_fraction}, and {self.task} has a val split of its own; leave it "
                 "out"
+            )
+        if self.train_on == "train+val" and self.val_fraction != Recipe.val_fraction:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction} beside train_on train+val, which holds nothing out; "
+                "leave one of them out"
             )
         if self.shots is not None and self.train_fraction != Recipe.train_fraction:
             raise ValueError(
@@ -454,6 +463,11 @@ class Recipe:
                 f"together; it must be dtype {autocast}, or precision "
                 f"{'fp16' if self.dtype == 'float16' else 'bf16'} or fp32"
             )
+
+    @property
+    def trains_on_part(self) -> bool:
+        """Whether only some of the training images are used, which the seed decides about."""
+        return self.train_fraction < 1 or self.shots is not None
 
     @property
     def weights_file(self) -> str | None:

@@ -233,6 +233,12 @@ def restore_prompts(
 def labels_of(recipe: Recipe, splits: Any, preprocessing: Any, val_listed: str | None) -> Labels:
     """What is saved beside the prompts of a resolved recipe's run."""
     return Labels(
-        splits.classes, preprocessing, recipe.val_fraction, recipe.seed, recipe.task, recipe.train_on,
-        recipe.ignore_zero, val_listed,
-    )  # fmt: skip
+        splits.classes,
+        preprocessing,
+        val_fraction=recipe.val_fraction,
+        seed=recipe.seed,
+        task=recipe.task,
+        train_on=recipe.train_on,
+        ignore_zero=recipe.ignore_zero,
+        val_listed=val_listed,
+    )

@@ -74,10 +74,10 @@ class Labels:
     preprocessing: Preprocessing | ScenePreprocessing
     val_fraction: float
     seed: int
-    task: str | None = None
-    train_on: str = "train"
-    ignore_zero: bool | None = None  # of a segmenter's data
-    val_listed: str | None = None  # `list_digest` of val; None of a run without
+    task: str | None
+    train_on: str
+    ignore_zero: bool | None  # of a segmenter's data
+    val_listed: str | None  # `list_digest` of val; None of a run without
 
     def to_json(self) -> str:
         return _json(
@@ -101,7 +101,7 @@ class Labels:
         path = folder / LABELS_FILE
         try:
             values = parse_json(path.read_text(encoding="utf-8"))
-            is_segmenter = values["split"].get("task") == SEGMENTATION
+            is_segmenter = values["split"]["task"] == SEGMENTATION
             kind: Any = ScenePreprocessing if is_segmenter else Preprocessing
             if not all(isinstance(name, str) for name in values["classes"]):
                 raise TypeError("classes that are no text")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vpt_fast.data.tasks import TASKS
-from vpt_fast.training.parameters import PROMPT_LENGTHS, count_parameters, table
-from vpt_fast.training.published import PAPER_TOTALS
+from vpt_fast.sweeps.parameters import PROMPT_LENGTHS, count_parameters, table
+from vpt_fast.sweeps.published import PAPER_TOTALS
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BLOCK = 12 * 768**2 + 13 * 768  # of ViT-B: weights, and biases and norms
