@@ -170,7 +170,7 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
     """
     with decoding(path), open_image(path) as file:
         # Pillow stretches grey values of so few bits to 0..255.
-        scaled = any(tile[3] in ("L;2", "L;4") for tile in file.tile)
+        scaled = any(tile[3] in ("L;2", "L;4") for tile in getattr(file, "tile", ()))
         labels = np.asarray(file)
     if scaled or labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise DecodeError(
