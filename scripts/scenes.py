@@ -122,7 +122,14 @@ def draw(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write the scenes, where they are not there yet."""
-    write_scenes(out, {"training": train, "validation": val}, seed)
+    counts = {"training": train, "validation": val}
+    write_scenes(out, counts, seed)
+    found = {split: len([*(out / "images" / split).glob("*.jpg")]) for split in counts}
+    if found != counts:
+        raise typer.BadParameter(
+            f"out: got {out}, where there are {found['training']} and {found['validation']} scenes already, "
+            f"want {train} and {val}; choose another folder, or remove it"
+        )
     typer.echo(f"{out}: {train} and {val} scenes of {', '.join(CLASSES)}")
 
 
@@ -161,7 +168,7 @@ def report(
     rows = []
     for index in range(min(SHOWN, len(scenes))):
         image, mask = read_scene(scenes, index)
-        found = segment(loaded.model, pil_to_tensor(image), made).argmax(0)
+        found = segment(loaded.model, pil_to_tensor(image).to(loaded.device), made).argmax(0).cpu()
         rows.append((np.asarray(image), {"mask": mask, "found": found.numpy().astype(np.uint8)}))
     out.mkdir(parents=True, exist_ok=True)
     plot_segmentation(rows, scenes.classes, out / "scenes.png")

@@ -206,6 +206,7 @@ def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
             {"prompt_location": "concat-channel", "dtype": torch.bfloat16},
             "dtype: got torch.bfloat16 with prompt_location='concat-channel'",
         ),
+        ("resnet10t", {"attention": "flash_attn"}, "attention: got 'flash_attn' with a ConvNet; want 'auto'"),
         ("resnet10t", {"memory": "compact"}, "memory: got 'compact' with a ConvNet, want 'auto' or"),
         ("dla46x_c", {"img_size": 32}, "num_prompts: got 2 with images of 32x32, and .* none of 36x36"),
         ("bat_resnext26ts", {}, "num_prompts: got 2 with images of 256x256, and .* none of 260x260"),

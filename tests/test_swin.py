@@ -432,6 +432,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shared": (dict(prompt_shared=True), "prompt_shared=True: not with a SwinTransformer"),
     "cls_pool": (dict(pool="cls"), "pool: got 'cls' with a SwinTransformer"),
     "flash": (dict(attention="sdpa_cpu"), "attention: got 'sdpa_cpu' with a SwinTransformer"),
+    "flash_anywhere": (dict(attention="flash_attn"), "attention: got 'flash_attn' with a SwinTransformer"),
     "no_prompts": (dict(num_prompts=0), "num_prompts: got 0"),
     "memory": (dict(memory="none"), "memory: got 'none'"),
 }

@@ -77,7 +77,8 @@ class PromptedConvNet(FrozenClassifier):
         checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
+        # Not a backend or attention by name: what is refused here anyway need not be installed to be told so.
+        check_arguments(num_classes, pool, dtype)
         FrozenConvNet.head_reads_of_image(pool)
         _check_memory(memory)
         if prompt_type != "shallow":

@@ -89,7 +89,8 @@ class PromptedSwin(PromptedClassifier):
         checkpoint: str | os.PathLike[str] | None = None,
         **timm_kwargs: Any,
     ) -> None:
-        check_arguments(num_classes, pool, dtype, backend, attention)
+        # Not an attention by name: what is refused here anyway need not be installed to be told so.
+        check_arguments(num_classes, pool, dtype, backend)
         check_memory(memory)
         if pool not in (None, *POOLS):
             wanted = ", ".join(map(repr, POOLS))

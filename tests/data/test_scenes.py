@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,25 @@ def test_masks_of_every_kind_of_whole_numbers_are_read(tmp_path, mode):
         image.putpalette([0, 0, 0] * 256)
     image.save(tmp_path / "mask.png")
     assert read_mask(tmp_path / "mask.png", 3, no_zero=False).tolist() == [[0, 1], [2, IGNORED]]
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, b"\x40"), (2, b"\x10"), (4, b"\x01")])
+def test_mask_of_grey_values_that_pillow_would_scale_is_refused(tmp_path, bits, row):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)  # labels 0 and 1
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.raises(DataError, match="mask.png: wanted one .* a greyscale one of 8 or 16 bits"):
+        read_mask(tmp_path / "mask.png", 100, no_zero=False)
+
+
+def test_label_255_is_no_class_of_255_either(scenes):
+    (scenes / "classnames.txt").write_text("".join(f"thing {i}\n" for i in range(255)))
+    assert len(open_scenes(scenes).classes) == 255
+    with pytest.raises(DataError, match="classnames.txt: 255 names; wanted at most 254 where label 0 is no"):
+        open_scenes(scenes, ignore_zero=True)
 
 
 def test_pipe_with_the_name_of_an_image_is_refused_not_waited_for(scenes):

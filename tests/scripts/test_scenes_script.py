@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scenes
+import torch
 import typer
 
+from vpt_fast.training import scene_inference, segmentation
+from vpt_fast.training.inference import LoadedRun
 from vpt_fast.training.plots import class_colors
+from vpt_fast.training.run import RunFolder
 
 
 def test_labels_are_of_the_classes_and_edges_have_none():
@@ -40,6 +46,37 @@ def test_folder_depends_on_the_seed_and_one_that_is_there_stays(tmp_path):
     assert len(files[0]) == 3 and files[0] == files[1] != files[2]
     scenes.write_scenes(tmp_path / "one", {"training": 1}, seed=9)
     assert len(list((tmp_path / "one").rglob("*.png"))) == 3
+
+
+def test_folder_that_holds_another_number_of_scenes_is_refused(tmp_path):
+    for _ in range(2):
+        scenes.draw(tmp_path / "some", train=2, val=1, seed=0)
+    with pytest.raises(typer.BadParameter, match="where there are 2 and 1 scenes already, want 3 and 1"):
+        scenes.draw(tmp_path / "some", train=3, val=1, seed=0)
+
+
+def test_report_gives_the_model_images_on_its_device(tmp_path, monkeypatch):
+    scenes.draw(tmp_path / "scenes", train=1, val=1, seed=0)
+    begun = SimpleNamespace(
+        recipe=SimpleNamespace(backbone="", method="", epochs=1),
+        facts={"parameters": {"trained": 1}, "data": {"train": {"images": 1}}},
+    )
+    labels = SimpleNamespace(ignore_zero=None)
+    run = LoadedRun(model=None, labels=labels, device=torch.device("meta"))
+    scores = SimpleNamespace(to_dict=lambda: {"miou": 1.0})
+    devices = []
+
+    def segment(model, image, preprocessing):
+        devices.append(image.device.type)
+        return torch.zeros(len(scenes.CLASSES), *image.shape[1:])
+
+    monkeypatch.setattr(RunFolder, "read", lambda folder: begun)
+    monkeypatch.setattr(LoadedRun, "load", lambda run_folder: run)
+    monkeypatch.setattr(LoadedRun, "scene_preprocessing", None)
+    monkeypatch.setattr(scene_inference, "evaluate_scene_run", lambda *_, **__: scores)
+    monkeypatch.setattr(segmentation, "segment", segment)
+    scenes.report(tmp_path, tmp_path / "scenes", tmp_path / "out")
+    assert devices == ["meta"] and (tmp_path / "out/scenes.png").exists()
 
 
 def test_report_of_a_folder_that_is_no_run_is_refused(tmp_path):

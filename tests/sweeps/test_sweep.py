@@ -247,6 +247,12 @@ def test_file_in_the_folders_place_is_refused(settings, tmp_path):
         ),
         (
             {},
+            {"backbone": ("vit_tiny_patch16_224", "nosuch")},
+            "over: backbone is nosuch, .* backbone: got 'nosuch', want the name of a timm model",
+        ),
+        ({"backbone": "nosuch"}, {"base_lr": (0.5,)}, "^backbone: got 'nosuch', want the name of a timm"),
+        (
+            {},
             {"cuda_graph": (False, True)},
             "over: cuda_graph is True, .* a step cannot be captured: the device is cpu",
         ),
@@ -260,6 +266,8 @@ def test_file_in_the_folders_place_is_refused(settings, tmp_path):
         "attention",
         "preprocessing",
         "weights",
+        "no backbone",
+        "no backbone of any",
         "graph",
         "shared by all",
     ],

@@ -53,8 +53,8 @@ def test_axes_are_parsed_as_the_recipe_parses(text, axis):
         ("base_lr=1,,2", "must be KEY=A,B,C"),
         ("num_prompts=5,null", "whose value 'null' is none that can be searched"),
         ("prompt_layers=[0];[1]", r"whose value '\[0\]' is none that can be searched"),
-        ("seed=1,2", "seed is no setting of the training"),
-        ("workers=1,2", "workers is no setting of the training"),
+        ("seed=1,2", "seed cannot be searched"),
+        ("workers=1,2", "workers cannot be searched"),
         ("base_lr={1", "over is 'base_lr={1', whose value '{1' is not YAML"),
     ],
 )

@@ -90,13 +90,19 @@ def open_scenes(data: str | Path, *, ignore_zero: bool | None = None) -> SceneSp
         ignore_zero: whether label 0 means no class; None: only with 150 classes, as in ADE20k.
 
     Raises:
-        DataError: a folder, a mask or the class names are missing; the message names the path.
+        DataError: a folder, a mask or the class names are missing, or there are more names than labels; the
+            message names the path.
     """
     root = Path(data).expanduser()
     if not str(data) or not root.is_dir():  # pathlib takes "" to be the working directory
         raise DataError(f"{data or repr(data)}: there is no such folder; {LAYOUT}")
     classes = _class_names(root)
     no_zero = ignores_zero(len(classes), ignore_zero)
+    if no_zero and len(classes) >= IGNORED:
+        raise DataError(
+            f"{root / CLASS_NAMES}: {counted(len(classes), 'name')}; wanted at most {IGNORED - 1} where "
+            f"label 0 is no class, as {IGNORED} is none either"
+        )
     train, val = (_list_scenes(root, split, classes, no_zero) for split in ("training", "validation"))
     return SceneSplits(train, val)
 
@@ -163,9 +169,13 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
         DecodeError: the file cannot be read, does not hold one label per pixel, or holds an invalid label.
     """
     with decoding(path), open_image(path) as file:
+        # Pillow stretches grey values of so few bits to 0..255.
+        scaled = any(tile[3] in ("L;2", "L;4") for tile in getattr(file, "tile", ()))
         labels = np.asarray(file)
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise DecodeError(path, "wanted one whole-number label a pixel: a greyscale or palette PNG")
+    if scaled or labels.ndim != 2 or labels.dtype.kind not in "iu":
+        raise DecodeError(
+            path, "wanted one whole-number label a pixel: a palette PNG, or a greyscale one of 8 or 16 bits"
+        )
     first = 1 if no_zero else 0
     is_class = (labels >= first) & (labels < first + num_classes)
     is_known = is_class | (labels == IGNORED)

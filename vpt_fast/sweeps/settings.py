@@ -55,7 +55,7 @@ def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, 
         raise ValueError(f"over is {text!r}; it must be KEY=A,B,C")
     field = next((f for f in dataclasses.fields(Recipe) if f.name == name), None)
     if field and (name in NOT_SEARCHED or not field.metadata["result"]):
-        raise ValueError(f"over is {text!r}; {name} is no setting of the training, and cannot be searched")
+        raise ValueError(f"over is {text!r}; {name} cannot be searched")
     values: list[Any] = []
     for part in parts:
         value: Any = yaml_value("over", text, part)

@@ -144,15 +144,16 @@ def build_model_without_values(recipe: Recipe, num_classes: int) -> TunedModel |
 
     Raises ValueError if there is no such model, or if published weights are wanted and there are none.
     """
-    if recipe.pretrained:
-        require_published(recipe.backbone, recipe.backbone_arg)
     try:
         with without_values():
-            return build_model(replace(recipe, pretrained=False, checkpoint=None), num_classes)
+            model = build_model(replace(recipe, pretrained=False, checkpoint=None), num_classes)
     except ValueError as error:
-        if isinstance(error.__cause__, RuntimeError):  # from PyTorch: a constructor needed actual values
-            return None
-        raise
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        model = None  # the error is PyTorch's: a constructor needed actual values
+    if recipe.pretrained:  # last, as building has seen to it that there is such a name
+        require_published(recipe.backbone, recipe.backbone_arg)
+    return model
 
 
 def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str, Any]]:
