@@ -148,7 +148,7 @@ def report(
     from vpt_fast.training.plots import plot_segmentation
     from vpt_fast.training.run import RunFolder
     from vpt_fast.training.scene_inference import evaluate_scene_run
-    from vpt_fast.training.segmentation import segment
+    from vpt_fast.training.segmentation import most_likely
 
     begun = RunFolder(run).read()
     if begun is None:
@@ -168,7 +168,7 @@ def report(
     rows = []
     for index in range(min(SHOWN, len(scenes))):
         image, mask = read_scene(scenes, index)
-        found = segment(loaded.model, pil_to_tensor(image).to(loaded.device), made).argmax(0).cpu()
+        found = most_likely(loaded.model, pil_to_tensor(image).to(loaded.device), made).cpu()
         rows.append((np.asarray(image), {"mask": mask, "found": found.numpy().astype(np.uint8)}))
     out.mkdir(parents=True, exist_ok=True)
     plot_segmentation(rows, scenes.classes, out / "scenes.png")

@@ -66,15 +66,15 @@ def test_report_gives_the_model_images_on_its_device(tmp_path, monkeypatch):
     scores = SimpleNamespace(to_dict=lambda: {"miou": 1.0})
     devices = []
 
-    def segment(model, image, preprocessing):
+    def most_likely(model, image, preprocessing):
         devices.append(image.device.type)
-        return torch.zeros(len(scenes.CLASSES), *image.shape[1:])
+        return torch.zeros(image.shape[1:])
 
     monkeypatch.setattr(RunFolder, "read", lambda folder: begun)
     monkeypatch.setattr(LoadedRun, "load", lambda run_folder: run)
     monkeypatch.setattr(LoadedRun, "scene_preprocessing", None)
     monkeypatch.setattr(scene_inference, "evaluate_scene_run", lambda *_, **__: scores)
-    monkeypatch.setattr(segmentation, "segment", segment)
+    monkeypatch.setattr(segmentation, "most_likely", most_likely)
     scenes.report(tmp_path, tmp_path / "scenes", tmp_path / "out")
     assert devices == ["meta"] and (tmp_path / "out/scenes.png").exists()
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vpt_fast import load_pretrained
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import IGNORED
-from vpt_fast.training import scene_inference
+from vpt_fast.training import scene_inference, segmentation
 from vpt_fast.training.inference import LoadedRun
 from vpt_fast.training.loop import train
 from vpt_fast.training.plots import class_colors
@@ -33,6 +33,7 @@ from vpt_fast.training.segmentation import (
     PixelCrossEntropy,
     Segmentation,
     evaluate_scenes,
+    most_likely,
     segment,
     window_starts,
 )
@@ -405,6 +406,26 @@ def test_scales_and_mirrored_images_are_averaged_in_the_image_own_frame():
     found = segment(Colours(), image, PLAIN, scales=(0.5, 1.0, 1.5), flips=True)
     torch.testing.assert_close(found.sum(0), torch.ones(6, 12))
     assert (found.argmax(0)[:, :5] == 0).all() and (found.argmax(0)[:, 7:] == 1).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5], ids=lambda n: f"{n}_classes")
+def test_most_likely_classes_are_those_of_the_probabilities(at_once: int, monkeypatch) -> None:
+    class Mixed(nn.Module):
+        def forward(self, images):
+            return torch.stack([torch.roll(images, i, 2).sum(1) * (-1) ** i for i in range(5)], dim=1)
+
+    image = torch.randint(0, 256, (3, 13, 21), dtype=torch.uint8)
+    resized, interpolate = [], F.interpolate
+
+    def recorded(x, size, **options):
+        resized.append(x.shape[1])
+        return interpolate(x, size, **options)
+
+    expected = segment(Mixed(), image, PLAIN).argmax(0)
+    monkeypatch.setattr(segmentation, "SCORES_AT_ONCE", at_once * 13 * 21)
+    monkeypatch.setattr(segmentation.F, "interpolate", recorded)
+    assert torch.equal(most_likely(Mixed(), image, PLAIN), expected)
+    assert len(expected.unique()) > 2 and max(resized) == at_once and sum(resized) == 5
 
 
 class Held:

@@ -21,7 +21,7 @@ from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.training.inference import LoadedRun, require_same_classes
 from vpt_fast.training.plots import class_colors, plot_segmentation
 from vpt_fast.training.report import checking_images, evaluating
-from vpt_fast.training.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, segment
+from vpt_fast.training.segmentation import MULTI_SCALE, WINDOWS, SceneEvaluation, evaluate_scenes, most_likely
 from vpt_fast.training.world import World
 
 
@@ -109,8 +109,8 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         except DecodeError as error:
             yield {**answer, "error": error.reason}
             continue
-        found = segment(run.model, pil_to_tensor(image).to(run.device), preprocessing)  # (C, h, w)
-        classes = found.argmax(0).to("cpu", torch.uint8).numpy()  # (h, w)
+        found = most_likely(run.model, pil_to_tensor(image).to(run.device), preprocessing)
+        classes = found.to("cpu", torch.uint8).numpy()  # (h, w)
         mask, overlay = _files_of(path, out)
         # Both are complete before the first takes its place: one alone is no prediction to be replaced.
         with replacing(mask) as temporary:

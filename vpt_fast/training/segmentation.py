@@ -24,6 +24,8 @@ WINDOW_STRIDE = 2 / 3
 """Fraction of a window's side, rounded down to pixels: 341 of 512."""
 WINDOWS = 16
 """Default for the most windows in one pass."""
+SCORES_AT_ONCE = 2**26
+"""Logits at an image's own size that `most_likely` forms at a time: 256 MiB in float32."""
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales relative to the size that just covers a window; each is evaluated with and without a flip."""
 
@@ -91,6 +93,29 @@ def segment(
             total = found if total is None else total + found
     assert total is not None, "there is a scale"
     return total / (len(scales) * (2 if flips else 1))
+
+
+@torch.no_grad()
+def most_likely(model: nn.Module, image: torch.Tensor, preprocessing: ScenePreprocessing) -> torch.Tensor:
+    """The most probable class of every pixel (H, W), int64, as by `segment` at one scale.
+
+    The logits are resized a few classes at a time: those of all classes, at a photograph's size, take
+    gigabytes.
+
+    Args: as of `segment`.
+    """
+    pixels = preprocessing.normalize(preprocessing.resize(image, 1.0))
+    logits = _slide(model, pixels, preprocessing.image_size, "fp32", WINDOWS)  # (C, h, w)
+    size = image.shape[-2:]
+    best = torch.full(size, -math.inf, device=logits.device)
+    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    first = 0
+    for part in logits.split(max(SCORES_AT_ONCE // math.prod(size), 1)):
+        score, found = F.interpolate(part[None], size, mode="bilinear")[0].max(0)
+        classes = torch.where(score > best, found + first, classes)
+        best = torch.maximum(best, score)
+        first += len(part)
+    return classes
 
 
 def _slide(
