@@ -201,7 +201,16 @@ def test_empty_storage_is_not_the_sweep_s_own(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "{axes: 5, settings: 3, seeds: x}", "{axes: {}, seeds: [1], newer: 1}"]
+    "text",
+    [
+        "{}",
+        "{axes: 5, settings: 3, seeds: x}",
+        "{axes: {}, seeds: [1], newer: 1}",
+        "{inputs: {}, axes: 5, settings: {}, seeds: [1]}",
+        "{inputs: {}, axes: {}, settings: {}, seeds: 1}",
+        "{inputs: {}, axes: {}, settings: {data: x}, seeds: [1]}",
+        "{inputs: {}, axes: {}, settings: {data: x, backbone: y}, seeds: [1]}",
+    ],
 )
 def test_sweep_file_that_was_changed_is_named(settings, tmp_path, text):
     (tmp_path / "sweep.yaml").write_text(text)
@@ -468,6 +477,12 @@ def test_weights_that_do_not_exist_are_refused_before_the_first_trial(settings, 
     assert not (tmp_path / "sweep").exists()
 
 
+def test_weights_of_a_folder_that_cannot_be_read_are_named_as_the_backbone_s(settings, tmp_path):
+    given = Sweep(dict(settings, backbone=f"local-dir:{tmp_path}"), {})
+    with pytest.raises(ValueError, match=f"^backbone is {tmp_path}/.*, which cannot be read: No such file"):
+        sweep.digest_inputs(given, TrainingCache())
+
+
 def test_data_by_another_path_are_the_same(own_images, images, tmp_path, monkeypatch, trained):
     run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
     monkeypatch.chdir(images.parent)
@@ -500,6 +515,24 @@ def test_storage_that_cannot_be_opened_claims_no_folder(settings, tmp_path):
     with pytest.raises(ValueError, match="storage cannot be opened"):
         run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path, storage="sqlite:////no/such/folder/x.db")
     assert run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(2,)), tmp_path)["finished"]
+
+
+def test_plan_of_trials_that_a_sampler_chooses_is_a_range(settings, tmp_path):
+    del settings["epochs"]
+    plan = Sweep(settings, {"epochs": (1, 2, 3)}, seeds=(1,), sampler="random", trials=2)
+    amounts = [sweep._Amount(epochs, 10, 20, "note") for epochs in (1, 2, 3)]
+    console = Console(file=io.StringIO(), width=200)
+    sweep._print_plan(console, plan, amounts, tmp_path)
+    assert (
+        "40 to 120 images trained on" in console.file.getvalue()
+    )  # 2 · 1 · 10 + 1 · 20, 2 · 3 · 10 + 3 · 20
+
+
+def test_cost_of_a_trial_follows_its_epochs_and_images(settings):
+    del settings["epochs"]
+    plan = Sweep(settings, {"epochs": (1, 3)})
+    cost = sweep._relative_costs(plan, [sweep._Amount(1, 10, 0, ""), sweep._Amount(3, 20, 0, "")])
+    assert [cost(params) for params in plan.points()] == pytest.approx([10 / 35, 60 / 35])
 
 
 def test_plan_of_searched_epochs_and_images_is_a_sum_and_a_range(settings, tmp_path, capsys):

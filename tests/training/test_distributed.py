@@ -62,6 +62,8 @@ with pytest.MonkeyPatch.context() as patch:
 for time in range(20):
     with join_world("cpu") as world:
         assert world.from_main(lambda: time) == time
+        with pytest.raises(ValueError, match="of rank 0"):
+            world.from_main(lambda: int(f"of rank {world.rank}"))
         network = torch.nn.Linear(1, 1, bias=False)
         with world.joined(network) as parallel:
             parallel(torch.full((1, 1), world.rank + 1.0)).sum().backward()

@@ -18,6 +18,8 @@ from task_trees import shrink, write_fgvc, write_vtab
 from torch import nn
 
 from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.images import ImageList
+from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
 from vpt_fast.training.classification import evaluate
@@ -54,6 +56,14 @@ def resolved(**knobs) -> Recipe:
 def test_task_fills_the_preprocessing_that_was_not_given(knobs, normalization, augment, resize):
     recipe = resolved(**knobs)
     assert (recipe.normalization, recipe.augment, recipe.resize) == (normalization, augment, resize)
+
+
+def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
+    one, same, other = (
+        list_digest("x", ImageList((TarImage(tmp_path / shard, 0, size, "a.png"),), (0,), ("red",)))
+        for shard, size in (("1.tar", 5), ("2.tar", 5), ("1.tar", 6))
+    )
+    assert one == same != other
 
 
 def test_task_of_a_recipe_has_its_own_name():

@@ -357,6 +357,14 @@ def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
     torch.testing.assert_close(objective.hits(outputs, masks), right)
 
 
+def test_loss_smooths_the_labels_as_the_recipe_says():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, 3, 5, 6), torch.randint(0, 3, (2, 5, 6))
+    objective = Segmentation().objective(Recipe(**settings(Path("x"), label_smoothing=0.3)), None, None)
+    wanted = F.cross_entropy(logits, masks, label_smoothing=0.3, reduction="sum") / 30
+    torch.testing.assert_close(objective.loss_sum((logits,), masks), wanted)
+
+
 class Colours(nn.Module):
     """Logits that are the pixels' own channels, and how many windows it has seen."""
 
@@ -405,6 +413,13 @@ def test_scales_and_mirrored_images_are_averaged_in_the_image_own_frame():
     found = segment(Colours(), image, PLAIN, scales=(0.5, 1.0, 1.5), flips=True)
     torch.testing.assert_close(found.sum(0), torch.ones(6, 12))
     assert (found.argmax(0)[:, :5] == 0).all() and (found.argmax(0)[:, 7:] == 1).all()
+
+
+def test_padding_of_an_image_that_is_smaller_than_a_window_is_cut_off_again():
+    image = torch.zeros(3, 6, 6, dtype=torch.uint8)
+    image[0, :, :3], image[1, :, 3:] = 255, 255
+    found = segment(Colours(), image, PLAIN, scales=(0.5,)).argmax(0)
+    assert (found[:, 0] == 0).all() and (found[:, -1] == 1).all()
 
 
 class Held:
