@@ -109,6 +109,11 @@ def test_data_size_leaves_a_method_what_only_others_have() -> None:
     assert lines == {"linear": None, "vpt-shallow": 7, "vpt-deep": 7, "full": None}
 
 
+def test_data_of_a_task_are_not_opened_for_a_batch_size_that_does_not_depend_on_them() -> None:
+    points = plan_ablation("data-size", {**NAMED, "task": "vtab/cifar"}, methods=["linear"], seeds=(1,))
+    assert all("batch_size" not in point.sweep.settings for point in points)
+
+
 def test_batch_size_of_all_data_sizes_is_that_of_all_images(color_images, monkeypatch) -> None:
     rules = {"linear": 27, "vpt-deep": 28}  # of 27 training images
     for method, size in rules.items():

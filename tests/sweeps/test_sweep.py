@@ -126,7 +126,9 @@ def test_sweep_removes_temporary_files_of_a_process_that_was_killed(settings, tm
 
 def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (1e38, 0.1)}, seeds=(1,))
-    found = run_sweep(plan, tmp_path)
+    console = Console(file=io.StringIO(), width=500)
+    found = run_sweep(plan, tmp_path, console=console)
+    assert "base_lr=1e+38: diverged: the loss is" in console.file.getvalue()
     diverged, good = found["trials"]
     assert diverged["state"] == "fail" and diverged["val_accuracy"] is None
     assert "epoch" in diverged["reason"] and good["state"] == "complete"

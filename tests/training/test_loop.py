@@ -507,11 +507,12 @@ def test_finished_run_answers_for_images_that_were_moved(finished, images, tmp_p
     assert again.new_epochs == 0
 
 
-def test_finished_run_answers_where_broken_images_were_removed(recipe, images, tmp_path):
+def test_finished_run_answers_where_broken_images_are_and_where_they_were_removed(recipe, images, tmp_path):
     broken = images / "train" / "red" / "0.png"
     broken.write_bytes(b"no image")
     recipe = dataclasses.replace(recipe, data=str(images))
     train(recipe, tmp_path / "run")
+    assert train(recipe, tmp_path / "run").new_epochs == 0
     broken.unlink()
     assert train(recipe, tmp_path / "run").new_epochs == 0
 

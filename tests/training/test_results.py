@@ -19,6 +19,7 @@ from torch import nn
 
 from vpt_fast.data.decode import SkippedImage
 from vpt_fast.data.images import ImageList
+from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
@@ -27,7 +28,7 @@ from vpt_fast.training.inference import LoadedRun, evaluate_run
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
-from vpt_fast.training.run import RunError, RunFolder, list_digest
+from vpt_fast.training.run import RunError, RunFolder, default_run_folder, list_digest
 from vpt_fast.training.world import World
 
 
@@ -64,6 +65,32 @@ def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
         for shard, size in (("1.tar", 5), ("2.tar", 5), ("1.tar", 6))
     )
     assert one == same != other
+
+
+def test_digest_of_scenes_depends_on_their_masks_and_on_what_these_mean(tmp_path):
+    def digest(mask: bytes = b"mask", ignores_zero: bool = False, classes: tuple[str, ...] = ("sky",)) -> str:
+        (tmp_path / "mask.png").write_bytes(mask)
+        (tmp_path / "image.png").write_bytes(b"image")
+        names = ((tmp_path / "image.png",), (tmp_path / "mask.png",))
+        return list_digest(str(tmp_path), SceneList(*names, classes, ignores_zero))
+
+    changed = (digest(mask=b"other mask"), digest(ignores_zero=True), digest(classes=("sea",)))
+    assert digest() == digest() and len({digest(), *changed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "name"),
+    [
+        (".", None, "birds-hf-hub_a_b-linear"),
+        (".", "vtab/cifar", "vtab-cifar-hf-hub_a_b-linear"),
+        (".", "segmentation", "birds-segmentation-hf-hub_a_b-linear"),
+    ],
+)
+def test_run_folder_is_named_by_data_or_task_backbone_and_method(tmp_path, monkeypatch, data, task, name):
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    recipe = Recipe(data=data, task=task, backbone="hf-hub:a/b", method="linear")
+    assert default_run_folder(recipe) == Path("runs") / name
 
 
 def test_task_of_a_recipe_has_its_own_name():
@@ -207,6 +234,18 @@ def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "results.json").exists()
     result = train(recipe, tmp_path / "run")
     assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
+def test_ctrl_c_before_the_test_images_are_read_does_not_wait_for_all_of_them(short, tmp_path, monkeypatch):
+    evaluate_test = loop.evaluate_test
+    monkeypatch.setattr(
+        loop,
+        "evaluate_test",
+        lambda *arguments: signal.raise_signal(signal.SIGINT) or evaluate_test(*arguments),
+    )
+    monkeypatch.setattr(loop, "print_skipped", lambda *_: pytest.fail("all of them were read"))
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(short, test=True), tmp_path / "run")
 
 
 def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):

@@ -415,6 +415,17 @@ def test_scales_and_mirrored_images_are_averaged_in_the_image_own_frame():
     assert (found.argmax(0)[:, :5] == 0).all() and (found.argmax(0)[:, 7:] == 1).all()
 
 
+def test_windows_are_of_the_image_at_the_scale_and_in_the_precision_that_are_asked_for():
+    class Precise(Colours):
+        def forward(self, images):
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+            return super().forward(images)
+
+    model = Precise()
+    segment(model, torch.zeros(3, 6, 6, dtype=torch.uint8), PLAIN, scales=(2.0,), precision="bf16")
+    assert model.windows == [9]  # 12 pixels wide and high, at 0, 4 and 6
+
+
 def test_padding_of_an_image_that_is_smaller_than_a_window_is_cut_off_again():
     image = torch.zeros(3, 6, 6, dtype=torch.uint8)
     image[0, :, :3], image[1, :, 3:] = 255, 255
