@@ -412,6 +412,19 @@ def test_folder_of_another_sweep_is_refused(settings, tmp_path):
         run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
 
 
+def test_results_are_written_after_each_final_run(settings, tmp_path, monkeypatch):
+    original, there = loop.train, []
+
+    def train(recipe, out, **options):
+        if (tmp_path / "results.json").exists():
+            there.append([*json.loads((tmp_path / "results.json").read_text())["final"]["accuracies"]])
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(trials, "train", train)
+    run_sweep(Sweep(settings, {}, seeds=(1, 2)), tmp_path)
+    assert there == [["1"]]
+
+
 def test_results_stay_where_their_study_is_gone(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     run_sweep(plan, tmp_path)

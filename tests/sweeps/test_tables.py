@@ -548,6 +548,19 @@ def test_runs_on_a_part_of_the_images_are_held_against_nothing_published(sweep, 
     assert more == []  # nor is full fine-tuning as published
 
 
+def test_runs_on_a_part_of_the_images_win_against_own_runs_of_full_alone(sweep):
+    part = [sweep("vpt-deep", "vtab/cifar", 0.9, shots=4), sweep("linear", "vtab/cifar", 0.9)]
+    deep, linear = make_rows(read_entries(part)[0])[0]
+    assert (deep.means["natural"].wins, linear.means["natural"].wins) == (None, 1)
+    part.append(sweep("full", "vtab/cifar", 0.8, shots=4))
+    assert make_rows(read_entries(part)[0])[0][0].means["natural"].wins == 1
+
+
+def test_published_total_is_shown_where_no_mean_was_published(sweep):
+    text = format_table(*read_entries([sweep("vpt-deep", "birds", 0.5)]), "markdown")
+    assert "| published | 1.18× of 24 tasks | - |" in text
+
+
 def test_of_a_backbone_that_nothing_was_published_of_no_part_is_said_to_be_held_against_nothing(sweep):
     folder = sweep("vpt-deep", "vtab/cifar", 0.9, backbone="vit_tiny_patch16_224", shots=4)
     assert read_entries([folder])[1] == []

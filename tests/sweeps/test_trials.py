@@ -110,6 +110,20 @@ def test_trial_that_a_process_elsewhere_may_just_have_taken_is_left_to_it(
     assert states == ["RUNNING"] and trained == ["seed-1"]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_trial_that_two_processes_give_back_at_once_is_taken_again(settings, tmp_path, trained, monkeypatch):
+    def is_alive(trial, **_):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # as the other process does
+        return False
+
+    plan = Sweep(settings, {}, seeds=(1,))
+    _, study = studies(plan, tmp_path)
+    study.enqueue_trial({"seed": 1})
+    study.ask()
+    monkeypatch.setattr(trials, "_is_alive", is_alive)
+    assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
+
+
 def test_process_of_which_only_the_exit_status_is_left_has_died():
     process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not collected
@@ -184,6 +198,17 @@ def test_trial_that_had_ended_when_its_process_was_killed_is_not_pruned(settings
         run_sweep(plan, tmp_path)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     assert [trial["state"] for trial in run_sweep(plan, tmp_path)["trials"]] == ["complete"]
+
+
+def test_trial_that_goes_on_is_pruned_by_the_epochs_that_it_had_trained(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
+    killed_behind(monkeypatch, RunFolder, "save_epoch")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan, tmp_path)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    monkeypatch.setattr(trials, "train", None)
+    with pytest.raises(ValueError, match="no trial in .* came to an end: pruned"):
+        run_sweep(plan, tmp_path)
 
 
 def test_epochs_that_no_pruner_sees_are_not_recorded_in_the_study(settings, tmp_path):
@@ -318,11 +343,15 @@ def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
 
 
 def test_of_two_trials_with_the_same_settings_the_later_one_alone_is_a_twin():
-    running = SimpleNamespace(
-        state=SimpleNamespace(name="RUNNING"), number=3, params={"base_lr": 0.5}, system_attrs={}
-    )
-    found = [trials.Worker._is_twin(running, number, {"base_lr": 0.5}) for number in (2, 3, 4)]
+    def is_twin(number: int, **recorded: float) -> bool:
+        running = SimpleNamespace(number=3, params=recorded, system_attrs={}, state=running_state)
+        return trials.Worker._is_twin(running, number, {"base_lr": 0.5, "weight_decay": 0.1})
+
+    running_state = SimpleNamespace(name="RUNNING")
+    found = [is_twin(number, base_lr=0.5, weight_decay=0.1) for number in (2, 3, 4)]
     assert found == [False, False, True]
+    # Of settings that are not recorded yet, it may be one.
+    assert is_twin(4) and is_twin(4, base_lr=0.5) and not is_twin(4, base_lr=0.1)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -458,6 +487,7 @@ def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median")
     found = run_sweep(plan, tmp_path)
     assert [t["state"] for t in found["trials"]] == ["pruned", "complete"]
+    assert found["trials"][0]["val_accuracy"] is None
     assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
 
 

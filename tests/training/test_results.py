@@ -23,8 +23,8 @@ from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
-from vpt_fast.training.classification import evaluate
-from vpt_fast.training.inference import LoadedRun, evaluate_run
+from vpt_fast.training.classification import Evaluation, evaluate
+from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
@@ -121,6 +121,14 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_loss": pytest.approx(test.loss, rel=1e-5),
         "test_images": 6,
         "test_listed": list_digest(short.data, open_splits(short.data).test),
+    }
+
+
+def test_class_without_an_image_has_no_accuracy():
+    found = SplitAccuracy("val", ("blue", "red"), Evaluation(0.5, (1, 0), (2, 0)), ())
+    assert found.to_dict()["per_class"] == {
+        "blue": {"images": 2, "accuracy": 0.5},
+        "red": {"images": 0, "accuracy": None},
     }
 
 

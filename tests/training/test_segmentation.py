@@ -357,6 +357,11 @@ def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
     torch.testing.assert_close(objective.hits(outputs, masks), right)
 
 
+def test_image_without_a_labelled_pixel_is_no_hit():
+    logits, masks = torch.randn(1, 3, 5, 6), torch.full((1, 5, 6), IGNORED)
+    assert PixelCrossEntropy(0.0, 0.4).hits((logits,), masks) == 0
+
+
 def test_loss_smooths_the_labels_as_the_recipe_says():
     torch.manual_seed(0)
     logits, masks = torch.randn(2, 3, 5, 6), torch.randint(0, 3, (2, 5, 6))
