@@ -297,6 +297,27 @@ def test_image_that_batch_norm_cannot_normalise_is_found_before_any_trial(settin
         sweep.require_trials(Sweep(given, {"base_lr": (0.1,)}), TrainingCache())
 
 
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [({"batch_size": (9, 13)}, "batch_size is 13"), ({"accumulate": (1, 9)}, "accumulate is 9")],
+    ids=["batch size", "parts"],
+)
+def test_searched_batch_that_batch_norm_cannot_normalise_is_named(settings, axes, named):
+    network = {"backbone": "resnet10t", "backbone_arg": {"img_size": 32}, "method": "full"}
+    given = {**settings, **network, "pretrained": False}
+    given = {name: value for name, value in given.items() if name not in axes}
+    with pytest.raises(ValueError, match=f"over: {named}, which no trial can have: .* BatchNorm"):
+        sweep.require_trials(Sweep(given, axes), TrainingCache())
+
+
+def test_searched_precision_that_does_not_go_with_the_weights_is_named(settings):
+    plan = Sweep(dict(settings, dtype="float16"), {"precision": ("fp32", "bf16")})
+    with pytest.raises(
+        ValueError, match="over: precision is bf16, which no trial can have: dtype is float16"
+    ):
+        sweep.require_trials(plan, TrainingCache())
+
+
 def test_batches_of_final_runs_are_checked_with_the_batch_size_that_they_will_have(settings, monkeypatch):
     checked = []
     monkeypatch.setattr(

@@ -440,6 +440,20 @@ def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
     assert len(outcomes) == 3 and outcomes[1:] == outcomes[:1] * 2 and len(outcomes[0][2]) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_numbers_of_parameters_stay_where_a_final_run_came_twice(settings, tmp_path):
+    plan = Sweep(settings, {}, seeds=(1, 2))
+    first = run_sweep(plan, tmp_path)
+    _, final = studies(plan, tmp_path)
+    # As a repeated trial is recorded, which has nothing but its accuracy.
+    final.add_trial(
+        optuna.trial.create_trial(
+            params=final.trials[0].params, distributions=final.trials[0].distributions, value=0.5
+        )
+    )
+    assert run_sweep(plan, tmp_path)["parameters"] == first["parameters"]
+
+
 def test_pruned_settings_that_a_sampler_repeats_are_pruned_again_without_training(
     settings, tmp_path, trained, sampler_that_repeats, monkeypatch
 ):

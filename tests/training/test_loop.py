@@ -33,7 +33,7 @@ from vpt_fast.training import classification, loop
 from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
-from vpt_fast.training.run import RunError, RunFolder
+from vpt_fast.training.run import Labels, RunError, RunFolder
 from vpt_fast.training.step import build_optimizer, captures_steps
 from vpt_fast.training.world import World
 
@@ -507,6 +507,18 @@ def test_finished_run_answers_for_images_that_were_moved(finished, images, tmp_p
     assert again.new_epochs == 0
 
 
+def test_val_image_that_is_broken_is_no_part_of_the_run(recipe, images, tmp_path):
+    (images / "val" / "red" / "0.png").write_bytes(b"no image")
+    console = Console(file=io.StringIO(), width=500)
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=1, warmup_epochs=0)
+    found = train(recipe, tmp_path / "run", console=console)
+    data = found.facts["data"]
+    assert data["val"]["per_class"] == [3, 3, 2] and found.results["val_images"] == 8
+    assert data["used"]["train"] == data["listed"]["train"] and data["used"]["val"] != data["listed"]["val"]
+    assert Labels.read(tmp_path / "run" / "prompts").val_listed == data["listed"]["val"]
+    assert str(Path("val") / "red" / "0.png") in console.file.getvalue()
+
+
 def test_finished_run_answers_where_broken_images_are_and_where_they_were_removed(recipe, images, tmp_path):
     broken = images / "train" / "red" / "0.png"
     broken.write_bytes(b"no image")
@@ -748,6 +760,17 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
 
 
+def test_loss_that_is_not_finite_is_found_in_the_midst_of_an_epoch(recipe, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        loop.TrainStep, "__call__", lambda *_: steps.append(1) or (torch.tensor(float("nan")), 0)
+    )
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    with pytest.raises(TrainingDiverged, match="step 1 of 4"):
+        train(recipe, tmp_path / "run")
+    assert len(steps) == 2
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -863,6 +886,13 @@ def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
         "head.weight": 1e-4,
         "head.bias": 0.0,
     }
+
+
+def test_momentum_is_the_recipe_s(recipe):
+    recipe = dataclasses.replace(recipe, momentum=0.5)
+    model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
+    groups = build_optimizer(recipe, model, capturable=False).param_groups
+    assert [group["momentum"] for group in groups] == [0.5, 0.5]
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(recipe, tmp_path):

@@ -23,7 +23,7 @@ from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
-from vpt_fast.training.classification import Evaluation, evaluate
+from vpt_fast.training.classification import Classification, Evaluation, evaluate
 from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
@@ -57,6 +57,14 @@ def resolved(**knobs) -> Recipe:
 def test_task_fills_the_preprocessing_that_was_not_given(knobs, normalization, augment, resize):
     recipe = resolved(**knobs)
     assert (recipe.normalization, recipe.augment, recipe.resize) == (normalization, augment, resize)
+
+
+def test_images_are_resized_and_normalised_as_the_recipe_says():
+    given = dict(normalization="none", augment="flip", resize="shortest", interpolation="nearest")
+    model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
+    made = Classification().preprocessing(resolved(**given), model)
+    assert (made.image_size, made.mean, made.std) == ((32, 32), (0.0,) * 3, (1.0,) * 3)
+    assert (made.augment, made.resize, made.interpolation) == ("flip", "shortest", "nearest")
 
 
 def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
@@ -122,6 +130,11 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_images": 6,
         "test_listed": list_digest(short.data, open_splits(short.data).test),
     }
+
+
+def test_run_that_evaluates_no_test_images_says_nothing_of_them(short, tmp_path):
+    results = train(short, tmp_path / "run").results
+    assert {value for name, value in results.items() if name.startswith("test_")} == {None}
 
 
 def test_class_without_an_image_has_no_accuracy():
