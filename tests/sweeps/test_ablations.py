@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from vpt_fast.commands.cli import app
 from vpt_fast.sweeps import ablations, sweep, trials
-from vpt_fast.sweeps.ablations import ABLATIONS, plan_ablation, run_ablation
+from vpt_fast.sweeps.ablations import ABLATIONS, Point, plan_ablation, run_ablation
+from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.training import loop, plots
 from vpt_fast.training.method_rules import METHODS
 from vpt_fast.training.recipe import Recipe
@@ -90,6 +92,12 @@ def test_location_gives_each_place_a_number_that_fits_it() -> None:
     assert ("vpt-deep", "pad") not in found and len(found) == 9
 
 
+def test_location_on_a_swin_is_by_its_own_patches() -> None:
+    swin = NAMED | {"backbone": "swin_tiny_patch4_window7_224"}
+    points = plan_ablation("location", swin, methods=["vpt-shallow"], seeds=(1,))
+    assert {p.value: p.sweep.settings.get("num_prompts") for p in points}["pad"] == 2
+
+
 def test_output_varies_what_the_head_reads_for_each_method() -> None:
     found = planned("output", methods=["vpt-deep"])
     assert list(found) == [("vpt-deep", pool) for pool in ("cls", "image", "prompts", "image_and_prompts")]
@@ -99,6 +107,11 @@ def test_data_size_leaves_a_method_what_only_others_have() -> None:
     points = plan_ablation("data-size", {**NAMED, "num_prompts": 7, "batch_size": 8}, seeds=(1,))
     lines = {point.line: point.sweep.settings.get("num_prompts") for point in points}
     assert lines == {"linear": None, "vpt-shallow": 7, "vpt-deep": 7, "full": None}
+
+
+def test_data_of_a_task_are_not_opened_for_a_batch_size_that_does_not_depend_on_them() -> None:
+    points = plan_ablation("data-size", {**NAMED, "task": "vtab/cifar"}, methods=["linear"], seeds=(1,))
+    assert all("batch_size" not in point.sweep.settings for point in points)
 
 
 def test_batch_size_of_all_data_sizes_is_that_of_all_images(color_images, monkeypatch) -> None:
@@ -171,6 +184,14 @@ def test_points_are_runs_by_hand_and_their_picture_has_a_line_for_each_method(
 
     monkeypatch.setattr(loop, "train_epoch", None)  # the same again trains nothing
     assert run_ablation("length", points, tmp_path / "a") == found
+
+
+def test_points_lie_in_folders_named_by_line_and_value(settings, tmp_path, monkeypatch) -> None:
+    folders: list[Path] = []
+    points = [Point("vpt-deep, first blocks", -1, Sweep(settings, {}, seeds=(1,)))]
+    monkeypatch.setattr(ablations, "run_sweep", lambda _, out, **__: folders.append(out) or {"finished": 0})
+    run_ablation("depth", points, tmp_path)
+    assert folders == [tmp_path / "vpt-deep-first-blocks" / "-1"]
 
 
 def test_point_that_cannot_be_trained_is_refused_before_any_is(settings, tmp_path, monkeypatch) -> None:

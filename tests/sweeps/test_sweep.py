@@ -126,7 +126,9 @@ def test_sweep_removes_temporary_files_of_a_process_that_was_killed(settings, tm
 
 def test_diverged_trial_is_a_failed_one_with_its_reason(settings, tmp_path, trained):
     plan = Sweep(settings, {"base_lr": (1e38, 0.1)}, seeds=(1,))
-    found = run_sweep(plan, tmp_path)
+    console = Console(file=io.StringIO(), width=500)
+    found = run_sweep(plan, tmp_path, console=console)
+    assert "base_lr=1e+38: diverged: the loss is" in console.file.getvalue()
     diverged, good = found["trials"]
     assert diverged["state"] == "fail" and diverged["val_accuracy"] is None
     assert "epoch" in diverged["reason"] and good["state"] == "complete"
@@ -201,7 +203,16 @@ def test_empty_storage_is_not_the_sweep_s_own(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "{axes: 5, settings: 3, seeds: x}", "{axes: {}, seeds: [1], newer: 1}"]
+    "text",
+    [
+        "{}",
+        "{axes: 5, settings: 3, seeds: x}",
+        "{axes: {}, seeds: [1], newer: 1}",
+        "{inputs: {}, axes: 5, settings: {}, seeds: [1]}",
+        "{inputs: {}, axes: {}, settings: {}, seeds: 1}",
+        "{inputs: {}, axes: {}, settings: {data: x}, seeds: [1]}",
+        "{inputs: {}, axes: {}, settings: {data: x, backbone: y}, seeds: [1]}",
+    ],
 )
 def test_sweep_file_that_was_changed_is_named(settings, tmp_path, text):
     (tmp_path / "sweep.yaml").write_text(text)
@@ -292,6 +303,27 @@ def test_image_that_batch_norm_cannot_normalise_is_found_before_any_trial(settin
     given = {**settings, **network, "batch_size": batch_size, "pretrained": False}
     with pytest.raises(ValueError, match=f"batch_size is {batch_size} .* BatchNorm cannot normalise it"):
         sweep.require_trials(Sweep(given, {"base_lr": (0.1,)}), TrainingCache())
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [({"batch_size": (9, 13)}, "batch_size is 13"), ({"accumulate": (1, 9)}, "accumulate is 9")],
+    ids=["batch size", "parts"],
+)
+def test_searched_batch_that_batch_norm_cannot_normalise_is_named(settings, axes, named):
+    network = {"backbone": "resnet10t", "backbone_arg": {"img_size": 32}, "method": "full"}
+    given = {**settings, **network, "pretrained": False}
+    given = {name: value for name, value in given.items() if name not in axes}
+    with pytest.raises(ValueError, match=f"over: {named}, which no trial can have: .* BatchNorm"):
+        sweep.require_trials(Sweep(given, axes), TrainingCache())
+
+
+def test_searched_precision_that_does_not_go_with_the_weights_is_named(settings):
+    plan = Sweep(dict(settings, dtype="float16"), {"precision": ("fp32", "bf16")})
+    with pytest.raises(
+        ValueError, match="over: precision is bf16, which no trial can have: dtype is float16"
+    ):
+        sweep.require_trials(plan, TrainingCache())
 
 
 def test_batches_of_final_runs_are_checked_with_the_batch_size_that_they_will_have(settings, monkeypatch):
@@ -409,6 +441,19 @@ def test_folder_of_another_sweep_is_refused(settings, tmp_path):
         run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
 
 
+def test_results_are_written_after_each_final_run(settings, tmp_path, monkeypatch):
+    original, there = loop.train, []
+
+    def train(recipe, out, **options):
+        if (tmp_path / "results.json").exists():
+            there.append([*json.loads((tmp_path / "results.json").read_text())["final"]["accuracies"]])
+        return original(recipe, out, **options)
+
+    monkeypatch.setattr(trials, "train", train)
+    run_sweep(Sweep(settings, {}, seeds=(1, 2)), tmp_path)
+    assert there == [["1"]]
+
+
 def test_results_stay_where_their_study_is_gone(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
     run_sweep(plan, tmp_path)
@@ -476,6 +521,12 @@ def test_weights_that_do_not_exist_are_refused_before_the_first_trial(settings, 
     assert not (tmp_path / "sweep").exists()
 
 
+def test_weights_of_a_folder_that_cannot_be_read_are_named_as_the_backbone_s(settings, tmp_path):
+    given = Sweep(dict(settings, backbone=f"local-dir:{tmp_path}"), {})
+    with pytest.raises(ValueError, match=f"^backbone is {tmp_path}/.*, which cannot be read: No such file"):
+        sweep.digest_inputs(given, TrainingCache())
+
+
 def test_data_by_another_path_are_the_same(own_images, images, tmp_path, monkeypatch, trained):
     run_sweep(Sweep(own_images, {}, seeds=(1,)), tmp_path / "sweep")
     monkeypatch.chdir(images.parent)
@@ -508,6 +559,24 @@ def test_storage_that_cannot_be_opened_claims_no_folder(settings, tmp_path):
     with pytest.raises(ValueError, match="storage cannot be opened"):
         run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path, storage="sqlite:////no/such/folder/x.db")
     assert run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(2,)), tmp_path)["finished"]
+
+
+def test_plan_of_trials_that_a_sampler_chooses_is_a_range(settings, tmp_path):
+    del settings["epochs"]
+    plan = Sweep(settings, {"epochs": (1, 2, 3)}, seeds=(1,), sampler="random", trials=2)
+    amounts = [sweep._Amount(epochs, 10, 20, "note") for epochs in (1, 2, 3)]
+    console = Console(file=io.StringIO(), width=200)
+    sweep._print_plan(console, plan, amounts, tmp_path)
+    assert (
+        "40 to 120 images trained on" in console.file.getvalue()
+    )  # 2 · 1 · 10 + 1 · 20, 2 · 3 · 10 + 3 · 20
+
+
+def test_cost_of_a_trial_follows_its_epochs_and_images(settings):
+    del settings["epochs"]
+    plan = Sweep(settings, {"epochs": (1, 3)})
+    cost = sweep._relative_costs(plan, [sweep._Amount(1, 10, 0, ""), sweep._Amount(3, 20, 0, "")])
+    assert [cost(params) for params in plan.points()] == pytest.approx([10 / 35, 60 / 35])
 
 
 def test_plan_of_searched_epochs_and_images_is_a_sum_and_a_range(settings, tmp_path, capsys):

@@ -100,6 +100,19 @@ def test_means_wins_and_differences_by_hand(sweep):
     assert full.means["natural"].wins is None
 
 
+def test_published_mean_of_a_part_of_a_group_is_that_of_its_tasks(sweep):
+    ((row,), _) = make_rows(read_entries([sweep("vpt-deep", name, 0.8) for name in NATURAL[:3]])[0])
+    wanted = statistics.fmean(ACCURACIES["vpt-deep"][name] for name in NATURAL[:3])
+    assert row.means["natural"].published == pytest.approx(wanted)
+
+
+def test_whole_group_of_which_a_task_is_on_val_has_no_published_mean(sweep):
+    folders = [sweep("vpt-deep", name, 0.8) for name in NATURAL[:-1]]
+    folders.append(sweep("vpt-deep", NATURAL[-1], 0.8, split="val"))
+    ((row,), _) = make_rows(read_entries(folders)[0])
+    assert (row.means["natural"].tasks, row.means["natural"].published) == (7, None)
+
+
 def test_tasks_of_full_share_no_backbone(sweep):
     rows, _ = make_rows(read_entries([sweep("full", task, 0.7) for task in ("vtab/cifar", "vtab/dtd")])[0])
     assert rows[0].total == pytest.approx(2 * 10 / 1000)
@@ -533,6 +546,24 @@ def test_runs_on_a_part_of_the_images_are_held_against_nothing_published(sweep, 
         "vpt-deep on vtab/cifar: trained on a part of the images; it is held against nothing published"
     ]
     assert more == []  # nor is full fine-tuning as published
+
+
+def test_runs_on_a_part_of_the_images_win_against_own_runs_of_full_alone(sweep):
+    part = [sweep("vpt-deep", "vtab/cifar", 0.9, shots=4), sweep("linear", "vtab/cifar", 0.9)]
+    deep, linear = make_rows(read_entries(part)[0])[0]
+    assert (deep.means["natural"].wins, linear.means["natural"].wins) == (None, 1)
+    part.append(sweep("full", "vtab/cifar", 0.8, shots=4))
+    assert make_rows(read_entries(part)[0])[0][0].means["natural"].wins == 1
+
+
+def test_published_total_is_shown_where_no_mean_was_published(sweep):
+    text = format_table(*read_entries([sweep("vpt-deep", "birds", 0.5)]), "markdown")
+    assert "| published | 1.18× of 24 tasks | - |" in text
+
+
+def test_of_a_backbone_that_nothing_was_published_of_no_part_is_said_to_be_held_against_nothing(sweep):
+    folder = sweep("vpt-deep", "vtab/cifar", 0.9, backbone="vit_tiny_patch16_224", shots=4)
+    assert read_entries([folder])[1] == []
 
 
 def test_of_data_that_are_no_task_nothing_is_said_of_what_was_published(sweep):

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -26,7 +27,7 @@ import pytest
 from rich.console import Console
 
 from vpt_fast.failures import SavingFailed, TrainingDiverged, find_cause
-from vpt_fast.sweeps import trials
+from vpt_fast.sweeps import sweep, trials
 from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.sweeps.sweep import digest_inputs, run_sweep, trial_folder
 from vpt_fast.training import loop
@@ -34,8 +35,8 @@ from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.run import RunFolder
 
 
-def studies(plan: Sweep, out: Path) -> tuple[optuna.Study, optuna.Study]:
-    return trials.open_studies(plan.study_name(digest_inputs(plan, TrainingCache())), out, None)
+def studies(plan: Sweep, out: Path, storage: str | None = None) -> tuple[optuna.Study, optuna.Study]:
+    return trials.open_studies(plan.study_name(digest_inputs(plan, TrainingCache())), out, storage)
 
 
 def test_ctrl_c_gives_the_trial_back_and_its_run_goes_on(settings, tmp_path, monkeypatch, trained):
@@ -84,6 +85,45 @@ def test_trial_of_a_process_that_died_is_taken_again_at_once(
     assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+@pytest.mark.parametrize("shared_by", ["a storage", "a folder without locks"])
+def test_trial_that_a_process_elsewhere_may_just_have_taken_is_left_to_it(
+    settings, tmp_path, trained, monkeypatch, request, empty_study, shared_by
+):
+    storage = None
+    if shared_by == "a storage":
+        storage = f"sqlite:///{shutil.copy(empty_study, tmp_path)}"
+    else:
+        request.getfixturevalue("without_locks")
+    plan = Sweep(settings, {}, seeds=(1,))
+    (tmp_path / "sweep").mkdir()
+    _, study = studies(plan, tmp_path / "sweep", storage)
+    study.enqueue_trial({"seed": 1})
+    taken, states = study.ask(), []  # its owner is recorded moments later
+
+    def pause(seconds):
+        states.append(study.trials[0].state.name)
+        study.tell(taken, state=optuna.trial.TrialState.FAIL)
+
+    monkeypatch.setattr(trials.time, "sleep", pause)
+    assert run_sweep(plan, tmp_path / "sweep", storage=storage)["finished"]
+    assert states == ["RUNNING"] and trained == ["seed-1"]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_trial_that_two_processes_give_back_at_once_is_taken_again(settings, tmp_path, trained, monkeypatch):
+    def is_alive(trial, **_):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # as the other process does
+        return False
+
+    plan = Sweep(settings, {}, seeds=(1,))
+    _, study = studies(plan, tmp_path)
+    study.enqueue_trial({"seed": 1})
+    study.ask()
+    monkeypatch.setattr(trials, "_is_alive", is_alive)
+    assert run_sweep(plan, tmp_path)["finished"] and trained == ["seed-1"]
+
+
 def test_process_of_which_only_the_exit_status_is_left_has_died():
     process = subprocess.Popen(["true"])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not collected
@@ -112,6 +152,21 @@ def test_one_process_at_a_time_takes_a_trial(settings, tmp_path, monkeypatch):
     assert found == [("taken", "locked"), ("trained", "unlocked")]
 
 
+def test_results_are_written_while_no_other_process_can(settings, tmp_path, monkeypatch):
+    write, refused = sweep.write, []
+
+    def note(path, data):
+        if path.name == "results.json":
+            with open(tmp_path / ".lock") as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refused.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(sweep, "write", note)
+    run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
+    assert refused
+
+
 def killed_behind(monkeypatch, owner, name) -> None:
     """Interrupts this process behind the first call of `owner.name`."""
     original = getattr(owner, name)
@@ -134,6 +189,26 @@ def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, mon
     study, _ = studies(plan, tmp_path)
     rows = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).read().metrics
     assert study.best_trial.intermediate_values == {row["epoch"]: row["val_accuracy"] for row in rows}
+
+
+def test_trial_that_had_ended_when_its_process_was_killed_is_not_pruned(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
+    killed_behind(monkeypatch, RunFolder, "save_results")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan, tmp_path)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    assert [trial["state"] for trial in run_sweep(plan, tmp_path)["trials"]] == ["complete"]
+
+
+def test_trial_that_goes_on_is_pruned_by_the_epochs_that_it_had_trained(settings, tmp_path, monkeypatch):
+    plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
+    killed_behind(monkeypatch, RunFolder, "save_epoch")
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan, tmp_path)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
+    monkeypatch.setattr(trials, "train", None)
+    with pytest.raises(ValueError, match="no trial in .* came to an end: pruned"):
+        run_sweep(plan, tmp_path)
 
 
 def test_epochs_that_no_pruner_sees_are_not_recorded_in_the_study(settings, tmp_path):
@@ -177,6 +252,15 @@ def test_storage_that_cannot_be_opened_is_refused_without_its_url(settings, tmp_
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_error_that_quotes_the_url_of_a_storage_is_shown_without_it(tmp_path, monkeypatch):
+    def refuse(url, *_, **__):
+        raise ImportError(f"no driver for {url!r}\nand more")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", refuse)
+    with pytest.raises(ValueError, match="^storage cannot be opened: no driver for 'the URL'$"):
+        trials.open_studies("name", tmp_path, "db://user:secret@host/x")
+
+
 def test_study_lies_in_the_folder_whatever_that_is_called(settings, tmp_path):
     folder = tmp_path / "{x} 50%25?y#z"
     run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), folder)
@@ -216,11 +300,13 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat")
-def test_waiting_trial_is_taken_by_one_process_alone(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_shared", [False, True], ids=["the folder's", "a shared storage"])
+def test_waiting_trial_is_taken_by_one_process_alone(settings, tmp_path, monkeypatch, empty_study, is_shared):
     from optuna.storages._rdb.models import TrialModel
 
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,))
-    one, other = (studies(plan, tmp_path)[0] for _ in range(2))
+    storage = f"sqlite:///{shutil.copy(empty_study, tmp_path)}" if is_shared else None
+    one, other = (studies(plan, tmp_path, storage)[0] for _ in range(2))
     one.enqueue_trial({"base_lr": 0.5})
     read = TrialModel.find_or_raise_by_id.__func__
 
@@ -254,6 +340,18 @@ def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
     monkeypatch.setattr(trials.time, "sleep", pause)
     assert run_sweep(plan, tmp_path)["finished"]
     assert trained == ["base_lr=0.5", "seed-1"]
+
+
+def test_of_two_trials_with_the_same_settings_the_later_one_alone_is_a_twin():
+    def is_twin(number: int, **recorded: float) -> bool:
+        running = SimpleNamespace(number=3, params=recorded, system_attrs={}, state=running_state)
+        return trials.Worker._is_twin(running, number, {"base_lr": 0.5, "weight_decay": 0.1})
+
+    running_state = SimpleNamespace(name="RUNNING")
+    found = [is_twin(number, base_lr=0.5, weight_decay=0.1) for number in (2, 3, 4)]
+    assert found == [False, False, True]
+    # Of settings that are not recorded yet, it may be one.
+    assert is_twin(4) and is_twin(4, base_lr=0.5) and not is_twin(4, base_lr=0.1)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
@@ -342,6 +440,20 @@ def test_settings_that_a_sampler_repeats_are_a_trial_that_trains_nothing(
     assert len(outcomes) == 3 and outcomes[1:] == outcomes[:1] * 2 and len(outcomes[0][2]) == 2
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+def test_numbers_of_parameters_stay_where_a_final_run_came_twice(settings, tmp_path):
+    plan = Sweep(settings, {}, seeds=(1, 2))
+    first = run_sweep(plan, tmp_path)
+    _, final = studies(plan, tmp_path)
+    # As a repeated trial is recorded, which has nothing but its accuracy.
+    final.add_trial(
+        optuna.trial.create_trial(
+            params=final.trials[0].params, distributions=final.trials[0].distributions, value=0.5
+        )
+    )
+    assert run_sweep(plan, tmp_path)["parameters"] == first["parameters"]
+
+
 def test_pruned_settings_that_a_sampler_repeats_are_pruned_again_without_training(
     settings, tmp_path, trained, sampler_that_repeats, monkeypatch
 ):
@@ -369,6 +481,16 @@ def test_command_says_that_a_sampler_repeated_settings(command, color_images, tm
     assert "best of 2 trials of 1 combination: base_lr 0.5" in result.output
 
 
+def test_sampler_draws_by_the_seed_of_the_sweep(settings, tmp_path, monkeypatch):
+    seeds, find_sampler = [], sweep.find_sampler
+    monkeypatch.setattr(
+        sweep, "find_sampler", lambda name, seed, taken: seeds.append(seed) or find_sampler(name, seed, taken)
+    )
+    plan = Sweep({**settings, "seed": 7}, {"base_lr": (0.5,)}, seeds=(1,), sampler="random", trials=1)
+    run_sweep(plan, tmp_path)
+    assert seeds == [7]
+
+
 def test_sampler_takes_a_seed_of_more_than_32_bits(settings, tmp_path):
     plan = Sweep({**settings, "seed": 2**40}, {"base_lr": (0.5, 0.1)}, seeds=(1,), sampler="tpe", trials=1)
     assert run_sweep(plan, tmp_path)["finished"]
@@ -379,6 +501,7 @@ def test_pruned_trial_is_never_the_best(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), pruner="median")
     found = run_sweep(plan, tmp_path)
     assert [t["state"] for t in found["trials"]] == ["pruned", "complete"]
+    assert found["trials"][0]["val_accuracy"] is None
     assert len(RunFolder(tmp_path / "trials" / "base_lr=0.5").metrics.read_text().splitlines()) == 1
 
 

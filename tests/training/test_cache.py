@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
 from test_loop import require_equal
 
 from vpt_fast.backbones import timm_vit
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.training import classification, features, loop
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.run import RunFolder
+from vpt_fast.training.world import World
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "linear", "full"])
@@ -95,6 +100,10 @@ def test_features_in_the_cache_are_used_however_little_memory_is_free(recipe, tm
     assert used == [1]
 
 
+def test_bytes_of_frozen_features_are_those_of_float32():
+    assert features.feature_bytes(SimpleNamespace(feature_shape=(5, 32)), 10) == 4 * 5 * 32 * 10
+
+
 def test_another_seed_draws_other_random_weights(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=1, warmup_epochs=0)
     cache = TrainingCache()
@@ -103,6 +112,46 @@ def test_another_seed_draws_other_random_weights(recipe, tmp_path):
         for seed in (1, 2)
     )
     assert one.facts["backbone"]["fingerprint"] != other.facts["backbone"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16"}, {"normalization": "none"}, {"pool": "image"}, {"backbone_arg": {"img_size": 32}}],
+    ids=str,
+)
+def test_features_are_not_those_of_an_earlier_run_with_other_settings(recipe, tmp_path, changes):
+    linear = dict(method="linear", num_prompts=None, prompt_dropout=None)
+    recipe = dataclasses.replace(recipe, **linear, epochs=1, warmup_epochs=0, tensorboard=False)
+    cache = TrainingCache()
+    loop.train(recipe, tmp_path / "earlier", cache=cache)
+    changed = dataclasses.replace(recipe, **changes)
+    alone = loop.train(changed, tmp_path / "alone")
+    require_equal(alone, loop.train(changed, tmp_path / "later", cache=cache))
+
+
+@pytest.mark.parametrize("part", [{}, {"shots": 2}, {"train_fraction": 0.5}], ids=str)
+def test_another_seed_draws_other_images(recipe, images, part):
+    if not part:
+        shutil.rmtree(images / "val")  # which is drawn then
+    cache, problem = TrainingCache(), classification.Classification()
+    one, other = (
+        problem.open(dataclasses.replace(recipe, data=str(images), seed=seed, **part), cache)
+        for seed in (1, 2)
+    )
+    assert one.train.items != other.train.items
+
+
+def test_pixels_are_kept_by_each_run_s_own_setting(recipe):
+    cache, problem, made = TrainingCache(), classification.Classification(), Preprocessing((16, 16))
+    train, world = problem.open(recipe, cache).train, World(0, 1, torch.device("cpu"))
+    kept = [
+        problem.check(
+            train, made, dataclasses.replace(recipe, resident=resident), world, cache, lambda count: None
+        ).resident
+        is not None
+        for resident in ("off", "host")
+    ]
+    assert kept == [False, True]
 
 
 def test_the_things_used_last_are_kept():

@@ -21,6 +21,7 @@ from vpt_fast.data.splits import open_splits
 from vpt_fast.training import loop
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.classification import Classification
+from vpt_fast.training.resume import require_same_lists
 from vpt_fast.training.run import RunFolder
 from vpt_fast.training.world import World
 
@@ -62,6 +63,11 @@ with pytest.MonkeyPatch.context() as patch:
 for time in range(20):
     with join_world("cpu") as world:
         assert world.from_main(lambda: time) == time
+        for error in (ValueError, OSError):
+            def refuse():
+                raise error(f"of rank {world.rank}")
+            with pytest.raises(error, match="of rank 0"):
+                world.from_main(refuse)
         network = torch.nn.Linear(1, 1, bias=False)
         with world.joined(network) as parallel:
             parallel(torch.full((1, 1), world.rank + 1.0)).sum().backward()
@@ -218,6 +224,28 @@ def test_processes_that_read_other_images_are_refused_before_one_is_decoded(two_
     folder, printed = two_processes
     assert printed.count("not all processes read the same images") == 2
     assert not (folder / "others-0-two").exists()
+
+
+def test_processes_agree_on_lists_by_names_labels_and_classes_wherever_these_are(images, recipe, monkeypatch):
+    digests = []
+    monkeypatch.setattr(World, "agree", lambda world, digest: digests.append(digest) or True)
+    moved = Path(shutil.copytree(images, images.parent / "moved"))
+    one = open_splits(str(images), with_test=True)
+    swapped = dataclasses.replace(one.train, labels=one.train.labels[::-1])
+    renamed = {
+        name: dataclasses.replace(getattr(one, name), classes=one.classes[::-1])
+        for name in ("train", "val", "test")
+    }
+    for splits in (
+        one,
+        open_splits(str(moved), with_test=True),
+        dataclasses.replace(one, train=swapped),
+        dataclasses.replace(one, **renamed),
+        dataclasses.replace(one, val=one.test),
+        dataclasses.replace(one, test=one.val),
+    ):
+        require_same_lists(recipe, splits, World(0, 2, torch.device("cpu")))
+    assert digests[0] == digests[1] and len(set(digests)) == 5
 
 
 def test_processes_that_can_read_other_test_images_are_refused(recipe, monkeypatch):

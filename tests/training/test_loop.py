@@ -30,10 +30,12 @@ from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
 from vpt_fast.training import classification, loop
+from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
-from vpt_fast.training.run import RunError, RunFolder
-from vpt_fast.training.step import build_optimizer
+from vpt_fast.training.run import Labels, RunError, RunFolder
+from vpt_fast.training.step import build_optimizer, captures_steps
+from vpt_fast.training.world import World
 
 
 def trained(result) -> dict[str, torch.Tensor]:
@@ -118,6 +120,18 @@ def test_going_on_after_ctrl_c_equals_an_uninterrupted_run(recipe, tmp_path, mon
     require_equal(whole, parts)
 
 
+def test_each_seed_epoch_and_process_has_draws_of_its_own(recipe, tmp_path, monkeypatch):
+    draws = set()
+    for numbers in ((42, 0, 0), (43, 0, 0), (42, 1, 0), (42, 0, 1)):
+        loop.seed_epoch(*numbers)
+        draws.add(torch.rand(()).item())
+    assert len(draws) == 4
+    seeded = []
+    monkeypatch.setattr(loop, "seed_epoch", lambda *numbers: seeded.append(numbers))
+    train(dataclasses.replace(recipe, epochs=2, seed=7), tmp_path / "run")
+    assert seeded == [(7, 0, 0), (7, 1, 0)]
+
+
 def test_sigterm_stops_as_ctrl_c_does(recipe, tmp_path, monkeypatch):
     interrupt_at_step(monkeypatch, 6, signal.SIGTERM)
     assert len(train(recipe, tmp_path / "run").metrics) == 1
@@ -174,6 +188,19 @@ def test_epoch_adds_its_line_to_the_metrics_and_does_not_write_the_others_again(
     )
     assert len({file.st_ino for file in files}) == 1  # else each epoch had replaced it
     assert files[0].st_size < files[1].st_size < files[2].st_size
+
+
+def test_line_of_an_epoch_is_on_the_disk_before_its_checkpoint(recipe, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    train(dataclasses.replace(recipe, epochs=2), tmp_path / "run")
+    behind = synced[synced.index("metrics.jsonl") :]  # in the second epoch, which adds its line
+    assert [".checkpoint.safetensors." in name for name in behind[:2]] == [False, True]
 
 
 def test_metrics_that_were_removed_under_a_run_are_written_again(recipe, tmp_path):
@@ -280,13 +307,18 @@ def cut_short(prompts):
     weights.write_bytes(weights.read_bytes()[:100])
 
 
+def one_tensor_gone(prompts):
+    weights = prompts / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if name != "prompts"}, weights)
+
+
 def of_another_epoch(prompts):
     weights = prompts / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
 
 
 @pytest.mark.parametrize("with_results", [True, False], ids=["results", "no results"])
-@pytest.mark.parametrize("damage", [removed, one_file_gone, cut_short, of_another_epoch])
+@pytest.mark.parametrize("damage", [removed, one_file_gone, cut_short, one_tensor_gone, of_another_epoch])
 def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
     recipe, tmp_path, monkeypatch, damage, with_results
 ):
@@ -475,11 +507,24 @@ def test_finished_run_answers_for_images_that_were_moved(finished, images, tmp_p
     assert again.new_epochs == 0
 
 
-def test_finished_run_answers_where_broken_images_were_removed(recipe, images, tmp_path):
+def test_val_image_that_is_broken_is_no_part_of_the_run(recipe, images, tmp_path):
+    (images / "val" / "red" / "0.png").write_bytes(b"no image")
+    console = Console(file=io.StringIO(), width=500)
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=1, warmup_epochs=0)
+    found = train(recipe, tmp_path / "run", console=console)
+    data = found.facts["data"]
+    assert data["val"]["per_class"] == [3, 3, 2] and found.results["val_images"] == 8
+    assert data["used"]["train"] == data["listed"]["train"] and data["used"]["val"] != data["listed"]["val"]
+    assert Labels.read(tmp_path / "run" / "prompts").val_listed == data["listed"]["val"]
+    assert str(Path("val") / "red" / "0.png") in console.file.getvalue()
+
+
+def test_finished_run_answers_where_broken_images_are_and_where_they_were_removed(recipe, images, tmp_path):
     broken = images / "train" / "red" / "0.png"
     broken.write_bytes(b"no image")
     recipe = dataclasses.replace(recipe, data=str(images))
     train(recipe, tmp_path / "run")
+    assert train(recipe, tmp_path / "run").new_epochs == 0
     broken.unlink()
     assert train(recipe, tmp_path / "run").new_epochs == 0
 
@@ -562,6 +607,18 @@ def test_folder_that_cannot_be_locked_is_trained_in_after_a_note(recipe, tmp_pat
     assert console.file.getvalue().startswith(f"No file in {tmp_path / 'run'} can be locked: nothing keeps a")
 
 
+def test_folder_in_which_another_process_begins_while_it_is_removed_stays(tmp_path, monkeypatch):
+    path, unlink = tmp_path / "run", Path.unlink
+
+    def begun_behind_it(self):
+        unlink(self)
+        (path / "config.yaml").touch()
+
+    with RunFolder.locked(path):
+        monkeypatch.setattr(Path, "unlink", begun_behind_it)
+    assert [file.name for file in path.iterdir()] == ["config.yaml"]
+
+
 def test_folder_that_another_process_removes_while_it_is_locked_is_locked_anew(tmp_path, monkeypatch):
     path, flock = tmp_path / "run", fcntl.flock
 
@@ -584,6 +641,32 @@ def test_run_removes_temporary_files_of_a_process_that_was_killed_as_it_began(re
     assert not left.exists()
 
 
+RUN_FILES = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "results.json",
+    "curves.png",
+    "checkpoint.safetensors",
+    "prompts/labels.json",
+    "prompts/config.json",
+    "prompts/model.safetensors",
+)
+
+
+@pytest.mark.parametrize("is_run", [True, False], ids=["a run's", "another's"])
+def test_temporary_files_of_a_killed_process_are_removed_from_a_run_s_folder_alone(tmp_path, is_run):
+    (tmp_path / "prompts").mkdir()
+    paths = [tmp_path / name for name in RUN_FILES]
+    left = [path.with_name(f".{path.name}.abcd_123{path.suffix}") for path in paths]
+    for path in left:
+        path.touch()
+    if is_run:
+        (tmp_path / "config.yaml").touch()
+    with RunFolder.locked(tmp_path):
+        assert [path.exists() for path in left] == [not is_run] * len(left)
+
+
 def test_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path):
     processes = multiprocessing.get_context("fork")
     is_forked = processes.Event()
@@ -598,6 +681,29 @@ def test_worker_that_outlives_a_killed_run_does_not_keep_its_folder(tmp_path):
     finally:
         worker.kill()
         worker.join()
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "captured", "note"),
+    [
+        ({"method": "full"}, 1, True, ""),
+        ({"method": "full"}, 2, False, "without one, processes exchange the backbone's gradients"),
+        ({"method": "full", "cuda_graph": True}, 2, True, ""),
+        ({"method": "linear"}, 2, True, ""),
+        ({"method": "linear", "cuda_graph": False}, 1, False, ""),
+        ({"method": "linear", "accumulate": 2}, 1, False, "accumulate is 2"),
+        ({"method": "linear", "accumulate": 2, "cuda_graph": False}, 1, False, ""),
+        ({"method": "linear", "precision": "fp16"}, 1, False, "precision is fp16"),
+    ],
+)
+def test_steps_on_a_gpu_are_captured_unless_they_cannot_be_or_should_not_and_this_is_said(
+    recipe, changes, size, captured, note
+):
+    recipe = dataclasses.replace(recipe, num_prompts=None, prompt_dropout=None, **changes)
+    console = Console(file=io.StringIO(), width=500)
+    assert captures_steps(recipe, World(0, size, torch.device("cuda")), console, None) == captured
+    printed = console.file.getvalue()
+    assert note in printed and bool(printed) == bool(note)
 
 
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
@@ -654,6 +760,17 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(recipe, tmp_path, monkeypa
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 2
 
 
+def test_loss_that_is_not_finite_is_found_in_the_midst_of_an_epoch(recipe, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        loop.TrainStep, "__call__", lambda *_: steps.append(1) or (torch.tensor(float("nan")), 0)
+    )
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
+    with pytest.raises(TrainingDiverged, match="step 1 of 4"):
+        train(recipe, tmp_path / "run")
+    assert len(steps) == 2
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -684,6 +801,18 @@ def test_step_that_lacks_memory_says_what_needs_less_and_keeps_the_last_good_sta
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
 
 
+def test_step_that_lacks_memory_is_not_told_of_a_setting_that_its_method_does_not_have(
+    recipe, tmp_path, monkeypatch
+):
+    def train_step(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
+    with pytest.raises(OutOfMemory, match="; --accumulate splits a batch$"):
+        train(recipe, tmp_path / "run")
+
+
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.TrainStep, "__call__", lambda *_: (torch.tensor(float("nan")), torch.tensor(0)))
     before = set(threading.enumerate())
@@ -704,6 +833,18 @@ def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monk
 
     monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(TrainingDiverged, match="head.bias not finite after the last step of epoch 2"):
+        train(recipe, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
+
+
+def test_validation_loss_that_is_not_finite_is_not_saved(recipe, tmp_path, monkeypatch):
+    original, losses = Classification.evaluate, [0.5, float("inf")]
+    monkeypatch.setattr(
+        Classification,
+        "evaluate",
+        lambda *arguments: dataclasses.replace(original(*arguments), loss=losses.pop(0)),
+    )
+    with pytest.raises(TrainingDiverged, match="the validation loss is inf after the last step of epoch 2"):
         train(recipe, tmp_path / "run")
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
 
@@ -747,6 +888,13 @@ def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     }
 
 
+def test_momentum_is_the_recipe_s(recipe):
+    recipe = dataclasses.replace(recipe, momentum=0.5)
+    model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
+    groups = build_optimizer(recipe, model, capturable=False).param_groups
+    assert [group["momentum"] for group in groups] == [0.5, 0.5]
+
+
 def test_accumulation_gives_the_gradients_of_the_whole_batch(recipe, tmp_path):
     recipe = dataclasses.replace(recipe, prompt_dropout=0.0)
     whole = trained(train(recipe, tmp_path / "whole"))
@@ -767,6 +915,14 @@ def test_linear_probe_on_features_computed_once_equals_training_through_the_mode
     assert once.metrics[-1]["val_accuracy"] == through.metrics[-1]["val_accuracy"]
 
 
+def test_time_of_frozen_features_counts_in_the_first_epoch_alone(recipe, tmp_path, monkeypatch):
+    compute = loop.feature_batches
+    monkeypatch.setattr(loop, "feature_batches", lambda *arguments: (*compute(*arguments)[:2], 1e9))
+    recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
+    rows = train(recipe, tmp_path / "run").metrics
+    assert [row["seconds"] >= 1e9 for row in rows] == [True, False, False, False]
+
+
 def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "feature_batches", None)
     recipe = dataclasses.replace(
@@ -779,6 +935,18 @@ def test_linear_probe_with_augmentation_goes_through_the_model(recipe, tmp_path,
 def test_low_precision_trains(recipe, tmp_path, precision):
     metrics = train(dataclasses.replace(recipe, precision=precision), tmp_path / "run").metrics
     assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
+
+
+def test_scale_of_the_loss_in_fp16_goes_on_with_an_interrupted_run(recipe, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(recipe, precision="fp16", epochs=2)
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5)
+        train(recipe, tmp_path / "parts")
+    train(recipe, tmp_path / "parts")
+    whole, parts = (RunFolder(tmp_path / name).read().checkpoint.scaler for name in ("whole", "parts"))
+    # The scale is halved after a step with an infinite gradient, of which there are some in each epoch.
+    assert parts == whole and 1 < whole["scale"] < 2**14
 
 
 def test_a_residual_stream_in_bfloat16_trains_and_is_saved(recipe, tmp_path):

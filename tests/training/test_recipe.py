@@ -89,8 +89,10 @@ def test_steps_have_at_most_the_training_set():
     assert recipe.step_images(801) == 801
 
 
-def test_batch_of_all_images_need_not_be_shared_evenly():
-    assert resolve(make(batch_size=2048), num_train_images=801, world_size=3).batch_size == 2048
+@pytest.mark.parametrize("batch_size", [800, 2048])
+def test_batch_of_all_images_need_not_be_shared_evenly(batch_size):
+    recipe = resolve(make(batch_size=batch_size), num_train_images=800, world_size=3)
+    assert recipe.batch_size == batch_size and recipe.step_images(800, 3) == 267
 
 
 def test_batch_size_that_processes_cannot_share_is_refused():
@@ -107,6 +109,11 @@ def test_prompts_that_are_pixels_are_not_dropped():
     assert resolve(make(method="vpt+bias", backbone="resnet10t")).prompt_dropout == 0.0
 
 
+@pytest.mark.parametrize(("location", "prompts"), [("prepend", 10), ("add", None), ("add-1", None)])
+def test_prompts_have_a_default_number_unless_their_place_gives_it(location, prompts):
+    assert resolve(make(prompt_location=location)).num_prompts == prompts
+
+
 def test_prompt_dropout_of_zero_stays_zero():
     assert resolve(make(prompt_dropout=0)).prompt_dropout == 0.0
 
@@ -114,6 +121,23 @@ def test_prompt_dropout_of_zero_stays_zero():
 @pytest.mark.parametrize("epochs, warmup", [(5, 0), (20, 2), (100, 10), (300, 10)])
 def test_warm_up_shortens_with_the_run(epochs, warmup):
     assert resolve(make(epochs=epochs)).warmup_epochs == warmup
+
+
+def test_warm_up_of_a_method_that_uses_adamw_is_half_as_long():
+    assert resolve(make(method="bias", epochs=100)).warmup_epochs == 5
+
+
+def test_settings_that_may_change_in_a_run_that_goes_on_are_those_that_no_result_depends_on():
+    free = {field.name for field in dataclasses.fields(Recipe) if not field.metadata["result"]}
+    where = {"data", "data_root", "checkpoint", "device"}  # data and weights are held against the run's
+    how = {"resident", "workers", "cuda_graph", "tensorboard"}
+    assert free == where | how | {"test"}
+
+
+def test_file_of_a_setting_that_is_out_of_range_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("data: x\nbackbone: y\nepochs: 0\n")
+    with pytest.raises(ValueError, match=r"^configuration file .*mine\.yaml: epochs is 0"):
+        Recipe.from_yaml(tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize(

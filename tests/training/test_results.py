@@ -18,14 +18,17 @@ from task_trees import shrink, write_fgvc, write_vtab
 from torch import nn
 
 from vpt_fast.data.decode import SkippedImage
+from vpt_fast.data.images import ImageList
+from vpt_fast.data.scenes import SceneList
+from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
-from vpt_fast.training.classification import evaluate
-from vpt_fast.training.inference import LoadedRun, evaluate_run
+from vpt_fast.training.classification import Classification, Evaluation, evaluate
+from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
-from vpt_fast.training.run import RunError, RunFolder, list_digest
+from vpt_fast.training.run import RunError, RunFolder, default_run_folder, list_digest
 from vpt_fast.training.world import World
 
 
@@ -56,6 +59,48 @@ def test_task_fills_the_preprocessing_that_was_not_given(knobs, normalization, a
     assert (recipe.normalization, recipe.augment, recipe.resize) == (normalization, augment, resize)
 
 
+def test_images_are_resized_and_normalised_as_the_recipe_says():
+    given = dict(normalization="none", augment="flip", resize="shortest", interpolation="nearest")
+    model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
+    made = Classification().preprocessing(resolved(**given), model)
+    assert (made.image_size, made.mean, made.std) == ((32, 32), (0.0,) * 3, (1.0,) * 3)
+    assert (made.augment, made.resize, made.interpolation) == ("flip", "shortest", "nearest")
+
+
+def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
+    one, same, other = (
+        list_digest("x", ImageList((TarImage(tmp_path / shard, 0, size, "a.png"),), (0,), ("red",)))
+        for shard, size in (("1.tar", 5), ("2.tar", 5), ("1.tar", 6))
+    )
+    assert one == same != other
+
+
+def test_digest_of_scenes_depends_on_their_masks_and_on_what_these_mean(tmp_path):
+    def digest(mask: bytes = b"mask", ignores_zero: bool = False, classes: tuple[str, ...] = ("sky",)) -> str:
+        (tmp_path / "mask.png").write_bytes(mask)
+        (tmp_path / "image.png").write_bytes(b"image")
+        names = ((tmp_path / "image.png",), (tmp_path / "mask.png",))
+        return list_digest(str(tmp_path), SceneList(*names, classes, ignores_zero))
+
+    changed = (digest(mask=b"other mask"), digest(ignores_zero=True), digest(classes=("sea",)))
+    assert digest() == digest() and len({digest(), *changed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "name"),
+    [
+        (".", None, "birds-hf-hub_a_b-linear"),
+        (".", "vtab/cifar", "vtab-cifar-hf-hub_a_b-linear"),
+        (".", "segmentation", "birds-segmentation-hf-hub_a_b-linear"),
+    ],
+)
+def test_run_folder_is_named_by_data_or_task_backbone_and_method(tmp_path, monkeypatch, data, task, name):
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    recipe = Recipe(data=data, task=task, backbone="hf-hub:a/b", method="linear")
+    assert default_run_folder(recipe) == Path("runs") / name
+
+
 def test_task_of_a_recipe_has_its_own_name():
     assert resolved(task="cifar100") == resolved(task="vtab/cifar")
     with pytest.raises(ValueError, match="task is 'cifar1000'.*close names: vtab/cifar"):
@@ -84,6 +129,19 @@ def test_results_hold_the_last_epoch_and_the_test_images(short, tmp_path):
         "test_loss": pytest.approx(test.loss, rel=1e-5),
         "test_images": 6,
         "test_listed": list_digest(short.data, open_splits(short.data).test),
+    }
+
+
+def test_run_that_evaluates_no_test_images_says_nothing_of_them(short, tmp_path):
+    results = train(short, tmp_path / "run").results
+    assert {value for name, value in results.items() if name.startswith("test_")} == {None}
+
+
+def test_class_without_an_image_has_no_accuracy():
+    found = SplitAccuracy("val", ("blue", "red"), Evaluation(0.5, (1, 0), (2, 0)), ())
+    assert found.to_dict()["per_class"] == {
+        "blue": {"images": 2, "accuracy": 0.5},
+        "red": {"images": 0, "accuracy": None},
     }
 
 
@@ -197,6 +255,18 @@ def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "results.json").exists()
     result = train(recipe, tmp_path / "run")
     assert result.new_epochs == 0 and result.results["test_images"] == 6
+
+
+def test_ctrl_c_before_the_test_images_are_read_does_not_wait_for_all_of_them(short, tmp_path, monkeypatch):
+    evaluate_test = loop.evaluate_test
+    monkeypatch.setattr(
+        loop,
+        "evaluate_test",
+        lambda *arguments: signal.raise_signal(signal.SIGINT) or evaluate_test(*arguments),
+    )
+    monkeypatch.setattr(loop, "print_skipped", lambda *_: pytest.fail("all of them were read"))
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(short, test=True), tmp_path / "run")
 
 
 def test_trained_run_that_lacks_its_test_results_computes_no_frozen_features(short, tmp_path, monkeypatch):

@@ -358,6 +358,19 @@ def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
     torch.testing.assert_close(objective.hits(outputs, masks), right)
 
 
+def test_image_without_a_labelled_pixel_is_no_hit():
+    logits, masks = torch.randn(1, 3, 5, 6), torch.full((1, 5, 6), IGNORED)
+    assert PixelCrossEntropy(0.0, 0.4).hits((logits,), masks) == 0
+
+
+def test_loss_smooths_the_labels_as_the_recipe_says():
+    torch.manual_seed(0)
+    logits, masks = torch.randn(2, 3, 5, 6), torch.randint(0, 3, (2, 5, 6))
+    objective = Segmentation().objective(Recipe(**settings(Path("x"), label_smoothing=0.3)), None, None)
+    wanted = F.cross_entropy(logits, masks, label_smoothing=0.3, reduction="sum") / 30
+    torch.testing.assert_close(objective.loss_sum((logits,), masks), wanted)
+
+
 class Colours(nn.Module):
     """Logits that are the pixels' own channels, and how many windows it has seen."""
 
@@ -426,6 +439,24 @@ def test_most_likely_classes_are_those_of_the_probabilities(at_once: int, monkey
     monkeypatch.setattr(segmentation.F, "interpolate", recorded)
     assert torch.equal(most_likely(Mixed(), image, PLAIN), expected)
     assert len(expected.unique()) > 2 and max(resized) == at_once and sum(resized) == 5
+
+
+def test_windows_are_of_the_image_at_the_scale_and_in_the_precision_that_are_asked_for():
+    class Precise(Colours):
+        def forward(self, images):
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+            return super().forward(images)
+
+    model = Precise()
+    segment(model, torch.zeros(3, 6, 6, dtype=torch.uint8), PLAIN, scales=(2.0,), precision="bf16")
+    assert model.windows == [9]  # 12 pixels wide and high, at 0, 4 and 6
+
+
+def test_padding_of_an_image_that_is_smaller_than_a_window_is_cut_off_again():
+    image = torch.zeros(3, 6, 6, dtype=torch.uint8)
+    image[0, :, :3], image[1, :, 3:] = 255, 255
+    found = segment(Colours(), image, PLAIN, scales=(0.5,)).argmax(0)
+    assert (found[:, 0] == 0).all() and (found[:, -1] == 1).all()
 
 
 class Held:

@@ -217,6 +217,21 @@ def test_class_weights_weigh_the_images_of_a_step(small, accumulate):
     torch.testing.assert_close((loss, network.weight.grad), (wanted.detach(), gradient))
 
 
+def test_gradient_is_clipped_without_the_scale_of_the_loss(small):
+    torch.manual_seed(0)
+    network = torch.nn.Linear(4, 3)
+    start = [p.detach().clone() for p in network.parameters()]
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    step = TrainStep(
+        network, small("linear", clip_grad_norm=1e-3), optimizer, scaler, CrossEntropy(0.0, None),
+        num_images=6, is_graphed=False,
+    )  # fmt: skip
+    step(torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 1, 0]))
+    moved = torch.cat([(p - q).flatten() for p, q in zip(network.parameters(), start, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
     from vpt_fast.data.images import ImageList, Splits
     from vpt_fast.training.world import World

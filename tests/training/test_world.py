@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from vpt_fast.commands.cli import app
 from vpt_fast.training.inference import LoadedRun
-from vpt_fast.training.world import join_world
+from vpt_fast.training.world import find_device, join_world
 
 
 @pytest.fixture
@@ -36,6 +36,11 @@ def test_gpu_that_is_asked_for_is_the_current_one(current: list[torch.device]) -
     with join_world("cuda:1") as world:
         assert world.device == current[-1] == torch.device("cuda", 1)
     assert current == [torch.device("cuda", 0)]
+
+
+def test_gpu_that_is_not_there_is_refused(current: list[torch.device]) -> None:
+    with pytest.raises(ValueError, match="device is 'cuda:2'; torch sees 2 CUDA devices here"):
+        find_device("cuda:2")
 
 
 def test_processes_that_would_share_a_gpu_are_refused(

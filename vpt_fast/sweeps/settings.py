@@ -63,7 +63,7 @@ def parse_axis(text: str, settings: Mapping[str, Any]) -> tuple[str, tuple[Any, 
             raise ValueError(f"over is {text!r}, whose value {part!r} is none that can be searched")
         recipe = Recipe.from_dict({**settings, name: value})  # its error names what is wrong
         value = getattr(recipe, name)
-        values.append(part if isinstance(value, list | dict) else value)
+        values.append(part if isinstance(value, list) else value)
     return name, tuple(dict.fromkeys(values))
 
 

@@ -242,15 +242,14 @@ def open_split(
     )
     require_same_classes(data, splits.classes, labels)
     images = splits.test if split == "test" else splits.val
-    if split == "val" and splits.val_is_drawn and labels.val_listed is not None:
-        if list_digest(str(data), images) != labels.val_listed:
-            console.print(
-                f"[yellow]note:[/] val is drawn from {escape(str(data))} by the run's seed, and is not what "
-                "the run held out: images were added or removed since, or these are others. The run may have "
-                "been trained on some of them.",
-                highlight=False,
-                soft_wrap=True,
-            )
+    if split == "val" and splits.val_is_drawn and list_digest(str(data), images) != labels.val_listed:
+        console.print(
+            f"[yellow]note:[/] val is drawn from {escape(str(data))} by the run's seed, and is not what "
+            "the run held out: images were added or removed since, or these are others. The run may have "
+            "been trained on some of them.",
+            highlight=False,
+            soft_wrap=True,
+        )
     with checking_images(console, len(images)) as advance:
         checked = check_images(
             images,

@@ -572,7 +572,7 @@ def lr_factor(epoch: int, *, warmup_epochs: int, epochs: int, schedule: str = "c
     towards 0, or with ``"poly"`` (1 - progress) to the power 0.9."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
     if schedule == "poly":
         return (1.0 - progress) ** POLY_POWER
     return 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -228,9 +228,7 @@ class RunFolder(RunFiles):
     def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Appends the last row if the file is as this process left it, and else writes all of them: to write
         ten thousand rows after each of as many epochs would take longer than the epochs."""
-        size = self._metrics_size
-        self._metrics_size = None
-        if size is None or not self.metrics.exists() or self.metrics.stat().st_size != size:
+        if not self.metrics.exists() or self.metrics.stat().st_size != self._metrics_size:
             write(self.metrics, "".join(map(_line, rows)).encode())
         else:
             with open(self.metrics, "ab") as file:
