@@ -47,6 +47,13 @@ def test_splits_hold_the_images_with_their_masks(scenes):
     assert image.size == (3, 2) and mask.tolist() == [[0, 1, 2], [IGNORED, 2, 1]]
 
 
+def test_images_that_would_share_a_mask_are_refused(scenes):
+    Image.new("RGB", (3, 2)).save(scenes / "images/training/0.png")
+    Image.new("RGB", (3, 2)).save(scenes / "images/training/0.m.jpg")  # which sorts between them
+    with pytest.raises(DataError, match="0.jpg and 0.png would share the mask 0.png; wanted one image for"):
+        open_scenes(scenes)
+
+
 def turn(path: Path, orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation

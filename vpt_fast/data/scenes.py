@@ -150,6 +150,13 @@ def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool
     for path in images:
         require_utf8(path)
         refuse_pipe(path)
+    by_stem: dict[str, Path] = {}
+    for path in images:
+        if (first := by_stem.setdefault(path.stem, path)) != path:
+            raise DataError(
+                f"{folders[0]}: {first.name} and {path.name} would share the mask {path.stem}.png; wanted "
+                "one image for each mask"
+            )
     masks = [folders[1] / f"{path.stem}.png" for path in images]
     if missing := [mask.name for mask in masks if not mask.is_file()]:
         raise DataError(
