@@ -14,10 +14,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+import train_test_vit  # noqa: F401 (timm then knows it)
 from PIL import Image
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from vpt_fast.data.digits import export_digits
@@ -27,20 +25,6 @@ from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.run import RunFolder
 
 CLASSES = ("blue", "green", "red")
-
-
-default_cfgs = generate_default_cfgs({"train_test_vit": {"input_size": (3, 16, 16), "num_classes": 0}})
-
-
-@register_model
-def train_test_vit(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """The same random weights every time, so that a saved run finds its backbone again."""
-    sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_model_with_cfg(
-            VisionTransformer, "train_test_vit", pretrained=False, **{**sizes, **kwargs}
-        )
 
 
 def write_images(root: Path, counts: dict[str, int], seed: int) -> None:
