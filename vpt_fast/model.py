@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -266,6 +267,30 @@ class PromptedViT(PromptedClassifier):
         (rows,), _ = self._outputs(images, prompts, self._plans, (self.num_blocks - 1,))
         return self._features(rows)
 
+    @property
+    def feature_shape(self) -> tuple[int, int] | None:
+        """(N, d), where blocks come before the first one with prompts; else None."""
+        return (self.backbone.num_tokens, self.embed_dim) if self._prompted[0] > 0 else None
+
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the tokens before the first block with prompts (B, N, d), as of
+        every model."""
+        if self.feature_shape is None:
+            raise NotImplementedError(
+                f"prompt_layers: got {self.prompt_settings.prompt_layers}, and with prompts in the first "
+                "block there are no frozen features"
+            )
+        self._check_images(images)
+        (x,) = self.backbone.folded_outputs(images, (self._prompted[0] - 1,), Read.TOKENS)
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def classify(self, features: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
+        """`frozen_features` of images of the model's own size (B, N, d) to logits (B, num_classes); `prompts`
+        as for `forward`."""
+        last, first = self.num_blocks - 1, self._prompted[0]
+        (rows,), _ = self._outputs(features, prompts, self._plans, (last,), first=first)
+        return self.head(self._features(rows))
+
     def forward_features(self, images: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens after the final norm, without the prompts.
 
@@ -340,29 +365,37 @@ class PromptedViT(PromptedClassifier):
         plans: Sequence[BlockPlan],
         wanted: Sequence[int],
         look: Callable[..., None] | None = None,
+        *,
+        first: int = 0,
     ) -> tuple[list[torch.Tensor], int]:
         """Runs images through the blocks that have a plan. Returns the rows (B, R, d) that are read of each
         block in `wanted`, and N, the number of an image's tokens.
 
+        images: (B, C, H, W); with `first` their tokens before that block (B, N, d), if they are of the
+            model's own size and no prompts enter before it.
         given: prompts in place of the model's own, or None.
         look: called before each of these blocks: with the block, its stream and prompts, the range of the N
             tokens, and its rotary positions.
         """
         settings = self.prompt_settings
         require_shape(self.prompts, self._prompt_shape)
-        stream = Stream(self._tokens(images))
+        if first:
+            stream = Stream(images.to(self.backbone.residual_dtype or images.dtype))
+            height, width = self.image_size
+        else:
+            stream = Stream(self._tokens(images))
+            height, width = size_of(images)
         batch_size, num_tokens = images.shape[0], stream.num_tokens
         sets = self._prompt_sets(given, batch_size)
         is_added = settings.prompt_location in ("add", "add-1")
         added = dict(zip(self._prompted, sets, strict=True)) if is_added else {}
         policy = self._policy(batch_size, num_tokens, None if given is None else sets)
-        height, width = size_of(images)
         border = settings.border
         rotations = self.backbone.rotations((height + 2 * border, width + 2 * border))
         outputs = []
         num_prompts = 0  # of those that were last to enter
         blocks = zip(self.backbone.blocks, plans, rotations, strict=False)  # there may be fewer plans
-        for index, (block, plan, rotation) in enumerate(blocks):
+        for index, (block, plan, rotation) in islice(enumerate(blocks), first, None):
             if index in added:
                 prompts = drop(added[index], settings, batch_size, training=self.training)
                 stream = Stream((stream.sum() + prompts).to(stream.base.dtype))

@@ -13,6 +13,7 @@ from rich.console import Console
 from test_loop import interrupt_at_step, require_equal, trained
 
 from vpt_fast import LinearProbe, load_pretrained
+from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.data.resident import ResidentImages
 from vpt_fast.training import features, loop, report
 from vpt_fast.training.classification import Classification, CrossEntropy, class_weights
@@ -23,7 +24,12 @@ from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.step import TrainStep
 
 ALL = [name.replace("K", "2") for name in METHODS if name not in ("vpt-deep", "vpt-shallow")]
-WITH_FROZEN_FEATURES = ("linear", "mlp-2", "partial-1")
+WITH_FROZEN_FEATURES = [
+    pytest.param("linear", {}, id="linear"),
+    pytest.param("mlp-2", {}, id="mlp-2"),
+    pytest.param("partial-1", {}, id="partial-1"),
+    pytest.param("vpt-deep", dict(num_prompts=2, prompt_layers=-1), id="prompts in the last block"),
+]
 
 
 @pytest.fixture
@@ -75,32 +81,33 @@ def test_training_lowers_the_loss(small, tmp_path, method):
     assert metrics[-1]["train_loss"] < 0.9 * metrics[0]["train_loss"]
 
 
-@pytest.mark.parametrize("method", WITH_FROZEN_FEATURES)
+@pytest.mark.parametrize(("method", "settings"), WITH_FROZEN_FEATURES)
 def test_features_computed_once_give_what_training_through_the_model_does(
-    small, tmp_path, monkeypatch, method
+    small, tmp_path, monkeypatch, method, settings
 ):
-    once = train(small(method), tmp_path / "once")
+    once = train(small(method, **settings), tmp_path / "once")
     monkeypatch.setattr(loop, "caches_features", lambda *arguments: False)
-    through = train(small(method), tmp_path / "through")
+    through = train(small(method, **settings), tmp_path / "through")
     for name, tensor in trained(through).items():
         torch.testing.assert_close(trained(once)[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", WITH_FROZEN_FEATURES)
-def test_frozen_part_runs_once_for_each_image_without_augmentation(small, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(("method", "settings"), WITH_FROZEN_FEATURES)
+def test_frozen_part_runs_once_for_each_image_without_augmentation(
+    small, tmp_path, monkeypatch, method, settings
+):
     seen = []
-    kind = type(build_model(resolve(small(method)), 3))
-    original = kind.frozen_features
+    original = FrozenViT.embed
 
-    def frozen_features(self, images):
+    def embed(self, images):
         seen.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(kind, "frozen_features", frozen_features)
-    train(small(method), tmp_path / "run")
+    monkeypatch.setattr(FrozenViT, "embed", embed)
+    train(small(method, **settings), tmp_path / "run")
     assert sum(seen) == 27 + 9
     seen.clear()
-    train(small(method, augment="flip"), tmp_path / "augmented")
+    train(small(method, augment="flip", **settings), tmp_path / "augmented")
     assert sum(seen) == 2 * (27 + 9)
 
 
