@@ -164,6 +164,12 @@ def no_curves(monkeypatch) -> None:
     monkeypatch.setattr("vpt_fast.training.loop.plot_curves", lambda rows, path: path.touch())
 
 
+@pytest.fixture(autouse=True)
+def every_epoch_is_saved(monkeypatch) -> None:
+    """Which epochs are depends on the time that they take."""
+    monkeypatch.setattr("vpt_fast.training.saving.SHARE", 1e9)
+
+
 @pytest.fixture
 def command():
     """Runs vpt-fast with the arguments given."""

@@ -211,6 +211,18 @@ def test_trial_that_goes_on_is_pruned_by_the_epochs_that_it_had_trained(settings
         run_sweep(plan, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("pruner", "others", "epochs"),
+    [("none", {}, [1]), ("none", {"eval_every": 1}, [0, 1]), ("median", {}, [0, 1])],
+)
+def test_trials_evaluate_before_their_last_epoch_only_for_a_pruner_or_if_asked(
+    settings, tmp_path, pruner, others, epochs
+):
+    run_sweep(Sweep({**settings, **others}, {"base_lr": (0.5,)}, seeds=(1,), pruner=pruner), tmp_path)
+    rows = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).read().metrics
+    assert [row["epoch"] for row in rows if row["val_accuracy"] is not None] == epochs
+
+
 def test_epochs_that_no_pruner_sees_are_not_recorded_in_the_study(settings, tmp_path):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,))
     run_sweep(plan, tmp_path)

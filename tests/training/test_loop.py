@@ -837,6 +837,20 @@ def test_infinite_weight_after_the_last_step_is_not_saved(recipe, tmp_path, monk
     assert RunFolder(tmp_path / "run").read().checkpoint.epochs_done == 1
 
 
+@pytest.mark.parametrize(("every", "epochs"), [(0, [3]), (1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2, 3])])
+def test_val_images_are_evaluated_as_often_as_asked_and_after_the_last_epoch(recipe, tmp_path, every, epochs):
+    result = train(dataclasses.replace(recipe, eval_every=every), tmp_path / "run")
+    for name in ("val_loss", "val_accuracy"):
+        assert [row["epoch"] for row in result.metrics if row[name] is not None] == epochs
+
+
+def test_training_is_the_same_however_often_the_val_images_are_evaluated(recipe, tmp_path):
+    often = train(recipe, tmp_path / "often")
+    once = train(dataclasses.replace(recipe, eval_every=0), tmp_path / "once")
+    assert all(torch.equal(tensor, trained(once)[name]) for name, tensor in trained(often).items())
+    assert untimed(once.metrics[-1:]) == untimed(often.metrics[-1:]) and once.results == often.results
+
+
 def test_validation_loss_that_is_not_finite_is_not_saved(recipe, tmp_path, monkeypatch):
     original, losses = Classification.evaluate, [0.5, float("inf")]
     monkeypatch.setattr(

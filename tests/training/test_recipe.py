@@ -130,7 +130,7 @@ def test_warm_up_of_a_method_that_uses_adamw_is_half_as_long():
 def test_settings_that_may_change_in_a_run_that_goes_on_are_those_that_no_result_depends_on():
     free = {field.name for field in dataclasses.fields(Recipe) if not field.metadata["result"]}
     where = {"data", "data_root", "checkpoint", "device"}  # data and weights are held against the run's
-    how = {"resident", "workers", "cuda_graph", "tensorboard"}
+    how = {"resident", "workers", "eval_every", "cuda_graph", "tensorboard"}
     assert free == where | how | {"test"}
 
 
@@ -293,6 +293,7 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("clip_grad_norm", "inf"),
         ("seed", -1),
         ("workers", -1),
+        ("eval_every", -1),
         ("method", "partial"),
         ("method", "mlp-0"),
         ("method", "partial-K"),

@@ -144,7 +144,10 @@ class Sweep:
         return self.recipe(**self.points()[0])
 
     def recipe(self, **changes: Any) -> Recipe:
-        return Recipe.from_dict({"tensorboard": False, **self.settings, **changes})
+        defaults: dict[str, Any] = {"tensorboard": False}
+        if self.pruner == "none":
+            defaults["eval_every"] = 0  # before the last epoch only a pruner reads a trial's val accuracy
+        return Recipe.from_dict({**defaults, **self.settings, **changes})
 
     @property
     def num_trials(self) -> int:

@@ -52,7 +52,8 @@ from vpt_fast.training.resume import (
     require_same_recipe,
     take_finished,
 )
-from vpt_fast.training.run import Checkpoint, RunError, RunFolder
+from vpt_fast.training.run import RunError, RunFolder
+from vpt_fast.training.saving import EpochSaver
 from vpt_fast.training.segmentation import Segmentation
 from vpt_fast.training.step import (
     TrainStep,
@@ -60,7 +61,6 @@ from vpt_fast.training.step import (
     captures_steps,
     load_optimizer,
     moving_norms,
-    optimizer_tensors,
     require_batches,
 )
 from vpt_fast.training.world import World, join_world
@@ -107,7 +107,7 @@ def train(
     Stops early, with every completed epoch saved, after SIGINT or SIGTERM. ``fresh`` removes an earlier run
     first. ``draw_curves`` is whether curves.png is drawn. ``cache`` holds what earlier runs in this process
     loaded. ``on_features`` is called while frozen features are computed, with the number of images that are
-    done and of all. ``on_epoch`` is called with the row of each epoch that this call completed and saved; an
+    done and of all. ``on_epoch`` is called with the row of each epoch that this call completed; an
     exception that it raises ends the call. ``stop`` is set by the first of these signals. The signal may come
     too late to stop this run, so a caller with further runs has to check it.
 
@@ -245,6 +245,8 @@ def train(
 
         stop = stop or threading.Event()
         stack.enter_context(stop_signals(stop))
+        saver = EpochSaver(folder, model, labels)
+        stack.callback(saver.close)
         progress = stack.enter_context(Progress(console, recipe.epochs, len(train_batches), done=done))
         for epoch in range(done, recipe.epochs):
             for group in optimizer.param_groups:
@@ -261,7 +263,7 @@ def train(
             feature_seconds = 0.0
 
             validation: Evaluated | None = None
-            if val_batches is not None:
+            if val_batches is not None and recipe.evaluates_after(epoch):
                 validation = problem.evaluate(
                     network, val_batches, len(splits.classes), world, recipe.precision
                 )
@@ -269,17 +271,7 @@ def train(
             row = epoch_row(problem, recipe, epoch, totals, validation, seconds)
             rows.append(row)
             if world.is_main:
-                state = Checkpoint(
-                    epochs_done=len(rows),
-                    trainable=model.trainable_state_dict(),
-                    optimizer=optimizer_tensors(optimizer),
-                    scaler=scaler.state_dict(),
-                )
-                with folder.saving(f"epoch {epoch + 1}"):
-                    # The checkpoint comes last: if the process is killed before it, the epoch is repeated
-                    # with the same result. Prompts saved after it could be missing for the last epoch.
-                    folder.save_prompts(model, labels)
-                    folder.save_epoch(rows, state)
+                saver.end_epoch(rows, optimizer, scaler, is_last=len(rows) == recipe.epochs)
             if events is not None:
                 for name in row.keys() - {"epoch", "seconds"}:
                     if row[name] is not None:

@@ -42,12 +42,13 @@ def plot_curves(rows: Rows, path: Path) -> None:
     """Loss and accuracy of training and validation, and the learning rate, by epoch."""
     figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=120)
     loss, accuracy, lr = figure.subplots(1, 3)
+    evaluated = [row for row in rows if row["val_loss"] is not None]  # none if val was trained on
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         lines = {"train": (rows, f"train_{name}")}
-        if rows[0][f"val_{name}"] is not None:  # None if val was trained on
-            lines["val"] = (rows, f"val_{name}")
+        if evaluated:
+            lines["val"] = (evaluated, f"val_{name}")
             if name == "accuracy" and "val_miou" in rows[0]:  # of a segmenter
-                lines["val mIoU"] = (rows, "val_miou")
+                lines["val mIoU"] = (evaluated, "val_miou")
         _lines(axes, lines, name)
         axes.legend(frameon=False)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -299,6 +299,13 @@ class Recipe:
         42, "Random seed: splits, initialisation, image order, augmentation, dropout.", OPTIMISATION
     )
 
+    eval_every: int = _knob(
+        1,
+        "Evaluate the val images after every so many epochs, and after the last; 0: after the last alone.",
+        RUN,
+        shown="1; 0 in sweeps without a pruner",
+        result=False,
+    )
     cuda_graph: bool | None = _knob(
         None,
         "Capture the training step in a CUDA graph.",
@@ -334,6 +341,7 @@ class Recipe:
             ("batch_size", 1),
             ("accumulate", 1),
             ("workers", 0),
+            ("eval_every", 0),
         ):
             self._require(name, lambda v, low=low: v >= low, f"at least {low}")
         self._require("seed", lambda v: 0 <= v < 2**64, "at least 0 and below 2**64")
@@ -503,6 +511,11 @@ class Recipe:
         """Images in a full step of a resolved recipe, in each of the processes that share it."""
         assert self.batch_size is not None, "resolve the recipe first"
         return math.ceil(min(self.batch_size, num_train_images) / num_processes)
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether val, if there is one, is evaluated after ``epoch`` (counted from 0)."""
+        is_due = self.eval_every > 0 and (epoch + 1) % self.eval_every == 0
+        return is_due or epoch + 1 == self.epochs
 
     @property
     def peak_lr(self) -> float:

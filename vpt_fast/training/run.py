@@ -65,6 +65,14 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]  # "slot/parameter name"
     scaler: dict[str, Any]
 
+    def copied(self) -> Checkpoint:
+        """A copy in host memory, which further steps do not change."""
+        trainable, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.trainable, self.optimizer)
+        )
+        return Checkpoint(self.epochs_done, trainable, optimizer, self.scaler)
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -132,7 +140,9 @@ class RunFolder(RunFiles):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._metrics_size: int | None = None  # bytes, after `save_epoch`
+        # Bytes and rows of the metrics as this process left them.
+        self._metrics_size: int | None = None
+        self._num_rows = 0
         self.is_locked = False
 
     @classmethod
@@ -214,7 +224,9 @@ class RunFolder(RunFiles):
     def save_epoch(self, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
         """Writes metrics first: a resumed run drops rows past the checkpoint, but could not restore missing
         ones."""
-        self._write_metrics(rows)
+        self.add_metrics(rows)
+        with open(self.metrics, "rb+") as file:
+            os.fsync(file.fileno())
         tensors = {f"trainable/{name}": tensor for name, tensor in checkpoint.trainable.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -225,17 +237,15 @@ class RunFolder(RunFiles):
         }
         write(self.checkpoint, safetensors.torch.save(tensors, header))
 
-    def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Appends the last row if the file is as this process left it, and else writes all of them: to write
-        ten thousand rows after each of as many epochs would take longer than the epochs."""
+    def add_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Appends what is new if the file is as this process left it, and else writes all rows: to write ten
+        thousand after each of as many epochs would take longer than the epochs."""
         if not self.metrics.exists() or self.metrics.stat().st_size != self._metrics_size:
             write(self.metrics, "".join(map(_line, rows)).encode())
         else:
             with open(self.metrics, "ab") as file:
-                file.write(_line(rows[-1]).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        self._metrics_size = self.metrics.stat().st_size
+                file.write("".join(map(_line, rows[self._num_rows :])).encode())
+        self._metrics_size, self._num_rows = self.metrics.stat().st_size, len(rows)
 
     @contextlib.contextmanager
     def saving(self, what: str) -> Iterator[None]:
@@ -276,7 +286,7 @@ class RunFolder(RunFiles):
         )
 
     def read_checkpoint(self) -> Checkpoint | None:
-        """The state after the last completed epoch, None before the first; RunError for a broken file."""
+        """The state after the last saved epoch, None before the first; RunError for a broken file."""
         if not self.checkpoint.exists():
             return None
         try:

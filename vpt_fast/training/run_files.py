@@ -7,7 +7,7 @@
     curves.png
     prompts/                 what the method trains, such as prompts and head (save_pretrained), class names
                              and preprocessing: with the backbone, all that inference needs
-    checkpoint.safetensors   the same and the optimizer after the last completed epoch
+    checkpoint.safetensors   the same and the optimizer after the last epoch that was saved
     tensorboard/             if tensorboard is installed
 
 `run` writes and reads them; here are their names alone, which need no torch.
