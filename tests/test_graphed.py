@@ -358,6 +358,15 @@ def test_model_is_called_with_the_other_tensors_of_each_batch() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_no_gradient_reaches_what_other_tensors_were_computed_from() -> None:
+    model, weigh = Tasks(), nn.Linear(1, 5)
+    step = GraphedStep(model, make_sgd(model, lr=0.1), cross_entropy)
+    for images, labels, task, weight in batches_with_tasks(WARM_UP + 2):
+        step(images, labels, task, weigh(weight[:1]))
+    assert weigh.weight.grad is None
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("steps", [0, 1])
 def test_what_is_no_tensor_is_refused_by_name(steps: int) -> None:
     model = Tasks()

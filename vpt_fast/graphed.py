@@ -133,7 +133,7 @@ class GraphedStep:
             self._is_training = self.model.training
         self._check(batch)
         for held, given in zip(self._inputs, batch.values(), strict=True):
-            held.copy_(given, non_blocking=True)
+            held.copy_(given.detach(), non_blocking=True)
         self._rates.follow()
         if self._steps < WARM_UP:
             try:

@@ -321,10 +321,10 @@ def _through_attention(
         for part, need_q in ((slice(0, num_image), False), (slice(num_image, None), True)):
             if grad_out[:, part].shape[1] == 0:
                 continue
-            out = None if kept.out is None else kept.out[:, part]
             part_grads = _attend_backward(
-                call, grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, out, kept.lse[:, :, part],
-                num_fresh=call.num_fresh_rows if need_q else 0, need_q=need_q, need_kv=False,
+                call, grad_out[:, part], q[:, part], k, v, prompt_k, prompt_v, kept.out[:, part],
+                kept.lse[:, :, part], num_fresh=call.num_fresh_rows if need_q else 0, need_q=need_q,
+                need_kv=False,
             )  # fmt: skip
             grad_q, more = part_grads.q, part_grads.prompt_kv
             grad_prompt_kv = more if grad_prompt_kv is None else grad_prompt_kv + more
