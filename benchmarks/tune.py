@@ -236,13 +236,15 @@ def measure_target(target: Target, settings: Settings) -> list[Row]:
     """A row for each launch, the recorded one first; all that run are timed in turns."""
     others = [launch for launch in target.candidates if launch != target.recorded]
     rows, calls = [], {}
+    # A hundred graphs' results would not fit into a GPU's memory.
+    pool = torch.cuda.graph_pool_handle() if settings.device.type == "cuda" else None
     for launch in (target.recorded, *others):
         row = Row(target.kernel, target.shape, launch, recorded=launch == target.recorded)
         rows.append(row)
         try:
             with launched(target, launch):
                 row.exact = target.error() < ERROR_BELOW[settings.dtype]
-                calls[len(rows) - 1] = operations.prepare(target.call, settings.device)
+                calls[len(rows) - 1] = operations.prepare(target.call, settings.device, pool)
         except Exception as failure:  # more shared memory or registers than the device has
             row.error = first_line(failure)
     times = settings.times({str(index): call for index, call in calls.items()})

@@ -110,15 +110,33 @@ def test_calls_take_turns_and_each_is_timed_alone() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
 
 
-def test_a_captured_calls_tensors_live_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    graph = SimpleNamespace(replay=lambda: log.append("replayed"))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The graph, pool and stream of every capture, without CUDA."""
+    found: list[tuple[Any, ...]] = []
+
+    def graph(*given: Any, **options: Any) -> Any:
+        found.append(given)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(
+        operations, "_capture_stream", functools.cache(operations._capture_stream.__wrapped__)
+    )
+    return found
+
+
+def test_a_captured_calls_tensors_live_as_long_as_its_replay(
+    monkeypatch: pytest.MonkeyPatch, captures: list[tuple[Any, ...]]
+) -> None:
+    log: list[str] = []
+    graph = SimpleNamespace(replay=lambda: log.append("replayed"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
 
     def make(tensor: torch.Tensor) -> Callable[[], object]:
         return operations.prepare(lambda: log.append(f"called with {tensor.item()}"), torch.device("cuda"))
@@ -131,6 +149,15 @@ def test_a_captured_calls_tensors_live_as_long_as_its_replay(monkeypatch: pytest
     assert log == ["called with 3"] * 4  # three to warm up, one captured
     replay()
     assert log[4:] == ["replayed"]
+
+
+def test_graphs_share_the_memory_of_the_pool_that_they_are_given(captures: list[tuple[Any, ...]]) -> None:
+    pool = object()
+    for given in (pool, pool, None):
+        operations.prepare(lambda: None, torch.device("cuda"), given)
+    _, pools, streams = zip(*captures, strict=True)
+    assert pools == (pool, pool, None)
+    assert streams[0] is streams[1] is not None  # the allocator shares nothing between streams
 
 
 def test_what_is_given_concatenated_gives_the_same_results() -> None:

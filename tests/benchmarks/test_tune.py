@@ -148,6 +148,17 @@ def test_recorded_launch_that_cannot_be_built_is_a_row_that_says_so(
     assert f"the recorded one: {row.error}" in str(tune.make_table([row]).caption)
 
 
+def test_all_candidates_graphs_share_their_results_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(operations, "prepare", lambda call, device, pool: pools.append(pool))
+    monkeypatch.setattr(operations, "time_calls", lambda calls, *_, **__: dict.fromkeys(calls, [1.0]))
+    on_a_gpu = dataclasses.replace(SETTINGS, device=torch.device("cuda"))
+    rows = tune.measure_target(attention_target("forward"), on_a_gpu)
+    assert [row.error for row in rows] == [None, None]
+    assert len(pools) == 2 and pools[0] is pools[1] is not None
+
+
 def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:
     target = attention_target("forward")._replace(error=lambda: 1.0)
     rows = tune.measure_target(target, SETTINGS)
