@@ -19,7 +19,7 @@ import timm
 import torch
 import typer
 
-from vpt_fast.files import write
+from vpt_fast.files import remove_unfinished, write
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -172,6 +172,7 @@ def output_path(output: Path | None, header: dict[str, Any], row_type: type, ben
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        remove_unfinished(path)  # which a run that was killed left, and would be read as results
     except OSError as error:
         raise typer.BadParameter(f"output: got {path}, want a file that can be written: {error}") from None
     read_own(path, row_type)
