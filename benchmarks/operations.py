@@ -151,7 +151,7 @@ class Replay:
             for _ in range(_WARM_UP):
                 call()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             call()
 
     def __call__(self) -> None:

@@ -111,12 +111,12 @@ def test_calls_take_turns_and_each_is_timed_alone() -> None:
 
 
 @pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The graph, pool and stream of every capture, without CUDA."""
-    found: list[tuple[Any, ...]] = []
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keywords of every capture, without CUDA."""
+    found: list[dict[str, Any]] = []
 
-    def graph(*given: Any, **options: Any) -> Any:
-        found.append(given)
+    def graph(graph: Any, **keywords: Any) -> Any:
+        found.append(keywords)
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
@@ -132,7 +132,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_a_captured_calls_tensors_live_as_long_as_its_replay(
-    monkeypatch: pytest.MonkeyPatch, captures: list[tuple[Any, ...]]
+    monkeypatch: pytest.MonkeyPatch, captures: list[dict[str, Any]]
 ) -> None:
     log: list[str] = []
     graph = SimpleNamespace(replay=lambda: log.append("replayed"))
@@ -151,13 +151,13 @@ def test_a_captured_calls_tensors_live_as_long_as_its_replay(
     assert log[4:] == ["replayed"]
 
 
-def test_graphs_share_the_memory_of_the_pool_that_they_are_given(captures: list[tuple[Any, ...]]) -> None:
+def test_graphs_share_the_memory_of_the_pool_that_they_are_given(captures: list[dict[str, Any]]) -> None:
     pool = object()
     for given in (pool, pool, None):
         operations.prepare(lambda: None, torch.device("cuda"), given)
-    _, pools, streams = zip(*captures, strict=True)
-    assert pools == (pool, pool, None)
-    assert streams[0] is streams[1] is not None  # the allocator shares nothing between streams
+    assert [keywords["pool"] for keywords in captures] == [pool, pool, None]
+    # The allocator shares nothing between streams.
+    assert captures[0]["stream"] is captures[1]["stream"] is not None
 
 
 def test_what_is_given_concatenated_gives_the_same_results() -> None:
