@@ -211,6 +211,9 @@ def digest(root: Path, header: Mapping[str, Any]) -> str:
 class Record:
     """The results file: an existing one of the same sources, else a new one.
 
+    Args:
+        header: of the device and the versions, and what else the file is to say.
+
     Raises:
         OSError: nothing can be written there.
         ValueError: an existing file cannot be read.
@@ -230,11 +233,12 @@ class Record:
             pass
         name_of_any_day = file_name({**header, "date": "????-??-??"}, "gpu-suite")
         for path in sorted(folder.glob(name_of_any_day)):  # by date, the newest last
-            report = read_json(path, "digest", "parts")
+            report = read_json(path, "date", "digest", "parts")
             outcomes = {name: Outcome(**outcome) for name, outcome in report["parts"].items()}
             self.earlier_seconds |= {name: outcome.seconds for name, outcome in outcomes.items()}
             if report["digest"] == sources:
-                self.path, self.header, self.outcomes = path, {**report, "digest": sources}, outcomes
+                self.path, self.outcomes = path, outcomes
+                self.header = {**report, **self.header, "date": report["date"]}
                 del self.header["parts"]
 
     def write(self) -> None:
@@ -541,13 +545,15 @@ def main(
     console = Console(soft_wrap=True)
     try:
         found = header(root)
-        parts = chosen(suite(found), options.parts)
+        everything = suite(found)
+        parts = chosen(everything, options.parts)
         if (longest := max(parts, key=lambda part: part.seconds)).seconds > 60 * options.minutes:
             raise ValueError(
                 f"--minutes: {options.minutes:g}, want {longest.seconds / 60:.2g} or more, "
                 f"which {longest.name} takes about"
             )
-        record = Record(results, found, digest(root, found))
+        usual = [part.name for part in chosen(everything, "")]
+        record = Record(results, found | {"suite": usual}, digest(root, found))
         lock = only_suite(logs)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)

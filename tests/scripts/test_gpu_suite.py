@@ -282,7 +282,9 @@ def test_parts_are_chosen_by_pattern(project: Project) -> None:
     for name in ("test_a", "test_b", "attention", "recipe"):
         project.part(name, "pass")
     assert project.run("--parts", "test_*,recipe") == 0
-    assert project.report()["parts"].keys() == {"test_a", "test_b", "recipe"}
+    report = project.report()
+    assert report["parts"].keys() == {"test_a", "test_b", "recipe"}
+    assert report["suite"] == ["test_a", "test_b", "attention", "recipe"]
 
 
 def test_no_pattern_between_commas_chooses_what_no_pattern_does(project: Project) -> None:
@@ -328,7 +330,7 @@ def test_without_a_gpu_it_says_so(project: Project, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     "content, named",
-    [(None, "File exists: "), ('{"digest": ', f"{FILE} cannot be read: "), ("{}", f"{FILE} lacks digest")],
+    [(None, "File exists: "), ('{"digest": ', f"{FILE} cannot be read: "), ("{}", f"{FILE} lacks date")],
     ids=["no folder", "cut short", "another's"],
 )
 def test_results_that_cannot_be_kept_or_read_are_named_before_anything_runs(

@@ -426,9 +426,17 @@ def test_a_whole_task_is_shown_with_what_loading_costs(project: Project) -> None
 
 
 def test_the_suite_has_a_section(project: Project) -> None:
-    project.add("gpu-suite-h100", parts={"test_gemm_gpu": {"state": "failed", "seconds": 12.0}})
+    failed = {"test_gemm_gpu": {"state": "failed", "seconds": 12.0}}
+    project.add("gpu-suite-h100", parts=failed, suite=[*failed])
     text = project.text()
     assert "0 of 1 parts passed" in text and "| test_gemm_gpu | failed | 12 |" in text
+
+
+def test_parts_of_the_suite_that_have_not_run_count(project: Project) -> None:
+    passed = {"tests": {"state": "passed", "seconds": 12.0}}
+    project.add("gpu-suite-h100", parts=passed, suite=["tests", "recipe"])
+    text = project.text()
+    assert "1 of 2 parts passed" in text and "| recipe | not run |  |" in text
 
 
 def add_plot(project: Project, name: str) -> None:
@@ -537,7 +545,11 @@ def test_one_prompt_is_in_the_singular(project: Project, name: str, report: dict
         ("kernels-h100", {"rows": [kernel_row(op="rotate", ms=1.5)]}, "| 1.50 |"),
         ("recipe-h100", recipe(), "| 2.00 |"),
         ("profile-h100", profile("vit_base_patch16_224"), "| 6.00 |"),
-        ("gpu-suite-h100", {"parts": {"tests": {"state": "passed", "seconds": 12.0}}}, "| passed |"),
+        (
+            "gpu-suite-h100",
+            {"parts": {"tests": {"state": "passed", "seconds": 12.0}}, "suite": ["tests"]},
+            "| passed |",
+        ),
     ],
     ids=["throughput", "attention", "kernels", "recipe", "profile", "gpu-suite"],
 )
