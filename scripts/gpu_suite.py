@@ -116,8 +116,8 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
         return Part(f"compile-{name}", (*command, "--repeats=1", output), 100, BENCHMARK_LIMIT, alone=False)
 
     rows = {model: (*OURS, *COMPILED, *(OF_THE_SMALLEST if model == SMALLEST else ())) for model in MODELS}
-    # Without the one that waits for the CPU, and with epochs of two thirds of what is usual.
-    in_recipe = (f"--implementations={OURS[0]},{COMPILED[0]}", "--epoch-steps=64")
+    # Without those that wait for the CPU, and with epochs of two thirds of what is usual.
+    in_recipe = (f"--implementations={OURS[0]},{ALIKE[0]}", "--epoch-steps=64")
     # Those of `SMALLEST` and `LARGEST`.
     kernels = script("kernels", "--shapes=197x768,257x1280")
     compilations = [

@@ -432,6 +432,14 @@ def test_the_smallest_model_is_measured_beside_peers_that_save_launches_and_memo
     assert {*gpu_suite.ALIKE} <= {*rows.partition("=")[2].split(",")}
 
 
+def test_the_whole_task_is_of_graphed_steps_on_both_sides() -> None:
+    parts = {part.name: part for part in gpu_suite.parts_of(HEADER)}
+    for name in ("recipe", "compile-recipe"):
+        (rows,) = (word for word in parts[name].command if word.startswith("--implementations="))
+        ours, peer = rows.partition("=")[2].split(",")
+        assert (ours, peer) == ("vpt_fast_graphed", "concat_timm_compiled_graphed")
+
+
 def test_gpu_tests_that_take_most_memory_come_first_and_the_others_keep_their_order() -> None:
     spec = importlib.util.spec_from_file_location("gpu_conftest", ROOT / "tests" / "gpu" / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
