@@ -58,7 +58,7 @@ MOST_AT_ONCE = 16  # concurrent processes, a core each
 TAIL_LINES = 40
 TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0
 """Seconds; what takes that long hangs. That of the tests is for ten processes or more."""
-HEADER_LIMIT = 120.0  # for the versions and the device, of which a driver that hangs never speaks
+HEADER_LIMIT = 120.0  # seconds; a driver that hangs never names its device
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
@@ -288,7 +288,7 @@ class Running:
         status = self.process.poll()
         if status is not None:
             self.stop()  # what it may have left behind
-            note = f"ended by {signal.Signals(-status).name}" if status < 0 else None
+            note = f"ended by signal {-status}: {signal.strsignal(-status)}" if status < 0 else None
             return self._outcome(PASSED if status == 0 else FAILED, note)
         if time.monotonic() < self.limit:
             return None
@@ -553,8 +553,8 @@ def main(
                 f"which {longest.name} takes about"
             )
         usual = [part.name for part in chosen(everything, "")]
-        record = Record(results, found | {"suite": usual}, digest(root, found))
         lock = only_suite(logs)
+        record = Record(results, found | {"suite": usual}, digest(root, found))
     except (OSError, RuntimeError, ValueError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 2

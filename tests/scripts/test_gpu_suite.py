@@ -135,7 +135,7 @@ def test_a_part_that_a_signal_ended_says_which(project: Project) -> None:
     project.part("test_killed", "import os; os.kill(os.getpid(), 9)")
     assert project.run() == 1
     killed = project.report()["parts"]["test_killed"]
-    assert (killed["state"], killed["tail"][-1]) == ("failed", "ended by SIGKILL")
+    assert (killed["state"], killed["tail"][-1]) == ("failed", "ended by signal 9: Killed")
 
 
 def test_what_does_not_fit_is_left_for_the_next_command(
