@@ -182,6 +182,20 @@ def test_head_dims_of_other_models_are_launched_on_request(monkeypatch: pytest.M
     assert {*launched} == {(8, 197, 100, 16, 72), (8, 197, 100, 16, 88)}
 
 
+def test_a_host_of_many_cores_does_not_fill_the_gpu_with_processes_that_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = types.SimpleNamespace(rows_of=lambda case: [], describe=str, path=None)
+    processes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.os, "sched_getaffinity", lambda process: {*range(208)})
+    monkeypatch.setattr(operations, "start", lambda *_, **__: (SETTINGS, report))
+    monkeypatch.setattr(tune, "attention_targets", lambda *_: [])
+    monkeypatch.setattr(tune, "build_all", lambda groups, most, progress: processes.append(most))
+    tune.main("forward", batch_size=8)
+    assert processes == [16]
+
+
 def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -> None:
     recorded = ops.forward_tiles(torch.bfloat16, 64, 197, 90).launch
     assert all(launch.keys() == recorded.keys() for launch in tune.ATTENTION_LAUNCHES)
