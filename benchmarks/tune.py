@@ -41,7 +41,7 @@ from rich.table import Table
 
 import kernels
 
-MOST_BUILDERS = 16  # processes; each takes about 1.5 GB of the GPU's memory
+MOST_BUILDERS = 16  # processes, each with a CUDA context and a kernel's inputs on the GPU
 
 Launch = dict[str, Any]
 """Tiles, warps, stages and registers, as the kernel is launched with them."""
