@@ -469,9 +469,9 @@ def main(
         **asdict(setting), "image_size": size[0], "protocol": asdict(protocol), "implementations": names,
         "repeats": repeats, "steps": steps, "epoch_steps": epoch_steps, "workers": workers,
     }  # fmt: skip
+    contenders = [require_built(name, start) for name in names]
     report = Report(path, header | settings, Row, [TASK], fresh)
     console.print(report.describe(), soft_wrap=True)
-    contenders = [require_built(name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
 
     with console.status("gradients against float64") as status:

@@ -85,7 +85,8 @@ class Report:
     """A results file that grows case by case, a case being rows that are compared and so run in turns.
 
     A case whose rows are in the file is not measured again, so that the same command goes on with what an
-    interrupted one has left. With `fresh` the cases that are asked for are; the file's other cases stay.
+    interrupted one has left. With `fresh` the cases that are asked for are, and leave the file at once; its
+    other cases stay.
 
     Args:
         path: from `output_path`.
@@ -123,6 +124,9 @@ class Report:
             (self._dropped if fresh and row.case in self._asked else self.rows).append(row)
         if self.rows:
             self._once = found
+        if different or self._dropped:
+            # Not later: without the flag, an interrupted run would go on with what it was to replace.
+            self.write() if self.rows else path.unlink()
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What the file states once for all rows, such as the device's bounds; measured if it does not."""

@@ -463,6 +463,18 @@ def test_a_fresh_run_that_is_interrupted_is_gone_on_with_without_the_flag(writte
     assert report.rows_of(1) == [Counted(1, run=2)] and report.rows_of(2) == []
 
 
+@pytest.mark.parametrize(
+    "asked, header, left",
+    [([1, 2], {}, []), ([1], {}, [Counted(2, run=1)]), ([1], {"repeats": 1}, [])],
+    ids=["all", "some", "another run's"],
+)
+def test_a_fresh_run_that_is_interrupted_at_once_is_not_gone_on_with_what_it_was_to_replace(
+    written: Path, asked: list[int], header: dict[str, Any], left: list[Counted]
+) -> None:
+    report_of(written, asked, fresh=True, **header)
+    assert report_of(written, asked, **header).rows == left
+
+
 def test_a_file_s_bounds_stay_as_long_as_any_of_its_rows_do(written: Path) -> None:
     assert report_of(written, [1], fresh=True).once("bounds", lambda: 8) == 7
     assert report_of(written, [1, 2], fresh=True).once("bounds", lambda: 8) == 8
