@@ -140,9 +140,8 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
 
     def of_model(model: str) -> tuple[str, ...]:
         # Each model has a results file of its own, so that one that was stopped loses no other's rows.
-        output = f"--output=benchmarks/results/{file_name(header, model)}"
         memory = MEMORY[:1] if model == BETWEEN else MEMORY
-        return throughput(model, rows[model], f"--memory={','.join(memory)}", output)
+        return throughput(model, rows[model], f"--memory={','.join(memory)}", results_file(header, model))
 
     def profile(model: str) -> tuple[str, ...]:
         return script("profile_step", f"--model={model}", f"--implementation={OURS[0]}")
@@ -150,11 +149,11 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
     return [
         Part("tests", tests, 110, TEST_LIMIT * max(1.0, 10 / processes), alone=False),
         *compilations,
-        benchmark("attention", 20, script("attention")),
+        benchmark("attention", 20, script("attention", results_file(header, "attention"))),
         *(benchmark(f"throughput-{model}", seconds, of_model(model)) for model, seconds in MODELS.items()),
         *(benchmark(f"profile-{model}", 15, profile(model)) for model in (SMALLEST, LARGEST)),
-        benchmark("recipe", 48, script("recipe", *in_recipe)),
-        benchmark("kernels", 45, kernels),
+        benchmark("recipe", 48, script("recipe", *in_recipe, results_file(header, "recipe"))),
+        benchmark("kernels", 45, (*kernels, results_file(header, "kernels"))),
         *on_request(header),
     ]
 
@@ -175,8 +174,8 @@ def on_request(header: Mapping[str, Any]) -> list[Part]:
     batches; and other launches of kernels."""
 
     def part(name: str, seconds: float, command: tuple[str, ...]) -> Part:
-        output = f"--output=benchmarks/results/{file_name(header, name)}"
-        return Part(name, (*command, output), seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
+        command = (*command, results_file(header, name))
+        return Part(name, command, seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
 
     def smallest(*arguments: str) -> tuple[str, ...]:
         return throughput(SMALLEST, (*OURS, *COMPILED, *ALIKE), *arguments)
@@ -193,6 +192,16 @@ def file_name(header: Mapping[str, Any], prefix: str) -> str:
     """<prefix>-<device>-<date>.json, as all results files are called."""
     device = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
     return f"{prefix}-{device}-{header['date']}.json"
+
+
+def results_file(header: Mapping[str, Any], prefix: str) -> str:
+    """The flag of a benchmark that names it."""
+    return f"--output=benchmarks/results/{file_name(header, prefix)}"
+
+
+def written_at(file: Path | None) -> int | None:
+    """When a file was last written; None where there is none."""
+    return file.stat().st_mtime_ns if file is not None and file.exists() else None
 
 
 def digest(root: Path, header: Mapping[str, Any]) -> str:
@@ -266,6 +275,9 @@ class Running:
         self.root = root
         self.log = logs / f"{part.name}.log"
         self.started = time.monotonic()
+        names = [word.partition("=")[2] for word in command if word.startswith("--output=")]
+        self.output = root / names[0] if names and "--fresh" in command else None
+        self.output_before = written_at(self.output)
         self.limit = min(self.started + part.limit, deadline)
         self.over_budget = deadline < self.started + part.limit
         with open(self.log, "w") as output:
@@ -296,6 +308,10 @@ class Running:
         if self.over_budget:
             return self._outcome(UNFINISHED, "stopped: the time of the suite was up")
         return self._outcome(FAILED, f"stopped: not done in its limit of {self.part.limit:.0f} s")
+
+    def has_older_results(self) -> bool:
+        """Whether the results file that it was to empty, by --fresh, is as it was found."""
+        return self.output_before is not None and written_at(self.output) == self.output_before
 
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -358,6 +374,8 @@ def run(
     def record_outcome(job: Running, outcome: Outcome) -> None:
         running.remove(job)
         record.outcomes[job.part.name] = outcome
+        if outcome.state == UNFINISHED and job.has_older_results():
+            del record.outcomes[job.part.name]  # or it would go on with them, which may be of other sources
         record.write()
         show(job.part, outcome, console, job.log)
         if outcome.state == UNFINISHED:

@@ -253,6 +253,39 @@ def test_a_benchmark_goes_on_with_its_file_only_where_it_was_stopped(
     assert gpu_suite.command_of(part, record) == (*part.command, *fresh)
 
 
+@pytest.mark.parametrize(
+    ("flags", "empties", "goes_on"),
+    [
+        (["--fresh"], "pass", False),
+        (["--fresh"], "os.remove(file)", True),
+        (["--fresh"], "open(file, 'w')", True),
+        ([], "pass", True),
+    ],
+)
+def test_a_part_that_was_stopped_before_it_emptied_its_results_file_begins_anew(
+    project: Project, flags: list[str], empties: str, goes_on: bool
+) -> None:
+    code = f"import os, sys; file = sys.argv[1].partition('=')[2]; {empties}; open('there', 'w'); "
+    project.part("test_hang", code + HANG)
+    project.parts[0] = dataclasses.replace(
+        project.parts[0], command=(*project.parts[0].command, "--output=rows.json", *flags)
+    )
+    (project.root / "rows.json").write_text("of other sources")
+    os.utime(project.root / "rows.json", (0, 0))
+    project.part("test_wait", "import os, time\nwhile not os.path.exists('there'): time.sleep(0.01)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+        show = gpu_suite.show
+        patch.setattr(gpu_suite, "show", lambda part, *rest: show(part, *rest) or interrupt(part.name))
+
+        def interrupt(name: str) -> None:
+            if name == "test_wait":
+                raise KeyboardInterrupt
+
+        assert project.run() == 130
+    assert ("test_hang" in project.report()["parts"]) == goes_on
+
+
 def test_a_part_is_run_by_the_command_that_it_is_given(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
