@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,28 +136,39 @@ class Replay:
 
     Replaying it costs the host one launch, whatever is in it, so that a short kernel's time is not that of
     the Python that launches it. The graph holds addresses of the call's tensors, so this keeps them alive.
+
+    Args:
+        pool: of torch.cuda.graph_pool_handle(): the memory of the call's results, shared by all that are
+            given it, of which each overwrites the others' results; None: memory of its own.
     """
 
-    def __init__(self, call: Callable[[], object], device: torch.device) -> None:
+    def __init__(self, call: Callable[[], object], device: torch.device, pool: Any = None) -> None:
         self._call = call
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)  # captures cannot be on the default one
+        stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 call()
         torch.cuda.synchronize(device)
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             call()
 
     def __call__(self) -> None:
         self._graph.replay()
 
 
-def prepare(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """For all captures, which cannot be on the default stream: the allocator gives the memory of one stream
+    to no other, and cuBLAS makes a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+def prepare(call: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
     """What is timed for a call: the call itself, compiled by a first run; on a GPU its `Replay`."""
     if device.type == "cuda":
-        return Replay(call, device)
+        return Replay(call, device, pool)
     call()
     return call
 

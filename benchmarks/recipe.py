@@ -448,8 +448,9 @@ def main(
         one_of("dtype", dtype or ("bfloat16" if on_gpu else "float32"), EXACT_BELOW),
         image_size,
     )
-    default = "vpt_fast,vpt_fast_graphed,concat_timm_compiled" if on_gpu else "vpt_fast,concat_timm_compiled"
-    names = listed("implementations", implementations or default, IMPLEMENTATIONS)
+    default = ["vpt_fast", "concat_timm_compiled"]
+    default += [f"{name}_graphed" for name in default if on_gpu]
+    names = listed("implementations", implementations or ",".join(default), IMPLEMENTATIONS)
     require_possible(setting, names, [])
     header = make_header(where)
     path = output_path(output, header, Row, f"recipe-{setting.slug}")
@@ -468,9 +469,9 @@ def main(
         **asdict(setting), "image_size": size[0], "protocol": asdict(protocol), "implementations": names,
         "repeats": repeats, "steps": steps, "epoch_steps": epoch_steps, "workers": workers,
     }  # fmt: skip
+    contenders = [require_built(name, start) for name in names]
     report = Report(path, header | settings, Row, [TASK], fresh)
     console.print(report.describe(), soft_wrap=True)
-    contenders = [require_built(name, start) for name in names]
     random = random_batch(start, setting.batch_size, where)
 
     with console.status("gradients against float64") as status:

@@ -19,7 +19,7 @@ import timm
 import torch
 import typer
 
-from vpt_fast.files import write
+from vpt_fast.files import remove_unfinished, write
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -85,7 +85,8 @@ class Report:
     """A results file that grows case by case, a case being rows that are compared and so run in turns.
 
     A case whose rows are in the file is not measured again, so that the same command goes on with what an
-    interrupted one has left. With `fresh` the cases that are asked for are; the file's other cases stay.
+    interrupted one has left. With `fresh` the cases that are asked for are, and leave the file at once; its
+    other cases stay.
 
     Args:
         path: from `output_path`.
@@ -123,6 +124,9 @@ class Report:
             (self._dropped if fresh and row.case in self._asked else self.rows).append(row)
         if self.rows:
             self._once = found
+        if different or self._dropped:
+            # Not later: without the flag, an interrupted run would go on with what it was to replace.
+            self.write() if self.rows else path.unlink()
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What the file states once for all rows, such as the device's bounds; measured if it does not."""
@@ -172,6 +176,7 @@ def output_path(output: Path | None, header: dict[str, Any], row_type: type, ben
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        remove_unfinished(path)  # which a run that was killed left, and would be read as results
     except OSError as error:
         raise typer.BadParameter(f"output: got {path}, want a file that can be written: {error}") from None
     read_own(path, row_type)

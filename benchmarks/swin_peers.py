@@ -97,7 +97,9 @@ class Concatenation(FrozenSwin):
         tokens = x[:, :num_tokens].unflatten(1, (height, width))
         if any(shift):
             tokens = torch.roll(tokens, shifts=(-shift[0], -shift[1]), dims=(1, 2))
-        tokens = F.pad(tokens, (0, 0, 0, -width % window_w, 0, -height % window_h))
+        below, right = -height % window_h, -width % window_w
+        if below or right:  # a padding of nothing is a copy
+            tokens = F.pad(tokens, (0, 0, 0, right, 0, below))
         padded = tokens.shape[1:3]
         windows = window_partition(tokens, block.window_size).flatten(1, 2)  # (B·W, T, d)
         num_windows, area = len(windows) // len(x), windows.shape[1]

@@ -5,8 +5,8 @@
 launches attention's kernels, and the GEMMs with an activation, at the shapes of ViT-B/16, L/16 and H/14 with
 each of the tiles, warps and stages below, prints a table for each and writes
 results/tune-<device>-<date>.json as it goes. Kernels are built first, by as many processes as there are
-cores. The same command resumes an interrupted run; `--fresh` starts again. Attention at other shapes, such as
-those of SO400M/14 and of giants, is a command too:
+cores, 16 at most. The same command resumes an interrupted run; `--fresh` starts again. Attention at other
+shapes, such as those of SO400M/14 and of giants, is a command too:
 
     python benchmarks/tune.py --kernels forward,grad_q,grad_kv --head-dim 72,88 --num-heads 16
 
@@ -40,6 +40,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kernels
+
+MOST_BUILDERS = 16  # processes, each with a CUDA context and a kernel's inputs on the GPU
 
 Launch = dict[str, Any]
 """Tiles, warps, stages and registers, as the kernel is launched with them."""
@@ -236,13 +238,15 @@ def measure_target(target: Target, settings: Settings) -> list[Row]:
     """A row for each launch, the recorded one first; all that run are timed in turns."""
     others = [launch for launch in target.candidates if launch != target.recorded]
     rows, calls = [], {}
+    # A hundred graphs' results would not fit into a GPU's memory.
+    pool = torch.cuda.graph_pool_handle() if settings.device.type == "cuda" else None
     for launch in (target.recorded, *others):
         row = Row(target.kernel, target.shape, launch, recorded=launch == target.recorded)
         rows.append(row)
         try:
             with launched(target, launch):
                 row.exact = target.error() < ERROR_BELOW[settings.dtype]
-                calls[len(rows) - 1] = operations.prepare(target.call, settings.device)
+                calls[len(rows) - 1] = operations.prepare(target.call, settings.device, pool)
         except Exception as failure:  # more shared memory or registers than the device has
             row.error = first_line(failure)
     times = settings.times({str(index): call for index, call in calls.items()})
@@ -324,7 +328,7 @@ def main(
     groups += [partial(linear_targets, case, settings) for case in cases]
     with Progress(console=console, transient=True) as progress:
         left = [group for group in groups if any(not report.rows_of((t.kernel, t.shape)) for t in group())]
-        build_all(left, len(os.sched_getaffinity(0)), progress)
+        build_all(left, min(len(os.sched_getaffinity(0)), MOST_BUILDERS), progress)
         for group in progress.track(groups, description="shapes"):
             for target in group():
                 case = (target.kernel, target.shape)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import getpass
 import hashlib
 import json
 import os
@@ -29,10 +28,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.markup import escape
+
+from vpt_fast.files import lock_file, read_json, write
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,8 +56,11 @@ GO_ON = tuple(f"benchmarks/{name}.py" for name in ("attention", "kernels", "reci
 """What does not measure again the rows that its results file has, unless it gets --fresh."""
 MOST_AT_ONCE = 16  # concurrent processes, a core each
 TAIL_LINES = 40
-TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0  # seconds; what takes that long hangs
+TEST_LIMIT, BENCHMARK_LIMIT, ON_REQUEST_LIMIT = 300.0, 360.0, 900.0
+"""Seconds; what takes that long hangs. That of the tests is for ten processes or more."""
+HEADER_LIMIT = 120.0  # seconds; a driver that hangs never names its device
 GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 PASSED, FAILED, UNFINISHED = "passed", "failed", "unfinished"
 
@@ -112,8 +116,8 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
         return Part(f"compile-{name}", (*command, "--repeats=1", output), 100, BENCHMARK_LIMIT, alone=False)
 
     rows = {model: (*OURS, *COMPILED, *(OF_THE_SMALLEST if model == SMALLEST else ())) for model in MODELS}
-    # Without the one that waits for the CPU, and with epochs of two thirds of what is usual.
-    in_recipe = (f"--implementations={OURS[0]},{COMPILED[0]}", "--epoch-steps=64")
+    # Without those that wait for the CPU, and with epochs of two thirds of what is usual.
+    in_recipe = (f"--implementations={OURS[0]},{ALIKE[0]}", "--epoch-steps=64")
     # Those of `SMALLEST` and `LARGEST`.
     kernels = script("kernels", "--shapes=197x768,257x1280")
     compilations = [
@@ -125,8 +129,10 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
         compilation("kernels", kernels),
         compilation("recipe", script("recipe", *in_recipe[:1], "--steps=1", "--epoch-steps=1")),
     ]
-    # Building kernels keeps a core busy, and the GPU has room for many small tests.
-    processes = max(1, min(len(os.sched_getaffinity(0)), MOST_AT_ONCE) - len(compilations))
+    # Building kernels keeps a core busy, and the GPU has room for many small tests. With few cores, half of
+    # them: the compilations end long before the tests.
+    cores = min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
+    processes = max(cores - len(compilations), cores // 2, 1)
     tests = (
         sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-n", str(processes), "--dist=worksteal",
         "--durations=10", "-p", "no:cacheprovider", "tests/gpu",
@@ -134,21 +140,20 @@ def parts_of(header: Mapping[str, Any]) -> list[Part]:
 
     def of_model(model: str) -> tuple[str, ...]:
         # Each model has a results file of its own, so that one that was stopped loses no other's rows.
-        output = f"--output=benchmarks/results/{file_name(header, model)}"
         memory = MEMORY[:1] if model == BETWEEN else MEMORY
-        return throughput(model, rows[model], f"--memory={','.join(memory)}", output)
+        return throughput(model, rows[model], f"--memory={','.join(memory)}", results_file(header, model))
 
     def profile(model: str) -> tuple[str, ...]:
         return script("profile_step", f"--model={model}", f"--implementation={OURS[0]}")
 
     return [
-        Part("tests", tests, 110, TEST_LIMIT, alone=False),
+        Part("tests", tests, 110, TEST_LIMIT * max(1.0, 10 / processes), alone=False),
         *compilations,
-        benchmark("attention", 20, script("attention")),
+        benchmark("attention", 20, script("attention", results_file(header, "attention"))),
         *(benchmark(f"throughput-{model}", seconds, of_model(model)) for model, seconds in MODELS.items()),
         *(benchmark(f"profile-{model}", 15, profile(model)) for model in (SMALLEST, LARGEST)),
-        benchmark("recipe", 48, script("recipe", *in_recipe)),
-        benchmark("kernels", 45, kernels),
+        benchmark("recipe", 48, script("recipe", *in_recipe, results_file(header, "recipe"))),
+        benchmark("kernels", 45, (*kernels, results_file(header, "kernels"))),
         *on_request(header),
     ]
 
@@ -169,8 +174,8 @@ def on_request(header: Mapping[str, Any]) -> list[Part]:
     batches; and other launches of kernels."""
 
     def part(name: str, seconds: float, command: tuple[str, ...]) -> Part:
-        output = f"--output=benchmarks/results/{file_name(header, name)}"
-        return Part(name, (*command, output), seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
+        command = (*command, results_file(header, name))
+        return Part(name, command, seconds, ON_REQUEST_LIMIT, alone=True, on_request=True)
 
     def smallest(*arguments: str) -> tuple[str, ...]:
         return throughput(SMALLEST, (*OURS, *COMPILED, *ALIKE), *arguments)
@@ -189,6 +194,16 @@ def file_name(header: Mapping[str, Any], prefix: str) -> str:
     return f"{prefix}-{device}-{header['date']}.json"
 
 
+def results_file(header: Mapping[str, Any], prefix: str) -> str:
+    """The flag of a benchmark that names it."""
+    return f"--output=benchmarks/results/{file_name(header, prefix)}"
+
+
+def written_at(file: Path | None) -> int | None:
+    """When a file was last written; None where there is none."""
+    return file.stat().st_mtime_ns if file is not None and file.exists() else None
+
+
 def digest(root: Path, header: Mapping[str, Any]) -> str:
     """A hash of the sources and of what they run on: outcomes under another one do not count."""
     total = hashlib.sha256()
@@ -205,6 +220,13 @@ def digest(root: Path, header: Mapping[str, Any]) -> str:
 class Record:
     """The results file: an existing one of the same sources, else a new one.
 
+    Args:
+        header: of the device and the versions, and what else the file is to say.
+
+    Raises:
+        OSError: nothing can be written there.
+        ValueError: an existing file cannot be read.
+
     Attributes:
         outcomes: by part, as found under this digest.
         earlier_seconds: by part, what it took in the newest file that has it, whatever the sources.
@@ -215,21 +237,25 @@ class Record:
         self.header = {**header, "digest": sources}
         self.outcomes: dict[str, Outcome] = {}
         self.earlier_seconds: dict[str, float] = {}
-        name_of_any_day = file_name({**header, "date": "*"}, "gpu-suite")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # or nothing that is measured could be kept
+            pass
+        name_of_any_day = file_name({**header, "date": "????-??-??"}, "gpu-suite")
         for path in sorted(folder.glob(name_of_any_day)):  # by date, the newest last
-            report = json.loads(path.read_text())
+            report = read_json(path, "date", "digest", "parts")
             outcomes = {name: Outcome(**outcome) for name, outcome in report["parts"].items()}
             self.earlier_seconds |= {name: outcome.seconds for name, outcome in outcomes.items()}
             if report["digest"] == sources:
-                self.path, self.header, self.outcomes = path, {**report, "digest": sources}, outcomes
+                self.path, self.outcomes = path, outcomes
+                self.header = {**report, **self.header, "date": report["date"]}
                 del self.header["parts"]
 
     def write(self) -> None:
         report = {**self.header, "parts": {name: asdict(outcome) for name, outcome in self.outcomes.items()}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, self.path)
+        try:
+            write(self.path, (json.dumps(report, indent=1) + "\n").encode())
+        except OSError as error:  # a full disk does not say which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 class Running:
@@ -242,13 +268,16 @@ class Running:
         root: Path,
         logs: Path,
         deadline: float,
-        threads: int,
+        environment: Mapping[str, str],
+        lock: IO[str],
     ) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
         self.part = part
         self.root = root
         self.log = logs / f"{part.name}.log"
         self.started = time.monotonic()
+        names = [word.partition("=")[2] for word in command if word.startswith("--output=")]
+        self.output = root / names[0] if names and "--fresh" in command else None
+        self.output_before = written_at(self.output)
         self.limit = min(self.started + part.limit, deadline)
         self.over_budget = deadline < self.started + part.limit
         with open(self.log, "w") as output:
@@ -261,21 +290,28 @@ class Running:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+                pass_fds=[lock.fileno()],  # it holds the lock even if this process is killed
+                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
             )
+        print(self.process.pid, file=lock, flush=True)
 
     def poll(self) -> Outcome | None:
         """Its outcome, once it has ended; stops it if its time is up."""
         status = self.process.poll()
         if status is not None:
             self.stop()  # what it may have left behind
-            return self._outcome(PASSED if status == 0 else FAILED)
+            note = f"ended by signal {-status}: {signal.strsignal(-status)}" if status < 0 else None
+            return self._outcome(PASSED if status == 0 else FAILED, note)
         if time.monotonic() < self.limit:
             return None
         self.stop()
         if self.over_budget:
             return self._outcome(UNFINISHED, "stopped: the time of the suite was up")
         return self._outcome(FAILED, f"stopped: not done in its limit of {self.part.limit:.0f} s")
+
+    def has_older_results(self) -> bool:
+        """Whether the results file that it was to empty, by --fresh, is as it was found."""
+        return self.output_before is not None and written_at(self.output) == self.output_before
 
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -305,6 +341,7 @@ def run(
     *,
     root: Path,
     logs: Path,
+    lock: IO[str],
     deadline: float,
     cores: int,
     console: Console,
@@ -314,6 +351,7 @@ def run(
     Those that have failed before come last, so that they cannot keep the others from running.
 
     Args:
+        lock: from `only_suite`.
         deadline: of time.monotonic(); nothing runs after it. The first part starts even if it took longer
             before: it will never have more time than now.
         cores: CPU cores to distribute.
@@ -331,10 +369,13 @@ def run(
     ]
     most = max(1, min(cores, MOST_AT_ONCE))
     running, left, started, tuning_forgotten = list[Running](), list[Part](), False, False
+    caches = cache_folders()
 
     def record_outcome(job: Running, outcome: Outcome) -> None:
         running.remove(job)
         record.outcomes[job.part.name] = outcome
+        if outcome.state == UNFINISHED and job.has_older_results():
+            del record.outcomes[job.part.name]  # or it would go on with them, which may be of other sources
         record.write()
         show(job.part, outcome, console, job.log)
         if outcome.state == UNFINISHED:
@@ -349,11 +390,13 @@ def run(
                         left.append(part)
                         continue
                     if part.alone and not tuning_forgotten:
-                        forget_tuning(inductor_cache())
+                        forget_tuning(Path(caches["TORCHINDUCTOR_CACHE_DIR"]))
                         tuning_forgotten = True
                     started = True
                     threads = cores if part.alone else max(1, cores // most)
-                    running.append(Running(part, command_of(part, record), root, logs, deadline, threads))
+                    environment = {**caches, "OMP_NUM_THREADS": str(threads)}
+                    command = command_of(part, record)
+                    running.append(Running(part, command, root, logs, deadline, environment, lock))
                     if not console.is_terminal:  # a terminal shows what is running all the time
                         console.print(f"started    {part.name}")
                 names = ", ".join(job.part.name for job in running)
@@ -367,6 +410,9 @@ def run(
         for job in list(running):
             record_outcome(job, job.interrupt())
         raise
+    finally:  # by a full disk, say, or a second Ctrl-C
+        for job in running:
+            job.stop()
     return left
 
 
@@ -377,10 +423,35 @@ def forget_tuning(cache: Path) -> None:
         path.unlink()
 
 
-def inductor_cache() -> Path:
-    """Where torch.compile caches."""
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default)
+def cache_folders() -> dict[str, str]:
+    """`CACHES`: where the environment says, else in a folder that the suite alone uses. By default Triton
+    needs a home that can be written, and torch.compile caches for all of a user's projects, whose tuning
+    must stay."""
+    own = Path(tempfile.gettempdir()) / f"vpt_fast-gpu-suite-{os.getuid()}"
+    return {name: os.environ.get(name) or str(own / folder) for name, folder in CACHES.items()}
+
+
+def only_suite(logs: Path) -> IO[str]:
+    """A locked file in the folder of logs, which every part inherits: two on one GPU would time each other.
+
+    Raises:
+        ValueError: another suite is running, or a part of one that was killed.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    lock = open(logs / "running", "a+")
+    try:
+        lock_file(lock, wait=False)
+    except BlockingIOError:
+        with lock:
+            lock.seek(0)
+            there = [number for number in lock.read().split() if Path("/proc", number).exists()]
+        raise ValueError(
+            f"an earlier suite, or a part that it left when it was killed, is still running here (process "
+            f"{', '.join(there)}); want it to end first"
+        ) from None
+    lock.truncate(0)
+    print(os.getpid(), file=lock, flush=True)
+    return lock
 
 
 def _may_start(part: Part, running: list[Running], most: int) -> bool:
@@ -450,9 +521,14 @@ def read_header(root: Path) -> dict[str, Any]:
     """The device and the versions, found in another process: this one must not hold GPU memory.
 
     Raises:
-        RuntimeError: there is no CUDA device, or the project cannot be imported.
+        RuntimeError: there is no CUDA device, it does not answer, or the project cannot be imported.
     """
-    found = subprocess.run([sys.executable, "-c", HEADER], cwd=root, capture_output=True, text=True)
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", HEADER], cwd=root, capture_output=True, text=True, timeout=HEADER_LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"PyTorch did not name the device within {HEADER_LIMIT:.0f} s") from None
     if found.returncode != 0:
         raise RuntimeError((found.stderr.strip().splitlines() or ["it ended without a word"])[-1])
     return json.loads(found.stdout.splitlines()[-1])
@@ -469,7 +545,12 @@ def main(
 ) -> int:
     """The command; returns its exit status. The other parameters are there for its tests."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole command (default: 9)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.75,
+        help="of the whole command (default: 8.75, so that with the installation `make gpu` ends in nine)",
+    )
     parser.add_argument(
         "--parts",
         default="",
@@ -482,16 +563,19 @@ def main(
     console = Console(soft_wrap=True)
     try:
         found = header(root)
-        parts = chosen(suite(found), options.parts)
+        everything = suite(found)
+        parts = chosen(everything, options.parts)
         if (longest := max(parts, key=lambda part: part.seconds)).seconds > 60 * options.minutes:
             raise ValueError(
                 f"--minutes: {options.minutes:g}, want {longest.seconds / 60:.2g} or more, "
                 f"which {longest.name} takes about"
             )
-    except (RuntimeError, ValueError) as error:
+        usual = [part.name for part in chosen(everything, "")]
+        lock = only_suite(logs)
+        record = Record(results, found | {"suite": usual}, digest(root, found))
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"gpu_suite: {error}", file=sys.stderr)
         return 2
-    record = Record(results, found, digest(root, found))
     if options.fresh:
         for part in parts:
             record.outcomes.pop(part.name, None)
@@ -499,10 +583,17 @@ def main(
     console.print(f"{found['device']}, torch {found['torch']}: {len(parts)} parts, {done} passed before")
     cores = len(os.sched_getaffinity(0))
     try:
-        left = run(parts, record, root=root, logs=logs, deadline=deadline, cores=cores, console=console)
+        with lock:
+            left = run(
+                parts, record,
+                root=root, logs=logs, lock=lock, deadline=deadline, cores=cores, console=console,
+            )  # fmt: skip
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on")
         return 130
+    except OSError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return 2
     console.print(f"written: {record.path}")
     failed = [part.name for part in parts if state_of(part, record) == FAILED and part not in left]
     if failed:
@@ -513,7 +604,14 @@ def main(
     return 1 if failed else 0
 
 
+def end_as_by_ctrl_c() -> None:
+    """What ends this process must end the parts as well, which are in process groups of their own: a
+    terminal that is closed, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, signal.default_int_handler)
+
+
 if __name__ == "__main__":
-    # What ends this process must end the parts as well, which are in process groups of their own.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_by_ctrl_c()
     sys.exit(main())

@@ -251,8 +251,15 @@ def headline_block(reports: list[Report]) -> str:
         if peaks and best.get("peak_mib"):
             part += f", or takes {min(peaks) / best['peak_mib']:.2f} of its memory"
         parts.append(part)
-    closing = [UNGRAPHED] if any(group.graphs_ours_alone for group in those) else []
-    return paragraph(f"{'; '.join(parts)} ([all rows](#what-it-saves)).", *closing)
+    return paragraph(f"{'; '.join(parts)} ([all rows](#what-it-saves)).", *ungraphed(those))
+
+
+def ungraphed(those: Sequence[Group]) -> list[str]:
+    """`UNGRAPHED`, of the models of README.md to which it applies."""
+    names = [group.model_name() for group in those if group.graphs_ours_alone]
+    if 0 < len(names) < len(those):
+        return [UNGRAPHED.replace("Concatenation", f"Concatenation of {' and '.join(names)}")]
+    return [UNGRAPHED] if names else []
 
 
 def readme_block(reports: list[Report]) -> str:
@@ -276,11 +283,11 @@ def readme_block(reports: list[Report]) -> str:
     for other in others:
         title = f"{other.title()} ({other.report.link(README)}):"
         text += [paragraph(title), readme_table(other, ends(other))]
-    return "\n\n".join([*text, readme_closing(group, shown)])
+    return "\n\n".join([*text, readme_closing(found, shown)])
 
 
-def readme_closing(group: Group, shown: Sequence[Row]) -> str:
-    """What README.md says below the tables; shown: the rows of the first."""
+def readme_closing(those: Sequence[Group], shown: Sequence[Row]) -> str:
+    """What README.md says below the tables, one for each of `those`; shown: the rows of the first."""
     ours = next((row for row in shown if row["impl"] == "vpt_fast"), None)
     bound = next((row for row in shown if row["impl"] == "no_prompts"), None)
     closing = ["The gradients of every row were checked against float64 in the same run."]
@@ -290,12 +297,11 @@ def readme_closing(group: Group, shown: Sequence[Row]) -> str:
             "Without a CUDA graph the GPU waits for the CPU to launch its kernels, so the speed depends on "
             "the CPU."
         )
-    if group.graphs_ours_alone:
-        closing.append(UNGRAPHED)
+    closing += ungraphed(those)
     if ours and bound:
         share = ours["images_per_second"] / bound["images_per_second"]
         closing.append(f"vpt_fast runs at {share:.2f} times the speed of timm's blocks without prompts.")
-    if not group.report.on_gpu:
+    if not those[0].report.on_gpu:
         closing.append(
             "On a CUDA GPU the engine runs on Triton kernels ([docs/kernels.md](docs/kernels.md)). They "
             "are checked in Triton's interpreter and built ahead of time; no GPU results are committed yet, "

@@ -325,7 +325,9 @@ def tune_section(report: Report) -> str:
 
 
 def suite_section(report: Report) -> str:
-    parts = [{"part": name, **outcome} for name, outcome in report.content["parts"].items()]
+    outcomes = report.content["parts"]
+    parts = [{"part": name, **outcome} for name, outcome in outcomes.items()]
+    parts += [{"part": name, "state": "not run"} for name in report.content["suite"] if name not in outcomes]
     passed = sum(part["state"] == "passed" for part in parts)
     columns: list[Column] = [("part", field("part")), ("", field("state")), ("s", field("seconds", ".0f"))]
     return "\n\n".join(

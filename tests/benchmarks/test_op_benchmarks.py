@@ -110,15 +110,33 @@ def test_calls_take_turns_and_each_is_timed_alone() -> None:
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
 
 
-def test_a_captured_calls_tensors_live_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    graph = SimpleNamespace(replay=lambda: log.append("replayed"))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keywords of every capture, without CUDA."""
+    found: list[dict[str, Any]] = []
+
+    def graph(graph: Any, **keywords: Any) -> Any:
+        found.append(keywords)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(
+        operations, "_capture_stream", functools.cache(operations._capture_stream.__wrapped__)
+    )
+    return found
+
+
+def test_a_captured_calls_tensors_live_as_long_as_its_replay(
+    monkeypatch: pytest.MonkeyPatch, captures: list[dict[str, Any]]
+) -> None:
+    log: list[str] = []
+    graph = SimpleNamespace(replay=lambda: log.append("replayed"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
 
     def make(tensor: torch.Tensor) -> Callable[[], object]:
         return operations.prepare(lambda: log.append(f"called with {tensor.item()}"), torch.device("cuda"))
@@ -131,6 +149,15 @@ def test_a_captured_calls_tensors_live_as_long_as_its_replay(monkeypatch: pytest
     assert log == ["called with 3"] * 4  # three to warm up, one captured
     replay()
     assert log[4:] == ["replayed"]
+
+
+def test_graphs_share_the_memory_of_the_pool_that_they_are_given(captures: list[dict[str, Any]]) -> None:
+    pool = object()
+    for given in (pool, pool, None):
+        operations.prepare(lambda: None, torch.device("cuda"), given)
+    assert [keywords["pool"] for keywords in captures] == [pool, pool, None]
+    # The allocator shares nothing between streams.
+    assert captures[0]["stream"] is captures[1]["stream"] is not None
 
 
 def test_what_is_given_concatenated_gives_the_same_results() -> None:
@@ -434,6 +461,18 @@ def test_a_fresh_run_that_is_interrupted_is_gone_on_with_without_the_flag(writte
     report_of(written, [1, 2], fresh=True).replace(1, [Counted(1, run=2)])
     report = report_of(written, [1, 2])
     assert report.rows_of(1) == [Counted(1, run=2)] and report.rows_of(2) == []
+
+
+@pytest.mark.parametrize(
+    "asked, header, left",
+    [([1, 2], {}, []), ([1], {}, [Counted(2, run=1)]), ([1], {"repeats": 1}, [])],
+    ids=["all", "some", "another run's"],
+)
+def test_a_fresh_run_that_is_interrupted_at_once_is_not_gone_on_with_what_it_was_to_replace(
+    written: Path, asked: list[int], header: dict[str, Any], left: list[Counted]
+) -> None:
+    report_of(written, asked, fresh=True, **header)
+    assert report_of(written, asked, **header).rows == left
 
 
 def test_a_file_s_bounds_stay_as_long_as_any_of_its_rows_do(written: Path) -> None:

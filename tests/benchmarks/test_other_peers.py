@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ceilings
@@ -85,6 +86,17 @@ def test_peer_of_a_swin_equals_the_plain_definition(peer: str, size: str, prompt
     plain = ConcatenatedSwin(swin, CLASSES, 3, prompt_type).double().load_trainables(state)
     batch = batch_for(swin_peers.image_size(swin))
     assert_same(step(SWIN_PEERS[peer](swin, state), *batch), step(plain, *batch))
+
+
+def test_tokens_that_fill_the_windows_are_not_copied_to_be_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    swin = tiny_swin(**SIZES["whole_windows"])
+    peer = swin_peers.ConcatTimm(swin, doubled(swin_peers.initial_state(swin, 3, "deep", CLASSES)))
+    images, _ = batch_for(swin_peers.image_size(swin))
+    expected = peer(images)
+    # timm's own layers pad with the module that is here replaced for the peer alone
+    no_pad = SimpleNamespace(scaled_dot_product_attention=F.scaled_dot_product_attention)
+    monkeypatch.setattr(swin_peers, "F", no_pad)
+    torch.testing.assert_close(peer(images), expected)
 
 
 CONVNET_PEERS: dict[str, Build] = {

@@ -19,6 +19,7 @@ import measure
 import operations
 import peers
 import pytest
+import reports
 import throughput
 import torch
 from concatenation import ConcatenatedViT, relative_error, step
@@ -681,6 +682,12 @@ def test_the_default_file_s_name_has_what_its_rows_have_in_common() -> None:
     header = {"device": "AMD EPYC", "date": "2026-11-26", "dtype": "float32", "image_size": 384}
     path = throughput.open_report(None, header, [], fresh=False).path
     assert path.name == "float32-384-pixels-amd-epyc-2026-11-26.json"
+
+
+def test_what_a_killed_run_was_writing_is_not_left_beside_the_results(tmp_path: Path) -> None:
+    (tmp_path / ".report.json.abcd1234.json").touch()
+    reports.output_path(tmp_path / "report.json", {"device": ""}, throughput.Row, "throughput")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:1"])

@@ -148,6 +148,17 @@ def test_recorded_launch_that_cannot_be_built_is_a_row_that_says_so(
     assert f"the recorded one: {row.error}" in str(tune.make_table([row]).caption)
 
 
+def test_all_candidates_graphs_share_their_results_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(operations, "prepare", lambda call, device, pool: pools.append(pool))
+    monkeypatch.setattr(operations, "time_calls", lambda calls, *_, **__: dict.fromkeys(calls, [1.0]))
+    on_a_gpu = dataclasses.replace(SETTINGS, device=torch.device("cuda"))
+    rows = tune.measure_target(attention_target("forward"), on_a_gpu)
+    assert [row.error for row in rows] == [None, None]
+    assert len(pools) == 2 and pools[0] is pools[1] is not None
+
+
 def test_a_wrong_candidate_is_not_shown_among_the_fastest() -> None:
     target = attention_target("forward")._replace(error=lambda: 1.0)
     rows = tune.measure_target(target, SETTINGS)
@@ -169,6 +180,20 @@ def test_head_dims_of_other_models_are_launched_on_request(monkeypatch: pytest.M
     monkeypatch.setattr(tune, "attention_targets", targets)
     tune.main("forward", head_dim="72,88", num_heads="16", batch_size=8)
     assert {*launched} == {(8, 197, 100, 16, 72), (8, 197, 100, 16, 88)}
+
+
+def test_a_host_of_many_cores_does_not_fill_the_gpu_with_processes_that_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = types.SimpleNamespace(rows_of=lambda case: [], describe=str, path=None)
+    processes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.os, "sched_getaffinity", lambda process: {*range(208)})
+    monkeypatch.setattr(operations, "start", lambda *_, **__: (SETTINGS, report))
+    monkeypatch.setattr(tune, "attention_targets", lambda *_: [])
+    monkeypatch.setattr(tune, "build_all", lambda groups, most, progress: processes.append(most))
+    tune.main("forward", batch_size=8)
+    assert processes == [16]
 
 
 def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,6 +131,13 @@ def test_a_part_that_hangs_is_stopped_at_its_limit_and_has_failed(project: Proje
     assert project.runs_of("throughput") == 1
 
 
+def test_a_part_that_a_signal_ended_says_which(project: Project) -> None:
+    project.part("test_killed", "import os; os.kill(os.getpid(), 9)")
+    assert project.run() == 1
+    killed = project.report()["parts"]["test_killed"]
+    assert (killed["state"], killed["tail"][-1]) == ("failed", "ended by signal 9: Killed")
+
+
 def test_what_does_not_fit_is_left_for_the_next_command(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +160,14 @@ def test_a_part_that_took_longer_than_thought_is_given_that_time_from_then_on(pr
     assert (project.runs_of("test_good"), project.runs_of("throughput")) == (2, 1)
 
 
+def test_another_devices_times_do_not_count(project: Project) -> None:
+    project.part("throughput", "pass", alone=True)
+    other = HEADER | {"device": f"{HEADER['device']} HBM3"}
+    assert project.run(header=other) == 0
+    assert gpu_suite.Record(project.root / "results", other, "").earlier_seconds.keys() == {"throughput"}
+    assert gpu_suite.Record(project.root / "results", HEADER, "").earlier_seconds == {}
+
+
 def test_an_interruption_loses_nothing_that_is_done(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +185,62 @@ def test_an_interruption_loses_nothing_that_is_done(
     assert [part["state"] for part in project.report()["parts"].values()] == ["passed", "unfinished"]
 
 
+def test_a_full_disk_is_named_and_leaves_no_part_running(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gpu_suite, "write", full)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    project.part("test_hang", "import os; open('process', 'w').write(str(os.getpid())); " + HANG)
+    project.part("test_good", "import os, time\nwhile not os.path.exists('process'): time.sleep(0.01)")
+    assert project.run() == 2
+    full_file = project.root / "results" / FILE
+    assert f"No space left on device: '{full_file}'" in capsys.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((project.root / "process").read_text()), 0)
+
+
+def test_no_second_suite_runs_beside_a_part_that_a_killed_one_left(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = project.root / "logs"
+    part = Part("test_hang", (sys.executable, "-c", HANG), 0.0, 60.0, alone=False)
+    with gpu_suite.only_suite(logs) as lock:
+        job = gpu_suite.Running(part, part.command, project.root, logs, float("inf"), {}, lock)
+    project.part("test_good", "pass")
+    assert project.run() == 2
+    assert f"still running here (process {os.getpid()}, {job.process.pid})" in capsys.readouterr().err
+    job.stop()
+    assert project.run() == 0
+
+
+def test_a_closed_terminal_ends_the_suite_as_ctrl_c_does_but_not_under_nohup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    gpu_suite.end_as_by_ctrl_c()
+    assert set(handlers.values()) == {signal.default_int_handler}
+    handlers[signal.SIGHUP] = signal.SIG_IGN
+    gpu_suite.end_as_by_ctrl_c()
+    assert handlers[signal.SIGHUP] == signal.SIG_IGN
+
+
+def test_kernels_are_built_in_the_suites_own_folders_unless_the_environment_names_others(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(gpu_suite.tempfile, "gettempdir", lambda: str(project.root))
+    project.part("test_good", "import os; print(*(os.environ[name] for name in %r))" % [*gpu_suite.CACHES])
+    project.run()
+    own = project.root / f"vpt_fast-gpu-suite-{os.getuid()}" / "triton"
+    expected = f"{os.environ['TORCHINDUCTOR_CACHE_DIR']} {own}".replace(f"{project.root}/", "")
+    assert project.report()["parts"]["test_good"]["tail"][-1] == expected
+
+
 @pytest.mark.parametrize("state", [None, "failed", "unfinished"])
 def test_a_benchmark_goes_on_with_its_file_only_where_it_was_stopped(
     tmp_path: Path, state: str | None
@@ -178,6 +251,39 @@ def test_a_benchmark_goes_on_with_its_file_only_where_it_was_stopped(
     part = Part("throughput", (sys.executable, "benchmarks/throughput.py"), 1.0, 1.0, alone=True)
     fresh = () if state == "unfinished" else ("--fresh",)
     assert gpu_suite.command_of(part, record) == (*part.command, *fresh)
+
+
+@pytest.mark.parametrize(
+    ("flags", "empties", "goes_on"),
+    [
+        (["--fresh"], "pass", False),
+        (["--fresh"], "os.remove(file)", True),
+        (["--fresh"], "open(file, 'w')", True),
+        ([], "pass", True),
+    ],
+)
+def test_a_part_that_was_stopped_before_it_emptied_its_results_file_begins_anew(
+    project: Project, flags: list[str], empties: str, goes_on: bool
+) -> None:
+    code = f"import os, sys; file = sys.argv[1].partition('=')[2]; {empties}; open('there', 'w'); "
+    project.part("test_hang", code + HANG)
+    project.parts[0] = dataclasses.replace(
+        project.parts[0], command=(*project.parts[0].command, "--output=rows.json", *flags)
+    )
+    (project.root / "rows.json").write_text("of other sources")
+    os.utime(project.root / "rows.json", (0, 0))
+    project.part("test_wait", "import os, time\nwhile not os.path.exists('there'): time.sleep(0.01)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+        show = gpu_suite.show
+        patch.setattr(gpu_suite, "show", lambda part, *rest: show(part, *rest) or interrupt(part.name))
+
+        def interrupt(name: str) -> None:
+            if name == "test_wait":
+                raise KeyboardInterrupt
+
+        assert project.run() == 130
+    assert ("test_hang" in project.report()["parts"]) == goes_on
 
 
 def test_a_part_is_run_by_the_command_that_it_is_given(
@@ -209,7 +315,9 @@ def test_parts_are_chosen_by_pattern(project: Project) -> None:
     for name in ("test_a", "test_b", "attention", "recipe"):
         project.part(name, "pass")
     assert project.run("--parts", "test_*,recipe") == 0
-    assert project.report()["parts"].keys() == {"test_a", "test_b", "recipe"}
+    report = project.report()
+    assert report["parts"].keys() == {"test_a", "test_b", "recipe"}
+    assert report["suite"] == ["test_a", "test_b", "attention", "recipe"]
 
 
 def test_no_pattern_between_commas_chooses_what_no_pattern_does(project: Project) -> None:
@@ -253,6 +361,33 @@ def test_without_a_gpu_it_says_so(project: Project, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "gpu_suite: no CUDA device\n"
 
 
+@pytest.mark.parametrize(
+    "content, named",
+    [(None, "File exists: "), ('{"digest": ', f"{FILE} cannot be read: "), ("{}", f"{FILE} lacks date")],
+    ids=["no folder", "cut short", "another's"],
+)
+def test_results_that_cannot_be_kept_or_read_are_named_before_anything_runs(
+    project: Project, capsys: pytest.CaptureFixture[str], content: str | None, named: str
+) -> None:
+    project.part("test_good", "pass")
+    results = project.root / "results"
+    if content is None:
+        results.touch()
+    else:
+        results.mkdir()
+        (results / FILE).write_text(content)
+    assert project.run() == 2
+    assert named in capsys.readouterr().err
+    assert project.runs_of("test_good") == 0
+
+
+def test_a_driver_that_never_answers_is_an_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "HEADER", HANG)
+    monkeypatch.setattr(gpu_suite, "HEADER_LIMIT", 0.5)
+    with pytest.raises(RuntimeError, match="did not name the device"):
+        gpu_suite.read_header(project.root)
+
+
 def test_the_header_is_read_in_another_process_whose_last_word_is_the_error(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +415,16 @@ def test_the_suite_is_all_gpu_tests_and_every_benchmark_with_a_minute_of_the_nin
     assert all((ROOT / parts[name].command[1]).is_file() for name in alone)
     before = max(part.seconds for part in parts.values() if not part.alone)
     assert before + sum(parts[name].seconds for name in alone) <= 8 * 60
+
+
+@pytest.mark.parametrize("cores, processes, limit", [(64, 11, 300.0), (16, 11, 300.0), (8, 4, 750.0)])
+def test_fewer_cores_test_in_fewer_processes_and_for_longer(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, limit: float
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(cores)})
+    tests = gpu_suite.parts_of(HEADER)[0]
+    assert tests.command[tests.command.index("-n") + 1] == str(processes)
+    assert tests.limit == limit
 
 
 @pytest.mark.parametrize("name", ["throughput", "profile_step", "kernels", "recipe", "attention", "tune"])
@@ -318,6 +463,14 @@ def test_the_smallest_model_is_measured_beside_peers_that_save_launches_and_memo
     command = parts[f"throughput-{gpu_suite.SMALLEST}"].command
     (rows,) = (word for word in command if word.startswith("--implementations="))
     assert {*gpu_suite.ALIKE} <= {*rows.partition("=")[2].split(",")}
+
+
+def test_the_whole_task_is_of_graphed_steps_on_both_sides() -> None:
+    parts = {part.name: part for part in gpu_suite.parts_of(HEADER)}
+    for name in ("recipe", "compile-recipe"):
+        (rows,) = (word for word in parts[name].command if word.startswith("--implementations="))
+        ours, peer = rows.partition("=")[2].split(",")
+        assert (ours, peer) == ("vpt_fast_graphed", "concat_timm_compiled_graphed")
 
 
 def test_gpu_tests_that_take_most_memory_come_first_and_the_others_keep_their_order() -> None:

@@ -62,6 +62,9 @@ def row(impl: str, speed: float | None, **fields: Any) -> dict[str, Any]:
     return start | {"images_per_second": speed, "kept_mib_per_image": 30.0, "repeats": 5} | ends | fields
 
 
+HUGE = {"model": "vit_huge_patch14_224"}
+
+
 def line_of(text: str, start: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {start}"))
 
@@ -286,7 +289,7 @@ def test_the_readme_shows_the_fastest_and_the_leanest_way_and_other_models_of_th
         ]
 
     project.add("base", rows())
-    project.add("huge", rows(model="vit_huge_patch14_224"))
+    project.add("huge", rows(**HUGE))
     project.add("elsewhere", rows(model="vit_large_patch16_224"), device="NVIDIA A100")
     project.add("larger-batch", rows(model="vit_large_patch16_224", batch_size=128))
     base, _, huge = project.text(page.README).partition("\n\nViT-H/14")
@@ -308,8 +311,7 @@ def test_the_headline_has_the_best_speed_and_the_least_memory_of_every_model(pro
     project.add(
         "base", [*ours, row("vpt_fast", 900.0, exact=False), row("concat_timm", 200.0, peak_mib=800.0)]
     )
-    of = {"model": "vit_huge_patch14_224"}
-    project.add("huge", [row("vpt_fast", 25.0, peak_mib=300.0, **of), row("concat_timm", 20.0, **of)])
+    project.add("huge", [row("vpt_fast", 25.0, peak_mib=300.0, **HUGE), row("concat_timm", 20.0, **HUGE)])
     assert headline(project) == (
         "On NVIDIA H100, a training step of ViT-B/16 with 100 deep prompts, batch 64, bfloat16, is up to "
         "1.50 times as fast as the best concatenation that was measured with it, or takes 0.11 of its "
@@ -320,6 +322,16 @@ def test_the_headline_has_the_best_speed_and_the_least_memory_of_every_model(pro
 def test_the_headline_says_if_concatenation_was_not_graphed(project: Project) -> None:
     project.add("h100", [row("vpt_fast_graphed", 300.0), row("concat_timm", 200.0)])
     assert headline(project).endswith(page.UNGRAPHED)
+
+
+def test_the_readme_names_the_models_whose_concatenation_alone_was_not_graphed(project: Project) -> None:
+    ours = row("vpt_fast_graphed", 300.0)
+    project.add("base", [ours, row("concat_timm_compiled_graphed", 200.0)])
+    project.add("huge", [ours | HUGE, row("concat_timm", 200.0) | HUGE])
+    said = "Concatenation of ViT-H/14 was not run in a CUDA graph in this measurement."
+    assert headline(project).endswith(said)
+    readme = " ".join(project.text(page.README).split())
+    assert readme.count(said) == 2 and page.UNGRAPHED not in readme
 
 
 @pytest.mark.parametrize(("graphed", "waits"), [(500.0, True), (310.0, False)])
@@ -414,9 +426,17 @@ def test_a_whole_task_is_shown_with_what_loading_costs(project: Project) -> None
 
 
 def test_the_suite_has_a_section(project: Project) -> None:
-    project.add("gpu-suite-h100", parts={"test_gemm_gpu": {"state": "failed", "seconds": 12.0}})
+    failed = {"test_gemm_gpu": {"state": "failed", "seconds": 12.0}}
+    project.add("gpu-suite-h100", parts=failed, suite=[*failed])
     text = project.text()
     assert "0 of 1 parts passed" in text and "| test_gemm_gpu | failed | 12 |" in text
+
+
+def test_parts_of_the_suite_that_have_not_run_count(project: Project) -> None:
+    passed = {"tests": {"state": "passed", "seconds": 12.0}}
+    project.add("gpu-suite-h100", parts=passed, suite=["tests", "recipe"])
+    text = project.text()
+    assert "1 of 2 parts passed" in text and "| recipe | not run |  |" in text
 
 
 def add_plot(project: Project, name: str) -> None:
@@ -525,7 +545,11 @@ def test_one_prompt_is_in_the_singular(project: Project, name: str, report: dict
         ("kernels-h100", {"rows": [kernel_row(op="rotate", ms=1.5)]}, "| 1.50 |"),
         ("recipe-h100", recipe(), "| 2.00 |"),
         ("profile-h100", profile("vit_base_patch16_224"), "| 6.00 |"),
-        ("gpu-suite-h100", {"parts": {"tests": {"state": "passed", "seconds": 12.0}}}, "| passed |"),
+        (
+            "gpu-suite-h100",
+            {"parts": {"tests": {"state": "passed", "seconds": 12.0}}, "suite": ["tests"]},
+            "| passed |",
+        ),
     ],
     ids=["throughput", "attention", "kernels", "recipe", "profile", "gpu-suite"],
 )
