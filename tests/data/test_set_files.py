@@ -289,6 +289,11 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
     assert labels == ["0", "1"] * 4 and (result.folder / "classnames.txt").read_text() == "dark\nbright\n"
 
 
+def scenes_of(image: str, coordinates: list[list[float]]) -> str:
+    objects = [{"pixel_coords": place} for place in coordinates]
+    return json.dumps({"scenes": [{"image_filename": image, "objects": objects}]})
+
+
 @pytest.mark.parametrize(
     "files, broken, message",
     [
@@ -298,16 +303,21 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
         (
             ClevrFiles,
-            (
-                "scenes/CLEVR_train_scenes.json",
-                '{"scenes": [{"image_filename": "../../secret", "objects": []}]}',
-            ),
+            ("scenes/CLEVR_train_scenes.json", scenes_of("../../secret", at_depth(9, 9, 9))),
             "wanted scenes, each with",
         ),
         (
             ClevrFiles,
-            ("scenes/CLEVR_train_scenes.json", '{"scenes": [{"image_filename": "a", "objects": [{}]}]}'),
+            ("scenes/CLEVR_train_scenes.json", scenes_of("a", [[1.0, 1.0], *at_depth(9, 9)])),
             "wanted scenes, each with",
+        ),
+        *(
+            (
+                ClevrFiles,
+                ("scenes/CLEVR_train_scenes.json", scenes_of("a", at_depth(*[9] * count))),
+                "wanted scenes, each with image_filename and 3 to 10 objects of three pixel_coords",
+            )
+            for count in (0, 2, 11)  # of which a label would be negative, or above the last class
         ),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from .images import DataError, read_json_file, read_text
+from .vtab_labels import CLEVR_FEWEST, CLEVR_MOST
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 class SetFiles(ABC):
@@ -43,10 +45,12 @@ class SetFiles(ABC):
     def path(self, part: str, number: int) -> Path:
         """The file that holds an image."""
 
-    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, in ascending order: a function that writes the image to a path, and the file
-        extension."""
+        extension. Here, of images with a file each."""
+        for number in numbers:
+            source = self.path(part, number)
+            yield partial(shutil.copyfile, source), source.suffix
 
 
 class ClevrFiles(SetFiles):
@@ -70,10 +74,6 @@ class ClevrFiles(SetFiles):
     def path(self, part: str, number: int) -> Path:
         name = self._scenes[part][number]["image_filename"]
         return self._folder / "images" / self._FOLDERS[part] / name
-
-    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        for number in numbers:
-            yield _copier(self.path(part, number))
 
 
 class KittiFiles(SetFiles):
@@ -107,10 +107,6 @@ class KittiFiles(SetFiles):
     def path(self, part: str, number: int) -> Path:
         del part
         return self._folder / "image_2" / f"{number:06d}.png"
-
-    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        for number in numbers:
-            yield _copier(self.path(part, number))
 
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
@@ -252,13 +248,6 @@ def png_writer(image: Image.Image) -> Writer:
     return lambda path: image.save(path, "png")
 
 
-def _copier(source: Path) -> tuple[Writer, str]:
-    def copy(path: Path) -> None:
-        shutil.copyfile(source, path)
-
-    return copy, source.suffix
-
-
 def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) -> Path:
     """The first of the folders `names` below `root` ("" is `root` itself) that contains `inside`."""
     found = next((root / name for name in names if (root / name / inside).exists()), None)
@@ -271,7 +260,10 @@ def _read_scenes(path: Path) -> list[dict[str, Any]]:
     found = read_json_file(path)
     scenes = found.get("scenes") if isinstance(found, dict) else None
     if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
-        raise DataError(f"{path}: wanted scenes, each with image_filename and objects of three pixel_coords")
+        raise DataError(
+            f"{path}: wanted scenes, each with image_filename and {CLEVR_FEWEST} to {CLEVR_MOST} objects of "
+            "three pixel_coords"
+        )
     return scenes
 
 
@@ -281,6 +273,8 @@ def _is_scene(scene: Any) -> bool:
     if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
         return False
     coordinates = [each.get("pixel_coords") if isinstance(each, dict) else None for each in scene["objects"]]
+    if not CLEVR_FEWEST <= len(coordinates) <= CLEVR_MOST:  # of others there is no class
+        return False
     if not all(isinstance(each, list) and len(each) == 3 for each in coordinates):
         return False
     name = scene.get("image_filename")
