@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -209,6 +210,23 @@ def test_images_of_dsprites_of_another_kind_are_named(tmp_path):
     np.savez(tmp_path / DSpritesFiles.layout, **arrays)
     with pytest.raises(DataError, match=r"imgs is float64 \(30, 64, 64\), wanted uint8"):
         next(DSpritesFiles(tmp_path).images("train", [0]))
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "fewer images"])
+def test_damaged_images_of_dsprites_are_named(tmp_path, damage):
+    path = write_dsprites(tmp_path / "set") / DSpritesFiles.layout
+    if damage == "fewer images":
+        with np.load(path) as arrays:
+            images, classes = arrays["imgs"][:20], arrays["latents_classes"]
+        np.savez_compressed(path, imgs=images, latents_classes=classes)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            header = archive.getinfo("imgs.npy").header_offset
+        contents = bytearray(path.read_bytes())
+        contents[header + 200 : header + 220] = bytes(20)
+        path.write_bytes(contents)
+    with pytest.raises(DataError, match=r"64x64.npz: is damaged or not complete; get it again"):
+        list(DSpritesFiles(path.parent).images("train", range(30)))
 
 
 def write_norb(root: Path) -> Path:

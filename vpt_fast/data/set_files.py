@@ -143,7 +143,7 @@ class DSpritesFiles(SetFiles):
             with np.load(self._path, allow_pickle=False) as arrays:
                 self._classes = arrays["latents_classes"]
                 arrays.zip.getinfo("imgs.npy")  # which `images` reads
-        except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
@@ -156,7 +156,11 @@ class DSpritesFiles(SetFiles):
 
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         # Read image by image: together they take 3 GB.
-        with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
+        with (
+            _reading(self._path),
+            zipfile.ZipFile(self._path) as archive,
+            archive.open("imgs.npy") as file,
+        ):
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype != np.uint8 or len(shape) != 3:
@@ -196,15 +200,10 @@ class SmallNorbFiles(SetFiles):
 
     @contextlib.contextmanager
     def _open(self, part: str, kind: str) -> Iterator[Any]:
-        """The file, decompressed. Raises DataError where it ends too early, as a part of a download does."""
+        """The file, decompressed."""
         path = self._path(part, kind)
-        try:
-            with path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
-                yield file
-        except DataError:
-            raise
-        except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: is damaged or not complete; get it again") from error
+        with _reading(path), path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
+            yield file
 
     def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
@@ -230,6 +229,17 @@ SET_FILES: dict[str, type[SetFiles]] = {
     "tfds/smallnorb": SmallNorbFiles,
 }
 """A task's source -> reader of its original files."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises DataError where a file is damaged, or ends too early, as a part of a download does."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (EOFError, ValueError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is damaged or not complete; get it again") from error
 
 
 def _records(

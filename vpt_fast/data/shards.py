@@ -171,9 +171,9 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
     # tarfile takes the end of the file, and a damaged header behind the first, for the tar's end, which is
     # a block of zeros.
-    with open(path, "rb") as file:
-        file.seek(end)
-        is_whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    with open(path, "rb") as shard:
+        shard.seek(end)
+        is_whole = shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     if not is_whole:
         raise DataError(
             f"{path}: ends after {counted(len(images), 'image')} without a tar's end; get it again"
