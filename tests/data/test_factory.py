@@ -219,6 +219,25 @@ def test_stream_of_something_that_cannot_be_trained_on_is_refused_by_name(monkey
         open_splits("wds/some", train_on="train+val")
 
 
+def test_rows_without_the_field_that_timm_reads_labels_from_are_refused_by_name(rows, monkeypatch):
+    monkeypatch.setattr(Rows, "__init__", lambda self, count: setattr(self, "dataset", {"fine_label": [0]}))
+    with pytest.raises(DataError, match="hfds/some, split train: has no field 'label'"):
+        open_splits("hfds/some")
+
+
+def test_stream_that_breaks_off_is_refused_by_name(monkeypatch):
+    class Reader:
+        def __iter__(self):
+            yield picture(0), 0
+            raise KeyError("label")
+
+    monkeypatch.setattr(
+        factory, "create_dataset", lambda name, root, **options: IterableImageDataset(root, reader=Reader())
+    )
+    with pytest.raises(DataError, match=r"hfids/some, split train: cannot be read on: KeyError\('label'\)"):
+        open_splits("hfids/some")
+
+
 def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monkeypatch):
     monkeypatch.setattr(
         Rows, "__init__", lambda self, count: setattr(self, "dataset", {"label": [0, 10**12]})
@@ -249,6 +268,7 @@ def test_test_split_that_lacks_the_last_numbered_classes_has_those_of_train(monk
         ([], "split train: has no images"),
         ([0, -1], "split train: image 1 has no class number"),
         (["cat"], "split train: wanted one class number for each image: invalid literal"),
+        (np.array([0.0, 0.5], np.float32), "split train: wanted one class number for each image: got 0.5"),
         (None, "split train: SimpleNamespace does not list its labels"),
     ],
 )
