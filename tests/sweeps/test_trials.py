@@ -342,6 +342,26 @@ def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
     assert trained == ["base_lr=0.5", "seed-1"]
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+@pytest.mark.parametrize(
+    ("search", "own"),
+    [({}, ["base_lr=0.1"]), ({"sampler": "random", "trials": 1}, [])],
+    ids=["grid", "sampler"],
+)
+def test_trial_that_another_process_runs_is_waited_for_and_counts_as_taken(
+    settings, tmp_path, monkeypatch, trained, search, own
+):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), **search)
+    study, _ = studies(plan, tmp_path)
+    study.enqueue_trial({"base_lr": 0.5})
+    taken = study.ask()
+    taken.set_user_attr("owner", trials._owner())
+    taken.suggest_categorical("base_lr", [0.5, 0.1])
+    monkeypatch.setattr(trials.time, "sleep", lambda seconds: study.tell(taken, 1.0))
+    assert run_sweep(plan, tmp_path)["finished"]
+    assert len(study.trials) == 1 + len(own) and trained == [*own, "seed-1"]
+
+
 def test_of_two_trials_with_the_same_settings_the_later_one_alone_is_a_twin():
     def is_twin(number: int, **recorded: float) -> bool:
         running = SimpleNamespace(number=3, params=recorded, system_attrs={}, state=running_state)
