@@ -293,7 +293,9 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     plan = Sweep(settings, axes, seeds=(1, 2))
     study, final = studies(plan, tmp_path)
     done = [
-        t for t in (*study.trials, *final.trials) if t.state.name == "COMPLETE" and "results" in t.user_attrs
+        t
+        for t in (*study.trials, *final.trials)
+        if t.state.name == "COMPLETE" and "parameters" in t.user_attrs
     ]
     assert len(done) == 6  # each was trained once
     assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)

@@ -258,7 +258,6 @@ class Worker:
             raise
         if result.results is None:
             raise Stopped
-        trial.set_user_attr("results", result.results)
         trial.set_user_attr("parameters", result.facts["parameters"])
         value = result.results[self.metric]
         self.display.end(params, self._outcome(value))
