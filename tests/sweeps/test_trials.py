@@ -261,6 +261,23 @@ def test_error_that_quotes_the_url_of_a_storage_is_shown_without_it(tmp_path, mo
         trials.open_studies("name", tmp_path, "db://user:secret@host/x")
 
 
+def test_storage_that_may_only_be_read_is_refused(settings, tmp_path, empty_study):
+    storage = f"sqlite:///file:{empty_study}?mode=ro&uri=true"
+    with pytest.raises(
+        ValueError, match="^storage cannot be opened: .* attempt to write a readonly database"
+    ):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path, storage=storage)
+
+
+def test_study_that_another_version_of_optuna_made_is_refused_with_its_advice(
+    settings, tmp_path, empty_study
+):
+    with sqlite3.connect(shutil.copy(empty_study, tmp_path)) as study:
+        study.execute("UPDATE alembic_version SET version_num = 'of a later version'")
+    with pytest.raises(ValueError, match="study.db cannot be opened: .* try updating optuna"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
+
+
 def test_study_lies_in_the_folder_whatever_that_is_called(settings, tmp_path):
     folder = tmp_path / "{x} 50%25?y#z"
     run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), folder)
