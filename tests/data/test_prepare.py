@@ -191,6 +191,23 @@ def test_what_cannot_be_prepared_is_refused_with_the_reason(tmp_path, name, sour
 
 
 @pytest.mark.parametrize(
+    "source, data_root, message",
+    [
+        ("", None, "source: '', wanted the name of a data set or a folder"),
+        ("tfds/cifar100", "", "data_root: '', wanted a folder, and that only with tfds/cifar100"),
+        (".", "sets", "data_root: 'sets', wanted a folder, and that only with tfds/cifar100"),
+    ],
+)
+def test_source_that_a_mistake_may_have_left_empty_or_that_has_no_data_root_is_refused(
+    cifar, tfds, tmp_path, monkeypatch, source, data_root, message
+):
+    monkeypatch.chdir(write_shards(tmp_path / "shards", {"train": 12, "test": 6}))
+    with pytest.raises(ValueError, match=message):
+        prepare_task(cifar, source, tmp_path / "out", data_root=data_root)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "counts, message",
     [
         ({"train": 10, "test": 6}, "10 training images; wanted 12 or more"),
