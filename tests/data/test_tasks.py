@@ -194,6 +194,13 @@ def test_list_that_is_no_mapping_is_named(fgvc):
         open_splits(fgvc, task=FGVC)
 
 
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
+def test_list_of_no_images_is_one_of_too_few(fgvc, name):
+    (fgvc / name).write_text("{}")
+    with pytest.raises(DataError, match=f"{name}: 0 images; this list of fgvc/cub has"):
+        open_splits(fgvc, task=FGVC)
+
+
 def test_list_that_is_no_text_is_named(vtab):
     (vtab / "val200.txt").write_bytes(b"caf\xe9.jpg 0\n")
     with pytest.raises(DataError, match="val200.txt: is not text"):
