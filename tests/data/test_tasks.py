@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,6 +14,7 @@ from task_trees import shrink, write_fgvc, write_shards, write_vtab
 from vpt_fast.data.decode import check_images
 from vpt_fast.data.images import DataError
 from vpt_fast.data.splits import open_splits
+from vpt_fast.data.task_files import read_task
 from vpt_fast.data.tasks import TASKS, find_task
 
 VTAB, FGVC = "vtab/cifar", "fgvc/cub"
@@ -214,6 +216,24 @@ def test_missing_images_are_counted_and_the_first_is_named(fgvc):
         open_splits(fgvc, task=FGVC)
 
 
+def test_images_of_a_folder_that_is_missing_are_missing(vtab):
+    shutil.rmtree(vtab / "images" / "test")
+    with pytest.raises(DataError, match=r"line 1: .*000000.jpg is not there, and 5 more of 6"):
+        open_splits(vtab, task=VTAB)
+
+
+def all_of_one_class(folder, *lists: str) -> None:
+    for path in map(folder.joinpath, lists):
+        path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
+
+
+def test_classes_are_not_missed_that_only_an_unreadable_list_may_have(vtab):
+    all_of_one_class(vtab, "train800.txt", "test.txt")
+    (vtab / "val200.txt").write_text("x\n")
+    (problem,) = read_task(TASKS[VTAB], vtab).problems
+    assert "val200.txt, line 1" in problem
+
+
 def test_list_that_is_missing_is_named(vtab):
     (vtab / "val200.txt").unlink()
     with pytest.raises(DataError, match="val200.txt: is missing"):
@@ -226,9 +246,7 @@ def test_blank_lines_of_a_list_are_no_images(vtab):
 
 
 def test_class_that_no_list_has_is_an_error(vtab):
-    for file in ("train800.txt", "val200.txt", "test.txt"):
-        path = vtab / file
-        path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
+    all_of_one_class(vtab, "train800.txt", "val200.txt", "test.txt")
     with pytest.raises(DataError, match="images of 1 class in all; vtab/cifar has 2"):
         open_splits(vtab, task=VTAB)
 
