@@ -91,6 +91,24 @@ def test_rows_come_with_their_labels_and_class_names(rows):
     assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(2)))
 
 
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_images_are_a_key_of_what_runs_share(request, kind):
+    request.getfixturevalue(kind)
+    images = open_splits("hfds/some/set", train_on="train+val").train
+    assert images in {images: "decoded"}
+
+
+def test_split_is_opened_as_it_is_stored_and_only_if_it_is_wanted(monkeypatch):
+    def create(name, root, split, **options):
+        opened.append((split, options["is_training"], options["download"]))
+        return ImageDataset(root, reader=Rows(8))
+
+    opened = []
+    monkeypatch.setattr(factory, "create_dataset", create)
+    assert open_splits("hfds/some/set").val_is_drawn
+    assert opened == [("train", False, False)]
+
+
 def test_broken_row_is_left_out_and_not_taken_for_the_next(rows):
     images = open_splits("hfds/some/set", train_on="train+val").train
     checked = check_images(images)
