@@ -285,6 +285,19 @@ def test_check_lists_what_is_there(command, cifar, monkeypatch, tmp_path):
     assert "of train" in result.output and "not found: vtab/caltech101" in result.output
 
 
+def test_check_counts_the_images_of_each_list(cifar, monkeypatch, tmp_path):
+    def counts(task) -> list[tuple[int, int]]:
+        return [(split.images, split.expected) for split in check.check_task(task, tmp_path).splits]
+
+    folder = write_vtab(cifar, tmp_path / "cifar")
+    (folder / "val200.txt").write_text("x\n")
+    (folder / "test.txt").unlink()
+    assert counts(cifar) == [(8, 8), (0, 4), (0, 6)]
+    cub = shrink(monkeypatch, "fgvc/cub")
+    write_fgvc(cub, tmp_path / "CUB", splits=("train", "test"))
+    assert counts(cub) == [(12, 12), (0, 0), (6, 6)]
+
+
 def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_path):
     folder = write_vtab(cifar, tmp_path / "cifar")
     for i in range(5):
