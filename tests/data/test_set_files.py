@@ -317,6 +317,7 @@ def scenes_of(image: str, coordinates: list[list[float]]) -> str:
     [
         (ClevrFiles, None, "has no scenes; wanted scenes/CLEVR_"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
+        (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{}"), "wanted scenes, each with"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
         (
