@@ -18,6 +18,7 @@ from vpt_fast.data.task_files import read_task
 from vpt_fast.data.tasks import TASKS, find_task
 
 VTAB, FGVC = "vtab/cifar", "fgvc/cub"
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
@@ -37,6 +38,19 @@ def sizes(splits) -> list[int | None]:
 def test_the_table_has_the_paper_s_24_tasks_by_group():
     groups = Counter(task.group for task in TASKS.values())
     assert groups == {"natural": 7, "specialized": 4, "structured": 8, "fgvc": 5}
+
+
+def test_the_table_has_the_published_numbers_of_classes_and_images():
+    def sums(group: str) -> tuple[int, ...]:
+        tasks = [task for task in TASKS.values() if task.group == group]
+        return sum(task.num_classes for task in tasks), *(
+            sum(t.sizes[split] for t in tasks) for split in SPLITS
+        )
+
+    assert sums("natural") == (795, 7 * 800, 7 * 200, 75_564)
+    assert sums("specialized") == (62, 4 * 800, 4 * 200, 87_138)
+    assert sums("structured") == (83, 8 * 800, 8 * 200, 225_202)
+    assert sums("fgvc") == (1_173, 46_079, 6_028, 53_197)
 
 
 @pytest.mark.parametrize(
