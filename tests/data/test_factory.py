@@ -91,6 +91,24 @@ def test_rows_come_with_their_labels_and_class_names(rows):
     assert np.array_equal(np.asarray(decode_image(item)), np.asarray(picture(2)))
 
 
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_images_are_a_key_of_what_runs_share(request, kind):
+    request.getfixturevalue(kind)
+    images = open_splits("hfds/some/set", train_on="train+val").train
+    assert images in {images: "decoded"}
+
+
+def test_split_is_opened_as_it_is_stored_and_only_if_it_is_wanted(monkeypatch):
+    def create(name, root, split, **options):
+        opened.append((split, options["is_training"], options["download"]))
+        return ImageDataset(root, reader=Rows(8))
+
+    opened = []
+    monkeypatch.setattr(factory, "create_dataset", create)
+    assert open_splits("hfds/some/set").val_is_drawn
+    assert opened == [("train", False, False)]
+
+
 def test_broken_row_is_left_out_and_not_taken_for_the_next(rows):
     images = open_splits("hfds/some/set", train_on="train+val").train
     checked = check_images(images)
@@ -219,6 +237,25 @@ def test_stream_of_something_that_cannot_be_trained_on_is_refused_by_name(monkey
         open_splits("wds/some", train_on="train+val")
 
 
+def test_rows_without_the_field_that_timm_reads_labels_from_are_refused_by_name(rows, monkeypatch):
+    monkeypatch.setattr(Rows, "__init__", lambda self, count: setattr(self, "dataset", {"fine_label": [0]}))
+    with pytest.raises(DataError, match="hfds/some, split train: has no field 'label'"):
+        open_splits("hfds/some")
+
+
+def test_stream_that_breaks_off_is_refused_by_name(monkeypatch):
+    class Reader:
+        def __iter__(self):
+            yield picture(0), 0
+            raise KeyError("label")
+
+    monkeypatch.setattr(
+        factory, "create_dataset", lambda name, root, **options: IterableImageDataset(root, reader=Reader())
+    )
+    with pytest.raises(DataError, match=r"hfids/some, split train: cannot be read on: KeyError\('label'\)"):
+        open_splits("hfids/some")
+
+
 def test_class_number_that_no_memory_holds_the_names_up_to_is_refused(rows, monkeypatch):
     monkeypatch.setattr(
         Rows, "__init__", lambda self, count: setattr(self, "dataset", {"label": [0, 10**12]})
@@ -249,6 +286,7 @@ def test_test_split_that_lacks_the_last_numbered_classes_has_those_of_train(monk
         ([], "split train: has no images"),
         ([0, -1], "split train: image 1 has no class number"),
         (["cat"], "split train: wanted one class number for each image: invalid literal"),
+        (np.array([0.0, 0.5], np.float32), "split train: wanted one class number for each image: got 0.5"),
         (None, "split train: SimpleNamespace does not list its labels"),
     ],
 )

@@ -191,6 +191,23 @@ def test_what_cannot_be_prepared_is_refused_with_the_reason(tmp_path, name, sour
 
 
 @pytest.mark.parametrize(
+    "source, data_root, message",
+    [
+        ("", None, "source: '', wanted the name of a data set or a folder"),
+        ("tfds/cifar100", "", "data_root: '', wanted a folder, and that only with tfds/cifar100"),
+        (".", "sets", "data_root: 'sets', wanted a folder, and that only with tfds/cifar100"),
+    ],
+)
+def test_source_that_a_mistake_may_have_left_empty_or_that_has_no_data_root_is_refused(
+    cifar, tfds, tmp_path, monkeypatch, source, data_root, message
+):
+    monkeypatch.chdir(write_shards(tmp_path / "shards", {"train": 12, "test": 6}))
+    with pytest.raises(ValueError, match=message):
+        prepare_task(cifar, source, tmp_path / "out", data_root=data_root)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "counts, message",
     [
         ({"train": 10, "test": 6}, "10 training images; wanted 12 or more"),
@@ -266,6 +283,19 @@ def test_check_lists_what_is_there(command, cifar, monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     assert "vtab/cifar" in result.output and "cifar100" in result.output and "CUB" in result.output
     assert "of train" in result.output and "not found: vtab/caltech101" in result.output
+
+
+def test_check_counts_the_images_of_each_list(cifar, monkeypatch, tmp_path):
+    def counts(task) -> list[tuple[int, int]]:
+        return [(split.images, split.expected) for split in check.check_task(task, tmp_path).splits]
+
+    folder = write_vtab(cifar, tmp_path / "cifar")
+    (folder / "val200.txt").write_text("x\n")
+    (folder / "test.txt").unlink()
+    assert counts(cifar) == [(8, 8), (0, 4), (0, 6)]
+    cub = shrink(monkeypatch, "fgvc/cub")
+    write_fgvc(cub, tmp_path / "CUB", splits=("train", "test"))
+    assert counts(cub) == [(12, 12), (0, 0), (6, 6)]
 
 
 def test_check_names_missing_files_and_where_to_get_them(command, cifar, tmp_path):

@@ -61,6 +61,11 @@ def test_augmentation_depends_on_the_seed_and_leaves_torch_generator_alone():
     assert not torch.equal(one[0], other[0])
 
 
+def test_augmentation_leaves_the_generator_of_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU is seeded"))
+    PLAIN.augment(*scene(), 3)
+
+
 def test_small_image_is_padded_with_the_mean_colour_and_no_class():
     preprocessing = ScenePreprocessing((64, 64), mean=(0.2, 0.4, 0.6), std=(1.0, 1.0, 1.0))
     padded = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -211,6 +212,23 @@ def test_images_of_dsprites_of_another_kind_are_named(tmp_path):
         next(DSpritesFiles(tmp_path).images("train", [0]))
 
 
+@pytest.mark.parametrize("damage", ["other bytes", "fewer images"])
+def test_damaged_images_of_dsprites_are_named(tmp_path, damage):
+    path = write_dsprites(tmp_path / "set") / DSpritesFiles.layout
+    if damage == "fewer images":
+        with np.load(path) as arrays:
+            images, classes = arrays["imgs"][:20], arrays["latents_classes"]
+        np.savez_compressed(path, imgs=images, latents_classes=classes)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            header = archive.getinfo("imgs.npy").header_offset
+        contents = bytearray(path.read_bytes())
+        contents[header + 200 : header + 220] = bytes(20)
+        path.write_bytes(contents)
+    with pytest.raises(DataError, match=r"64x64.npz: is damaged or not complete; get it again"):
+        list(DSpritesFiles(path.parent).images("train", range(30)))
+
+
 def write_norb(root: Path) -> Path:
     """Image i has elevation i % 9 and azimuth i % 18; its first camera sees i at every pixel."""
     root.mkdir()
@@ -289,25 +307,36 @@ def test_classes_of_shards_that_are_the_task_s_own_stay(small, tmp_path):
     assert labels == ["0", "1"] * 4 and (result.folder / "classnames.txt").read_text() == "dark\nbright\n"
 
 
+def scenes_of(image: str, coordinates: list[list[float]]) -> str:
+    objects = [{"pixel_coords": place} for place in coordinates]
+    return json.dumps({"scenes": [{"image_filename": image, "objects": objects}]})
+
+
 @pytest.mark.parametrize(
     "files, broken, message",
     [
         (ClevrFiles, None, "has no scenes; wanted scenes/CLEVR_"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{"), "CLEVR_train_scenes.json, line 1: is not JSON"),
+        (ClevrFiles, ("scenes/CLEVR_train_scenes.json", "{}"), "wanted scenes, each with"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [{}]}'), "wanted scenes, each with"),
         (ClevrFiles, ("scenes/CLEVR_train_scenes.json", '{"scenes": [1]}'), "wanted scenes, each with"),
         (
             ClevrFiles,
-            (
-                "scenes/CLEVR_train_scenes.json",
-                '{"scenes": [{"image_filename": "../../secret", "objects": []}]}',
-            ),
+            ("scenes/CLEVR_train_scenes.json", scenes_of("../../secret", at_depth(9, 9, 9))),
             "wanted scenes, each with",
         ),
         (
             ClevrFiles,
-            ("scenes/CLEVR_train_scenes.json", '{"scenes": [{"image_filename": "a", "objects": [{}]}]}'),
+            ("scenes/CLEVR_train_scenes.json", scenes_of("a", [[1.0, 1.0], *at_depth(9, 9)])),
             "wanted scenes, each with",
+        ),
+        *(
+            (
+                ClevrFiles,
+                ("scenes/CLEVR_train_scenes.json", scenes_of("a", at_depth(*[9] * count))),
+                "wanted scenes, each with image_filename and 3 to 10 objects of three pixel_coords",
+            )
+            for count in (0, 2, 11)  # of which a label would be negative, or above the last class
         ),
         (KittiFiles, ("training/label_2/0.txt", ""), "has no mapping; wanted training/image_2"),
         (DSpritesFiles, None, "wanted dsprites_ndarray"),

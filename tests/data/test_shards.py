@@ -43,6 +43,16 @@ def cut_after_a_member(root) -> None:
     path.write_bytes(path.read_bytes()[:third])
 
 
+def damage_a_header(root) -> None:
+    """That of the third member of the first shard, by a bit."""
+    path = root / "train/0.tar"
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    contents = bytearray(path.read_bytes())
+    contents[third] ^= 1
+    path.write_bytes(contents)
+
+
 def test_every_image_comes_with_its_label(root):
     splits = open_splits(root, train_on="train+val", with_test=True)
     assert splits.classes == ("dark", "bright")
@@ -157,6 +167,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
             r"train/0.tar/s\\udce9.png': found a name that is not UTF-8",
         ),
         (cut_after_a_member, r"0.tar: ends after 1 image without a tar's end"),
+        (damage_a_header, r"0.tar: ends after 1 image without a tar's end"),
         (
             lambda root: (root / "classnames.txt").write_text("a\n"),
             r"classnames.txt: 1 class name; wanted 2 or more, one for each class",
@@ -182,6 +193,7 @@ def test_names_do_not_depend_on_where_the_shards_lie(root, tmp_path):
         "no samples",
         "not UTF-8",
         "cut off",
+        "damaged header",
         "few names",
         "names twice",
         "blank name",

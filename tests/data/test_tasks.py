@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -13,9 +14,11 @@ from task_trees import shrink, write_fgvc, write_shards, write_vtab
 from vpt_fast.data.decode import check_images
 from vpt_fast.data.images import DataError
 from vpt_fast.data.splits import open_splits
+from vpt_fast.data.task_files import read_task
 from vpt_fast.data.tasks import TASKS, find_task
 
 VTAB, FGVC = "vtab/cifar", "fgvc/cub"
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
@@ -35,6 +38,19 @@ def sizes(splits) -> list[int | None]:
 def test_the_table_has_the_paper_s_24_tasks_by_group():
     groups = Counter(task.group for task in TASKS.values())
     assert groups == {"natural": 7, "specialized": 4, "structured": 8, "fgvc": 5}
+
+
+def test_the_table_has_the_published_numbers_of_classes_and_images():
+    def sums(group: str) -> tuple[int, ...]:
+        tasks = [task for task in TASKS.values() if task.group == group]
+        return sum(task.num_classes for task in tasks), *(
+            sum(t.sizes[split] for t in tasks) for split in SPLITS
+        )
+
+    assert sums("natural") == (795, 7 * 800, 7 * 200, 75_564)
+    assert sums("specialized") == (62, 4 * 800, 4 * 200, 87_138)
+    assert sums("structured") == (83, 8 * 800, 8 * 200, 225_202)
+    assert sums("fgvc") == (1_173, 46_079, 6_028, 53_197)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,13 @@ def test_list_that_is_no_mapping_is_named(fgvc):
         open_splits(fgvc, task=FGVC)
 
 
+@pytest.mark.parametrize("name", ["train.json", "test.json"])
+def test_list_of_no_images_is_one_of_too_few(fgvc, name):
+    (fgvc / name).write_text("{}")
+    with pytest.raises(DataError, match=f"{name}: 0 images; this list of fgvc/cub has"):
+        open_splits(fgvc, task=FGVC)
+
+
 def test_list_that_is_no_text_is_named(vtab):
     (vtab / "val200.txt").write_bytes(b"caf\xe9.jpg 0\n")
     with pytest.raises(DataError, match="val200.txt: is not text"):
@@ -205,6 +228,24 @@ def test_missing_images_are_counted_and_the_first_is_named(fgvc):
         (fgvc / "images" / "b" / f"test{i}.png").unlink()
     with pytest.raises(DataError, match=r"entry 'b/test1.png': .*is not there, and 1 more of 6"):
         open_splits(fgvc, task=FGVC)
+
+
+def test_images_of_a_folder_that_is_missing_are_missing(vtab):
+    shutil.rmtree(vtab / "images" / "test")
+    with pytest.raises(DataError, match=r"line 1: .*000000.jpg is not there, and 5 more of 6"):
+        open_splits(vtab, task=VTAB)
+
+
+def all_of_one_class(folder, *lists: str) -> None:
+    for path in map(folder.joinpath, lists):
+        path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
+
+
+def test_classes_are_not_missed_that_only_an_unreadable_list_may_have(vtab):
+    all_of_one_class(vtab, "train800.txt", "test.txt")
+    (vtab / "val200.txt").write_text("x\n")
+    (problem,) = read_task(TASKS[VTAB], vtab).problems
+    assert "val200.txt, line 1" in problem
 
 
 def test_list_that_is_missing_is_named(vtab):
@@ -219,9 +260,7 @@ def test_blank_lines_of_a_list_are_no_images(vtab):
 
 
 def test_class_that_no_list_has_is_an_error(vtab):
-    for file in ("train800.txt", "val200.txt", "test.txt"):
-        path = vtab / file
-        path.write_text(path.read_text().replace(".jpg 1", ".jpg 0"))
+    all_of_one_class(vtab, "train800.txt", "val200.txt", "test.txt")
     with pytest.raises(DataError, match="images of 1 class in all; vtab/cifar has 2"):
         open_splits(vtab, task=VTAB)
 

@@ -10,7 +10,7 @@ from vpt_fast.training.recipe import Recipe
 
 
 def test_commands_have_the_paper_s_seeds():
-    assert commands.parse_seeds(commands.SEEDS) == SEEDS
+    assert commands.parse_seeds(commands.SEEDS) == SEEDS == (42, 44, 82, 100, 800)
 
 
 def test_a_seed_that_is_named_twice_is_refused():
@@ -18,17 +18,20 @@ def test_a_seed_that_is_named_twice_is_refused():
         Sweep({"data": "x", "backbone": "y"}, {}, commands.parse_seeds("1,2,1"))
 
 
+RATES = (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05)
+DECAYS = (0.01, 0.001, 0.0001, 0)
+
+
 @pytest.mark.parametrize(
     ("method", "task", "axes"),
     [
-        ("vpt-deep", None, {"base_lr": 10, "weight_decay": 4}),
-        ("linear", "fgvc/cub", {"base_lr": 9, "weight_decay": 4}),
-        ("full", "vtab/cifar", {"base_lr": 4}),
+        ("vpt-deep", None, {"base_lr": RATES, "weight_decay": DECAYS}),
+        ("linear", "fgvc/cub", {"base_lr": RATES[:-1], "weight_decay": DECAYS}),
+        ("full", "vtab/cifar", {"base_lr": (0.005, 0.001, 0.0005, 0.0001)}),
     ],
 )
 def test_default_grid_is_the_papers(method, task, axes):
-    recipe = Recipe(data="x", backbone="y", method=method, task=task)
-    assert {name: len(axis) for name, axis in default_axes(recipe).items()} == axes
+    assert default_axes(Recipe(data="x", backbone="y", method=method, task=task)) == axes
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,13 @@ def test_markdown_shows_what_is_missing(sweep, tmp_path):
     assert widths == {5, 7}  # the tasks' table, the groups'
 
 
+def test_total_parameters_are_held_against_the_published_ones_of_the_same_tasks_only(sweep):
+    *most, last = [sweep("vpt-deep", name, 0.8) for name in TASKS]
+    for folders, cell in (([*most, last], "+0.06"), ([*most, sweep("vpt-deep", None, 0.8)], "-")):
+        text = format_table(*read_entries(folders), "markdown")
+        assert "| vpt-deep | 1.24× of 24 tasks |" in text and f"| difference | {cell} |" in text
+
+
 def test_csv_has_a_line_for_each_task_and_group(sweep):
     entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.80, 0.82)])
     task, group = csv.DictReader(io.StringIO(format_table(entries, notes, "csv")))

@@ -273,6 +273,23 @@ def test_error_that_quotes_the_url_of_a_storage_is_shown_without_it(tmp_path, mo
         trials.open_studies("name", tmp_path, "db://user:secret@host/x")
 
 
+def test_storage_that_may_only_be_read_is_refused(settings, tmp_path, empty_study):
+    storage = f"sqlite:///file:{empty_study}?mode=ro&uri=true"
+    with pytest.raises(
+        ValueError, match="^storage cannot be opened: .* attempt to write a readonly database"
+    ):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path, storage=storage)
+
+
+def test_study_that_another_version_of_optuna_made_is_refused_with_its_advice(
+    settings, tmp_path, empty_study
+):
+    with sqlite3.connect(shutil.copy(empty_study, tmp_path)) as study:
+        study.execute("UPDATE alembic_version SET version_num = 'of a later version'")
+    with pytest.raises(ValueError, match="study.db cannot be opened: .* try updating optuna"):
+        run_sweep(Sweep(settings, {"base_lr": (0.1,)}), tmp_path)
+
+
 def test_study_lies_in_the_folder_whatever_that_is_called(settings, tmp_path):
     folder = tmp_path / "{x} 50%25?y#z"
     run_sweep(Sweep(settings, {"base_lr": (0.1,)}, seeds=(1,)), folder)
@@ -305,7 +322,9 @@ def test_two_processes_share_one_sweep(settings, tmp_path, trained):
     plan = Sweep(settings, axes, seeds=(1, 2))
     study, final = studies(plan, tmp_path)
     done = [
-        t for t in (*study.trials, *final.trials) if t.state.name == "COMPLETE" and "results" in t.user_attrs
+        t
+        for t in (*study.trials, *final.trials)
+        if t.state.name == "COMPLETE" and "parameters" in t.user_attrs
     ]
     assert len(done) == 6  # each was trained once
     assert sum(t.user_attrs["owner"]["pid"] == os.getpid() for t in done) == len(trained)
@@ -352,6 +371,26 @@ def test_trial_that_has_not_recorded_its_settings_yet_is_not_trained_twice(
     monkeypatch.setattr(trials.time, "sleep", pause)
     assert run_sweep(plan, tmp_path)["finished"]
     assert trained == ["base_lr=0.5", "seed-1"]
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat")
+@pytest.mark.parametrize(
+    ("search", "own"),
+    [({}, ["base_lr=0.1"]), ({"sampler": "random", "trials": 1}, [])],
+    ids=["grid", "sampler"],
+)
+def test_trial_that_another_process_runs_is_waited_for_and_counts_as_taken(
+    settings, tmp_path, monkeypatch, trained, search, own
+):
+    plan = Sweep(settings, {"base_lr": (0.5, 0.1)}, seeds=(1,), **search)
+    study, _ = studies(plan, tmp_path)
+    study.enqueue_trial({"base_lr": 0.5})
+    taken = study.ask()
+    taken.set_user_attr("owner", trials._owner())
+    taken.suggest_categorical("base_lr", [0.5, 0.1])
+    monkeypatch.setattr(trials.time, "sleep", lambda seconds: study.tell(taken, 1.0))
+    assert run_sweep(plan, tmp_path)["finished"]
+    assert len(study.trials) == 1 + len(own) and trained == [*own, "seed-1"]
 
 
 def test_of_two_trials_with_the_same_settings_the_later_one_alone_is_a_twin():

@@ -73,6 +73,14 @@ def test_image_alone_that_batch_norm_cannot_normalise_is_refused(settings, color
     assert not (tmp_path / "run").exists()
 
 
+def test_image_that_is_alone_in_a_process_s_share_of_the_last_batch_is_refused(color_images):
+    recipe = convnet_recipe(color_images, batch_size=26).resolved(num_train_images=28, device_type="cpu")
+    world = World(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="one of 28 training images over 2 processes is alone"):
+        require_batches(recipe, build_model(recipe, 3), 28, world)  # in batches of 13 and 1 in each process
+    require_batches(recipe, build_model(recipe, 3), 30, world)
+
+
 def test_image_alone_is_accepted_where_feature_maps_have_more_pixels(color_images):
     recipe = convnet_recipe(color_images, batch_size=13).resolved(num_train_images=27, device_type="cpu")
     model = build_model(dataclasses.replace(recipe, backbone_arg=recipe.backbone_arg | {"img_size": 64}), 3)

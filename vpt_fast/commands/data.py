@@ -105,7 +105,7 @@ def _count(split: SplitFound) -> str:
         return "of train"
     if split.images == split.expected:
         return f"{split.images:,}"
-    return f"{split.images or 0:,}/{split.expected:,}"
+    return f"{split.images:,}/{split.expected:,}"
 
 
 @app.command()

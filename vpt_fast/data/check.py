@@ -13,10 +13,10 @@ from .tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class SplitFound:
-    """One list of a task: `images` is None if it cannot be read; `expected` is 0 for val if it is held out of
+    """One list of a task: `images` is 0 if it cannot be read; `expected` is 0 for val if it is held out of
     train."""
 
-    images: int | None
+    images: int
     expected: int
 
 
@@ -33,7 +33,7 @@ class TaskFound:
 
     @property
     def is_complete(self) -> bool:
-        return self.folder is not None and not self.problems
+        return not self.problems
 
 
 def check_task(task: Task, root: Path) -> TaskFound:
@@ -58,10 +58,9 @@ def check_task(task: Task, root: Path) -> TaskFound:
     for split in task.files:
         listed = files.lists.get(split)
         if listed is not None:
-            images = None if listed.entries is None else len(listed.entries)
-            splits.append(SplitFound(images, listed.expected))
+            splits.append(SplitFound(len(listed.entries or ()), listed.expected))
         else:  # a missing val list is no problem for FGVC: a tenth of train is held out instead
-            splits.append(SplitFound(0, 0) if split == "val" else SplitFound(None, task.sizes[split]))
+            splits.append(SplitFound(0, 0 if split == "val" else task.sizes[split]))
     classes = {class_id for listed in files.lists.values() for *_, class_id in listed.entries or ()}
     # What is printed of a task names its folder once.
     shown = tuple(problem.replace(f"{folder}/", "").removeprefix(f"{folder}: ") for problem in problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,11 @@ def _labels(dataset: Any, where: str) -> list[int]:
     """The labels of all rows, without decoding an image."""
     reader = getattr(dataset, "reader", None)
     if reader is not None:  # timm's, of the Hugging Face hub's data sets
-        return _class_numbers(reader.dataset[reader.label_key], where)
+        try:
+            column = reader.dataset[reader.label_key]
+        except KeyError as error:
+            raise DataError(f"{where}: has no field {reader.label_key!r}: {error.args[0]}") from error
+        return _class_numbers(column, where)
     field = next((field for field in _LABEL_FIELDS if hasattr(dataset, field)), None)
     if field is None:
         raise DataError(f"{where}: {type(dataset).__name__} does not list its labels")
@@ -149,9 +153,27 @@ def _labels(dataset: Any, where: str) -> list[int]:
 
 def _class_numbers(labels: Iterable[Any], where: str) -> list[int]:
     try:
-        return [int(label) for label in labels]
+        return [_class_number(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: wanted one class number for each image: {error}") from error
+
+
+def _class_number(label: Any) -> int:
+    number = int(label)
+    if number != label and not isinstance(label, str):  # int cuts off what is behind the point
+        raise ValueError(f"got {label}")
+    return number
+
+
+def _stream(dataset: Any, where: str) -> Iterator[tuple[Image.Image, Any]]:
+    """The rows of a sequential data set. For one that it cannot read, each library behind timm raises its own
+    exceptions."""
+    try:
+        yield from dataset
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: cannot be read on: {error!r}") from error
 
 
 def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], list[int]]:
@@ -159,7 +181,7 @@ def _hold(dataset: Any, split: str, where: str) -> tuple[tuple[ImageItem, ...], 
     labels: list[Any] = []
     budget = host_budget()
     taken = 0
-    for image, label in dataset:
+    for image, label in _stream(dataset, where):
         with decoding(f"{where}: image {len(items)}"):
             pixels = np.asarray(upright_rgb(image))
         taken += pixels.nbytes

@@ -113,6 +113,7 @@ def prepare_task(
         progress: called with 1 after each image, also of those that were there already.
 
     Raises:
+        ValueError: `source` is empty, or `data_root` is or does not go with it.
         DataError: the task is not defined by ranges of a data set; the source is another data set or has the
             wrong number of images; the folder was prepared from another source, by the fingerprint in its
             prepared.json, or holds files that were not prepared here; another process is preparing it.
@@ -120,7 +121,11 @@ def prepare_task(
     if task.name not in TFDS_RANGES:
         why = "its lists name their images one by one"
         raise DataError(f"{task.name} cannot be prepared: {why}; {HOW_TO_GET[task.suite]}")
+    if not source:  # pathlib takes "" to be the working directory
+        raise ValueError("source: '', wanted the name of a data set or a folder")
     is_published = source == task.source
+    if data_root is not None and not (is_published and data_root):
+        raise ValueError(f"data_root: {data_root!r}, wanted a folder, and that only with {task.source}")
     files = SET_FILES.get(task.source)
     if is_published:
         found = _read_tfds(task, data_root)

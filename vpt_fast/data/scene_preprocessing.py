@@ -114,11 +114,12 @@ class ScenePreprocessing:
 
     def augment(self, image: Image.Image, mask: np.ndarray, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """An image and its mask (h, w) uint8, augmented: (3, H, W) and (H, W), both uint8, with (H, W) =
-        `image_size`. The random choices depend on `seed` alone; torch's global generator is unchanged."""
+        `image_size`. The random choices depend on `seed` alone; torch's global generators are unchanged."""
         pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image))
         labels = tv_tensors.Mask(torch.from_numpy(mask))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Not torch.manual_seed: without workers, that would seed the GPU's dropout too with each image.
+            torch.default_generator.manual_seed(seed)
             low, high = SCALES
             scale = low + (high - low) * torch.rand(()).item()
             pixels = tv_tensors.wrap(self.resize(pixels, scale), like=pixels)

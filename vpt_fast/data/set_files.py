@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from .images import DataError, read_json_file, read_text
+from .vtab_labels import CLEVR_FEWEST, CLEVR_MOST
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 class SetFiles(ABC):
@@ -43,10 +45,12 @@ class SetFiles(ABC):
     def path(self, part: str, number: int) -> Path:
         """The file that holds an image."""
 
-    @abstractmethod
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         """For each of `numbers`, in ascending order: a function that writes the image to a path, and the file
-        extension."""
+        extension. Here, of images with a file each."""
+        for number in numbers:
+            source = self.path(part, number)
+            yield partial(shutil.copyfile, source), source.suffix
 
 
 class ClevrFiles(SetFiles):
@@ -70,10 +74,6 @@ class ClevrFiles(SetFiles):
     def path(self, part: str, number: int) -> Path:
         name = self._scenes[part][number]["image_filename"]
         return self._folder / "images" / self._FOLDERS[part] / name
-
-    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        for number in numbers:
-            yield _copier(self.path(part, number))
 
 
 class KittiFiles(SetFiles):
@@ -107,10 +107,6 @@ class KittiFiles(SetFiles):
     def path(self, part: str, number: int) -> Path:
         del part
         return self._folder / "image_2" / f"{number:06d}.png"
-
-    def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
-        for number in numbers:
-            yield _copier(self.path(part, number))
 
 
 def _kitti_parts(mapping: Path) -> dict[str, np.ndarray]:
@@ -147,7 +143,7 @@ class DSpritesFiles(SetFiles):
             with np.load(self._path, allow_pickle=False) as arrays:
                 self._classes = arrays["latents_classes"]
                 arrays.zip.getinfo("imgs.npy")  # which `images` reads
-        except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self._path}: {error}; wanted an archive of imgs and latents_classes") from None
         self.parts = {"train": np.arange(len(self._classes))}
 
@@ -160,7 +156,11 @@ class DSpritesFiles(SetFiles):
 
     def images(self, part: str, numbers: Sequence[int]) -> Iterator[tuple[Writer, str]]:
         # Read image by image: together they take 3 GB.
-        with zipfile.ZipFile(self._path) as archive, archive.open("imgs.npy") as file:
+        with (
+            _reading(self._path),
+            zipfile.ZipFile(self._path) as archive,
+            archive.open("imgs.npy") as file,
+        ):
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype != np.uint8 or len(shape) != 3:
@@ -200,15 +200,10 @@ class SmallNorbFiles(SetFiles):
 
     @contextlib.contextmanager
     def _open(self, part: str, kind: str) -> Iterator[Any]:
-        """The file, decompressed. Raises DataError where it ends too early, as a part of a download does."""
+        """The file, decompressed."""
         path = self._path(part, kind)
-        try:
-            with path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
-                yield file
-        except DataError:
-            raise
-        except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: is damaged or not complete; get it again") from error
+        with _reading(path), path.open("rb") if path.suffix == ".mat" else gzip.open(path, "rb") as file:
+            yield file
 
     def _path(self, part: str, kind: str) -> Path:
         path = self._folder / f"smallnorb-{self._NAMES[part]}-{kind}.mat"
@@ -236,6 +231,17 @@ SET_FILES: dict[str, type[SetFiles]] = {
 """A task's source -> reader of its original files."""
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises DataError where a file is damaged, or ends too early, as a part of a download does."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (EOFError, ValueError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: is damaged or not complete; get it again") from error
+
+
 def _records(
     file: Any, start: int, shape: tuple[int, ...], numbers: Sequence[int], stride: int = 1, white: int = 255
 ) -> Iterator[tuple[Writer, str]]:
@@ -252,13 +258,6 @@ def png_writer(image: Image.Image) -> Writer:
     return lambda path: image.save(path, "png")
 
 
-def _copier(source: Path) -> tuple[Writer, str]:
-    def copy(path: Path) -> None:
-        shutil.copyfile(source, path)
-
-    return copy, source.suffix
-
-
 def _first_folder(root: Path, names: Sequence[str], inside: str, layout: str) -> Path:
     """The first of the folders `names` below `root` ("" is `root` itself) that contains `inside`."""
     found = next((root / name for name in names if (root / name / inside).exists()), None)
@@ -271,7 +270,10 @@ def _read_scenes(path: Path) -> list[dict[str, Any]]:
     found = read_json_file(path)
     scenes = found.get("scenes") if isinstance(found, dict) else None
     if not isinstance(scenes, list) or not all(map(_is_scene, scenes)):
-        raise DataError(f"{path}: wanted scenes, each with image_filename and objects of three pixel_coords")
+        raise DataError(
+            f"{path}: wanted scenes, each with image_filename and {CLEVR_FEWEST} to {CLEVR_MOST} objects of "
+            "three pixel_coords"
+        )
     return scenes
 
 
@@ -281,6 +283,8 @@ def _is_scene(scene: Any) -> bool:
     if not isinstance(scene, dict) or not isinstance(scene.get("objects"), list):
         return False
     coordinates = [each.get("pixel_coords") if isinstance(each, dict) else None for each in scene["objects"]]
+    if not CLEVR_FEWEST <= len(coordinates) <= CLEVR_MOST:  # of others there is no class
+        return False
     if not all(isinstance(each, list) and len(each) == 3 for each in coordinates):
         return False
     name = scene.get("image_filename")

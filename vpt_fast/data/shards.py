@@ -139,11 +139,9 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
 def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
-    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                end = tar.offset  # of the next header
                 if not member.isfile() or member.issparse():  # such as a link, which is not followed
                     continue
                 folder, slash, file = member.name.rpartition("/")
@@ -166,12 +164,17 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                     name = f"{split}/{path.name}/{member.name}"
                     require_utf8(name)
                     images[key] = TarImage(path, member.offset_data, member.size, name)
+            end = tar.offset
     except DataError:
         raise
     except (tarfile.TarError, ValueError, RecursionError) as error:  # the last two of damaged headers
         raise DataError(f"{path}: cannot be read as an uncompressed tar: {error}") from error
-    # A tar cut off between two members looks complete, except that the zero block at its end is missing.
-    if path.stat().st_size < end + tarfile.BLOCKSIZE:
+    # tarfile takes the end of the file, and a damaged header behind the first, for the tar's end, which is
+    # a block of zeros.
+    with open(path, "rb") as shard:
+        shard.seek(end)
+        is_whole = shard.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    if not is_whole:
         raise DataError(
             f"{path}: ends after {counted(len(images), 'image')} without a tar's end; get it again"
         )

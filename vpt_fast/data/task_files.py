@@ -247,7 +247,7 @@ def read_json(path: Path) -> list[tuple[str, str, int]]:
         DataError: the file is missing, not JSON, or not a mapping of paths to class ids.
     """
     values = read_json_file(path)
-    if not isinstance(values, dict) or not values:
+    if not isinstance(values, dict):
         raise DataError(f"{path}: wanted a mapping of image paths to class ids")
     entries = []
     for name, value in values.items():

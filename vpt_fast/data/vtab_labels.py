@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-CLEVR_FEWEST = 3  # objects in a scene
+CLEVR_FEWEST, CLEVR_MOST = 3, 10  # objects in a scene
 CLEVR_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0)  # bin edges of the closest object's depth
 KITTI_EDGES = (8.0, 20.0, 999.0)  # bin edges of the closest vehicle's distance, in metres
 KITTI_VEHICLES = 3  # the first three object types are vehicles: car, van, truck

@@ -191,8 +191,9 @@ def _summary(rows: list[Row]) -> Lines:
         paper = PAPER_TOTALS.get(row.method) if row.is_papers else None
         of_tasks = counted(tasks, "task")
         cells: Lines = [[row.name, f"{row.total:.2f}× of {of_tasks}"], ["published"], ["difference"]]
-        cells[1].append(MISSING if paper is None else f"{paper:.2f}× of 24 tasks")
-        cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and tasks == 24 else MISSING)
+        cells[1].append(MISSING if paper is None else f"{paper:.2f}× of {len(TASKS)} tasks")
+        is_of_same = row.entries.keys() == TASKS.keys()
+        cells[2].append(f"{row.total - paper:+.2f}" if paper is not None and is_of_same else MISSING)
         for group in groups:
             mean = row.means.get(group)
             if mean is None:

@@ -76,18 +76,23 @@ def open_studies(name: str, out: Path, storage: str | None) -> tuple[optuna.Stud
             opened = optuna.storages.RDBStorage(
                 url, engine, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS
             )
-        except (SQLAlchemyError, ImportError) as error:
+            if url.startswith("sqlite:"):
+                # Optuna takes a waiting trial by reading its state and then writing it. SQLite would lock its
+                # file for the writing alone, and two processes with different folders could take one trial.
+                listen(
+                    opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+                )
+            search, final = (
+                optuna.create_study(
+                    storage=opened, study_name=each, direction="maximize", load_if_exists=True
+                )
+                for each in (name, f"{name}-final")
+            )
+        # The last is of tables that another version of Optuna made.
+        except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
             where = "storage" if storage else out / "study.db"
-            reason = str(error).splitlines()[0].replace(url, "the URL")
+            reason = str(find_cause(error, SQLAlchemyError) or error).splitlines()[0].replace(url, "the URL")
             raise ValueError(f"{where} cannot be opened: {reason}") from None
-        if url.startswith("sqlite:"):
-            # Optuna takes a waiting trial by reading its state and then writing it. SQLite would lock its
-            # file for the writing alone, and two processes with different folders could take one trial.
-            listen(opened.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-        search, final = (
-            optuna.create_study(storage=opened, study_name=each, direction="maximize", load_if_exists=True)
-            for each in (name, f"{name}-final")
-        )
     final.pruner = optuna.pruners.NopPruner()
     return search, final
 
@@ -226,7 +231,7 @@ class Worker:
 
         def on_epoch(row: dict[str, Any], *, may_prune: bool = True) -> None:
             self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
-            if is_pruned and row["val_accuracy"] is not None:
+            if is_pruned:
                 trial.report(row["val_accuracy"], row["epoch"])
                 if may_prune and trial.should_prune():
                     raise optuna.TrialPruned
@@ -258,7 +263,6 @@ class Worker:
             raise
         if result.results is None:
             raise Stopped
-        trial.set_user_attr("results", result.results)
         trial.set_user_attr("parameters", result.facts["parameters"])
         value = result.results[self.metric]
         self.display.end(params, self._outcome(value))
