@@ -418,12 +418,13 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
     assert result.exit_code == 2 and "fingerprint" in result.stderr
 
 
-def test_run_on_a_backbone_that_its_seed_drew_is_evaluated(command, color_images, tmp_path):
+def test_run_on_a_backbone_that_its_seed_drew_is_evaluated(command, color_images, tmp_path, monkeypatch):
     flags = dict(backbone="test_vit", seed=7, epochs=1)
     trained = command(*train_arguments(color_images, tmp_path / "run", **flags), "--no-pretrained")
     assert trained.exit_code == 0, trained.output
     torch.manual_seed(1)
     state = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU is seeded"))
     result = command("eval", tmp_path / "run", "--data", color_images, "--json")
     assert result.exit_code == 0, result.stderr
     known = json.loads((tmp_path / "run" / "results.json").read_text())["val_accuracy"]

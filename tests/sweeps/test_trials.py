@@ -213,7 +213,12 @@ def test_trial_that_goes_on_is_pruned_by_the_epochs_that_it_had_trained(settings
 
 @pytest.mark.parametrize(
     ("pruner", "others", "epochs"),
-    [("none", {}, [1]), ("none", {"eval_every": 1}, [0, 1]), ("median", {}, [0, 1])],
+    [
+        ("none", {}, [1]),
+        ("none", {"eval_every": 1}, [0, 1]),
+        ("median", {}, [0, 1]),
+        ("median", {"eval_every": 0}, [1]),
+    ],
 )
 def test_trials_evaluate_before_their_last_epoch_only_for_a_pruner_or_if_asked(
     settings, tmp_path, pruner, others, epochs

@@ -231,7 +231,7 @@ class Worker:
 
         def on_epoch(row: dict[str, Any], *, may_prune: bool = True) -> None:
             self.display.epoch(params, row["epoch"] + 1, recipe.epochs)
-            if is_pruned:
+            if is_pruned and row["val_accuracy"] is not None:  # as of an epoch that eval_every passes over
                 trial.report(row["val_accuracy"], row["epoch"])
                 if may_prune and trial.should_prune():
                     raise optuna.TrialPruned

@@ -111,8 +111,9 @@ class LoadedRun:
         if checkpoint is not None:
             overrides["checkpoint"] = str(checkpoint)
         with torch.random.fork_rng(devices=[]):
-            # A backbone without published weights was initialised from the run's seed, before other draws.
-            torch.manual_seed(labels.seed)
+            # A backbone without published weights was initialised from the run's seed, before other draws; on
+            # the CPU, so that a GPU's generator need not be seeded.
+            torch.default_generator.manual_seed(labels.seed)
             model = load_pretrained(folder, backbone, **overrides)
         if (size := tuple(labels.preprocessing.image_size)) != model.image_size:
             raise RunError(
