@@ -240,6 +240,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Names of the backbone's parameters that timm's optimizers do not decay, as in timm's own model
         (positions and CLS token, say). They matter to methods that train them."""
         names: set[str] = getattr(self.backbone.stem, "no_weight_decay", set)()
+        rope = getattr(self.backbone, "rope", None)  # an Eva's, which is not in its stem
+        names = names | {f"rope.{name}" for name in getattr(rope, "no_weight_decay", set)()}
         return {own for own, _ in self.named_parameters() if self._name_in_timm(own) in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
