@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import random_batch, randomise
 from torch import nn
 from torch.nn import functional as F
@@ -182,6 +183,17 @@ def test_linear_probe_reads_the_pooled_features():
     probe = LinearProbe(plain, 5)
     images, _ = random_batch(probe)
     torch.testing.assert_close(probe.frozen_features(images), plain(images).float())
+
+
+def test_border_is_normalised_before_it_is_rounded():
+    model = PromptedConvNet(convnet("resnet10t").float(), 5, 4, dtype=torch.bfloat16)
+    first = model.backbone.stem.get_submodule(model.backbone.first_name)
+    seen = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(random_batch(model, dtype=torch.float32)[0])
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    top = ((model.prompts[0, :, :4] - mean) / std).bfloat16()
+    assert all(torch.equal(image[:, :4], top) for image in seen[0])
 
 
 def test_frozen_weights_are_in_the_dtype_that_is_asked_for():

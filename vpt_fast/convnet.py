@@ -173,13 +173,11 @@ class PromptedConvNet(FrozenClassifier):
             ValueError: images of the wrong shape.
         """
         self._check_images(images)
-        x = self.backbone.cast(images)
         if self.prompt_settings.prompt_location == "pad":
-            border = self.prompt_settings.border
-            x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
+            images = pad_image(images, self.prompts, self.prompts_sides, self.prompt_settings.border)
         else:
-            x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
-        return self.backbone.run_folded(x, Read.PATCHES)
+            images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
+        return self.backbone.run_folded(images, Read.PATCHES)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         return self._counted_training_bytes(batch_size)
