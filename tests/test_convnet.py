@@ -12,6 +12,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import random_batch, randomise
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from vpt_fast import LinearProbe, PromptedConvNet, load_pretrained
 from vpt_fast.backbones.creation import overlay_of
@@ -243,6 +245,16 @@ def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):
 def test_an_instance_that_takes_no_extra_channels_is_named_by_its_class():
     with pytest.raises(ValueError, match="prompt_location: got 'concat-channel' with a ByobNet"):
         PromptedConvNet(timm.create_model("repvgg_a0"), 3, 2, prompt_location="concat-channel")
+
+
+@pytest.mark.parametrize(
+    "change", [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)], ids=["norm", "pruned"]
+)
+def test_first_convolution_whose_weight_is_computed_is_not_widened(change):
+    plain = convnet("resnet10t")
+    change(plain.conv1[0])
+    with pytest.raises(ValueError, match="prompt_location: .* whose conv1.0 computes its weight"):
+        PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")
 
 
 def test_image_size_leaves_the_normalisation_of_a_known_backbone():

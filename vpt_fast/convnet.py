@@ -141,6 +141,12 @@ class PromptedConvNet(FrozenClassifier):
         """
         first = self.backbone.stem.get_submodule(self.backbone.first_name)
         frozen: nn.Conv2d = first.conv if isinstance(first, FrozenConv2d) else first
+        if "weight" not in frozen._parameters:
+            raise ValueError(
+                f"prompt_location: got 'concat-channel' with a backbone whose {self.backbone.first_name} "
+                "computes its weight in every call, by a parametrisation or pruning; want it without "
+                "(parametrize.remove_parametrizations, prune.remove), or 'pad'"
+            )
         trained = copy.deepcopy(frozen)
         trained.in_channels += extra
         bound = init_bound(self.patch_size, frozen.out_channels)
