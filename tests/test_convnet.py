@@ -8,9 +8,12 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import random_batch, randomise
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from vpt_fast import LinearProbe, PromptedConvNet, load_pretrained
 from vpt_fast.backbones.creation import overlay_of
@@ -184,6 +187,17 @@ def test_linear_probe_reads_the_pooled_features():
     torch.testing.assert_close(probe.frozen_features(images), plain(images).float())
 
 
+def test_border_is_normalised_before_it_is_rounded():
+    model = PromptedConvNet(convnet("resnet10t").float(), 5, 4, dtype=torch.bfloat16)
+    first = model.backbone.stem.get_submodule(model.backbone.first_name)
+    seen = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(random_batch(model, dtype=torch.float32)[0])
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    top = ((model.prompts[0, :, :4] - mean) / std).bfloat16()
+    assert all(torch.equal(image[:, :4], top) for image in seen[0])
+
+
 def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
     probe = LinearProbe(convnet("resnet10t"), 5, dtype=torch.bfloat16)
     assert {p.dtype for p in probe.backbone.parameters()} == {torch.bfloat16}
@@ -231,6 +245,16 @@ def test_what_a_convnet_does_not_have_is_named(backbone, settings, message):
 def test_an_instance_that_takes_no_extra_channels_is_named_by_its_class():
     with pytest.raises(ValueError, match="prompt_location: got 'concat-channel' with a ByobNet"):
         PromptedConvNet(timm.create_model("repvgg_a0"), 3, 2, prompt_location="concat-channel")
+
+
+@pytest.mark.parametrize(
+    "change", [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)], ids=["norm", "pruned"]
+)
+def test_first_convolution_whose_weight_is_computed_is_not_widened(change):
+    plain = convnet("resnet10t")
+    change(plain.conv1[0])
+    with pytest.raises(ValueError, match="prompt_location: .* whose conv1.0 computes its weight"):
+        PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")
 
 
 def test_image_size_leaves_the_normalisation_of_a_known_backbone():

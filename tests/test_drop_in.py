@@ -879,6 +879,7 @@ CONVNET = {"depths": [1] * 4, "dims": [8, 8, 16, 32], "img_size": 64}
 LAYER_DECAY = {
     "vit": lambda: tiny_vit(torch.float32, class_token=False, global_pool="avg"),
     "rotary": lambda: tiny_eva(torch.float32),
+    "trained_rotary": lambda: tiny_eva(torch.float32, rope_type="mixed"),
     "swin": lambda: tiny_swin(torch.float32),
     "convnet": lambda: timm.create_model("convnext_atto", depths=[1] * 4, dims=[8, 8, 16, 32]),
 }

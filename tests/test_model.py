@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import StdConv2d
 from timm.models.vision_transformer import VisionTransformer
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 
@@ -474,6 +475,23 @@ def test_widened_patch_embedding_keeps_the_weights_of_a_float64_backbone() -> No
         vit.patch_embed.proj.weight += 1e-12  # which float32 would lose
     model = PromptedViT(vit, 5, 2, "shallow", prompt_location="concat-channel")
     assert torch.equal(model.backbone.stem.patch_embed.proj.weight[:, :3], vit.patch_embed.proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "message"),
+    [
+        (StdConv2d(3, 32, 8, 8, padding=0, bias=True), "^backbone: patch_embed.proj is a timm.*StdConv2d"),
+        (torch.nn.Conv2d(3, 33, 8, 8, groups=3), "^prompt_location: .* patch_embed.proj has 3 groups"),
+    ],
+    ids=["standardised", "groups"],
+)
+def test_patch_embedding_that_cannot_be_widened_is_refused(
+    convolution: torch.nn.Conv2d, message: str
+) -> None:
+    vit = tiny_vit()
+    vit.patch_embed.proj = convolution
+    with pytest.raises(ValueError, match=message):
+        PromptedViT(vit, 5, 2, "shallow", prompt_location="concat-channel")
 
 
 def test_bias_of_the_widened_patch_embedding_may_be_trained_alone() -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -362,26 +363,94 @@ def test_saved_model_leaves_no_files_of_a_process_killed_while_saving(tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_push_to_hub_passes_token_and_privacy_and_returns_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = {}
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the hub was sent: the token, whether the repository is private, and the texts of files."""
+    sent = SimpleNamespace(token=None, private=None, texts={})
 
     class Hub:
         def __init__(self, token: str | None = None) -> None:
-            sent["token"] = token
+            sent.token = token
 
         def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool):
-            sent["private"] = private
+            sent.private = private
             return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
 
         def file_exists(self, repo_id: str, file: str) -> bool:
-            return True
+            return False
 
         def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> SimpleNamespace:
+            files = [path for path in Path(folder_path).iterdir() if path.suffix != ".safetensors"]
+            sent.texts = {path.name: path.read_text(encoding="utf-8") for path in files}
             return SimpleNamespace(commit_url="https://huggingface.co/commit")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return sent
+
+
+def test_push_to_hub_passes_token_and_privacy_and_returns_the_commit(hub: SimpleNamespace) -> None:
     commit = PromptedViT(tiny_vit(), 5, 4).push_to_hub("prompts", private=True, token="t")
-    assert sent == {"token": "t", "private": True} and commit == "https://huggingface.co/commit"
+    assert (hub.token, hub.private) == ("t", True) and commit == "https://huggingface.co/commit"
+
+
+def origins(folder: Path) -> dict[str, dict[str, Any]]:
+    """Arguments of a model whose backbone, or whose weights, are in this folder."""
+    vit = timm.create_model("test_vit", num_classes=0)
+    timm.models.save_for_hf(vit, folder, safe_serialization=True)
+    file = str(folder / "model.safetensors")
+    return {
+        "folder": {"backbone": f"local-dir:{folder}", "pretrained": True},
+        "checkpoint": {"backbone": "test_vit", "checkpoint": file},
+        "file": {"backbone": "test_vit", "pretrained": True, "pretrained_cfg_overlay": {"file": file}},
+        "class": {"backbone": "test_vit", "checkpoint": file, "act_layer": torch.nn.GELU},
+    }
+
+
+@pytest.mark.filterwarnings("ignore:config.json cannot hold the keyword arguments")
+@pytest.mark.parametrize("origin", ["folder", "checkpoint", "file", "class"])
+def test_no_path_of_this_machine_is_uploaded(origin: str, hub: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    model = PromptedViT(num_classes=3, num_prompts=2, **origins(folder)[origin])
+    model.push_to_hub("prompts")
+    assert sorted(hub.texts) == ["README.md", "config.json"]
+    assert not any(str(tmp_path) in text for text in hub.texts.values())
+    assert ("own" if origin == "folder" else "model.safetensors") in hub.texts["config.json"]
+    assert model.config.backbone.without_folders() != model.config.backbone  # what is saved here has it
+
+
+@pytest.mark.parametrize(
+    ("origin", "message", "given"),
+    [
+        ("folder", "^backbone: own, the folder that .* was trained on, is not there; pass", "backbone"),
+        ("checkpoint", "^checkpoint: model.safetensors, which the backbone of .* is not there", "checkpoint"),
+    ],
+)
+def test_what_was_uploaded_asks_for_the_path_that_it_lacks(
+    origin: str, message: str, given: str, hub: SimpleNamespace, tmp_path: Path
+) -> None:
+    arguments = origins(tmp_path / "own")[origin]
+    model = PromptedViT(num_classes=3, num_prompts=2, **arguments)
+    model.push_to_hub("prompts")
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "config.json").write_text(hub.texts["config.json"])
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path / "saved")
+    assert load_pretrained(tmp_path / "saved", **{given: arguments[given]}).config == model.config
+
+
+def test_warning_about_an_upload_names_the_repository(hub: SimpleNamespace) -> None:
+    model = LinearProbe("vpt_fast_demo", 5, act_layer=torch.nn.SiLU)
+    with pytest.warns(UserWarning, match="to load probe, build the backbone") as warned:
+        model.push_to_hub("probe")
+    assert warned[0].filename == __file__
+
+
+def test_a_loaded_model_that_holds_its_backbone_records_where_its_folder_is_now(tmp_path: Path) -> None:
+    origins(tmp_path / "own")
+    FullTuning(f"local-dir:{tmp_path / 'own'}", 3).save_pretrained(tmp_path / "saved")
+    moved = (tmp_path / "own").rename(tmp_path / "moved")
+    load_pretrained(tmp_path / "saved", f"local-dir:{moved}").save_pretrained(tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").config.backbone.name == f"local-dir:{moved}"
 
 
 @pytest.mark.parametrize(

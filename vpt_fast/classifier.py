@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -19,7 +18,7 @@ from vpt_fast.backbones.timm_convnet import FrozenConvNet
 from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
-from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.backbones.timm_whole import WholeBackbone, pooling_of
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
@@ -118,7 +117,7 @@ class TunedClassifier(TunedModel):
             ValueError: num_classes is not a whole number of at least 1, or another pooling.
         """
         num_classes = check_count("num_classes", num_classes)
-        pool = self._pool_of_timm if self.pool is None else self.pool
+        pool = pooling_of(self.backbone.stem) if self.pool is None else self.pool
         if global_pool not in (None, pool):
             raise ValueError(
                 f"global_pool: got {global_pool!r}, want None or the model's own {pool!r}; another one "
@@ -128,12 +127,6 @@ class TunedClassifier(TunedModel):
         self.head = nn.Linear(self.num_features, num_classes, device=self.backbone.device, dtype=dtype)
         _start_head(self.head)
         self.num_classes = num_classes
-
-    @property
-    def _pool_of_timm(self) -> str | None:
-        """timm's name of the backbone's own pooling; for a ConvNet, of its pooling layer."""
-        layers = [m.pool_type for m in self.backbone.modules() if isinstance(m, SelectAdaptivePool2d)]
-        return layers[-1] if layers else self.backbone.stem.global_pool
 
     @property
     def _feature_dtype(self) -> torch.dtype:

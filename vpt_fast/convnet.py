@@ -141,6 +141,12 @@ class PromptedConvNet(FrozenClassifier):
         """
         first = self.backbone.stem.get_submodule(self.backbone.first_name)
         frozen: nn.Conv2d = first.conv if isinstance(first, FrozenConv2d) else first
+        if "weight" not in frozen._parameters:
+            raise ValueError(
+                f"prompt_location: got 'concat-channel' with a backbone whose {self.backbone.first_name} "
+                "computes its weight in every call, by a parametrisation or pruning; want it without "
+                "(parametrize.remove_parametrizations, prune.remove), or 'pad'"
+            )
         trained = copy.deepcopy(frozen)
         trained.in_channels += extra
         bound = init_bound(self.patch_size, frozen.out_channels)
@@ -173,13 +179,11 @@ class PromptedConvNet(FrozenClassifier):
             ValueError: images of the wrong shape.
         """
         self._check_images(images)
-        x = self.backbone.cast(images)
         if self.prompt_settings.prompt_location == "pad":
-            border = self.prompt_settings.border
-            x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
+            images = pad_image(images, self.prompts, self.prompts_sides, self.prompt_settings.border)
         else:
-            x = torch.cat((x, self.prompts.to(x.dtype).expand(x.shape[0], -1, -1, -1)), dim=1)
-        return self.backbone.run_folded(x, Read.PATCHES)
+            images = torch.cat((images, self.prompts.expand(images.shape[0], -1, -1, -1)), dim=1)
+        return self.backbone.run_folded(images, Read.PATCHES)
 
     def _training_bytes(self, batch_size: int) -> cost.TrainingBytes:
         return self._counted_training_bytes(batch_size)

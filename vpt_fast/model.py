@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vpt_fast.backbones.layers import require_no_hooks
+from vpt_fast.backbones.layers import require_no_hooks, require_plain
+from vpt_fast.backbones.patches import PatchProjection
 from vpt_fast.backbones.resolve import resolve_backbone
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
@@ -214,6 +215,13 @@ class PromptedViT(PromptedClassifier):
         """Adds `extra` input channels to the patch embedding and trains all of it, in at least float32."""
         frozen = self.backbone.stem.patch_embed.proj
         require_no_hooks(frozen, "backbone: patch_embed.proj")
+        if not isinstance(frozen, PatchProjection):
+            require_plain(frozen, nn.Conv2d, "backbone: patch_embed.proj")
+        if frozen.groups > 1:
+            raise ValueError(
+                f"prompt_location: got 'concat-channel' with a backbone whose patch_embed.proj has "
+                f"{frozen.groups} groups, among which there is no place for {extra} more channels"
+            )
         wide = torch.promote_types(frozen.weight.dtype, torch.float32)
         trained = nn.Conv2d(
             frozen.in_channels + extra,

@@ -17,6 +17,7 @@ import torch
 import vpt_fast
 from vpt_fast.backbones.creation import names_url
 from vpt_fast.backbones.resolve import Origin
+from vpt_fast.backbones.sources import local_folder
 from vpt_fast.files import holds, parse_json, remove_unfinished, replacing
 from vpt_fast.hub import download_saved
 
@@ -33,6 +34,22 @@ class BackboneConfig(Origin):
     fingerprint: str
     architecture: dict[str, Any]
 
+    def without_folders(self) -> BackboneConfig:
+        """The same for others than whoever has these files: of the path of a folder (local-dir:), a
+        checkpoint or timm's ``file`` of weights only the last part."""
+        folder = local_folder(self.name or "")
+        kwargs = dict(self.kwargs)
+        for name in ("pretrained_cfg", "pretrained_cfg_overlay"):
+            settings = kwargs.get(name)
+            if isinstance(settings, Mapping) and isinstance(settings.get("file"), str):
+                kwargs[name] = {**settings, "file": os.path.basename(settings["file"])}
+        return replace(
+            self,
+            name=self.name if folder is None else f"local-dir:{folder.name}",
+            kwargs=kwargs,
+            checkpoint=None if self.checkpoint is None else os.path.basename(self.checkpoint),
+        )
+
     @property
     def call(self) -> str | None:
         """The name and arguments, as text, if config.json cannot hold the keyword arguments for timm (a class
@@ -44,10 +61,11 @@ class BackboneConfig(Origin):
             is_held = False
         if is_held:
             return None
-        weights = f", checkpoint={self.checkpoint!r}" if self.checkpoint is not None else ""
-        weights = ", pretrained=True" if self.pretrained else weights
-        keywords = "".join(f", {name}={value!r}" for name, value in self.kwargs.items())
-        return f"{self.name}{weights}{keywords}"
+        shown = self.without_folders()  # the text is in whatever is made of the saved model
+        weights = f", checkpoint={shown.checkpoint!r}" if shown.checkpoint is not None else ""
+        weights = ", pretrained=True" if shown.pretrained else weights
+        keywords = "".join(f", {name}={value!r}" for name, value in shown.kwargs.items())
+        return f"{shown.name}{weights}{keywords}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -240,6 +241,8 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Names of the backbone's parameters that timm's optimizers do not decay, as in timm's own model
         (positions and CLS token, say). They matter to methods that train them."""
         names: set[str] = getattr(self.backbone.stem, "no_weight_decay", set)()
+        rope = getattr(self.backbone, "rope", None)  # an Eva's, which is not in its stem
+        names = names | {f"rope.{name}" for name in getattr(rope, "no_weight_decay", set)()}
         return {own for own, _ in self.named_parameters() if self._name_in_timm(own) in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
@@ -402,13 +405,16 @@ class TunedModel(nn.Module, metaclass=_Built):
         Raises:
             ValueError: as `storable_state_dict`.
         """
+        self._save(directory, self.config, str(directory))
+
+    def _save(self, directory: str | os.PathLike[str], config: ClassifierConfig, called: str) -> None:
+        """`save_pretrained` with this config. called: the saved model's name for whoever loads it."""
         trained = self.storable_state_dict()
-        config = self.config
         if (call := config.backbone.call) is not None:
             warnings.warn(  # and no error, which would come after the training
                 f"{CONFIG_FILE} cannot hold the keyword arguments of the backbone ({call}); to load "
-                f"{directory}, build the backbone with them and pass it: from_pretrained(..., backbone=...)",
-                stacklevel=2,
+                f"{called}, build the backbone with them and pass it: from_pretrained(..., backbone=...)",
+                stacklevel=3,
             )
         write_pretrained(directory, config, trained)
 
@@ -492,7 +498,7 @@ class TunedModel(nn.Module, metaclass=_Built):
             ) from error
         _require_backbone(model, saved, path)
         if stores_backbone:
-            model._backbone_config = saved
+            model._backbone_config = replace(saved, name=model._backbone_config.name)
         if model._backbone_config.name is None:
             model._recorded_call = settings.get("backbone_call")
             model._backbone_config = saved
@@ -509,17 +515,19 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to a model repository on the Hugging Face hub, which is made,
-        with a model card, if it does not exist. A card that is there is left as it is.
+        with a model card, if it does not exist. A card that is there is left as it is. Where a backbone or
+        its weights came from a path of this machine, only the last part of it is uploaded.
 
         Returns:
             The commit's URL.
         """
         api = huggingface_hub.HfApi(token=token)
+        config = self.config
+        config = replace(config, backbone=config.backbone.without_folders())
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)  # first, as it may raise
+            self._save(folder, config, repo_id)  # first, as it may raise
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if not api.file_exists(repo_id, CARD_FILE):
-                config = self.config
                 card = model_card(
                     repo_id,
                     config.model,
@@ -550,8 +558,8 @@ def _name_to_build(saved: BackboneConfig, call: str | None, path: str | os.PathL
         raise ValueError(f"backbone: the one that {path} was trained on {why}; pass it as backbone=...")
     if (folder := local_folder(saved.name)) and not folder.is_dir():
         raise ValueError(
-            f"backbone: {folder}, the folder that {path} was trained on, is not there; pass "
-            "where it is as backbone='local-dir:...'"
+            f"backbone: {saved.name.partition(':')[2]}, the folder that {path} was trained on, is not there; "
+            "pass where it is as backbone='local-dir:...'"
         )
     return saved.name
 

@@ -97,6 +97,14 @@ def test_logits_and_gradients_are_those_of_timms_own_network(method: str, name: 
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("model", [FullTuning, LinearProbe])
+def test_backbone_without_pooling_is_refused(model: type[TunedClassifier], name: str) -> None:
+    backbone = timm.create_model(name, num_classes=0, global_pool="", **BACKBONES[name])
+    with pytest.raises(ValueError, match="^backbone: .*global_pool=''"):
+        model(backbone, CLASSES)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("method", ["linear", *OF_TIMMS_OWN_TENSORS])
 def test_gradient_of_images_is_that_of_timms_own_network(method: str, name: str) -> None:
     backbone, model = make("full" if method == "linear" else method, name)

@@ -17,6 +17,7 @@ _ATTRIBUTES = (
     "num_heads", "scale", "window_size", "shift_size", "gate_last",  # attention and MLP
     "rotate_half", "temperature", "grid_offset", "grid_indexing", "max_res", "in_pixels",  # rotary positions
     "ref_feat_shape", "min_period", "max_period", "normalize_coords", "mrope_section",
+    "grid_type", "linear_bands",
     "global_pool", "pool_type", "pool_include_prefix", "no_embed_class",
     "kernel_size", "stride", "padding", "padding_mode", "dilation", "ceil_mode",  # convolutions and pooling
     "count_include_pad", "filt_size", "pad_mode",
@@ -58,14 +59,17 @@ def architecture(model: nn.Module, classifiers: Sequence[str] = CLASSIFIERS) -> 
     Returns:
         A module's path without the numbers of blocks, and a setting's name (blocks.attn.num_heads), to its
         value as JSON holds it: one value if all these modules have it, else a list in their order. A norm's
-        is its kind and eps. Paths of classes are left out, since versions of timm move them.
+        is its kind and eps. ``rotary`` is the kind of rotary positions, null if there are none. Paths of
+        classes are left out, since versions of timm move them.
     """
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[Any]] = {"rotary": [_rotary(model)]}
     for path, module in model.named_modules():
         if path.partition(".")[0] in classifiers:
             continue
         settings = {
-            name: getattr(module, name) for name in _ATTRIBUTES if _is_plain(getattr(module, name, None))
+            name: getattr(module, name)
+            for name in _ATTRIBUTES
+            if hasattr(module, name) and _is_plain(getattr(module, name))
         }
         if hasattr(module, "kernel_size") and hasattr(module, "padding"):
             settings["same_padding"] = _is_padded_by_size(module)
@@ -101,7 +105,7 @@ def differences(saved: dict[str, Any], got: dict[str, Any], unread: Collection[s
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -125,6 +129,12 @@ def _norm(module: nn.Module) -> tuple[str, float | None] | None:
         return None
     eps: Any = module.eps
     return next((kind for kind in _NORMS if kind in called), called), eps
+
+
+def _rotary(model: nn.Module) -> str | None:
+    """The kind of a model's rotary positions; None if it has none."""
+    prefix, called = "RotaryEmbedding", (type(module).__name__ for module in model.modules())
+    return next((name.removeprefix(prefix).lower() for name in called if name.startswith(prefix)), None)
 
 
 def _activation(path: str, module: nn.Module) -> str | None:

@@ -6,12 +6,19 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.models import group_parameters
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.architecture import architecture, fingerprint
 from vpt_fast.backbones.layers import copied, dtype_of, require_images
+
+
+def pooling_of(network: nn.Module) -> str:
+    """timm's name of a network's own pooling: that of its pooling layer, if it has one."""
+    layers = [m.pool_type for m in network.modules() if isinstance(m, SelectAdaptivePool2d)]
+    return layers[-1] if layers else network.global_pool  # type: ignore[return-value]
 
 
 class CopiedNetwork(nn.Module):
@@ -23,6 +30,9 @@ class CopiedNetwork(nn.Module):
     Attributes:
         stem: the copy.
         first_name: the name of its first convolution.
+
+    Raises:
+        ValueError: a model without pooling, whose features would be a map.
     """
 
     takes_any_size = False
@@ -30,6 +40,11 @@ class CopiedNetwork(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        if pooling_of(model) == "":
+            raise ValueError(
+                f"backbone: got a {type(model).__name__} with global_pool='', which gives no feature vector; "
+                "want another, such as 'avg'"
+            )
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(model)
         self.stem = stem = copied(model)
         stem.reset_classifier(0)

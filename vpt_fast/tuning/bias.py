@@ -224,7 +224,5 @@ class PromptAndBiasConvNetTuning(BiasTuning):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         self._check_images(images)
-        network: Any = self.backbone
-        x, border = network.cast(images), self.prompt_settings.border
-        x = pad_image(x, self.prompts.to(x.dtype), self.prompts_sides.to(x.dtype), border)
-        return network(x).to(self._feature_dtype)
+        images = pad_image(images, self.prompts, self.prompts_sides, self.prompt_settings.border)
+        return self.backbone(images).to(self._feature_dtype)
