@@ -226,6 +226,17 @@ def test_run_killed_behind_its_last_checkpoint_has_the_prompts_of_that_epoch(rec
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained(result).items())
 
 
+def test_facts_of_a_run_that_went_on_are_those_in_its_folder(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5)
+        train(recipe, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    facts = json.loads(folder.facts.read_text())
+    facts["versions"]["torch"] = "of the start"
+    folder.facts.write_text(json.dumps(facts))
+    assert train(recipe, folder.path).facts == facts
+
+
 def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
     rows = train(recipe, tmp_path / "run").metrics
     RunFolder(tmp_path / "run").checkpoint.unlink()
