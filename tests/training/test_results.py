@@ -236,7 +236,7 @@ def test_training_on_val_too_reports_no_val(command, short, color_images, tmp_pa
     assert result.metrics[-1]["val_accuracy"] is None and result.metrics[-1]["val_loss"] is None
     assert result.results["val_accuracy"] is None and result.results["test_images"] == 6
     refused = command("eval", tmp_path / "run", "--data", color_images)
-    assert refused.exit_code == 2 and "--split test is left" in refused.output
+    assert refused.exit_code == 2 and "want test, if the data have it" in refused.output
 
 
 def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):
