@@ -179,6 +179,23 @@ def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, mo
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == result.metrics
 
 
+def test_tensorboard_shows_an_epoch_once_that_is_trained_again(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, kept = RunFolder(tmp_path / "run"), tmp_path / "kept.safetensors"
+    stop = threading.Event()
+
+    def on_epoch(row):
+        shutil.copy(folder.checkpoint, kept) if row["epoch"] == 0 else stop.set()
+
+    train(recipe, folder.path, on_epoch=on_epoch, stop=stop)
+    shutil.copy(kept, folder.checkpoint)  # of the second epoch, all but its events is gone
+    train(recipe, folder.path)
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val_loss")] == [0, 1, 2, 3]
+
+
 def test_epoch_adds_its_line_to_the_metrics_and_does_not_write_the_others_again(recipe, tmp_path):
     files = []
     train(
@@ -530,6 +547,34 @@ def test_val_image_that_is_broken_is_no_part_of_the_run(recipe, images, tmp_path
     assert str(Path("val") / "red" / "0.png") in console.file.getvalue()
 
 
+def test_processes_compare_what_they_list_and_what_they_can_read(recipe, images, tmp_path, monkeypatch):
+    for split in ("train", "val", "test"):
+        (images / split / "red" / "0.png").write_bytes(b"no image")
+    compared, console = [], Console(file=io.StringIO(), width=500)
+    monkeypatch.setattr(
+        loop,
+        "require_same_lists",
+        lambda _, splits, world: compared.append(tuple(map(len, (splits.train, splits.val, splits.test)))),
+    )
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=1, warmup_epochs=0, test=True)
+    found = train(recipe, tmp_path / "run", console=console)
+    assert compared == [(27, 9, 6), (26, 8, 6), (26, 8, 5)] and found.results["test_images"] == 5
+    assert str(Path("test") / "red" / "0.png") in console.file.getvalue()
+
+
+def test_val_and_test_are_kept_in_memory_as_they_are_evaluated(recipe, tmp_path, monkeypatch):
+    kept, check = [], classification.check_images
+
+    def check_images(images, *, preprocessing, **options):
+        kept.append(preprocessing.augment)
+        return check(images, preprocessing=preprocessing, **options)
+
+    monkeypatch.setattr(classification, "check_images", check_images)
+    recipe = dataclasses.replace(recipe, augment="crop_flip", epochs=1, warmup_epochs=0, test=True)
+    train(recipe, tmp_path / "run")
+    assert kept == ["crop_flip", "none", "none"]  # random crops need more pixels
+
+
 def test_finished_run_answers_where_broken_images_are_and_where_they_were_removed(recipe, images, tmp_path):
     broken = images / "train" / "red" / "0.png"
     broken.write_bytes(b"no image")
@@ -821,6 +866,15 @@ def test_step_that_lacks_memory_is_not_told_of_a_setting_that_its_method_does_no
     monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     recipe = dataclasses.replace(recipe, method="linear", num_prompts=None, prompt_dropout=None)
     with pytest.raises(OutOfMemory, match="; --accumulate splits a batch$"):
+        train(recipe, tmp_path / "run")
+
+
+def test_step_that_fails_for_another_reason_is_not_said_to_lack_memory(recipe, tmp_path, monkeypatch):
+    def train_step(*_):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    with pytest.raises(RuntimeError, match="^a kernel failed$"):
         train(recipe, tmp_path / "run")
 
 
