@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import fcntl
 import gc
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -876,6 +877,15 @@ def test_step_that_fails_for_another_reason_is_not_said_to_lack_memory(recipe, t
     monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
     with pytest.raises(RuntimeError, match="^a kernel failed$"):
         train(recipe, tmp_path / "run")
+
+
+def test_run_where_tensorboard_is_not_installed_has_no_logs(recipe, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
+    )
+    result = train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run")
+    assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
 
 
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
