@@ -96,10 +96,15 @@ def test_training_set_that_is_smaller_than_the_batch_is_one_step_by_the_batch_s_
     require_equal(found, train(one_step, tmp_path / "other"))
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "linear"])  # of which one is trained on cached features
-def test_captured_steps_go_on_after_an_evaluation(recipe, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("vpt-deep", "fp32"), ("vpt-deep", "bf16"), ("linear", "fp32")],  # the last on cached features
+)
+def test_captured_steps_go_on_after_an_evaluation(recipe, tmp_path, monkeypatch, method, precision):
     prompts = {} if method == "vpt-deep" else dict(num_prompts=None, prompt_dropout=None)
-    recipe = dataclasses.replace(recipe, method=method, batch_size=4, epochs=2, **prompts)
+    recipe = dataclasses.replace(
+        recipe, method=method, precision=precision, batch_size=4, epochs=2, **prompts
+    )
     eager = train(recipe, tmp_path / "eager")
     capture_on_cpu(monkeypatch)
     monkeypatch.setattr(loop, "captures_steps", lambda *_: True)
