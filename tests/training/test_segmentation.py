@@ -20,9 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast import load_pretrained
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import IGNORED
-from vpt_fast.training import scene_inference, segmentation
+from vpt_fast.training import classification, scene_inference, segmentation
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.classification import Classification
 from vpt_fast.training.inference import LoadedRun
 from vpt_fast.training.loop import train
 from vpt_fast.training.plots import class_colors
@@ -372,6 +375,28 @@ def test_images_are_resized_and_normalised_as_the_recipe_says():
     model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
     made = Segmentation().preprocessing(recipe, model)
     assert made == ScenePreprocessing((32, 32), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem", "check", "batches"),
+    [
+        (segmentation, Segmentation(), "check_scenes", "SceneBatches"),
+        (classification, Classification(), "check_images", "Batches"),
+    ],
+    ids=["segmentation", "classification"],
+)
+def test_images_are_decoded_by_as_many_workers_as_the_recipe_says(
+    monkeypatch, module, problem, check, batches
+):
+    asked = []
+    for name in (check, batches):
+        monkeypatch.setattr(module, name, lambda *_, workers, **__: asked.append(workers))
+    recipe = Recipe(data="x", backbone="x", workers=3, batch_size=4)
+    world, made = World(0, 1, torch.device("cpu")), Preprocessing((16, 16))
+    images = SimpleNamespace(images=())
+    problem.check((), made, recipe, world, TrainingCache(kept=0), asked.append)
+    problem.batches(images, made, recipe, world, train=True)
+    assert asked == [3, 3]
 
 
 def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
