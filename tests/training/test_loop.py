@@ -954,6 +954,25 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
     require_equal(whole, train(recipe, tmp_path / "parts"))
 
 
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ((RunFolder, "begin"), "the start of the run"),
+        ((loop, "plot_curves"), "the curves"),
+        ((RunFolder, "save_results"), "the results"),
+    ],
+    ids=["start", "curves", "results"],
+)
+def test_what_a_full_disk_has_no_room_for_is_named(recipe, tmp_path, monkeypatch, where, what):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*where, no_space)
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+    with pytest.raises(SavingFailed, match=f"^{what} could not be saved in .*run: No space left on device"):
+        train(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
