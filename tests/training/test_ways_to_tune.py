@@ -121,6 +121,11 @@ def test_pixels_are_not_kept_on_the_device_for_frozen_features(small, tmp_path, 
     assert train(small("linear"), tmp_path / "run").is_finished
 
 
+def test_pixels_that_are_kept_are_not_decoded_again_for_frozen_features(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("vpt_fast.data.batches.load_image", None)
+    assert train(small("linear", workers=0), tmp_path / "run").is_finished
+
+
 def test_frozen_features_of_images_that_are_not_to_be_kept_are_read_from_the_files(
     small, tmp_path, monkeypatch
 ):
@@ -143,6 +148,7 @@ def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_pa
     # Of each image the class token's and 16 patches' 32 floats.
     said = "frozen features of 36 images once, 78.3 kB on cpu"
     assert "; read once\n" in console.file.getvalue()
+    assert all(f"\nepoch {epoch}/2  lr " in console.file.getvalue() for epoch in (1, 2))
     assert said in console.file.getvalue() and 36 * 17 * 32 * 4 == 78_336
     assert sum(counted) == 36
 
