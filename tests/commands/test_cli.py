@@ -741,10 +741,11 @@ def test_tensorboard_that_is_not_installed_is_refused(command, color_images, tmp
 
 
 def test_folder_without_val_is_split_the_same_way_by_eval(command, images, tmp_path):
-    result = command(*train_arguments(images / "train", tmp_path / "run", epochs=3))
+    settings = {"epochs": 3, "val-fraction": 0.4}
+    result = command(*train_arguments(images / "train", tmp_path / "run", **settings))
     assert result.exit_code == 0, result.output
     found = json.loads(command("eval", tmp_path / "run", "--data", images / "train", "--json").stdout)
-    assert found["images"] == 6
+    assert found["images"] == 12
     assert found["accuracy"] == RunFolder(tmp_path / "run").read().metrics[-1]["val_accuracy"]
 
 

@@ -12,7 +12,7 @@ from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.run import RunFolder
-from vpt_fast.training.step import require_batches
+from vpt_fast.training.step import moving_norms, require_batches
 from vpt_fast.training.world import World
 
 
@@ -64,6 +64,13 @@ def test_statistics_of_trained_batch_norms_are_averaged_over_processes_and_store
     stored = RunFolder(tmp_path / "run").read().checkpoint.trainable
     found = [t for name, t in stored.items() if name.endswith(("running_mean", "running_var"))]
     assert averages and all(any(torch.equal(t, mean) for mean in averages) for t in found)
+
+
+@pytest.mark.parametrize(("method", "moving"), [("full", 15), ("partial-1", 3), ("bias", 0)])
+def test_statistics_of_frozen_batch_norms_are_not_averaged(color_images, method, moving):
+    recipe = dataclasses.replace(convnet_recipe(color_images), method=method)
+    model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
+    assert len(moving_norms(model.train())) == moving
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 13}, {"batch_size": 10, "accumulate": 4}])

@@ -95,7 +95,8 @@ BROKEN = (
     "val/red/1.png",
 )  # process 1 decodes the first, 0 the second
 DECODED = ("--resident=off", "--workers=0")
-GRAPHED = ("--accumulate=1", "--clip-grad-norm=0.01")  # 4 steps an epoch are captured, and a last one is not
+# 4 steps an epoch are captured, and a last one is not.
+GRAPHED = ("--accumulate=1", "--clip-grad-norm=0.01", "--class-weights=balanced")
 
 
 def arguments(folder: Path, problem: str, processes: str) -> list[str]:

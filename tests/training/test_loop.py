@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import fcntl
 import gc
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -95,10 +96,15 @@ def test_training_set_that_is_smaller_than_the_batch_is_one_step_by_the_batch_s_
     require_equal(found, train(one_step, tmp_path / "other"))
 
 
-@pytest.mark.parametrize("method", ["vpt-deep", "linear"])  # of which one is trained on cached features
-def test_captured_steps_go_on_after_an_evaluation(recipe, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("vpt-deep", "fp32"), ("vpt-deep", "bf16"), ("linear", "fp32")],  # the last on cached features
+)
+def test_captured_steps_go_on_after_an_evaluation(recipe, tmp_path, monkeypatch, method, precision):
     prompts = {} if method == "vpt-deep" else dict(num_prompts=None, prompt_dropout=None)
-    recipe = dataclasses.replace(recipe, method=method, batch_size=4, epochs=2, **prompts)
+    recipe = dataclasses.replace(
+        recipe, method=method, precision=precision, batch_size=4, epochs=2, **prompts
+    )
     eager = train(recipe, tmp_path / "eager")
     capture_on_cpu(monkeypatch)
     monkeypatch.setattr(loop, "captures_steps", lambda *_: True)
@@ -179,6 +185,23 @@ def test_metrics_of_an_epoch_with_no_checkpoint_are_dropped(recipe, tmp_path, mo
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == result.metrics
 
 
+def test_tensorboard_shows_an_epoch_once_that_is_trained_again(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, kept = RunFolder(tmp_path / "run"), tmp_path / "kept.safetensors"
+    stop = threading.Event()
+
+    def on_epoch(row):
+        shutil.copy(folder.checkpoint, kept) if row["epoch"] == 0 else stop.set()
+
+    train(recipe, folder.path, on_epoch=on_epoch, stop=stop)
+    shutil.copy(kept, folder.checkpoint)  # of the second epoch, all but its events is gone
+    train(recipe, folder.path)
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val_loss")] == [0, 1, 2, 3]
+
+
 def test_epoch_adds_its_line_to_the_metrics_and_does_not_write_the_others_again(recipe, tmp_path):
     files = []
     train(
@@ -224,6 +247,17 @@ def test_run_killed_behind_its_last_checkpoint_has_the_prompts_of_that_epoch(rec
     assert result.is_finished and result.new_epochs == 0
     saved = load_pretrained(tmp_path / "run" / "prompts").trainable_state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained(result).items())
+
+
+def test_facts_of_a_run_that_went_on_are_those_in_its_folder(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, 5)
+        train(recipe, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    facts = json.loads(folder.facts.read_text())
+    facts["versions"]["torch"] = "of the start"
+    folder.facts.write_text(json.dumps(facts))
+    assert train(recipe, folder.path).facts == facts
 
 
 def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
@@ -517,6 +551,34 @@ def test_val_image_that_is_broken_is_no_part_of_the_run(recipe, images, tmp_path
     assert data["used"]["train"] == data["listed"]["train"] and data["used"]["val"] != data["listed"]["val"]
     assert Labels.read(tmp_path / "run" / "prompts").val_listed == data["listed"]["val"]
     assert str(Path("val") / "red" / "0.png") in console.file.getvalue()
+
+
+def test_processes_compare_what_they_list_and_what_they_can_read(recipe, images, tmp_path, monkeypatch):
+    for split in ("train", "val", "test"):
+        (images / split / "red" / "0.png").write_bytes(b"no image")
+    compared, console = [], Console(file=io.StringIO(), width=500)
+    monkeypatch.setattr(
+        loop,
+        "require_same_lists",
+        lambda _, splits, world: compared.append(tuple(map(len, (splits.train, splits.val, splits.test)))),
+    )
+    recipe = dataclasses.replace(recipe, data=str(images), epochs=1, warmup_epochs=0, test=True)
+    found = train(recipe, tmp_path / "run", console=console)
+    assert compared == [(27, 9, 6), (26, 8, 6), (26, 8, 5)] and found.results["test_images"] == 5
+    assert str(Path("test") / "red" / "0.png") in console.file.getvalue()
+
+
+def test_val_and_test_are_kept_in_memory_as_they_are_evaluated(recipe, tmp_path, monkeypatch):
+    kept, check = [], classification.check_images
+
+    def check_images(images, *, preprocessing, **options):
+        kept.append(preprocessing.augment)
+        return check(images, preprocessing=preprocessing, **options)
+
+    monkeypatch.setattr(classification, "check_images", check_images)
+    recipe = dataclasses.replace(recipe, augment="crop_flip", epochs=1, warmup_epochs=0, test=True)
+    train(recipe, tmp_path / "run")
+    assert kept == ["crop_flip", "none", "none"]  # random crops need more pixels
 
 
 def test_finished_run_answers_where_broken_images_are_and_where_they_were_removed(recipe, images, tmp_path):
@@ -813,6 +875,24 @@ def test_step_that_lacks_memory_is_not_told_of_a_setting_that_its_method_does_no
         train(recipe, tmp_path / "run")
 
 
+def test_step_that_fails_for_another_reason_is_not_said_to_lack_memory(recipe, tmp_path, monkeypatch):
+    def train_step(*_):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
+    with pytest.raises(RuntimeError, match="^a kernel failed$"):
+        train(recipe, tmp_path / "run")
+
+
+def test_run_where_tensorboard_is_not_installed_has_no_logs(recipe, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
+    )
+    result = train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run")
+    assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
+
+
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.TrainStep, "__call__", lambda *_: (torch.tensor(float("nan")), torch.tensor(0)))
     before = set(threading.enumerate())
@@ -886,6 +966,25 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
     assert len(begun.metrics) == begun.checkpoint.epochs_done == 2
     assert not [path for path in (tmp_path / "parts").rglob("*") if "tmp" in path.name]
     require_equal(whole, train(recipe, tmp_path / "parts"))
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ((RunFolder, "begin"), "the start of the run"),
+        ((loop, "plot_curves"), "the curves"),
+        ((RunFolder, "save_results"), "the results"),
+    ],
+    ids=["start", "curves", "results"],
+)
+def test_what_a_full_disk_has_no_room_for_is_named(recipe, tmp_path, monkeypatch, where, what):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*where, no_space)
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+    with pytest.raises(SavingFailed, match=f"^{what} could not be saved in .*run: No space left on device"):
+        train(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -13,18 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from task_trees import shrink, write_fgvc, write_vtab
 from torch import nn
 
 from vpt_fast.data.decode import SkippedImage
 from vpt_fast.data.images import ImageList
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
 from vpt_fast.training import inference, loop
 from vpt_fast.training.classification import Classification, Evaluation, evaluate
-from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run
+from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run, predict_images
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
@@ -150,7 +152,8 @@ def test_loss_and_accuracy_are_those_counted_by_hand():
     labels = torch.tensor([0, 1, 2, 2, 2])  # the third and the fifth are wrong
     batches = SimpleNamespace(epoch=lambda _: zip(logits.split(2), labels.split(2), strict=True))
     seen = []
-    found = evaluate(nn.Identity(), batches, 3, World(0, 1, torch.device("cpu")), "fp32", seen.append)
+    network = nn.Dropout(0.5)  # of which an evaluation is free
+    found = evaluate(network, batches, 3, World(0, 1, torch.device("cpu")), "fp32", seen.append)
     assert (found.correct, found.images, found.accuracy) == ((1, 1, 1), (1, 1, 3), 3 / 5)
     right, first, second = (math.log(sum(math.exp(x - own) for x in (0, 1, 2))) for own in (2, 1, 0))
     assert found.loss == pytest.approx((3 * right + first + second) / 5) and seen == [2, 2, 1]
@@ -208,6 +211,60 @@ def test_eval_reads_the_data_as_it_is_told(monkeypatch):
     assert asked == [(("run", "x", "test"), where)]
 
 
+def test_eval_finds_timm_s_data_sets_where_it_is_told(short, color_images, tmp_path):
+    recipe = dataclasses.replace(short, data="torch/image_folder", data_root=str(color_images))
+    result = train(recipe, tmp_path / "run")
+    found = evaluate_run(LoadedRun.load(result.path), recipe.data, "val", data_root=recipe.data_root)
+    assert found.evaluation.num_images == result.results["val_images"]
+
+
+class Forgetful(nn.Module):
+    """Raises if anything would be kept for backward, and else gives the first image's mean as every logit."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        return images.mean().expand(len(images), 3)
+
+
+def test_evaluation_and_prediction_keep_nothing_for_backward(color_images):
+    batches = SimpleNamespace(epoch=lambda _: [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))])
+    evaluate(Forgetful(), batches, 3, World(0, 1, torch.device("cpu")), "fp32")
+    run = LoadedRun(Forgetful(), predictable(), torch.device("cpu"))
+    (found,) = predict_images(run, [color_images / "test" / "red" / "0.png"], 1)
+    assert found["predictions"]
+
+
+def predictable(**preprocessing) -> SimpleNamespace:
+    """The labels of a run with three classes."""
+    return SimpleNamespace(
+        classes=("blue", "green", "red"), preprocessing=Preprocessing((16, 16), **preprocessing)
+    )
+
+
+def test_images_to_predict_are_cropped_as_in_evaluation(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    labels = predictable(resize="shortest", augment="crop_flip")
+    (found,) = predict_images(LoadedRun(Forgetful(), labels, torch.device("cpu")), [tmp_path / "wide.png"], 1)
+    assert found["predictions"]
+
+
+def test_images_are_not_decoded_any_more_when_a_prediction_has_failed(monkeypatch):
+    ended = []
+
+    def decoding(*_):
+        try:
+            while True:
+                yield torch.zeros(3, 16, 16, dtype=torch.uint8)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(inference, "map_decoding", decoding)
+    run = LoadedRun(nn.Linear(2, 2), predictable(), torch.device("cpu"))
+    with pytest.raises(RuntimeError) as raised:
+        list(predict_images(run, [Path("x.png")], 1))
+    assert ended == [True] and raised.tb is not None  # which holds what was running
+
+
 def test_finished_run_is_tested_when_that_is_asked_for_later(short, tmp_path, monkeypatch):
     first = train(short, tmp_path / "run")
     assert first.results["test_accuracy"] is None and first.results["val_images"] == 9
@@ -236,7 +293,7 @@ def test_training_on_val_too_reports_no_val(command, short, color_images, tmp_pa
     assert result.metrics[-1]["val_accuracy"] is None and result.metrics[-1]["val_loss"] is None
     assert result.results["val_accuracy"] is None and result.results["test_images"] == 6
     refused = command("eval", tmp_path / "run", "--data", color_images)
-    assert refused.exit_code == 2 and "--split test is left" in refused.output
+    assert refused.exit_code == 2 and "want test, if the data have it" in refused.output
 
 
 def test_test_images_go_on_after_ctrl_c(short, tmp_path, monkeypatch):

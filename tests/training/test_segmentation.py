@@ -20,9 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpt_fast import load_pretrained
+from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import IGNORED
-from vpt_fast.training import scene_inference, segmentation
+from vpt_fast.training import classification, scene_inference, segmentation
+from vpt_fast.training.cache import TrainingCache
+from vpt_fast.training.classification import Classification
 from vpt_fast.training.inference import LoadedRun
 from vpt_fast.training.loop import train
 from vpt_fast.training.plots import class_colors
@@ -128,6 +131,24 @@ def test_eval_takes_label_0_for_what_it_was_in_training(run, scenes, monkeypatch
     assert asked == [{"ignore_zero": True}]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ("sky", "sea")}, "has other classes than the run was trained on"),
+        ({}, "no pixel of any mask has a class"),
+    ],
+    ids=["classes", "masks"],
+)
+def test_eval_on_data_that_it_cannot_score_is_refused(run, scenes, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(scene_inference, "evaluate_scenes", None)
+    data = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    for mask in (data / "annotations" / "validation").iterdir():
+        Image.new("L", (generated.WIDTH, generated.HEIGHT), IGNORED).save(mask)
+    labels = dataclasses.replace(Labels.read(run[1].path / "prompts"), **changes)
+    with pytest.raises(ValueError, match=message):
+        scene_inference.evaluate_scene_run(LoadedRun(None, labels, torch.device("cpu")), data, workers=0)
+
+
 @pytest.mark.parametrize(("multi_scale", "scales"), [(False, (1.0,)), (True, MULTI_SCALE)])
 def test_eval_takes_the_scales_and_windows_that_it_is_told(run, scenes, monkeypatch, multi_scale, scales):
     asked = []
@@ -231,6 +252,21 @@ def test_folder_of_a_data_set_is_refused_for_masks(run, command, scenes, tmp_pat
     result = command("predict", run[1].path, tmp_path / "photo.jpg", "--out", scenes / folder)
     assert result.exit_code == 2 and f"part of the data set {scenes}" in result.stderr
     assert not list(scenes.rglob("photo*"))
+
+
+@pytest.mark.parametrize(
+    "folder", ["scenes/masks", "images"], ids=["beside the images", "of that name alone"]
+)
+def test_folder_that_is_no_part_of_a_data_set_is_taken_for_masks(scenes, tmp_path, folder):
+    data = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    scene_inference.require_masks_folder([data / "images" / "validation" / "0000.jpg"], tmp_path / folder)
+
+
+def test_masks_folder_is_checked_before_a_prediction_in_python_too(scenes, tmp_path):
+    images = [scenes / "images" / split / "0000.jpg" for split in ("training", "validation")]
+    with pytest.raises(ValueError, match=r"would both be written to 0000\.png"):
+        next(scene_inference.predict_scenes(None, images, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["0000.png", "0000-overlay.png"])
@@ -339,6 +375,28 @@ def test_images_are_resized_and_normalised_as_the_recipe_says():
     model = SimpleNamespace(data_config={"mean": (0.5,) * 3, "std": (0.5,) * 3}, image_size=(32, 32))
     made = Segmentation().preprocessing(recipe, model)
     assert made == ScenePreprocessing((32, 32), "nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem", "check", "batches"),
+    [
+        (segmentation, Segmentation(), "check_scenes", "SceneBatches"),
+        (classification, Classification(), "check_images", "Batches"),
+    ],
+    ids=["segmentation", "classification"],
+)
+def test_images_are_decoded_by_as_many_workers_as_the_recipe_says(
+    monkeypatch, module, problem, check, batches
+):
+    asked = []
+    for name in (check, batches):
+        monkeypatch.setattr(module, name, lambda *_, workers, **__: asked.append(workers))
+    recipe = Recipe(data="x", backbone="x", workers=3, batch_size=4)
+    world, made = World(0, 1, torch.device("cpu")), Preprocessing((16, 16))
+    images = SimpleNamespace(images=())
+    problem.check((), made, recipe, world, TrainingCache(kept=0), asked.append)
+    problem.batches(images, made, recipe, world, train=True)
+    assert asked == [3, 3]
 
 
 def test_loss_adds_up_over_parts_of_a_batch_and_ignores_what_has_no_class():
@@ -452,6 +510,16 @@ def test_windows_are_of_the_image_at_the_scale_and_in_the_precision_that_are_ask
     assert model.windows == [9]  # 12 pixels wide and high, at 0, 4 and 6
 
 
+@pytest.mark.parametrize("found_by", [segment, most_likely])
+def test_nothing_of_a_prediction_is_kept_for_backward(found_by):
+    class Forgetful(Colours):
+        def forward(self, images):
+            assert not torch.is_grad_enabled()
+            return super().forward(images)
+
+    found_by(Forgetful(), torch.zeros(3, 6, 6, dtype=torch.uint8), PLAIN)
+
+
 def test_padding_of_an_image_that_is_smaller_than_a_window_is_cut_off_again():
     image = torch.zeros(3, 6, 6, dtype=torch.uint8)
     image[0, :, :3], image[1, :, 3:] = 255, 255
@@ -486,3 +554,29 @@ def test_scores_are_those_counted_by_hand():
     assert scores.miou == pytest.approx((30 / 36 + 27 / 33) / 2) and scores.num_images == 2
     right, wrong = np.log(np.e + 2) - 1, np.log(np.e + 2)
     assert scores.loss == pytest.approx((57 * right + 6 * wrong) / 63, rel=1e-5)
+
+
+def test_evaluation_is_in_the_windows_and_precision_that_it_is_told(monkeypatch):
+    asked = []
+
+    def one_class(model, image, preprocessing, **how):
+        asked.append(how)
+        return F.one_hot(torch.zeros(6, 6, dtype=torch.int64), 3).movedim(-1, 0).float()
+
+    monkeypatch.setattr(segmentation, "segment", one_class)
+    how = {"scales": (0.5, 2.0), "flips": True, "windows": 3}
+    held = Held((torch.zeros(3, 6, 6, dtype=torch.uint8), torch.zeros(6, 6, dtype=torch.int64)))
+    evaluate_scenes(Colours(), held, 3, World(0, 1, torch.device("cpu")), "bf16", **how)
+    assert asked == [{**how, "precision": "bf16"}]
+
+
+def test_loss_of_a_class_whose_probability_is_rounded_to_zero_is_finite():
+    class Sure(Colours):
+        def forward(self, images):
+            return 1e4 * super().forward(images)
+
+    image = torch.zeros(3, 6, 6, dtype=torch.uint8)
+    image[0] = 255
+    held = Held((image, torch.ones(6, 6, dtype=torch.int64)))
+    scores = evaluate_scenes(Sure(), held, 3, World(0, 1, torch.device("cpu")), "fp32")
+    assert scores.loss == pytest.approx(-np.log(torch.finfo(torch.float32).tiny))

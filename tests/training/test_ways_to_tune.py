@@ -119,13 +119,18 @@ def test_cached_features_go_by_the_order_of_the_batches_that_they_replace(small,
         return original(*arguments, train=train)
 
     monkeypatch.setattr(Classification, "batches", batches)
-    train(small("linear"), tmp_path / "run")
-    assert made == [True, False]  # others would hold the pixels again
+    train(small("linear", test=True), tmp_path / "run")
+    assert made == [True, False, False]  # train, val and test; others would hold the pixels again
 
 
 def test_pixels_are_not_kept_on_the_device_for_frozen_features(small, tmp_path, monkeypatch):
     monkeypatch.setattr(ResidentImages, "to", None)
     assert train(small("linear"), tmp_path / "run").is_finished
+
+
+def test_pixels_that_are_kept_are_not_decoded_again_for_frozen_features(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("vpt_fast.data.batches.load_image", None)
+    assert train(small("linear", workers=0), tmp_path / "run").is_finished
 
 
 def test_frozen_features_of_images_that_are_not_to_be_kept_are_read_from_the_files(
@@ -150,6 +155,7 @@ def test_frozen_features_are_announced_with_their_cost_and_counted(small, tmp_pa
     # Of each image the class token's and 16 patches' 32 floats.
     said = "frozen features of 36 images once, 78.3 kB on cpu"
     assert "; read once\n" in console.file.getvalue()
+    assert all(f"\nepoch {epoch}/2  lr " in console.file.getvalue() for epoch in (1, 2))
     assert said in console.file.getvalue() and 36 * 17 * 32 * 4 == 78_336
     assert sum(counted) == 36
 
@@ -239,6 +245,13 @@ def test_gradient_is_clipped_without_the_scale_of_the_loss(small):
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_loss_of_16_bit_logits_is_computed_in_float32():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 10).bfloat16(), torch.arange(64) % 10
+    loss = CrossEntropy(0.0, None).loss_sum(logits, labels)
+    assert loss == torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
 def test_balanced_class_weights_make_classes_weigh_the_same(small, monkeypatch):
     from vpt_fast.data.images import ImageList, Splits
     from vpt_fast.training.world import World
@@ -256,12 +269,12 @@ def test_class_without_an_image_weighs_nothing_so_the_smoothed_loss_is_finite(sm
     from vpt_fast.data.images import ImageList, Splits
     from vpt_fast.training.world import World
 
-    images = ImageList(("0", "1", "2"), (0, 0, 2), ("a", "b", "c"))
+    images = ImageList(("0", "1", "2"), (0, 0, 2), ("a", "b", "c", "d"))
     weights = class_weights(
         small("linear", class_weights="balanced"),
         Splits(images, images, None),
         World(0, 1, torch.device("cpu")),
     )
-    assert weights.tolist() == [0.5, 0.0, 1.0]  # of 2, no and 1 of 3 images
-    loss = CrossEntropy(0.1, weights).loss_sum(torch.zeros(3, 3), torch.tensor([0, 0, 2]))
+    assert weights.tolist() == [3 / 8, 0.0, 3 / 4, 0.0]  # of 2, no, 1 and no of 3 images
+    loss = CrossEntropy(0.1, weights).loss_sum(torch.zeros(3, 4), torch.tensor([0, 0, 2]))
     assert loss.isfinite()

@@ -45,7 +45,7 @@ class CrossEntropy:
         )
 
     def hits(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return (logits.detach().argmax(1) == labels).sum()
+        return (logits.argmax(1) == labels).sum()
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def class_weights(recipe: Recipe, splits: Splits, world: World) -> torch.Tensor 
     """The weight of each class in the training loss (classes,), None if all weigh the same.
 
     Balanced: n / (classes · n_c) for n_c of n training images in class c, so that every class has the same
-    total weight in an epoch and the mean weight of an image is 1. A class without images, which a small
-    benchmark task may have, weighs 0: label smoothing multiplies with the weights of all classes.
+    total weight in an epoch and, if none is empty, the mean weight of an image is 1. A class without images,
+    which a small benchmark task may have, weighs 0: label smoothing multiplies with the weights of all
+    classes.
     """
     if recipe.class_weights == "none":
         return None
@@ -196,7 +197,7 @@ class Classification:
         share = math.ceil(recipe.batch_size / world.size)  # uneven only if one batch holds the whole set
         return Batches(
             images,
-            preprocessing if train else preprocessing.for_evaluation(),
+            preprocessing,
             share if train else FORWARD_BATCH,
             train=train,
             seed=recipe.seed,

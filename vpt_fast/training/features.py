@@ -57,7 +57,7 @@ def features_key(
 ) -> Hashable:
     """All that the features of `images` depend on."""
     frozen = json.dumps(model.config.to_dict(), sort_keys=True)
-    return frozen, images, preprocessing.for_evaluation(), recipe.precision, world.device
+    return frozen, images, preprocessing, recipe.precision, world.device
 
 
 def feature_bytes(model: TunedClassifier, num_images: int) -> int:

@@ -232,7 +232,7 @@ def open_split(
     """
     labels, preprocessing = run.labels, run.preprocessing.for_evaluation()
     if split == "val" and labels.train_on == "train+val":
-        raise ValueError("split is val, whose images the run was trained on; --split test is left")
+        raise ValueError("split is val, whose images the run was trained on; want test, if the data have it")
     splits = open_splits(
         data,
         task=labels.task,

@@ -231,6 +231,7 @@ def train(
             model.load_trainable_state_dict(begun.checkpoint.trainable)
             load_optimizer(optimizer, begun.checkpoint.optimizer)
             scaler.load_state_dict(begun.checkpoint.scaler)
+            facts = begun.facts
             console.print(f"Going on after epoch {done} of {recipe.epochs}.")
         elif world.is_main:
             with folder.saving("the start of the run"):

@@ -116,7 +116,7 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
         with replacing(mask) as temporary:
             _write_mask(classes, first, len(labels.classes), temporary)
             plot_segmentation([(np.asarray(image), {"found": classes})], labels.classes, overlay)
-        shares = np.bincount(classes.ravel(), minlength=len(labels.classes)) / classes.size
+        shares = np.bincount(classes.ravel()) / classes.size
         order = [index for index in np.argsort(-shares) if shares[index] > 0]
         answer["mask"], answer["overlay"] = str(mask), str(overlay)
         answer["classes"] = {labels.classes[index]: float(shares[index]) for index in order}

@@ -54,7 +54,7 @@ class PixelCrossEntropy:
 
     def hits(self, outputs: tuple[torch.Tensor, ...], masks: torch.Tensor) -> torch.Tensor:
         """Each image's accuracy on its labelled pixels, summed over the images."""
-        right = (outputs[0].detach().argmax(1) == masks).flatten(1).sum(1)
+        right = (outputs[0].argmax(1) == masks).flatten(1).sum(1)
         return (right / (masks != IGNORED).flatten(1).sum(1).clamp(min=1)).sum()
 
 
@@ -145,7 +145,7 @@ def _slide(
 
 def window_starts(length: int, window: int) -> list[int]:
     """Offsets of the windows along a side: a stride apart, the last one flush with the end."""
-    stride = max(int(window * WINDOW_STRIDE), 1)
+    stride = int(window * WINDOW_STRIDE)
     return [*range(0, length - window, stride), length - window]
 
 
@@ -171,7 +171,6 @@ class SceneEvaluation:
         return {"miou": self.miou, "accuracy": self.accuracy}
 
 
-@torch.no_grad()
 def evaluate_scenes(
     model: nn.Module,
     batches: SceneBatches,

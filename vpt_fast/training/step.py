@@ -107,7 +107,7 @@ def require_batches(recipe: Recipe, model: TunedModel, num_images: int, world: W
     assert recipe.batch_size is not None, "resolve the recipe first"
     share, own = (math.ceil(count / world.size) for count in (recipe.batch_size, num_images))
     sizes = {recipe.step_images(num_images, world.size), own % share}
-    steps = [torch.empty(images, device="meta") for images in sizes if images]
+    steps = [torch.empty(images, device="meta") for images in sizes]
     is_alone = any(len(part) == 1 for step in steps for part in step.chunk(recipe.accumulate))
     if not is_alone or not moving_norms(model.train()):
         return

@@ -39,7 +39,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    @torch.no_grad()
     def average(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replaces each of ``tensors`` by its mean over all processes."""
         if self.size > 1:
