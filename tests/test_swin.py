@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step, training_steps
 from given_back import GivenBack
+from kept_bytes import KeptBytes
 from safetensors import safe_open
-from test_dead_work import KeptBytes, linear
+from test_dead_work import linear
 from timm.layers import RmsNorm
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from tiny import random_batch, randomise, tiny_swin

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error, step
+from kept_bytes import KeptBytes
 from test_convnet import convnet
 from tiny import random_batch, randomise
 from torch import nn
@@ -193,19 +194,9 @@ def test_saved_model_gives_the_same_logits(method: str, name: str, tmp_path) -> 
 def test_estimate_covers_what_is_kept(method: str, name: str) -> None:
     _, model = make(method, name, torch.float32)
     images, _ = random_batch(model, dtype=torch.float32)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with KeptBytes(model, images) as kept:
         model(images)
-    total = sum(storage.nbytes() for storage in kept.values())
-    assert 0.95 * total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * total
+    assert 0.95 * kept.total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * kept.total
 
 
 def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
