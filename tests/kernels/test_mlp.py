@@ -23,8 +23,8 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, id="bf16"),
 ]
-# h; the tensor's tail, a tail of each row, one element, more than one block
-SHAPES = [(3, 5, 7), (1, 1), (2, 16), (3, 2049), (2, 1, 1, 1, 3000)]
+# h; the tensor's tail, a tail of each row, one element, whole blocks, more than one block
+SHAPES = [(3, 5, 7), (1, 1), (2, 2048), (3, 2049), (2, 1, 1, 1, 3000)]
 SHAPE_IDS = ["x".join(map(str, shape)) for shape in SHAPES]
 # Elementwise ones differ in their formula alone: each shape with one of them, the others with one shape.
 EACH_KIND = pytest.mark.parametrize(
