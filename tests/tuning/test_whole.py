@@ -249,7 +249,8 @@ def test_lora_on_a_convnet_is_the_network_of_merged_weights(network: nn.Module) 
     assert_step_is_defined_by(features, model)
 
 
-def test_lora_on_a_convnet_starts_as_the_frozen_network(network: nn.Module) -> None:
+def test_lora_on_a_convnet_starts_as_the_frozen_network() -> None:
+    network = convnet("resnet10t")
     model = LoRATuning(network, CLASSES).double().eval()
     images, _ = random_batch(model)
     assert relative_error(model.image_features(images), network(images)) < 1e-12
