@@ -46,6 +46,8 @@ def test_rows_are_turned_by_their_angles(rotate_, head_dim, dtype, own, inverse)
     eager = turned(x, -angle if inverse else angle).to(dtype)
     rotate_(x, angle.sin(), angle.cos(), inverse=inverse)
     assert_as_good_as(x, eager, exact)
+    if dtype != torch.float32:  # rounded once, but for ties that float32's own error moves
+        assert (x != eager).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("rotate_", IMPLEMENTATIONS)
