@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dead_work import KeptBytes
+from kept_bytes import KeptBytes
 from test_eva import DINOV3, MIXED, QK_NORM
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch.nn import functional as F

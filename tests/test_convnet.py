@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error
+from kept_bytes import KeptBytes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tiny import random_batch, randomise
 from torch import nn
@@ -53,21 +54,6 @@ def convnet(name: str, size: int = 32) -> nn.Module:
             module.running_mean.uniform_(-0.3, 0.3)
             module.running_var.uniform_(0.5, 1.5)
     return model.double().eval()
-
-
-def kept_bytes(run) -> int:
-    """Bytes of all storages of four dimensions that autograd keeps while `run` makes its result."""
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if not (isinstance(tensor, nn.Parameter) or tensor.grad_fn is None and tensor.ndim < 4):
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        run()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
@@ -122,11 +108,13 @@ def test_less_is_kept_than_by_timm_and_what_is_kept_is_what_the_estimate_says():
     model = PromptedConvNet(plain, 5, 3).double()
     images, _ = random_batch(model)
     rows, sides = model.prompts, model.prompts_sides
-    timm_keeps = kept_bytes(lambda: model.head(plain(pad_image(images, rows, sides, 3))))
-    keeps = kept_bytes(lambda: model(images))
-    assert keeps < 0.6 * timm_keeps
-    estimate = model.estimate_training_bytes(2)["kept"]
-    assert 0.95 * keeps < estimate < 1.05 * keeps
+    both = nn.ModuleList([plain, model])
+    with KeptBytes(both, images) as of_timm:
+        model.head(plain(pad_image(images, rows, sides, 3)))
+    with KeptBytes(both, images) as ours:
+        model(images)
+    assert ours.total < 0.6 * of_timm.total
+    assert ours.total == model.estimate_training_bytes(2)["kept"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

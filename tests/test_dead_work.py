@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kept_bytes import KeptBytes
 from timm.models.deit import VisionTransformerDistilled
 from tiny import random_batch, tiny_swin, tiny_vit
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -204,35 +204,6 @@ def kept_bytes(block: Block, size: int, memory: str = "exact") -> int:
     if not (compact and block.projected > 1):
         total += block.prompts * M * 2 * WIDTH * size  # K, V of the prompts
     return total
-
-
-class KeptBytes:
-    """Counts what autograd keeps inside the context: each storage once, the model and `known` left out."""
-
-    def __init__(self, model: torch.nn.Module, *known: torch.Tensor) -> None:
-        own = (*model.parameters(), *model.buffers(), *known)
-        self._known = {t.untyped_storage().data_ptr() for t in own}
-        self._storages: dict[int, int] = {}
-        self._alive: list[torch.Tensor] = []  # so that no address is used twice
-
-    def __enter__(self) -> KeptBytes:
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in self._known:
-                self._storages[storage.data_ptr()] = storage.nbytes()
-                self._alive.append(t)
-            return t
-
-        self._hooks = saved_tensors_hooks(pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    @property
-    def total(self) -> int:
-        return sum(self._storages.values())
 
 
 def prompted(setting: str, dtype: torch.dtype = torch.float64, memory: str = "exact") -> PromptedViT:

@@ -1,4 +1,4 @@
-"""The engine's parts: folding, planning, and the operations against autograd."""
+"""The engine's parts: folding, planning, a block's output, and the backbone of blocks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import torch
 from given_back import GivenBack
 from tiny import tiny_vit
 from torch.nn import functional as F
-from vpt_fast.kernels import Backend, dispatch, get_backend, launch
-from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
 
 from vpt_fast.backbones.timm_vit import FrozenViT
 from vpt_fast.engine import passes
@@ -17,162 +15,10 @@ from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, fold
 
-OPS = get_backend("torch").other
-GPU = torch.device("cuda", 0)
-
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-class TestNormalize:
-    @pytest.mark.parametrize("kind", ["layer", "rms"])
-    @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 7), (3, 197, 64)], ids=str)
-    def test_equals_pytorch(self, kind: str, shape: tuple[int, ...]) -> None:
-        x = random(*shape).requires_grad_()
-        norm = F.layer_norm if kind == "layer" else F.rms_norm
-        expected = norm(x, shape[-1:], eps=1e-6)
-        grad = random(*shape, seed=1)
-        (expected_grad,) = torch.autograd.grad(expected, x, grad)
-        x_hat, rstd, _, _ = OPS.normalize(x.detach(), 1e-6, kind, torch.float64)
-        torch.testing.assert_close(x_hat, expected.detach())
-        torch.testing.assert_close(OPS.normalize_backward(grad, x_hat, rstd, None, kind), expected_grad)
-        with_residual = OPS.normalize_backward(grad, x_hat, rstd, None, kind, grad)
-        torch.testing.assert_close(with_residual, expected_grad + grad)
-
-    @pytest.mark.parametrize("kind", ["layer", "rms"])
-    def test_codes_are_within_half_a_step_and_reach_127_in_every_row(self, kind: str) -> None:
-        x = random(3, 5, 64)
-        x[0, 0] = 0
-        x_hat, rstd, codes, scale = OPS.normalize(x, 1e-6, kind, torch.float64, pack=True)
-        assert codes.dtype == torch.int8
-        assert ((codes * scale - x_hat).abs() <= scale * 0.5000001).all()
-        assert codes.abs().amax(-1).flatten().tolist() == [0] + [127] * 14
-        grad = random(3, 5, 64, seed=1)
-        torch.testing.assert_close(
-            OPS.normalize_backward(grad, codes, rstd, scale, kind),
-            OPS.normalize_backward(grad, codes * scale, rstd, None, kind),
-        )
-
-    def test_sum_and_its_normalisation(self) -> None:
-        x, update = random(2, 5, 16), random(2, 5, 16, seed=1)
-        hidden, *normalized = OPS.add_normalize(x, update, 1e-6, "layer", torch.float64)
-        torch.testing.assert_close(hidden, x + update)
-        torch.testing.assert_close(normalized[0], OPS.normalize(x + update, 1e-6, "layer", torch.float64)[0])
-
-    def test_computes_in_float32_whatever_it_is_given_and_gives(self) -> None:
-        x = random(4, 64).to(torch.bfloat16) + 100  # a mean that bfloat16's squares would drown in
-        x_hat, rstd, _, _ = OPS.normalize(x, 1e-6, "layer", torch.bfloat16)
-        assert (x_hat.dtype, rstd.dtype) == (torch.bfloat16, torch.float32)
-        torch.testing.assert_close(x_hat, F.layer_norm(x.double(), (64,)).to(torch.bfloat16))
-
-
-class TestActivation:
-    @pytest.mark.parametrize("kind", ACTIVATIONS)
-    def test_backward_equals_autograd(self, kind: str) -> None:
-        u = random(3, 5, 8).requires_grad_()
-        output, _, _ = OPS.activate(u, kind)
-        assert output.shape == (3, 5, 4 if kind in PACKED else 8)
-        grad = random(*output.shape, seed=1)
-        (expected,) = torch.autograd.grad(output, u, grad)
-        torch.testing.assert_close(OPS.activate_backward(grad, u.detach(), None, kind), expected)
-
-    @pytest.mark.parametrize("kind", ACTIVATIONS)
-    def test_derivative_in_8_bits_is_within_half_a_step(self, kind: str) -> None:
-        u = random(40, 64) * 4  # far into both tails
-        grad = torch.ones_like(OPS.activate(u, kind)[0])
-        output, codes, scale = OPS.activate(u, kind, pack=True)
-        torch.testing.assert_close(output, OPS.activate(u, kind)[0])
-        error = OPS.activate_backward(grad, codes, scale, kind) - OPS.activate_backward(grad, u, None, kind)
-        if kind in PACKED:
-            assert (error.unflatten(-1, (2, -1)).abs() <= scale.unsqueeze(-1) * 0.5000001).all()
-        else:
-            assert error.abs().max() <= 0.5000001 / 200
-
-    @pytest.mark.parametrize("kind", ["gelu", "quick_gelu", "silu", "relu"])
-    def test_derivatives_of_0_and_1_are_exact_in_8_bits(self, kind: str) -> None:
-        u = torch.tensor([-100.0, 100.0])
-        _, codes, scale = OPS.activate(u, kind, pack=True)
-        assert OPS.activate_backward(torch.ones(2), codes, scale, kind).tolist() == [0.0, 1.0]
-
-    @pytest.mark.parametrize(
-        "function", [OPS.activate, lambda u, kind: OPS.activate_backward(u, u, None, kind)]
-    )
-    def test_unknown_kind_is_named(self, function) -> None:
-        with pytest.raises(ValueError, match="'mish'"):
-            function(random(2, 2), "mish")
-
-
-def plain_attention(q, k, v, prompt_k, prompt_v):
-    """softmax(Q [K_P; K]ᵀ) [V_P; V], by concatenation."""
-    if prompt_k is not None:
-        batch = q.shape[0]
-        k = torch.cat((prompt_k.expand(batch, -1, -1, -1), k), dim=1)
-        v = torch.cat((prompt_v.expand(batch, -1, -1, -1), v), dim=1)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
-
-
-class TestPromptedAttention:
-    SIZES = [(1, 1, 1, 1, 1, 16), (2, 17, 17, 5, 2, 16), (3, 1, 197, 50, 1, 32), (2, 7, 13, 0, 3, 80)]
-    IDS = [f"B{b}_R{r}_N{n}_m{m}_H{h}_D{d}" for b, r, n, m, h, d in SIZES]
-
-    def inputs(self, size: tuple[int, ...], shared: bool) -> list[torch.Tensor | None]:
-        b, r, n, m, h, d = size
-        copies = 1 if shared else b
-        shapes = [(b, r, h, d), (b, n, h, d), (b, n, h, d), (copies, m, h, d), (copies, m, h, d)]
-        tensors = [random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-        return tensors if m else [*tensors[:3], None, None]
-
-    @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
-    @pytest.mark.parametrize("size", SIZES, ids=IDS)
-    def test_output_and_gradients_equal_concatenation(self, size: tuple[int, ...], shared: bool) -> None:
-        inputs = self.inputs(size, shared)
-        expected = plain_attention(*inputs)
-        grad = random(*expected.shape, seed=9)
-        given = [t for t in inputs if t is not None]
-        expected_grads = torch.autograd.grad(expected, given, grad)
-        detached = [None if t is None else t.detach() for t in inputs]
-        out, lse = OPS.attention(*detached)
-        torch.testing.assert_close(out, expected.detach())
-        for kept in (out, None):
-            grads = OPS.attention_backward(grad, *detached, kept, lse, need_q=True, need_kv=True)
-            actual = [grads.q, *grads.kv.unbind(2), *(() if size[3] == 0 else grads.prompt_kv.unbind(2))]
-            torch.testing.assert_close(actual, list(expected_grads))
-
-    def test_packed_gradients_are_the_others_in_one_tensor(self) -> None:
-        inputs = [t.detach() for t in self.inputs(self.SIZES[1], True)]
-        out, lse = OPS.attention(*inputs)
-        given = (random(*out.shape, seed=9), *inputs, out, lse)
-        apart = OPS.attention_backward(*given, need_q=True, need_kv=True)
-        packed = OPS.attention_backward(*given, need_q=True, need_kv=True, packed=True)
-        assert packed.q is None and packed.kv is None
-        torch.testing.assert_close(packed.qkv, torch.cat((apart.q.unsqueeze(2), apart.kv), dim=2))
-        torch.testing.assert_close(packed.prompt_kv, apart.prompt_kv)
-
-    @pytest.mark.parametrize("need_q", [False, True], ids=["prompts_alone", "prompts_and_queries"])
-    @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
-    def test_gradients_that_are_not_wanted_are_not_formed(self, shared: bool, need_q: bool) -> None:
-        inputs = [t.detach() for t in self.inputs(self.SIZES[1], shared)]
-        out, lse = OPS.attention(*inputs)
-        grad = random(*out.shape, seed=9)
-        every = OPS.attention_backward(grad, *inputs, out, lse, need_q=True, need_kv=True)
-        q, k, v, prompt_k, prompt_v = inputs
-        if not need_q:
-            k = v = None
-        some = OPS.attention_backward(
-            grad, q, k, v, prompt_k, prompt_v, out, lse, need_q=need_q, need_kv=False
-        )
-        assert tuple(g is not None for g in some) == (False, need_q, False, True)
-        for actual, expected in zip(some, every, strict=True):
-            if actual is not None:
-                torch.testing.assert_close(actual, expected)
-
-    def test_scores_of_any_size_give_finite_results(self) -> None:
-        q, k, v, prompt_k, prompt_v = (t.detach() for t in self.inputs(self.SIZES[1], True))
-        out, lse = OPS.attention(q * 1e4, k, v, prompt_k * 1e4, prompt_v)
-        assert out.isfinite().all() and lse.isfinite().all()
 
 
 def parts(dtype: torch.dtype = torch.float32, **changes) -> BlockParts:
@@ -298,88 +144,6 @@ class TestPlan:
     )
     def test_row_ranges(self, read: Read, rows: tuple[int, int]) -> None:
         assert row_range(read, num_tokens=10, num_prefix=2, num_prompts=3) == rows
-
-
-class TestBackends:
-    @pytest.fixture(autouse=True)
-    def a_driver(self, monkeypatch) -> None:
-        """Of a GPU, which Triton finds."""
-        monkeypatch.setattr(dispatch, "require_driver", lambda: None)
-
-    def test_unknown_backend_names_the_choices(self) -> None:
-        with pytest.raises(ValueError, match="'cuda'.*'torch'"):
-            get_backend("cuda")
-
-    def test_unknown_attention_names_the_choices(self) -> None:
-        with pytest.raises(ValueError, match="attention: got 'flash'.*'flash_attn'.*'sdpa_cudnn'"):
-            get_backend("auto", "flash")
-
-    def test_triton_without_a_cuda_device_is_refused_and_not_replaced(self, monkeypatch) -> None:
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match="backend='triton': there is no CUDA device here"):
-            get_backend("triton")
-
-    def test_triton_stands_for_its_kernels_on_every_device(self, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (8, 0))
-        backend = get_backend("triton")
-        assert backend.ops(GPU, torch.bfloat16, 64).name == "triton"
-        assert backend.ops(torch.device("cpu"), torch.float32, 64).name == "triton"
-
-    def test_torch_stands_for_pytorch_on_every_device(self, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
-        assert get_backend("torch").ops(GPU, torch.bfloat16, 64).name == "torch"
-
-    @pytest.fixture
-    def auto(self, monkeypatch) -> Backend:
-        """Where there is a GPU."""
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        return get_backend("auto")
-
-    @pytest.mark.parametrize("backend", ["auto", "triton"])
-    def test_products_hold_the_activation_where_that_is_faster(self, auto, monkeypatch, backend) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
-        ops = get_backend(backend).ops
-        found = [ops(GPU, dtype, 64).name for dtype in (torch.bfloat16, torch.float16, torch.float32)]
-        assert found == ["triton_fused_mlp", "triton_fused_mlp", "triton"]
-        assert ops(GPU, torch.bfloat16, 64, in_windows=True).name == "triton"
-        assert ops(GPU, torch.bfloat16, 64, is_gated=True).name == "triton"
-
-    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-    def test_auto_on_a_gpu_is_triton_but_for_what_it_does_not_support(
-        self, auto, monkeypatch, capability
-    ) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: capability)
-        assert auto.ops(GPU, torch.bfloat16, 64).name == "triton"
-        assert auto.ops(GPU, torch.bfloat16, 32, in_windows=True).name == "triton"
-        others = (
-            (torch.device("cpu"), torch.bfloat16, 64),
-            (GPU, torch.float64, 64),
-            (GPU, torch.float32, 76),
-            (GPU, torch.float32, 16, True),
-        )
-        for request in others:
-            assert auto.ops(*request).name == "torch"
-
-    def test_auto_on_a_gpu_older_than_triton_takes_is_pytorch(self, auto, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (7, 5))
-        assert auto.ops(GPU, torch.float16, 64).name == "torch"
-
-    def test_auto_on_a_gpu_of_amd_is_pytorch(self, auto, monkeypatch) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (9, 4))
-        monkeypatch.setattr(torch.version, "hip", "7.0")
-        assert auto.ops(GPU, torch.float16, 64).name == "torch"
-
-    @pytest.mark.parametrize("recording", [(torch.compiler, "is_exporting"), (torch.jit, "is_tracing")])
-    def test_auto_on_a_gpu_is_pytorch_while_a_model_is_exported(self, auto, monkeypatch, recording) -> None:
-        monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
-        monkeypatch.setattr(*recording, lambda: True)
-        assert auto.ops(GPU, torch.bfloat16, 64).name == "torch"
-        assert auto.ops(GPU, torch.bfloat16, 32, in_windows=True).name == "torch"
-
-    def test_named_attention_takes_the_place_of_the_backend_s_own(self) -> None:
-        ops = get_backend("torch", "sdpa_cpu").other
-        assert ops.needs_out and ops.normalize is OPS.normalize and ops.attention is not OPS.attention
 
 
 class TestFrozenBlock:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error, training_steps
+from kept_bytes import KeptBytes
 from test_concatenation import (
     LAYERS,
     LOCATIONS,
@@ -19,7 +20,6 @@ from test_concatenation import (
     assert_equal_to_concatenation,
     prompted_and_concatenated,
 )
-from test_dead_work import KeptBytes
 from timm.layers import RmsNorm, RotaryEmbedding
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from timm.models.eva import Eva

@@ -330,6 +330,7 @@ def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.Mon
             torch.nn.Linear(2, 2),
             r"got a torch\.nn\.modules\.linear\.Linear, want a timm name or a timm Vision",
         ),
+        (tiny_swin(), r"got a timm\.models\.swin_transformer\.SwinTransformer, want a timm name"),
         (None, r"got a builtins\.NoneType"),
     ],
 )
@@ -448,16 +449,6 @@ def test_timm_finds_the_data_settings_as_on_its_own_models() -> None:
     model = PromptedViT(name, 5, 4, depth=1)
     assert timm.data.resolve_model_data_config(model) == model.data_config == expected
     assert model.num_classes == 5
-
-
-def test_gradient_reaches_images_that_ask_for_one() -> None:
-    model = PromptedViT(tiny_vit(), 5, 4).double()
-    images = torch.randn(2, 3, 32, 32).double().requires_grad_()
-    model(images).sum().backward()
-    step = 1e-6 * torch.randn_like(images)
-    with torch.no_grad():
-        change = model(images + step).sum() - model(images - step).sum()
-    assert (images.grad * step).sum() * 2 == pytest.approx(change.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

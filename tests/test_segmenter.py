@@ -11,7 +11,7 @@ import pytest
 import torch
 from concatenation import ConcatenatedViT, relative_error
 from definitions import gradient
-from test_dead_work import KeptBytes
+from kept_bytes import KeptBytes
 from tiny import random_batch, tiny_eva, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F

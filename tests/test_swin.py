@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step, training_steps
 from given_back import GivenBack
+from kept_bytes import KeptBytes
 from safetensors import safe_open
-from test_dead_work import KeptBytes, linear
+from test_dead_work import linear
 from timm.layers import RmsNorm
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from tiny import random_batch, randomise, tiny_swin
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from vpt_fast.kernels import get_backend
 
-from vpt_fast import LinearProbe, PromptedSwin, PromptedViT, load_pretrained, official
+from vpt_fast import LinearProbe, PromptedSwin, load_pretrained, official
 from vpt_fast.engine import passes
 from vpt_fast.engine import windows as engine_windows
 from vpt_fast.engine.policy import POLICIES
@@ -147,14 +148,8 @@ def test_equals_the_definition_with_pool(prompt_type: str, pool: str) -> None:
     assert_as_defined(tiny_swin(window_size=3), num_prompts=3, prompt_type=prompt_type, pool=pool)
 
 
-@pytest.mark.parametrize("pool", [None, "image", "prompts"])  # which changes nothing
-@pytest.mark.parametrize("prompt_type", TYPES)
-@pytest.mark.parametrize("size", SIZES)
-def test_tokens_and_their_gradients_are_those_of_the_definition(
-    size: str, prompt_type: str, pool: str | None
-) -> None:
-    settings = dict(num_prompts=3, prompt_type=prompt_type, pool=pool)
-    prompted, defined = prompted_and_defined(tiny_swin(**SIZES[size]), **settings)
+def assert_tokens_as_defined(swin: SwinTransformer, **settings: Any) -> None:
+    prompted, defined = prompted_and_defined(swin, num_prompts=3, **settings)
     images, _ = random_batch(prompted, 2, NUM_CLASSES)
     got, (exact, _) = prompted.forward_features(images), defined.outputs(images)
     weights = torch.randn(exact.shape, dtype=exact.dtype)
@@ -163,6 +158,18 @@ def test_tokens_and_their_gradients_are_those_of_the_definition(
     assert got.shape == exact.shape and relative_error(got, exact) < TOLERANCE
     for prompts, wanted in zip(prompted.prompts, defined.prompts, strict=True):
         assert relative_error(prompts.grad, wanted.grad) < TOLERANCE
+
+
+@pytest.mark.parametrize("prompt_type", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_and_their_gradients_are_those_of_the_definition(size: str, prompt_type: str) -> None:
+    assert_tokens_as_defined(tiny_swin(**SIZES[size]), prompt_type=prompt_type)
+
+
+@pytest.mark.parametrize("pool", ["image", "prompts"])
+@pytest.mark.parametrize("prompt_type", TYPES)
+def test_pool_changes_no_token(prompt_type: str, pool: str) -> None:
+    assert_tokens_as_defined(tiny_swin(window_size=3), prompt_type=prompt_type, pool=pool)
 
 
 def test_tokens_have_the_shape_and_dtype_of_timms() -> None:
@@ -475,11 +482,6 @@ def test_backbone_that_is_not_supported_is_named(backbone: str) -> None:
 def test_all_tensors_are_on_the_backbone_s_device(window_size: int) -> None:
     model = PromptedSwin(tiny_swin(window_size=window_size).to("meta"), NUM_CLASSES, 3)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
-
-
-def test_prompted_vit_refuses_a_swin() -> None:
-    with pytest.raises(ValueError, match="SwinTransformer"):
-        PromptedViT(tiny_swin(), NUM_CLASSES, 3)
 
 
 class Context:

@@ -12,6 +12,7 @@ import pytest
 import recipe
 import reports
 import torch
+import typer
 from PIL import Image
 from recipe import Extrapolated, Measured, Protocol
 from rich.console import Console
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 
 SETTING = implementations.Setting("test_vit", 3, 2, "deep", "float32", image_size=32)
 CPU = torch.device("cpu")
+APP = typer.Typer()
+APP.command()(recipe.main)
 
 
 def test_the_protocol_is_forty_points_on_800_images_and_five_runs_on_1000() -> None:
@@ -108,13 +111,11 @@ def test_more_images_than_there_are_files_are_the_same_files_again(tmp_path: Pat
 
 def test_the_command_says_what_was_measured_and_what_extrapolated(tmp_path: Path) -> None:
     output = tmp_path / "recipe.json"
-    app = recipe.typer.Typer()
-    app.command()(recipe.main)
     flags = (
         "--model test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 1 --device cpu --workers 1"
     )
     names = "vpt_fast,concat_timm"
-    result = CliRunner().invoke(app, [*flags.split(), "--implementations", names, "--output", str(output)])
+    result = CliRunner().invoke(APP, [*flags.split(), "--implementations", names, "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "extrapolated from 2 measured steps" in result.output
     report = reports.read_own(output, recipe.Row)  # as the next run reads it, which goes on with it
@@ -137,11 +138,9 @@ def test_command_fails_and_measures_no_loading_where_gradients_of_vpt_fast_are_w
     monkeypatch.setattr(
         recipe, "measure_loading", lambda those, *_, **options: given.extend(those) or ([], 0.0)
     )
-    app = recipe.typer.Typer()
-    app.command()(recipe.main)
     flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1"
     flags = [*flags.split(), "--implementations", "vpt_fast", "--output", str(tmp_path / "recipe.json")]
-    result = CliRunner().invoke(app, flags)
+    result = CliRunner().invoke(APP, flags)
     assert result.exit_code == 1 and "vpt_fast failed, or is wrong" in result.output and given == []
 
 
@@ -157,13 +156,11 @@ def test_what_an_interrupted_command_has_left_is_measured_alone(tmp_path: Path, 
         return load(*arguments, **options)
 
     monkeypatch.setattr(recipe, "measure_loading", interrupted)
-    app = recipe.typer.Typer()
-    app.command()(recipe.main)
     flags = "--model test_vit --image-size 32 --batch-size 2 --repeats 1 --device cpu --workers 1"
     flags = [*flags.split(), "--implementations", "vpt_fast", "--output", str(output)]
-    codes = [CliRunner().invoke(app, flags).exit_code for _ in range(3)]
+    codes = [CliRunner().invoke(APP, flags).exit_code for _ in range(3)]
     assert codes == [130, 0, 0] and measured == ["steps", "loading", "loading"]
-    result = CliRunner().invoke(app, [*flags, "--repeats", "2"])
+    result = CliRunner().invoke(APP, [*flags, "--repeats", "2"])
     assert result.exit_code == 2 and "--fresh to replace" in " ".join(result.output.split())
 
 
@@ -190,9 +187,7 @@ def test_a_setting_s_slug_has_all_of_it() -> None:
     ],
 )
 def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
-    app = recipe.typer.Typer()
-    app.command()(recipe.main)
-    result = CliRunner().invoke(app, ["--device", "cpu", *arguments])  # of a flag given twice the last counts
+    result = CliRunner().invoke(APP, ["--device", "cpu", *arguments])  # of a flag given twice the last counts
     assert result.exit_code == 2
     assert named in " ".join(result.output.replace("│", " ").split())
 
@@ -200,8 +195,6 @@ def test_a_wrong_flag_is_named(arguments: list[str], named: str) -> None:
 def test_a_file_that_another_benchmark_wrote_is_not_replaced(tmp_path: Path) -> None:
     output = tmp_path / "profile.json"
     output.write_text(content := json.dumps({"rows": [{"name": "gemm", "kind": "products"}]}))
-    app = recipe.typer.Typer()
-    app.command()(recipe.main)
-    result = CliRunner().invoke(app, ["--model", "test_vit", "--device", "cpu", "--output", str(output)])
+    result = CliRunner().invoke(APP, ["--model", "test_vit", "--device", "cpu", "--output", str(output)])
     assert result.exit_code == 2 and "want a report of this benchmark" in " ".join(result.output.split())
     assert output.read_text() == content

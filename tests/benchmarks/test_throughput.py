@@ -22,6 +22,7 @@ import pytest
 import reports
 import throughput
 import torch
+import typer
 from concatenation import ConcatenatedViT, relative_error, step
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
@@ -33,6 +34,8 @@ from vpt_fast.kernels.launch import MAX_ALONG_AXIS
 from vpt_fast import PromptedViT
 
 NUM_CLASSES = 5
+APP = typer.Typer()
+APP.command()(throughput.main)
 
 
 def compiled(vit: VisionTransformer, state: dict[str, Tensor]) -> nn.Module:
@@ -280,10 +283,8 @@ def test_the_command_fails_where_vpt_fast_is_wrong(tmp_path: Path, monkeypatch: 
     wrong = implementations.peer(WrongGradient)
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "vpt_fast_wrong", wrong)
     arguments = "--models test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 1 --device cpu"
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
     chosen = ["--implementations", "vpt_fast_wrong,concat_timm", "--output", str(tmp_path / "report.json")]
-    result = CliRunner().invoke(app, [*arguments.split(), *chosen])
+    result = CliRunner().invoke(APP, [*arguments.split(), *chosen])
     assert result.exit_code == 1
     assert "failed, or wrong gradients: vpt_fast_wrong" in result.output
     assert len(json.loads((tmp_path / "report.json").read_text())["rows"]) == 2
@@ -582,10 +583,8 @@ def test_the_command_writes_the_report(tmp_path: Path, monkeypatch: pytest.Monke
     output = tmp_path / "report.json"
     arguments = "--models test_vit --image-size 32 --num-prompts 3 --batch-size 2 --repeats 2 --device cpu"
     names = ["vpt_fast", "concat_reference", "concat_timm", "no_prompts"]
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
     result = CliRunner().invoke(
-        app, [*arguments.split(), "--implementations", ",".join(names), "--output", str(output)]
+        APP, [*arguments.split(), "--implementations", ",".join(names), "--output", str(output)]
     )
     assert result.exit_code == 0, result.output
     report = json.loads(output.read_text())
@@ -622,11 +621,9 @@ def test_the_same_command_measures_what_is_missing_and_fresh_all_of_it(
     monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
     output = tmp_path / "report.json"
     arguments = ["--num-prompts", "1,2,3", "--implementations", "concat_timm", "--device", "cpu"]
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
 
     def run(*more: str) -> list[int]:
-        CliRunner().invoke(app, [*arguments, "--output", str(output), *more])
+        CliRunner().invoke(APP, [*arguments, "--output", str(output), *more])
         return [row["num_prompts"] for row in json.loads(output.read_text())["rows"]]
 
     stops_at = 3
@@ -652,10 +649,8 @@ def rows_after(
 
     monkeypatch.setattr(throughput, "measure_setting", measure_setting)
     monkeypatch.setattr(ceilings, "large_product", lambda *where: 0.5)
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
     for flags in runs:
-        found = CliRunner().invoke(app, [*flags, "--device", "cpu", "--output", str(path)])
+        found = CliRunner().invoke(APP, [*flags, "--device", "cpu", "--output", str(path)])
         assert found.exit_code == 0, found.output
     return [(row["num_prompts"], row["impl"], row["memory"]) for row in json.loads(path.read_text())["rows"]]
 
@@ -693,9 +688,7 @@ def test_what_a_killed_run_was_writing_is_not_left_beside_the_results(tmp_path: 
 @pytest.mark.parametrize("device", ["foo", "cuda", "cuda:1"])
 def test_a_device_that_is_not_there_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
-    found = CliRunner().invoke(app, ["--device", device])
+    found = CliRunner().invoke(APP, ["--device", device])
     assert found.exit_code == 2 and f"device: got '{device}'" in found.output
 
 
@@ -742,9 +735,7 @@ def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytes
 )
 def test_a_wrong_flag_is_named(arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "large_product", lambda *where: pytest.fail("it has begun to measure"))
-    app = throughput.typer.Typer()
-    app.command()(throughput.main)
-    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    result = CliRunner().invoke(APP, [*arguments, "--device", "cpu"])
     assert result.exit_code == 2
     assert named in " ".join(result.output.replace("│", " ").split())
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -632,14 +631,21 @@ def test_ctrl_c_while_the_commands_are_imported_ends_in_one_line(monkeypatch, ca
     assert ended.value.code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 
-def test_ctrl_c_in_a_finalizer_is_not_lost(capsys):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["front", "background"])
+def test_interruption_in_a_finalizer_is_not_lost(capsys, handler):
+    """As by SIGTERM where a shell has a job in the background ignore Ctrl-C."""
+
     class Finalized:
         def __del__(self):
             raise KeyboardInterrupt
 
-    with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
-        Finalized()
-        time.sleep(2)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(typer.Exit) as ended, one_line_errors(debug=False):
+            Finalized()
+            threading.Event().wait(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.exit_code == 130 and capsys.readouterr().err == "error: stopped\n"
 
 

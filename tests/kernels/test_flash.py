@@ -18,7 +18,6 @@ from vpt_fast.kernels.prompted_attention import flash
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads
 
-PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_4")
 CUDA = tuple(name for name in FLASH_BACKENDS if name != "sdpa_cpu")
 
 # B, R, N, m, batch dimension of the prompts, H, D

@@ -282,11 +282,6 @@ def test_sweep_and_run_that_are_named_twice_are_read_once(sweep, run, tmp_path):
     assert [entry.runs for entry in entries] == [1, 1] and notes == []
 
 
-def test_unfinished_sweeps_are_left_out_and_said_so(sweep):
-    entries, notes = read_entries([sweep("vpt-deep", "vtab/cifar", 0.7, finished=False)])
-    assert entries == [] and "not finished" in notes[0]
-
-
 def test_sweep_whose_final_runs_all_diverged_is_left_out_and_said_so(sweep):
     folder = sweep("vpt-deep", "vtab/cifar", 0.7)
     results = json.loads((folder / "results.json").read_text())
@@ -526,12 +521,6 @@ def test_command_that_writes_a_file_removes_what_a_killed_one_left_of_it(command
 def test_unknown_format_is_refused(sweep):
     with pytest.raises(ValueError, match="format is 'html'; it must be one of markdown, csv, latex"):
         format_table(*read_entries([sweep("full", "vtab/cifar", 0.7)]), "html")
-
-
-def test_table_of_nothing_finished_is_refused(command, sweep):
-    result = command("table", sweep("linear", "vtab/cifar", 0.5, finished=False))
-    assert result.exit_code == 2 and "no finished runs" in result.stderr
-    assert "the sweep is not finished; left out" in result.stderr
 
 
 def test_backbone_without_weights_is_held_against_nothing_published(sweep):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from concatenated_swin import ConcatenatedSwin
 from concatenation import relative_error, step
+from kept_bytes import KeptBytes
 from test_swin import SIZES, assert_same
 from timm.models.swin_transformer import SwinTransformer
 from tiny import random_batch, tiny_swin
-from torch import nn
 
 from vpt_fast import load_pretrained
 from vpt_fast.tuning.bias import PromptAndBiasSwinTuning
@@ -119,29 +119,6 @@ def test_prompts_are_keys_and_values_alone_where_their_outputs_are_not_read(pool
     assert rows["fc1"] == [2 * tokens for tokens in (*blocks[:-1], read)]
 
 
-class Kept:
-    """The storages that autograd keeps for backward within it, but parameters, buffers and images."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor) -> None:
-        known = (*model.parameters(), *model.buffers(), images)
-        self._known = {t.untyped_storage().data_ptr() for t in known}
-        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self.storages[storage.data_ptr()] = storage
-        return tensor
-
-    def __enter__(self) -> Kept:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-
-
 def test_inputs_of_frozen_linear_layers_are_not_kept() -> None:
     model = make(tiny_swin())
     inputs = []  # the tensors too: memory that was given back could be handed out again
@@ -151,20 +128,19 @@ def test_inputs_of_frozen_linear_layers_are_not_kept() -> None:
         if name.endswith(("proj", "fc1", "fc2", "reduction")):
             module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     images, _ = random_batch(model)
-    with Kept(model, images) as kept:
+    with KeptBytes(model, images) as kept:
         model(images)
     assert len(inputs) == 4 * 5 + 1
-    assert not {t.untyped_storage().data_ptr() for t in inputs} & kept.storages.keys()
+    assert not any(tensor in kept for tensor in inputs)
 
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_estimate_covers_what_is_kept(pool: str | None) -> None:
     model = make(tiny_swin(torch.float32), dtype=torch.float32, pool=pool)
     images, _ = random_batch(model, dtype=torch.float32)
-    with Kept(model, images) as kept:
+    with KeptBytes(model, images) as kept:
         model(images)
-    total = sum(storage.nbytes() for storage in kept.storages.values())
-    assert 0.95 * total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * total
+    assert 0.95 * kept.total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * kept.total
 
 
 def test_saved_model_gives_the_same_logits_and_settings(tmp_path) -> None:

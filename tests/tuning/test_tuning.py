@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from concatenation import relative_error, step
+from kept_bytes import KeptBytes
 from tiny import random_batch, tiny_distilled, tiny_eva, tiny_vit
 from torch import nn
 from ways_to_tune import logits
@@ -192,17 +193,17 @@ def test_head_may_stay_in_float32_behind_a_backbone_in_float64(method: str) -> N
 @pytest.mark.parametrize("method", ["bias", "vpt+bias", "adapter"])
 def test_inputs_of_frozen_linear_layers_are_not_kept(method: str) -> None:
     _, model = make(method)
-    inputs, kept = [], []  # the tensors too: memory that was given back could be handed out again
+    inputs = []  # the tensors too: memory that was given back could be handed out again
     for name, module in model.backbone.blocks.named_modules():
         if name.endswith("norm1"):  # attention's projection takes what it gives
             module.register_forward_hook(lambda module, args, output: inputs.append(output))
         if name.endswith(("fc1", "fc2")):
             module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     images, _ = random_batch(model)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+    with KeptBytes(model, images) as kept:
         model(images)
     assert len(inputs) == (12 if method == "vpt+bias" else 9)  # of the prompts too
-    assert not {storage(t) for t in inputs} & {storage(t) for t in kept}
+    assert not any(tensor in kept for tensor in inputs)
 
 
 def test_prompts_beside_biases_are_keys_and_values_alone() -> None:
@@ -231,10 +232,6 @@ def test_image_features_are_what_the_head_is_given(method: str) -> None:
     assert given[0].shape == (2, model.embed_dim)
 
 
-def storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def test_nothing_is_kept_of_what_stands_before_the_first_adapter() -> None:
     _, model = make("adapter")
     with_gradient = []
@@ -253,20 +250,10 @@ def test_nothing_is_kept_of_what_stands_before_the_first_adapter() -> None:
 @pytest.mark.parametrize("method", [name for name in WAYS if name != "sidetune"])
 def test_estimate_covers_what_is_kept(method: str, backbone: dict) -> None:
     _, model = make(method, torch.float32, **backbone)
-    images, labels = random_batch(model, 8, dtype=torch.float32)
-    known = {storage(t) for t in (*model.parameters(), images)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if storage(tensor) not in known:
-            kept[storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = model(images)
-    del output
-    estimate = model.estimate_training_bytes(len(images))
-    assert 0.98 * sum(kept.values()) <= estimate["kept"] <= 1.5 * sum(kept.values())
+    images, _ = random_batch(model, 8, dtype=torch.float32)
+    with KeptBytes(model, images) as kept:
+        model(images)
+    assert 0.98 * kept.total <= model.estimate_training_bytes(len(images))["kept"] <= 1.5 * kept.total
 
 
 @pytest.mark.parametrize("rate", ["proj_drop_rate", "drop_rate"])

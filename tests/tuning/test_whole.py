@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error, step
+from kept_bytes import KeptBytes
 from test_convnet import convnet
 from tiny import random_batch, randomise
 from torch import nn
@@ -201,19 +202,9 @@ def test_saved_model_gives_the_same_logits(method: str, name: str, tmp_path) -> 
 def test_estimate_covers_what_is_kept(method: str, name: str) -> None:
     _, model = make(method, name, torch.float32)
     images, _ = random_batch(model, dtype=torch.float32)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with KeptBytes(model, images) as kept:
         model(images)
-    total = sum(storage.nbytes() for storage in kept.values())
-    assert 0.95 * total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * total
+    assert 0.95 * kept.total <= model.estimate_training_bytes(2)["kept"] <= 1.5 * kept.total
 
 
 def test_lora_on_a_swin_adds_its_products_to_attentions_layers() -> None:
@@ -266,7 +257,8 @@ def test_lora_on_a_convnet_is_the_network_of_merged_weights(network: nn.Module) 
     assert_step_is_defined_by(features, model)
 
 
-def test_lora_on_a_convnet_starts_as_the_frozen_network(network: nn.Module) -> None:
+def test_lora_on_a_convnet_starts_as_the_frozen_network() -> None:
+    network = convnet("resnet10t")
     model = LoRATuning(network, CLASSES).double().eval()
     images, _ = random_batch(model)
     assert relative_error(model.image_features(images), network(images)) < 1e-12

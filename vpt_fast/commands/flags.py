@@ -127,8 +127,9 @@ def _keeping_ctrl_c() -> Iterator[None]:
     """Keeps a KeyboardInterrupt from being lost where libraries are interrupted.
 
     In a finalizer or a callback of a weak reference, Python prints exceptions and drops them, and the work
-    would go on: it is sent again. One that another error hides (Optuna's UnboundLocalError, when interrupted
-    while it saves the end of a trial) is raised in its place.
+    would go on: it is sent again, as SIGTERM, since shells have jobs in the background ignore SIGINT. One
+    that another error hides (Optuna's UnboundLocalError, when interrupted while it saves the end of a trial)
+    is raised in its place.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -141,7 +142,7 @@ def _keeping_ctrl_c() -> Iterator[None]:
         else:
             old_hook(unraisable)
 
-    old_handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    old_handler = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
     sys.unraisablehook = hook
     try:
         yield
