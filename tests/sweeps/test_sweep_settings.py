@@ -23,15 +23,16 @@ DECAYS = (0.01, 0.001, 0.0001, 0)
 
 
 @pytest.mark.parametrize(
-    ("method", "task", "axes"),
+    ("settings", "axes"),
     [
-        ("vpt-deep", None, {"base_lr": RATES, "weight_decay": DECAYS}),
-        ("linear", "fgvc/cub", {"base_lr": RATES[:-1], "weight_decay": DECAYS}),
-        ("full", "vtab/cifar", {"base_lr": (0.005, 0.001, 0.0005, 0.0001)}),
+        ({}, {"base_lr": RATES, "weight_decay": DECAYS}),
+        ({"method": "linear", "task": "fgvc/cub"}, {"base_lr": RATES[:-1], "weight_decay": DECAYS}),
+        ({"method": "full", "task": "vtab/cifar"}, {"base_lr": (0.005, 0.001, 0.0005, 0.0001)}),
+        ({"optimizer": "adamw"}, {"base_lr": (0.005, 0.001, 0.0005, 0.0001)}),
     ],
 )
-def test_default_grid_is_the_papers(method, task, axes):
-    assert default_axes(Recipe(data="x", backbone="y", method=method, task=task)) == axes
+def test_default_grid_is_the_papers(settings, axes):
+    assert default_axes(Recipe(data="x", backbone="y", **settings)) == axes
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,14 @@ def test_warm_up_shortens_with_the_run(epochs, warmup):
     assert resolve(make(epochs=epochs)).warmup_epochs == warmup
 
 
+@pytest.mark.parametrize(
+    ("method", "optimizer", "rate"),
+    [("vpt-deep", None, 1.0), ("vpt-deep", "adamw", 1e-3), ("full", None, 1e-3), ("full", "sgd", 1.0)],
+)
+def test_learning_rate_is_the_optimizer_s_where_none_is_given(method, optimizer, rate):
+    assert resolve(make(method=method, optimizer=optimizer)).base_lr == rate
+
+
 def test_warm_up_of_a_method_that_uses_adamw_is_half_as_long():
     assert resolve(make(method="bias", epochs=100)).warmup_epochs == 5
 

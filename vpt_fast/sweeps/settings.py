@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpt_fast.data.tasks import find_task
-from vpt_fast.training.method_rules import parse_method
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
 from vpt_fast.training.setting_values import yaml_value
 
-# The grids of the paper's appendix and of KMnP/vpt, for SGD and for methods that use AdamW.
+# The grids of the paper's appendix and of KMnP/vpt, for SGD and for AdamW.
 SGD_RATES = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
 FGVC_RATES = SGD_RATES[:-1]
 WEIGHT_DECAYS = (0.01, 0.001, 0.0001, 0.0)
@@ -33,8 +32,8 @@ Params = dict[str, Any]  # settings that are searched: name to value
 
 
 def default_axes(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
-    """The paper's grid for a recipe's method: setting -> values."""
-    if parse_method(recipe.method).rule.optimizer == "adamw":
+    """The paper's grid for a recipe's optimizer: setting -> values."""
+    if recipe.chosen_optimizer == "adamw":
         return {"base_lr": ADAMW_RATES}
     is_fgvc = False
     if recipe.task not in (None, SEGMENTATION):

@@ -17,11 +17,14 @@ PROMPT_KNOBS = (
 )
 ENGINE_KNOBS = ("dtype", "backend", "attention")  # for methods whose frozen blocks run on the engine
 
+BASE_LR = {"sgd": 1.0, "adamw": 1e-3}
+"""The default by optimizer, a value of the grid in the paper's appendix: SGD's would make AdamW diverge."""
+
 
 @dataclass(frozen=True)
 class MethodRule:
     """A method's own settings (`knobs`) and its defaults in the standard recipe: optimizer, batch size and
-    maximum of warm-up epochs as in the paper's appendix, base_lr from its grid.
+    maximum of warm-up epochs as in the paper's appendix.
 
     stores_backbone: whether what the method stores for a task holds the whole backbone, so that the tasks
         share none; as `TunedModel.stores_backbone` of its class.
@@ -29,13 +32,12 @@ class MethodRule:
 
     knobs: tuple[str, ...] = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    base_lr: float = 1.0
     batch_size: int = 128
     warmup_epochs: int = 10
     stores_backbone: bool = False
 
 
-_ADAMW: dict[str, Any] = dict(optimizer="adamw", base_lr=1e-3, warmup_epochs=5)
+_ADAMW: dict[str, Any] = dict(optimizer="adamw", warmup_epochs=5)
 METHODS: dict[str, MethodRule] = {
     "vpt-deep": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),
     "vpt-shallow": MethodRule((*PROMPT_KNOBS, *ENGINE_KNOBS, "residual_dtype", "memory")),

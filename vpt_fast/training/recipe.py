@@ -18,7 +18,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from vpt_fast.data.tasks import find_task
-from vpt_fast.training.method_rules import METHOD_KNOBS, METHODS, parse_method
+from vpt_fast.training.method_rules import BASE_LR, METHOD_KNOBS, METHODS, parse_method
 from vpt_fast.training.setting_values import read_yaml, typed
 
 REFERENCE_BATCH = 256  # lr = base_lr * batch / 256
@@ -258,7 +258,7 @@ class Recipe:
         None,
         "Base learning rate; the peak rate is base_lr * batch_size / 256.",
         OPTIMISATION,
-        shown="1; 0.001 for methods that use AdamW",
+        shown="1 with sgd, 0.001 with adamw",
     )
     batch_size: int | None = _knob(
         None,
@@ -361,8 +361,7 @@ class Recipe:
                 f"warmup_epochs is {self.warmup_epochs}; it must be less than epochs ({self.epochs})"
             )
         self._reject_knobs_of_other_methods()
-        optimizer = self.optimizer or parse_method(self.method).rule.optimizer
-        if optimizer == "adamw" and self.momentum != Recipe.momentum:
+        if self.chosen_optimizer == "adamw" and self.momentum != Recipe.momentum:
             raise ValueError(
                 f"momentum is {self.momentum}, and adamw has no such setting; leave it out or choose "
                 "optimizer sgd"
@@ -441,9 +440,9 @@ class Recipe:
             changes["warmup_epochs"] = warmup
         if self.schedule is None:
             changes["schedule"] = "poly" if is_segmentation else "cosine"
-        for name in ("optimizer", "base_lr"):
-            if getattr(self, name) is None:
-                changes[name] = getattr(method.rule, name)
+        changes["optimizer"] = self.chosen_optimizer
+        if self.base_lr is None:
+            changes["base_lr"] = BASE_LR[self.chosen_optimizer]
         batch_size = self.batch_size
         if batch_size is None:
             batch_size = 64 if (num_prompts or 0) >= 100 else method.rule.batch_size
@@ -471,6 +470,11 @@ class Recipe:
                 f"together; it must be dtype {autocast}, or precision "
                 f"{'fp16' if self.dtype == 'float16' else 'bf16'} or fp32"
             )
+
+    @property
+    def chosen_optimizer(self) -> str:
+        """`optimizer`, or the method's."""
+        return self.optimizer or parse_method(self.method).rule.optimizer
 
     @property
     def trains_on_part(self) -> bool:
