@@ -79,6 +79,26 @@ def test_ctrl_c_saves_the_last_completed_epoch_and_the_run_goes_on_from_it(
     require_equal(whole, parts)
 
 
+@pytest.mark.parametrize(("save", "epoch"), [(1, 1), (2, 3)], ids=["of an epoch", "of the held state"])
+def test_ctrl_c_while_a_state_is_saved_loses_no_epoch(recipe, tmp_path, monkeypatch, rarely, save, epoch):
+    original, calls = RunFolder.save_epoch, []
+
+    def save_epoch(self, rows, checkpoint):
+        calls.append(checkpoint.epochs_done)
+        if len(calls) == save:
+            raise KeyboardInterrupt
+        original(self, rows, checkpoint)
+
+    monkeypatch.setattr(RunFolder, "save_epoch", save_epoch)
+    interrupt_at_step(monkeypatch, 14)  # the second step of the fourth epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run")
+    assert rarely[-1] == epoch
+    saved = RunFolder(tmp_path / "run").read()
+    assert len(saved.metrics) == saved.checkpoint.epochs_done == epoch
+    assert RunFolder(tmp_path / "run").holds_prompts_of(saved.checkpoint)
+
+
 def test_killed_run_goes_on_from_the_last_saved_epoch(recipe, tmp_path, monkeypatch, rarely):
     whole = train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:

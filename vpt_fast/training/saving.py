@@ -43,12 +43,14 @@ class EpochSaver:
             optimizer=optimizer_tensors(optimizer),
             scaler=scaler.state_dict(),
         )
-        if is_last or SHARE * (time.perf_counter() - self._saved_at) >= self._seconds:
-            self._save(rows, state)
+        is_due = is_last or SHARE * (time.perf_counter() - self._saved_at) >= self._seconds
+        # One that is due is held too, as saving it may be interrupted; no step changes it until it is saved.
+        self._held = list(rows), state if is_due else state.copied()
+        if is_due:
+            self._save(*self._held)
             return
         with self._folder.saving(f"the metrics of epoch {len(rows)}"):
             self._folder.add_metrics(rows)
-        self._held = list(rows), state.copied()
 
     def close(self) -> None:
         """Saves the state after the last completed epoch if it is held; the model gets it back, without the
@@ -56,7 +58,11 @@ class EpochSaver:
         if self._held is not None:
             rows, state = self._held
             self._model.load_trainable_state_dict(state.trainable)
-            self._save(rows, state)
+            try:
+                self._save(rows, state)
+            except KeyboardInterrupt:  # the second, which ends a run at once
+                self._save(rows, state)
+                raise
 
     def _save(self, rows: list[dict[str, Any]], state: Checkpoint) -> None:
         started = time.perf_counter()
