@@ -151,6 +151,43 @@ def test_a_file_that_only_looks_like_an_official_one_is_named(vit, content: Any,
 
 
 @pytest.mark.parametrize(
+    "name, changed, reason",
+    [
+        ("deep_prompt_embeddings", lambda t: None, "is a NoneType, want a tensor"),
+        ("deep_prompt_embeddings", lambda t: t.transpose(0, 2), r"has shape \(32, 2, 2\) and prompt_emb"),
+        ("prompt_embeddings", lambda t: t[0], r"has shape \(2, 32\), want 3 or 4 dimensions"),
+        ("prompt_embeddings", lambda t: t.long(), "is of torch.int64, .* want dense floating-point"),
+        ("prompt_embeddings", lambda t: t.to(torch.complex64), "is of torch.complex64"),
+        ("head.last_layer.weight", lambda t: t.to("meta"), "is without values"),
+        ("head.last_layer.bias", lambda t: t.to_sparse(), "is of torch.float32, torch.sparse_coo"),
+        ("head.last_layer.bias", lambda t: t.numpy(), "is a ndarray, want a tensor"),
+    ],
+)
+def test_a_trained_tensor_of_another_form_is_refused_by_its_name(
+    vit, name: str, changed: Any, reason: str, tmp_path: Path
+) -> None:
+    tensors: dict[str, Any] = official_model()
+    key = name if name in tensors else PREFIX + name
+    tensors[key] = changed(tensors[key])
+    with pytest.raises(ValueError, match=rf"file\.pth: .*{name} {reason}"):
+        import_prompts(save(tensors, tmp_path / "file.pth"), vit)
+
+
+def test_half_a_head_is_refused_not_replaced_by_a_new_one(vit, tmp_path: Path) -> None:
+    tensors = official_model()
+    del tensors["head.last_layer.weight"]
+    with pytest.raises(ValueError, match="head.last_layer.bias without head.last_layer.weight"):
+        import_prompts(save(tensors, tmp_path / "file.pth"), vit, num_classes=5)
+
+
+def test_a_file_in_float16_is_of_the_backbone_that_it_was_trained_on(vit, tmp_path: Path) -> None:
+    tensors = {**official_model(), f"{PREFIX}embeddings.cls_token": vit.cls_token.detach()}
+    path = save({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "file.pth")
+    half = tensors["head.last_layer.weight"].half().float()
+    assert torch.equal(import_prompts(path, vit).head.weight, half)
+
+
+@pytest.mark.parametrize(
     "encoder, prompt, reason",
     [
         ("sup", {"LOCATION": "prepend-pixel-imgnettransform"}, "takes the strip's pixels as they are"),

@@ -60,6 +60,16 @@ _POOLS = {"img_pool": "image", "prompt_pool": "prompts", "imgprompt_pool": "imag
 _STAGE = "deep_prompt_embeddings_"  # followed by the index of a Swin's stage
 _PATCH_EMBEDDING = "backbone.stem.patch_embed.proj"  # trained with concat-channel
 
+# Numbers of dimensions of the official trained tensors, by their names without a stage's index.
+_DIMS = {
+    "prompt_embeddings": (3, 4),  # 4 in pixel space
+    "prompt_embeddings_tb": (4,),
+    "prompt_embeddings_lr": (4,),
+    "deep_prompt_embeddings": (3,),
+    "prompt_proj.weight": (2,),
+    "head.last_layer.weight": (2,),
+}
+
 # The types in a pickled NumPy array, under the module names before and since NumPy 2.
 _RECONSTRUCT = np.zeros(1).__reduce__()[0]
 _ARRAY_TYPES = [
@@ -313,6 +323,7 @@ def import_prompts(
     is_staged = any(name.startswith(_STAGE) for name in trained)
     if is_staged and kind is not SWIN:
         raise ValueError(f"backbone: {path} holds the prompts of a Swin, by stages; got a ViT")
+    _require_form(trained, path)
     with _naming(path):
         told = {"DEEP": is_staged} | _told_settings(trained, depth, built.patch_embed.patch_size[1])
         num_prompts = told.pop("NUM_TOKENS")
@@ -462,12 +473,19 @@ def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tens
     """The trained tensors, and the backbone's, both by their names after "enc."."""
     if "shallow_prompt" in content:
         names = {"shallow_prompt": "prompt_embeddings", "deep_prompt": "deep_prompt_embeddings"}
-        return {f"transformer.{names[n]}": torch.as_tensor(content[n]) for n in names if n in content}, {}
+        held = {names[n]: content[n] for n in names if n in content}
+        for name, value in held.items():
+            if not isinstance(value, np.ndarray | torch.Tensor):
+                raise _misformed(path, f"{name} is a {type(value).__name__}, want an array")
+        return {f"transformer.{name}": torch.as_tensor(value) for name, value in held.items()}, {}
     state = content.get("model")
     if not isinstance(state, Mapping) or not any("prompt_embeddings" in name for name in state):
         raise ValueError(
             f"{path}: holds no prompts, want a file of the official code's with 'model' or prompts"
         )
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise _misformed(path, f"{name} is a {type(value).__name__}, want a tensor")
     trained, frozen = {}, {}
     widened = any(name.endswith("transformer.prompt_embeddings") and t.ndim == 4 for name, t in state.items())
     for name, tensor in state.items():
@@ -488,6 +506,35 @@ def _split(content: Mapping[str, Any], path: Path) -> tuple[dict[str, torch.Tens
         moved = [name for name in trained if "embeddings.patch_embeddings." in name]
         frozen |= {name: trained.pop(name) for name in moved}
     return trained, frozen
+
+
+def _misformed(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path}: its prompts are not in the form in which the official code writes them: {why}"
+    )
+
+
+def _require_form(trained: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises ValueError for a trained tensor of a kind or shape that the official code does not write."""
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in trained.items()}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            kind = "without values" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
+            raise _misformed(path, f"{name} is {kind}, want dense floating-point numbers")
+        dims = _DIMS.get(name.rstrip("_0123456789"), ())
+        if dims and tensor.ndim not in dims:
+            wanted = " or ".join(map(str, dims))
+            raise _misformed(path, f"{name} has shape {tuple(tensor.shape)}, want {wanted} dimensions")
+    shallow = tensors.get("prompt_embeddings")
+    for name in ("deep_prompt_embeddings", f"{_STAGE}0"):
+        if shallow is not None and name in tensors and tensors[name].shape[1:] != shallow.shape[1:]:
+            raise _misformed(
+                path,
+                f"{name} has shape {tuple(tensors[name].shape)} and prompt_embeddings "
+                f"{tuple(shallow.shape)}, want the same but for the first dimension",
+            )
+    if "head.last_layer.bias" in tensors and "head.last_layer.weight" not in tensors:
+        raise _misformed(path, "it holds head.last_layer.bias without head.last_layer.weight")
 
 
 def _told_settings(trained: Mapping[str, torch.Tensor], depth: int, patch_width: int) -> dict[str, Any]:
@@ -521,5 +568,6 @@ def _check_frozen(frozen: Mapping[str, torch.Tensor], vit: VisionTransformer, pa
         for official in officials:
             if official in frozen and name in own:
                 got, want = frozen[official], own[name]
-                if got.shape != want.shape or not torch.allclose(got.to(want), want, rtol=1e-4, atol=1e-6):
+                rtol = max(1e-4, torch.finfo(got.dtype).eps)  # float16 rounds by more
+                if got.shape != want.shape or not torch.allclose(got.to(want), want, rtol=rtol, atol=1e-6):
                     raise ValueError(f"backbone: {path} was trained on another one: its {official} differs")

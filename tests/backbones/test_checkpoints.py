@@ -281,6 +281,14 @@ def test_a_tensor_without_values_is_refused(tmp_path: Path) -> None:
         load_checkpoint(small_vit(), tmp_path / "file.pth")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
+def test_a_tensor_that_holds_no_real_weights_is_refused_by_its_name(dtype, tmp_path: Path) -> None:
+    state = small_vit().state_dict()
+    torch.save({**state, "norm.bias": state["norm.bias"].to(dtype)}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=f"norm.bias is of {dtype}, want floating-point numbers"):
+        load_checkpoint(small_vit(), tmp_path / "file.pth")
+
+
 def test_a_locked_jax_file_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "ViT.npz", "w") as archive:
         archive.writestr("cls.npy", b"x")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import struct
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from image_files import noise
+from image_files import noise, png_of_one_row
 from PIL import EpsImagePlugin, ExifTags, Image
 
 from vpt_fast.data.decode import CheckedImages, DecodeError, check_images, decode_image
@@ -169,6 +170,24 @@ def test_half_transparent_palette_entries_are_laid_over_white(tmp_path):
 )
 def test_colour_marked_transparent_is_white(tmp_path, image, transparency, expected):
     assert decoded(image, tmp_path / "x.png", transparency=transparency).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "bits, colour_type, row, marked, expected",
+    [
+        (2, 0, [0b00011011], [1], [[0] * 3, [255] * 3, [170] * 3, [255] * 3]),
+        (4, 0, [0x05, 0xAF], [5], [[0] * 3, [255] * 3, [170] * 3, [255] * 3]),
+        (16, 2, [9, 0, 8, 0, 7, 0, 4, 0, 5, 0, 6, 0], [4 << 8, 5 << 8, 6 << 8], [[9, 8, 7], [255] * 3]),
+    ],
+    ids=["two-bit", "four-bit", "sixteen-bit-rgb"],
+)
+def test_colour_marked_transparent_is_white_at_other_depths(
+    tmp_path, bits, colour_type, row, marked, expected
+):
+    transparent = struct.pack(f">{len(marked)}H", *marked)
+    content = png_of_one_row(len(expected), bits, colour_type, bytes(row), transparent)
+    (tmp_path / "x.png").write_bytes(content)
+    assert np.asarray(decode_image(tmp_path / "x.png")).tolist() == [expected]
 
 
 def test_first_frame_of_an_animation_is_taken(tmp_path):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import png_of_one_row
 from PIL import ExifTags, Image
 
 from vpt_fast.data.images import DataError
@@ -104,12 +103,7 @@ def test_masks_of_every_kind_of_whole_numbers_are_read(tmp_path, mode):
 
 @pytest.mark.parametrize(("bits", "row"), [(1, b"\x40"), (2, b"\x10"), (4, b"\x01")])
 def test_mask_of_grey_values_that_pillow_would_scale_is_refused(tmp_path, bits, row):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)  # labels 0 and 1
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    (tmp_path / "mask.png").write_bytes(png_of_one_row(2, bits, 0, row))  # labels 0 and 1
     with pytest.raises(DataError, match="mask.png: wanted one .* a greyscale one of 8 or 16 bits"):
         read_mask(tmp_path / "mask.png", 100, no_zero=False)
 
@@ -132,6 +126,14 @@ def test_hidden_and_other_files_beside_the_images_are_left_out(scenes):
     for name in (".1.jpg", "notes.txt"):
         (scenes / "images/training" / name).touch()
     assert [path.name for path in open_scenes(scenes).train.images] == ["0.jpg", "1.jpg"]
+
+
+def mask_in_another_format(root):
+    Image.new("L", (3, 2)).save(root / "annotations/training/1.png", "JPEG")
+
+
+def turned_mask(root):
+    turn(root / "annotations/training/1.png", 3)
 
 
 def remove_mask(root):
@@ -210,6 +212,8 @@ def no_folder(root):
         (remove_mask, "annotations/training: found no 1.png; wanted a mask for each of 2 images"),
         (other_size, r"training/1.png: 3×2 pixels; its image .*training/1.jpg has 2×2"),
         (label_out_of_range, "training/1.png: label 7; wanted 0 to 2 of 3 classes, or 255 for no class"),
+        (mask_in_another_format, "training/1.png: a JPEG file; wanted a PNG file"),
+        (turned_mask, "training/1.png: its EXIF orientation turns it"),
         (colour_mask, "training/1.png: wanted one whole-number label a pixel"),
         (broken_image, "training/1.jpg: not an image"),
         (broken_mask, "training/1.png: not an image in a format that Pillow decodes"),

@@ -94,6 +94,8 @@ def load_checkpoint(
                 continue
             raise _misfit(path, model, f"it lacks {name}{norm_hint(name)}")
         _check_shape(name, tuple(state[name].shape), tuple(tensor.shape), path, model)
+        if tensor.is_floating_point() and not state[name].is_floating_point():
+            raise _misfit(path, model, f"{name} is of {state[name].dtype}, want floating-point numbers")
     for name in state:
         if strict and name not in wanted and not name.startswith(leaves_out):
             raise _misfit(path, model, f"it holds {name}, which the model has no place for")

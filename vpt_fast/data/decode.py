@@ -32,6 +32,8 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> transposition that makes the image upright."""
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Pillow's name for greyscale of so few bits -> the 8-bit step between two of its levels."""
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 _Item = TypeVar("_Item")
@@ -120,8 +122,19 @@ def decoding(path: str | ImageItem) -> Iterator[None]:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """An open image as `decode_image` gives it. Raises ValueError for pixels outside the ranges there, and
     what Pillow raises for broken files."""
+    _scale_transparency(image)
     image.load()
     return _to_rgb(_upright(image))
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Pillow scales the colours of some files to 8 bits as it loads them, but not the transparent one."""
+    marked = image.info.get("transparency")
+    for tile in getattr(image, "tile", ()):
+        if tile[3] in _GREY_STEPS and isinstance(marked, int):
+            image.info["transparency"] = marked * _GREY_STEPS[tile[3]]
+        elif tile[3] == "RGB;16B" and isinstance(marked, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in marked)
 
 
 def transposition_of(image: Image.Image) -> Image.Transpose | None:

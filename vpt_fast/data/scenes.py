@@ -173,12 +173,17 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
         no_zero: whether label 0 means no class and label 1 is the first.
 
     Raises:
-        DecodeError: the file cannot be read, does not hold one label per pixel, or holds an invalid label.
+        DecodeError: the file cannot be read, is no PNG, has an EXIF orientation, does not hold one label per
+            pixel, or holds an invalid label.
     """
     with decoding(path), open_image(path) as file:
         # Pillow stretches grey values of so few bits to 0..255.
         scaled = any(tile[3] in ("L;2", "L;4") for tile in getattr(file, "tile", ()))
         labels = np.asarray(file)
+    if file.format != "PNG":  # a JPEG's labels, say, are not those that were saved
+        raise DecodeError(path, f"a {file.format} file; wanted a PNG file")
+    if transposition_of(file) is not None:
+        raise DecodeError(path, "its EXIF orientation turns it; wanted a mask stored as its image is shown")
     if scaled or labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise DecodeError(
             path, "wanted one whole-number label a pixel: a palette PNG, or a greyscale one of 8 or 16 bits"
