@@ -32,8 +32,9 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> transposition that makes the image upright."""
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
-"""Pillow's name for greyscale of so few bits -> the 8-bit step between two of its levels."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Greyscale that Pillow scales to 8 bits as it loads it: its name for so few bits -> the step between two of
+their levels."""
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 _Item = TypeVar("_Item")
@@ -131,8 +132,8 @@ def _scale_transparency(image: Image.Image) -> None:
     """Pillow scales the colours of some files to 8 bits as it loads them, but not the transparent one."""
     marked = image.info.get("transparency")
     for tile in getattr(image, "tile", ()):
-        if tile[3] in _GREY_STEPS and isinstance(marked, int):
-            image.info["transparency"] = marked * _GREY_STEPS[tile[3]]
+        if tile[3] in GREY_STEPS and isinstance(marked, int):
+            image.info["transparency"] = marked * GREY_STEPS[tile[3]]
         elif tile[3] == "RGB;16B" and isinstance(marked, tuple):
             image.info["transparency"] = tuple(value >> 8 for value in marked)
 

@@ -11,7 +11,15 @@ from PIL import Image
 
 from vpt_fast.counting import counted
 
-from .decode import DecodeError, SkippedImage, decode_image, decoding, map_threads, transposition_of
+from .decode import (
+    GREY_STEPS,
+    DecodeError,
+    SkippedImage,
+    decode_image,
+    decoding,
+    map_threads,
+    transposition_of,
+)
 from .folder import IMAGE_EXTENSIONS
 from .images import (
     DataError,
@@ -177,8 +185,7 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
             pixel, or holds an invalid label.
     """
     with decoding(path), open_image(path) as file:
-        # Pillow stretches grey values of so few bits to 0..255.
-        scaled = any(tile[3] in ("L;2", "L;4") for tile in getattr(file, "tile", ()))
+        scaled = any(tile[3] in GREY_STEPS for tile in getattr(file, "tile", ()))
         labels = np.asarray(file)
     if file.format != "PNG":  # a JPEG's labels, say, are not those that were saved
         raise DecodeError(path, f"a {file.format} file; wanted a PNG file")
