@@ -77,5 +77,7 @@ def test_trained_part_takes_prompts_in_place_of_the_model_s() -> None:
 def test_there_are_none_with_prompts_in_or_before_the_first_block(settings: dict[str, Any]) -> None:
     model = PromptedViT(tiny_vit().float(), 5, **settings)
     assert model.feature_shape is None
-    with pytest.raises(NotImplementedError, match="no frozen features"):
-        model.frozen_features(random_batch(model, dtype=torch.float32)[0])
+    images = random_batch(model, dtype=torch.float32)[0]
+    for call in (model.frozen_features, model.classify):
+        with pytest.raises(NotImplementedError, match="no frozen features"):
+            call(images)

@@ -283,21 +283,26 @@ class PromptedViT(PromptedClassifier):
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens before the first block with prompts (B, N, d), as of
         every model."""
-        if self.feature_shape is None:
-            raise NotImplementedError(
-                f"prompt_layers: got {self.prompt_settings.prompt_layers}, and with prompts in the first "
-                "block there are no frozen features"
-            )
+        first = self._first_after_features()
         self._check_images(images)
-        (x,) = self.backbone.folded_outputs(images, (self._prompted[0] - 1,), Read.TOKENS)
+        (x,) = self.backbone.folded_outputs(images, (first - 1,), Read.TOKENS)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
     def classify(self, features: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """`frozen_features` of images of the model's own size (B, N, d) to logits (B, num_classes); `prompts`
         as for `forward`."""
-        last, first = self.num_blocks - 1, self._prompted[0]
+        first, last = self._first_after_features(), self.num_blocks - 1
         (rows,), _ = self._outputs(features, prompts, self._plans, (last,), first=first)
         return self.head(self._features(rows))
+
+    def _first_after_features(self) -> int:
+        """The block that reads `frozen_features`."""
+        if self.feature_shape is None:
+            raise NotImplementedError(
+                f"prompt_layers: got {self.prompt_settings.prompt_layers}, and with prompts in the first "
+                "block there are no frozen features"
+            )
+        return self._prompted[0]
 
     def forward_features(self, images: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """Normalised images (B, C, H, W) to the tokens after the final norm, without the prompts.
