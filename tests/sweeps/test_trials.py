@@ -167,24 +167,24 @@ def test_results_are_written_while_no_other_process_can(settings, tmp_path, monk
     assert refused
 
 
-def killed_behind(monkeypatch, owner, name) -> None:
-    """Interrupts this process behind the first call of `owner.name`."""
-    original = getattr(owner, name)
+def run_killed_behind(monkeypatch, name, plan, folder) -> None:
+    """Runs the sweep to the end of the first call of `RunFolder`'s method of this name."""
+    original = getattr(RunFolder, name)
 
     def call(*arguments):
         original(*arguments)
-        monkeypatch.setattr(owner, name, original)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(owner, name, call)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(plan, folder)
 
 
 def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
     for name in ("save_epoch", "save_results"):
-        killed_behind(monkeypatch, RunFolder, name)
-        with pytest.raises(KeyboardInterrupt):
-            run_sweep(plan, tmp_path)
+        run_killed_behind(monkeypatch, name, plan, tmp_path)
     assert run_sweep(plan, tmp_path)["finished"]
     study, _ = studies(plan, tmp_path)
     rows = RunFolder(trial_folder(tmp_path, {"base_lr": 0.5})).read().metrics
@@ -193,18 +193,14 @@ def test_pruner_sees_every_epoch_of_a_trial_that_went_on(settings, tmp_path, mon
 
 def test_trial_that_had_ended_when_its_process_was_killed_is_not_pruned(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
-    killed_behind(monkeypatch, RunFolder, "save_results")
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(plan, tmp_path)
+    run_killed_behind(monkeypatch, "save_results", plan, tmp_path)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     assert [trial["state"] for trial in run_sweep(plan, tmp_path)["trials"]] == ["complete"]
 
 
 def test_trial_that_goes_on_is_pruned_by_the_epochs_that_it_had_trained(settings, tmp_path, monkeypatch):
     plan = Sweep(settings, {"base_lr": (0.5,)}, seeds=(1,), pruner="median")
-    killed_behind(monkeypatch, RunFolder, "save_epoch")
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(plan, tmp_path)
+    run_killed_behind(monkeypatch, "save_epoch", plan, tmp_path)
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: True)
     monkeypatch.setattr(trials, "train", None)
     with pytest.raises(ValueError, match="no trial in .* came to an end: pruned"):
