@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ptx.card import _Launcher
-from ptx.machine import Block, Fault, GlobalMemory, SharedMemory
+from ptx.machine import Fault, GlobalMemory, SharedMemory
 from ptx.tma import TensorMap
 from ptx.translate import Kernel
 
@@ -26,6 +26,7 @@ def run(body: str, data: np.ndarray, shared_bytes: int = 1024) -> np.ndarray:
             .param .align 64 .b8 map[128]
         )
         .reqntid {len(data)}
+        .maxnreg 128
         {{
             .reg .pred %p<9>;
             .reg .b32 %r<99>;
@@ -44,15 +45,11 @@ def run(body: str, data: np.ndarray, shared_bytes: int = 1024) -> np.ndarray:
     memory = GlobalMemory([(data.ctypes.data, data.ctypes.data + data.nbytes)])
     with np.errstate(all="ignore"):
         kernel.run(
-            Block(
-                len(data),
-                shared_bytes,
-                memory,
-                (0, 0, 0),
-                (1, 1, 1),
-                [data.ctypes.data, TensorMap(data.ctypes.data, 4, (4, 16), (16, 1), (4, 16), 0)],
-                kernel.num_registers,
-            )
+            shared_bytes,
+            memory,
+            (0, 0, 0),
+            (1, 1, 1),
+            [data.ctypes.data, TensorMap(data.ctypes.data, 4, (4, 16), (16, 1), (4, 16), 0)],
         )
     return data
 
@@ -198,7 +195,10 @@ BEGIN_TILE = """
         [%r3], [%rd6, {%r3, %r3}], [%r5];
 """
 FIRST_ROW = "{%r3, %r3}"
-WAIT_FOR_TILE = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r5], 0;"
+WAIT_FOR_TILE = """
+    $wait: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r5], 0;
+    @!%p2 bra $wait;
+"""
 ADD_1 = """
     ld.shared.b32 {%r4}, [%r2 + 0];
     add.s32 %r4, %r4, 1;
@@ -245,6 +245,7 @@ STORE_TILE = """
     setp.eq.b32 %p1, %r1, 0;
     mov.b32 %r3, 0;
     st.shared.b32 [%r2 + 0], {%r1};
+    fence.proxy.async.shared::cta;
     bar.sync 0;
     @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd6, {%r3, %r3}], [%r3];
     cp.async.bulk.commit_group;
@@ -263,6 +264,7 @@ FILL = """
     shl.b32 %r4, %r1, 4;
     st.shared.v4.b32 [%r4 + 0], {%r3, %r3, %r3, %r3};
     st.shared.b32 [%r2 + 2048], {%r3};
+    fence.proxy.async.shared::cta;
 """
 BEGIN_PRODUCT = """
     mov.b64 %rd4, 0x1000080000;
@@ -298,6 +300,11 @@ def test_product_arrives_once_it_is_waited_for(steps, expected):
     [
         (FILL + "bar.sync 0;", "", "wgmma: nobody waits for it"),
         (FILL, WAIT_FOR_PRODUCT, "wgmma: reads what another warp writes"),
+        (
+            FILL.replace("fence.proxy.async.shared::cta;", "bar.sync 0;"),
+            WAIT_FOR_PRODUCT,
+            "wgmma: reads what threads have written, with no fence between",
+        ),
         ("", FILL + "bar.sync 0;" + WAIT_FOR_PRODUCT, "wgmma: reads shared memory that nobody"),
         (
             FILL + "bar.sync 0;",
@@ -313,6 +320,7 @@ def test_product_arrives_once_it_is_waited_for(steps, expected):
     ids=[
         "not waited for",
         "no barrier before",
+        "no fence before",
         "operands that come later",
         "operands overwritten",
         "no barrier after",
@@ -335,6 +343,108 @@ def test_fault_of_a_descriptor_is_found(right, message):
     begin = BEGIN_PRODUCT.replace("mov.b32 %r10, 0;", "mov.b32 %r10, 0;\n" + right)
     with pytest.raises(Fault, match=message):
         run(FILL + "bar.sync 0;" + begin, OF_A_WARPGROUP, 2560)
+
+
+# Two warpgroups that go their own ways: the first tells the second its threads' numbers.
+WARPGROUPS = """
+    setp.lt.u32 %p1, %r1, 128;
+    setp.eq.u32 %p3, %r1, 0;
+    mov.b32 %r5, 2048;
+    @%p3 mbarrier.init.shared::cta.b64 [%r5], 1;
+    bar.sync 0;
+    @%p1 bra $first;
+    setmaxnreg.inc.sync.aligned.u32 192;
+    {second}
+    bra $end;
+    $first:
+    setmaxnreg.dec.sync.aligned.u32 64;
+    {first}
+    $end:
+"""
+TELL = "st.shared.b32 [%r2 + 0], {%r1};\n"
+BARRIER_OF_FIRST = "bar.sync 1, 128;\n"
+ARRIVE = "@%p3 mbarrier.arrive.shared::cta.b64 _, [%r5];\n"
+LISTEN = "ld.shared.b32 {%r3}, [%r2 + -512];\n st.global.b32 [%rd3 + 0], {%r3};\n"
+OF_TWO_WARPGROUPS = np.arange(1000, 1256, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (TELL + BARRIER_OF_FIRST + ARRIVE, WAIT_FOR_TILE + LISTEN),
+        (TELL + "bar.sync 2, 256;", "bar.sync 2, 256;\n" + LISTEN),
+        (TELL + "barrier.sync 2;", "barrier.sync 2;\n" + LISTEN),
+    ],
+    ids=["mbarrier", "barrier of so many", "barrier of all"],
+)
+def test_warpgroup_reads_what_another_hands_over(first, second):
+    data = run(WARPGROUPS.format(first=first, second=second), OF_TWO_WARPGROUPS, 4096)
+    assert (data[128:] == np.arange(128)).all() and (data[:128] == OF_TWO_WARPGROUPS[:128]).all()
+
+
+BEGIN_TILE_OF_FIRST = """
+    mov.b64 %rd6, map;
+    mov.b32 %r6, 3072;
+    @%p3 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], 256;
+    @%p3 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+        [%r6], [%rd6, {%r1, %r1}], [%r5];
+"""
+LISTEN_TO_TILE = "ld.shared.b32 {%r3}, [%r6 + 0];\n st.global.b32 [%rd3 + 0], {%r3};"
+READ_FIRST = "mov.b32 %r6, 3072;\n" + LISTEN_TO_TILE
+
+FAULTS_OF_WARPGROUPS = {
+    "not waited for": (TELL + BARRIER_OF_FIRST + ARRIVE, LISTEN, "ld.shared: reads what another warp writes"),
+    "no barrier before the arrival": (
+        TELL + ARRIVE,
+        WAIT_FOR_TILE + LISTEN,
+        "ld.shared: reads what another warp writes",
+    ),
+    "a barrier of the others": (
+        TELL + BARRIER_OF_FIRST,
+        "bar.sync 2, 128;\n" + LISTEN,
+        "ld.shared: reads what another warp writes",
+    ),
+    "a write over what is being told": (
+        TELL + BARRIER_OF_FIRST + ARRIVE,
+        "st.shared.b32 [%r2 + -512], {%r1};",
+        "st.shared: writes what another warp writes",
+    ),
+    "a write over what the other reads": (
+        TELL + BARRIER_OF_FIRST + "ld.shared.b32 {%r3}, [%r2 + 0];\n" + ARRIVE,
+        WAIT_FOR_TILE + "st.shared.b32 [%r2 + -512], {%r1};",
+        "st.shared: writes what another warp reads",
+    ),
+    "a tile that another has waited for": (
+        BEGIN_TILE_OF_FIRST + WAIT_FOR_TILE,
+        READ_FIRST,
+        "ld.shared: reads what another warp writes",
+    ),
+    "nobody arrives": (TELL, WAIT_FOR_TILE, "wait for ever"),
+    "nobody comes to the barrier": ("", "bar.sync 2, 256;", "wait for ever"),
+    "too many come to the barrier": ("", "bar.sync 2, 64;", "bar.sync: 128 threads at a barrier of 64"),
+    "more registers than there are": ("setmaxnreg.inc.sync.aligned.u32 200;", "", "wait for ever"),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"), FAULTS_OF_WARPGROUPS.values(), ids=FAULTS_OF_WARPGROUPS
+)
+def test_fault_between_warpgroups_is_found(first, second, message):
+    with pytest.raises(Fault, match=message):
+        run(WARPGROUPS.format(first=first, second=second), OF_TWO_WARPGROUPS, 4096)
+
+
+def test_tile_is_read_by_another_warpgroup_that_waits_too():
+    second = WAIT_FOR_TILE.replace("$wait", "$again") + READ_FIRST
+    data = run(
+        WARPGROUPS.format(first=BEGIN_TILE_OF_FIRST + WAIT_FOR_TILE, second=second), OF_TWO_WARPGROUPS, 4096
+    )
+    assert (data[128:] == OF_TWO_WARPGROUPS[0]).all()
+
+
+def test_registers_are_divided_only_where_the_kernel_says_how_many_it_begins_with():
+    with pytest.raises(Fault, match="setmaxnreg: in a kernel without .maxnreg"):
+        Kernel(".visible .entry kernel()\n.reqntid 128\n{ setmaxnreg.dec.sync.aligned.u32 64; ret; }")
 
 
 FAULTS = {
@@ -439,6 +549,10 @@ FAULTS = {
         STORE_TILE.replace("st.shared.b32 [%r2 + 0], {%r1};", ""),
         "TMA store: reads shared memory that nobody",
     ),
+    "a stored tile with no fence before": (
+        STORE_TILE.replace("fence.proxy.async.shared::cta;", ""),
+        "TMA store: reads what threads have written, with no fence between",
+    ),
     "a stored tile with no barrier before": (
         STORE_TILE.replace("bar.sync 0;", ""),
         "TMA store: reads what another warp writes",
@@ -459,7 +573,7 @@ FAULTS = {
     "an mbarrier that nobody arrives at": (
         "setp.eq.b32 %p1, %r1, 0;\n mov.b32 %r3, 0;\n"
         "@%p1 mbarrier.init.shared::cta.b64 [%r3], 1;\n bar.sync 0;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], 0;",
+        "mov.b32 %r5, %r3;\n" + WAIT_FOR_TILE,
         "wait for ever",
     ),
 }
@@ -484,6 +598,7 @@ def test_launch_may_touch_the_storages_of_its_tensors_and_no_more():
 def test_write_to_what_a_product_in_flight_reads_is_a_fault():
     shared, places = SharedMemory(64), np.arange(32)
     shared.write(places, 0, np.zeros(32, np.uint8), "st.shared")
+    shared.fence()
     shared.use(places, 0, "wgmma")
     with pytest.raises(Fault, match="st.shared: writes what an operation in flight reads"):
         shared.write(places[:4], 0, np.ones(4, np.uint8), "st.shared")
@@ -513,7 +628,7 @@ def test_numbers_of_two_types_are_added_in_the_wider_one():
         "cvt.sat.s8.s32 %r3, %r1",
         "max.NaN.f32 %r3, %r1, %r1",
         "mul.hi.u32 %r3, %r1, %r1",
-        "bar.sync 1, 32",
+        "barrier.arrive 1, 64",
         "atom.global.add.u32 %r3, [%rd1], %r1",
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .machine import Block, Fault, GlobalMemory
+from .machine import Fault, GlobalMemory
 from .tma import TensorMap
 from .translate import Kernel
 
@@ -39,12 +39,8 @@ class _Launcher:
         assert len(parameters) == self.kernel.num_parameters
         with np.errstate(all="ignore"):  # integers wrap around, as on a GPU
             for program in np.ndindex(z, y, x):
-                block = Block(
-                    self.kernel.num_threads, self.metadata.shared, memory, program[::-1], (x, y, z),
-                    parameters, self.kernel.num_registers,
-                )  # fmt: skip
                 try:
-                    self.kernel.run(block)
+                    self.kernel.run(self.metadata.shared, memory, program[::-1], (x, y, z), parameters)
                 except Fault as fault:
                     raise Fault(f"{self.kernel.name}, program {program[::-1]}: {fault}") from None
 

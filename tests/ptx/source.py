@@ -9,8 +9,10 @@ from typing import NamedTuple
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 ENTRY = re.compile(r"\.visible \.entry (\w+)\((.*?)\)([^{]*)\{", re.DOTALL)
 PARAMETER = re.compile(r"(\w+)(?:\[\d+\])?$")
-BARRIERS = (("bar", "sync"), ("barrier", "sync"))  # the second is of Triton 3.9, on sm_100
+BARRIERS = (("bar", "sync"), ("barrier", "sync"))
+REGISTERS_OF_GROUP = (("setmaxnreg", "inc"), ("setmaxnreg", "dec"))
 THREADS = re.compile(r"\.reqntid (\d+)")
+MAX_REGISTERS = re.compile(r"\.maxnreg (\d+)")
 LABEL = re.compile(r"[$\w]+")
 OWN_LABEL = re.compile(r"^\s*(\w+):(?!:)", re.MULTILINE)  # of inline assembly; others begin with $
 INSTRUCTION = re.compile(r"(?:@(!?)([%\w]+) )?([\w.:]+) ?(.*)")
@@ -30,12 +32,13 @@ class Instruction(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A kernel. blocks: basic blocks in order, each barrier the first of one; labels: of their first
-    instructions."""
+    """A kernel. blocks: basic blocks in order, each instruction that may have to wait for other threads the
+    first of one; labels: of their first instructions; max_registers: None if the kernel does not say."""
 
     name: str
     parameters: tuple[str, ...]
     num_threads: int
+    max_registers: int | None
     blocks: list[list[Instruction]]
     labels: dict[str, int]
 
@@ -55,12 +58,14 @@ def parse(ptx: str) -> Source:
                 blocks.append([])
             labels[item] = len(blocks) - 1
             continue
-        if item.opcode[:2] in BARRIERS and blocks[-1]:
+        if item.opcode[:2] in (*BARRIERS, *REGISTERS_OF_GROUP) and blocks[-1]:
             blocks.append([])
         blocks[-1].append(item)
         if item.opcode[0] in ("bra", "ret"):
             blocks.append([])
-    return Source(name, names, int(THREADS.search(directives)[1]), blocks, labels)
+    registers = MAX_REGISTERS.search(directives)
+    max_registers = None if registers is None else int(registers[1])
+    return Source(name, names, int(THREADS.search(directives)[1]), max_registers, blocks, labels)
 
 
 def statements(body: str) -> Iterator[str | Instruction]:

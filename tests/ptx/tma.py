@@ -85,11 +85,9 @@ def load_tile(
 def _finish_load(block: Block, copy: _Copy, counter: Barrier) -> None:
     data = np.zeros(copy.inside.shape, np.uint8)
     data[copy.exist] = block.memory.bytes[copy.outside[copy.exist]]
-    # The mbarrier orders it before every thread that has waited.
-    block.shared.bytes[copy.inside] = data
-    block.shared.is_written[copy.inside] = True
+    block.shared.receive(copy.inside, data, counter)
     counter.bytes_pending -= data.size
-    counter.settle()
+    settle(block, counter)
 
 
 def store_tile(block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], guard: Any) -> None:
@@ -104,11 +102,22 @@ def _finish_store(block: Block, copy: _Copy) -> None:
     block.memory.bytes[copy.outside[copy.exist]] = data[copy.exist]
 
 
+def settle(block: Block, barrier: Barrier) -> None:
+    """Ends the barrier's phase if nothing is pending."""
+    before = barrier.phase
+    barrier.settle()
+    block.program.num_changes += barrier.phase - before
+
+
 def make_barrier(block: Block, address: Any, count: Any, guard: Any) -> None:
     thread = block.only_thread(guard, "mbarrier.init")
     if thread is not None:
-        expected = int(block.each(count)[thread])
-        block.barriers[int(block.each(address)[thread])] = Barrier(expected, expected)
+        expected, nothing = int(block.each(count)[thread]), np.zeros_like(block.shared.seen[0])
+        number = block.program.num_barriers
+        block.program.num_barriers += 1
+        block.barriers[int(block.each(address)[thread])] = Barrier(
+            expected, expected, number, nothing, nothing
+        )
 
 
 def drop_barrier(block: Block, address: Any, guard: Any) -> None:
@@ -125,15 +134,19 @@ def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
         barrier = block.barriers[int(block.each(address)[thread])]
         barrier.bytes_pending += int(block.each(num_bytes)[thread])
         barrier.pending -= 1
-        barrier.settle()
+        barrier.arrived = np.maximum(barrier.arrived, block.shared.seen[block.shared.group])
+        settle(block, barrier)
 
 
 def wait(block: Block, address: Any, parity: Any) -> np.bool_:
-    """Until the phase of this parity has ended. Copies and products end now, not earlier."""
+    """Whether the phase of this parity has ended. Copies and products end now, not earlier. If it has not,
+    other groups have to go on first."""
     barrier = block.barriers[int(block.each(address)[0])]
     for operations in (barrier.in_flight, barrier.commits):
         while operations:
             operations.pop(0)()
     if barrier.phase % 2 == int(block.each(parity)[0]) % 2:
-        raise Fault("mbarrier.try_wait: it would wait for ever")
+        block.has_to_wait = True
+        return np.bool_(False)
+    block.shared.learn(barrier)
     return np.bool_(True)

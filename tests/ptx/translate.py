@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import matrices, numbers, tensor_memory, tma
-from .machine import Block, Fault
-from .source import BARRIERS, Instruction, Source, elements, parse
+from .machine import Block, Fault, GlobalMemory, Program
+from .source import BARRIERS, REGISTERS_OF_GROUP, Instruction, Source, elements, parse
 
 Lines = list[str]
+ENDED = object()
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8}
 NUMBER = re.compile(r"-?\d+")
 REGISTER = re.compile(r"%(p|r|rs|rd)\d+(_\d+)?")
@@ -67,20 +68,60 @@ class Kernel:
         self.num_parameters = len(source.parameters)
         translator = Translator(source)
         self._functions = translator.functions()
-        self.num_registers = len(translator.registers)
-        # Where threads do not go on alone: at a barrier, and at the end.
-        barriers = [i for i, each in enumerate(source.blocks) if each and each[0].opcode[:2] in BARRIERS]
-        self._waits = [*barriers, len(source.blocks)]
+        self._num_registers = len(translator.registers)
+        # Where threads do not go on alone: where they may have to wait for others, and at the end.
+        firsts = {i: block[0] for i, block in enumerate(source.blocks) if block}
+        self._barriers = {i: barrier_of(first) for i, first in firsts.items() if first.opcode[:2] in BARRIERS}
+        self._registers = {
+            i: int(first.operands[0]) for i, first in firsts.items() if first.opcode[:2] in REGISTERS_OF_GROUP
+        }
+        self._waits = [*self._barriers, *self._registers, len(source.blocks)]
+        # Only kernels whose warpgroups do different work divide registers among them.
+        self._group_size = matrices.GROUP if self._registers else self.num_threads
+        self._max_registers = source.max_registers
+        if self._registers and source.max_registers is None:
+            raise Fault("setmaxnreg: in a kernel without .maxnreg")
 
-    def run(self, block: Block) -> None:
-        """One program. Where threads part, those whose place in the code is first go on alone, until all are
-        at one place again, or have to wait for each other: the compiler orders the code such that they meet
-        as early as they can."""
+    def run(
+        self,
+        shared_bytes: int,
+        memory: GlobalMemory,
+        place: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        parameters: list[Any],
+    ) -> None:
+        """One program; the arguments are those of `Program`. Groups of threads take turns: each goes on until
+        it has to wait for another."""
+        program = Program(
+            self.num_threads, shared_bytes, memory, place, grid, parameters,
+            self._num_registers, self._group_size, self._max_registers or 0,
+        )  # fmt: skip
+        running = {block.shared.group: self._steps(block) for block in program.blocks}
+        while running:
+            before = program.num_changes
+            for group, steps in list(running.items()):
+                if next(steps, ENDED) is ENDED:
+                    del running[group]
+                    program.num_changes += 1
+            if program.num_changes == before:
+                raise Fault("mbarrier.try_wait, bar.sync or setmaxnreg: it would wait for ever")
+        program.require_end()
+
+    def _steps(self, block: Block) -> Iterator[None]:
+        """Runs a group of threads, up to each time that others have to go on first. Where threads part, those
+        whose place in the code is first go on alone, until all are at one place again, or have to wait for
+        each other: the compiler orders the code such that they meet as early as they can."""
         end, at = len(self._functions), 0
         while at < end:
+            if at in self._barriers:
+                yield from block.meet(*self._barriers[at])
+            if at in self._registers:
+                yield from block.set_registers(self._registers[at])
             next_at = self._functions[at](block, block.registers)
             at = self._reunite(block, next_at) if isinstance(next_at, np.ndarray) else next_at
-        block.require_end()
+            if block.has_to_wait:
+                block.has_to_wait = False
+                yield
 
     def _reunite(self, block: Block, places: np.ndarray) -> int:
         """Runs threads at different places in the code until they are at one, and returns it."""
@@ -99,6 +140,12 @@ class Kernel:
             places = np.where(block.mask, next_at, places)
             block.mask = None
         return int(places[0])
+
+
+def barrier_of(i: Instruction) -> tuple[int, int | None]:
+    """A barrier's number, and of how many threads it is, None: of all."""
+    number, *count = i.operands
+    return int(number), int(count[0]) if count else None
 
 
 class Translator:
@@ -191,12 +238,14 @@ class Translator:
             ]
         if first == "ret":
             return [f"return {len(self.source.blocks)}"]
-        if first in ("fence", "membar"):  # all is in order here
+        if i.opcode[:3] == ("fence", "proxy", "async"):
+            return ["B.shared.fence()"]
+        if first in ("fence", "membar"):  # all else is in order here
             return []
         if i.opcode[:2] == ("bar", "warp"):  # as the threads of a warp are
             return []
-        if i.opcode in BARRIERS and i.operands == ("0",):  # of all threads
-            return ["B.synchronize()"]
+        if i.opcode[:2] in (*BARRIERS, *REGISTERS_OF_GROUP):  # see Kernel
+            return []
         special = getattr(self, f"_{first}", None)
         if special is not None:
             return special(i)
@@ -384,8 +433,9 @@ class Translator:
             return [f"tma.make_barrier(B, {self.address(i.operands[0], 'shared')}, {count}, {guard})"]
         if what == "inval":
             return [f"tma.drop_barrier(B, {self.address(i.operands[0], 'shared')}, {guard})"]
-        if i.opcode[1:3] == ("arrive", "expect_tx"):
-            size = self.read(i.operands[2], "u32")
+        if what == "arrive" and i.operands[0] == "_":
+            size = self.read(i.operands[2], "u32") if "expect_tx" in i.opcode else "0"
+            assert ("expect_tx" in i.opcode) == (len(i.operands) == 3)  # without: one arrival
             return [f"tma.arrive(B, {self.address(i.operands[1], 'shared')}, {size}, {guard})"]
         if i.opcode[1:3] == ("try_wait", "parity"):
             parity = self.read(i.operands[2], "u32")
