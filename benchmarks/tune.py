@@ -141,6 +141,20 @@ def tma_launches() -> list[Launch]:
     return found
 
 
+# Columns of a tile, and the depth and the number of stages that shared memory has room for beside it.
+SPECIALIZED_STAGES = ((256, 64, 3), (256, 32, 6), (128, 64, 5))
+
+
+def specialized_launches() -> list[Launch]:
+    """Candidates for the same GEMMs by kernels whose warpgroups do different work, on sm_90."""
+    from vpt_fast.kernels.mlp import gemm
+
+    return [
+        {**gemm.SPECIALIZED, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": group, "num_stages": num_stages}
+        for (block_n, block_k, num_stages), group in itertools.product(SPECIALIZED_STAGES, (4, 8, 16))
+    ]
+
+
 ATTENTION_KERNELS = {"forward": "forward_tiles", "grad_q": "grad_q_tiles", "grad_kv": "grad_kv_tiles"}
 LINEAR_KERNELS = ("linear_activate", "linear_activate_backward")
 KERNELS = (*ATTENTION_KERNELS, *LINEAR_KERNELS)
@@ -180,9 +194,11 @@ def attention_targets(shape: attention.Shape, names: list[str], settings: Settin
 
 def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
     """A GEMM with GELU or its derivative."""
+    from vpt_fast.kernels.launch import arch_of
     from vpt_fast.kernels.mlp import gemm
 
     by_descriptors = gemm.has_descriptors(settings.device, settings.dtype)
+    specialized = specialized_launches() if arch_of(settings.device) == 90 else []
     inputs = kernels.make_inputs(case, settings.dtype, settings.device)
     fused = kernels.implementation(kernels.OURS, case, settings.dtype)
     return [
@@ -193,7 +209,7 @@ def linear_targets(case: kernels.Case, settings: Settings) -> list[Target]:
             function="_tma_config" if by_descriptors else "_config",
             of_launch=dict,
             recorded=gemm._tma_config() if by_descriptors else gemm._config(settings.dtype, aligned=True),
-            candidates=tma_launches() if by_descriptors else LINEAR_LAUNCHES,
+            candidates=[*specialized, *tma_launches()] if by_descriptors else LINEAR_LAUNCHES,
             call=partial(fused, *inputs[0], *inputs[1]),
             error=partial(kernels.check, fused, case, inputs),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.launch import ROUNDING
@@ -123,7 +124,9 @@ def measure(build: Build, arch: int) -> Resources:
         stack_bytes=stack_bytes,
         spill_bytes=spill_bytes,
         shared_bytes=shared_bytes,
-        programs=count_programs(arch, 32 * build.num_warps, registers, shared_bytes, tmem_columns),
+        programs=count_programs(
+            arch, 32 * compiled.metadata.num_warps, registers, shared_bytes, tmem_columns
+        ),
         tmem_columns=tmem_columns,
         wgmma=len(WGMMA.findall(ptx)),
         tcgen05=len(TCGEN05.findall(ptx)),
@@ -154,15 +157,16 @@ def compile_build(build: Build, arch: int) -> tuple[Any, str]:
             "want TRITON_INTERPRET unset before triton is imported"
         )
     arg_names = build.kernel.arg_names
-    source = ASTSource(
+    source_type = GluonASTSource if build.kernel.is_gluon() else ASTSource
+    source = source_type(
         fn=build.kernel,
         signature={name: build.signature.get(name, "constexpr") for name in arg_names},
         constexprs=dict(build.constexprs),
         attrs={(arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible},
     )
-    options = dict(
-        num_warps=build.num_warps, num_stages=build.num_stages, maxnreg=build.max_registers, **ROUNDING
-    )
+    options = dict(num_warps=build.num_warps, maxnreg=build.max_registers, **ROUNDING)
+    if build.num_stages is not None:
+        options["num_stages"] = build.num_stages
 
     def compile_and_log() -> tuple[Any, str]:
         # Triton prints the log, and drops it.

@@ -19,7 +19,8 @@ class Build:
             ``"fp32"``.
         constexprs: value of every constexpr argument; None for every absent pointer.
         divisible: names of arguments (pointers, strides) that are multiples of 16.
-        num_warps, num_stages, max_registers: as launched; None leaves the number of registers to ptxas.
+        num_warps, num_stages, max_registers: as launched. Without num_stages, the kernel pipelines its loads
+            itself; without max_registers, ptxas chooses.
         wgmma: whether its matmuls have 64 or more rows, so that on sm_90 they must use wgmma.
         programs: how many programs an SM of sm_90 must hold at once.
 
@@ -33,7 +34,7 @@ class Build:
     constexprs: Mapping[str, Any]
     divisible: tuple[str, ...]
     num_warps: int
-    num_stages: int
+    num_stages: int | None
     wgmma: bool
     max_registers: int | None = None
     programs: int = 1

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
 from vpt_fast.kernels.launch import DTYPES, MAX_PROGRAMS, TYPE_NAMES, Launch, arch_of, cdiv, num_sms
+from vpt_fast.kernels.mlp.descriptors import Block, DescriptorLaunch, Plan, row_stride
 from vpt_fast.kernels.mlp.gemm_jit import (
     linear_activate_backward_kernel,
     linear_activate_backward_tma_kernel,
@@ -46,6 +46,11 @@ def _tma_config() -> dict[str, int]:
     with one, were slower on an H200. DELAY, in ns, is about what an epilogue takes, judged from its
     instructions: not timed yet; benchmarks/tune.py tries other delays, and none."""
     return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
+
+
+SPECIALIZED = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_stages": 3}
+"""The same for kernels whose warpgroups do different work (`gemm_specialized`), on sm_90. Not timed yet:
+only benchmarks/tune.py and tests put it in the place of `_tma_config`'s."""
 
 
 # Half of the programs start later only if each has at least this many tiles, to win back the delay.
@@ -81,21 +86,8 @@ def _takes_descriptors(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor)
     """Whether aligned tensors are moved by descriptors: only if their rows form a single dimension, and do
     not overlap, as those of an expanded tensor do. CUDA asks for a stride of at least a row."""
     is_matrix = rows.sizes[1:] == (1, 1) and 0 not in weight.shape
-    is_apart = all(_row_stride(t) >= t.shape[-1] for t in (weight, *tensors))
+    is_apart = all(row_stride(t) >= t.shape[-1] for t in (weight, *tensors))
     return is_matrix and is_apart and has_descriptors(weight.device, weight.dtype)
-
-
-def _row_stride(t: torch.Tensor) -> int:
-    """Elements from one row of (.., columns) to the next, if the leading dimensions can be one."""
-    # The stride of a dimension of size 1 is arbitrary.
-    steps = [stride for n, stride in zip(t.shape[:-1], t.stride(), strict=False) if n > 1]
-    return steps[-1] if steps else t.shape[-1]
-
-
-def _matrix(t: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Descriptor of (.., columns), whose leading dimensions can be one, in blocks of this shape."""
-    columns = t.shape[-1]
-    return TensorDescriptor(t, [t.numel() // columns, columns], [_row_stride(t), 1], list(block))
 
 
 def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
@@ -105,92 +97,52 @@ def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> in
     return programs
 
 
-class _TMALaunch:
-    """A launch, from tensors, of a kernel that takes descriptors.
-
-    Args:
-        kernel, device: as of `Launch`.
-        num_tiles: of the result.
-        sizes: M, N, K.
-        kind: the activation.
-        config: tiles, warps, stages.
-        pack: whether the derivative is kept in 8 bits.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        device: torch.device,
-        num_tiles: int,
-        sizes: tuple[int, int, int],
-        kind: str,
-        config: dict[str, int],
-        pack: bool,
-    ) -> None:
-        programs = min(num_tiles, _programs(config) * num_sms(device))
-        options = _tma_options(kernel, config, pack, arch_of(device))
-        if num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda":
-            config = {**config, "DELAY": 0}
-        self._launch = Launch(kernel, device, programs, *sizes, KIND=kind, **config, **options)
-        self._blocks = _blocks(kernel, config, pack)
-        self._is_empty = num_tiles == 0  # an empty tensor has no descriptor
-        self._forms: list[Any] | None = None  # descriptors without a tensor; None for arguments without one
-
-    def __call__(self, *tensors: torch.Tensor | None) -> None:
-        if self._is_empty:
-            return
-        if self._forms is None:
-            self._forms = [
-                None if t is None or block is None else _with_base(_matrix(t, block), None)
-                for t, block in zip(tensors, self._blocks, strict=True)
-            ]
-        self._launch(
-            *(
-                t if form is None else _with_base(form, t)
-                for t, form in zip(tensors, self._forms, strict=True)
-            )
-        )
-
-
-def _with_base(descriptor: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
-    """The same descriptor for another tensor of the same layout, which is not checked again."""
-    found = object.__new__(TensorDescriptor)
-    found.__dict__.update(descriptor.__dict__)
-    found.base = base
-    return found
-
-
-def _columns(kernel: Any, config: dict[str, int], pack: bool) -> int:
+def _columns(is_backward: bool, config: dict[str, int], pack: bool) -> int:
     """Columns of a result's tile that the epilogue processes at a time. Its stores pass through shared
     memory; if codes are stored too, half as many columns leave room for a second program."""
-    parts = 4 if pack and kernel is linear_activate_tma_kernel else 2
+    parts = 4 if pack and not is_backward else 2
     return config["BLOCK_N"] // parts
 
 
-def _tma_options(kernel: Any, config: dict[str, int], pack: bool, arch: int) -> dict[str, int | None]:
-    """Launch options beyond the config. Left to itself, ptxas takes up to 190 registers, depending on
-    Triton's version, which leaves no room for a second program. The limit is for sm_90: on sm_100 it would
-    make backward spill."""
-    options: dict[str, int | None] = {"maxnreg": 128 if _programs(config) == 2 and arch == 90 else None}
-    if kernel is linear_activate_tma_kernel:
-        options["COLUMNS"] = _columns(kernel, config, pack)
-    return options
+def _plan(is_backward: bool, config: dict[str, int], kind: str, pack: bool, arch: int) -> Plan:
+    """How the kernel with descriptors is launched, for forward or backward. pack: whether the derivative is
+    kept in 8 bits."""
+    if "FLATTEN" not in config:  # SPECIALIZED, or another candidate of its kind
+        from vpt_fast.kernels.mlp import gemm_specialized
+
+        return gemm_specialized.plan(is_backward, config, kind)
+    m, n, k = (config[f"BLOCK_{side}"] for side in "MNK")
+    programs, part = _programs(config), (m, _columns(is_backward, config, pack))
+    # Left to itself, ptxas takes up to 190 registers, depending on Triton's version, which leaves no room for
+    # a second program. The limit is for sm_90: on sm_100 it would make backward spill.
+    options = {**config, "KIND": kind, "maxnreg": 128 if programs == 2 and arch == 90 else None}
+    if is_backward:
+        return Plan(linear_activate_backward_tma_kernel, [(m, k), (k, n), (m, n), part], programs, options)
+    options["COLUMNS"] = part[1]
+    blocks: list[Block | None] = [(m, k), (n, k), None, part, part, part]
+    return Plan(linear_activate_tma_kernel, blocks, programs, options)
 
 
-def _blocks(kernel: Any, config: dict[str, int], pack: bool) -> list[tuple[int, int] | None]:
-    """The block that the kernel moves at a time, for each of its tensors in order; None: it takes a
-    pointer."""
-    m, n, k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-    of_results = (m, _columns(kernel, config, pack))
-    if kernel is linear_activate_tma_kernel:
-        return [(m, k), (n, k), None, of_results, of_results, of_results]
-    return [(m, k), (k, n), (m, n), of_results]
+def _descriptor_launch(
+    is_backward: bool,
+    config: dict[str, int],
+    kind: str,
+    pack: bool,
+    device: torch.device,
+    num_tiles: int,
+    sizes: tuple[int, int, int],
+) -> DescriptorLaunch:
+    plan = _plan(is_backward, config, kind, pack, arch_of(device))
+    programs = min(num_tiles, plan.programs * num_sms(device))
+    if "DELAY" in plan.options and (num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda"):
+        plan.options["DELAY"] = 0
+    return DescriptorLaunch(plan, device, programs, sizes)
 
 
 @once_per_layout
 def _forward_launch(
     kind: str, pack: bool, keep: bool, *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> Launch | _TMALaunch:
+) -> Launch | DescriptorLaunch:
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(x=x, weight=weight, bias=bias)
@@ -209,7 +161,7 @@ def _forward_launch(
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
     if by_descriptors:
-        return _TMALaunch(linear_activate_tma_kernel, x.device, num_programs, sizes, kind, config, pack)
+        return _descriptor_launch(False, config, kind, pack, x.device, num_programs, sizes)
     return Launch(
         linear_activate_kernel,
         x.device,
@@ -227,7 +179,7 @@ def _forward_launch(
 @once_per_layout
 def _backward_launch(
     kind: str, *, grad: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor
-) -> Launch | _TMALaunch:
+) -> Launch | DescriptorLaunch:
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ELEMENTWISE)
     require_device(grad=grad, weight=weight, kept=kept)
@@ -246,9 +198,7 @@ def _backward_launch(
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
     if by_descriptors:
-        return _TMALaunch(
-            linear_activate_backward_tma_kernel, grad.device, num_programs, sizes, kind, config, False
-        )
+        return _descriptor_launch(True, config, kind, False, grad.device, num_programs, sizes)
     return Launch(
         linear_activate_backward_kernel,
         grad.device,
@@ -368,10 +318,9 @@ def builds(arch: int) -> list[Build]:
         found += [_forward_build(dtype, True, True), _backward_build(dtype, False, True)]
     for dtype in (bf16, torch.float32):
         found += [_forward_build(dtype, True, False, False), _backward_build(dtype, False, False, False)]
-    if arch >= 90:
+    for config in [_tma_config()] * (arch >= 90) + [SPECIALIZED] * (arch == 90):
         for dtype, pack in ((bf16, False), (bf16, True), (torch.float16, False)):
-            found += [_tma_build(linear_activate_tma_kernel, dtype, pack, arch)]
-            found += [_tma_build(linear_activate_backward_tma_kernel, dtype, pack, arch)]
+            found += [_tma_build(is_backward, config, dtype, pack, arch) for is_backward in (False, True)]
     return found
 
 
@@ -420,29 +369,16 @@ def _build(
     )
 
 
-def _tma_build(kernel: Any, dtype: torch.dtype, pack: bool, arch: int) -> Build:
-    config = _tma_config()
-    names = [name for name in kernel.arg_names if not name.isupper()]
-    is_codes = {"codes": True, "kept": pack}
-    element = {name: "u8" if is_codes.get(name) else TYPE_NAMES[dtype] for name in names}
-    absent: dict[str, None] = {name: None for name in names if name == ("u" if pack else "codes")}
-    signature = {
-        name: f"*{element[name]}" if block is None else f"tensordesc<{element[name]}[{block[0]},{block[1]}]>"
-        for name, block in zip(names, _blocks(kernel, config, pack), strict=True)
-        if name not in absent
-    }
-    tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
-    config |= _tma_options(kernel, config, pack, arch)
-    num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    max_registers = config.pop("maxnreg")
-    return Build(
-        kernel=kernel,
-        config=f"{TYPE_NAMES[dtype]} gelu {'codes' if pack else 'u'} {tile}",
-        signature={**signature, **dict.fromkeys(("M", "N", "K"), "i32")},
-        constexprs={**absent, "KIND": "gelu", **config},
-        divisible=("bias", "N") if "bias" in names else (),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        max_registers=max_registers,
-        wgmma=True,
-    )
+def _tma_build(is_backward: bool, config: dict[str, int], dtype: torch.dtype, pack: bool, arch: int) -> Build:
+    plan = _plan(is_backward, config, "gelu", pack, arch)
+    absent: tuple[str, ...] = ()
+    dtypes = {name: dtype for name in plan.kernel.arg_names if not name.isupper()}
+    if is_backward:
+        dtypes["kept"] = torch.uint8 if pack else dtype
+    else:
+        dtypes["codes"] = torch.uint8
+        absent = ("u" if pack else "codes",)
+    tile = "x".join(str(config[f"BLOCK_{side}"]) for side in "MNK")
+    kept = "codes" if pack else "u"
+    divisible = () if is_backward else ("bias", "N")
+    return plan.build(f"{TYPE_NAMES[dtype]} gelu {kept} {tile}", dtypes, absent, divisible)

@@ -15,6 +15,7 @@ import torch
 import tune
 from rich.console import Console
 from rich.progress import Progress
+from vpt_fast.kernels import launch
 from vpt_fast.kernels.mlp import gemm
 from vpt_fast.kernels.prompted_attention import ops
 
@@ -206,3 +207,17 @@ def test_every_recorded_launch_of_a_gpu_is_beside_candidates_of_its_own_kind() -
     tma = gemm._tma_config()
     assert all(launch.keys() == tma.keys() for launch in tune.tma_launches())
     assert tma in tune.tma_launches()
+    specialized = tune.specialized_launches()
+    assert all(candidate.keys() == gemm.SPECIALIZED.keys() for candidate in specialized)
+    assert gemm.SPECIALIZED in specialized
+
+
+@pytest.mark.parametrize(("arch", "are_tried"), [(90, True), (100, False)])
+def test_specialized_warpgroups_are_tried_on_sm_90(
+    arch: int, are_tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "arch_of", lambda device: arch)
+    settings = dataclasses.replace(SETTINGS, dtype=torch.float16)
+    case = kernels.Case("linear_activate", "gelu", False, batch_size=1, num_tokens=67, width=48)
+    (target,) = tune.linear_targets(case, settings)
+    assert (gemm.SPECIALIZED in target.candidates) == are_tried

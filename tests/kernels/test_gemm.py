@@ -10,6 +10,7 @@ import torch
 from definitions import activated, assert_as_good_as, random, slope
 from vpt_fast.kernels.checks import forget_layouts
 from vpt_fast.kernels.mlp import gemm
+from vpt_fast.kernels.mlp.descriptors import DescriptorLaunch
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -149,7 +150,21 @@ def test_what_is_aligned_goes_by_descriptors(size, dtype, by_descriptors):
         gemm._forward_launch("gelu", False, True, x=x, weight=weight, bias=bias),
         gemm._backward_launch("gelu", grad=grad, weight=weight2, kept=u),
     )
-    assert [isinstance(launch, gemm._TMALaunch) for launch in launches] == [by_descriptors] * 2
+    assert [isinstance(launch, DescriptorLaunch) for launch in launches] == [by_descriptors] * 2
+
+
+def test_specialized_warpgroups_have_a_program_for_each_tile_or_sm(monkeypatch):
+    monkeypatch.setattr(gemm, "_tma_config", lambda: gemm.SPECIALIZED)
+    forget_layouts()
+    x, weight, bias = forward_inputs(((3, 100), 80, 528), torch.bfloat16)  # 3 x 3 tiles of 128 x 256
+    grids = []
+    for num_sms in (1, 132):
+        monkeypatch.setattr(gemm, "num_sms", lambda device, num_sms=num_sms: num_sms)
+        forget_layouts()
+        launch = gemm._forward_launch("gelu", False, True, x=x, weight=weight, bias=bias)
+        grids.append(launch._launch._grid)
+    forget_layouts()
+    assert grids == [(1, 1, 1), (9, 1, 1)]
 
 
 def odd_rows(t: torch.Tensor) -> torch.Tensor:
@@ -173,7 +188,7 @@ def test_forward_of_what_starts_elsewhere_or_overlaps_goes_by_pointers(name, odd
     x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
     given = {"x": x, "weight": weight, "bias": bias}
     given[name] = odd(given[name])
-    assert not isinstance(gemm._forward_launch("gelu", False, True, **given), gemm._TMALaunch)
+    assert not isinstance(gemm._forward_launch("gelu", False, True, **given), DescriptorLaunch)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,7 @@ def test_backward_of_what_starts_elsewhere_overlaps_or_is_kept_in_float32_goes_b
     grad, weight, u = backward_inputs(((141,), 80, 208), torch.bfloat16)
     given = {"grad": grad, "weight": weight, "kept": u}
     given[name] = odd(given[name])
-    assert not isinstance(gemm._backward_launch("gelu", **given), gemm._TMALaunch)
+    assert not isinstance(gemm._backward_launch("gelu", **given), DescriptorLaunch)
 
 
 def test_a_launch_by_descriptors_holds_no_tensor():
@@ -206,7 +221,7 @@ def test_a_launch_by_descriptors_holds_no_tensor():
 def test_rows_that_are_no_one_dimension_go_by_pointers():
     x, weight, bias = forward_inputs(ALIGNED, torch.bfloat16)
     launch = gemm._forward_launch("gelu", False, True, x=wider(x), weight=weight, bias=bias)
-    assert not isinstance(launch, gemm._TMALaunch)
+    assert not isinstance(launch, DescriptorLaunch)
 
 
 def test_linear_activate_without_bias():
@@ -272,7 +287,7 @@ def test_rows_apart_go_by_descriptors_too():
     x, weight, bias = forward_inputs(((141,), 80, 208), torch.bfloat16)
     apart = torch.cat((x, x), 1)[:, :80]
     assert isinstance(
-        gemm._forward_launch("gelu", False, True, x=apart, weight=weight, bias=bias), gemm._TMALaunch
+        gemm._forward_launch("gelu", False, True, x=apart, weight=weight, bias=bias), DescriptorLaunch
     )
     for got, expected in zip(
         gemm.linear_activate(apart, torch.cat((weight, weight), 1)[:, :80], bias, "gelu")[:2],

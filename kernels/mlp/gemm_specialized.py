@@ -1,0 +1,49 @@
+"""How the kernels of `gemm_specialized_jit` are launched. This imports Gluon, which Triton may still change;
+so `gemm` imports this only where it launches these kernels or builds them ahead of time."""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from vpt_fast.kernels.mlp.descriptors import Block, Plan
+from vpt_fast.kernels.mlp.gemm_specialized_jit import (
+    linear_activate_backward_specialized_kernel,
+    linear_activate_specialized_kernel,
+)
+
+WARPS = 4  # of a warpgroup; a program has three of them
+# Registers of a thread when a program begins: an SM's 65,536 for 384 threads, in units of 8. The warpgroups
+# then divide them: those that multiply take more, since each thread holds 128 sums, and the one that finishes
+# takes less. The first warpgroup gets what the other two leave, 208.
+REGISTERS, MULTIPLY_REGISTERS, FINISH_REGISTERS = 168, 200, 96
+# Rows and columns of what is stored at a time. 64 columns of 16 bits are the 128 bytes that a row of a
+# swizzled tile has, so that a part is contiguous in shared memory.
+PART: Block = (64, 64)
+
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8}
+
+
+def _layout(dtype: torch.dtype, block: Block) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
+
+
+def plan(is_backward: bool, config: dict[str, int], kind: str) -> Plan:
+    """How the kernel is launched, for forward or backward. config: `gemm.SPECIALIZED`, or another such."""
+    m, n, k = (config[f"BLOCK_{side}"] for side in "MNK")
+    if is_backward:
+        kernel = linear_activate_backward_specialized_kernel
+        blocks: list[Block | None] = [(m, k), (k, n), PART, PART]
+    else:
+        kernel = linear_activate_specialized_kernel
+        blocks = [(m, k), (n, k), None, PART, PART, PART]
+    options = {
+        "KIND": kind,
+        "GROUP": config["GROUP"],
+        "STAGES": config["num_stages"],
+        "MULTIPLY_REGISTERS": MULTIPLY_REGISTERS,
+        "FINISH_REGISTERS": FINISH_REGISTERS,
+        "num_warps": WARPS,
+        "maxnreg": REGISTERS,
+    }
+    return Plan(kernel, blocks, 1, options, TensorDescriptor, _layout)
