@@ -422,6 +422,16 @@ FAULTS_OF_WARPGROUPS = {
     "nobody arrives": (TELL, WAIT_FOR_TILE, "wait for ever"),
     "nobody comes to the barrier": ("", "bar.sync 2, 256;", "wait for ever"),
     "too many come to the barrier": ("", "bar.sync 2, 64;", "bar.sync: 128 threads at a barrier of 64"),
+    "registers that increase to fewer": (
+        "setmaxnreg.inc.sync.aligned.u32 56;",
+        "",
+        "setmaxnreg.inc: from 64 registers to 56",
+    ),
+    "registers that decrease to more": (
+        "setmaxnreg.dec.sync.aligned.u32 72;",
+        "",
+        "setmaxnreg.dec: from 64 registers to 72",
+    ),
     "more registers than there are": ("setmaxnreg.inc.sync.aligned.u32 200;", "", "wait for ever"),
 }
 

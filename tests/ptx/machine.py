@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -268,13 +269,13 @@ class Program:
     ) -> None:
         self.num_threads, self.memory, self.parameters = num_threads, memory, parameters
         self.barriers: dict[int, Barrier] = {}
-        self.num_barriers = 0
+        self.barrier_numbers = itertools.count()
         self.tensor_memory = TensorMemory()
         self.nanoseconds = 0
         self.special: dict[str, Any] = {}
         for axis, index, size in zip("xyz", place, grid, strict=True):
             self.special |= {f"%ctaid.{axis}": np.uint32(index), f"%nctaid.{axis}": np.uint32(size)}
-        self.num_changes = 0  # of what others may wait for
+        self.num_events = 0  # that others may wait for, beside mbarriers' phases
         self.meetings: dict[int, list[Block]] = {}  # who waits, for each of the barriers with a number
         self.free_registers = 0
         num_groups = num_threads // group_size
@@ -283,6 +284,11 @@ class Program:
             Block(self, shared.of(group), group_size, num_registers, max_registers)
             for group in range(num_groups)
         ]
+
+    @property
+    def progress(self) -> int:
+        """Changes when something happens that a group of threads may have to wait for."""
+        return self.num_events + sum(barrier.phase for barrier in self.barriers.values())
 
     def require_end(self) -> None:
         """Nothing is in flight that was not waited for."""
@@ -349,7 +355,7 @@ class Block:
         return np.uint64(self.program.nanoseconds)
 
     def meet(self, number: int, num_threads: int | None) -> Iterator[None]:
-        """The barrier of this number, of so many threads or all, each time the others have to go on first."""
+        """The barrier of this number, of so many threads or all. Yields while others have to go on first."""
         expected = num_threads or self.program.num_threads
         waiting = self.program.meetings.setdefault(number, [])
         waiting.append(self)
@@ -359,18 +365,20 @@ class Block:
         if arrived == expected:
             self.shared.meet([block.shared.group for block in waiting])
             del self.program.meetings[number]
-            self.program.num_changes += 1
+            self.program.num_events += 1
         while self.program.meetings.get(number) is waiting:
             yield
 
-    def set_registers(self, count: int) -> Iterator[None]:
-        """setmaxnreg: gives registers back to the program, or waits until it has enough."""
+    def set_registers(self, direction: str, count: int) -> Iterator[None]:
+        """setmaxnreg: gives registers back to the program, or yields while it has too few."""
+        if (count < self.max_registers) if direction == "inc" else (count > self.max_registers):
+            raise Fault(f"setmaxnreg.{direction}: from {self.max_registers} registers to {count}")
         more = (count - self.max_registers) * self.num_threads
         while more > self.program.free_registers:
             yield
         self.program.free_registers -= more
         self.max_registers = count
-        self.program.num_changes += 1
+        self.program.num_events += 1
 
     def choose_parameter(self, number: np.ndarray, dtype: type) -> np.ndarray:
         limit = 2 ** (8 * np.dtype(dtype).itemsize)

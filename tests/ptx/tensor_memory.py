@@ -14,7 +14,6 @@ import numpy as np
 from .machine import LANES, WARP, Block, Fault, bytes_at
 from .matrices import described, multiply_exactly
 from .numbers import CONVERSIONS
-from .tma import settle
 
 DEPTH = 16  # of one product in 16 bits
 FORMATS = ("f16", "bf16")
@@ -139,6 +138,6 @@ def commit(block: Block, barrier: Any, guard: Any) -> None:
         while last in memory.products:
             memory.products.pop(0)()
         counter.pending -= 1
-        settle(block, counter)
+        counter.settle()
 
     counter.commits.append(finish)

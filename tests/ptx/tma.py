@@ -87,7 +87,7 @@ def _finish_load(block: Block, copy: _Copy, counter: Barrier) -> None:
     data[copy.exist] = block.memory.bytes[copy.outside[copy.exist]]
     block.shared.receive(copy.inside, data, counter)
     counter.bytes_pending -= data.size
-    settle(block, counter)
+    counter.settle()
 
 
 def store_tile(block: Block, shared: Any, tensor_map: Any, columns_rows: list[Any], guard: Any) -> None:
@@ -102,22 +102,13 @@ def _finish_store(block: Block, copy: _Copy) -> None:
     block.memory.bytes[copy.outside[copy.exist]] = data[copy.exist]
 
 
-def settle(block: Block, barrier: Barrier) -> None:
-    """Ends the barrier's phase if nothing is pending."""
-    before = barrier.phase
-    barrier.settle()
-    block.program.num_changes += barrier.phase - before
-
-
 def make_barrier(block: Block, address: Any, count: Any, guard: Any) -> None:
     thread = block.only_thread(guard, "mbarrier.init")
     if thread is not None:
+        number = next(block.program.barrier_numbers)
         expected, nothing = int(block.each(count)[thread]), np.zeros_like(block.shared.seen[0])
-        number = block.program.num_barriers
-        block.program.num_barriers += 1
-        block.barriers[int(block.each(address)[thread])] = Barrier(
-            expected, expected, number, nothing, nothing
-        )
+        barrier = Barrier(expected, expected, number, arrived=nothing, published=nothing)
+        block.barriers[int(block.each(address)[thread])] = barrier
 
 
 def drop_barrier(block: Block, address: Any, guard: Any) -> None:
@@ -135,7 +126,7 @@ def arrive(block: Block, address: Any, num_bytes: Any, guard: Any) -> None:
         barrier.bytes_pending += int(block.each(num_bytes)[thread])
         barrier.pending -= 1
         barrier.arrived = np.maximum(barrier.arrived, block.shared.seen[block.shared.group])
-        settle(block, barrier)
+        barrier.settle()
 
 
 def wait(block: Block, address: Any, parity: Any) -> np.bool_:

@@ -73,7 +73,9 @@ class Kernel:
         firsts = {i: block[0] for i, block in enumerate(source.blocks) if block}
         self._barriers = {i: barrier_of(first) for i, first in firsts.items() if first.opcode[:2] in BARRIERS}
         self._registers = {
-            i: int(first.operands[0]) for i, first in firsts.items() if first.opcode[:2] in REGISTERS_OF_GROUP
+            i: (first.opcode[1], int(first.operands[0]))
+            for i, first in firsts.items()
+            if first.opcode[:2] in REGISTERS_OF_GROUP
         }
         self._waits = [*self._barriers, *self._registers, len(source.blocks)]
         # Only kernels whose warpgroups do different work divide registers among them.
@@ -98,12 +100,12 @@ class Kernel:
         )  # fmt: skip
         running = {block.shared.group: self._steps(block) for block in program.blocks}
         while running:
-            before = program.num_changes
+            before = program.progress
             for group, steps in list(running.items()):
                 if next(steps, ENDED) is ENDED:
                     del running[group]
-                    program.num_changes += 1
-            if program.num_changes == before:
+                    program.num_events += 1
+            if program.progress == before:
                 raise Fault("mbarrier.try_wait, bar.sync or setmaxnreg: it would wait for ever")
         program.require_end()
 
@@ -116,7 +118,7 @@ class Kernel:
             if at in self._barriers:
                 yield from block.meet(*self._barriers[at])
             if at in self._registers:
-                yield from block.set_registers(self._registers[at])
+                yield from block.set_registers(*self._registers[at])
             next_at = self._functions[at](block, block.registers)
             at = self._reunite(block, next_at) if isinstance(next_at, np.ndarray) else next_at
             if block.has_to_wait:
