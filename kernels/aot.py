@@ -13,7 +13,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.launch import ROUNDING
@@ -157,7 +156,11 @@ def compile_build(build: Build, arch: int) -> tuple[Any, str]:
             "want TRITON_INTERPRET unset before triton is imported"
         )
     arg_names = build.kernel.arg_names
-    source_type = GluonASTSource if build.kernel.is_gluon() else ASTSource
+    source_type: Any = ASTSource
+    if build.kernel.is_gluon():
+        from triton.experimental.gluon import _runtime
+
+        source_type = _runtime.GluonASTSource
     source = source_type(
         fn=build.kernel,
         signature={name: build.signature.get(name, "constexpr") for name in arg_names},
