@@ -16,7 +16,7 @@ Block = tuple[int, int]
 class Plan(NamedTuple):
     """How such a kernel is launched.
 
-    kernel: its tensors come first, then M, N, K.
+    kernel: its tensors come first, then M, N, K, and if it has them the strides of those without descriptor.
     blocks: the block that it moves at a time, for each of its tensors in order; None: it takes a pointer.
     programs: how many an SM is to hold.
     options: constexprs and launch options.
@@ -59,6 +59,7 @@ class Plan(NamedTuple):
             for (name, dtype), block in zip(dtypes.items(), self.blocks, strict=True)
             if name not in absent
         }
+        integers = [name for name in self.kernel.arg_names if name in ("M", "N", "K", "kept_stride")]
         constexprs = {**dict.fromkeys(absent), **self.options}
         num_warps, num_stages, maxnreg = (
             constexprs.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")
@@ -66,7 +67,7 @@ class Plan(NamedTuple):
         return Build(
             kernel=self.kernel,
             config=config,
-            signature={**signature, **dict.fromkeys(("M", "N", "K"), "i32")},
+            signature={**signature, **dict.fromkeys(integers, "i32")},
             constexprs=constexprs,
             divisible=divisible,
             num_warps=num_warps,
@@ -94,10 +95,10 @@ class DescriptorLaunch:
         plan: of the kernel.
         device: of the tensors.
         programs: how many; 0: a tensor is empty, and nothing is launched.
-        sizes: M, N, K.
+        sizes: the kernel's integers.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, programs: int, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, plan: Plan, device: torch.device, programs: int, sizes: tuple[int, ...]) -> None:
         self._launch = Launch(plan.kernel, device, programs, *sizes, **plan.options)
         self._plan = plan
         self._is_empty = programs == 0  # an empty tensor has no descriptor

@@ -131,12 +131,15 @@ def _descriptor_launch(
     device: torch.device,
     num_tiles: int,
     sizes: tuple[int, int, int],
+    kept_stride: int,
 ) -> DescriptorLaunch:
+    """sizes: M, N, K; kept_stride: of the rows of what backward reads."""
     plan = _plan(is_backward, config, kind, pack, arch_of(device))
     programs = min(num_tiles, plan.programs * num_sms(device))
     if "DELAY" in plan.options and (num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda"):
         plan.options["DELAY"] = 0
-    return DescriptorLaunch(plan, device, programs, sizes)
+    has_stride = "kept_stride" in plan.kernel.arg_names  # else a descriptor has it
+    return DescriptorLaunch(plan, device, programs, (*sizes, kept_stride) if has_stride else sizes)
 
 
 @once_per_layout
@@ -161,7 +164,7 @@ def _forward_launch(
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
     if by_descriptors:
-        return _descriptor_launch(False, config, kind, pack, x.device, num_programs, sizes)
+        return _descriptor_launch(False, config, kind, pack, x.device, num_programs, sizes, 0)
     return Launch(
         linear_activate_kernel,
         x.device,
@@ -198,7 +201,9 @@ def _backward_launch(
     num_programs = _num_programs(rows.num_rows, num_columns, config)
     sizes = rows.num_rows, num_columns, depth
     if by_descriptors:
-        return _descriptor_launch(True, config, kind, False, grad.device, num_programs, sizes)
+        return _descriptor_launch(
+            True, config, kind, False, grad.device, num_programs, sizes, row_stride(kept)
+        )
     return Launch(
         linear_activate_backward_kernel,
         grad.device,
@@ -372,7 +377,7 @@ def _build(
 def _tma_build(is_backward: bool, config: dict[str, int], dtype: torch.dtype, pack: bool, arch: int) -> Build:
     plan = _plan(is_backward, config, "gelu", pack, arch)
     absent: tuple[str, ...] = ()
-    dtypes = {name: dtype for name in plan.kernel.arg_names if not name.isupper()}
+    dtypes = {name: dtype for name in plan.kernel.arg_names if not name.isupper() and name != "kept_stride"}
     if is_backward:
         dtypes["kept"] = torch.uint8 if pack else dtype
     else:
@@ -380,5 +385,8 @@ def _tma_build(is_backward: bool, config: dict[str, int], dtype: torch.dtype, pa
         absent = ("u" if pack else "codes",)
     tile = "x".join(str(config[f"BLOCK_{side}"]) for side in "MNK")
     kept = "codes" if pack else "u"
-    divisible = () if is_backward else ("bias", "N")
+    # Only what is addressed by pointers is specialised for multiples of 16.
+    pointers = [name for name, block in zip(dtypes, plan.blocks, strict=True) if block is None]
+    multiples = (*pointers, "N", "kept_stride") if pointers else ()
+    divisible = tuple(name for name in multiples if name in plan.kernel.arg_names and name not in absent)
     return plan.build(f"{TYPE_NAMES[dtype]} gelu {kept} {tile}", dtypes, absent, divisible)

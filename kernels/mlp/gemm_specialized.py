@@ -15,13 +15,11 @@ from vpt_fast.kernels.mlp.gemm_specialized_jit import (
 WARPS = 4  # of a warpgroup; a program has three of them
 # Registers of a thread when a program begins: an SM's 65,536 for 384 threads, in units of 8. The warpgroups
 # then divide them: those that multiply take more, since each thread holds 128 sums, and the one that finishes
-# takes less. The first warpgroup gets what the other two leave, 208.
-REGISTERS, MULTIPLY_REGISTERS, FINISH_REGISTERS = 168, 200, 96
-# Rows and columns of what is stored at a time. 64 columns of 16 bits are the 128 bytes that a row of a
-# swizzled tile has, so that a part is contiguous in shared memory.
-PART: Block = (64, 64)
+# takes less. The first warpgroup gets what the other two leave, 200.
+REGISTERS, MULTIPLY_REGISTERS, FINISH_REGISTERS = 168, 184, 120
+COLUMNS = 64  # of a tile that are finished at a time: 128 bytes, a whole row of swizzled shared memory
 
-_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.uint8: gl.uint8}
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def _layout(dtype: torch.dtype, block: Block) -> gl.NVMMASharedLayout:
@@ -33,12 +31,13 @@ def plan(is_backward: bool, config: dict[str, int], kind: str) -> Plan:
     m, n, k = (config[f"BLOCK_{side}"] for side in "MNK")
     if is_backward:
         kernel = linear_activate_backward_specialized_kernel
-        blocks: list[Block | None] = [(m, k), (k, n), PART, PART]
+        blocks: list[Block | None] = [(m, k), (k, n), None, None]
     else:
         kernel = linear_activate_specialized_kernel
-        blocks = [(m, k), (n, k), None, PART, PART, PART]
+        blocks = [(m, k), (n, k), None, None, None, None]
     options = {
         "KIND": kind,
+        "COLUMNS": COLUMNS,
         "GROUP": config["GROUP"],
         "STAGES": config["num_stages"],
         "MULTIPLY_REGISTERS": MULTIPLY_REGISTERS,

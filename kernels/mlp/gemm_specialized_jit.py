@@ -3,16 +3,20 @@ do one kind of work. In Gluon, Triton's language of the level below.
 
 A program has three warpgroups. Two multiply: each sums 64 of a tile's 128 rows in its registers, and hands
 the sums over in shared memory, rounded to 16 bits. The third finishes what it is handed: it applies the
-activation, or multiplies with its derivative, in place, and stores the result. So epilogues take no time from
-the tensor cores, and a tile can have 256 columns, whose sums would leave an epilogue of the same warps no
+activation, or multiplies with its derivative, and stores the result. So epilogues take no time from the
+tensor cores, and a tile can have 256 columns, whose sums would leave an epilogue of the same warps no
 registers. Larger tiles read less: one step of 128 x 256 takes 48 KiB, two of 128 x 128 take 64.
 
-Programs are persistent. TMA moves all tiles; operands are loaded STAGES - 1 steps ahead, also across tiles.
-The warpgroups wait for each other at mbarriers:
+The tensor cores read operands at most of shared memory's bandwidth, and TMA writes them at much of the rest.
+So all else goes past it: results are stored, and what backward needs is loaded, from registers, in rows of
+128 bytes.
+
+Programs are persistent. Operands are loaded STAGES - 1 steps ahead, also across tiles. The warpgroups wait
+for each other at mbarriers:
 
 - `loaded`, one for each stage of the operands: TMA has written it;
 - `released`, one for each stage: the second warpgroup has read it. The first, which has read it too, loads;
-- `filled`, `emptied`, one for each half of a tile's rows: its sums are handed over, or are done with.
+- `filled`, `emptied`, one for each half of a tile's rows: its sums are handed over, or have been read.
 
 A phase of an mbarrier ends when all have arrived; who waits names the parity of the phase. Before the first
 phase ends, a wait for the phase before it, of parity 1, returns at once.
@@ -22,7 +26,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -32,9 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from vpt_fast.kernels.mlp.gemm_jit import grouped_tile, rounded, times_slope
 from vpt_fast.kernels.mlp.jit import activation, encode_derivative
 
-# Gluon's names since Triton 3.8, and in 3.6.
+# Gluon's name since Triton 3.8, and in 3.6.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 _WARPS = gl.constexpr(4)  # in a warpgroup
 _HALF = gl.constexpr(64)  # rows of a wgmma
@@ -147,7 +149,6 @@ def multiply(
         product = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.wait(emptied.index(HALF), tile_parity ^ 1)
         results.index(HALF).store(rounded(product, results.dtype))
-        fence_async_shared()
         mbarrier.arrive(filled.index(HALF), count=1)
         tile_parity ^= 1
 
@@ -159,19 +160,40 @@ def layout_of(columns):
 
 
 @gluon.jit
+def rows_and_columns(m, n, COLUMNS: gl.constexpr):
+    """Of a part from row m and column n on."""
+    layout: gl.constexpr = layout_of(COLUMNS)
+    rows = m + gl.arange(0, _HALF, gl.SliceLayout(1, layout))
+    return rows, n + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+
+
+@gluon.jit
+def offsets(rows, columns, stride):
+    return rows.to(gl.int64)[:, None] * stride + columns[None, :]
+
+
+@gluon.jit
+def take_part(results, emptied, HALF: gl.constexpr, PART: gl.constexpr, COLUMNS: gl.constexpr):
+    """COLUMNS of the sums of a half; after the last of them, the half is emptied."""
+    found = results.index(HALF).slice(PART * COLUMNS, COLUMNS, 1).load(layout_of(COLUMNS))
+    if PART == results.shape[2] // COLUMNS - 1:
+        mbarrier.arrive(emptied.index(HALF), count=1)
+    return found
+
+
+@gluon.jit
 def finish_activation(
     a,  # (M, N)
     u,  # (M, N), or None: the pre-activation is not kept
     codes,  # (M, N), or None: the derivative is not kept
-    codes_tile, M, N, results, filled, emptied,
+    M, N, results, filled, emptied,
     KIND: gl.constexpr,
+    COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """Stores the activation of what `multiply` hands over, COLUMNS of it at a time, and u or codes."""
     BLOCK_N: gl.constexpr = results.shape[2]
-    COLUMNS: gl.constexpr = a.block_type.shape[1]
     PARTS: gl.constexpr = BLOCK_N // COLUMNS
-    layout: gl.constexpr = layout_of(COLUMNS)
     num_tiles = gl.cdiv(M, 2 * _HALF) * gl.cdiv(N, BLOCK_N)
     parity = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
@@ -179,49 +201,43 @@ def finish_activation(
         for i in gl.static_range(2 * PARTS):
             if i % PARTS == 0:
                 mbarrier.wait(filled.index(i // PARTS), parity)
-            at = [m + i // PARTS * _HALF, n + i % PARTS * COLUMNS]
-            result = results.index(i // PARTS).slice(i % PARTS * COLUMNS, COLUMNS, 1)
+            product = take_part(results, emptied, i // PARTS, i % PARTS, COLUMNS)
+            rows, columns = rows_and_columns(m + i // PARTS * _HALF, n + i % PARTS * COLUMNS, COLUMNS)
+            mask = (rows < M)[:, None] & (columns < N)[None, :]
+            at = offsets(rows, columns, N)
             if u is not None:
-                _store(u, at, result)
-            value, slope = activation(result.load(layout).to(gl.float32), KIND, False)
-            tma.store_wait(0)
-            result.store(value.to(a.dtype))
+                gl.store(u + at, product, mask)
+            value, slope = activation(product.to(gl.float32), KIND, False)
+            gl.store(a + at, value.to(a.dtype.element_ty), mask)
             if codes is not None:
-                codes_tile.store(encode_derivative(slope))
-            fence_async_shared()
-            _store(a, at, result)
-            if codes is not None:
-                _store(codes, at, codes_tile)
-            if i % PARTS == PARTS - 1:
-                tma.store_wait(0)
-                mbarrier.arrive(emptied.index(i // PARTS), count=1)
+                gl.store(codes + at, encode_derivative(slope), mask)
         parity ^= 1
 
 
 @gluon.jit
-def fetch(kept, kept_tiles, fetched, buffer, m, n, exists):
-    """Begins to load a part of `kept`, if it exists."""
-    mbarrier.expect(fetched.index(buffer), kept.block_type.nbytes, pred=exists)
-    _load(kept, [m, n], fetched.index(buffer), kept_tiles.index(buffer), pred=exists)
+def load_kept(kept, kept_stride, m, n, M, N, exists, COLUMNS: gl.constexpr):
+    """The part of `kept` from row m and column n on, if it exists."""
+    rows, columns = rows_and_columns(m, n, COLUMNS)
+    mask = (rows < M)[:, None] & (columns < N)[None, :] & exists
+    return gl.load(kept + offsets(rows, columns, kept_stride), mask, other=0)
 
 
 @gluon.jit
 def finish_gradient(
     kept,  # (M, N): the pre-activation, or uint8 codes of the derivative
     grad_u,  # (M, N)
-    kept_tiles, fetched, M, N, results, filled, emptied,
+    M, N, kept_stride, results, filled, emptied,
     KIND: gl.constexpr,
+    COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """Stores what `multiply` hands over times the derivative, COLUMNS of it at a time."""
     BLOCK_N: gl.constexpr = results.shape[2]
-    COLUMNS: gl.constexpr = grad_u.block_type.shape[1]
     PARTS: gl.constexpr = BLOCK_N // COLUMNS
-    layout: gl.constexpr = layout_of(COLUMNS)
     num_tiles = gl.cdiv(M, 2 * _HALF) * gl.cdiv(N, BLOCK_N)
     tile = gl.program_id(0)
     m, n = first_row_and_column(tile, M, N, 2 * _HALF, BLOCK_N, GROUP)
-    fetch(kept, kept_tiles, fetched, 0, m, n, tile < num_tiles)
+    saved = load_kept(kept, kept_stride, m, n, M, N, tile < num_tiles, COLUMNS)
     parity = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         after = tile + gl.num_programs(0)
@@ -230,20 +246,18 @@ def finish_gradient(
             # Meanwhile, the next part is on its way.
             if i + 1 < 2 * PARTS:
                 next_m, next_n = m + (i + 1) // PARTS * _HALF, n + (i + 1) % PARTS * COLUMNS
-                fetch(kept, kept_tiles, fetched, (i + 1) % 2, next_m, next_n, True)
+                next_saved = load_kept(kept, kept_stride, next_m, next_n, M, N, True, COLUMNS)
             else:
-                fetch(kept, kept_tiles, fetched, 0, m_after, n_after, after < num_tiles)
+                exists = after < num_tiles
+                next_saved = load_kept(kept, kept_stride, m_after, n_after, M, N, exists, COLUMNS)
             if i % PARTS == 0:
                 mbarrier.wait(filled.index(i // PARTS), parity)
-            mbarrier.wait(fetched.index(i % 2), i // 2 % 2)
-            result = results.index(i // PARTS).slice(i % PARTS * COLUMNS, COLUMNS, 1)
-            product, saved = result.load(layout).to(gl.float32), kept_tiles.index(i % 2).load(layout)
-            result.store(times_slope(product, saved, KIND).to(grad_u.dtype))
-            fence_async_shared()
-            _store(grad_u, [m + i // PARTS * _HALF, n + i % PARTS * COLUMNS], result)
-            if i % PARTS == PARTS - 1:
-                tma.store_wait(0)
-                mbarrier.arrive(emptied.index(i // PARTS), count=1)
+            product = take_part(results, emptied, i // PARTS, i % PARTS, COLUMNS).to(gl.float32)
+            rows, columns = rows_and_columns(m + i // PARTS * _HALF, n + i % PARTS * COLUMNS, COLUMNS)
+            mask = (rows < M)[:, None] & (columns < N)[None, :]
+            value = times_slope(product, saved, KIND).to(grad_u.dtype.element_ty)
+            gl.store(grad_u + offsets(rows, columns, N), value, mask)
+            saved = next_saved
         m, n = m_after, n_after
         parity ^= 1
 
@@ -264,9 +278,10 @@ def tiles_of(descriptor, NUM: gl.constexpr):
 
 
 @gluon.jit
-def results_of(descriptor, BLOCK_N: gl.constexpr):
+def results_of(operand, BLOCK_N: gl.constexpr):
     """Shared memory for a tile of the sums, in two halves of its rows."""
-    return gl.allocate_shared_memory(descriptor.dtype, [2, _HALF, BLOCK_N], descriptor.layout)
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return gl.allocate_shared_memory(operand.dtype, [2, _HALF, BLOCK_N], layout)
 
 
 # One build serves every M and K: with descriptors, alignment does not depend on them.
@@ -275,22 +290,21 @@ def linear_activate_specialized_kernel(
     x,  # (M, K)
     weight,  # (N, K)
     bias,  # (N,), a pointer, or None
-    a,  # (M, N)
-    u,  # (M, N) or None: the pre-activation is not kept
-    codes,  # (M, N) or None: the derivative is not kept
+    a,  # (M, N), a pointer
+    u,  # (M, N), a pointer, or None: the pre-activation is not kept
+    codes,  # (M, N), a pointer, or None: the derivative is not kept
     M,
     N,
     K,
     KIND: gl.constexpr,
+    COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     FINISH_REGISTERS: gl.constexpr,
 ):
     x_tiles, weight_tiles = tiles_of(x, STAGES), tiles_of(weight, STAGES)
-    results = results_of(a, weight.block_type.shape[0])
-    # Gluon passes no None that has a name; without codes, nothing accesses their tile.
-    codes_tile = results if codes is None else tiles_of(codes, 1).index(0)
+    results = results_of(x, weight.block_type.shape[0])
     loaded, released = make_barriers(STAGES), make_barriers(STAGES)
     filled, emptied = make_barriers(2), make_barriers(2)
     gl.warp_specialize(
@@ -309,32 +323,33 @@ def linear_activate_specialized_kernel(
                     results, filled, emptied, 1, True, GROUP,
                 ),
             ),
-            (finish_activation, (a, u, codes, codes_tile, M, N, results, filled, emptied, KIND, GROUP)),
+            (finish_activation, (a, u, codes, M, N, results, filled, emptied, KIND, COLUMNS, GROUP)),
         ],
         [_WARPS, _WARPS],
         [MULTIPLY_REGISTERS, FINISH_REGISTERS],
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K"])
+@gluon.jit(do_not_specialize=["M", "K"])
 def linear_activate_backward_specialized_kernel(
     grad,  # (M, K)
     weight,  # (K, N)
-    kept,  # (M, N): the pre-activation, or uint8 codes of the derivative
-    grad_u,  # (M, N)
+    kept,  # (M, N), a pointer: the pre-activation, or uint8 codes of the derivative
+    grad_u,  # (M, N), a pointer
     M,
     N,
     K,
+    kept_stride,
     KIND: gl.constexpr,
+    COLUMNS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     MULTIPLY_REGISTERS: gl.constexpr,
     FINISH_REGISTERS: gl.constexpr,
 ):
     grad_tiles, weight_tiles = tiles_of(grad, STAGES), tiles_of(weight, STAGES)
-    results = results_of(grad_u, weight.block_type.shape[1])
-    kept_tiles = tiles_of(kept, 2)
-    loaded, released, fetched = make_barriers(STAGES), make_barriers(STAGES), make_barriers(2)
+    results = results_of(grad, weight.block_type.shape[1])
+    loaded, released = make_barriers(STAGES), make_barriers(STAGES)
     filled, emptied = make_barriers(2), make_barriers(2)
     gl.warp_specialize(
         [
@@ -354,7 +369,7 @@ def linear_activate_backward_specialized_kernel(
             ),
             (
                 finish_gradient,
-                (kept, grad_u, kept_tiles, fetched, M, N, results, filled, emptied, KIND, GROUP),
+                (kept, grad_u, M, N, kept_stride, results, filled, emptied, KIND, COLUMNS, GROUP),
             ),
         ],
         [_WARPS, _WARPS],
