@@ -213,6 +213,14 @@ def test_predict_names_a_broken_image_and_goes_on(run, command, scenes, tmp_path
     assert (tmp_path / "out" / "0000.png").exists() and "0000-overlay.png" in result.stdout
 
 
+def test_predict_names_an_image_too_thin_to_be_resized_and_goes_on(run, command, scenes, tmp_path):
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
+    good = scenes / "images" / "validation" / "0000.jpg"
+    result = command("predict", run[1].path, tmp_path / "thin.png", good, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "thin.png: 1×20000 pixels is too thin" in result.stderr
+    assert (tmp_path / "out" / "0000.png").exists()
+
+
 def test_masks_of_two_images_with_one_name_are_refused(run, command, scenes, tmp_path):
     images = [scenes / "images" / split / "0000.jpg" for split in ("training", "validation")]
     result = command("predict", run[1].path, *images, "--out", tmp_path / "out")
