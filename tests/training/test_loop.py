@@ -981,6 +981,27 @@ def test_what_a_full_disk_has_no_room_for_is_named(recipe, tmp_path, monkeypatch
         train(recipe, tmp_path / "run")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("gone", "what"),
+    [("run", "epoch 2"), ("run/tensorboard", "the TensorBoard log of epoch 2")],
+    ids=["run", "tensorboard"],
+)
+def test_folder_that_is_removed_while_training_runs_is_named_and_not_made_anew(
+    recipe, tmp_path, monkeypatch, gone, what
+):
+    def seed_epoch(seed, epoch, rank):
+        if epoch == 1:
+            shutil.rmtree(tmp_path / gone)
+
+    monkeypatch.setattr(loop, "seed_epoch", seed_epoch)
+    with pytest.raises(
+        SavingFailed, match=f"^{what} could not be saved: the folder {tmp_path / gone} is gone$"
+    ):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / gone).exists()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_heads_bias_alone_has_no_weight_decay(recipe, optimizer):
     recipe = dataclasses.replace(recipe, optimizer=optimizer, prompt_project=4)
