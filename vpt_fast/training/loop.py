@@ -274,11 +274,13 @@ def train(
             if world.is_main:
                 saver.end_epoch(rows, optimizer, scaler, is_last=len(rows) == recipe.epochs)
             if events is not None:
-                # Its thread, which writes at once, would end with a traceback if the folder were gone.
+                # Its thread writes at once, and would print a traceback if the folder were gone: it is waited
+                # for here, after a look at the folder.
                 with folder.saving(f"the TensorBoard log of epoch {len(rows)}", folder.tensorboard):
                     for name in row.keys() - {"epoch", "seconds"}:
                         if row[name] is not None:
                             events.add_scalar(name, row[name], epoch)
+                    events.flush()
             progress.end_epoch(row)
             if on_epoch is not None:
                 on_epoch(row)
