@@ -30,7 +30,7 @@ from vpt_fast import load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
-from vpt_fast.training import classification, loop
+from vpt_fast.training import classification, loop, plots
 from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
@@ -966,7 +966,7 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
     ("where", "what"),
     [
         ((RunFolder, "begin"), "the start of the run"),
-        ((loop, "plot_curves"), "the curves"),
+        ((plots, "plot_curves"), "the curves"),
         ((RunFolder, "save_results"), "the results"),
     ],
     ids=["start", "curves", "results"],

@@ -30,7 +30,6 @@ from vpt_fast.training.classification import Classification
 from vpt_fast.training.features import caches_features, feature_batches
 from vpt_fast.training.method_rules import parse_method
 from vpt_fast.training.methods import build_seeded, require_operations
-from vpt_fast.training.plots import plot_curves
 from vpt_fast.training.precision import AUTOCAST
 from vpt_fast.training.problem import Evaluated, Problem, Source
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
@@ -286,6 +285,8 @@ def train(
                 on_epoch(row)
 
         if rows and draw_curves and world.is_main:
+            from vpt_fast.training.plots import plot_curves  # matplotlib takes half a second
+
             with folder.saving("the curves"):
                 plot_curves(rows, folder.curves)
         results = None
