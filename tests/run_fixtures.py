@@ -161,7 +161,7 @@ def quick_studies(request, monkeypatch) -> None:
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch) -> None:
     """Drawing them takes most of so short a run. Fixtures of a module or the session draw them."""
-    monkeypatch.setattr("vpt_fast.training.loop.plot_curves", lambda rows, path: path.touch())
+    monkeypatch.setattr("vpt_fast.training.plots.plot_curves", lambda rows, path: path.touch())
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from concatenated_swin import ConcatenatedSwin
 from concatenation import ConcatenatedViT, image_by_image, relative_error
 from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import vpt_fast
 from vpt_fast import PromptedSwin, PromptedViT
@@ -341,6 +342,21 @@ def test_they_compile_without_a_graph_break(form: str, memory: str) -> None:
     torch.testing.assert_close(actual, expected)
     for ours, wanted in zip(gradients(actual, model, *each), gradients(expected, model, *each), strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("batch", [(), (BATCH,)], ids=["for all images", "each image's own"])
+def test_one_compilation_serves_all_lengths_that_are_marked_dynamic(batch: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    model = PromptedViT(tiny_vit(torch.float32), CLASSES, 4)
+    images, _ = random_batch(model, BATCH, dtype=torch.float32)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for lengths in ((4, 4, 4), (5, 4, 4), (3, 7, 2)):
+        sets = [torch.randn(*batch, length, model.embed_dim) for length in lengths]
+        for prompts in sets:
+            torch._dynamo.mark_dynamic(prompts, len(batch))
+        torch.testing.assert_close(compiled(images, sets), model(images, sets))
+    assert counter.frame_count == 1
 
 
 def wrong(*shape: int, **tensor: Any) -> Tensor:

@@ -269,7 +269,7 @@ import vpt_fast.training.inference, vpt_fast.training.loop
 assert timm.is_model("vpt_fast_demo")
 found = {
     "changed": [name for name in before if before[name] != after[name]],
-    "slow": sorted({"optuna", "peft", "sklearn", "torchmetrics"} & set(sys.modules)),
+    "slow": sorted({"matplotlib", "optuna", "peft", "sklearn", "torchmetrics"} & set(sys.modules)),
     "opened": opened,
 }
 with open(sys.argv[1], "w") as file:

@@ -185,6 +185,11 @@ class TunedClassifier(TunedModel):
         if the images do, or if a user has unfrozen parameters before it."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
+    @property
+    def features_config(self) -> dict[str, Any]:
+        """All that `frozen_features` may depend on besides the images and autocast, as JSON holds it."""
+        return self.config.to_dict()
+
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """The trained part: `frozen_features` to logits (B, num_classes)."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")

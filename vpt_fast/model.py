@@ -288,6 +288,15 @@ class PromptedViT(PromptedClassifier):
         (x,) = self.backbone.folded_outputs(images, (first - 1,), Read.TOKENS)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
+    @property
+    def features_config(self) -> dict[str, Any]:
+        """As of every model. The prompts' settings do not matter to the blocks before the first prompts, but
+        for how many these are."""
+        config = self.config.to_dict()
+        prompts = asdict(self.prompt_settings)
+        options = {name: value for name, value in config["options"].items() if name not in prompts}
+        return {**config, "options": options, "num_frozen_blocks": self._first_after_features()}
+
     def classify(self, features: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """`frozen_features` of images of the model's own size (B, N, d) to logits (B, num_classes); `prompts`
         as for `forward`."""

@@ -11,7 +11,15 @@ from image_files import png_of_one_row
 from PIL import ExifTags, Image
 
 from vpt_fast.data.images import DataError
-from vpt_fast.data.scenes import IGNORED, check_scenes, open_scenes, read_mask, read_scene
+from vpt_fast.data.scenes import (
+    IGNORED,
+    MOST_ELONGATED,
+    check_scenes,
+    decode_scene,
+    open_scenes,
+    read_mask,
+    read_scene,
+)
 
 
 def write(root: Path, labels: dict[str, np.ndarray], classes: str = "a\nb\nc\n") -> Path:
@@ -68,6 +76,19 @@ def test_image_that_is_turned_and_keeps_its_size_is_refused_by_name(scenes, orie
         DataError, match=r"images/training/1\.jpg: its EXIF orientation turns it.*training/1\.png"
     ):
         check_scenes(open_scenes(scenes).train, workers=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)], ids=str)
+def test_image_that_would_be_resized_to_gigapixels_is_refused_by_name(tmp_path, shape):
+    labels = {"training/0": np.zeros((2, 3), np.uint8), "training/1": np.zeros(shape, np.uint8)}
+    scenes = write(tmp_path / "scenes", {**labels, "validation/0": labels["training/0"]})
+    with pytest.raises(DataError, match=rf"training/1\.jpg: {shape[1]}×{shape[0]} pixels is too thin"):
+        check_scenes(open_scenes(scenes).train, workers=0)
+
+
+def test_longest_image_that_is_no_gigapixels_is_accepted(tmp_path):
+    Image.new("RGB", (3, 3 * MOST_ELONGATED)).save(tmp_path / "strip.png")
+    assert decode_scene(tmp_path / "strip.png").size == (3, 3 * MOST_ELONGATED)
 
 
 def test_mask_of_the_size_of_the_turned_image_is_accepted(scenes):

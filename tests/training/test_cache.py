@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ import timm
 import torch
 from test_loop import require_equal
 
+from vpt_fast import PromptedViT
 from vpt_fast.backbones import timm_vit
+from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.training import classification, features, loop
 from vpt_fast.training.cache import TrainingCache
@@ -127,6 +130,79 @@ def test_features_are_not_those_of_an_earlier_run_with_other_settings(recipe, tm
     changed = dataclasses.replace(recipe, **changes)
     alone = loop.train(changed, tmp_path / "alone")
     require_equal(alone, loop.train(changed, tmp_path / "later", cache=cache))
+
+
+LATER = dict(prompt_layers=[1], num_prompts=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_prompts": 5},
+        {"prompt_dropout": 0.0},
+        {"after_prompts": "drop"},
+        {"prompt_project": 4},
+        {"prompt_location": "key-value"},
+        {"prompt_layers": -1},
+    ],
+    ids=str,
+)
+def test_tokens_before_the_first_prompts_are_shared_with_an_earlier_run_of_other_prompts(
+    recipe, tmp_path, monkeypatch, changes
+):
+    recipe = dataclasses.replace(recipe, **LATER, epochs=1, warmup_epochs=0, tensorboard=False)
+    cache, computed, original = TrainingCache(), [], features.compute_features
+    loop.train(recipe, tmp_path / "earlier", cache=cache)
+    changed = dataclasses.replace(recipe, **changes)
+    alone = loop.train(changed, tmp_path / "alone")
+    monkeypatch.setattr(features, "compute_features", lambda *a: computed.append(1) or original(*a))
+    require_equal(alone, loop.train(changed, tmp_path / "later", cache=cache))
+    assert not computed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "test_vit2"},
+        {"backbone_arg": {"img_size": 32}},
+        {"seed": 1},  # the weights are random
+        {"prompt_layers": (2, 3)},
+        {"residual_dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16},
+        {"backend": "torch"},
+        {"precision": "bf16"},
+        {"image_size": (16, 16)},
+        {"mean": (0.0, 0.0, 0.0)},
+        {"images": ("a.png",)},
+        {"device": "meta"},
+    ],
+    ids=str,
+)
+def test_tokens_before_the_first_prompts_are_not_shared_if_anything_about_them_differs(changes):
+    def key(
+        *,
+        backbone="test_vit",
+        backbone_arg=None,
+        seed=0,
+        precision="fp32",
+        image_size=(160, 160),
+        mean=(0.5, 0.5, 0.5),
+        images=("a.png", "b.png"),
+        device="cpu",
+        **settings,
+    ):
+        torch.manual_seed(seed)
+        settings = {"num_prompts": 3, "prompt_layers": (1, 2, 3), **settings}
+        model = PromptedViT(backbone, 3, **settings, **(backbone_arg or {}))
+        return features.features_key(
+            model,
+            ImageList(tuple(map(Path, images)), (0,) * len(images), ("red", "green", "blue")),
+            Preprocessing(image_size, mean=mean),
+            SimpleNamespace(precision=precision),
+            World(0, 1, torch.device(device)),
+        )
+
+    assert key() == key() != key(**changes)
 
 
 @pytest.mark.parametrize("part", [{}, {"shots": 2}, {"train_fraction": 0.5}], ids=str)

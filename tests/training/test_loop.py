@@ -30,7 +30,7 @@ from vpt_fast import load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
-from vpt_fast.training import classification, loop
+from vpt_fast.training import classification, loop, plots
 from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
@@ -966,7 +966,7 @@ def test_full_disk_keeps_the_last_good_state_and_training_goes_on_from_it(recipe
     ("where", "what"),
     [
         ((RunFolder, "begin"), "the start of the run"),
-        ((loop, "plot_curves"), "the curves"),
+        ((plots, "plot_curves"), "the curves"),
         ((RunFolder, "save_results"), "the results"),
     ],
     ids=["start", "curves", "results"],
@@ -979,6 +979,27 @@ def test_what_a_full_disk_has_no_room_for_is_named(recipe, tmp_path, monkeypatch
     recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
     with pytest.raises(SavingFailed, match=f"^{what} could not be saved in .*run: No space left on device"):
         train(recipe, tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    ("gone", "what"),
+    [("run", "epoch 2"), ("run/tensorboard", "the TensorBoard log of epoch 2")],
+    ids=["run", "tensorboard"],
+)
+def test_folder_that_is_removed_while_training_runs_is_named_and_not_made_anew(
+    recipe, tmp_path, monkeypatch, gone, what
+):
+    def seed_epoch(seed, epoch, rank):
+        if epoch == 1:
+            shutil.rmtree(tmp_path / gone)
+
+    monkeypatch.setattr(loop, "seed_epoch", seed_epoch)
+    with pytest.raises(
+        SavingFailed, match=f"^{what} could not be saved: the folder {tmp_path / gone} is gone$"
+    ):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / gone).exists()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vpt_fast.training import plots
+from vpt_fast.training.plots import plot_curves  # the one that draws: fixtures replace the attribute
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ TRAIN = {"train_loss": 1.0, "train_accuracy": 2.0, "lr": 3.0}
 
 
 def test_curves_are_the_values_by_epoch(drawn):
-    plots.plot_curves(rows_of(2, **TRAIN, val_loss=4.0, val_accuracy=5.0, val_miou=6.0), Path("curves.png"))
+    plot_curves(rows_of(2, **TRAIN, val_loss=4.0, val_accuracy=5.0, val_miou=6.0), Path("curves.png"))
     loss, accuracy, lr = map(lines_of, drawn[0].axes)
     assert loss == {"train": ([1, 2], [1, 2]), "val": ([1, 2], [4, 5])}
     assert accuracy == {"train": ([1, 2], [2, 3]), "val": ([1, 2], [5, 6]), "val mIoU": ([1, 2], [6, 7])}
@@ -48,13 +49,13 @@ def test_curves_of_val_go_by_the_epochs_after_which_it_was_evaluated(drawn):
     rows = rows_of(4, **TRAIN, val_loss=4.0, val_accuracy=5.0)
     for row in (rows[0], rows[2]):
         row.update(val_loss=None, val_accuracy=None)
-    plots.plot_curves(rows, Path("curves.png"))
+    plot_curves(rows, Path("curves.png"))
     loss, accuracy, _ = map(lines_of, drawn[0].axes)
     assert loss["val"] == ([2, 4], [5, 7]) and accuracy["val"] == ([2, 4], [6, 8])
 
 
 def test_curves_of_training_on_val_too_are_of_training_alone(drawn):
-    plots.plot_curves(rows_of(2, **TRAIN, val_loss=None, val_accuracy=None), Path("curves.png"))
+    plot_curves(rows_of(2, **TRAIN, val_loss=None, val_accuracy=None), Path("curves.png"))
     assert [list(lines_of(axes)) for axes in drawn[0].axes] == [["train"], ["train"], ["lr"]]
 
 

@@ -213,6 +213,14 @@ def test_predict_names_a_broken_image_and_goes_on(run, command, scenes, tmp_path
     assert (tmp_path / "out" / "0000.png").exists() and "0000-overlay.png" in result.stdout
 
 
+def test_predict_names_an_image_too_thin_to_be_resized_and_goes_on(run, command, scenes, tmp_path):
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
+    good = scenes / "images" / "validation" / "0000.jpg"
+    result = command("predict", run[1].path, tmp_path / "thin.png", good, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "thin.png: 1×20000 pixels is too thin" in result.stderr
+    assert (tmp_path / "out" / "0000.png").exists()
+
+
 def test_masks_of_two_images_with_one_name_are_refused(run, command, scenes, tmp_path):
     images = [scenes / "images" / split / "0000.jpg" for split in ("training", "validation")]
     result = command("predict", run[1].path, *images, "--out", tmp_path / "out")
@@ -444,6 +452,11 @@ class Colours(nn.Module):
 PLAIN = ScenePreprocessing((6, 6), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
+def segmented(*arguments, **how) -> torch.Tensor:
+    """All that `segment` yields, as one tensor (C, H, W)."""
+    return torch.cat([found for _, found in segment(*arguments, **how)], dim=1)
+
+
 @pytest.mark.parametrize(
     ("length", "window", "starts"),
     [(512, 512, [0]), (683, 512, [0, 171]), (1024, 512, [0, 341, 512]), (7, 6, [0, 1]), (10, 6, [0, 4])],
@@ -455,7 +468,7 @@ def test_windows_are_two_thirds_of_their_side_apart_and_end_at_the_edge(length, 
 def test_windows_together_give_what_the_pixels_do_one_by_one():
     image = torch.randint(0, 256, (3, 6, 20), dtype=torch.uint8)
     model = Colours()
-    found = segment(model, image, PLAIN, windows=3)
+    found = segmented(model, image, PLAIN, windows=3)
     torch.testing.assert_close(found, (image / 255).softmax(0))
     assert model.windows == [3, 2]  # of five
 
@@ -466,7 +479,7 @@ def test_overlapping_windows_are_averaged():
             ramp = torch.arange(6.0).expand(len(images), 1, 6, 6)
             return torch.cat((ramp, -ramp), dim=1)
 
-    found = segment(Places(), torch.zeros(3, 6, 10, dtype=torch.uint8), PLAIN)
+    found = segmented(Places(), torch.zeros(3, 6, 10, dtype=torch.uint8), PLAIN)
     ramp = torch.tensor([0.0, 1, 2, 3, 2, 3, 2, 3, 4, 5])  # 4 and 0, then 5 and 1, where two windows meet
     torch.testing.assert_close(found[0, 0], torch.stack((ramp, -ramp)).softmax(0)[0])
 
@@ -474,29 +487,83 @@ def test_overlapping_windows_are_averaged():
 def test_scales_and_mirrored_images_are_averaged_in_the_image_own_frame():
     image = torch.zeros(3, 6, 12, dtype=torch.uint8)
     image[0, :, :6], image[1, :, 6:] = 255, 255
-    found = segment(Colours(), image, PLAIN, scales=(0.5, 1.0, 1.5), flips=True)
+    found = segmented(Colours(), image, PLAIN, scales=(0.5, 1.0, 1.5), flips=True)
     torch.testing.assert_close(found.sum(0), torch.ones(6, 12))
     assert (found.argmax(0)[:, :5] == 0).all() and (found.argmax(0)[:, 7:] == 1).all()
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 5], ids=lambda n: f"{n}_classes")
-def test_most_likely_classes_are_those_of_the_probabilities(at_once: int, monkeypatch) -> None:
-    class Mixed(nn.Module):
+class Mixed(nn.Module):
+    """Five classes, each of which some pixels have."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.roll(images, i, 2).sum(1) * (-1) ** i for i in range(5)], dim=1)
+
+
+PHOTO = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 43, 61), np.uint8))
+SEVERAL = {"scales": (0.5, 1.5), "flips": True}
+
+
+@pytest.mark.parametrize(
+    ("how", "pixels", "num_rows"),
+    [({}, 1, 1), ({}, 200, 3), ({}, 61 * 43, 43), (SEVERAL, 200, 3)],
+    ids=["rows", "threes", "whole", "several scales"],
+)
+def test_photograph_is_scored_in_bands_of_rows_with_the_same_classes(monkeypatch, how, pixels, num_rows):
+    whole = segmented(Mixed(), PHOTO, PLAIN, **how)
+    monkeypatch.setattr(segmentation, "PIXELS_AT_ONCE", pixels)
+    bands = list(segment(Mixed(), PHOTO, PLAIN, **how))
+    assert [rows.start for rows, _ in bands] == list(range(0, 43, num_rows)) and bands[-1][0].stop == 43
+    assert all(found.shape == (5, rows.stop - rows.start, 61) for rows, found in bands)
+    joined = torch.cat([found for _, found in bands], dim=1)
+    torch.testing.assert_close(joined, whole)
+    assert torch.equal(joined.argmax(0), whole.argmax(0)) and len(whole.argmax(0).unique()) > 2
+    if not how:
+        assert torch.equal(most_likely(Mixed(), PHOTO, PLAIN), whole.argmax(0))
+
+
+@pytest.mark.parametrize("size", [(3000, 7), (40, 50), (31, 90)], ids=["enlarged", "as it is", "reduced"])
+def test_rows_resized_alone_are_those_of_the_image_resized(size):
+    logits = torch.randn(2, 40, 50, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(logits[None], size, mode="bilinear")[0]
+    for rows in (slice(0, 1), slice(size[0] // 3, size[0] // 2), slice(size[0] - 2, size[0])):
+        found = segmentation._resized_rows(logits, size, rows)
+        torch.testing.assert_close(found, whole[:, rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "bands"), [(12, 1), (14, 2)])
+def test_logits_of_the_scales_are_held_together_only_for_several_bands(monkeypatch, side, bands):
+    # The resized images of a square have 2 × (3² + 9²) pixels together: more than 12², fewer than 14².
+    steps, resized_rows = [], segmentation._resized_rows
+
+    class Seen(Mixed):
         def forward(self, images):
-            return torch.stack([torch.roll(images, i, 2).sum(1) * (-1) ** i for i in range(5)], dim=1)
+            steps.append("windows")
+            return super().forward(images)
 
-    image = torch.randint(0, 256, (3, 13, 21), dtype=torch.uint8)
-    resized, interpolate = [], F.interpolate
+    def resized(*arguments):
+        steps.append("resized")
+        return resized_rows(*arguments)
 
-    def recorded(x, size, **options):
-        resized.append(x.shape[1])
-        return interpolate(x, size, **options)
+    monkeypatch.setattr(segmentation, "_resized_rows", resized)
+    monkeypatch.setattr(segmentation, "PIXELS_AT_ONCE", 7 * 14)
+    segmented(Seen(), PHOTO[:, :side, :side], PLAIN, **SEVERAL)
+    held = ["windows"] * 4 + ["resized"] * 4 * bands
+    assert steps == (["windows", "resized"] * 4 if bands == 1 else held)
 
-    expected = segment(Mixed(), image, PLAIN).argmax(0)
-    monkeypatch.setattr(segmentation, "SCORES_AT_ONCE", at_once * 13 * 21)
-    monkeypatch.setattr(segmentation.F, "interpolate", recorded)
-    assert torch.equal(most_likely(Mixed(), image, PLAIN), expected)
-    assert len(expected.unique()) > 2 and max(resized) == at_once and sum(resized) == 5
+
+def test_scores_do_not_depend_on_the_bands(monkeypatch):
+    masks = torch.arange(43 * 61).view(43, 61) % 5
+    masks[20:30] = IGNORED
+
+    def scores():
+        held = Held((PHOTO, masks), (PHOTO.flip(-1), masks))
+        return evaluate_scenes(Mixed(), held, 5, World(0, 1, torch.device("cpu")), "fp32")
+
+    whole = scores()
+    monkeypatch.setattr(segmentation, "PIXELS_AT_ONCE", 600)
+    parts = scores()
+    assert (parts.iou, parts.accuracy, parts.num_images) == (whole.iou, whole.accuracy, 2)
+    assert parts.loss == pytest.approx(whole.loss)
 
 
 def test_windows_are_of_the_image_at_the_scale_and_in_the_precision_that_are_asked_for():
@@ -506,11 +573,11 @@ def test_windows_are_of_the_image_at_the_scale_and_in_the_precision_that_are_ask
             return super().forward(images)
 
     model = Precise()
-    segment(model, torch.zeros(3, 6, 6, dtype=torch.uint8), PLAIN, scales=(2.0,), precision="bf16")
+    segmented(model, torch.zeros(3, 6, 6, dtype=torch.uint8), PLAIN, scales=(2.0,), precision="bf16")
     assert model.windows == [9]  # 12 pixels wide and high, at 0, 4 and 6
 
 
-@pytest.mark.parametrize("found_by", [segment, most_likely])
+@pytest.mark.parametrize("found_by", [segmented, most_likely])
 def test_nothing_of_a_prediction_is_kept_for_backward(found_by):
     class Forgetful(Colours):
         def forward(self, images):
@@ -523,7 +590,7 @@ def test_nothing_of_a_prediction_is_kept_for_backward(found_by):
 def test_padding_of_an_image_that_is_smaller_than_a_window_is_cut_off_again():
     image = torch.zeros(3, 6, 6, dtype=torch.uint8)
     image[0, :, :3], image[1, :, 3:] = 255, 255
-    found = segment(Colours(), image, PLAIN, scales=(0.5,)).argmax(0)
+    found = segmented(Colours(), image, PLAIN, scales=(0.5,)).argmax(0)
     assert (found[:, 0] == 0).all() and (found[:, -1] == 1).all()
 
 
@@ -561,7 +628,7 @@ def test_evaluation_is_in_the_windows_and_precision_that_it_is_told(monkeypatch)
 
     def one_class(model, image, preprocessing, **how):
         asked.append(how)
-        return F.one_hot(torch.zeros(6, 6, dtype=torch.int64), 3).movedim(-1, 0).float()
+        yield slice(0, 6), F.one_hot(torch.zeros(6, 6, dtype=torch.int64), 3).movedim(-1, 0).float()
 
     monkeypatch.setattr(segmentation, "segment", one_class)
     how = {"scales": (0.5, 2.0), "flips": True, "windows": 3}

@@ -34,6 +34,10 @@ from .images import (
 IGNORED = 255
 """In a mask of class indices, a pixel without a class."""
 
+MOST_ELONGATED = 50
+"""The most that an image's long side may be of its short one, which is resized to a window's: 150 classes'
+logits in windows of 512 pixels then take 8 GB."""
+
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"
 CLASS_NAMES = "classnames.txt"
@@ -209,13 +213,25 @@ def read_mask(path: Path, num_classes: int, no_zero: bool) -> np.ndarray:
     return np.where(is_class, labels.astype(np.int64) - first, IGNORED).astype(np.uint8)
 
 
+def decode_scene(path: Path) -> Image.Image:
+    """`decode_image` of a scene. Raises DecodeError too if it is more elongated than `MOST_ELONGATED`."""
+    image = decode_image(path)
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        raise DecodeError(
+            path,
+            f"{image.width}×{image.height} pixels is too thin, as the short side is resized to a window's; "
+            f"wanted a long side of at most {MOST_ELONGATED} times the short one",
+        )
+    return image
+
+
 def read_scene(scenes: SceneList, index: int) -> tuple[Image.Image, np.ndarray]:
     """An RGB image, and its mask (h, w) uint8 of class indices.
 
     Raises:
         DecodeError: one of the files cannot be used, or their sizes differ.
     """
-    image = decode_image(scenes.images[index])
+    image = decode_scene(scenes.images[index])
     mask = read_mask(scenes.masks[index], len(scenes.classes), scenes.ignores_zero)
     if mask.shape != (image.height, image.width):
         raise DecodeError(

@@ -56,7 +56,7 @@ def features_key(
     world: World,
 ) -> Hashable:
     """All that the features of `images` depend on."""
-    frozen = json.dumps(model.config.to_dict(), sort_keys=True)
+    frozen = json.dumps(model.features_config, sort_keys=True)
     return frozen, images, preprocessing, recipe.precision, world.device
 
 

@@ -30,7 +30,6 @@ from vpt_fast.training.classification import Classification
 from vpt_fast.training.features import caches_features, feature_batches
 from vpt_fast.training.method_rules import parse_method
 from vpt_fast.training.methods import build_seeded, require_operations
-from vpt_fast.training.plots import plot_curves
 from vpt_fast.training.precision import AUTOCAST
 from vpt_fast.training.problem import Evaluated, Problem, Source
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
@@ -274,14 +273,20 @@ def train(
             if world.is_main:
                 saver.end_epoch(rows, optimizer, scaler, is_last=len(rows) == recipe.epochs)
             if events is not None:
-                for name in row.keys() - {"epoch", "seconds"}:
-                    if row[name] is not None:
-                        events.add_scalar(name, row[name], epoch)
+                # Its thread writes at once, and would print a traceback if the folder were gone: it is waited
+                # for here, after a look at the folder.
+                with folder.saving(f"the TensorBoard log of epoch {len(rows)}", folder.tensorboard):
+                    for name in row.keys() - {"epoch", "seconds"}:
+                        if row[name] is not None:
+                            events.add_scalar(name, row[name], epoch)
+                    events.flush()
             progress.end_epoch(row)
             if on_epoch is not None:
                 on_epoch(row)
 
         if rows and draw_curves and world.is_main:
+            from vpt_fast.training.plots import plot_curves  # matplotlib takes half a second
+
             with folder.saving("the curves"):
                 plot_curves(rows, folder.curves)
         results = None

@@ -157,9 +157,9 @@ class RunFolder(RunFiles):
             try:
                 yield folder
             finally:
-                if os.listdir(path) == [".lock"]:  # nothing was written: leave no empty folder behind
-                    (path / ".lock").unlink()
-                    with contextlib.suppress(OSError):  # another process has just begun in it
+                with contextlib.suppress(OSError):  # it is gone, or another process has just begun in it
+                    if os.listdir(path) == [".lock"]:  # nothing was written: leave no empty folder behind
+                        (path / ".lock").unlink()
                         path.rmdir()
 
     def remove_unfinished(self) -> None:
@@ -248,11 +248,16 @@ class RunFolder(RunFiles):
         self._metrics_size, self._num_rows = self.metrics.stat().st_size, len(rows)
 
     @contextlib.contextmanager
-    def saving(self, what: str) -> Iterator[None]:
-        """Turns errors while ``what`` is written into SavingFailed."""
+    def saving(self, what: str, place: Path | None = None) -> Iterator[None]:
+        """Turns errors while ``what`` is written to ``place``, by default the run folder, into SavingFailed.
+        That the folder is gone is one too: the writing might make it anew, without the rest of the run."""
+        place = place or self.path
         try:
+            os.stat(place)
             yield
         except (OSError, safetensors.SafetensorError) as error:
+            if not place.is_dir():
+                raise SavingFailed(f"{what} could not be saved: the folder {place} is gone") from error
             reason = getattr(error, "strerror", None) or error
             raise SavingFailed(
                 f"{what} could not be saved in {self.path}: {reason}; what was saved before is still there, "

@@ -14,9 +14,16 @@ from PIL import Image
 from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vpt_fast.data.decode import DecodeError, decode_image
+from vpt_fast.data.decode import DecodeError
 from vpt_fast.data.scene_batches import SceneBatches
-from vpt_fast.data.scenes import FOLDERS, check_scenes, holds_scenes, ignores_zero, open_scenes
+from vpt_fast.data.scenes import (
+    FOLDERS,
+    check_scenes,
+    decode_scene,
+    holds_scenes,
+    ignores_zero,
+    open_scenes,
+)
 from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.training.inference import LoadedRun, require_same_classes
 from vpt_fast.training.plots import class_colors, plot_segmentation
@@ -105,7 +112,7 @@ def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator
     for path in paths:
         answer: dict[str, Any] = {"image": str(path)}
         try:
-            image = decode_image(path)
+            image = decode_scene(path)
         except DecodeError as error:
             yield {**answer, "error": error.reason}
             continue

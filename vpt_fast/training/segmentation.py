@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ WINDOW_STRIDE = 2 / 3
 """Fraction of a window's side, rounded down to pixels: 341 of 512."""
 WINDOWS = 16
 """Default for the most windows in one pass."""
-SCORES_AT_ONCE = 2**26
-"""Logits at an image's own size that `most_likely` forms at a time: 256 MiB in float32."""
+PIXELS_AT_ONCE = 2**15
+"""Pixels of a photograph that `segment` scores at a time. The scores of 150 classes, 19 MiB in float32, are
+then few enough for malloc to give their pages to the next, which halves the time on a CPU."""
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales relative to the size that just covers a window; each is evaluated with and without a flip."""
 
@@ -68,8 +69,9 @@ def segment(
     flips: bool = False,
     precision: str | None = "fp32",
     windows: int = WINDOWS,
-) -> torch.Tensor:
-    """Probabilities of the classes (C, H, W) for an image (3, H, W) uint8, on its device.
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Probabilities of the classes for an image (3, H, W) uint8, on its device, a band of its rows at a time:
+    yields the rows, from the top on, and (C, rows, W).
 
     For each scale, the image is resized to that many times the size that just covers a window of the model's
     image size. Windows slide over it with a stride of two thirds of their side, and overlapping logits are
@@ -77,45 +79,69 @@ def segment(
     `flips`, over the image and its horizontal flip. Images smaller than a window are padded with the mean
     colour.
 
+    A band has `PIXELS_AT_ONCE` pixels, rounded to rows, or is the whole of an image that has no more pixels
+    than all resized ones together. So beyond the windows' logits, whose number depends on an image's shape
+    and not on its size, no more than a few times as many numbers are in memory.
+
     Args:
         model: a PromptedSegmenter in eval mode.
         preprocessing: the one that it was trained with.
         windows: the most windows in one pass.
     """
-    total = None
-    for scale in scales:
-        pixels = preprocessing.normalize(preprocessing.resize(image, scale))  # (3, h, w)
-        for mirrored in (False, True) if flips else (False,):
-            view = pixels.flip(-1) if mirrored else pixels
-            logits = _slide(model, view, preprocessing.image_size, precision, windows)
-            logits = F.interpolate(logits[None], image.shape[-2:], mode="bilinear")[0]
-            found = (logits.flip(-1) if mirrored else logits).softmax(0)
-            total = found if total is None else total + found
-    assert total is not None, "there is a scale"
-    return total / (len(scales) * (2 if flips else 1))
+    height, width = image.shape[-2:]
+    mirrorings = (False, True) if flips else (False,)
+    num_views = len(scales) * len(mirrorings)
+    resized = [preprocessing.covering_size((height, width), scale) for scale in scales]
+    is_small = height * width <= len(mirrorings) * sum(map(math.prod, resized))
+    at_once = height if is_small else max(PIXELS_AT_ONCE // width, 1)
+
+    def slide() -> Iterator[tuple[torch.Tensor, bool]]:
+        for scale in scales:
+            pixels = preprocessing.normalize(preprocessing.resize(image, scale))  # (3, h, w)
+            for mirrored in mirrorings:
+                view = pixels.flip(-1) if mirrored else pixels
+                yield _slide(model, view, preprocessing.image_size, precision, windows), mirrored
+
+    # All of them are held only if there is more than one band to read them.
+    views = slide() if at_once >= height else list(slide())
+    for top in range(0, height, at_once):
+        rows = slice(top, min(top + at_once, height))
+        total = None
+        for logits, mirrored in views:
+            found = _resized_rows(logits, (height, width), rows)
+            found = (found.flip(-1) if mirrored else found).softmax(0)
+            total = found if total is None else total.add_(found)
+        assert total is not None, "there is a scale"
+        yield rows, total.div_(num_views)
 
 
-@torch.no_grad()
 def most_likely(model: nn.Module, image: torch.Tensor, preprocessing: ScenePreprocessing) -> torch.Tensor:
     """The most probable class of every pixel (H, W), int64, as by `segment` at one scale.
 
-    The logits are resized a few classes at a time: those of all classes, at a photograph's size, take
-    gigabytes.
-
     Args: as of `segment`.
     """
-    pixels = preprocessing.normalize(preprocessing.resize(image, 1.0))
-    logits = _slide(model, pixels, preprocessing.image_size, "fp32", WINDOWS)  # (C, h, w)
-    size = image.shape[-2:]
-    best = torch.full(size, -math.inf, device=logits.device)
-    classes = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    first = 0
-    for part in logits.split(max(SCORES_AT_ONCE // math.prod(size), 1)):
-        score, found = F.interpolate(part[None], size, mode="bilinear")[0].max(0)
-        classes = torch.where(score > best, found + first, classes)
-        best = torch.maximum(best, score)
-        first += len(part)
+    classes = torch.empty(image.shape[-2:], dtype=torch.int64, device=image.device)
+    for rows, found in segment(model, image, preprocessing):
+        classes[rows] = found.argmax(0)
     return classes
+
+
+def _resized_rows(logits: torch.Tensor, size: tuple[int, int], rows: slice) -> torch.Tensor:
+    """(C, h, w) to (C, rows, W): these rows of ``F.interpolate(logits[None], size, mode="bilinear")[0]``."""
+    height, width = logits.shape[-2], size[1]
+    # Rounded to float32 once, as by the fused multiply-add of F.interpolate: with exact places, whose shares
+    # differ by up to 1e-4, some pixels would get other classes.
+    scale = torch.tensor(height / size[0], dtype=torch.float32).double()
+    places = (torch.arange(rows.start, rows.stop, dtype=torch.float64) + 0.5) * scale - 0.5
+    places = places.float().clamp(min=0)
+    above = places.long()
+    below = (above + 1).clamp(max=height - 1)
+    share = (places - above)[:, None].to(logits.device)
+    first, last = int(above[0]), int(below[-1])
+    read = logits[None, :, first : last + 1]
+    wide = F.interpolate(read, (read.shape[-2], width), mode="bilinear")[0]
+    found = wide[:, below - first].mul_(share)
+    return found.addcmul_(wide[:, above - first], 1 - share)
 
 
 def _slide(
@@ -193,7 +219,7 @@ def evaluate_scenes(
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, pixels, images
     for image, mask in batches.epoch(0):  # (3, h, w) uint8, (h, w)
-        found = segment(
+        for rows, found in segment(
             model,
             image,
             batches.preprocessing,
@@ -201,17 +227,19 @@ def evaluate_scenes(
             flips=flips,
             precision=precision,
             windows=windows,
-        )  # (C, h, w)
-        loss = F.nll_loss(
-            found.clamp(min=torch.finfo(found.dtype).tiny).log()[None],
-            mask[None],
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
-        classes = found.argmax(0)
-        iou.update(classes[None], mask[None])
-        accuracy.update(classes[None], mask[None])
-        sums += torch.stack([loss.double(), (mask != IGNORED).sum().double(), torch.ones_like(sums[0])])
+        ):  # (C, rows, w)
+            wanted = mask[rows]
+            loss = F.nll_loss(
+                found.clamp(min=torch.finfo(found.dtype).tiny).log()[None],
+                wanted[None],
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            classes = found.argmax(0)
+            iou.update(classes[None], wanted[None])
+            accuracy.update(classes[None], wanted[None])
+            sums[:2] += torch.stack([loss.double(), (wanted != IGNORED).sum().double()])
+        sums[2] += 1
         if progress is not None:
             progress(world.size)
     loss_sum, pixels, images = world.sum(sums).tolist()
