@@ -198,17 +198,28 @@ def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
 
 
 def test_eval_reads_the_data_as_it_is_told(monkeypatch):
-    asked = []
+    asked = {}
 
-    def open_split(*given, **options):
-        asked.append((given, options))
+    def note(name, answer=None):
+        return lambda *given, **options: asked.update({name: (given, options)}) or answer
+
+    def stop(images, preprocessing, batch_size, *, workers, **options):
+        asked["Batches"] = (batch_size, workers)
         raise KeyboardInterrupt  # no more is wanted
 
-    monkeypatch.setattr(inference, "open_split", open_split)
-    where = {"batch_size": 3, "workers": 2, "data_root": "d", "console": Console(quiet=True)}
+    run = SimpleNamespace(
+        preprocessing=SimpleNamespace(for_evaluation=lambda: None),
+        labels=SimpleNamespace(classes=()),
+        device=torch.device("cpu"),
+    )
+    monkeypatch.setattr(inference, "list_split", note("list_split", ()))
+    monkeypatch.setattr(inference, "check_images", note("check_images"))
+    monkeypatch.setattr(inference, "Batches", stop)
+    where = {"data_root": "d", "console": Console(quiet=True)}
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run("run", "x", "test", **where)
-    assert asked == [(("run", "x", "test"), where)]
+        evaluate_run(run, "x", "test", batch_size=3, workers=2, **where)
+    assert asked["list_split"] == ((run, "x", "test"), where)
+    assert asked["check_images"][1]["workers"] == 2 and asked["Batches"] == (3, 2)
 
 
 def test_eval_finds_timm_s_data_sets_where_it_is_told(short, color_images, tmp_path):
