@@ -29,7 +29,14 @@ from vpt_fast.training.classification import Classification, Evaluation, evaluat
 from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run, predict_images
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
-from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
+from vpt_fast.training.report import (
+    Progress,
+    checking_images,
+    device_name,
+    predicting,
+    print_facts,
+    print_skipped,
+)
 from vpt_fast.training.run import RunError, RunFolder, default_run_folder, list_digest
 from vpt_fast.training.world import World
 
@@ -115,6 +122,15 @@ def test_task_of_a_recipe_has_its_own_name():
 def test_log_says_what_takes_time_before_training(images, said):
     console = Console(file=io.StringIO())
     with checking_images(console, images):
+        assert console.file.getvalue() == said
+
+
+@pytest.mark.parametrize(
+    "images, said", [(19_999, ""), (20_000, "Predicting 20,000 images; the results follow together.\n")]
+)
+def test_log_says_that_many_images_are_predicted(images, said):
+    console = Console(file=io.StringIO(), width=100)
+    with predicting(console, images):
         assert console.file.getvalue() == said
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,9 @@ class LoadedRun:
 
 
 @torch.no_grad()
-def predict_images(run: LoadedRun, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
+def predict_images(
+    run: LoadedRun, paths: Sequence[Path], top_k: int
+) -> Generator[dict[str, Any], None, None]:
     """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}.
 
     Raises RunError for a run that does not classify images.

@@ -131,10 +131,19 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Advance]:
         yield lambda count: bars.advance(task, count)
 
 
-def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+def _print_in_log(console: Console, total: int, text: str) -> None:
     if total >= MANY_IMAGES and not console.is_terminal:  # there is no bar, and nothing else for minutes
-        console.print(f"Checking {total:,} images: each is decoded once.", highlight=False)
+        console.print(text, highlight=False)
+
+
+def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    _print_in_log(console, total, f"Checking {total:,} images: each is decoded once.")
     return progress_bar(console, "checking images", total)
+
+
+def predicting(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    _print_in_log(console, total, f"Predicting {total:,} images; the results follow together.")
+    return progress_bar(console, "predicting", total)
 
 
 def evaluating(console: Console, split: str, total: int) -> contextlib.AbstractContextManager[Advance]:
