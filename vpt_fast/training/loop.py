@@ -138,7 +138,7 @@ def train(
         if fresh:
             world.from_main(folder.require_clearable)
         begun = None if fresh else world.from_main(folder.read)
-        listed = world.from_main(lambda: digest_lists(recipe, splits))
+        listed = world.from_main(lambda: digest_lists(recipe, splits, cache))
         if begun:
             require_same_recipe(recipe, begun, folder)
             if begun.results is not None and (begun.results["test_images"] or not recipe.test):
@@ -169,7 +169,7 @@ def train(
         )
         require_same_lists(recipe, splits, world)
         require_batches(recipe, model, len(splits.train), world)
-        used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
+        used = world.from_main(lambda: digest_lists(recipe, splits, cache) if skipped else listed)
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
