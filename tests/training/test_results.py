@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress as Bars
 from task_trees import shrink, write_fgvc, write_vtab
 from torch import nn
 
@@ -24,7 +25,7 @@ from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
-from vpt_fast.training import inference, loop
+from vpt_fast.training import classification, inference, loop
 from vpt_fast.training.classification import Classification, Evaluation, evaluate
 from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run, predict_images
 from vpt_fast.training.loop import train
@@ -205,6 +206,16 @@ def test_an_epoch_is_broken_between_train_and_val_in_a_narrow_terminal_alone(is_
     train, val = "train loss 1.5000 accuracy 50.00%", "val loss 2.5000 accuracy 100.00%  1,000 images/s"
     between = "\n             " if is_terminal else "  "
     assert console.file.getvalue() == f"epoch  9/10  lr 0.5      {train}{between}{val}\n"
+
+
+def test_progress_bar_goes_on_while_val_is_evaluated(short, tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    shown, update = [], Bars.update
+    monkeypatch.setattr(Bars, "update", lambda *a, **k: shown.append(k.get("what")) or update(*a, **k))
+    monkeypatch.setattr(classification, "FORWARD_BATCH", 4)
+    train(dataclasses.replace(short, epochs=1, warmup_epochs=0), tmp_path, console=console)
+    last = shown.index("4 val images") - 1
+    assert shown[last:] == ["4/4 steps", "4 val images", "8 val images", "9 val images"]
 
 
 def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):

@@ -266,7 +266,7 @@ def train(
             validation: Evaluated | None = None
             if val_batches is not None and recipe.evaluates_after(epoch):
                 validation = problem.evaluate(
-                    network, val_batches, len(splits.classes), world, recipe.precision
+                    network, val_batches, len(splits.classes), world, recipe.precision, progress.validate
                 )
             require_finite_state(model, epoch, validation.loss if validation else 0.0)
             row = epoch_row(problem, recipe, epoch, totals, validation, seconds)
