@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -83,6 +85,21 @@ def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
         for shard, size in (("1.tar", 5), ("2.tar", 5), ("1.tar", 6))
     )
     assert one == same != other
+
+
+def test_digest_takes_apart_no_path_that_is_below_the_data(tmp_path, monkeypatch):
+    (tmp_path / "data" / "red").mkdir(parents=True)
+    paths = [tmp_path / "data" / "red" / "1.png", tmp_path / "data-2.png"]
+    for path in paths:
+        path.write_bytes(b"image")
+    text = "red/1.png\0red\0005\0../data-2.png\0red\0005\0"
+    taken_apart, relpath = [], os.path.relpath
+    monkeypatch.setattr(os.path, "relpath", lambda *a: taken_apart.append(a[0]) or relpath(*a))
+    monkeypatch.chdir(tmp_path)
+    for data, items in (("data", ("data/red/1.png", "data-2.png")), (tmp_path / "x" / ".." / "data", paths)):
+        images = ImageList(tuple(map(Path, items)), (0, 0), ("red",))
+        assert list_digest(str(data), images) == hashlib.sha256(text.encode()).hexdigest()
+    assert taken_apart == [str(paths[1])] * 2
 
 
 def test_digest_of_scenes_depends_on_their_masks_and_on_what_these_mean(tmp_path):
