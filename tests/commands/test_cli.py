@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from vpt_fast.commands.cli import app
 from vpt_fast.commands.flags import LastingConsole, one_line_errors
 from vpt_fast.data import decode
 from vpt_fast.engine.block import FrozenBlock
-from vpt_fast.training import inference, loop
+from vpt_fast.training import inference, loop, report
 from vpt_fast.training.inference import LoadedRun, require_same_classes
 from vpt_fast.training.run import Labels, RunFolder
 
@@ -184,6 +185,20 @@ def test_predictions_do_not_depend_on_the_batches_they_are_made_in(run, color_im
         guesses, others = (each.pop("predictions", [{"probability": 0}]) for each in (answer, other))
         assert guesses[0].pop("probability") == pytest.approx(others[0].pop("probability"))
         assert (answer, guesses) == (other, others)
+
+
+def test_predict_shows_its_progress_image_by_image(command, run, color_images, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress_bar(console, what, total):
+        assert console.stderr
+        shown.append((what, total))
+        yield shown.append
+
+    monkeypatch.setattr(report, "progress_bar", progress_bar)
+    answers = json.loads(command("predict", run, color_images / "test", "--json").stdout)
+    assert shown == [("predicting", 6), *[1] * 6] and len(answers) == 6
 
 
 def test_predict_that_is_interrupted_ends_its_decoding_threads(run, color_images, monkeypatch):

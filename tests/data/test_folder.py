@@ -52,6 +52,18 @@ def test_pipe_with_the_name_of_an_image_is_refused_not_waited_for(write_images, 
         open_splits(root)
 
 
+def test_listing_images_looks_up_links_alone(write_images, monkeypatch):
+    root = write_images({"a": 3, "b": 3})
+    (root / "b" / "link.png").symlink_to(root / "a" / "000.png")
+    looked_up, stat = [], os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path, *a, **k: looked_up.append(os.fspath(path)) or stat(path, *a, **k)
+    )
+    splits = open_splits(root)
+    assert len(splits.train) + len(splits.val) == 7
+    assert {path for path in looked_up if path.endswith(".png")} == {str(root / "b" / "link.png")}
+
+
 def test_train_without_val_is_split_and_test_left_alone(write_images):
     splits = open_splits(write_images({"train/a": 5, "train/b": 10, "test/a": 1, "test/b": 1}))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 3, 2)

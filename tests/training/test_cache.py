@@ -17,7 +17,7 @@ from vpt_fast import PromptedViT
 from vpt_fast.backbones import timm_vit
 from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
-from vpt_fast.training import classification, features, loop
+from vpt_fast.training import classification, features, loop, resume
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.run import RunFolder
 from vpt_fast.training.world import World
@@ -69,6 +69,26 @@ def test_data_are_listed_once_for_all_parts_of_them(recipe, monkeypatch):
     problem = classification.Classification()
     found = [problem.open(dataclasses.replace(recipe, **part), cache) for part in parts]
     assert [len(splits.train) for splits in found] == [27, 6, 12, 9] and listed == [1]
+
+
+def test_part_of_the_images_is_drawn_once_for_all_runs_on_it(recipe, monkeypatch):
+    drawn, original = [], classification.take_shots
+    monkeypatch.setattr(classification, "take_shots", lambda *a: drawn.append(a[1:]) or original(*a))
+    cache, problem = TrainingCache(), classification.Classification()
+    parts = [dataclasses.replace(recipe, shots=shots, base_lr=lr) for shots in (2, 4) for lr in (0.1, 0.2)]
+    found = [problem.open(part, cache).train for part in parts]
+    assert drawn == [(2, recipe.seed), (4, recipe.seed)]
+    assert [len(images) for images in found] == [6, 6, 12, 12]
+
+
+def test_images_are_looked_up_for_their_digests_once(recipe, tmp_path, monkeypatch):
+    looked_up, original = [], resume.list_digest
+    monkeypatch.setattr(resume, "list_digest", lambda *a: looked_up.append(len(a[1])) or original(*a))
+    cache = TrainingCache()
+    for i, base_lr in enumerate((0.1, 0.2)):
+        changed = dataclasses.replace(recipe, base_lr=base_lr, epochs=1, warmup_epochs=0)
+        loop.train(changed, tmp_path / str(i), cache=cache)
+    assert looked_up == [27, 9, 6]  # train, val and test
 
 
 @pytest.mark.parametrize("method", ["vpt-deep", "linear"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.progress import Progress as Bars
 from task_trees import shrink, write_fgvc, write_vtab
 from torch import nn
 
@@ -24,12 +27,19 @@ from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data.shards import TarImage
 from vpt_fast.data.splits import open_splits
-from vpt_fast.training import inference, loop
+from vpt_fast.training import classification, inference, loop
 from vpt_fast.training.classification import Classification, Evaluation, evaluate
 from vpt_fast.training.inference import LoadedRun, SplitAccuracy, evaluate_run, predict_images
 from vpt_fast.training.loop import train
 from vpt_fast.training.recipe import Recipe
-from vpt_fast.training.report import Progress, checking_images, device_name, print_facts, print_skipped
+from vpt_fast.training.report import (
+    Progress,
+    checking_images,
+    device_name,
+    predicting,
+    print_facts,
+    print_skipped,
+)
 from vpt_fast.training.run import RunError, RunFolder, default_run_folder, list_digest
 from vpt_fast.training.world import World
 
@@ -77,6 +87,21 @@ def test_digest_of_images_in_shards_depends_on_their_sizes(tmp_path):
     assert one == same != other
 
 
+def test_digest_takes_apart_no_path_that_is_below_the_data(tmp_path, monkeypatch):
+    (tmp_path / "data" / "red").mkdir(parents=True)
+    paths = [tmp_path / "data" / "red" / "1.png", tmp_path / "data-2.png"]
+    for path in paths:
+        path.write_bytes(b"image")
+    text = "red/1.png\0red\0005\0../data-2.png\0red\0005\0"
+    taken_apart, relpath = [], os.path.relpath
+    monkeypatch.setattr(os.path, "relpath", lambda *a: taken_apart.append(a[0]) or relpath(*a))
+    monkeypatch.chdir(tmp_path)
+    for data, items in (("data", ("data/red/1.png", "data-2.png")), (tmp_path / "x" / ".." / "data", paths)):
+        images = ImageList(tuple(map(Path, items)), (0, 0), ("red",))
+        assert list_digest(str(data), images) == hashlib.sha256(text.encode()).hexdigest()
+    assert taken_apart == [str(paths[1])] * 2
+
+
 def test_digest_of_scenes_depends_on_their_masks_and_on_what_these_mean(tmp_path):
     def digest(mask: bytes = b"mask", ignores_zero: bool = False, classes: tuple[str, ...] = ("sky",)) -> str:
         (tmp_path / "mask.png").write_bytes(mask)
@@ -115,6 +140,15 @@ def test_task_of_a_recipe_has_its_own_name():
 def test_log_says_what_takes_time_before_training(images, said):
     console = Console(file=io.StringIO())
     with checking_images(console, images):
+        assert console.file.getvalue() == said
+
+
+@pytest.mark.parametrize(
+    "images, said", [(19_999, ""), (20_000, "Predicting 20,000 images; the results follow together.\n")]
+)
+def test_log_says_that_many_images_are_predicted(images, said):
+    console = Console(file=io.StringIO(), width=100)
+    with predicting(console, images):
         assert console.file.getvalue() == said
 
 
@@ -191,6 +225,16 @@ def test_an_epoch_is_broken_between_train_and_val_in_a_narrow_terminal_alone(is_
     assert console.file.getvalue() == f"epoch  9/10  lr 0.5      {train}{between}{val}\n"
 
 
+def test_progress_bar_goes_on_while_val_is_evaluated(short, tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    shown, update = [], Bars.update
+    monkeypatch.setattr(Bars, "update", lambda *a, **k: shown.append(k.get("what")) or update(*a, **k))
+    monkeypatch.setattr(classification, "FORWARD_BATCH", 4)
+    train(dataclasses.replace(short, epochs=1, warmup_epochs=0), tmp_path, console=console)
+    last = shown.index("4 val images") - 1
+    assert shown[last:] == ["4/4 steps", "4 val images", "8 val images", "9 val images"]
+
+
 def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
     RunFolder(tmp_path).config.write_text(short.to_yaml())
     with pytest.raises(RunError, match=f"the run in {tmp_path} has not completed an epoch yet"):
@@ -198,17 +242,28 @@ def test_run_without_a_completed_epoch_is_said_to_have_none(short, tmp_path):
 
 
 def test_eval_reads_the_data_as_it_is_told(monkeypatch):
-    asked = []
+    asked = {}
 
-    def open_split(*given, **options):
-        asked.append((given, options))
+    def note(name, answer=None):
+        return lambda *given, **options: asked.update({name: (given, options)}) or answer
+
+    def stop(images, preprocessing, batch_size, *, workers, **options):
+        asked["Batches"] = (batch_size, workers)
         raise KeyboardInterrupt  # no more is wanted
 
-    monkeypatch.setattr(inference, "open_split", open_split)
-    where = {"batch_size": 3, "workers": 2, "data_root": "d", "console": Console(quiet=True)}
+    run = SimpleNamespace(
+        preprocessing=SimpleNamespace(for_evaluation=lambda: None),
+        labels=SimpleNamespace(classes=()),
+        device=torch.device("cpu"),
+    )
+    monkeypatch.setattr(inference, "list_split", note("list_split", ()))
+    monkeypatch.setattr(inference, "check_images", note("check_images"))
+    monkeypatch.setattr(inference, "Batches", stop)
+    where = {"data_root": "d", "console": Console(quiet=True)}
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run("run", "x", "test", **where)
-    assert asked == [(("run", "x", "test"), where)]
+        evaluate_run(run, "x", "test", batch_size=3, workers=2, **where)
+    assert asked["list_split"] == ((run, "x", "test"), where)
+    assert asked["check_images"][1]["workers"] == 2 and asked["Batches"] == (3, 2)
 
 
 def test_eval_finds_timm_s_data_sets_where_it_is_told(short, color_images, tmp_path):

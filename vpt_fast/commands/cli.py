@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 failed on the way (training diverged, a full disk, an imag
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import errno
 import io
@@ -300,6 +301,7 @@ def _predict(
 ) -> list[dict[str, Any]]:
     """What `predict_scenes` or `predict_images` yields."""
     from vpt_fast.training.inference import LoadedRun, predict_images
+    from vpt_fast.training.report import predicting
     from vpt_fast.training.world import on_device
 
     if out is not None:
@@ -313,9 +315,16 @@ def _predict(
             from vpt_fast.training.scene_inference import predict_scenes
 
             refuse("a segmentation run", top_k=top_k)
-            return list(predict_scenes(loaded, paths, out or run / "predictions"))
-        refuse("a classification run", out=out)
-        return list(predict_images(loaded, paths, top_k or 1))
+            predicted = predict_scenes(loaded, paths, out or run / "predictions")
+        else:
+            refuse("a classification run", out=out)
+            predicted = predict_images(loaded, paths, top_k or 1)
+        answers = []
+        with predicting(NameConsole(stderr=True), len(paths)) as advance, contextlib.closing(predicted):
+            for answer in predicted:
+                answers.append(answer)
+                advance(1)
+        return answers
 
 
 @app.command()

@@ -128,7 +128,7 @@ def images_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if os.path.isdir(entry):  # entry.is_dir() raises for a link to itself
+        if _is_folder(entry):
             yield from images_below(folder / entry.name, above | {real})
         elif _is_image(entry.name):
             require_utf8(entry.path)
@@ -162,8 +162,15 @@ def _visible_folders(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if os.path.isdir(entry) and not entry.name.startswith(".") and entry.name != "__MACOSX"
+        if not entry.name.startswith(".") and entry.name != "__MACOSX" and _is_folder(entry)
     )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also a link to one. Only a link is looked up: of the rest the listing tells, and to ask a network file
+    system about each of a million images takes minutes."""
+    # Not entry.is_dir() for a link: it raises for one to itself.
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def _is_image(name: str) -> bool:

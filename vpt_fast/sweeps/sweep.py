@@ -57,7 +57,8 @@ from vpt_fast.training.classification import Classification
 from vpt_fast.training.methods import build_model_without_values, require_operations
 from vpt_fast.training.recipe import DATA, MODEL, PROMPTS, Recipe
 from vpt_fast.training.report import print_facts, print_no_locks
-from vpt_fast.training.run import RunFolder, default_run_folder, list_digest
+from vpt_fast.training.resume import digest_lists
+from vpt_fast.training.run import RunFolder, default_run_folder
 from vpt_fast.training.setting_values import read_yaml
 from vpt_fast.training.step import graph_obstacle, require_batches
 from vpt_fast.training.world import World, find_device
@@ -256,11 +257,7 @@ def digest_inputs(sweep: Sweep, cache: TrainingCache) -> dict[str, str | None]:
     # All images: of a part, other seeds and searched numbers of shots take others.
     recipe = dataclasses.replace(sweep.first_recipe, train_fraction=1.0, shots=None)
     splits = Classification().open(recipe, cache)
-    lists = [
-        list_digest(recipe.data, images)
-        for images in (splits.train, splits.val, splits.test)
-        if images is not None
-    ]
+    lists = filter(None, digest_lists(recipe, splits, cache).values())
     digests: dict[str, list[str]] = {}
     for point in sweep.points():
         recipe = sweep.recipe(**point)

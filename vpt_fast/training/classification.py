@@ -141,10 +141,17 @@ class Classification:
                 f"val_fraction is {recipe.val_fraction}, and {recipe.data} has a val split of its own; leave "
                 "it out"
             )
-        # Not cached: runs on other parts would list the data again, of which a stream is decoded for that.
-        if recipe.shots is not None:
-            return replace(splits, train=take_shots(splits.train, recipe.shots, recipe.seed))
-        return replace(splits, train=take_fraction(splits.train, recipe.train_fraction, recipe.seed))
+        if not recipe.trains_on_part:
+            return splits
+
+        def take() -> ImageList:
+            if recipe.shots is not None:
+                return take_shots(splits.train, recipe.shots, recipe.seed)
+            return take_fraction(splits.train, recipe.train_fraction, recipe.seed)
+
+        # Apart from the lists: for another part, a stream would be decoded again to list it.
+        key = (recipe.data, *named.values(), recipe.shots, recipe.train_fraction)
+        return replace(splits, train=cache.get("parts", key, take))
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
         assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from vpt_fast.data.batches import Batches
 from vpt_fast.data.decode import DecodeError, SkippedImage, check_images, load_image, map_decoding
+from vpt_fast.data.images import ImageList
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import resident_budget
 from vpt_fast.data.scene_preprocessing import ScenePreprocessing
@@ -126,7 +127,9 @@ class LoadedRun:
 
 
 @torch.no_grad()
-def predict_images(run: LoadedRun, paths: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
+def predict_images(
+    run: LoadedRun, paths: Sequence[Path], top_k: int
+) -> Generator[dict[str, Any], None, None]:
     """For each path {"image", "predictions": [{"class", "probability"}, ...]}, or {"image", "error"}.
 
     Raises RunError for a run that does not classify images.
@@ -201,36 +204,43 @@ def evaluate_run(
 
     ``console`` shows progress.
 
-    Raises ValueError as open_split does.
+    Raises ValueError as list_split does, and for a run that does not classify images.
     """
     console = console or Console(quiet=True)
-    batches, skipped = open_split(
-        run, data, split, batch_size=batch_size, workers=workers, data_root=data_root, console=console
+    preprocessing, classes = run.preprocessing.for_evaluation(), run.labels.classes
+    images = list_split(run, data, split, data_root=data_root, console=console)
+    with checking_images(console, len(images)) as advance:
+        checked = check_images(
+            images,
+            workers=workers,
+            preprocessing=preprocessing,
+            keep_bytes=resident_budget(run.device),
+            progress=advance,
+        )
+    batches = Batches(
+        checked,
+        preprocessing,
+        batch_size,
+        train=False,
+        seed=0,
+        device=run.device,
+        workers=workers,
     )
-    classes = run.labels.classes
     with evaluating(console, split, batches.num_images) as count:
         world = World(0, 1, run.device)
         found = evaluate(run.model, batches, len(classes), world, run.precision, count)
-    return SplitAccuracy(split, classes, found, skipped)
+    return SplitAccuracy(split, classes, found, checked.skipped)
 
 
-def open_split(
-    run: LoadedRun,
-    data: str | Path,
-    split: str,
-    *,
-    batch_size: int = FORWARD_BATCH,
-    workers: int | None,
-    data_root: str | None,
-    console: Console,
-) -> tuple[Batches, tuple[SkippedImage, ...]]:
-    """Batches of the val or test split of ``data``, split as in training and in the split's order, and the
-    images that cannot be decoded.
+def list_split(
+    run: LoadedRun, data: str | Path, split: str, *, data_root: str | None, console: Console
+) -> ImageList:
+    """The val or test split of ``data``, split as in training.
 
-    Raises ValueError if the data have no such split or other classes, if the split is val and the model was
-    trained on it, or for a run that does not classify images.
+    Raises ValueError if the data have no such split or other classes, or if the split is val and the model
+    was trained on it.
     """
-    labels, preprocessing = run.labels, run.preprocessing.for_evaluation()
+    labels = run.labels
     if split == "val" and labels.train_on == "train+val":
         raise ValueError("split is val, whose images the run was trained on; want test, if the data have it")
     splits = open_splits(
@@ -251,24 +261,7 @@ def open_split(
             highlight=False,
             soft_wrap=True,
         )
-    with checking_images(console, len(images)) as advance:
-        checked = check_images(
-            images,
-            workers=workers,
-            preprocessing=preprocessing,
-            keep_bytes=resident_budget(run.device),
-            progress=advance,
-        )
-    batches = Batches(
-        checked,
-        preprocessing,
-        batch_size,
-        train=False,
-        seed=0,
-        device=run.device,
-        workers=workers,
-    )
-    return batches, checked.skipped
+    return images
 
 
 def require_same_classes(data: str | Path, classes: tuple[str, ...], labels: Labels) -> None:

@@ -137,7 +137,7 @@ def train(
         if fresh:
             world.from_main(folder.require_clearable)
         begun = None if fresh else world.from_main(folder.read)
-        listed = world.from_main(lambda: digest_lists(recipe, splits))
+        listed = world.from_main(lambda: digest_lists(recipe, splits, cache))
         if begun:
             require_same_recipe(recipe, begun, folder)
             if begun.results is not None and (begun.results["test_images"] or not recipe.test):
@@ -168,7 +168,7 @@ def train(
         )
         require_same_lists(recipe, splits, world)
         require_batches(recipe, model, len(splits.train), world)
-        used = world.from_main(lambda: digest_lists(recipe, splits) if skipped else listed)
+        used = world.from_main(lambda: digest_lists(recipe, splits, cache) if skipped else listed)
         facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
         if begun:
             require_same_inputs(facts, begun, folder)
@@ -265,7 +265,7 @@ def train(
             validation: Evaluated | None = None
             if val_batches is not None and recipe.evaluates_after(epoch):
                 validation = problem.evaluate(
-                    network, val_batches, len(splits.classes), world, recipe.precision
+                    network, val_batches, len(splits.classes), world, recipe.precision, progress.validate
                 )
             require_finite_state(model, epoch, validation.loss if validation else 0.0)
             row = epoch_row(problem, recipe, epoch, totals, validation, seconds)

@@ -131,10 +131,19 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Advance]:
         yield lambda count: bars.advance(task, count)
 
 
-def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+def _print_in_log(console: Console, total: int, text: str) -> None:
     if total >= MANY_IMAGES and not console.is_terminal:  # there is no bar, and nothing else for minutes
-        console.print(f"Checking {total:,} images: each is decoded once.", highlight=False)
+        console.print(text, highlight=False)
+
+
+def checking_images(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    _print_in_log(console, total, f"Checking {total:,} images: each is decoded once.")
     return progress_bar(console, "checking images", total)
+
+
+def predicting(console: Console, total: int) -> contextlib.AbstractContextManager[Advance]:
+    _print_in_log(console, total, f"Predicting {total:,} images; the results follow together.")
+    return progress_bar(console, "predicting", total)
 
 
 def evaluating(console: Console, split: str, total: int) -> contextlib.AbstractContextManager[Advance]:
@@ -174,11 +183,11 @@ class Progress:
 
     def __init__(self, console: Console, epochs: int, steps: int, *, done: int) -> None:
         self._console = console
-        self._epochs = epochs
+        self._epochs, self._steps = epochs, steps
         self._bars = Bars(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
             BarColumn(),
-            TextColumn("{task.fields[step]}/" + f"{steps} steps"),
+            TextColumn("{task.fields[what]}"),
             TextColumn("{task.fields[rate]:,.0f} images/s"),
             TextColumn("{task.fields[memory]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -189,7 +198,7 @@ class Progress:
         )
         # One task over all epochs, so that its remaining time is the run's.
         self._task = self._bars.add_task(
-            "", total=(epochs - done) * steps, epoch=done + 1, step=0, rate=0.0, memory=""
+            "", total=(epochs - done) * steps, epoch=done + 1, what="", rate=0.0, memory=""
         )
 
     def __enter__(self) -> Progress:
@@ -204,15 +213,21 @@ class Progress:
 
     def begin_epoch(self, epoch: int) -> None:
         self._step = 0
-        self._images = 0
+        self._images = self._val_images = 0
         self._started = time.perf_counter()
-        self._bars.update(self._task, epoch=epoch + 1, step=0)
+        self._bars.update(self._task, epoch=epoch + 1, what=f"0/{self._steps} steps")
 
     def step(self, images: int) -> None:
         self._step += 1
         self._images += images
         rate = self._images / (time.perf_counter() - self._started)
-        self._bars.update(self._task, advance=1, step=self._step, rate=rate, memory=gigabytes(peak_bytes()))
+        what = f"{self._step}/{self._steps} steps"
+        self._bars.update(self._task, advance=1, what=what, rate=rate, memory=gigabytes(peak_bytes()))
+
+    def validate(self, images: int) -> None:
+        """Shows that so many more images of val are evaluated."""
+        self._val_images += images
+        self._bars.update(self._task, what=counted(self._val_images, "val image"))
 
     def end_epoch(self, row: dict[str, Any]) -> None:
         width = len(str(self._epochs))

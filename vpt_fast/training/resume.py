@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vpt_fast.backbones.architecture import differences
 from vpt_fast.backbones.sources import CONFIG_FILE, local_folder
+from vpt_fast.data.images import ImageList
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.methods import build_seeded
@@ -21,12 +22,16 @@ from vpt_fast.training.world import World
 from vpt_fast.tuned_model import TunedModel
 
 
-def digest_lists(recipe: Recipe, splits: Any) -> dict[str, str | None]:
-    """A digest of each split's list of images; None for a split that does not exist."""
+def digest_lists(recipe: Recipe, splits: Any, cache: TrainingCache) -> dict[str, str | None]:
+    """A digest of each split's list of images; None for a split that does not exist. Runs that share the
+    images, in `cache`, share their digests: these are of the files that were read."""
+
+    def digest(images: ImageList | SceneList) -> str:
+        key = (recipe.data, images)
+        return cache.get("digests", key, lambda: list_digest(recipe.data, images))
+
     lists = {"train": splits.train, "val": splits.val, "test": splits.test}
-    return {
-        split: None if images is None else list_digest(recipe.data, images) for split, images in lists.items()
-    }
+    return {split: None if images is None else digest(images) for split, images in lists.items()}
 
 
 def require_same_lists(recipe: Recipe, splits: Any, world: World) -> None:

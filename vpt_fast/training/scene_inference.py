@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def evaluate_scene_run(
     return SceneScores(labels.classes, multi_scale, found)
 
 
-def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Iterator[dict[str, Any]]:
+def predict_scenes(run: LoadedRun, paths: Sequence[Path], out: Path) -> Generator[dict[str, Any], None, None]:
     """Writes ``out``/NAME.png for each image, a palette PNG of its size with labels as in the training masks,
     and ``out``/NAME-overlay.png, an overlay with a legend.
 
