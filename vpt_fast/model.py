@@ -295,7 +295,7 @@ class PromptedViT(PromptedClassifier):
         config = self.config.to_dict()
         prompts = asdict(self.prompt_settings)
         options = {name: value for name, value in config["options"].items() if name not in prompts}
-        return {**config, "options": options, "num_frozen_blocks": self._first_after_features()}
+        return {**config, "options": options, "num_frozen_blocks": self._prompted[0]}
 
     def classify(self, features: torch.Tensor, prompts: Prompts | None = None) -> torch.Tensor:
         """`frozen_features` of images of the model's own size (B, N, d) to logits (B, num_classes); `prompts`
