@@ -100,7 +100,7 @@ def products() -> None:
 
 def products_by_specialized_warpgroups() -> None:
     """On sm_90. Several tiles of one program and of two; fewer steps than stages, and more; no second half of
-    rows; no bias."""
+    rows; no bias; rows that lie apart."""
     gemm._tma_config = lambda: gemm.SPECIALIZED
     for num_sms, size, dtype, kind, pack, has_bias in (
         (2, (300, 208, 336), BF16, "gelu", False, True),
@@ -109,6 +109,12 @@ def products_by_specialized_warpgroups() -> None:
     ):
         gemm.num_sms = lambda device, num_sms=num_sms: num_sms
         assert_products(size, dtype, kind, pack, has_bias)
+    grad, weight, kept = (
+        random(*s, seed=i, dtype=BF16) for i, s in enumerate([(70, 64), (64, 80), (70, 80)])
+    )
+    apart = [torch.cat((t, t), 1)[:, : t.shape[1]] for t in (grad, weight, kept)]
+    expected = gemm.linear_activate_backward(grad, weight, kept, "gelu")
+    assert torch.equal(gemm.linear_activate_backward(*apart, "gelu"), expected)
 
 
 def activations() -> None:
