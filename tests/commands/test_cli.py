@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -199,6 +200,20 @@ def test_predict_shows_its_progress_image_by_image(command, run, color_images, m
     monkeypatch.setattr(report, "progress_bar", progress_bar)
     answers = json.loads(command("predict", run, color_images / "test", "--json").stdout)
     assert shown == [("predicting", 6), *[1] * 6] and len(answers) == 6
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_predict_that_is_stopped_prints_what_it_has(name, command, run, color_images, monkeypatch):
+    @contextlib.contextmanager
+    def progress_bar(console, what, total):
+        counts = itertools.count(1)
+        yield lambda _: signal.raise_signal(getattr(signal, name)) if next(counts) == 4 else None
+
+    whole = json.loads(command("predict", run, color_images / "test", "--json").stdout)
+    monkeypatch.setattr(report, "progress_bar", progress_bar)
+    result = command("predict", run, color_images / "test", "--json")
+    assert json.loads(result.stdout) == whole[:4]
+    assert (result.exit_code, result.stderr) == (130, "error: stopped after 4 of 6 images\n")
 
 
 def test_predict_that_is_interrupted_ends_its_decoding_threads(run, color_images, monkeypatch):

@@ -37,6 +37,7 @@ from vpt_fast.commands.flags import (
     SameBackboneFlag,
     SameCheckpointFlag,
     WorkersFlag,
+    fail,
     given_settings,
     one_line_errors,
     print_error,
@@ -256,7 +257,8 @@ def predict(
     device: DeviceFlag = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Classify or segment images. The exit status is 1 if an image cannot be read."""
+    """Classify or segment images. The exit status is 1 if an image cannot be read. If stopped, the results so
+    far are printed."""
     with one_line_errors(debug):
         require_folder("RUN", run)
         paths = expand_images(images)
@@ -265,8 +267,9 @@ def predict(
             print_error(f"{file}: {reason}")
         if all(str(path) in missing for path in paths):
             answers: list[dict[str, Any]] = [{"image": str(p), "error": missing[str(p)]} for p in paths]
+            is_stopped = False
         else:
-            answers = _predict(run, paths, top_k, out, device, backbone, checkpoint)
+            answers, is_stopped = _predict(run, paths, top_k, out, device, backbone, checkpoint)
     failed = [answer for answer in answers if "error" in answer]
     if as_json:
         typer.echo(json.dumps(answers, ensure_ascii=False, indent=2))
@@ -286,6 +289,8 @@ def predict(
     for answer in failed:
         if answer["image"] not in missing:
             print_error(f"{answer['image']}: {answer['error']}")
+    if is_stopped:
+        fail(f"stopped after {len(answers)} of {counted(len(paths), 'image')}", 130)
     if failed:
         raise typer.Exit(1)
 
@@ -298,8 +303,8 @@ def _predict(
     device: str | None,
     backbone: str | None,
     checkpoint: Path | None,
-) -> list[dict[str, Any]]:
-    """What `predict_scenes` or `predict_images` yields."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """What `predict_scenes` or `predict_images` yields, and whether they were stopped."""
     from vpt_fast.training.inference import LoadedRun, predict_images
     from vpt_fast.training.report import predicting
     from vpt_fast.training.world import on_device
@@ -320,11 +325,14 @@ def _predict(
             refuse("a classification run", out=out)
             predicted = predict_images(loaded, paths, top_k or 1)
         answers = []
-        with predicting(NameConsole(stderr=True), len(paths)) as advance, contextlib.closing(predicted):
-            for answer in predicted:
-                answers.append(answer)
-                advance(1)
-        return answers
+        try:
+            with predicting(NameConsole(stderr=True), len(paths)) as advance, contextlib.closing(predicted):
+                for answer in predicted:
+                    answers.append(answer)
+                    advance(1)
+        except KeyboardInterrupt:
+            return answers, True
+        return answers, False
 
 
 @app.command()
