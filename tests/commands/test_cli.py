@@ -406,10 +406,17 @@ def test_table_in_a_pipe_breaks_no_name(command, run, images, monkeypatch):
     assert str(path) in command("predict", run, path).stdout
 
 
-def test_output_to_a_full_disk_ends_in_one_line():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_to_a_full_disk_ends_in_one_line(unbuffered):
     code = "import sys; from vpt_fast.commands.cli import main; sys.argv[1:] = ['--version']; main()"
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert ended.returncode == 1
     assert ended.stderr == "error: the output cannot be written: No space left on device\n"
 

@@ -37,6 +37,7 @@ from vpt_fast.commands.flags import (
     SameBackboneFlag,
     SameCheckpointFlag,
     WorkersFlag,
+    discard_output,
     fail,
     given_settings,
     one_line_errors,
@@ -407,4 +408,5 @@ def main() -> None:
         # Commands report their own; what is left is printing the results, to a file on a full disk, say.
         if "--debug" in sys.argv or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
+        discard_output()
         sys.exit(f"error: the output cannot be written: {error.strerror}")

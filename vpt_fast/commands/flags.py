@@ -199,9 +199,14 @@ class LastingConsole(OutputConsole):
         super().__init__(markup=False, soft_wrap=True, **settings)
 
     def on_broken_pipe(self) -> None:
-        # The process's stdout, not only this console: Python flushes unwritten output at exit.
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        discard_output()
+
+
+def discard_output() -> None:
+    """From now on, of the whole process, also what is still buffered: at its exit Python would try again to
+    write that, and report that it cannot."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def print_error(error: Exception | str) -> None:
