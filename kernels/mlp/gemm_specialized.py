@@ -13,10 +13,11 @@ from vpt_fast.kernels.mlp.gemm_specialized_jit import (
 )
 
 WARPS = 4  # of a warpgroup; a program has three of them
-# Registers of a thread when a program begins: an SM's 65,536 for 384 threads, in units of 8. The warpgroups
-# then divide them: those that multiply take more, since each thread holds 128 sums, and the one that finishes
-# takes less. The first warpgroup gets what the other two leave, 200.
-REGISTERS, MULTIPLY_REGISTERS, FINISH_REGISTERS = 168, 184, 120
+# Registers of a thread when a program begins: those of an SM, 65,536, for 384 threads, in units of 8. The
+# warpgroups then divide them. In those that multiply, each thread holds 128 sums. The first, which loads too,
+# gets what the others leave, 200. With fewer for the one that finishes, some activation's build spills in
+# Triton 3.6, 3.8 or 3.9.
+REGISTERS, MULTIPLY_REGISTERS, FINISH_REGISTERS = 168, 168, 136
 COLUMNS = 64  # of a tile that are finished at a time: 128 bytes, a whole row of swizzled shared memory
 
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
