@@ -16,7 +16,7 @@ Block = tuple[int, int]
 class Plan(NamedTuple):
     """How such a kernel is launched.
 
-    kernel: its tensors come first, then M, N, K, and if it has them the strides of those without descriptor.
+    kernel: its tensors come first, then integers: M, N, K, and strides that no descriptor holds.
     blocks: the block that it moves at a time, for each of its tensors in order; None: it takes a pointer.
     programs: how many an SM is to hold.
     options: constexprs and launch options.
@@ -30,6 +30,16 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     descriptor: type = TensorDescriptor
     layout: Callable[[torch.dtype, Block], Any] | None = None
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the kernel's tensors, in order."""
+        return self.kernel.arg_names[: len(self.blocks)]
+
+    @property
+    def integers(self) -> list[str]:
+        """The names of its integers, in order."""
+        return [name for name in self.kernel.arg_names[len(self.blocks) :] if name not in self.options]
 
     def describe(self, t: torch.Tensor, block: Block) -> Any:
         """Descriptor of (.., columns), whose leading dimensions can be one."""
@@ -59,7 +69,6 @@ class Plan(NamedTuple):
             for (name, dtype), block in zip(dtypes.items(), self.blocks, strict=True)
             if name not in absent
         }
-        integers = [name for name in self.kernel.arg_names if name in ("M", "N", "K", "kept_stride")]
         constexprs = {**dict.fromkeys(absent), **self.options}
         num_warps, num_stages, maxnreg = (
             constexprs.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")
@@ -67,7 +76,7 @@ class Plan(NamedTuple):
         return Build(
             kernel=self.kernel,
             config=config,
-            signature={**signature, **dict.fromkeys(integers, "i32")},
+            signature={**signature, **dict.fromkeys(self.integers, "i32")},
             constexprs=constexprs,
             divisible=divisible,
             num_warps=num_warps,

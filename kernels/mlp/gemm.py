@@ -138,7 +138,7 @@ def _descriptor_launch(
     programs = min(num_tiles, plan.programs * num_sms(device))
     if "DELAY" in plan.options and (num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda"):
         plan.options["DELAY"] = 0
-    has_stride = "kept_stride" in plan.kernel.arg_names  # else a descriptor has it
+    has_stride = "kept_stride" in plan.integers  # else a descriptor has it
     return DescriptorLaunch(plan, device, programs, (*sizes, kept_stride) if has_stride else sizes)
 
 
@@ -377,7 +377,7 @@ def _build(
 def _tma_build(is_backward: bool, config: dict[str, int], dtype: torch.dtype, pack: bool, arch: int) -> Build:
     plan = _plan(is_backward, config, "gelu", pack, arch)
     absent: tuple[str, ...] = ()
-    dtypes = {name: dtype for name in plan.kernel.arg_names if not name.isupper() and name != "kept_stride"}
+    dtypes = dict.fromkeys(plan.tensors, dtype)
     if is_backward:
         dtypes["kept"] = torch.uint8 if pack else dtype
     else:
@@ -387,6 +387,6 @@ def _tma_build(is_backward: bool, config: dict[str, int], dtype: torch.dtype, pa
     kept = "codes" if pack else "u"
     # Only what is addressed by pointers is specialised for multiples of 16.
     pointers = [name for name, block in zip(dtypes, plan.blocks, strict=True) if block is None]
-    multiples = (*pointers, "N", "kept_stride") if pointers else ()
-    divisible = tuple(name for name in multiples if name in plan.kernel.arg_names and name not in absent)
+    multiples = [*pointers, *(name for name in plan.integers if name not in ("M", "K"))] if pointers else []
+    divisible = tuple(name for name in multiples if name not in absent)
     return plan.build(f"{TYPE_NAMES[dtype]} gelu {kept} {tile}", dtypes, absent, divisible)

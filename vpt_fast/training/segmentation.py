@@ -128,6 +128,8 @@ def most_likely(model: nn.Module, image: torch.Tensor, preprocessing: ScenePrepr
 
 def _resized_rows(logits: torch.Tensor, size: tuple[int, int], rows: slice) -> torch.Tensor:
     """(C, h, w) to (C, rows, W): these rows of ``F.interpolate(logits[None], size, mode="bilinear")[0]``."""
+    if rows == slice(0, size[0]):
+        return F.interpolate(logits[None], size, mode="bilinear")[0]
     height, width = logits.shape[-2], size[1]
     # Rounded to float32 once, as by the fused multiply-add of F.interpolate: with exact places, whose shares
     # differ by up to 1e-4, some pixels would get other classes.
