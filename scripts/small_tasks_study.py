@@ -41,7 +41,7 @@ COMMON: dict[str, Any] = dict(
 TRAINED: dict[str, Any] = dict(epochs=24, batch_size=16)
 PROMPTS: dict[str, Any] = dict(prompt_dropout=0.0, **TRAINED)
 
-# Each method's settings, and base learning rates to search, spaced by factors of three to four. All are
+# Each row's settings, with `method` where that is not the row's name, and base learning rates to search, spaced by factors of three to four. All are
 # larger than usual, since 1,200 steps have to train the head too, at the same rate. The linear probe computes
 # its features once, so that there is time for more epochs.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -50,13 +50,18 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "adapter": (TRAINED, (0.04, 0.16, 0.64)),
     "vpt-shallow": (dict(num_prompts=10, **PROMPTS), (0.25, 1.0, 4.0)),
     "vpt-deep": (dict(num_prompts=20, **PROMPTS), (0.25, 1.0, 4.0)),
+    "vpt-deep from tokens": (
+        dict(method="vpt-deep", prompt_init="tokens", num_prompts=20, **PROMPTS),
+        (0.25, 1.0, 4.0),
+    ),
     "full": (TRAINED, (0.004, 0.016, 0.064)),
 }
 
 
 def plan(tasks: Path, task: str, method: str) -> Sweep:
     settings, rates = METHODS[method]
-    return Sweep(dict(data=str(tasks / task), method=method, **COMMON, **settings), {"base_lr": rates})
+    common = dict(data=str(tasks / task), method=method, **COMMON)
+    return Sweep({**common, **settings}, {"base_lr": rates})
 
 
 def collect(out: Path, tasks: list[str], methods: list[str]) -> dict[str, Any]:

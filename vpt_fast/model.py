@@ -36,6 +36,7 @@ from vpt_fast.prompts import (
     mask_bytes,
     pad_image,
     require_shape,
+    require_tokens,
     split_sets,
 )
 
@@ -370,6 +371,40 @@ class PromptedViT(PromptedClassifier):
 
         self._outputs(images, prompts, self._plans_to(blocks[-1], Read.CLS), blocks, look)
         return maps
+
+    @torch.no_grad()
+    def init_prompts_from(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """Starts the prompts of a new model from tokens of images, in place of uniform random numbers.
+
+        Each prompt becomes the token of a random patch where it enters the prompt's block, in the backbone
+        without prompts (SPT: Wang et al., Revisiting the Power of Prompt for Visual Tuning, ICML 2024, with
+        random tokens). Shared prompts become tokens that enter the first prompted block.
+
+        Args:
+            images: normalised training images (B, C, H, W), with B times their patches at least m.
+            generator: of the random choice, on the CPU; None: PyTorch's own.
+
+        Raises:
+            ValueError: images of the wrong shape or too few of them, or prompts that are not tokens of the
+                model's width.
+        """
+        require_tokens(self.prompt_settings)
+        require_shape(self.prompts, self._prompt_shape)
+        self._check_images(images)
+        num_sets, m = self._prompt_shape[:2]
+        prompted = self._prompted[:num_sets]
+        inputs = enumerate(self.backbone.folded_inputs(images))
+        for prompts, tokens in zip(
+            self.prompts, (x for index, x in inputs if index in prompted), strict=False
+        ):
+            patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1)
+            if len(patches) < m:
+                raise ValueError(
+                    f"images: got {len(images)}, with {len(patches)} patches, want at least {m}, a patch for "
+                    "each prompt of a block"
+                )
+            chosen = torch.randperm(len(patches), generator=generator, device="cpu")[:m]
+            prompts.copy_(patches[chosen.to(patches.device)])
 
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
         """The plans of the blocks up to `last`; `read`: which rows of its output are read."""

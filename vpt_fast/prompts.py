@@ -205,6 +205,18 @@ def require_shape(prompts: torch.Tensor, want: Sequence[int], name: str = "promp
         )
 
 
+def require_tokens(config: PromptConfig) -> None:
+    """Raises ValueError unless prompts are tokens of the model's width, as a block's input is."""
+    if config.prompt_location != "prepend":
+        raise ValueError(
+            f"prompt_location: got {config.prompt_location!r}, whose prompts are no tokens; want 'prepend'"
+        )
+    if config.prompt_project is not None:
+        raise ValueError(
+            f"prompt_project: got {config.prompt_project}, and tokens have the model's width; want None"
+        )
+
+
 def check_given(
     given: torch.Tensor,
     shape: Sequence[int],

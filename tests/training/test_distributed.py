@@ -36,6 +36,7 @@ ARGUMENTS = (
     "--backbone-arg=embed_dim=48",
     "--num-prompts=3",
     "--prompt-dropout=0",
+    "--prompt-init=tokens",
     "--epochs=3",
     "--warmup-epochs=0",
     "--batch-size=6",

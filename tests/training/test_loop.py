@@ -26,7 +26,7 @@ from graph_on_cpu import capture_on_cpu
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from vpt_fast import load_pretrained
+from vpt_fast import PromptedViT, load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
@@ -86,6 +86,34 @@ def test_first_epoch_of_warm_up_changes_no_weight(recipe, tmp_path):
         patch.setattr(RunFolder, "save_epoch", keep)
         train(recipe, tmp_path / "run")
     assert all(torch.equal(start[name], after[0][name]) for name in start)
+
+
+@pytest.mark.parametrize("layers", [None, -1], ids=["from_images", "from_cached_tokens"])
+def test_prompts_start_from_tokens_of_training_images_once(recipe, tmp_path, monkeypatch, layers):
+    recipe = dataclasses.replace(recipe, prompt_init="tokens", prompt_layers=layers)
+    started, seen = [], []
+    init, step = PromptedViT.init_prompts_from, loop.TrainStep.__call__
+
+    def init_prompts_from(self, images, generator):
+        init(self, images, generator)
+        started.append((images, self.prompts.detach().clone()))
+
+    def train_step(self, inputs, targets):
+        seen.append(inputs)
+        return step(self, inputs, targets)
+
+    monkeypatch.setattr(PromptedViT, "init_prompts_from", init_prompts_from)
+    whole = train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainStep, "__call__", train_step)
+        interrupt_at_step(patch, 5)  # the first step of the second epoch: the first has a rate of 0
+        stopped = train(recipe, tmp_path / "parts")
+    images, prompts = started[1]
+    assert torch.equal(trained(stopped)["prompts"], prompts) and torch.equal(started[0][1], prompts)
+    if layers is None:
+        assert torch.equal(images.unique(dim=0), torch.cat(seen[:4]).unique(dim=0))  # all 27
+    require_equal(whole, train(recipe, tmp_path / "parts"))
+    assert len(started) == 2  # a run that goes on has its prompts
 
 
 def test_training_set_that_is_smaller_than_the_batch_is_one_step_by_the_batch_s_rate(recipe, tmp_path):

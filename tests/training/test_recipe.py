@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from vpt_fast.commands import cli
+from vpt_fast.training.methods import model_settings
 from vpt_fast.training.recipe import Recipe, lr_factor
 from vpt_fast.training.setting_values import read_yaml
 
@@ -339,6 +340,31 @@ def test_bad_value_is_refused_by_name(name, value):
 def test_values_at_the_ends_of_their_ranges_are_taken(settings):
     recipe = make(**settings)
     assert {name: getattr(recipe, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"prompt_location": "key-value"}, "prompt_location key-value"),
+        ({"method": "vpt-shallow", "prompt_location": "pad"}, "prompt_location pad"),
+        ({"prompt_project": 4}, "prompt_project 4"),
+    ],
+    ids=["key-value", "pad", "project"],
+)
+def test_prompts_that_are_no_tokens_do_not_start_from_them(settings, named):
+    with pytest.raises(ValueError, match=f"^prompt_init is tokens beside {named}, "):
+        make(prompt_init="tokens", **settings)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kind"),
+    [("swin_tiny_patch4_window7_224", "SwinTransformer"), ("resnet10t", "ConvNet")],
+    ids=["swin", "convnet"],
+)
+def test_prompts_start_from_tokens_of_vision_transformers_alone(backbone, kind):
+    recipe = make(backbone=backbone, method="vpt-shallow", prompt_init="tokens", num_prompts=2)
+    with pytest.raises(ValueError, match=f"^prompt_init is 'tokens' with backbone '{backbone}', a {kind}, "):
+        model_settings(recipe)
 
 
 def test_settings_of_other_methods_are_refused_with_the_methods_that_have_them():

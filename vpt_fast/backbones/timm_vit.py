@@ -5,7 +5,7 @@ Variants of timm's that are not supported raise; nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -288,6 +288,15 @@ class FrozenViT(nn.Module):
             if index in wanted:
                 outputs.append(stream.sum())
         return outputs
+
+    def folded_inputs(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Runs images (B, C, height, width) through the folded blocks, without prompts; yields the tokens
+        (B, N, d) that enter each of them."""
+        stream = Stream(self.embed(images))
+        rows = 0, stream.num_tokens
+        for block, rotation in zip(self.folded_blocks, self.rotations(size_of(images)), strict=True):
+            yield stream.sum()
+            stream = block(stream, None, rows, POLICIES["exact"], rotation)
 
     def folded_workspace(self, batch_size: int) -> int:
         """Bytes of temporaries while a folded block runs and nothing is kept for backward; 0 if there are no

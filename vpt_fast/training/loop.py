@@ -25,12 +25,13 @@ from torch import nn
 from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.counting import counted
 from vpt_fast.failures import OutOfMemory, TrainingDiverged, is_out_of_memory, said_of_memory
+from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.training.cache import TrainingCache
-from vpt_fast.training.classification import Classification
+from vpt_fast.training.classification import FORWARD_BATCH, Classification
 from vpt_fast.training.features import caches_features, feature_batches
 from vpt_fast.training.method_rules import parse_method
 from vpt_fast.training.methods import build_seeded, require_operations
-from vpt_fast.training.precision import AUTOCAST
+from vpt_fast.training.precision import AUTOCAST, autocast
 from vpt_fast.training.problem import Evaluated, Problem, Source
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
 from vpt_fast.training.report import (
@@ -173,9 +174,12 @@ def train(
         if begun:
             require_same_inputs(facts, begun, folder)
 
-        # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
         rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
         done = len(rows)
+        if recipe.prompt_init == "tokens" and done == 0:
+            init_prompts(problem, model, train_images, preprocessing, recipe, world.device)
+
+        # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
         lists = [splits.train] if splits.val is None else [splits.train, splits.val]
         with_features = done < recipe.epochs and caches_features(
             recipe, model, lists, preprocessing, world, cache
@@ -335,6 +339,26 @@ def read_images(
             for images in lists
         )
     return train, val[0] if val else None
+
+
+def init_prompts(
+    problem: Problem,
+    model: TunedModel,
+    images: Any,
+    preprocessing: Any,
+    recipe: Recipe,
+    device: torch.device,
+) -> None:
+    """Starts the prompts from tokens of training images, the same ones in every process: of those that a
+    single process trains on first, FORWARD_BATCH at most. images: the result of the problem's `check`."""
+    few: dict[str, Any] = dict(batch_size=FORWARD_BATCH, workers=0)
+    if isinstance(problem, Classification):
+        few["resident"] = "off"  # they are read once
+    batches = problem.batches(images, preprocessing, replace(recipe, **few), World(0, 1, device), train=True)
+    inputs, _ = next(iter(batches.epoch(0)))  # (b, 3, H, W)
+    prompted: Any = model.encoder if isinstance(model, PromptedSegmenter) else model
+    with autocast(recipe.precision, device):
+        prompted.init_prompts_from(inputs, torch.Generator().manual_seed(recipe.seed))
 
 
 def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:

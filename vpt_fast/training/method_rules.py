@@ -10,6 +10,7 @@ PROMPT_KNOBS = (
     "prompt_layers",
     "after_prompts",
     "prompt_location",
+    "prompt_init",
     "prompt_shared",
     "prompt_project",
     "prompt_dropout",

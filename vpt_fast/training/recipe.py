@@ -227,6 +227,12 @@ class Recipe:
         "Where prompts are inserted (the paper's Fig. 5); key-value is prefix tuning.",
         PROMPTS,
     )
+    prompt_init: Literal["uniform", "tokens"] = _knob(
+        "uniform",
+        "Prompts before training: uniform random numbers, or tokens of training images where they enter the "
+        "prompt's block (SPT).",
+        PROMPTS,
+    )
     prompt_shared: bool = _knob(False, "Share one set of prompts between all prompted blocks.", PROMPTS)
     prompt_project: int | None = _knob(
         None,
@@ -384,6 +390,12 @@ class Recipe:
             raise ValueError(
                 f"pretrained is on beside checkpoint {self.checkpoint}, which has the weights; leave one out"
             )
+        if self.prompt_init == "tokens":
+            for name in self._given(("prompt_location", "prompt_project")):
+                raise ValueError(
+                    f"prompt_init is tokens beside {name} {getattr(self, name)}, with which prompts are no "
+                    "tokens of the backbone's width; leave one of them out"
+                )
         if self.method == "vpt-shallow" and self.prompt_layers is not None:
             raise ValueError(
                 "prompt_layers only applies to method vpt-deep; vpt-shallow has prompts in one place"
