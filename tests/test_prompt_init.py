@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_eva, tiny_vit
+from timm.models.swin_transformer import SwinTransformer
+from tiny import tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 
-from vpt_fast import PromptedSegmenter, PromptedViT
+from vpt_fast import PromptedSegmenter, PromptedSwin, PromptedViT
 
 IMAGES, PATCHES, M = 3, 16, 6
 
@@ -17,15 +18,14 @@ IMAGES, PATCHES, M = 3, 16, 6
 def entering(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     """The patches' tokens (B, patches, d) that enter each block of timm's own model."""
     found: list[Tensor] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        for block in backbone.blocks
-    ]
+    is_swin = isinstance(backbone, SwinTransformer)
+    blocks = [b for stage in backbone.layers for b in stage.blocks] if is_swin else backbone.blocks
+    hooks = [block.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for block in blocks]
     with torch.no_grad():
         backbone(images)
     for hook in hooks:
         hook.remove()
-    return [tokens[:, -PATCHES:] for tokens in found]
+    return [tokens.flatten(1, 2) if is_swin else tokens[:, -PATCHES:] for tokens in found]
 
 
 def places(prompts: Tensor, tokens: Tensor) -> list[int]:
@@ -75,7 +75,9 @@ def test_prompts_may_become_every_patch_of_the_images_and_no_more(images):
     found = places(model.prompts[1], entering(backbone, images)[1])
     assert sorted(found) == list(range(IMAGES * PATCHES))
     before = model.prompts.clone()
-    with pytest.raises(ValueError, match=r"images: got 2, with 32 patches, want at least 48"):
+    with pytest.raises(
+        ValueError, match="images: got 2, of 16 tokens each where they enter a block, want at least 48"
+    ):
         model.init_prompts_from(images[:2])
     assert torch.equal(model.prompts, before)
 
@@ -124,6 +126,27 @@ def test_segmenters_prompts_start_from_tokens(images):
     segmenter.encoder.init_prompts_from(images)
     for prompts, tokens in zip(segmenter.encoder.prompts, entering(backbone, images), strict=True):
         places(prompts, tokens)
+
+
+@pytest.mark.parametrize("prompt_type", ["deep", "shallow"])
+@pytest.mark.parametrize("size", [32, 24], ids=["whole_windows", "filled_windows"])
+def test_swins_prompts_start_as_tokens_that_enter_their_block(size, prompt_type):
+    backbone = tiny_swin(torch.float32, img_size=size)
+    model = PromptedSwin(backbone, 2, M, prompt_type)
+    images = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    model.init_prompts_from(images, seeded())
+    sets = [prompts for stage in model.prompts for prompts in stage]
+    assert len(sets) == (4 if prompt_type == "deep" else 1)
+    for prompts, tokens in zip(sets, entering(backbone, images), strict=False):
+        assert len(set(places(prompts, tokens))) == M
+
+
+def test_too_few_tokens_of_a_later_stage_change_no_prompt():
+    model = PromptedSwin(tiny_swin(torch.float32), 2, 17)  # 64 tokens in the first stage, 16 in the second
+    before = [stage.clone() for stage in model.prompts]
+    with pytest.raises(ValueError, match="images: got 1, of 16 tokens each where they enter a block, want"):
+        model.init_prompts_from(torch.zeros(1, 3, 32, 32))
+    assert all(torch.equal(*pair) for pair in zip(model.prompts, before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from vpt_fast.prompts import (
     check_given,
     check_given_sets,
     drop,
+    fill_from_tokens,
     init_bound,
     mask_bytes,
     pad_image,
@@ -391,20 +392,10 @@ class PromptedViT(PromptedClassifier):
         require_tokens(self.prompt_settings)
         require_shape(self.prompts, self._prompt_shape)
         self._check_images(images)
-        num_sets, m = self._prompt_shape[:2]
-        prompted = self._prompted[:num_sets]
+        prompted = self._prompted[: len(self.prompts)]
         inputs = enumerate(self.backbone.folded_inputs(images))
-        for prompts, tokens in zip(
-            self.prompts, (x for index, x in inputs if index in prompted), strict=False
-        ):
-            patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1)
-            if len(patches) < m:
-                raise ValueError(
-                    f"images: got {len(images)}, with {len(patches)} patches, want at least {m}, a patch for "
-                    "each prompt of a block"
-                )
-            chosen = torch.randperm(len(patches), generator=generator, device="cpu")[:m]
-            prompts.copy_(patches[chosen.to(patches.device)])
+        patches = (x[:, self.backbone.num_prefix_tokens :] for index, x in inputs if index in prompted)
+        fill_from_tokens(list(self.prompts), patches, generator)
 
     def _plans_to(self, last: int, read: Read) -> tuple[BlockPlan, ...]:
         """The plans of the blocks up to `last`; `read`: which rows of its output are read."""

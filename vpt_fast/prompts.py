@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
@@ -215,6 +215,28 @@ def require_tokens(config: PromptConfig) -> None:
         raise ValueError(
             f"prompt_project: got {config.prompt_project}, and tokens have the model's width; want None"
         )
+
+
+def fill_from_tokens(
+    sets: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], generator: torch.Generator | None
+) -> None:
+    """Fills each set of prompts (m, d) with different tokens of its block's input (B, tokens, d), chosen at
+    random. Of the inputs, no more are formed than there are sets.
+
+    Raises ValueError for an input with fewer than m tokens; all prompts are unchanged then.
+    """
+    found = []
+    for prompts, tokens in zip(sets, inputs, strict=False):
+        m, (batch_size, num_tokens, _) = len(prompts), tokens.shape
+        if batch_size * num_tokens < m:
+            raise ValueError(
+                f"images: got {batch_size}, of {num_tokens} tokens each where they enter a block, want at "
+                f"least {m} tokens, one for each prompt of the block"
+            )
+        chosen = torch.randperm(batch_size * num_tokens, generator=generator, device="cpu")[:m]
+        found.append(tokens.flatten(0, 1)[chosen.to(tokens.device)])
+    for prompts, tokens in zip(sets, found, strict=True):
+        prompts.copy_(tokens)
 
 
 def check_given(

@@ -22,6 +22,7 @@ from vpt_fast.prompts import (
     PromptShapes,
     check_given,
     drop,
+    fill_from_tokens,
     init_bound,
     mask_bytes,
     refuse_settings,
@@ -170,6 +171,15 @@ class PromptedSwin(PromptedClassifier):
         last = self.backbone.blocks[-1]
         tokens, _ = self._outputs(images, prompts, (0, last.num_tokens))
         return self.backbone.normalize(tokens).to(tokens.dtype).unflatten(1, last.size)
+
+    @torch.no_grad()
+    def init_prompts_from(self, images: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """As of `PromptedViT`. A token of a later stage is of a patch that an earlier one has merged."""
+        self._check_images(images)
+        for index, (stage, shape) in enumerate(zip(self.prompts, self._prompt_shapes, strict=True)):
+            require_shape(stage, shape, f"prompts.{index}")
+        sets = [prompts for stage in self.prompts for prompts in stage]
+        fill_from_tokens(sets, self.backbone.folded_inputs(images), generator)
 
     def _outputs(
         self, images: torch.Tensor, given: Sequence[torch.Tensor] | None, last_rows: tuple[int, int]

@@ -25,9 +25,11 @@ SMALL = dict(img_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[
     ],
 )
 def test_training_lowers_the_loss_and_leaves_a_model(method, model, trained, color_images, tmp_path):
+    init = {"prompt_init": "tokens"} if method == "vpt-deep" else {}
     recipe = Recipe(
         data=str(color_images), backbone=SWIN, method=method, pretrained=False, backbone_arg=SMALL,
         epochs=3, warmup_epochs=1, batch_size=8, base_lr=0.5, device="cpu", workers=0, tensorboard=False,
+        **init,
     )  # fmt: skip
     result = train(recipe, tmp_path / "run")
     assert result.metrics[-1]["train_loss"] < 0.9 * result.metrics[0]["train_loss"]

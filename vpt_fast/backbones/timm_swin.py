@@ -5,7 +5,7 @@ Variants of timm's that are not supported raise; nothing is approximated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import timm.data
@@ -270,6 +270,15 @@ class FrozenSwin(nn.Module):
             stream, _ = self.enter(index, stream, None, policy)
             stream = block(stream, None, (0, block.num_tokens), policy)
         return self.leave(stream)
+
+    def folded_inputs(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Runs images (B, C, height, width) through all blocks, without prompts; yields the tokens (B, N, d)
+        that enter each of them, in any order."""
+        policy, stream = POLICIES["exact"], Stream(self.embed(images))
+        for index, block in enumerate(self.blocks):
+            stream, _ = self.enter(index, stream, None, policy)
+            yield stream.sum()[:, (block.order >= 0).to(self.device)]
+            stream = block(stream, None, (0, block.num_tokens), policy)
 
     def folded_workspace(self, batch_size: int) -> int:
         """Bytes of temporaries while a block runs and nothing is kept for backward."""

@@ -185,10 +185,10 @@ def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str,
     for name in method.rule.knobs:
         settings[_KEYWORDS.get(name, name)] = getattr(recipe, name)
     # No setting of a model, which has seen no images yet.
-    if settings.pop("prompt_init", "uniform") == "tokens" and kind is not VIT:
+    if settings.pop("prompt_init", "uniform") == "tokens" and kind is CONVNET:
         raise ValueError(
-            f"prompt_init is 'tokens' with backbone {recipe.backbone!r}, a {called}, and only tokens of a "
-            "VisionTransformer can become prompts; leave it out"
+            f"prompt_init is 'tokens' with backbone {recipe.backbone!r}, a {called}, whose prompts are no "
+            "tokens; leave it out"
         )
     for name in ("dtype", "residual_dtype"):
         if settings.get(name):
