@@ -42,8 +42,8 @@ TRAINED: dict[str, Any] = dict(epochs=24, batch_size=16)
 PROMPTS: dict[str, Any] = dict(prompt_dropout=0.0, **TRAINED)
 
 # Each row's settings, with `method` where that is not its name, and base learning rates to search, spaced by
-# factors of three to four. All are larger than usual, since 1,200 steps have to train the head too, at the same
-# rate. The linear probe computes its features once, so that there is time for more epochs.
+# factors of three to four. All are larger than usual, since 1,200 steps have to train the head too, at the
+# same rate. The linear probe computes its features once, so that there is time for more epochs.
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "linear": (dict(epochs=100, batch_size=128), (0.01, 0.03, 0.1, 0.3, 1.0)),
     "bias": (TRAINED, (0.08, 0.3, 1.2)),
