@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -112,9 +111,6 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM, as from a cluster, raises KeyboardInterrupt. Training has its own handler, but not while it
     loads the backbone and the images, nor has a sweep between its trials."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
     old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -131,9 +127,6 @@ def _keeping_ctrl_c() -> Iterator[None]:
     that another error hides (Optuna's UnboundLocalError, when interrupted while it saves the end of a trial)
     is raised in its place.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     old_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
