@@ -218,16 +218,7 @@ class Classification:
     def objective(self, recipe: Recipe, splits: Splits, world: World) -> CrossEntropy:
         return CrossEntropy(recipe.label_smoothing, class_weights(recipe, splits, world))
 
-    def evaluate(
-        self,
-        network: nn.Module,
-        batches: Source,
-        num_classes: int,
-        world: World,
-        precision: str | None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Evaluation:
-        return evaluate(network, batches, num_classes, world, precision, progress)
+    evaluate = staticmethod(evaluate)
 
     def describe_images(self, recipe: Recipe, batches: Batches, *, read_once: bool) -> str:
         """The preprocessing of the training images, and where they are kept."""
