@@ -198,7 +198,6 @@ def _batch_size(recipe: Recipe, cache: TrainingCache) -> int:
     splits = Classification().open(recipe, cache)
     device = find_device(recipe.device)
     resolved = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    assert resolved.batch_size is not None
     return resolved.batch_size
 
 

@@ -154,7 +154,6 @@ class Classification:
         return replace(splits, train=cache.get("parts", key, take))
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
-        assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"
         return Preprocessing.for_model(
             model.data_config,
             model.image_size,
@@ -200,7 +199,6 @@ class Classification:
         train: bool,
     ) -> Batches:
         """This process's share of the recipe's batches, or batches to evaluate on."""
-        assert recipe.batch_size is not None, "resolve the recipe first"
         share = math.ceil(recipe.batch_size / world.size)  # uneven only if one batch holds the whole set
         return Batches(
             images,

@@ -260,7 +260,6 @@ class Segmentation:
         return open_scenes(recipe.data, ignore_zero=recipe.ignore_zero)
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> ScenePreprocessing:
-        assert recipe.normalization is not None, "resolve the recipe first"
         return ScenePreprocessing.for_model(
             model.data_config,
             model.image_size,
@@ -288,7 +287,6 @@ class Segmentation:
         *,
         train: bool,
     ) -> SceneBatches:
-        assert recipe.batch_size is not None, "resolve the recipe first"
         return SceneBatches(
             scenes.images,
             preprocessing,
