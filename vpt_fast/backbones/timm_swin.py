@@ -205,7 +205,7 @@ class FrozenSwin(nn.Module):
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
         require_frozen(*entry.parameters())
-        return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
+        return entry(stream, policy), None if prompts is None else entry.reduce(prompts, policy)
 
     def kept_on_entering(
         self, index: int, batch_size: int, num_prompts: int, dtype: torch.dtype, policy: MemoryPolicy
