@@ -20,7 +20,7 @@ import typer
 from page_text import markdown_table, replace_block
 from rich.console import Console
 
-from vpt_fast.files import write
+from vpt_fast.files import write, write_json
 from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.sweeps.sweep import run_sweep
 from vpt_fast.training.cache import TrainingCache
@@ -127,7 +127,7 @@ def write_docs(results: dict[str, Any], docs: Path) -> None:
         results = {**results, "tasks": tasks}
     text = replace_block(page, page.read_text(), MARKER, table(results))
     folder.mkdir(exist_ok=True)
-    write(file, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(file, results, indent=1)
     draw(results, folder / "comparison.png")
     write(page, text.encode())
 

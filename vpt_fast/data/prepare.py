@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from vpt_fast.counting import counted
-from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, unfinished, write
+from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, unfinished, write, write_json
 
 from .factory import class_names, open_set
 from .images import DataError
@@ -146,7 +145,7 @@ def prepare_task(
         if is_alone:
             _remove_unfinished(folder)
         if not _has_begun(folder, manifest):
-            write(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            write_json(folder / MANIFEST, manifest)
         done = _write(task, source, found, folder, progress)
     return Prepared(folder, done, is_published)
 

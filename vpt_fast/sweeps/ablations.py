@@ -10,7 +10,6 @@ An ablation's folder:
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from rich.console import Console
 from vpt_fast.backbones.creation import without_values
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
-from vpt_fast.files import parse_json, remove_unfinished, write
+from vpt_fast.files import parse_json, remove_unfinished, write_json
 from vpt_fast.sweeps.settings import Sweep, default_axes
 from vpt_fast.sweeps.sweep import require_trials, run_sweep
 from vpt_fast.training.cache import TrainingCache
@@ -279,7 +278,7 @@ def run_ablation(
         results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
         # Until all points that are recorded have been read again, the files are the record of them.
         if recorded <= {(row["line"], row["value"]) for row in rows}:
-            write(results_file, (json.dumps(results, indent=2) + "\n").encode())
+            write_json(results_file, results)
             _draw(ablation, rows, picture)
         if stop.is_set():  # after this point had finished
             break
