@@ -42,6 +42,8 @@ LOCATIONS = {
 }
 EXTRA_CHANNELS = 3  # for concat-channel: as many as an image has
 
+Lines = Mapping[str, Mapping[Any, dict[str, Any]]]  # {line: {value: settings}}
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -52,7 +54,7 @@ class Ablation:
         figure: the paper's.
         methods: default methods, one line each.
         varied: the setting that tells a line's points apart.
-        points: (method, recipe) -> {line: {value: settings}}.
+        points: of a method and a recipe, by line.
     """
 
     title: str
@@ -60,14 +62,14 @@ class Ablation:
     x_label: str
     methods: tuple[str, ...]
     varied: str
-    points: Callable[[str, Recipe], Mapping[str, Mapping[Any, dict[str, Any]]]] = field(repr=False)
+    points: Callable[[str, Recipe], Lines] = field(repr=False)
 
 
-def _length(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _length(method: str, recipe: Recipe) -> Lines:
     return {method: {m: {"num_prompts": m} for m in LENGTHS}}
 
 
-def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _depth(method: str, recipe: Recipe) -> Lines:
     blocks = len(_shape(recipe, VIT).blocks)
     counts = sorted({max(1, round(share * blocks)) for share in DEPTHS})
     return {
@@ -76,7 +78,7 @@ def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, A
     }
 
 
-def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _location(method: str, recipe: Recipe) -> Lines:
     # Half a patch of border on each side keeps the padded image a whole number of patches.
     counts = {
         "add": None,
@@ -92,11 +94,11 @@ def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str
     return {method: found}
 
 
-def _output(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _output(method: str, recipe: Recipe) -> Lines:
     return {method: {pool: {"pool": pool} for pool in POOLS}}
 
 
-def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _data_size(method: str, recipe: Recipe) -> Lines:
     return {method: {share: {"train_fraction": share} for share in FRACTIONS}}
 
 
