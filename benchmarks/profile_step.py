@@ -32,7 +32,7 @@ from implementations import (
 )
 from measure import Contender
 from operations import choose_device
-from reports import make_header, one_of, output_path, require_model, write_report
+from reports import make_header, one_of, output_path, require_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +40,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vpt_fast.engine.policy import MEMORY, POLICIES
+from vpt_fast.files import write_json
 
 WARM_UP = 3
 
@@ -210,7 +211,7 @@ def main(
     console.print(f"The host is busy with a step for {host:.3f} ms, without the profiler.")
     rows = [asdict(entry) for entry in entries]
     found = {"step_ms": step_ms, "host_ms": host, "kinds_ms": by_kind(entries), "rows": rows}
-    write_report({**header, **found}, path)
+    write_json(path, {**header, **found}, indent=1)
     console.print(f"written: {path}")
 
 

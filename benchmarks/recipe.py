@@ -254,18 +254,14 @@ def make_rows(
     return rows
 
 
-def write_images(folder: Path, count: int, size: tuple[int, int] = (300, 400)) -> ImageList:
+def write_images(folder: Path, count: int) -> ImageList:
     """JPEG files of smooth shapes and some noise, which take about as long to decode as photographs do.
-
-    Args:
-        count: of images; beyond `MOST_FILES` they are the same files again.
-        size: (height, width) in pixels.
-    """
+    Beyond `MOST_FILES` images they are the same files again."""
     generator = np.random.default_rng(0)
     classes = tuple(f"{index:03d}" for index in range(NUM_CLASSES))
     labels = tuple(index % NUM_CLASSES for index in range(count))
     paths = []
-    height, width = size
+    height, width = 300, 400
     for index in range(min(count, MOST_FILES)):
         coarse = Image.fromarray(generator.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)

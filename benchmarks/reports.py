@@ -19,7 +19,7 @@ import timm
 import torch
 import typer
 
-from vpt_fast.files import remove_unfinished, write
+from vpt_fast.files import remove_unfinished, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,11 +52,6 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Writes the report as JSON, whole or not at all."""
-    write(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 def read_own(path: Path, row_type: type) -> dict[str, Any] | None:
@@ -148,7 +143,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        write_report({**self._once, "rows": [asdict(row) for row in self.rows]}, self.path)
+        write_json(self.path, {**self._once, "rows": [asdict(row) for row in self.rows]}, indent=1)
 
     def describe(self) -> str:
         """Where results go, and how many are there already."""

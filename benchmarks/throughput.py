@@ -15,7 +15,7 @@ import copy
 import itertools
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,18 +216,8 @@ def essential_flops(implementation: str, start: Start) -> int | None:
 
 def make_row(entrant: Entrant, start: Start, repeats: int) -> Row:
     """A row without measurements."""
-    setting = start.setting
-    return Row(
-        model=setting.model,
-        num_prompts=setting.num_prompts,
-        batch_size=setting.batch_size,
-        prompt_type=setting.prompt_type,
-        dtype=setting.dtype,
-        image_size=start.image_size[0],
-        impl=entrant.name,
-        memory=entrant.memory,
-        repeats=repeats,
-    )
+    fields: dict[str, Any] = asdict(start.setting) | {"image_size": start.image_size[0]}
+    return Row(**fields, impl=entrant.name, memory=entrant.memory, repeats=repeats)
 
 
 def fill_in(

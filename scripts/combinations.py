@@ -19,7 +19,7 @@ import torch
 from page_text import markdown_table
 
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
-from vpt_fast.files import replacing
+from vpt_fast.files import write
 from vpt_fast.prompts import LOCATIONS
 from vpt_fast.training.method_rules import METHODS
 from vpt_fast.training.methods import build_model
@@ -194,9 +194,7 @@ the defaults, except `prompt_location=pad` on a ConvNet.
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()  # --help should not rewrite the page
-    path = Path(__file__).parents[1] / PAGE
-    with replacing(path) as temporary:
-        temporary.write_text(page(build_all()))
+    write(Path(__file__).parents[1] / PAGE, page(build_all()).encode())
     print(f"written: {PAGE}")
 
 

@@ -33,7 +33,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.markup import escape
 
-from vpt_fast.files import lock_file, read_json, write
+from vpt_fast.files import lock_file, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -253,7 +253,7 @@ class Record:
     def write(self) -> None:
         report = {**self.header, "parts": {name: asdict(outcome) for name, outcome in self.outcomes.items()}}
         try:
-            write(self.path, (json.dumps(report, indent=1) + "\n").encode())
+            write_json(self.path, report, indent=1)
         except OSError as error:  # a full disk does not say which file
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 

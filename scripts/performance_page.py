@@ -21,7 +21,7 @@ from measurements import KINDS, Group, Report, groups, is_right, name_of, read_r
 from page_text import Column, Row, field, paragraph, replace_block, table
 from performance_sections import PAGE, SECTIONS, UNGRAPHED, alt_text, search_section, throughput_section
 
-from vpt_fast.files import replacing
+from vpt_fast.files import write
 
 ROOT = Path(__file__).parents[1]
 README, ENGINE = Path("README.md"), Path("docs/engine.md")
@@ -388,8 +388,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         print("\n".join(found), end="\n" if found else "")
         return 1 if found else 0
     for path, text in pages(root).items():
-        with replacing(root / path) as temporary:
-            temporary.write_text(text)
+        write(root / path, text.encode())
         print(f"written: {path}")
     return 0
 

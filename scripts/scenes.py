@@ -11,7 +11,6 @@ colour alone does not identify a class. The layout is ADE20k's. Pixels along edg
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -143,7 +142,7 @@ def report(
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     from vpt_fast.data.scenes import open_scenes, read_scene
-    from vpt_fast.files import write
+    from vpt_fast.files import write_json
     from vpt_fast.training.inference import LoadedRun
     from vpt_fast.training.plots import plot_segmentation
     from vpt_fast.training.run import RunFolder
@@ -172,7 +171,7 @@ def report(
         rows.append((np.asarray(image), {"mask": mask, "found": found.numpy().astype(np.uint8)}))
     out.mkdir(parents=True, exist_ok=True)
     plot_segmentation(rows, scenes.classes, out / "scenes.png")
-    write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(out / "results.json", results)
     typer.echo(f"{out}: mIoU {results['single_scale']['miou']:.2%}, {results['multi_scale']['miou']:.2%}")
 
 

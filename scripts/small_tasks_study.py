@@ -20,7 +20,7 @@ import typer
 from page_text import markdown_table, replace_block
 from rich.console import Console
 
-from vpt_fast.files import replacing
+from vpt_fast.files import write, write_json
 from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.sweeps.sweep import run_sweep
 from vpt_fast.training.cache import TrainingCache
@@ -132,11 +132,9 @@ def write_docs(results: dict[str, Any], docs: Path) -> None:
         results = {**results, "tasks": tasks}
     text = replace_block(page, page.read_text(), MARKER, table(results))
     folder.mkdir(exist_ok=True)
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(file, results, indent=1)
     draw(results, folder / "comparison.png")
-    with replacing(page) as temporary:
-        temporary.write_text(text)
+    write(page, text.encode())
 
 
 def draw(results: dict[str, Any], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk leaves the previous version intact, and reading JSON."""
+"""Writing files so that a crash or a full disk leaves the previous version intact, and JSON files."""
 
 from __future__ import annotations
 
@@ -104,6 +104,11 @@ def write(path: Path, data: bytes) -> None:
     """Replaces `path` atomically; raises OSError, for example for a full disk."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_json(path: Path, values: Any, *, indent: int = 2) -> None:
+    """Replaces `path` as `write` does, by these values as JSON."""
+    write(path, (json.dumps(values, indent=indent) + "\n").encode())
 
 
 def holds(path: Path, data: bytes) -> bool:

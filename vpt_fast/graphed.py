@@ -178,7 +178,6 @@ class GraphedStep:
         return replay
 
     def _form_gradients(self) -> None:
-        assert self._inputs is not None
         self._loss_value, self.logits = form_gradients(
             self.model, self.optimizer, self.loss, *self._inputs, autocast_dtype=self.autocast_dtype
         )
@@ -193,7 +192,6 @@ class GraphedStep:
         self.optimizer.step()
 
     def _check(self, batch: dict[str, torch.Tensor]) -> None:
-        assert self._inputs is not None
         if len(batch) != len(self._inputs):
             raise ValueError(
                 f"others: got {len(batch) - 2} tensors, want the captured {len(self._inputs) - 2}"
@@ -211,7 +209,6 @@ class GraphedStep:
                 f"{modes[self._is_training]} mode"
             )
         if self._replay is not None:
-            assert self._captured is not None
             self._captured.require_unchanged(self.optimizer)
 
 

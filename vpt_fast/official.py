@@ -330,7 +330,6 @@ def import_prompts(
         given = {**told, **content.get("prompt", {}), **(prompt or {})}
         settings = mapped_settings(given, encoder=encoder, depth=depth, num_prompts=num_prompts)
         classes = num_classes if head is None else head.shape[0]
-    assert classes is not None
     build: Any = PromptedSwin if kind is SWIN else PromptedViT
     model = build(backbone, classes, pretrained=pretrained, checkpoint=checkpoint, **settings, **timm_kwargs)
     with _naming(path):

@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn import functional as F
 
 PROMPT_TYPES = ("deep", "shallow")
@@ -28,10 +29,6 @@ IN_ATTENTION = (*IN_SEQUENCE, "key-value")  # locations whose prompts attention 
 IN_IMAGE = ("pad", "concat-channel")  # locations whose prompts change the image's own tokens before any block
 
 PromptShapes = tuple[tuple[int, int], ...]  # (1 or B, m) of each set of prompts that enter a model's blocks
-
-# The border prompts of `pad` are pixels in [0, 1], normalised like ImageNet images.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -387,9 +384,9 @@ def pad_image(images: torch.Tensor, rows: torch.Tensor, sides: torch.Tensor, bor
 
 
 def _as_imagenet(pixels: torch.Tensor) -> torch.Tensor:
-    """Normalises pixels (1, 3, H, W). Mean and deviation are Python numbers: copying tensors to the GPU would
-    synchronise, which a CUDA graph does not allow."""
-    channels = zip(pixels.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    """Normalises pixels in [0, 1] (1, 3, H, W) like ImageNet images. Mean and deviation are Python numbers:
+    copying tensors to the GPU would synchronise, which a CUDA graph does not allow."""
+    channels = zip(pixels.unbind(1), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 

@@ -188,10 +188,10 @@ def test_an_interruption_loses_nothing_that_is_done(
 def test_a_full_disk_is_named_and_leaves_no_part_running(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, report: Any, *, indent: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(gpu_suite, "write", full)
+    monkeypatch.setattr(gpu_suite, "write_json", full)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     project.part("test_hang", "import os; open('process', 'w').write(str(os.getpid())); " + HANG)
     project.part("test_good", "import os, time\nwhile not os.path.exists('process'): time.sleep(0.01)")

@@ -153,16 +153,15 @@ def test_one_process_at_a_time_takes_a_trial(settings, tmp_path, monkeypatch):
 
 
 def test_results_are_written_while_no_other_process_can(settings, tmp_path, monkeypatch):
-    write, refused = sweep.write, []
+    write_json, refused = sweep.write_json, []
 
-    def note(path, data):
-        if path.name == "results.json":
-            with open(tmp_path / ".lock") as lock, pytest.raises(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            refused.append(path)
-        write(path, data)
+    def note(path, results):
+        with open(tmp_path / ".lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused.append(path)
+        write_json(path, results)
 
-    monkeypatch.setattr(sweep, "write", note)
+    monkeypatch.setattr(sweep, "write_json", note)
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
     assert refused
 

@@ -958,7 +958,7 @@ def test_validation_loss_that_is_not_finite_is_not_saved(recipe, tmp_path, monke
     monkeypatch.setattr(
         Classification,
         "evaluate",
-        lambda *arguments: dataclasses.replace(original(*arguments), loss=losses.pop(0)),
+        staticmethod(lambda *arguments: dataclasses.replace(original(*arguments), loss=losses.pop(0))),
     )
     with pytest.raises(TrainingDiverged, match="the validation loss is inf after the last step of epoch 2"):
         train(recipe, tmp_path / "run")

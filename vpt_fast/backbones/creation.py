@@ -251,7 +251,6 @@ def _listed(names: list[str], most: int = 4) -> str:
 
 def _from_hub(known: KnownBackbone) -> str:
     """The path of timm's copy of the weights, downloaded unless it is cached."""
-    assert known.hub is not None
     with _downloading(known.name):
         return huggingface_hub.hf_hub_download(known.hub, WEIGHTS_FILE)
 

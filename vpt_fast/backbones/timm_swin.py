@@ -205,7 +205,7 @@ class FrozenSwin(nn.Module):
         if not isinstance(entry, FrozenMerge):
             return entry(stream), prompts
         require_frozen(*entry.parameters())
-        return entry(stream, policy), None if prompts is None else entry.merge_prompts(prompts, policy)
+        return entry(stream, policy), None if prompts is None else entry.reduce(prompts, policy)
 
     def kept_on_entering(
         self, index: int, batch_size: int, num_prompts: int, dtype: torch.dtype, policy: MemoryPolicy
@@ -346,7 +346,7 @@ def check_swin(swin: SwinTransformer) -> None:
         if getattr(type(swin), method) is not getattr(SwinTransformer, method):
             raise ValueError(f"backbone: {type(swin).__name__} has its own {method}, which is not supported")
     require_no_hooks(swin, f"backbone: {type(swin).__name__}", below=False)
-    if getattr(swin, "dynamic_img_size", False):  # older ones have no such setting
+    if swin.dynamic_img_size:
         raise ValueError(
             "backbone: a SwinTransformer with dynamic_img_size=True or strict_img_size=False is not "
             "supported; want one that is built for its img_size"

@@ -311,7 +311,7 @@ def _predict(
     from vpt_fast.training.world import on_device
 
     if out is not None:
-        require_folder_place("out", out)
+        require_folder_place(out)
         from vpt_fast.training.scene_inference import require_masks_folder
 
         require_masks_folder(paths, out)  # before the backbone is loaded
@@ -370,7 +370,7 @@ def demo(
 ) -> None:
     """Compare linear probe, VPT-Shallow and VPT-Deep on handwritten digits, in under 3 minutes on 2 cores."""
     with one_line_errors(debug):
-        require_folder_place("out", out)
+        require_folder_place(out)
         from vpt_fast.commands.demo import run_demo
 
         if not run_demo(out, console=LastingConsole(), fresh=fresh):

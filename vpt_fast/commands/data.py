@@ -135,7 +135,7 @@ def prepare(
     """
     with one_line_errors(debug):
         chosen = find_task(task)
-        require_folder_place("out", out)
+        require_folder_place(out)
         from vpt_fast.data.prepare import prepare_task
         from vpt_fast.training.report import progress_bar
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vpt_fast.data.digits import export_digits
-from vpt_fast.files import read_json, remove_unfinished, write
+from vpt_fast.files import read_json, remove_unfinished, write_json
 from vpt_fast.training.inference import LoadedRun, evaluate_run
 from vpt_fast.training.loop import train
 from vpt_fast.training.plots import plot_comparison
@@ -90,7 +89,7 @@ def run_demo(out: Path, *, console: Console, fresh: bool = False) -> bool:
                 "run": str(run),
             }
     plot_comparison(curves, {name: found["test_accuracy"] for name, found in results.items()}, plot)
-    write(results_file, (json.dumps(results, indent=2) + "\n").encode())
+    write_json(results_file, results)
 
     folder = Column("run folder", overflow="fold")  # a truncated path is useless
     table = Table("method", "epochs", "stored parameters", "test accuracy", "images/s", folder)

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -112,9 +111,6 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 def _terminated_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM, as from a cluster, raises KeyboardInterrupt. Training has its own handler, but not while it
     loads the backbone and the images, nor has a sweep between its trials."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
     old = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -131,9 +127,6 @@ def _keeping_ctrl_c() -> Iterator[None]:
     that another error hides (Optuna's UnboundLocalError, when interrupted while it saves the end of a trial)
     is raised in its place.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     old_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
@@ -233,21 +226,21 @@ def require_data(data: str) -> None:
         raise ValueError(f"data is {data}; there is no such folder, and it is none of {names}")
 
 
-def require_place(name: str, path: Path) -> None:
-    """Raises ValueError if no file can be written at ``path``; called before the work starts. What a killed
+def require_place(out: Path) -> None:
+    """Raises ValueError if no file can be written at ``out``; called before the work starts. What a killed
     command left of such a file is removed."""
-    if path.is_dir():
-        raise ValueError(f"{name} is {path}, a folder; it must be a file")
-    if not path.parent.is_dir():
-        raise ValueError(f"{name} is {path}, and {path.parent} is no folder")
-    remove_unfinished(path)
+    if out.is_dir():
+        raise ValueError(f"out is {out}, a folder; it must be a file")
+    if not out.parent.is_dir():
+        raise ValueError(f"out is {out}, and {out.parent} is no folder")
+    remove_unfinished(out)
 
 
-def require_folder_place(name: str, path: Path) -> None:
-    """Raises ValueError if no folder can be at ``path``; called before the work starts."""
-    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+def require_folder_place(out: Path) -> None:
+    """Raises ValueError if no folder can be at ``out``; called before the work starts."""
+    there = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"{name} is {path}, and {there} is no folder")
+        raise ValueError(f"out is {out}, and {there} is no folder")
 
 
 def refuse(run: str, **flags: Any) -> None:

@@ -63,7 +63,7 @@ def import_prompts(
     with one_line_errors(debug):
         if not file.is_file():
             raise ValueError(f"FILE is {file}, which is no file")
-        require_folder_place("out", out)
+        require_folder_place(out)
         prompt = {}
         for text in setting or []:
             name, equals, value = text.partition("=")
@@ -119,7 +119,7 @@ def export_prompts(
 ) -> None:
     """Convert a saved model's prompts and head to a file for the official code (KMnP/vpt)."""
     with one_line_errors(debug):
-        require_place("out", out)
+        require_place(out)
         from vpt_fast import PromptedViT, load_pretrained, official
         from vpt_fast.swin import PromptedSwin
 

@@ -246,7 +246,7 @@ def tsne(
         path = out or run / f"tsne-{split}.png"
         require_folder("RUN", run)
         require_data(data)
-        require_place("out", path)
+        require_place(path)
         from vpt_fast.training.plots import plot_embedding
         from vpt_fast.training.tsne import embed_run
 
@@ -284,7 +284,7 @@ def table(
     """Tabulate runs like the paper's Table 1, beside the published numbers."""
     with one_line_errors(debug):
         if out is not None:
-            require_place("out", out)
+            require_place(out)
         entries, notes = read_entries(runs)
         text = format_table(entries, notes, form)
         for note in notes:

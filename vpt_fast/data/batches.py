@@ -160,7 +160,6 @@ class Batches:
 
     def _read_resident(self, draws: _Draws, chunks: list[slice]) -> Iterator[torch.Tensor]:
         """uint8 (b, 3, H, W) for each chunk, from memory."""
-        assert self._resident is not None
         stored = self._resident.pixels
         if isinstance(stored, torch.Tensor):
             order = draws.indices.to(stored.device)
@@ -194,7 +193,6 @@ class Batches:
 
     def _read_files(self, draws: _Draws, chunks: list[slice]) -> Iterator[torch.Tensor]:
         """As `_read_resident`, from the files."""
-        assert self._loader is not None
         reads = list(zip(draws.indices.tolist(), draws.positions, strict=True))
         for pixels in self._loader.epoch([reads[chunk] for chunk in chunks]):
             yield pixels.to(self.device, non_blocking=copies_may_overlap(self.device))

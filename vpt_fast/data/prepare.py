@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from vpt_fast.counting import counted
-from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, unfinished
+from vpt_fast.files import lock_file, parse_json, remove_unfinished, replacing, unfinished, write, write_json
 
 from .factory import class_names, open_set
-from .images import DataError, ImageList
+from .images import DataError
 from .set_files import SET_FILES, SetFiles, Writer, png_writer
 from .shards import TarImage, holds_shards, read_shards
 from .tasks import HOW_TO_GET, VTAB_FILES, Task
@@ -145,8 +145,7 @@ def prepare_task(
         if is_alone:
             _remove_unfinished(folder)
         if not _has_begun(folder, manifest):
-            with replacing(folder / MANIFEST) as temporary:
-                temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / MANIFEST, manifest)
         done = _write(task, source, found, folder, progress)
     return Prepared(folder, done, is_published)
 
@@ -162,11 +161,11 @@ def _write(
         images = Path("images") / file.removesuffix(".txt")
         (folder / images).mkdir(parents=True, exist_ok=True)
         lines = []
-        for i, (write, ending, label) in enumerate(samples):
+        for i, (save, ending, label) in enumerate(samples):
             path = images / f"{i:06d}{ending}"
             if not (folder / path).exists():
                 with replacing(folder / path) as temporary:
-                    write(temporary)
+                    save(temporary)
             lines.append(f"{path} {label}\n")
             done += 1
             if progress is not None:
@@ -178,8 +177,7 @@ def _write(
         lists["classnames.txt"] = "".join(f"{name}\n" for name in found.classes)
     # train800.txt last: its presence marks the task as complete
     for file in sorted(lists, key=VTAB_FILES["train"].__eq__):
-        with replacing(folder / file) as temporary:
-            temporary.write_text(lists[file], encoding="utf-8")
+        write(folder / file, lists[file].encode())
     return done
 
 
@@ -276,7 +274,8 @@ def _read_files(task: Task, files: SetFiles) -> _Source:
     for split, taken in zip(VTAB_FILES, TFDS_RANGES[task.name], strict=True):
         part, numbers = _take(parts, taken)
         labels = [rule.label(files.field(rule.field, part, number)) for number in numbers]
-        samples[split] = _written(files.images(part, numbers), labels)
+        written = zip(files.images(part, numbers), labels, strict=True)
+        samples[split] = ((save, ending, label) for (save, ending), label in written)
         sizes[split] = len(numbers)
         stored = [files.path(part, number) for number in numbers]
         bytes_of = {path: _size_of(path) for path in set(stored)}
@@ -285,11 +284,6 @@ def _read_files(task: Task, files: SetFiles) -> _Source:
             for path, number, label in zip(stored, numbers, labels, strict=True)
         ]
     return _Source("files", samples, sizes, (), description)
-
-
-def _written(images: Iterator[tuple[Writer, str]], labels: list[int]) -> Iterator[_Sample]:
-    for (write, ending), label in zip(images, labels, strict=True):
-        yield write, ending, label
 
 
 def _size_of(path: Path) -> int:
@@ -327,32 +321,23 @@ def _read_shards(task: Task, source: Path) -> _Source:
         "val": found["train"].select(order[task.num_train :]),
         "test": found["test"],
     }
+    rows: dict[str, list[tuple[Any, int]]] = {
+        split: list(zip(images.items, images.labels, strict=True)) for split, images in parts.items()
+    }
     return _Source(
         "shards",
-        {split: _members(images, bins) for split, images in parts.items()},
-        {split: len(images) for split, images in parts.items()},
+        {split: _members(those, bins) for split, those in rows.items()},
+        {split: len(those) for split, those in rows.items()},
         classes,
-        [
-            f"{item.name} {item.size} {label}"
-            for images in parts.values()
-            for item, label in _labelled(images)
-        ],
+        [f"{item.name} {item.size} {label}" for those in rows.values() for item, label in those],
     )
 
 
-def _labelled(images: ImageList) -> Iterator[tuple[TarImage, int]]:
-    for item, label in zip(images.items, images.labels, strict=True):
-        assert isinstance(item, TarImage)
-        yield item, label
+def _members(rows: Iterable[tuple[Any, int]], bins: LabelRule | None) -> Iterator[_Sample]:
+    """rows: of a `TarImage` and its label."""
+    for item, label in rows:
+        yield partial(_copy, item), Path(item.name).suffix, label if bins is None else bins.label(label)
 
 
-def _members(images: ImageList, bins: LabelRule | None) -> Iterator[_Sample]:
-    for item, label in _labelled(images):
-        yield _copy_writer(item), Path(item.name).suffix, label if bins is None else bins.label(label)
-
-
-def _copy_writer(item: TarImage) -> Writer:
-    def write(path: Path) -> None:
-        path.write_bytes(item.read())
-
-    return write
+def _copy(item: TarImage, path: Path) -> None:
+    path.write_bytes(item.read())

@@ -149,7 +149,6 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
                 key = folder + slash + stem
                 if ending == "cls":
                     extracted = tar.extractfile(member)
-                    assert extracted is not None
                     text = extracted.read(_LONGEST_LABEL).decode(errors="replace").strip()
                     if (label := class_number(text)) is None:
                         raise DataError(f"{path}: {member.name} holds {text[:20]!r}, wanted a class number")

@@ -167,7 +167,6 @@ def read_task(task: Task, folder: Path) -> TaskFiles:
 
 def _problems_of(task: Task, listed: TaskList, root: Path, ids: set[int] | None) -> list[str]:
     """What is wrong with a readable list; `ids` are the class ids of train, None if that is unreadable."""
-    assert listed.entries is not None
     path, count, problems = listed.path, len(listed.entries), []
     if foreign := [] if ids is None else [entry for entry in listed.entries if entry[2] not in ids]:
         where, _, class_id = foreign[0]

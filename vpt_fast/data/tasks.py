@@ -17,6 +17,14 @@ HOW_TO_GET = {
 
 VTAB_FILES = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 FGVC_FILES = {"train": "train.json", "val": "val.json", "test": "test.json"}
+
+# Normalised as in KMnP/vpt, whose recipe the defaults follow; code bases differ (docs/data.md).
+PREPROCESSING = {
+    "vtab": {"resize": "squash", "augment": "none", "normalization": "imagenet"},
+    "fgvc": {"resize": "shortest", "augment": "crop_flip", "normalization": "imagenet"},
+}
+"""Suite -> default preprocessing, by the recipe's settings."""
+
 _SHOWN = 3
 
 
@@ -33,7 +41,6 @@ class Task:
         folders: possible names of the task's folder, the usual one first.
         image_folder: folder below the task's that the paths in its lists are relative to.
         source: where the images come from.
-        resize, augment, normalization: default preprocessing.
     """
 
     name: str
@@ -46,9 +53,6 @@ class Task:
     folders: tuple[str, ...]
     image_folder: str
     source: str
-    resize: str
-    augment: str
-    normalization: str
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -64,22 +68,8 @@ class Task:
 def _vtab(
     name: str, group: str, num_classes: int, num_test: int, source: str, aliases: tuple[str, ...] = ()
 ) -> Task:
-    # Normalised as in KMnP/vpt, whose recipe the defaults follow; code bases differ (docs/data.md).
-    return Task(
-        f"vtab/{name}",
-        "vtab",
-        group,
-        num_classes,
-        800,
-        200,
-        num_test,
-        (name, *aliases),
-        "",
-        f"tfds/{source}",
-        resize="squash",
-        augment="none",
-        normalization="imagenet",
-    )
+    folders = (name, *aliases)
+    return Task(f"vtab/{name}", "vtab", group, num_classes, 800, 200, num_test, folders, "", f"tfds/{source}")
 
 
 def _fgvc(
@@ -90,19 +80,8 @@ def _fgvc(
     source: str,
     aliases: tuple[str, ...],
 ) -> Task:
-    return Task(
-        f"fgvc/{name}",
-        "fgvc",
-        "fgvc",
-        num_classes,
-        *sizes,
-        (name, *aliases),
-        image_folder,
-        source,
-        resize="shortest",
-        augment="crop_flip",
-        normalization="imagenet",
-    )
+    folders = (name, *aliases)
+    return Task(f"fgvc/{name}", "fgvc", "fgvc", num_classes, *sizes, folders, image_folder, source)
 
 
 _ALL = (

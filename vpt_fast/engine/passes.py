@@ -94,7 +94,6 @@ def _up_to_fc2(
     if keeps_prompt_kv:
         hold(prompt_kv=prompt_keys.kv, prompt_k_rstd=prompt_keys.k_rstd)
     if call.num_fresh_rows:
-        assert prompts is not None
         fresh = prompts[:, call.fresh].to(residual.dtype)
         residual = torch.cat((residual, fresh.expand(residual.shape[0], -1, -1)), dim=1)
     tokens = _project_tokens(x_hat, prompt_x_hat, rotation, w, call)
@@ -224,7 +223,6 @@ def recompute_backward(
     """`backward` where only the block's input was kept. All else is recomputed for a few images at a time:
     for a large batch at once it would be more than what all blocks keep."""
     tokens, prompts = kept.tokens, kept.prompts
-    assert tokens is not None
     batch_size = tokens.shape[0]
     at_once = images_at_once(batch_size, tokens.shape[1])
 
@@ -419,7 +417,6 @@ def _project_tokens(
     if call.windows is not None and call.windows.pads is not None:
         k[:, call.windows.pads], v[:, call.windows.pads] = call.windows.pad_kv.to(call.dtype)
     if call.num_fresh_rows:
-        assert prompt_x_hat is not None
         fresh_q = _project(prompt_x_hat[:, call.fresh], w, 0, attn_dim).unflatten(-1, heads)
         q = torch.cat((q, fresh_q.expand(x_hat.shape[0], -1, -1, -1)), dim=1)
     if spec.qk_norm is not None:
@@ -537,7 +534,6 @@ def _normalize_(x: torch.Tensor, eps: float, kind: str, call: Call) -> torch.Ten
 def _normalize_out(out: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂ and rstd of attention's output (B, R, H·D). Backward recomputes them from the output, which attention
     itself needs there."""
-    assert call.spec.attn_norm is not None
     kind, eps = call.spec.attn_norm
     x_hat, rstd, _, _ = call.ops.normalize(out, eps, kind, call.dtype)
     return x_hat, rstd

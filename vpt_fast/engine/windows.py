@@ -251,13 +251,10 @@ class FrozenMerge(nn.Module):
     def forward(self, stream: Stream, policy: MemoryPolicy) -> Stream:
         """The stream (B, N, d) to merged tokens (B, N', 2d), in the order of the next stage."""
         fours = self.move(Stream(stream.sum())).base.unflatten(1, (-1, 4)).flatten(2)  # (B, N', 4d)
-        return Stream(self._reduce(fours, policy))
+        return Stream(self.reduce(fours, policy))
 
-    def merge_prompts(self, prompts: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
-        """Prompts (B, m, d) to (B, m, 2d)."""
-        return self._reduce(prompts, policy)
-
-    def _reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
+    def reduce(self, x: torch.Tensor, policy: MemoryPolicy) -> torch.Tensor:
+        """Groups of four neighbours (B, N', 4d), or prompts (B, m, d), to rows of width 2d."""
         dtype = compute_dtype(x.device.type, self.weight.dtype)
         ops = self.backend.ops(x.device, dtype, self.head_dim, in_windows=True)
         if x.requires_grad and torch.is_grad_enabled():

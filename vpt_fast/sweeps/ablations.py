@@ -10,7 +10,6 @@ An ablation's folder:
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from rich.console import Console
 from vpt_fast.backbones.creation import without_values
 from vpt_fast.backbones.resolve import SWIN, VIT, Kind, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
-from vpt_fast.files import parse_json, remove_unfinished, write
+from vpt_fast.files import parse_json, remove_unfinished, write_json
 from vpt_fast.sweeps.settings import Sweep, default_axes
 from vpt_fast.sweeps.sweep import require_trials, run_sweep
 from vpt_fast.training.cache import TrainingCache
@@ -43,6 +42,8 @@ LOCATIONS = {
 }
 EXTRA_CHANNELS = 3  # for concat-channel: as many as an image has
 
+Lines = Mapping[str, Mapping[Any, dict[str, Any]]]  # {line: {value: settings}}
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -53,7 +54,7 @@ class Ablation:
         figure: the paper's.
         methods: default methods, one line each.
         varied: the setting that tells a line's points apart.
-        points: (method, recipe) -> {line: {value: settings}}.
+        points: of a method and a recipe, by line.
     """
 
     title: str
@@ -61,14 +62,14 @@ class Ablation:
     x_label: str
     methods: tuple[str, ...]
     varied: str
-    points: Callable[[str, Recipe], Mapping[str, Mapping[Any, dict[str, Any]]]] = field(repr=False)
+    points: Callable[[str, Recipe], Lines] = field(repr=False)
 
 
-def _length(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _length(method: str, recipe: Recipe) -> Lines:
     return {method: {m: {"num_prompts": m} for m in LENGTHS}}
 
 
-def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _depth(method: str, recipe: Recipe) -> Lines:
     blocks = len(_shape(recipe, VIT).blocks)
     counts = sorted({max(1, round(share * blocks)) for share in DEPTHS})
     return {
@@ -77,7 +78,7 @@ def _depth(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, A
     }
 
 
-def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _location(method: str, recipe: Recipe) -> Lines:
     # Half a patch of border on each side keeps the padded image a whole number of patches.
     counts = {
         "add": None,
@@ -93,11 +94,11 @@ def _location(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str
     return {method: found}
 
 
-def _output(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _output(method: str, recipe: Recipe) -> Lines:
     return {method: {pool: {"pool": pool} for pool in POOLS}}
 
 
-def _data_size(method: str, recipe: Recipe) -> Mapping[str, Mapping[Any, dict[str, Any]]]:
+def _data_size(method: str, recipe: Recipe) -> Lines:
     return {method: {share: {"train_fraction": share} for share in FRACTIONS}}
 
 
@@ -279,7 +280,7 @@ def run_ablation(
         results = {"ablation": name, "points": rows, "finished": len(rows) == len(points)}
         # Until all points that are recorded have been read again, the files are the record of them.
         if recorded <= {(row["line"], row["value"]) for row in rows}:
-            write(results_file, (json.dumps(results, indent=2) + "\n").encode())
+            write_json(results_file, results)
             _draw(ablation, rows, picture)
         if stop.is_set():  # after this point had finished
             break

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import statistics
@@ -38,7 +37,7 @@ from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.counting import counted
 from vpt_fast.data.tasks import find_task
 from vpt_fast.data_names import is_factory_name
-from vpt_fast.files import lock_file, remove_unfinished, write
+from vpt_fast.files import lock_file, parse_json, remove_unfinished, write, write_json
 from vpt_fast.sweeps.settings import Params, Sweep
 from vpt_fast.sweeps.trials import (
     Display,
@@ -198,7 +197,6 @@ def _batch_size(recipe: Recipe, cache: TrainingCache) -> int:
     splits = Classification().open(recipe, cache)
     device = find_device(recipe.device)
     resolved = recipe.resolved(num_train_images=len(splits.train), device_type=device.type)
-    assert resolved.batch_size is not None
     return resolved.batch_size
 
 
@@ -508,7 +506,7 @@ def _collect(
     }
     with _lock(out):
         if not _holds_more(out / "results.json", results):
-            write(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+            write_json(out / "results.json", results)
     return results
 
 
@@ -516,7 +514,7 @@ def _holds_more(path: Path, results: Mapping[str, Any]) -> bool:
     """Whether the file has final runs that `results` lacks. This happens if their study was lost: until the
     runs have been read from their folders again, the file is the only record of them."""
     try:
-        known = json.loads(path.read_text())["final"]["accuracies"]
+        known = parse_json(path.read_text(encoding="utf-8"))["final"]["accuracies"]
     except (OSError, ValueError, LookupError, TypeError):
         return False
     return bool(set(known) - set(results["final"]["accuracies"]))

@@ -154,7 +154,6 @@ class Classification:
         return replace(splits, train=cache.get("parts", key, take))
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Preprocessing:
-        assert recipe.normalization is not None and recipe.augment is not None, "resolve the recipe first"
         return Preprocessing.for_model(
             model.data_config,
             model.image_size,
@@ -200,7 +199,6 @@ class Classification:
         train: bool,
     ) -> Batches:
         """This process's share of the recipe's batches, or batches to evaluate on."""
-        assert recipe.batch_size is not None, "resolve the recipe first"
         share = math.ceil(recipe.batch_size / world.size)  # uneven only if one batch holds the whole set
         return Batches(
             images,
@@ -218,16 +216,7 @@ class Classification:
     def objective(self, recipe: Recipe, splits: Splits, world: World) -> CrossEntropy:
         return CrossEntropy(recipe.label_smoothing, class_weights(recipe, splits, world))
 
-    def evaluate(
-        self,
-        network: nn.Module,
-        batches: Source,
-        num_classes: int,
-        world: World,
-        precision: str | None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Evaluation:
-        return evaluate(network, batches, num_classes, world, precision, progress)
+    evaluate = staticmethod(evaluate)
 
     def describe_images(self, recipe: Recipe, batches: Batches, *, read_once: bool) -> str:
         """The preprocessing of the training images, and where they are kept."""

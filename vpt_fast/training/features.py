@@ -62,7 +62,6 @@ def features_key(
 
 def feature_bytes(model: TunedClassifier, num_images: int) -> int:
     """Bytes of the frozen features of `num_images` images, in float32."""
-    assert model.feature_shape is not None
     return 4 * math.prod(model.feature_shape) * num_images
 
 

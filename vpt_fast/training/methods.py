@@ -21,30 +21,25 @@ from vpt_fast.training.precision import autocast
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
 from vpt_fast.tuned_model import TunedModel
 
-# Method -> its class by name in pretrained.MODELS, and the constructor's keyword for the K in its name.
-_CLASSES: dict[str, tuple[str, str | None]] = {
-    "vpt-deep": ("PromptedViT", None),
-    "vpt-shallow": ("PromptedViT", None),
-    "vpt+bias": ("PromptAndBiasTuning", None),
-    "cls-token": ("ClsTokenTuning", None),
-    "linear": ("LinearProbe", None),
-    "mlp-K": ("MLPProbe", "num_layers"),
-    "partial-K": ("PartialTuning", "num_tuned_blocks"),
-    "sidetune": ("SideTuning", None),
-    "bias": ("BiasTuning", None),
-    "adapter": ("AdapterTuning", None),
-    "lora": ("LoRATuning", None),
-    "full": ("FullTuning", None),
+# Method -> its class by name in pretrained.MODELS.
+_CLASSES = {
+    "vpt-deep": "PromptedViT",
+    "vpt-shallow": "PromptedViT",
+    "vpt+bias": "PromptAndBiasTuning",
+    "cls-token": "ClsTokenTuning",
+    "linear": "LinearProbe",
+    "mlp-K": "MLPProbe",
+    "partial-K": "PartialTuning",
+    "sidetune": "SideTuning",
+    "bias": "BiasTuning",
+    "adapter": "AdapterTuning",
+    "lora": "LoRATuning",
+    "full": "FullTuning",
 }
 
 # Classes for backbones other than VisionTransformers, by kind, with the kind's name for messages.
 _ANY = {
-    "linear": "LinearProbe",
-    "mlp-K": "MLPProbe",
-    "sidetune": "SideTuning",
-    "bias": "BiasTuning",
-    "lora": "LoRATuning",
-    "full": "FullTuning",
+    **{name: _CLASSES[name] for name in ("linear", "mlp-K", "sidetune", "bias", "lora", "full")},
     "partial-K": "PartialNetworkTuning",
     "adapter": "AdapterTuning",
 }
@@ -63,6 +58,9 @@ _OTHER_CLASSES = {
         {"vpt-shallow": "PromptedConvNet", "vpt+bias": "PromptAndBiasConvNetTuning", **_ANY},
     ),
 }
+
+# Method -> the constructor's keyword for the K in its name.
+_COUNTS = {"mlp-K": "num_layers", "partial-K": "num_tuned_blocks"}
 
 # Recipe setting -> keyword of the constructors, where the names differ.
 _KEYWORDS = {"adapter_reduction": "reduction", "lora_rank": "rank"}
@@ -113,7 +111,7 @@ def require_operations(recipe: Recipe, model: TunedModel, device: torch.device) 
 def _in_settings(text: str, recipe: Recipe) -> str:
     """Rewords a constructor's error about one of its keywords to name the recipe's setting behind it."""
     keyword, _, rest = text.partition(": ")
-    if keyword in ("prompt_type", _CLASSES[parse_method(recipe.method).name][1]):
+    if keyword in ("prompt_type", _COUNTS.get(parse_method(recipe.method).name)):
         return f"method is {recipe.method!r}: {rest}"
     if keyword == "img_size" and recipe.prompt_location == "pad":
         return f"num_prompts is {recipe.num_prompts} with prompt_location 'pad': {text}"
@@ -162,7 +160,7 @@ def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str,
     Raises ValueError for a method that does not exist for the recipe's backbone or task.
     """
     method = parse_method(recipe.method)
-    class_name, count_keyword = _CLASSES[method.name]
+    class_name = _CLASSES[method.name]
     kind = kind_of(recipe.backbone)
     if recipe.task == SEGMENTATION:
         if kind is not VIT or method.name not in ENCODERS:
@@ -170,7 +168,7 @@ def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str,
                 f"method is {recipe.method!r} with backbone {recipe.backbone!r}, which there is not for task "
                 f"segmentation; it must be one of {', '.join(ENCODERS)}, with a VisionTransformer"
             )
-        class_name, count_keyword = "PromptedSegmenter", None
+        class_name = "PromptedSegmenter"
     elif kind in _OTHER_CLASSES:
         called, classes = _OTHER_CLASSES[kind]
         if method.name not in classes:
@@ -202,8 +200,8 @@ def model_settings(recipe: Recipe) -> tuple[Callable[..., TunedModel], dict[str,
                 f"{name} is {getattr(recipe, name)!r}, which there is not for method {recipe.method!r} with "
                 f"backbone {recipe.backbone!r}, a {called}; leave it out"
             )
-    if count_keyword:
-        settings[count_keyword] = method.count
+    if method.count is not None:
+        settings[_COUNTS[method.name]] = method.count
     if class_name in ("PromptedViT", "PromptedSwin", "PromptedConvNet"):
         settings["prompt_type"] = method.name.removeprefix("vpt-")
     if method.name == "sidetune":

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from vpt_fast.data.tasks import find_task
+from vpt_fast.data.tasks import PREPROCESSING, find_task
 from vpt_fast.training.method_rules import BASE_LR, METHOD_KNOBS, METHODS, parse_method
 from vpt_fast.training.setting_values import read_yaml, typed
 
@@ -515,9 +515,8 @@ class Recipe:
         if self.task == SEGMENTATION:
             del defaults["augment"]  # segmentation has its own augmentation
         elif self.task is not None:
-            task = find_task(self.task)
-            defaults = {name: getattr(task, name) for name in ("normalization", "augment", "resize")}
-            if self.resize == "squash" and task.augment == "crop_flip":
+            defaults = dict(PREPROCESSING[find_task(self.task).suite])
+            if self.resize == "squash" and defaults["augment"] == "crop_flip":
                 defaults["augment"] = "flip"  # there is nothing to crop
             if self.augment == "crop_flip":
                 defaults["resize"] = "shortest"

@@ -94,10 +94,8 @@ def backbone_changes(now: dict[str, Any], began: dict[str, Any]) -> list[str]:
 
 def require_same_recipe(recipe: Recipe, begun: Begun, folder: RunFolder) -> None:
     """Raises RunError if the folder's run was begun with settings that give other results."""
-    if differences := recipe.differences(begun.recipe):
-        listed = ", ".join(
-            f"{name} ({theirs} there, {ours} now)" for name, (ours, theirs) in differences.items()
-        )
+    if changed := recipe.differences(begun.recipe):
+        listed = ", ".join(f"{name} ({theirs} there, {ours} now)" for name, (ours, theirs) in changed.items())
         raise RunError(
             f"{folder.path} holds a run with other settings: {listed}; "
             "choose another --out, or --fresh to start over there"

@@ -200,7 +200,7 @@ class SceneEvaluation:
 
 
 def evaluate_scenes(
-    model: nn.Module,
+    network: nn.Module,
     batches: SceneBatches,
     num_classes: int,
     world: World,
@@ -212,17 +212,17 @@ def evaluate_scenes(
     windows: int = WINDOWS,
 ) -> SceneEvaluation:
     """Loss, pixel accuracy and intersection over union over all processes' images, at their original sizes;
-    leaves ``model`` in eval mode. The confusion matrix is accumulated image by image."""
+    leaves ``network`` in eval mode. The confusion matrix is accumulated image by image."""
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex  # takes seconds
 
     settings: dict[str, Any] = dict(num_classes=num_classes, ignore_index=IGNORED, validate_args=False)
     iou = MulticlassJaccardIndex(average="none", zero_division=math.nan, **settings).to(world.device)
     accuracy = MulticlassAccuracy(average="micro", **settings).to(world.device)
-    model.eval()
+    network.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # loss, pixels, images
     for image, mask in batches.epoch(0):  # (3, h, w) uint8, (h, w)
         for rows, found in segment(
-            model,
+            network,
             image,
             batches.preprocessing,
             scales=scales,
@@ -260,7 +260,6 @@ class Segmentation:
         return open_scenes(recipe.data, ignore_zero=recipe.ignore_zero)
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> ScenePreprocessing:
-        assert recipe.normalization is not None, "resolve the recipe first"
         return ScenePreprocessing.for_model(
             model.data_config,
             model.image_size,
@@ -288,7 +287,6 @@ class Segmentation:
         *,
         train: bool,
     ) -> SceneBatches:
-        assert recipe.batch_size is not None, "resolve the recipe first"
         return SceneBatches(
             scenes.images,
             preprocessing,
@@ -304,16 +302,7 @@ class Segmentation:
     def objective(self, recipe: Recipe, splits: SceneSplits, world: World) -> PixelCrossEntropy:
         return PixelCrossEntropy(recipe.label_smoothing, recipe.aux_weight)
 
-    def evaluate(
-        self,
-        network: nn.Module,
-        batches: SceneBatches,
-        num_classes: int,
-        world: World,
-        precision: str | None,
-        progress: Callable[[int], None] | None = None,
-    ) -> SceneEvaluation:
-        return evaluate_scenes(network, batches, num_classes, world, precision, progress)
+    evaluate = staticmethod(evaluate_scenes)
 
     def describe_images(self, recipe: Recipe, batches: SceneBatches, *, read_once: bool) -> str:
         made = batches.preprocessing

@@ -104,7 +104,6 @@ def moving_norms(model: nn.Module) -> list[nn.Module]:
 def require_batches(recipe: Recipe, model: TunedModel, num_images: int, world: World) -> None:
     """Raises ValueError if BatchNorm cannot normalise a part of a batch, which takes more than one value per
     channel: an image alone has one where a feature map is a single pixel."""
-    assert recipe.batch_size is not None, "resolve the recipe first"
     share, own = (math.ceil(count / world.size) for count in (recipe.batch_size, num_images))
     sizes = {recipe.step_images(num_images, world.size), own % share}
     steps = [torch.empty(images, device="meta") for images in sizes]

@@ -127,9 +127,4 @@ def _blocks_with_mlp(network: nn.Module) -> list[tuple[Any, int]]:
             f"backbone: got a {type(network).__name__}, a ConvNet whose blocks have no MLP for an adapter to "
             "stand behind; want a ConvNeXt, a MetaNeXt (InceptionNeXt), a Swin or a vision transformer"
         )
-    return [(block, _width(block.mlp.fc2)) for block in blocks]
-
-
-def _width(last: nn.Linear | nn.Conv2d) -> int:
-    """A block's output width: that of its MLP's last layer, which may be a 1x1 convolution."""
-    return last.out_features if isinstance(last, nn.Linear) else last.out_channels
+    return [(block, len(block.mlp.fc2.weight)) for block in blocks]  # fc2 may be a 1x1 convolution
