@@ -29,6 +29,7 @@ def test_every_name_is_whole_in_80_columns() -> None:
     output = CliRunner().invoke(app, ["backbones"], env={"COLUMNS": "80"}).output
     for name, known in KNOWN.items():
         assert all(text in output for text in (name, known.timm_name, known.file))
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_as_json_a_backbone_has_all_of_its_columns() -> None:

@@ -346,13 +346,15 @@ def one_tensor_gone(prompts):
     save_file({name: tensor for name, tensor in load_file(weights).items() if name != "prompts"}, weights)
 
 
-def of_another_epoch(prompts):
+def one_tensor_of_another_epoch(prompts):
     weights = prompts / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    save_file({name: tensor + (name == "prompts") for name, tensor in load_file(weights).items()}, weights)
 
 
 @pytest.mark.parametrize("with_results", [True, False], ids=["results", "no results"])
-@pytest.mark.parametrize("damage", [removed, one_file_gone, cut_short, one_tensor_gone, of_another_epoch])
+@pytest.mark.parametrize(
+    "damage", [removed, one_file_gone, cut_short, one_tensor_gone, one_tensor_of_another_epoch]
+)
 def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
     recipe, tmp_path, monkeypatch, damage, with_results
 ):

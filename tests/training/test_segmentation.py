@@ -190,7 +190,8 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
     answers = json.loads(result.stdout)
     assert [Path(answer["mask"]).name for answer in answers] == ["0000.png", "0001.png", "0002.png"]
     for answer in answers:
-        assert sum(answer["classes"].values()) == pytest.approx(1)
+        shares = list(answer["classes"].values())
+        assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
         with Image.open(answer["mask"]) as mask, Image.open(answer["overlay"]) as overlay:
             assert mask.size == (generated.WIDTH, generated.HEIGHT) and overlay.format == "PNG"
             names = {CLASSES[index] for index in np.unique(np.asarray(mask))}
