@@ -200,6 +200,19 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
         assert names == set(answer["classes"])
 
 
+def test_predicted_labels_begin_at_1_if_label_0_means_no_class(run, scenes, tmp_path):
+    loaded, image = LoadedRun.load(run[1].path), scenes / "images" / "validation" / "0000.jpg"
+    found = []
+    for ignore_zero in (False, True):
+        labels = dataclasses.replace(loaded.labels, ignore_zero=ignore_zero)
+        changed = dataclasses.replace(loaded, labels=labels)
+        (answer,) = scene_inference.predict_scenes(changed, [image], tmp_path / str(ignore_zero))
+        with Image.open(answer["mask"]) as mask:
+            found.append((np.asarray(mask), np.asarray(mask.convert("RGB"))))
+    (from_0, colors), (from_1, same_colors) = found
+    assert np.array_equal(from_0 + 1, from_1) and np.array_equal(colors, same_colors)
+
+
 def test_predict_prints_a_folder_with_brackets_as_it_is(run, command, scenes, tmp_path):
     image = next((scenes / "images" / "validation").iterdir())
     result = command("predict", run[1].path, image, "--out", tmp_path / "masks[v2]")
