@@ -30,7 +30,7 @@ from vpt_fast import load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
-from vpt_fast.training import classification, loop, plots
+from vpt_fast.training import classification, loop, plots, report
 from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
@@ -669,6 +669,14 @@ def test_folder_that_cannot_be_locked_is_trained_in_after_a_note(recipe, tmp_pat
     console = Console(file=io.StringIO(), width=500)
     assert train(recipe, tmp_path / "run", console=console).results
     assert console.file.getvalue().startswith(f"No file in {tmp_path / 'run'} can be locked: nothing keeps a")
+
+
+@pytest.mark.parametrize(("free", "is_short"), [(1000, True), (10**12, False), (None, False)], ids=str)
+def test_memory_that_may_not_suffice_is_said_before_training(recipe, tmp_path, monkeypatch, free, is_short):
+    monkeypatch.setattr(report, "free_bytes", lambda device: free)
+    console = Console(file=io.StringIO(), width=500)
+    train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run", console=console)
+    assert ("More memory is expected than is free" in console.file.getvalue()) is is_short
 
 
 def test_folder_in_which_another_process_begins_while_it_is_removed_stays(tmp_path, monkeypatch):
