@@ -888,12 +888,18 @@ def test_step_that_fails_for_another_reason_is_not_said_to_lack_memory(recipe, t
         train(recipe, tmp_path / "run")
 
 
-def test_run_where_tensorboard_is_not_installed_has_no_logs(recipe, tmp_path, monkeypatch):
+def test_run_where_tensorboard_is_not_installed_has_no_logs_and_may_ask_for_none(
+    recipe, tmp_path, monkeypatch
+):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
     )
-    result = train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run")
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+    with pytest.raises(ValueError, match="tensorboard is on, but not installed; pip install tensorboard"):
+        train(dataclasses.replace(recipe, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = train(recipe, tmp_path / "run")
     assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
 
 
