@@ -487,6 +487,12 @@ def test_eval_on_other_classes_is_refused(command, run, images):
     assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
 
 
+def test_eval_on_test_images_that_the_data_do_not_have_is_refused(command, run, images):
+    shutil.rmtree(images / "test")
+    result = command("eval", run, "--data", images, "--split", "test")
+    assert result.exit_code == 2 and f"{images}: has no test split" in result.stderr
+
+
 def test_eval_on_the_classes_in_another_order_is_refused(run):
     labels = Labels.read(run / "prompts")
     with pytest.raises(ValueError, match="another order: class 0 is red there, and blue in the run"):
