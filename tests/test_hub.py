@@ -57,7 +57,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A hub after the session above, of which it has `found` what there was."""
+    """A hub after the session above, of which it has `found` what there was, and the files of
+    me/prompts that were `downloaded`."""
     folder = tmp_path_factory.mktemp("vit")
     size = dict(depth=1, embed_dim=16, num_heads=1, img_size=32)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size)
@@ -77,6 +78,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
         )
         assert result.returncode == 0, result.stderr
         hub.found = json.loads(result.stdout.splitlines()[-1])
+        hub.downloaded = {path.name for path in Path(cache).glob("hub/models--me--prompts/snapshots/*/*")}
         yield hub
         hub.shutdown()
 
@@ -109,6 +111,10 @@ def test_the_card_says_what_the_model_was_trained_on_and_how_to_load_it(hub: Any
 @pytest.mark.parametrize("how", ["loaded", "loaded at a revision"])
 def test_what_was_uploaded_computes_the_same(hub: Any, how: str) -> None:
     assert hub.found[how] == 0
+
+
+def test_of_a_repository_only_the_models_own_files_are_downloaded(hub: Any) -> None:
+    assert hub.downloaded == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,8 @@ def test_the_card_links_the_repository_that_has_the_backbones_weights(
 ) -> None:
     card = model_card("me/p", "PromptedViT", origin, 5, task="", stores_backbone=False, call=None)
     assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base_model
+    named = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else origin.name
+    assert f"for 5 classes, on {named or 'a backbone that was built in Python'}. " in card
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,14 @@ def test_the_command_prints_every_name_and_address() -> None:
     result = CliRunner().invoke(app, ["backbones", "--addresses"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert all(name in result.output and known.address in result.output for name, known in KNOWN.items())
+    assert result.output.count("not in timm") == sum(not known.hub for known in KNOWN.values())
 
 
 def test_every_name_is_whole_in_80_columns() -> None:
     output = CliRunner().invoke(app, ["backbones"], env={"COLUMNS": "80"}).output
     for name, known in KNOWN.items():
         assert all(text in output for text in (name, known.timm_name, known.file))
+    assert max(map(len, output.splitlines())) <= 80
 
 
 def test_as_json_a_backbone_has_all_of_its_columns() -> None:

@@ -154,6 +154,12 @@ def test_predict_gives_the_k_most_probable_classes(command, run, color_images):
     assert 1 >= first >= second >= 0
 
 
+def test_predict_gives_all_classes_if_asked_for_more(command, run, color_images):
+    image = color_images / "test" / "red" / "0.png"
+    (answer,) = json.loads(command("predict", run, image, "--top-k", 5, "--json").stdout)
+    assert sorted(guess["class"] for guess in answer["predictions"]) == ["blue", "green", "red"]
+
+
 def test_predict_takes_patterns(command, run, color_images):
     answers = json.loads(command("predict", run, f"{color_images}/test/*/1.png", "--json").stdout)
     assert len(answers) == 3
@@ -485,6 +491,12 @@ def test_eval_on_other_classes_is_refused(command, run, images):
         (images / split / "red").rename(images / split / "rot")
     result = command("eval", run, "--data", images)
     assert result.exit_code == 2 and "other classes" in result.stderr and "rot" in result.stderr
+
+
+def test_eval_on_test_images_that_the_data_do_not_have_is_refused(command, run, images):
+    shutil.rmtree(images / "test")
+    result = command("eval", run, "--data", images, "--split", "test")
+    assert result.exit_code == 2 and f"{images}: has no test split" in result.stderr
 
 
 def test_eval_on_the_classes_in_another_order_is_refused(run):

@@ -82,6 +82,12 @@ def test_help_of_train_has_its_groups_in_order(monkeypatch) -> None:
     assert titles == ["Options", "Data", "Model", "Prompts", "Optimisation", "Run"]
 
 
+def test_help_has_arguments_by_their_names_alone_in_a_section_before_the_options(monkeypatch) -> None:
+    (evaluate,) = (context for context in CONTEXTS if context.info_name == "eval")
+    text = shown(evaluate, 80, monkeypatch)
+    assert "\n\nArguments:\n  RUN  Run folder" in text and text.index("Arguments:") < text.index("Options:")
+
+
 @pytest.mark.parametrize(
     ("command", "refused"), [("sweep", []), ("ablate", ["--method"])], ids=["sweep", "ablate"]
 )

@@ -17,7 +17,7 @@ from vpt_fast.data.splits import open_splits
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("digits") / "digits"
+    root = tmp_path_factory.mktemp("digits") / "new" / "digits"  # the demo's folder is made with it
     export_digits(root, seed=0)
     return root
 

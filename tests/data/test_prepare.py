@@ -380,11 +380,13 @@ def test_lists_of_a_task_s_own_folder_are_read_once(cifar, tmp_path, monkeypatch
     assert found.is_complete and read == [TASKS["vtab/cifar"]]
 
 
-def test_check_reports_other_folders_as_train_reads_them(command, write_images):
-    result = command("check", write_images({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3}))
+@pytest.mark.parametrize("test", [[], [["test", "6", "2"]]], ids=["no test images", "test images"])
+def test_check_reports_other_folders_as_train_reads_them(command, write_images, test):
+    folders = {"train/a": 5, "train/b": 5} | ({"test/a": 3, "test/b": 3} if test else {})
+    result = command("check", write_images(folders))
     counts = [re.findall(r"\w+", line) for line in result.output.splitlines() if "│" in line]
     assert result.exit_code == 0
-    assert counts == [["train", "8", "2"], ["val", "2", "2"], ["test", "6", "2"]]
+    assert counts == [["train", "8", "2"], ["val", "2", "2"], *test]
 
 
 @pytest.mark.parametrize("options, said", [(["--task", "cub"], "not found"), ([], "not found: vtab/cifar")])

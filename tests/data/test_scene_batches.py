@@ -7,10 +7,16 @@ import pytest
 import torch
 from PIL import Image
 from test_scenes import write
+from torchvision.transforms import v2
 
 from vpt_fast.data import scene_preprocessing
 from vpt_fast.data.scene_batches import SceneBatches
-from vpt_fast.data.scene_preprocessing import MOST_OF_ONE_CLASS, ScenePreprocessing, image_seed
+from vpt_fast.data.scene_preprocessing import (
+    INTERPOLATIONS,
+    MOST_OF_ONE_CLASS,
+    ScenePreprocessing,
+    image_seed,
+)
 from vpt_fast.data.scenes import IGNORED, open_scenes
 
 SIZE = (24, 24)
@@ -116,6 +122,14 @@ def test_crops_without_a_class_are_drawn_again(monkeypatch):
 def test_evaluation_covers_a_window_with_the_shape_kept(size, scale, expected):
     assert PLAIN.covering_size(size, scale) == expected
     assert PLAIN.resize(torch.zeros(3, *size, dtype=torch.uint8), scale).shape == (3, *expected)
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_image_is_resized_with_the_interpolation_that_is_named(name):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 60, 3), dtype=np.uint8))
+    resized = ScenePreprocessing(SIZE, interpolation=name).resize(v2.functional.pil_to_tensor(image))
+    wanted = v2.functional.pil_to_tensor(image.resize((30, 24), Image.Resampling[name.upper()]))
+    assert (resized.int() - wanted.int()).abs().max() <= 1
 
 
 def test_preprocessing_survives_json():

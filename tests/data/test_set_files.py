@@ -199,6 +199,14 @@ def test_images_of_dsprites_are_labelled_by_their_factors(small, tmp_path, name,
         assert {int(pixels.max()) for pixels, _ in part} == {255}
 
 
+def test_images_of_original_files_are_drawn_with_seed_0(small, tmp_path):
+    task = small("vtab/dsprites_loc", test=6)
+    found = prepared(task, write_dsprites(tmp_path / "set"), tmp_path / "out")
+    order = np.random.default_rng(0).permutation(30)
+    for split, drawn in {"train": order[:8], "val": order[20:24], "test": order[24:]}.items():
+        assert [int(pixels[0].sum()) // 255 for pixels, _ in found[split]] == sorted(drawn)
+
+
 def test_archive_of_dsprites_without_the_images_is_named(tmp_path):
     np.savez(tmp_path / DSpritesFiles.layout, latents_classes=np.zeros((30, 6), np.int64))
     with pytest.raises(DataError, match="imgs.npy.*; wanted an archive of imgs and latents_classes"):

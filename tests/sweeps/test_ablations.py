@@ -326,3 +326,34 @@ def test_folder_is_named_by_data_and_backbone_whatever_the_method(method) -> Non
 def test_every_ablation_of_the_paper_is_a_command() -> None:
     text = CliRunner().invoke(app, ["ablate", "--help"]).output
     assert all(name in text for name in ABLATIONS)
+
+
+def test_command_prints_the_points_of_the_methods_and_seeds_it_is_given(
+    settings, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(ablations, "LENGTHS", (1, 2))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    flags += ["--methods=vpt-shallow", "--seeds=1,2", f"--out={tmp_path}"]
+    result = CliRunner().invoke(app, ["ablate", "length", *flags])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "results.json").read_text())["points"]
+    assert [(row["line"], row["value"]) for row in rows] == [("vpt-shallow", 1), ("vpt-shallow", 2)]
+    shown = [line.strip("│ ").split(" │ ") for line in result.stdout.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line] for line in shown]
+    assert cells == [
+        [row["line"], str(row["value"]), f"{row['mean']:.2%}", f"{row['standard_deviation']:.2%}"]
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(("flags", "searches"), [([], False), (["--sweep"], True)], ids=["plain", "sweep"])
+def test_command_searches_at_each_point_if_told_to(tmp_path, monkeypatch, flags, searches) -> None:
+    asked = []
+
+    def plan(name, settings, **options):
+        asked.append(options)
+        raise ValueError("no more is wanted")
+
+    monkeypatch.setattr(ablations, "plan_ablation", plan)
+    CliRunner().invoke(app, ["ablate", "length", f"--data={tmp_path}", "--backbone=y", "--seeds=3", *flags])
+    assert asked == [{"methods": [], "seeds": (3,), "search": searches}]

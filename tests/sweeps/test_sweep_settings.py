@@ -99,6 +99,12 @@ def test_seed_of_a_sweep_that_searches_nothing_is_refused(settings):
     assert Sweep({**settings, "seed": 3}, {"base_lr": (0.5, 1.0)}).first_recipe.seed == 3
 
 
+def test_sweep_is_the_same_whatever_the_order_of_its_axes(settings):
+    axes = [("base_lr", (0.5, 1.0)), ("weight_decay", (0.0, 0.1))]
+    names = {Sweep(settings, dict(order)).study_name({}) for order in (axes, axes[::-1])}
+    assert len(names) == 1
+
+
 def test_missing_optuna_is_named(settings, monkeypatch):
     monkeypatch.setattr("vpt_fast.sweeps.settings.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"optuna, which is not installed; pip install optuna"):

@@ -30,7 +30,7 @@ from vpt_fast import PromptedViT, load_pretrained
 from vpt_fast.classifier import TunedClassifier
 from vpt_fast.failures import OutOfMemory, SavingFailed, TrainingDiverged
 from vpt_fast.files import write
-from vpt_fast.training import classification, loop, plots
+from vpt_fast.training import classification, loop, plots, report
 from vpt_fast.training.classification import Classification
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
@@ -374,13 +374,15 @@ def one_tensor_gone(prompts):
     save_file({name: tensor for name, tensor in load_file(weights).items() if name != "prompts"}, weights)
 
 
-def of_another_epoch(prompts):
+def one_tensor_of_another_epoch(prompts):
     weights = prompts / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    save_file({name: tensor + (name == "prompts") for name, tensor in load_file(weights).items()}, weights)
 
 
 @pytest.mark.parametrize("with_results", [True, False], ids=["results", "no results"])
-@pytest.mark.parametrize("damage", [removed, one_file_gone, cut_short, one_tensor_gone, of_another_epoch])
+@pytest.mark.parametrize(
+    "damage", [removed, one_file_gone, cut_short, one_tensor_gone, one_tensor_of_another_epoch]
+)
 def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
     recipe, tmp_path, monkeypatch, damage, with_results
 ):
@@ -697,6 +699,14 @@ def test_folder_that_cannot_be_locked_is_trained_in_after_a_note(recipe, tmp_pat
     assert console.file.getvalue().startswith(f"No file in {tmp_path / 'run'} can be locked: nothing keeps a")
 
 
+@pytest.mark.parametrize(("free", "is_short"), [(1000, True), (10**12, False), (None, False)], ids=str)
+def test_memory_that_may_not_suffice_is_said_before_training(recipe, tmp_path, monkeypatch, free, is_short):
+    monkeypatch.setattr(report, "free_bytes", lambda device: free)
+    console = Console(file=io.StringIO(), width=500)
+    train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run", console=console)
+    assert ("More memory is expected than is free" in console.file.getvalue()) is is_short
+
+
 def test_folder_in_which_another_process_begins_while_it_is_removed_stays(tmp_path, monkeypatch):
     path, unlink = tmp_path / "run", Path.unlink
 
@@ -906,12 +916,18 @@ def test_step_that_fails_for_another_reason_is_not_said_to_lack_memory(recipe, t
         train(recipe, tmp_path / "run")
 
 
-def test_run_where_tensorboard_is_not_installed_has_no_logs(recipe, tmp_path, monkeypatch):
+def test_run_where_tensorboard_is_not_installed_has_no_logs_and_may_ask_for_none(
+    recipe, tmp_path, monkeypatch
+):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
     )
-    result = train(dataclasses.replace(recipe, epochs=1, warmup_epochs=0), tmp_path / "run")
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0)
+    with pytest.raises(ValueError, match="tensorboard is on, but not installed; pip install tensorboard"):
+        train(dataclasses.replace(recipe, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = train(recipe, tmp_path / "run")
     assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
 
 

@@ -309,6 +309,7 @@ def test_backbone_arguments_are_typed_as_in_yaml():
         ("method", "partial-٣"),
         ("pretrained", "yes"),
         ("prompt_layers", "first"),
+        ("prompt_layers", [0.5, 1]),
         ("backbone_arg", ["img_size"]),
         ("precision", "int8"),
         ("precision", False),

@@ -190,13 +190,27 @@ def test_predict_writes_masks_of_the_image_size_and_overlays(run, command, scene
     answers = json.loads(result.stdout)
     assert [Path(answer["mask"]).name for answer in answers] == ["0000.png", "0001.png", "0002.png"]
     for answer in answers:
-        assert sum(answer["classes"].values()) == pytest.approx(1)
+        shares = list(answer["classes"].values())
+        assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
         with Image.open(answer["mask"]) as mask, Image.open(answer["overlay"]) as overlay:
             assert mask.size == (generated.WIDTH, generated.HEIGHT) and overlay.format == "PNG"
             names = {CLASSES[index] for index in np.unique(np.asarray(mask))}
             colors = np.reshape(mask.getpalette(), (-1, 3))
         assert np.array_equal(colors[: len(CLASSES)], class_colors(len(CLASSES)))
         assert names == set(answer["classes"])
+
+
+def test_predicted_labels_begin_at_1_if_label_0_means_no_class(run, scenes, tmp_path):
+    loaded, image = LoadedRun.load(run[1].path), scenes / "images" / "validation" / "0000.jpg"
+    found = []
+    for ignore_zero in (False, True):
+        labels = dataclasses.replace(loaded.labels, ignore_zero=ignore_zero)
+        changed = dataclasses.replace(loaded, labels=labels)
+        (answer,) = scene_inference.predict_scenes(changed, [image], tmp_path / str(ignore_zero))
+        with Image.open(answer["mask"]) as mask:
+            found.append((np.asarray(mask), np.asarray(mask.convert("RGB"))))
+    (from_0, colors), (from_1, same_colors) = found
+    assert np.array_equal(from_0 + 1, from_1) and np.array_equal(colors, same_colors)
 
 
 def test_predict_prints_a_folder_with_brackets_as_it_is(run, command, scenes, tmp_path):

@@ -59,6 +59,17 @@ def test_rule_of_a_method_and_its_class_agree_on_whether_the_backbone_is_stored(
     assert model.stores_backbone == parse_method(method).rule.stores_backbone
 
 
+@pytest.mark.parametrize(
+    ("weights", "published"),
+    [({"pretrained": True}, True), ({"checkpoint": "vit.npz"}, True), ({"pretrained": False}, False)],
+    ids=str,
+)
+def test_side_network_starts_from_published_weights_beside_a_backbone_that_does(weights, published):
+    recipe = Recipe(data="", backbone="train_test_vit", method="sidetune", **weights)
+    _, settings = model_settings(recipe.resolved(num_train_images=1, device_type="cpu"))
+    assert settings["side_pretrained"] is published
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_going_on_equals_an_uninterrupted_run_that_is_saved_whole(small, tmp_path, monkeypatch, method):
     recipe = small(method)

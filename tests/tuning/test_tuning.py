@@ -16,7 +16,7 @@ from ways_to_tune import logits
 
 from vpt_fast import LinearProbe, load_pretrained
 from vpt_fast.tuned_model import TunedModel
-from vpt_fast.tuning.adapter import AdapterTuning
+from vpt_fast.tuning.adapter import Adapter, AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning, PromptAndBiasTuning
 from vpt_fast.tuning.cls_token import ClsTokenTuning
 from vpt_fast.tuning.full import FullTuning
@@ -363,6 +363,12 @@ def test_adapters_start_as_the_identity_with_a_gradient() -> None:
     probe.head.load_state_dict(model.head.state_dict())
     assert relative_error(model(images), probe(images)) < 1e-12
     assert step(model, images, labels).gradients["adapters.0.up.weight"].norm() > 0
+
+
+def test_adapters_are_drawn_as_narrowly_as_the_linear_layers_of_a_vit() -> None:
+    torch.manual_seed(0)
+    down = Adapter(512, 4, torch.device("cpu"), torch.float32).down
+    assert down.weight.std().item() == pytest.approx(0.02, rel=0.02) and not down.bias.any()
 
 
 def test_side_network_starts_from_published_weights_where_they_can_be_had(monkeypatch) -> None:

@@ -147,7 +147,7 @@ def take_fraction(images: ImageList, fraction: float, seed: int) -> ImageList:
 
     With the same seed, a smaller fraction is a subset of a larger one.
     """
-    return images if fraction == 1 else _chosen(images, seed, lambda n: max(round(fraction * n), 1))
+    return _chosen(images, seed, lambda n: max(round(fraction * n), 1))
 
 
 def take_shots(images: ImageList, shots: int, seed: int) -> ImageList:

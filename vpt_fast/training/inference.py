@@ -116,7 +116,7 @@ class LoadedRun:
             # the CPU, so that a GPU's generator need not be seeded.
             torch.default_generator.manual_seed(labels.seed)
             model = load_pretrained(folder, backbone, **overrides)
-        if (size := tuple(labels.preprocessing.image_size)) != model.image_size:
+        if (size := labels.preprocessing.image_size) != model.image_size:
             raise RunError(
                 f"{folder} has images resized to {size} ({LABELS_FILE}) and a model for {model.image_size}: "
                 "its files are of several runs"

@@ -120,7 +120,7 @@ def _prompt_layers(value: Any) -> int | list[int]:
     if isinstance(parts, int) and not isinstance(parts, bool):
         return parts
     try:
-        indices = [int(part) for part in parts if str(part).strip()]
+        indices = [int(str(part)) for part in parts if str(part).strip()]  # int itself takes 0.5 for 0
     except (TypeError, ValueError):
         indices = []
     if not indices:
