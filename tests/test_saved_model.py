@@ -496,6 +496,16 @@ def test_model_whose_file_would_lack_the_prompts_is_not_saved(tmp_path: Path) ->
     assert torch.equal(again.prompts, model.prompts)
 
 
+def test_model_with_a_module_that_loading_would_not_build_is_not_saved(tmp_path: Path) -> None:
+    model = PromptedViT(tiny_vit(), 5, 4)
+    model.second_head = torch.nn.Linear(model.num_features, 3)
+    with pytest.raises(ValueError, match="second_head.bias, second_head.weight: of a module that was added"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    del model.second_head
+    model.save_pretrained(tmp_path / "new")
+
+
 def test_model_that_is_split_over_processes_is_not_saved(tmp_path: Path) -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -81,6 +81,7 @@ class _Built(type):
                     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             model.train()  # as any new module of PyTorch is; parts of the backbone have been set otherwise
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        model._built_names = set(model.state_dict())
         return model
 
 
@@ -113,6 +114,9 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     # The names of the parameters that required a gradient when the model was built, or are in its file.
     _stored_names: set[str]
+
+    # The names of all tensors that the constructor makes.
+    _built_names: set[str]
 
     # `ClassifierConfig.backbone_call` of the file that the model was loaded from with an instance.
     _recorded_call: str | None = None
@@ -400,8 +404,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Raises:
             ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
-                file would lack it, or is split over processes (fully_shard), or the head is none that
-                `from_pretrained` builds.
+                file would lack it, or is split over processes (fully_shard), or the head or another module is
+                none that `from_pretrained` builds.
         """
         self._require_storable_head()
         lacking = self._stored_names - self._stored().keys()
@@ -412,6 +416,12 @@ class TunedModel(nn.Module, metaclass=_Built):
                 "model.trainable_state_dict() yourself"
             )
         trained = self.trainable_state_dict()
+        if added := trained.keys() - self._built_names:
+            raise ValueError(
+                f"{', '.join(sorted(added))}: of a module that was added to the model, which from_pretrained "
+                "would not build; want it in a module around the model, or else to save "
+                "model.trainable_state_dict() yourself"
+            )
         for name, tensor in trained.items():
             if type(tensor) is not torch.Tensor:
                 raise ValueError(
