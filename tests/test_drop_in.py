@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel, replicate
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from vpt_fast.kernels.prompted_attention import by_images
@@ -231,6 +232,15 @@ def test_inside_activation_checkpointing(prompts: str) -> None:
     F.cross_entropy(checkpoint(model, images, use_reentrant=False), labels).backward()
     for name, gradient in expected.gradients.items():
         assert relative_error(model.get_parameter(name).grad, gradient) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["deep", "probe", "swin"])
+def test_selective_activation_checkpointing_is_refused_with_what_to_do_instead(name: str) -> None:
+    makes = {"deep": build, "probe": lambda: LinearProbe(tiny_vit(), 5).double()}
+    model = makes.get(name, lambda: PromptedSwin(tiny_swin(), 5, 4).double())()
+    selected = partial(create_selective_checkpoint_contexts, [torch.ops.aten.bmm.default])
+    with pytest.raises(NotImplementedError, match="want .* without context_fn, or memory='recompute'"):
+        checkpoint(model, random_batch(model)[0], use_reentrant=False, context_fn=selected)
 
 
 def test_kept_tensors_pass_saved_tensor_hooks() -> None:

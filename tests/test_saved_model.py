@@ -26,6 +26,7 @@ from vpt_fast import (
     load_pretrained,
 )
 from vpt_fast.classifier import TunedClassifier
+from vpt_fast.tuning.bias import BiasTuning
 from vpt_fast.tuning.full import FullTuning
 from vpt_fast.tuning.probes import MLPProbe
 
@@ -495,6 +496,16 @@ def test_model_whose_file_would_lack_the_prompts_is_not_saved(tmp_path: Path) ->
     assert torch.equal(again.prompts, model.prompts)
 
 
+def test_model_with_a_module_that_loading_would_not_build_is_not_saved(tmp_path: Path) -> None:
+    model = PromptedViT(tiny_vit(), 5, 4)
+    model.second_head = torch.nn.Linear(model.num_features, 3)
+    with pytest.raises(ValueError, match="second_head.bias, second_head.weight: of a module that was added"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    del model.second_head
+    model.save_pretrained(tmp_path / "new")
+
+
 def test_model_that_is_split_over_processes_is_not_saved(tmp_path: Path) -> None:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -505,6 +516,48 @@ def test_model_that_is_split_over_processes_is_not_saved(tmp_path: Path) -> None
     finally:
         torch.distributed.destroy_process_group()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_model_into_which_another_backbone_was_loaded_is_not_saved_and_gives_away_what_is_trained(
+    kind, backbone, device: str, tmp_path: Path
+) -> None:
+    vit = backbone(torch.float32)
+    model = kind(backbone(torch.float32, seed=1).to(device), 5, 4)
+    model.load_state_dict(kind(vit, 5, 4).state_dict(), assign=device == "meta")
+    with pytest.raises(ValueError, match="load_state_dict has replaced backbone.* right.load_trainable"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    right = kind(vit, 5, 4)
+    right.load_trainable_state_dict(model.trainable_state_dict())
+    right.save_pretrained(tmp_path / "new")
+    images, _ = random_batch(model, dtype=torch.float32)
+    assert torch.equal(kind.from_pretrained(tmp_path / "new", vit)(images), model(images))
+
+
+def test_model_with_the_backbone_of_a_model_with_other_weights_is_not_saved(tmp_path: Path) -> None:
+    prompted, probe = PromptedViT(tiny_vit(), 5, 4), LinearProbe(tiny_vit(seed=1), 5)
+    probe.backbone = prompted.backbone
+    with pytest.raises(ValueError, match="model.backbone is another model's"):
+        probe.save_pretrained(tmp_path)
+    probe = LinearProbe(tiny_vit(), 5)
+    probe.backbone = prompted.backbone
+    probe.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [PromptedViT, BiasTuning, FullTuning])
+def test_model_into_which_its_own_state_was_loaded_is_saved(kind, dtype: torch.dtype, tmp_path: Path) -> None:
+    settings = {"num_prompts": 4} if kind is PromptedViT else {}
+    model, trained = (kind(tiny_vit(torch.float32), 5, **settings) for _ in range(2))
+    with torch.no_grad():
+        for parameter in trained.trainable_state_dict().values():
+            parameter.mul_(2.0)
+        for parameter in trained.backbone.parameters():  # as much as folding on another machine
+            parameter.mul_(1 + 1e-6)
+    torch.nn.Sequential(model).load_state_dict(torch.nn.Sequential(trained.to(dtype)).state_dict())
+    model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind, backbone", [(PromptedViT, tiny_vit), (PromptedSwin, tiny_swin)])

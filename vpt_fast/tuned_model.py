@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -80,6 +81,7 @@ class _Built(type):
                     parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             model.train()  # as any new module of PyTorch is; parts of the backbone have been set otherwise
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        model._built_names = set(model.state_dict())
         return model
 
 
@@ -113,12 +115,16 @@ class TunedModel(nn.Module, metaclass=_Built):
     # The names of the parameters that required a gradient when the model was built, or are in its file.
     _stored_names: set[str]
 
+    # The names of all tensors that the constructor makes.
+    _built_names: set[str]
+
     # `ClassifierConfig.backbone_call` of the file that the model was loaded from with an instance.
     _recorded_call: str | None = None
 
     def __init__(self, backbone_config: BackboneConfig) -> None:
         super().__init__()
         self._backbone_config = backbone_config
+        self._replaced_names: set[str] = set()  # tensors for which `load_state_dict` had other values
 
     def __prepare_scriptable__(self) -> None:
         """torch.jit.script calls it first."""
@@ -359,6 +365,32 @@ class TunedModel(nn.Module, metaclass=_Built):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """`load_state_dict` calls it, of whatever holds the model too, before the modules within load theirs:
+        what is not stored will be missing in a file if it is not the backbone's own."""
+        for name, own in chain(self.named_parameters(), self.named_buffers()):
+            if not _is_close(own, state_dict.get(prefix + name, own)):
+                self._replaced_names.add(name)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _require_own_backbone(self) -> None:
+        """Raises ValueError if a saved model would be built again with another backbone than it has now."""
+        if self.stores_backbone:
+            return
+        replaced = sorted(self._replaced_names - self._stored().keys())
+        if replaced:
+            others = f" and {len(replaced) - 1} others" if len(replaced) > 1 else ""
+            how = f"load_state_dict has replaced {replaced[0]}{others}"
+        elif self.backbone.fingerprint != self._backbone_config.fingerprint:
+            how = "model.backbone is another model's"
+        else:
+            return
+        raise ValueError(
+            f"backbone: its weights are not those that the model was built with ({how}), and files have "
+            "only what is trained; want a model that is built with the right backbone, given these tensors: "
+            "right.load_trainable_state_dict(model.trainable_state_dict())"
+        )
+
     @property
     def unread_settings(self) -> tuple[str, ...]:
         """Fields of the backbone's `architecture` that do not matter to this model."""
@@ -372,8 +404,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
         Raises:
             ValueError: a trained tensor is no longer a parameter (after a parametrisation, say), so that the
-                file would lack it, or is split over processes (fully_shard), or the head is none that
-                `from_pretrained` builds.
+                file would lack it, or is split over processes (fully_shard), or the head or another module is
+                none that `from_pretrained` builds.
         """
         self._require_storable_head()
         lacking = self._stored_names - self._stored().keys()
@@ -384,6 +416,12 @@ class TunedModel(nn.Module, metaclass=_Built):
                 "model.trainable_state_dict() yourself"
             )
         trained = self.trainable_state_dict()
+        if added := trained.keys() - self._built_names:
+            raise ValueError(
+                f"{', '.join(sorted(added))}: of a module that was added to the model, which from_pretrained "
+                "would not build; want it in a module around the model, or else to save "
+                "model.trainable_state_dict() yourself"
+            )
         for name, tensor in trained.items():
             if type(tensor) is not torch.Tensor:
                 raise ValueError(
@@ -403,12 +441,14 @@ class TunedModel(nn.Module, metaclass=_Built):
         so.
 
         Raises:
-            ValueError: as `storable_state_dict`.
+            ValueError: as `storable_state_dict`, and if the backbone's weights have been replaced since the
+                model was built.
         """
         self._save(directory, self.config, str(directory))
 
     def _save(self, directory: str | os.PathLike[str], config: ClassifierConfig, called: str) -> None:
         """`save_pretrained` with this config. called: the saved model's name for whoever loads it."""
+        self._require_own_backbone()
         trained = self.storable_state_dict()
         if (call := config.backbone.call) is not None:
             warnings.warn(  # and no error, which would come after the training
@@ -542,6 +582,25 @@ class TunedModel(nn.Module, metaclass=_Built):
                 repo_id=repo_id, folder_path=folder, commit_message=f"{type(self).__name__} from vpt_fast"
             )
         return commit.commit_url  # before huggingface_hub 1.0, the text of a commit was another address
+
+
+# Relative to a tensor's norm: more than folding differs by between machines, less than any training changes.
+_SAME_WITHIN = 1e-4
+
+
+def _is_close(own: torch.Tensor, given: Any) -> bool:
+    """Whether two tensors have the same values but for rounding to one of their dtypes; True where they
+    cannot be compared: another shape, which `load_state_dict` refuses, or subclasses (DTensor)."""
+    if not isinstance(given, torch.Tensor) or own is given or own.shape != given.shape:
+        return True
+    if not {type(own), type(given)} <= {torch.Tensor, nn.Parameter} or not own.is_floating_point():
+        return True
+    if own.is_meta or given.is_meta:
+        return given.is_meta
+    rounding = max(torch.finfo(own.dtype).eps, torch.finfo(given.dtype).eps)
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own, given = own.detach().to(wide), given.detach().to(own.device, wide)
+    return torch.equal(own, given) or bool((own - given).norm() <= max(rounding, _SAME_WITHIN) * own.norm())
 
 
 # A segmenter has its backbone in the encoder. Blocks are beside the rest of timm's model.

@@ -14,6 +14,7 @@ from test_convnet import convnet
 from tiny import random_batch, randomise
 from torch import nn
 from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, update_bn
 from ways_to_tune import adapter, low_rank
 
 from vpt_fast import LinearProbe, load_pretrained
@@ -167,6 +168,18 @@ def test_batch_norm_keeps_its_statistics_in_training(method: str) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert torch.equal(model.train()(images), model.eval()(images))
     assert before and all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("method", ["full", "bias", "partial", "lora"])
+def test_update_bn_of_pytorch_forms_the_statistics_that_move_and_leaves_the_others(method: str) -> None:
+    _, model = make(method, "resnet10t")
+    averaged = AveragedModel(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    update_bn([random_batch(model)[0]], averaged)
+    moved = {
+        name for name, buffer in before.items() if not torch.equal(averaged.module.get_buffer(name), buffer)
+    }
+    assert moved == {name for name in before if name in model.trainable_state_dict()}
 
 
 def test_stochastic_depth_of_timms_acts_in_training() -> None:

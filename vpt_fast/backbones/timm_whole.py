@@ -82,6 +82,11 @@ class CopiedNetwork(nn.Module):
         return images.to(dtype_of(self.stem, default=images.dtype))
 
 
+def _keep_running_stats() -> None:
+    """A BatchNorm's `reset_running_stats` where the statistics stay: `torch.optim.swa_utils.update_bn` would
+    begin them anew, and no batch would form them."""
+
+
 class WholeBackbone(CopiedNetwork):
     """A copy of a timm Swin or ConvNet without its classifier, in timm's own modules and at least float32.
 
@@ -101,6 +106,8 @@ class WholeBackbone(CopiedNetwork):
         first = self.stem.get_submodule(self.first_name)
         self.stem.to(torch.promote_types(first.weight.dtype, torch.float32))
         self.moving_norms: frozenset[str] = frozenset()
+        for _, norm in self._batch_norms():
+            norm.reset_running_stats = _keep_running_stats  # type: ignore[assignment]
         self.requires_grad_(False)
         self.eval()
 
@@ -118,6 +125,8 @@ class WholeBackbone(CopiedNetwork):
         self.moving_norms = frozenset(
             name for name, norm in self._batch_norms() if all(p.requires_grad for p in norm.parameters())
         )
+        for name in self.moving_norms:
+            vars(self.get_submodule(name)).pop("reset_running_stats", None)
 
     def _batch_norms(self) -> list[tuple[str, nn.Module]]:
         return [

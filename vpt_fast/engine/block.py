@@ -17,6 +17,7 @@ from vpt_fast.engine.contexts import (
     require_first_order,
     require_no_forward_ad,
     require_no_linearize,
+    require_no_selective_checkpointing,
     require_no_vmap,
     require_plain_autograd,
     require_single_gradient,
@@ -122,6 +123,7 @@ class FrozenBlock(nn.Module):
                 made the stream one that `require_stream` refuses.
         """
         require_stream(stream)
+        require_no_selective_checkpointing()
         weights = self._weights()
         base, update = stream
         grad_tokens = stream.differentiable.requires_grad and torch.is_grad_enabled()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.fx.experimental import proxy_tensor
+from torch.utils import _python_dispatch
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -46,6 +47,8 @@ def compute_dtype(device_type: str, weight_dtype: torch.dtype) -> torch.dtype:
 # There is no public API for these; a PyTorch without them raises its own errors, which name no way out.
 _is_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 _transforms = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)
+_num_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_dispatch_modes = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", list)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
@@ -72,6 +75,18 @@ def require_plain_autograd() -> None:
         raise NotImplementedError(
             "backbone: forward-mode differentiation does not pass frozen blocks while gradients are "
             "recorded; want it under torch.no_grad(), with backend='torch'"
+        )
+
+
+def require_no_selective_checkpointing() -> None:
+    """Raises NotImplementedError within selective activation checkpointing, which keeps results of operations
+    that the blocks change in place: backward would silently compute on the changed ones."""
+    if torch.compiler.is_compiling() or _num_dispatch_modes() == 0:
+        return
+    if any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _dispatch_modes()):
+        raise NotImplementedError(
+            "backbone: selective activation checkpointing (create_selective_checkpoint_contexts) is not "
+            "there for frozen blocks; want torch.utils.checkpoint without context_fn, or memory='recompute'"
         )
 
 
