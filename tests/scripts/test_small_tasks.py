@@ -225,5 +225,12 @@ def test_results_of_one_method_leave_those_of_the_others(tmp_path: Path) -> None
 def test_a_method_without_results_on_some_task_is_not_in_the_table() -> None:
     committed = json.loads((ROOT / "docs/small-tasks/results.json").read_text())
     del committed["tasks"]["digits"]["full"]
-    assert study.common_methods(committed) == ["linear", "bias", "adapter", "vpt-shallow", "vpt-deep", "vpt-deep from tokens"]
+    assert study.common_methods(committed) == [
+        "linear",
+        "bias",
+        "adapter",
+        "vpt-shallow",
+        "vpt-deep",
+        "vpt-deep from tokens",
+    ]
     assert "| full |" not in study.table(committed)
