@@ -103,7 +103,9 @@ def test_prompts_start_from_tokens_of_training_images_once(recipe, tmp_path, mon
         return step(self, inputs, targets)
 
     monkeypatch.setattr(PromptedViT, "init_prompts_from", init_prompts_from)
-    whole = train(recipe, tmp_path / "whole")
+    said = io.StringIO()
+    whole = train(recipe, tmp_path / "whole", console=Console(file=said))
+    assert "Prompts start from tokens of 27 training images." in said.getvalue()
     with monkeypatch.context() as patch:
         patch.setattr(loop.TrainStep, "__call__", train_step)
         interrupt_at_step(patch, 5)  # the first step of the second epoch: the first has a rate of 0

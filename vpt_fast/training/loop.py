@@ -177,7 +177,7 @@ def train(
         rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
         done = len(rows)
         if recipe.prompt_init == "tokens" and done == 0:
-            init_prompts(problem, model, train_images, preprocessing, recipe, world.device)
+            init_prompts(problem, model, train_images, preprocessing, recipe, world.device, console)
 
         # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
         lists = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -348,6 +348,7 @@ def init_prompts(
     preprocessing: Any,
     recipe: Recipe,
     device: torch.device,
+    console: Console,
 ) -> None:
     """Starts the prompts from tokens of training images, the same ones in every process: of those that a
     single process trains on first, FORWARD_BATCH at most. images: the result of the problem's `check`."""
@@ -356,6 +357,7 @@ def init_prompts(
         few["resident"] = "off"  # they are read once
     batches = problem.batches(images, preprocessing, replace(recipe, **few), World(0, 1, device), train=True)
     inputs, _ = next(iter(batches.epoch(0)))  # (b, 3, H, W)
+    console.print(f"Prompts start from tokens of {counted(len(inputs), 'training image')}.")
     prompted: Any = model.encoder if isinstance(model, PromptedSegmenter) else model
     with autocast(recipe.precision, device):
         prompted.init_prompts_from(inputs, torch.Generator().manual_seed(recipe.seed))
