@@ -3,9 +3,10 @@
     python scripts/small_tasks.py tasks --photographs cifar10-train-jpg.tar.gz
     python scripts/small_tasks_study.py tasks runs/small-tasks            # takes hours; repeat to resume
 
-Six methods are tuned on every task. Several processes may share the work, each with its own tasks
-(`--tasks digits,shape_position`). When they are done, `--docs docs` adds the results to
-docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into docs/small-tasks.md.
+Six methods are tuned on every task, VPT-Deep from two starts of its prompts. Several processes may share the
+work, each with its own tasks (`--tasks digits,shape_position`). When they are done, `--docs docs` adds the
+results to docs/small-tasks/results.json, draws comparison.png beside it, and puts the table into
+docs/small-tasks.md.
 """
 
 from __future__ import annotations
