@@ -180,9 +180,9 @@ class TunedClassifier(TunedModel):
         return None
 
     def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, C, H, W) to the input of the trained part (B, *feature_shape), at least
-        float32. It is the same in every epoch, so it may be computed once and cached. It requires a gradient
-        if the images do, or if a user has unfrozen parameters before it."""
+        """Normalised images (B, C, H, W) to the input of the trained part (B, *feature_shape), not rounded.
+        It is the same in every epoch, so it may be computed once and cached. It requires a gradient if the
+        images do, or if a user has unfrozen parameters before it."""
         raise NotImplementedError(f"{type(self).__name__} has no frozen features")
 
     @property

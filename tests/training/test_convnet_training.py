@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from vpt_fast import load_pretrained
+from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.training import loop
 from vpt_fast.training.loop import train
 from vpt_fast.training.methods import build_model
 from vpt_fast.training.recipe import Recipe
@@ -71,6 +73,34 @@ def test_statistics_of_frozen_batch_norms_are_not_averaged(color_images, method,
     recipe = dataclasses.replace(convnet_recipe(color_images), method=method)
     model = build_model(recipe.resolved(num_train_images=27, device_type="cpu"), 3)
     assert len(moving_norms(model.train())) == moving
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_frozen_layers_run_once_for_each_image_without_augmentation(augment, color_images, tmp_path):
+    recipe = convnet_recipe(color_images, batch_size=9, augment=augment)
+    seen = []
+    original = WholeBackbone.cast
+
+    def cast(self, images):
+        if images.device.type != "meta":
+            seen.append(len(images))
+        return original(self, images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WholeBackbone, "cast", cast)
+        train(dataclasses.replace(recipe, method="partial-1", epochs=2), tmp_path / "run")
+    assert sum(seen) == (27 + 9) * (1 if augment == "none" else 2)
+
+
+def test_features_of_frozen_layers_computed_once_give_what_training_through_the_network_does(
+    color_images, tmp_path, monkeypatch
+):
+    recipe = dataclasses.replace(convnet_recipe(color_images, batch_size=9), method="partial-2", epochs=2)
+    train(recipe, tmp_path / "once")
+    monkeypatch.setattr(loop, "caches_features", lambda *arguments: False)
+    train(recipe, tmp_path / "through")
+    stored = [RunFolder(tmp_path / name).read().checkpoint.trainable for name in ("once", "through")]
+    torch.testing.assert_close(*stored, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 13}, {"batch_size": 10, "accumulate": 4}])

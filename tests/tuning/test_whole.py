@@ -481,6 +481,48 @@ def test_frozen_blocks_keep_nothing_and_drop_nothing_in_training() -> None:
     assert gradients == [False]
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    "name", [*BACKBONES, "efficientnet_b0", "mobilenetv3_small_050", "inception_next_atto", "starnet_s050"]
+)
+def test_frozen_features_and_the_trained_part_make_up_a_network(name: str, k: int) -> None:
+    backbone = make("partial", name)[0] if name in BACKBONES else convnet(name, 64)
+    model = PartialNetworkTuning(backbone, CLASSES, k).double().train()
+    whole = copy.deepcopy(model)
+    images, labels = random_batch(model)
+    features = model.frozen_features(images)
+    assert features.shape == (2, *model.feature_shape) and not features.requires_grad
+    for way, read in ((model.classify, features), (whole, images)):
+        torch.manual_seed(0)  # a Swin of timm's drops whole branches in training
+        nn.functional.cross_entropy(way(read), labels).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), whole.buffers(), strict=True))
+    for own, other in zip(model.parameters(), whole.parameters(), strict=True):
+        assert (own.grad is None) is not own.requires_grad
+        torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "k"), [("densenet121", 1), ("hrnet_w18_small", 1), ("selecsls42", 2)])
+def test_layers_that_read_several_tensors_of_the_frozen_ones_have_no_frozen_features(
+    name: str, k: int
+) -> None:
+    model = PartialNetworkTuning(name, CLASSES, k)
+    assert model.feature_shape is None
+    with pytest.raises(NotImplementedError, match=f"num_tuned_blocks: got {k}.*more than one tensor"):
+        model.frozen_features(torch.zeros(2, 3, *model.image_size))
+
+
+class ScaledByMode(type(timm.create_model("resnet10t", num_classes=0))):
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward_features(x) * (2 if self.training else 1)
+
+
+def test_network_with_code_of_its_own_is_not_cut_in_two() -> None:
+    """Tracing would keep one way of a decision in that code for ever."""
+    backbone = timm.create_model("resnet10t", num_classes=0, **BACKBONES["resnet10t"])
+    backbone.__class__ = ScaledByMode
+    assert PartialNetworkTuning(backbone, CLASSES, 1).feature_shape is None
+
+
 @pytest.mark.parametrize(
     ("name", "k", "message"),
     [

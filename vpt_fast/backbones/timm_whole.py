@@ -175,4 +175,8 @@ class WholeBackbone(CopiedNetwork):
         """
         if isinstance(self.stem, SwinTransformer):
             require_images(images, "timm's own blocks of a SwinTransformer")
-        return self.stem.forward_head(self.stem.forward_features(self.cast(images)), pre_logits=True)
+        return self.pooled(self.stem.forward_features(self.cast(images)))
+
+    def pooled(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """The last feature map to features (B, d)."""
+        return self.stem.forward_head(feature_map, pre_logits=True)

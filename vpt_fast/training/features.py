@@ -61,7 +61,7 @@ def features_key(
 
 
 def feature_bytes(model: TunedClassifier, num_images: int) -> int:
-    """Bytes of the frozen features of `num_images` images, in float32."""
+    """Bytes of the frozen features of `num_images` images, in float32; under autocast some are narrower."""
     return 4 * math.prod(model.feature_shape) * num_images
 
 
@@ -100,8 +100,8 @@ def feature_batches(
 
 @dataclass(frozen=True)
 class FeatureBatches:
-    """`batches`, with frozen features (n, d) or (n, N, d) of all images in place of the images, and labels
-    (n,)."""
+    """`batches`, with frozen features (n, d), (n, N, d) or (n, C, H, W) of all images in place of the images,
+    and labels (n,)."""
 
     batches: Batches
     features: torch.Tensor
@@ -124,7 +124,7 @@ def compute_features(
     world: World,
     advance: Callable[[int], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frozen features of all images in order, (n, d), or (n, N, d) for tokens; and labels (n,)."""
+    """Frozen features of all images in order, and labels (n,); shapes as in `FeatureBatches`."""
     in_order = Batches(
         images,
         preprocessing,

@@ -3,12 +3,14 @@ Swin or ConvNet."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
+from vpt_fast.backbones.split import Split, split_network
 from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
@@ -97,9 +99,10 @@ class PartialNetworkTuning(TimmClassifier):
     """Trains the last k blocks of a Swin or ConvNet, the layers after them, and the head: partial-k in Tables
     4 and 5 of the VPT paper.
 
-    The layers before them run without autograd and without dropout, in every epoch: their outputs are not
-    cached. In training the BatchNorms of what is trained normalise by the batch and update their statistics,
-    which are saved too; those of the layers before keep theirs.
+    The layers before them run without autograd and without dropout. If what is trained reads one tensor of
+    theirs (`split.split_network`), that tensor can be cached across epochs. In training the BatchNorms of
+    what is trained normalise by the batch and update their statistics, which are saved too; those of the
+    layers before keep theirs.
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm SwinTransformer or ConvNet, which is not
@@ -137,6 +140,38 @@ class PartialNetworkTuning(TimmClassifier):
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.train(False)
         return self
+
+    @cached_property
+    def _split(self) -> Split | None:
+        network: Any = self.backbone
+        image = torch.empty(1, network.in_chans, *self.image_size, device="meta")
+        return split_network(network.stem, network.cast(image))
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        return None if self._split is None else self._split.shape
+
+    def frozen_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images (B, C, H, W) to the input of the first trained layer (B, *`feature_shape`), in
+        the dtype in which the network computes it."""
+        self._check_images(images)
+        network: Any = self.backbone
+        return self._require_split().run_frozen(network.stem, network.cast(images))
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Input of the first trained layer (B, *`feature_shape`) to logits (B, num_classes)."""
+        network: Any = self.backbone
+        feature_map = self._require_split().run_trained(network.stem, features)
+        return self.head(network.pooled(feature_map).to(self._feature_dtype))
+
+    def _require_split(self) -> Split:
+        if self._split is None:
+            raise NotImplementedError(
+                f"num_tuned_blocks: got {self.num_tuned_blocks}, and of this "
+                f"{type(self.backbone.stem).__name__} these blocks read more than one tensor of the layers "
+                "before them, so there are no frozen features"
+            )
+        return self._split
 
     def _stored(self) -> dict[str, torch.Tensor]:
         network: Any = self.backbone
