@@ -91,7 +91,7 @@ def _no_vit(reason: str) -> dict[str, str]:
     }
 
 
-# Plain implementations read a VisionTransformer; of timm's Eva there are none.
+# Plain implementations read a VisionTransformer; of timm's Eva and Beit there are none.
 PLAIN_VIT = Kind(
     VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"), "VisionTransformer"
 )

@@ -53,6 +53,7 @@ _CONVNEXT = dict(img_size=64, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16])
 KINDS = (
     BackboneKind("ViT", "VisionTransformer", "vit_tiny_patch16_224", _VIT),
     BackboneKind("DINOv3, EVA", "Eva", "vit_small_patch16_dinov3", _VIT),
+    BackboneKind("BEiT", "Beit", "beit_base_patch16_224", _VIT),
     BackboneKind("Swin", "SwinTransformer", "swin_tiny_patch4_window7_224", _SWIN),
     BackboneKind("ConvNeXt", "ConvNet", "convnext_atto", _CONVNEXT, dict(prompt_location="pad")),
     BackboneKind("ConvNet", "ConvNet", "resnet10t", _RESNET, dict(prompt_location="pad")),
@@ -167,6 +168,7 @@ Which tuning methods, and which settings of prompts, work on which kind of backb
 
 - ViT is timm's `VisionTransformer` ([prompts.md](prompts.md)).
 - DINOv3 and EVA are timm's `Eva`, with rotary positions ([backbones.md](backbones.md)).
+- BEiT is timm's `Beit`, with a relative position bias ([backbones.md](backbones.md)).
 - Swin is `SwinTransformer` ([swin.md](swin.md)).
 - ConvNeXt also stands for MetaNeXt (InceptionNeXt), and ConvNet for the other families
   ([convnets.md](convnets.md)); a ResNet is built for it. RepVGG and MobileOne, in which several convolutions

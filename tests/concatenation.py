@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -35,7 +36,7 @@ def prompted_blocks(depth: int, prompt_type: str, prompt_layers: int | Sequence[
 
 
 class ConcatenatedViT(nn.Module):
-    """A frozen timm VisionTransformer or Eva with prompts, by concatenation.
+    """A frozen timm VisionTransformer, Eva or Beit with prompts, by concatenation.
 
     The settings are those of vpt_fast.PromptedViT. The trainable tensors start at zero: take them from
     another model with `load_trainables`.
@@ -43,7 +44,7 @@ class ConcatenatedViT(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer | Eva,
+        vit: VisionTransformer | Eva | Beit,
         num_classes: int,
         num_prompts: int | None = None,
         prompt_type: str = "deep",
@@ -66,8 +67,9 @@ class ConcatenatedViT(nn.Module):
         embed = vit.patch_embed
         (height, image_width), (patch_h, patch_w), m = embed.img_size, embed.patch_size, num_prompts or 0
         attention = vit.blocks[0].attn
-        self.heads = (attention.num_heads, attention.head_dim)
-        width = 2 * attention.num_heads * attention.head_dim if self.is_key_value else vit.embed_dim
+        self.heads = (attention.num_heads, attention.proj.in_features // attention.num_heads)
+        width = 2 * attention.proj.in_features if self.is_key_value else vit.embed_dim
+        self.biases = [take_bias(block.attn) for block in self.vit.blocks if isinstance(vit, Beit)]
         sets, dim = 1 if prompt_shared else len(self.layers), prompt_project or width
         shapes: dict[str, tuple[int, ...]] = {
             "prepend": (sets, m, dim),
@@ -135,6 +137,8 @@ class ConcatenatedViT(nn.Module):
                     # timm turns what stands behind the prefix tokens; prompts have no position either
                     block.attn.num_prefix_tokens = self.vit.num_prefix_tokens + held
                     x = block(x, rope=ropes[i])
+                elif isinstance(self.vit, Beit):
+                    x = block(x, shared_rel_pos_bias=self.bias_of(x, i, held))
                 else:
                     x = block(x)
         x = self.vit.fc_norm(self.pool(self.vit.norm(x), held))  # (B, d)
@@ -157,11 +161,14 @@ class ConcatenatedViT(nn.Module):
             channels = torch.cat([images, self.prompts.expand(len(images), -1, -1, -1).to(images)], dim=1)
             patches = proj(channels).flatten(2).transpose(1, 2)  # (B, patches, d)
             x = self.vit.patch_embed.norm(patches)
-            if self.vit.dynamic_img_size:
+            if getattr(self.vit, "dynamic_img_size", False):
                 x = x.unflatten(1, self.vit.patch_embed.grid_size)
         else:
             x = self.vit.patch_embed(images)
         depth = len(self.vit.blocks)
+        if isinstance(self.vit, Beit):
+            x = torch.cat([self.vit.cls_token.expand(len(x), -1, -1), x], dim=1)
+            return (x if self.vit.pos_embed is None else x + self.vit.pos_embed), [None] * depth
         if isinstance(self.vit, Eva):
             x, rope = self.vit._pos_embed(x)
             return self.vit.norm_pre(x), rope if self.vit.rope_mixed else [rope] * depth
@@ -173,7 +180,7 @@ class ConcatenatedViT(nn.Module):
         if self.location == "prepend-pixel":
             embed = self.vit.patch_embed
             strip = embed.proj(self.prompts.to(x.dtype)).flatten(2).transpose(1, 2)  # (1, m, d), no position
-            prompts = self.vit.norm_pre(embed.norm(strip))
+            prompts = getattr(self.vit, "norm_pre", nn.Identity())(embed.norm(strip))
         else:
             prompts = self.set_of(x, block)
         if self.location in ("add", "add-1"):
@@ -199,6 +206,20 @@ class ConcatenatedViT(nn.Module):
         keys, values = prompts.unflatten(-1, (2, *self.heads)).transpose(1, 3).unbind(2)
         return keys, values
 
+    def bias_of(self, x: Tensor, block: int, held: int) -> Tensor | None:
+        """The block's bias for the sequence x with prompts, which have no position: zero for them."""
+        bias = self.biases[block]
+        if bias is None:
+            return None
+        bias = bias.to(x)
+        prefix = self.vit.num_prefix_tokens
+        for dim in (1, 2):
+            before, behind = bias.split((prefix, bias.shape[dim] - prefix), dim)
+            shape = list(bias.shape)
+            shape[dim] = held
+            bias = torch.cat([before, bias.new_zeros(shape), behind], dim)
+        return bias
+
     def without_prompts(self, x: Tensor, held: int) -> Tensor:
         prefix = self.vit.num_prefix_tokens
         return torch.cat([x[:, :prefix], x[:, prefix + held :]], dim=1)
@@ -207,6 +228,9 @@ class ConcatenatedViT(nn.Module):
         prefix = self.vit.num_prefix_tokens
         if self.is_distilled:  # for timm's two heads, side by side in one, whose logits are averaged
             return torch.cat([x[:, 0], x[:, 1]], dim=1) / 2
+        if self.pool_type is None and isinstance(self.vit, Beit):
+            x = self.without_prompts(x, held)
+            return x[:, prefix:].mean(dim=1) if self.vit.global_pool == "avg" else x[:, 0]
         if self.pool_type is None:
             return self.vit.pool(self.without_prompts(x, held))
         if self.pool_type == "cls":
@@ -220,13 +244,26 @@ class ConcatenatedViT(nn.Module):
         raise ValueError(f"pool: {self.pool_type!r}")
 
 
+def take_bias(attention: nn.Module) -> Tensor | None:
+    """The relative position bias (H, N, N) of a Beit's attention, which then adds none of its own."""
+    if attention.relative_position_bias_table is None:
+        return None
+    bias = attention._get_rel_pos_bias().squeeze(0)
+    attention.relative_position_bias_table = None
+    return bias
+
+
 @contextmanager
 def attending_to(keys: Tensor, values: Tensor) -> Iterator[None]:
     """Inside, timm's attention runs once, with these keys and values (B, H, m, D) before the tokens' own."""
     plain = F.scaled_dot_product_attention
 
-    def extended(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
-        return plain(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), **options)
+    def extended(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: float
+    ) -> Tensor:
+        mask = None if attn_mask is None else F.pad(attn_mask, (keys.shape[2], 0))
+        k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        return plain(q, k, v, attn_mask=mask, **options)
 
     with mock.patch.object(F, "scaled_dot_product_attention", side_effect=extended) as attention:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -48,7 +49,7 @@ def test_maps_are_those_of_concatenation(setting: dict, backbone) -> None:
         assert ours.shape == theirs.shape and relative_error(ours, theirs) < 1e-12
 
 
-@pytest.mark.parametrize("backbone", ["ragged", "rotary"])
+@pytest.mark.parametrize("backbone", ["ragged", "rotary", "biased"])
 def test_maps_are_those_of_concatenated_keys(backbone: str) -> None:
     vit = BACKBONES[backbone]()
     setting = dict(num_prompts=3, prompt_location="key-value", prompt_layers=[0, 2])
@@ -59,8 +60,9 @@ def test_maps_are_those_of_concatenated_keys(backbone: str) -> None:
     maps: list[Tensor] = []
     attention = F.scaled_dot_product_attention
 
-    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
-        found = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # over prompts, if there are any, then tokens
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        bias = 0 if options.get("attn_mask") is None else options["attn_mask"]
+        found = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)  # over prompts, if any, then tokens
         maps.append(found.roll(found.shape[-2], dims=-1))
         return attention(q, k, v, **options)
 

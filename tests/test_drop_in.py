@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.distributed as dist
 import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
-from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -292,6 +292,7 @@ def test_deepcopy_is_equal_and_independent() -> None:
 AVERAGED = {
     "vit": lambda: PromptedViT(tiny_vit(torch.float32), NUM_CLASSES, 3),
     "rotary": lambda: PromptedViT(tiny_eva(torch.float32), NUM_CLASSES, 3),
+    "biased": lambda: PromptedViT(tiny_beit(torch.float32), NUM_CLASSES, 3),
     "swin": lambda: PromptedSwin(tiny_swin(torch.float32, window_size=3), NUM_CLASSES, 3),
 }
 
@@ -444,6 +445,7 @@ EXPORTED = {
     "shallow": lambda: PromptedViT(tiny_vit(torch.float32, depth=2), NUM_CLASSES, 3, prompt_type="shallow"),
     "normalised queries": lambda: PromptedViT(tiny_vit(torch.float32, depth=1, qk_norm=True), NUM_CLASSES, 3),
     "rotary": lambda: PromptedViT(tiny_eva(torch.float32, depth=1), NUM_CLASSES, 3),
+    "biased": lambda: PromptedViT(tiny_beit(torch.float32, depth=2), NUM_CLASSES, 3, "shallow"),
     "swin": lambda: PromptedSwin(tiny_swin(torch.float32, depths=(2, 1)), NUM_CLASSES, 3),
     "memory by what is free": lambda: PromptedViT(
         tiny_vit(torch.float32, depth=1), NUM_CLASSES, 3, memory="auto"
@@ -729,6 +731,7 @@ LAYER_DECAY = {
     "vit": lambda: tiny_vit(torch.float32, class_token=False, global_pool="avg"),
     "rotary": lambda: tiny_eva(torch.float32),
     "trained_rotary": lambda: tiny_eva(torch.float32, rope_type="mixed"),
+    "biased": lambda: tiny_beit(torch.float32),
     "swin": lambda: tiny_swin(torch.float32),
     "convnet": lambda: timm.create_model("convnext_atto", depths=[1] * 4, dims=[8, 8, 16, 32]),
 }

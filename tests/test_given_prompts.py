@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
 from concatenation import ConcatenatedViT, image_by_image, relative_error
-from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -67,6 +67,9 @@ SWIN: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = {"eva": tiny_eva, "beit": tiny_beit}
+
+
 def pair(name: str, **others: Any) -> tuple[PromptedViT | PromptedSwin, nn.Module]:
     """A model in float64 and its definition, with the same random head (and projection)."""
     model: PromptedViT | PromptedSwin
@@ -76,14 +79,14 @@ def pair(name: str, **others: Any) -> tuple[PromptedViT | PromptedSwin, nn.Modul
         model = PromptedSwin(swin, CLASSES, **SWIN[name], **others).double()
         plain = ConcatenatedSwin(swin, CLASSES, **SWIN[name]).double()
     else:
-        vit = tiny_eva() if name == "eva" else tiny_vit()
-        settings = VIT["deep" if name == "eva" else name]
+        vit = OTHERS.get(name, tiny_vit)()
+        settings = VIT["deep" if name in OTHERS else name]
         model = PromptedViT(vit, CLASSES, **settings, **others).double()
         plain = ConcatenatedViT(vit, CLASSES, **settings).double()
     return model, plain.load_trainables(model.trainable_state_dict())
 
 
-@pytest.mark.parametrize("name", [*VIT, "eva", *SWIN])
+@pytest.mark.parametrize("name", [*VIT, *OTHERS, *SWIN])
 def test_each_image_s_own_equal_concatenation_image_by_image(name: str) -> None:
     model, plain = pair(name)
     images, _ = random_batch(model, BATCH)
@@ -184,7 +187,7 @@ def test_a_tensor_for_each_set_that_is_added_gives_what_one_for_all_gives(name: 
         model(images, prompts=[prompts[0][:1].expand(2, -1)] * len(prompts))
 
 
-@pytest.mark.parametrize("name", [*VIT, "eva", *SWIN])
+@pytest.mark.parametrize("name", [*VIT, *OTHERS, *SWIN])
 def test_the_model_s_own_when_passed_give_what_they_give_as_its_own(name: str) -> None:
     model, _ = pair(name)
     images, _ = random_batch(model, BATCH)

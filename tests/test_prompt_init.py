@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
-from tiny import tiny_eva, tiny_swin, tiny_vit
+from tiny import tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 
 from vpt_fast import PromptedSegmenter, PromptedSwin, PromptedViT
@@ -57,7 +57,7 @@ def seeded() -> torch.Generator:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", [tiny_vit, tiny_eva])
+@pytest.mark.parametrize("make", [tiny_vit, tiny_eva, tiny_beit])
 def test_prompts_start_as_tokens_that_enter_their_block(images, make, settings, blocks):
     backbone = make(torch.float32)
     model = PromptedViT(backbone, 2, M, **settings)

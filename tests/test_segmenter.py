@@ -12,7 +12,7 @@ import torch
 from concatenation import ConcatenatedViT, relative_error
 from definitions import gradient
 from kept_bytes import KeptBytes
-from tiny import random_batch, tiny_eva, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +38,7 @@ BACKBONES = {
     "ragged": lambda: tiny_vit(img_size=(24, 40), reg_tokens=2, init_values=0.1, qk_norm=True),
     "no_prefix": lambda: tiny_vit(class_token=False, global_pool="avg"),
     "rotary": lambda: tiny_eva(),
+    "biased": lambda: tiny_beit(),
 }
 
 

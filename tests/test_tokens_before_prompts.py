@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_batch, tiny_eva, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_vit
 from torch import Tensor
 
 from vpt_fast import PromptedViT
@@ -30,7 +30,7 @@ def gradients(logits: Tensor, model: PromptedViT) -> list[Tensor]:
     return list(torch.autograd.grad(logits.square().sum(), (model.prompts, model.head.weight)))
 
 
-@pytest.mark.parametrize("build", [tiny_vit, tiny_eva])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_eva, tiny_beit])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_trained_part_gives_of_them_what_the_model_gives_of_the_images(name: str, build) -> None:
     model = PromptedViT(build().float(), 5, **SETTINGS[name])

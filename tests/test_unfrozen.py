@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from concatenation import relative_error
-from tiny import random_batch, randomise, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, randomise, tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 
 from vpt_fast import LinearProbe, PromptedConvNet, PromptedSwin, PromptedViT
@@ -53,7 +53,7 @@ def unfrozen_stem(model: TunedModel) -> dict[str, nn.Parameter]:
 
 
 @pytest.mark.parametrize("kind", [LinearProbe, MLPProbe])
-@pytest.mark.parametrize("build", [tiny_vit, rich_vit, dinov3, tiny_swin])
+@pytest.mark.parametrize("build", [tiny_vit, rich_vit, dinov3, tiny_beit, tiny_swin])
 def test_gradients_outside_of_the_blocks_are_those_of_timms_own_network(kind: Any, build: Callable) -> None:
     backbone = build()
     model = kind(backbone, CLASSES).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -62,6 +63,12 @@ def tiny_eva(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments) -> 
     eva = Eva(**(_VIT | {"use_rot_pos_emb": True} | arguments), dtype=dtype)
     randomise(eva, seed)
     return eva.eval()
+
+
+def tiny_beit(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments: Any) -> Beit:
+    """A timm Beit of width 32 with 3 blocks for 32x32 images, every weight random."""
+    defaults = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    return randomise(Beit(**(_VIT | defaults | arguments)), seed).to(dtype).eval()
 
 
 def tiny_swin(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments: Any) -> SwinTransformer:

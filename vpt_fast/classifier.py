@@ -15,10 +15,10 @@ from torch import nn
 from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import CONVNET, Origin
 from vpt_fast.backbones.timm_convnet import FrozenConvNet
-from vpt_fast.backbones.timm_eva import TimmViT, frozen_vit
 from vpt_fast.backbones.timm_swin import FrozenSwin
 from vpt_fast.backbones.timm_vit import POOLS, FrozenViT
 from vpt_fast.backbones.timm_whole import WholeBackbone, pooling_of
+from vpt_fast.backbones.vit import TimmViT, frozen_vit
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range

@@ -14,8 +14,8 @@ from torch import nn
 from vpt_fast.backbones.layers import require_no_hooks, require_plain
 from vpt_fast.backbones.patches import PatchProjection
 from vpt_fast.backbones.resolve import resolve_backbone
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.classifier import PromptedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock
@@ -54,9 +54,9 @@ class PromptedViT(PromptedClassifier):
     without the unnecessary work of concatenation (see `engine`).
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, whose weights
-            are used as they are and which is not changed. With ``pad``, the image size of a named backbone
-            excludes the border; an instance must have been built for the size that includes it.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva or Beit, whose
+            weights are used as they are and which is not changed. With ``pad``, the image size of a named
+            backbone excludes the border; an instance must have been built for the size that includes it.
         num_classes: outputs of the head.
         num_prompts, prompt_type, prompt_layers, after_prompts, prompt_location, prompt_shared,
         prompt_project, prompt_dropout, prompt_dropout_per: see `prompts.PromptConfig`.

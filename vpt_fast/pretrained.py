@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.convnet import PromptedConvNet
 from vpt_fast.model import PromptedViT
 from vpt_fast.saved_model import read_pretrained

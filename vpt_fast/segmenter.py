@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.architecture import POOLING
 from vpt_fast.backbones.layers import on_meta
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.classifier import PromptedClassifier, TunedClassifier, is_rising
 from vpt_fast.engine import cost
 from vpt_fast.model import PromptedViT
@@ -105,8 +105,8 @@ class PromptedSegmenter(TunedModel):
     other methods timm's own.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer or Eva, which is not
-            changed. With a name, ``img_size=512`` among the settings resamples the position embedding as
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva or Beit, which is
+            not changed. With a name, ``img_size=512`` among the settings resamples the position embedding as
             timm does.
         num_classes: C.
         method: what is trained besides the heads: ``"vpt-deep"``: deep prompts; ``"vpt+bias"``: deep prompts

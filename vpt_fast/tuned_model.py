@@ -22,8 +22,8 @@ from torch import nn
 from vpt_fast.backbones.architecture import POOLING, differences
 from vpt_fast.backbones.layers import on_meta
 from vpt_fast.backbones.sources import finding_sources_once, local_folder
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.engine import cost
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.contexts import without_autocast
@@ -246,9 +246,10 @@ class TunedModel(nn.Module, metaclass=_Built):
     def no_weight_decay(self) -> set[str]:
         """Names of the backbone's parameters that timm's optimizers do not decay, as in timm's own model
         (positions and CLS token, say). They matter to methods that train them."""
-        names: set[str] = getattr(self.backbone.stem, "no_weight_decay", set)()
-        rope = getattr(self.backbone, "rope", None)  # an Eva's, which is not in its stem
-        names = names | {f"rope.{name}" for name in getattr(rope, "no_weight_decay", set)()}
+        if isinstance(self.backbone, FrozenViT):  # whose stem is not the whole model
+            names = self.backbone.undecayed
+        else:
+            names = getattr(self.backbone.stem, "no_weight_decay", set)()
         return {own for own, _ in self.named_parameters() if self._name_in_timm(own) in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:

@@ -43,9 +43,15 @@ def attention(
     return out.transpose(1, 2).to(q.dtype), lse
 
 
-def probabilities(q: torch.Tensor, k: torch.Tensor, prompt_k: torch.Tensor | None) -> torch.Tensor:
-    """P (B, H, R, m + N), in at least float32, of `attention` with the same arguments."""
-    return torch.matmul(_heads_first(q), _extend(prompt_k, k).transpose(-1, -2)).softmax(-1)
+def probabilities(
+    q: torch.Tensor, k: torch.Tensor, prompt_k: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """P (B, H, R, m + N), in at least float32, of `attention` with the same arguments; bias: (H, N, N or
+    more), for the scores of all N tokens, which R then are, or None."""
+    scores = torch.matmul(_heads_first(q), _extend(prompt_k, k).transpose(-1, -2))
+    if bias is not None:
+        scores[..., num_rows_of(prompt_k) :] += bias[..., : k.shape[1]]
+    return scores.softmax(-1)
 
 
 def num_rows_of(x: torch.Tensor | None) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, delta_of_scores, num_rows_of
 
 # What timm and the original authors add to the scores of tokens that must not see each other. An integer: of
@@ -40,6 +41,14 @@ class WindowBias(NamedTuple):
 
     bias: torch.Tensor
     regions: torch.Tensor | None
+
+
+def pad_bias(bias: torch.Tensor, num_more: int = 0) -> torch.Tensor:
+    """`WindowBias.bias` of a relative position bias (H, T, T or more columns), which is zero for `num_more`
+    tokens behind these."""
+    num_tokens = bias.shape[1]
+    columns = num_tokens + num_more + -(num_tokens + num_more) % BIAS_COLUMNS
+    return F.pad(bias[..., :num_tokens], (0, columns - num_tokens, 0, num_more)).contiguous()
 
 
 def window_attention(

@@ -23,7 +23,7 @@ from timm.layers import (
     StdConv2dSame,
 )
 from timm.layers.pool2d_same import MaxPool2dSame
-from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 
 from vpt_fast import (
@@ -62,6 +62,7 @@ def vit_model(vit: Any) -> Any:
 BUILT = {
     "vit": (vit_model, tiny_vit),
     "eva": (vit_model, tiny_eva),
+    "beit": (vit_model, tiny_beit),
     "segmenter": (lambda vit: PromptedSegmenter(vit, 5, num_prompts=2), tiny_vit),
     "bias": (lambda vit: BiasTuning(vit, 5), tiny_vit),
     "full": (lambda vit: FullTuning(vit, 5), tiny_vit),

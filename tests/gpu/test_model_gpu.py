@@ -10,6 +10,7 @@ import torch
 from concatenation import ConcatenatedViT, image_by_image, relative_error
 from low_precision import CLASSES, assert_no_worse_than_concatenation, gradients, vits
 from tiny import random_batch, tiny_vit
+from torch import nn
 
 from vpt_fast import PromptedViT
 from vpt_fast.engine.policy import POLICIES
@@ -51,12 +52,17 @@ LARGE = {
     # Narrow, their head dims still 80 and 72.
     "vit_huge_patch14_224": dict(depth=3, embed_dim=320, num_heads=4),
     "vit_so400m_patch14_siglip_gap_224": dict(depth=3, embed_dim=288, num_heads=4),
+    "beitv2_base_patch16_224": dict(depth=3),
 }
 
 
-def large(name: str) -> torch.nn.Module:
+def large(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=0, **LARGE[name]).cuda()
+    vit = timm.create_model(name, num_classes=0, **LARGE[name])
+    for key, parameter in vit.named_parameters():
+        if "relative_position" in key:  # zero in timm's initialisation
+            nn.init.normal_(parameter)
+    return vit.cuda()
 
 
 VARIANTS = {

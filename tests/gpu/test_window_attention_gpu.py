@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_empty")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# B, W, T, m, f, H, D: stages of Swin-T at 224 pixels, windows of 12x12, prompts that are read, odd ones
+# B, W, T, m, f, H, D: stages of Swin-T at 224 pixels, windows of 12x12, prompts that are read, odd ones; and
+# BEiT, whose one window is the image, also with prompts among its tokens
 SIZES = [
     Size(2, 64, 49, 50, 0, 3, 32),
     Size(4, 16, 49, 50, 50, 6, 32),
@@ -21,6 +22,8 @@ SIZES = [
     Size(4, 1, 49, 50, 50, 24, 32, reads_tokens=False, is_shifted=False),
     Size(2, 3, 35, 0, 0, 3, 32),
     Size(3, 2, 1, 1, 1, 1, 32),
+    Size(4, 1, 197, 50, 0, 12, 64, is_shifted=False),
+    Size(4, 1, 247, 0, 0, 12, 64, is_shifted=False),
     Size(2, 9, 49, 50, 7, 2, 64),
 ]
 # Every kernel is compiled for each dtype and head dim: all sizes in bfloat16, two in the others too.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_swin, tiny_vit
 from torch.profiler import ProfilerActivity, profile
 
 from vpt_fast import PromptedSwin, PromptedViT
@@ -107,6 +107,14 @@ def test_estimate_with_prompts_of_each_image(memory: str) -> None:
 def test_estimate_of_a_rotary_backbone(eva: dict, memory: str) -> None:
     vit = tiny_eva(**EVA, **eva).float()
     assert_estimated(PromptedViT(vit, CLASSES, 20, backend="triton", dtype=torch.bfloat16, memory=memory))
+
+
+@pytest.mark.parametrize("prompt_type", ["deep", "shallow"])
+@pytest.mark.parametrize("memory", POLICIES)
+def test_estimate_with_relative_position_bias(memory: str, prompt_type: str) -> None:
+    beit = tiny_beit(torch.float32, **VIT, global_pool="token")
+    options = dict(backend="triton", dtype=torch.bfloat16, prompt_type=prompt_type)
+    assert_estimated(PromptedViT(beit, CLASSES, 20, memory=memory, **options))
 
 
 @pytest.mark.parametrize("prompt_type", ["deep", "shallow"])

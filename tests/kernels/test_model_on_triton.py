@@ -7,7 +7,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from concatenation import ConcatenatedViT, image_by_image, relative_error
 from low_precision import assert_no_worse_than_concatenation, vits
-from tiny import random_batch, tiny_eva, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_eva, tiny_vit
 from vpt_fast.kernels.dispatch import Backend, Ops
 
 from vpt_fast import PromptedViT
@@ -86,6 +86,14 @@ def test_variant_of_the_backbone_equals_concatenation(arguments: dict) -> None:
 @pytest.mark.parametrize(("arguments", "settings"), EVAS.values(), ids=EVAS)
 def test_rotary_backbone_equals_concatenation(arguments: dict, settings: dict) -> None:
     assert max(errors(tiny_eva(depth=2, **arguments), settings).values()) < 2e-5
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("setting", ["deep", "shallow", "image_and_prompt_pool", "key_value"])
+def test_backbone_with_relative_position_bias_equals_concatenation(setting: str, memory: str) -> None:
+    beit = tiny_beit(depth=2, num_heads=1)  # head dim 32: those of kernels in windows are 32 and 64
+    tolerance = 5e-2 if memory == "compact" else 2e-5
+    assert max(errors(beit, SETTINGS[setting], memory).values()) < tolerance
 
 
 @pytest.mark.parametrize("memory", POLICIES)

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from concatenation import relative_error, step
 from kept_bytes import KeptBytes
-from tiny import random_batch, tiny_distilled, tiny_eva, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_distilled, tiny_eva, tiny_vit
 from torch import nn
 from ways_to_tune import logits
 
@@ -41,7 +41,7 @@ WAYS = {
     "lora": (LoRATuning, {"rank": 2}),
 }
 # The plain ViT; one with registers, LayerScale, a mean over the patches, and norms on queries and keys, on
-# attention's output and in the MLP; one of DeiT's distilled; and two of Eva.
+# attention's output and in the MLP; one of DeiT's distilled; two of Eva; and one of Beit.
 BACKBONES = {
     "plain": {},
     "rich": dict(
@@ -57,6 +57,7 @@ BACKBONES = {
         build=tiny_eva, rope_type="mixed", attn_type="rope", qkv_fused=False, swiglu_mlp=True,
         scale_mlp=True, scale_attn_inner=True,
     ),
+    "beit": dict(build=tiny_beit),
 }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ IN_TIMMS_BLOCKS = ["partial-1", "partial-3", "full", "bias", "vpt+bias", "adapte
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("build", [tiny_vit, tiny_eva])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_eva, tiny_beit])
 @pytest.mark.parametrize("method", IN_TIMMS_BLOCKS)
 def test_model_may_be_brought_into_16_bits(method: str, build, dtype: torch.dtype) -> None:
     _, model = make(method, torch.float32, build)
@@ -269,7 +270,7 @@ def test_dropout_of_timms_acts_in_training_alone(method: str, rate: str) -> None
 @pytest.mark.parametrize(
     "rate", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"]
 )
-@pytest.mark.parametrize("build", [tiny_vit, tiny_eva])
+@pytest.mark.parametrize("build", [tiny_vit, tiny_eva, tiny_beit])
 def test_full_tuning_drops_what_timm_s_own_model_drops(build, rate: str) -> None:
     vit, model = make("full", build=build, num_classes=CLASSES, **{rate: 0.5})
     vit.load_state_dict(

@@ -74,8 +74,10 @@ def in_timm(trained: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_scale(block: nn.Module) -> nn.Module:
-    """Eva's MLP, its LayerScale taken into it."""
-    gamma, block.gamma_2 = block.gamma_2, None
+    """Eva's or Beit's MLP, its LayerScale taken into it."""
+    gamma = block.gamma_2
+    if gamma is not None:
+        block.gamma_2 = nn.Parameter(torch.ones_like(gamma))
     block.mlp.register_forward_hook(lambda module, inputs, x: x if gamma is None else gamma * x)
     return block.mlp
 

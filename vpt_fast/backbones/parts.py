@@ -67,6 +67,18 @@ def _activation(act: Any, where: str) -> str:
     return names[type(act)]
 
 
+def qkv_parts(attn: Any, where: str) -> LinearParts:
+    """The packed qkv projection of an Eva's or a Beit's attention, where it may be packed or separate, with
+    bias on all, some or none."""
+    if attn.qkv is None:
+        names = ("q_proj", "k_proj", "v_proj")
+        return join(*(linear_parts(getattr(attn, name), f"{where}.{name}") for name in names))
+    qkv = linear_parts(attn.qkv, f"{where}.qkv")
+    if getattr(attn, "q_bias", None) is None:
+        return qkv
+    return LinearParts(qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
+
+
 class MLPParts(TypedDict):
     """The MLP's fields of `BlockParts`. In fc1 a gate, if there is one, comes before the value."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 from timm.layers import to_2tuple
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -30,9 +31,9 @@ class Kind:
 
 
 VIT = Kind(
-    (VisionTransformer, Eva),
-    ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva"),
-    "VisionTransformer or Eva",
+    (VisionTransformer, Eva, Beit),
+    ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva", "timm.models.beit"),
+    "VisionTransformer, Eva or Beit",
 )
 SWIN = Kind(SwinTransformer, ("timm.models.swin_transformer",), "SwinTransformer")
 

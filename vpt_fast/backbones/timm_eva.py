@@ -19,31 +19,33 @@ from timm.layers.pos_embed_sincos import (
     RotaryEmbeddingMRope,
 )
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vpt_fast.backbones.layers import linear_parts, require_images
-from vpt_fast.backbones.parts import check_attention, join, mlp_parts, norm_parts, optional_norm_parts
-from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, check_ends, check_methods
+from vpt_fast.backbones.parts import (
+    check_attention,
+    mlp_parts,
+    norm_parts,
+    optional_norm_parts,
+    qkv_parts,
+)
+from vpt_fast.backbones.timm_vit import (
+    FrozenViT,
+    GammaBlocks,
+    Position,
+    Positions,
+    check_ends,
+    check_methods,
+)
 from vpt_fast.engine.call import Rotation
 from vpt_fast.engine.weights import BlockParts, LinearParts, NormParts, require_frozen
-
-TimmViT = VisionTransformer | Eva
-"""The timm models that `frozen_vit` reads."""
 
 _MAX_TABLES = 16  # tables to cache, as for several image sizes in multi-scale training
 
 _ROPES = (RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed, RotaryEmbeddingMRope)
 
 
-def frozen_vit(vit: TimmViT, *args: Any, **settings: Any) -> FrozenViT:
-    """The FrozenViT of this model. args, settings: see `FrozenViT`."""
-    if isinstance(vit, Eva):
-        return FrozenEva(vit, *args, **settings)
-    return FrozenViT(vit, *args, **settings)
-
-
-class FrozenEva(FrozenViT):
+class FrozenEva(GammaBlocks, FrozenViT):
     """A timm Eva with frozen, folded blocks and no classifier. Args and errors are those of `FrozenViT`.
 
     Attributes:
@@ -131,7 +133,7 @@ class FrozenEva(FrozenViT):
                 f"{where}.attn has {attn.num_kv_heads} heads of keys for {attn.num_heads} of queries "
                 "(num_kv_heads), which is not supported"
             )
-        qkv = _qkv_parts(attn, f"{where}.attn")
+        qkv = qkv_parts(attn, f"{where}.attn")
         q_norm = optional_norm_parts(attn.q_norm, f"{where}.attn.q_norm")
         k_norm = optional_norm_parts(attn.k_norm, f"{where}.attn.k_norm")
         if not attn.rotate_half:
@@ -238,14 +240,6 @@ class FrozenEva(FrozenViT):
         return [{"rope": angles} for angles in by_block]
 
     @staticmethod
-    def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
-        return update if block.gamma_1 is None else block.gamma_1 * update
-
-    @staticmethod
-    def _qkv_parts(attn: Any) -> LinearParts:
-        return _qkv_parts(attn, "backbone: attn")
-
-    @staticmethod
     def _turn(
         attn: Any, q: torch.Tensor, k: torch.Tensor, position: Position
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,13 +252,6 @@ class FrozenEva(FrozenViT):
             return torch.cat((rows[:, :, :start], patches), dim=2).type_as(rows)
 
         return turned(q), turned(k)
-
-    def num_layer_scales(self, block: Any) -> int:
-        return (block.gamma_1 is not None) + (block.gamma_2 is not None)
-
-    def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        update = block.mlp(block.norm2(x))
-        return update if block.gamma_2 is None else block.gamma_2 * update
 
 
 def _check_training(vit: Eva) -> None:
@@ -285,17 +272,6 @@ def _is_capturing() -> bool:
 def _pairs_halves(rope: Any) -> bool:
     """Whether a head's dimensions i and i + D/2 are rotated together, rather than 2i and 2i + 1."""
     return getattr(rope, "rotate_half", isinstance(rope, RotaryEmbeddingMRope))
-
-
-def _qkv_parts(attn: Any, where: str) -> LinearParts:
-    """The packed qkv projection; timm's may be packed or separate, with bias on all, some or none."""
-    if attn.qkv is None:
-        names = ("q_proj", "k_proj", "v_proj")
-        return join(*(linear_parts(getattr(attn, name), f"{where}.{name}") for name in names))
-    qkv = linear_parts(attn.qkv, f"{where}.qkv")
-    if getattr(attn, "q_bias", None) is None:
-        return qkv
-    return LinearParts(qkv.weight, torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)))
 
 
 def _evens_first(heads: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from vpt_fast.backbones.parts import (
     mlp_parts,
     norm_parts,
     optional_norm_parts,
+    qkv_parts,
 )
 from vpt_fast.backbones.patches import as_input, as_product
 from vpt_fast.backbones.sharing import blocks_made_once, fingerprint_once
@@ -44,7 +45,7 @@ from vpt_fast.engine.contexts import compute_dtype
 from vpt_fast.engine.plan import Read, row_range
 from vpt_fast.engine.policy import POLICIES
 from vpt_fast.engine.stream import Stream
-from vpt_fast.engine.weights import BlockParts, LinearParts, fold
+from vpt_fast.engine.weights import BlockParts, BlockSpec, BlockWeights, LinearParts, fold
 from vpt_fast.kernels import Backend, get_backend
 
 # The keyword arguments of one of timm's own blocks, and of several blocks.
@@ -115,13 +116,14 @@ class FrozenViT(nn.Module):
         self.blocks: Sequence[FrozenBlock] = nn.ModuleList(blocks).requires_grad_(False)  # type: ignore
         if timm_blocks:
             for name in ("norm", "attn_pool", "fc_norm"):
-                if getattr(vit, name) is not None:
+                if getattr(vit, name, None) is not None:
                     module = _at_least_float32(copied(getattr(vit, name)))
                     setattr(self.stem, name, module.requires_grad_(False))
         self.eval()
         # Of the given model: folding and dtype do not change which backbone it is.
         self.fingerprint = fingerprint_once(vit)
         self.architecture = architecture(vit)
+        self.undecayed: set[str] = vit.no_weight_decay()  # names in timm's model
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(vit)
         self.num_parameters = sum(
             p.numel() for name, p in vit.named_parameters() if name.partition(".")[0] not in CLASSIFIERS
@@ -133,8 +135,14 @@ class FrozenViT(nn.Module):
         for index, block in enumerate(vit.blocks[: self.num_folded]):
             parts = self._block_parts(block, index)
             require_no_hooks(block, f"backbone: blocks.{index}")
-            blocks.append(FrozenBlock(*fold(parts, dtype), backend))
+            blocks.append(self._frozen_block(block, *fold(parts, dtype), backend))
         return blocks
+
+    @staticmethod
+    def _frozen_block(block: Any, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> FrozenBlock:
+        """The block of the engine for one of timm's, from its folded parts."""
+        del block
+        return FrozenBlock(spec, weights, backend)
 
     def train(self, mode: bool = True) -> FrozenViT:
         """Sets the mode of timm's own blocks and of the dropout behind them; everything else stays in eval
@@ -390,9 +398,16 @@ class FrozenViT(nn.Module):
             for own, images in ((attn.k_norm(prompt_k), k), (prompt_v, v))
         )
         dropout = attn.attn_drop.p if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, N, D)
+        bias = self._score_bias(attn, prompts.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, H, N, D)
         out = attn.norm(out.transpose(1, 2).flatten(2))
         return self._scale_attention(block, attn.proj_drop(attn.proj(out)))
+
+    @staticmethod
+    def _score_bias(attn: Any, num_prompts: int) -> torch.Tensor | None:
+        """What one of timm's blocks adds to its scores, (1, H, N, m + N), or None."""
+        del attn, num_prompts
+        return None
 
     @staticmethod
     def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
@@ -496,6 +511,25 @@ class FrozenViT(nn.Module):
         return stem.head_drop(stem.fc_norm(x))
 
 
+class GammaBlocks:
+    """A FrozenViT's methods for timm's blocks whose LayerScales are vectors gamma_1 and gamma_2, or None."""
+
+    @staticmethod
+    def _scale_attention(block: Any, update: torch.Tensor) -> torch.Tensor:
+        return update if block.gamma_1 is None else block.gamma_1 * update
+
+    @staticmethod
+    def _qkv_parts(attn: Any) -> LinearParts:
+        return qkv_parts(attn, "backbone: attn")
+
+    def num_layer_scales(self, block: Any) -> int:
+        return (block.gamma_1 is not None) + (block.gamma_2 is not None)
+
+    def mlp_branch(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        update = block.mlp(block.norm2(x))
+        return update if block.gamma_2 is None else block.gamma_2 * update
+
+
 def _at_least_float32(module: nn.Module) -> nn.Module:
     return module.to(torch.promote_types(dtype_of(module, default=torch.float32), torch.float32))
 
@@ -507,8 +541,8 @@ def size_of(images: torch.Tensor) -> tuple[int, int]:
 
 def check_methods(vit: nn.Module, timm_class: type[nn.Module]) -> None:
     """Raises ValueError for a subclass of `timm_class` that overrides part of the forward pass."""
-    for method in ("forward_features", "_pos_embed", "pool", "forward_head"):
-        if getattr(type(vit), method) is not getattr(timm_class, method):
+    for method in ("forward_features", "_pos_embed", "pool", "forward_head"):  # a Beit lacks two of them
+        if getattr(type(vit), method, None) is not getattr(timm_class, method, None):
             raise ValueError(f"backbone: {type(vit).__name__} has its own {method}, which is not supported")
 
 
@@ -535,7 +569,7 @@ def check_ends(vit: Any) -> None:
     require_no_hooks(vit.blocks, "backbone: blocks", below=False)
     if len(vit.blocks) == 0:
         raise ValueError(f"backbone: got a {type(vit).__name__} without blocks")
-    if vit.attn_pool is None and vit.global_pool not in ("token", "avg", "max", "avgmax"):
+    if getattr(vit, "attn_pool", None) is None and vit.global_pool not in ("token", "avg", "max", "avgmax"):
         raise ValueError(
             f"backbone: global_pool={vit.global_pool!r} gives no feature vector; "
             "want 'token', 'avg', 'max', 'avgmax' or an attention-pool head"

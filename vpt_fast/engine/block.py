@@ -84,15 +84,20 @@ class FrozenBlock(nn.Module):
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
         return self.backend.ops(device, dtype, self.spec.head_dim, self.in_windows).name != "torch"
 
-    @property
-    def windows(self) -> Windows | None:
-        """The windows that tokens attend in; None where every token attends to every other."""
+    def windows(self, num_tokens: int) -> Windows | None:
+        """The windows that these N tokens attend in; None where every token attends to every other."""
+        del num_tokens
         return None
 
     @property
     def num_windows(self) -> int:
         """W."""
         return 1
+
+    def rows_computed(self, rows: tuple[int, int], num_tokens: int) -> tuple[int, int]:
+        """The half-open range of rows that are computed where `rows` are read."""
+        del num_tokens
+        return rows
 
     def forward(
         self,
@@ -201,7 +206,7 @@ class FrozenBlock(nn.Module):
             grad_tokens=grad_tokens,
             grad_dtype=stream.differentiable.dtype,
             policy=policy,
-            windows=self.windows,
+            windows=self.windows(num_tokens),
             key_value=key_value,
         )
 

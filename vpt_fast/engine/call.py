@@ -21,13 +21,15 @@ class Windows(NamedTuple):
     """The windows that a block's tokens attend in. The tokens are ordered window by window, W times T.
 
     bias: what attention adds to the scores.
+    num_behind: tokens behind those of a single window, which attend with them, without a bias.
     pads, pad_kv: where the windows reach past the image, the positions (P,) among the N that hold no token,
         and the key and value (2, H, D) there; else None.
     """
 
     bias: WindowBias
-    pads: torch.Tensor | None
-    pad_kv: torch.Tensor | None
+    num_behind: int = 0
+    pads: torch.Tensor | None = None
+    pad_kv: torch.Tensor | None = None
 
 
 class Rotation(NamedTuple):

@@ -110,7 +110,7 @@ def kept_bytes(
         dtype: of its matmuls.
         batch_size: B.
         num_tokens: N, the tokens in its input.
-        rows: the half-open range of rows that it computes.
+        rows: the half-open range of rows that are read.
         prompt_shape: (1 or B, m) of the prompts that enter it, or None.
         grad_tokens: whether anything below it is trained.
         policy: what is kept.
@@ -126,6 +126,7 @@ def kept_bytes(
     activated_dim = block.fc2_weight.shape[1]
     size = dtype.itemsize
     stat = max(size, torch.float32.itemsize)  # of rstd and lse
+    rows = block.rows_computed(rows, num_tokens)
     num_rows = rows[1] - rows[0]
     fresh_rows = max(rows[1] - max(num_tokens, rows[0]), 0)
     image_keys = grad_tokens or fresh_rows > 0
@@ -191,6 +192,7 @@ def forward_bytes(
     size = dtype.itemsize
     wide = _residual_size(dtype, residual_dtype)
     hidden_dim, embed_dim = block.fc1_weight.shape
+    rows = block.rows_computed(rows, num_tokens)
     num_rows = batch_size * (rows[1] - rows[0])
     hidden, activated = num_rows * hidden_dim * size, num_rows * block.fc2_weight.shape[1] * size
     residual, update = num_rows * embed_dim * wide, num_rows * embed_dim * size
@@ -228,6 +230,7 @@ def workspace_bytes(
 
     Args: as of `kept_bytes`.
     """
+    rows = block.rows_computed(rows, num_tokens)
     call: dict[str, Any] = dict(
         dtype=dtype, batch_size=batch_size, num_tokens=num_tokens, rows=rows, residual_dtype=residual_dtype
     )

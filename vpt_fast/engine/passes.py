@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from vpt_fast.engine.call import Call, Kept, Rotation
+from vpt_fast.engine.call import Call, Kept, Rotation, Windows
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockWeights
 from vpt_fast.kernels.mlp.reference import PACKED
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, probabilities
+from vpt_fast.kernels.prompted_attention.window_reference import WindowBias, pad_bias
 
 
 class _Keep(Enum):
@@ -254,7 +255,7 @@ def attention_probabilities(
     _, _, prompt_keys = _enter_prompts(prompts, w, call)
     tokens = _project_tokens(x_hat, None, rotation, w, call)
     q, k, prompt_k = _attention_operands(tokens, prompt_keys, rotation, w, call)
-    return probabilities(q, k, prompt_k)
+    return probabilities(q, k, prompt_k, None if call.windows is None else _bias(call.windows).bias)
 
 
 def _through_mlp(grad: torch.Tensor, kept: Kept, w: BlockWeights, call: Call) -> torch.Tensor:
@@ -542,7 +543,7 @@ def _normalize_out(out: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.T
 def _attend(call: Call, *qkv: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if call.windows is None:
         return call.ops.attention(*qkv)
-    return call.ops.window_attention(*qkv, call.windows.bias, num_fresh=call.num_fresh_rows)
+    return call.ops.window_attention(*qkv, _bias(call.windows), num_fresh=call.num_fresh_rows)
 
 
 def _attend_backward(
@@ -550,4 +551,11 @@ def _attend_backward(
 ) -> AttentionGrads:
     if call.windows is None:
         return call.ops.attention_backward(*tensors, **wanted)
-    return call.ops.window_attention_backward(*tensors, call.windows.bias, num_fresh=num_fresh, **wanted)
+    return call.ops.window_attention_backward(*tensors, _bias(call.windows), num_fresh=num_fresh, **wanted)
+
+
+def _bias(windows: Windows) -> WindowBias:
+    """The bias of all of a window's tokens: zero for those behind the ones that it is stored for."""
+    if windows.num_behind == 0:
+        return windows.bias
+    return WindowBias(pad_bias(windows.bias.bias, windows.num_behind), None)

@@ -30,7 +30,7 @@ from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, LinearParts, NormParts, after_norm
 from vpt_fast.kernels import Backend, Ops
-from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
+from vpt_fast.kernels.prompted_attention.window_reference import WindowBias, pad_bias
 
 Size = tuple[int, int]
 
@@ -88,8 +88,8 @@ def _partition(x: torch.Tensor, window: Size) -> torch.Tensor:
 
 def relative_bias(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`WindowBias.bias` from a table ((2h - 1)·(2w - 1), H) and each token pair's row in it (T, T)."""
-    bias = table.detach()[index].permute(2, 0, 1).to(torch.promote_types(table.dtype, torch.float32))
-    return F.pad(bias, (0, -bias.shape[-1] % BIAS_COLUMNS)).contiguous()
+    bias = table.detach()[index].permute(2, 0, 1)
+    return pad_bias(bias.to(torch.promote_types(table.dtype, torch.float32)))
 
 
 class FrozenWindowBlock(FrozenBlock):
@@ -146,9 +146,9 @@ class FrozenWindowBlock(FrozenBlock):
         """W."""
         return len(self.order) // (self.window[0] * self.window[1])
 
-    @property
-    def windows(self) -> Windows:
-        return Windows(WindowBias(self.relative_bias, self.regions), self.pads, self.pad_kv)
+    def windows(self, num_tokens: int) -> Windows:
+        del num_tokens
+        return Windows(WindowBias(self.relative_bias, self.regions), pads=self.pads, pad_kv=self.pad_kv)
 
 
 class Move(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 from vpt_fast.backbones.creation import without_values
 from vpt_fast.backbones.resolve import CONVNET, kind_of, resolve_backbone
 from vpt_fast.backbones.sources import finding_sources_once
-from vpt_fast.backbones.timm_eva import TimmViT
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.data.tasks import TASKS
 from vpt_fast.sweeps.published import PAPER_TOTALS
 from vpt_fast.training.methods import model_settings

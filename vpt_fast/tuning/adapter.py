@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from vpt_fast.backbones.layers import dtype_of, require_no_hooks
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT, Kind
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import Position
 from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.tuned_model import check_count
 from vpt_fast.tuning.timm_blocks import TimmClassifier
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from typing import Any
 
+from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
@@ -85,7 +86,7 @@ class LoRATuning(TimmClassifier):
             # One pattern for all: peft would match a list of names as suffixes.
             targets = "|".join(re.escape(f"stem.{name}") for name in names)
         for module in network.modules():
-            if isinstance(module, EvaAttention):
+            if isinstance(module, (EvaAttention, BeitAttention)):
                 # Otherwise it reads qkv's weight directly and bypasses peft's wrapper.
                 module.qkv_bias_separate = True
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)

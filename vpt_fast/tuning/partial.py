@@ -11,9 +11,9 @@ from torch import nn
 
 from vpt_fast.backbones.resolve import CONVNET, SWIN, VIT
 from vpt_fast.backbones.split import Split, split_network
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 from vpt_fast.tuned_model import check_count

@@ -10,8 +10,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
-from vpt_fast.backbones.timm_eva import TimmViT
 from vpt_fast.backbones.timm_vit import FrozenViT
+from vpt_fast.backbones.vit import TimmViT
 from vpt_fast.engine import cost
 from vpt_fast.engine.plan import Read
 from vpt_fast.tuned_model import check_count
@@ -22,9 +22,9 @@ class LinearProbe(FoldedClassifier):
     """A linear head on the features of a frozen vision transformer, Swin or ConvNet.
 
     Args:
-        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva, SwinTransformer
-            or ConvNet of a family in `resolve.CONVNET`, whose weights are used as they are and which is not
-            changed.
+        backbone: a timm name, a name in `backbones.known`, or a timm VisionTransformer, Eva, Beit,
+            SwinTransformer or ConvNet of a family in `resolve.CONVNET`, whose weights are used as they are
+            and which is not changed.
         num_classes: outputs of the head.
         pool: None for the backbone's own pooling; ``"cls"`` (vision transformers) or ``"image"`` (these and
             Swins).

@@ -11,9 +11,9 @@ from torch import nn
 
 from vpt_fast.backbones.layers import dtype_of
 from vpt_fast.backbones.resolve import VIT, Kind, kind_among, resolve_backbone
-from vpt_fast.backbones.timm_eva import frozen_vit
 from vpt_fast.backbones.timm_vit import FrozenViT, Position, Positions, size_of
 from vpt_fast.backbones.timm_whole import WholeBackbone
+from vpt_fast.backbones.vit import frozen_vit
 from vpt_fast.classifier import TunedClassifier, check_arguments
 from vpt_fast.engine import cost
 from vpt_fast.engine.contexts import compute_dtype
@@ -27,7 +27,7 @@ class TimmClassifier(TunedClassifier):
 
     Args:
         backbone: a timm name, a name in `backbones.known`, or a timm model of one of the class's `kinds`
-            (VisionTransformer or Eva, if not said otherwise), which is not changed.
+            (VisionTransformer, Eva or Beit, if not said otherwise), which is not changed.
         num_classes: outputs of the head.
         pool: None for the backbone's own pooling; for a vision transformer also ``"cls"`` or ``"image"``.
         pretrained: load the published weights (only with a name).
