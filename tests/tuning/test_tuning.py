@@ -337,11 +337,12 @@ def test_argument_out_of_range_is_refused_by_name(build, message: str) -> None:
         build(tiny_vit())
 
 
+@pytest.mark.parametrize(("build", "name"), [(tiny_eva, "Eva"), (tiny_beit, "Beit")])
 @pytest.mark.parametrize("method", ["partial-1", "bias", "adapter"])
-def test_no_images_are_refused_where_timm_s_attention_takes_none(method: str) -> None:
-    _, model = make(method, build=tiny_eva)
+def test_no_images_are_refused_where_timm_s_attention_takes_none(method: str, build, name: str) -> None:
+    _, model = make(method, build=build)
     images, _ = random_batch(model)
-    with pytest.raises(ValueError, match="images: got a batch of 0, and .*Eva take none; want 1 or more"):
+    with pytest.raises(ValueError, match=f"images: got a batch of 0, and .*{name} take none; want 1 or more"):
         model(images[:0])
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
 from torch import nn
 
-from vpt_fast.backbones.layers import class_name, linear_parts, require_usual_scale
+from vpt_fast.backbones.layers import class_name, linear_parts, require_images, require_usual_scale
 from vpt_fast.backbones.parts import mlp_parts, norm_parts, qkv_parts
 from vpt_fast.backbones.timm_vit import FrozenViT, GammaBlocks, check_ends, check_methods
 from vpt_fast.engine.biased import FrozenBiasedBlock
@@ -104,6 +104,9 @@ class FrozenBeit(GammaBlocks, FrozenViT):
     @property
     def _pools_prefix_tokens(self) -> bool:
         return False
+
+    def require_batch(self, x: torch.Tensor) -> None:
+        require_images(x, "timm's own blocks of a Beit")
 
     @staticmethod
     def _score_bias(attn: Any, num_prompts: int) -> torch.Tensor | None:
