@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 Product = tuple[int, int, int]  # rows, inputs, outputs
@@ -52,26 +54,27 @@ class Shape:
         return self.num_prefix + self.num_patches
 
 
-def shape_of(vit: VisionTransformer) -> Shape:
+def shape_of(vit: VisionTransformer | Eva | Beit) -> Shape:
     """Read from a model, which may be on the meta device.
 
     Raises:
         ValueError: a model that pools by attention, whose operations these forms do not have.
     """
-    if vit.attn_pool is not None:
+    if getattr(vit, "attn_pool", None) is not None:  # a Beit has none
         raise ValueError("vit: got a model that pools by attention, want one that pools its tokens")
     block, embed = vit.blocks[0], vit.patch_embed
     if vit.global_pool == "token":
         num_read = 1
     else:
-        num_read = embed.num_patches + (vit.num_prefix_tokens if vit.pool_include_prefix else 0)
+        is_whole = getattr(vit, "pool_include_prefix", False)
+        num_read = embed.num_patches + (vit.num_prefix_tokens if is_whole else 0)
     return Shape(
         blocks=len(vit.blocks),
         num_patches=embed.num_patches,
         num_prefix=vit.num_prefix_tokens,
         num_read=num_read,
         width=vit.embed_dim,
-        attention_width=block.attn.qkv.out_features // 3,
+        attention_width=block.attn.proj.in_features,
         mlp_weights=sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 2),
         mlp_hidden=block.mlp.fc2.in_features,
         patch_values=embed.proj.in_channels * math.prod(embed.patch_size),

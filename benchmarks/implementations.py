@@ -13,11 +13,13 @@ import flops
 import peers
 import swin_flops
 import swin_peers
+import timm
 import torch
 import typer
 from measure import Contender
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from vpt_fast.kernels import ATTENTION
 
@@ -81,22 +83,33 @@ class Family:
     lacks: dict[str, str] = field(default_factory=dict)
 
 
+def _no_library(reason: str) -> dict[str, str]:
+    """`Family.lacks` for every FlashAttention implementation."""
+    return dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason)
+
+
 def _no_vit(reason: str) -> dict[str, str]:
     """`Family.lacks` for every FlashAttention implementation, and for what only ViTs have."""
-    residual = "the residual stream of a VisionTransformer alone may be in 16 bits"
+    residual = "the residual stream of a ViT alone may be in 16 bits"
     return {
-        **dict.fromkeys([f"vpt_fast_{attention}" for attention in ATTENTION[1:]], reason),
+        **_no_library(reason),
         "vpt_fast_bfloat16_residual": residual,
         "vpt_fast_bfloat16_residual_graphed": residual,
     }
 
 
-# Plain implementations read a VisionTransformer; of timm's Eva and Beit there are none.
-PLAIN_VIT = Kind(
-    VisionTransformer, ("timm.models.vision_transformer", "timm.models.deit"), "VisionTransformer"
-)
+EVA = Kind(Eva, ("timm.models.eva",), "Eva")
+BEIT = Kind(Beit, ("timm.models.beit",), "Beit")
+_NO_OFFICIAL_CODE = {"concat_reference": "the official code has no such backbone"}
 FAMILIES = {
     VIT: Family(PromptedViT, peers, flops),
+    EVA: Family(PromptedViT, peers, flops, lacks=_NO_OFFICIAL_CODE),
+    BEIT: Family(
+        PromptedViT,
+        peers,
+        flops,
+        lacks={**_NO_OFFICIAL_CODE, **_no_library("it has no relative position bias")},
+    ),
     SWIN: Family(PromptedSwin, swin_peers, swin_flops, lacks=_no_vit("it has no relative position bias")),
     CONVNET: Family(
         PromptedConvNet,
@@ -118,17 +131,22 @@ FAMILIES = {
 """Kind of backbone -> what is particular to it."""
 
 
-def family_of(model: str) -> Family:
-    """The family of a model, by timm's name.
+def family_of(model: str | nn.Module) -> Family:
+    """The family of a model, or of a timm model's name.
 
     Raises:
-        typer.BadParameter: a model of a kind without plain implementations.
+        typer.BadParameter: a name of a model of another kind.
     """
-    kinds = (PLAIN_VIT, SWIN, CONVNET)
-    if not is_supported(model, *kinds):
-        wanted = " or ".join(kind.label for kind in kinds)
-        raise typer.BadParameter(f"models: {model} has no plain implementation here, want a {wanted}")
-    return FAMILIES[kind_of(model)]
+    kind = kind_of(model)
+    if isinstance(model, str):
+        if not is_supported(model, *FAMILIES):
+            wanted = " or ".join(dict.fromkeys(kind.label for kind in (VIT, SWIN, CONVNET)))
+            raise typer.BadParameter(f"models: {model} has no plain implementation here, want a {wanted}")
+        module = timm.models.model_entrypoint(model).__module__
+        kind = next((each for each in (EVA, BEIT) if module in each.modules), kind)
+    else:
+        kind = next((each for each in (EVA, BEIT) if isinstance(model, each.model)), kind)
+    return FAMILIES[kind]
 
 
 def require_possible(setting: Setting, names: Sequence[str], memory: Sequence[str]) -> None:
@@ -187,7 +205,7 @@ class Start:
 
     @property
     def family(self) -> Family:
-        return FAMILIES[kind_of(self.backbone)]
+        return family_of(self.backbone)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -224,7 +242,7 @@ def plain(role: str) -> Build:
     """The class of that name among the plain implementations for the backbone's kind."""
 
     def build(backbone: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-        return getattr(FAMILIES[kind_of(backbone)].peers, role)(backbone, state)
+        return getattr(family_of(backbone).peers, role)(backbone, state)
 
     return build
 
@@ -418,7 +436,11 @@ def make_start(setting: Setting, device: torch.device) -> Start:
     backbone.eval().requires_grad_(False).to(device)
     arguments = setting.num_prompts, setting.prompt_type, NUM_CLASSES
     state = family_of(setting.model).peers.initial_state(backbone, *arguments)
-    peer_backbone = copy.deepcopy(backbone).to(torch.bfloat16) if setting.dtype == "bfloat16" else backbone
+    peer_backbone = backbone
+    if setting.dtype == "bfloat16":
+        peer_backbone = copy.deepcopy(backbone).to(torch.bfloat16)
+        if isinstance(backbone, Eva):  # rounded frequencies would give wrong angles
+            peer_backbone.rope = backbone.rope
     state = {name: tensor.to(device) for name, tensor in state.items()}
     return Start(backbone, peer_backbone, state, setting)
 

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from tiny import tiny_vit
+from tiny import tiny_beit, tiny_eva, tiny_vit
 from torch import nn
 from torch.utils import flop_counter
 
@@ -26,6 +26,7 @@ MODELS: dict[str, Callable[[], VisionTransformer]] = {
     "registers": lambda: tiny_vit(torch.float32, reg_tokens=2),
     "average": lambda: tiny_vit(torch.float32, global_pool="avg"),
     "one_block": lambda: tiny_vit(torch.float32, depth=1),
+    "separate_projections": lambda: tiny_eva(torch.float32, swiglu_mlp=True, qkv_fused=False),
 }
 
 
@@ -63,10 +64,10 @@ def test_essential_operations_are_what_vpt_fast_does(name: str, prompt_type: str
     assert counted(model, vit) == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "biased"])
 @pytest.mark.parametrize("prompt_type", ["deep", "shallow"])
 def test_operations_of_concatenation_are_what_timms_blocks_do(name: str, prompt_type: str) -> None:
-    vit = MODELS[name]()
+    vit = tiny_beit(torch.float32) if name == "biased" else MODELS[name]()
     model = peers.ConcatTimm(vit, peers.initial_state(vit, 7, prompt_type, CLASSES))
     assert counted(model, vit) == flops.concatenation(flops.shape_of(vit), 7, BATCH, CLASSES)
 

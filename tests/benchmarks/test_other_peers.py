@@ -1,4 +1,4 @@
-"""The benchmark's peers of Swin transformers and ConvNets compute the right thing, and are measured alike."""
+"""The benchmark's peers of Swins, ConvNets and rotary ViTs compute the right thing, and are measured alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from test_convnet import convnet
 from test_flops import BATCH, CLASSES, ON_A_CPU
 from test_swin import SIZES
 from timm.models.swin_transformer import SwinTransformer
-from tiny import tiny_swin
+from tiny import tiny_eva, tiny_swin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import flop_counter
@@ -150,7 +150,7 @@ def test_a_bound_is_the_backbone_without_prompts(
     backbone, state = family()
     model = implementations.BOUNDS[bound](backbone, state)
     plain = nn.Sequential(copy.deepcopy(backbone).eval(), peers.make_head(state))
-    batch = batch_for(implementations.FAMILIES[implementations.kind_of(backbone)].peers.image_size(backbone))
+    batch = batch_for(implementations.family_of(backbone).peers.image_size(backbone))
     actual, expected = step(model, *batch), step(plain.eval(), *batch)
     assert relative_error(actual.logits, expected.logits) < 1e-9
     for name in ("weight", "bias"):
@@ -203,7 +203,7 @@ def test_operations_of_a_convnet_s_bounds(bound: str) -> None:
 
 
 def assert_work_of_bound(bound: str, backbone: nn.Module, state: dict[str, Tensor]) -> None:
-    family = implementations.FAMILIES[implementations.kind_of(backbone)]
+    family = implementations.family_of(backbone)
     if bound == "linear_probe":
         model: nn.Module = LinearProbe(backbone, CLASSES)
     else:
@@ -247,6 +247,18 @@ def test_rows_of_a_swin_are_exact_under_every_policy(small_swin: implementations
     exact, recompute, *_ = rows
     assert recompute.kept_mib_per_image < exact.kept_mib_per_image < rows[3].kept_mib_per_image
     assert exact.share_of_shapes == pytest.approx(exact.essential_tflops / exact.shapes_tflops)
+
+
+def test_angles_of_a_rotary_vit_are_not_rounded_for_its_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    eva = tiny_eva(torch.float32, rope_type="dinov3", rope_temperature=100)
+    monkeypatch.setattr(implementations, "resolve_backbone", lambda *given, **kind: (eva, None))
+    setting = implementations.Setting("vit_small_patch16_dinov3", 3, 2, "deep", "bfloat16", image_size=32)
+    start = implementations.make_start(setting, torch.device("cpu"))
+    assert peers.dtype_of(start.peer_backbone) == torch.bfloat16
+    (exact,), (found,) = ({*peers.position_tables(vit, 0)[0].values()} for vit in (eva, start.peer_backbone))
+    assert torch.equal(found, exact.bfloat16())
+    rows = rows_of(setting, ["vpt_fast", "concat_timm", "no_prompts"], ["exact"])
+    assert [row.error for row in rows] == [None] * 3 and all(row.exact for row in rows)
 
 
 @pytest.mark.parametrize("model", ["test_convnext", "test_resnet"])

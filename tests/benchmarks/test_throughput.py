@@ -24,9 +24,10 @@ import throughput
 import torch
 import typer
 from concatenation import ConcatenatedViT, relative_error, step
+from peers import ViT
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
-from tiny import tiny_vit
+from tiny import tiny_beit, tiny_eva, tiny_vit
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from vpt_fast.kernels.launch import MAX_ALONG_AXIS
@@ -38,13 +39,13 @@ APP = typer.Typer()
 APP.command()(throughput.main)
 
 
-def compiled(vit: VisionTransformer, state: dict[str, Tensor]) -> nn.Module:
+def compiled(vit: ViT, state: dict[str, Tensor]) -> nn.Module:
     model = peers.ConcatTimm(vit, state)
     model.compile(backend="aot_eager", fullgraph=True)
     return model
 
 
-PEERS: dict[str, Callable[[VisionTransformer, dict[str, Tensor]], nn.Module]] = {
+PEERS: dict[str, Callable[[ViT, dict[str, Tensor]], nn.Module]] = {
     "concat_reference": peers.ConcatReference,
     "concat_timm": peers.ConcatTimm,
     "concat_timm_compiled": compiled,
@@ -56,6 +57,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "average": {"global_pool": "avg", "class_token": False},
     "attention_pool": {"global_pool": "map", "class_token": False},
 }
+EVAS: dict[str, dict[str, Any]] = {
+    "no_angles": {"use_rot_pos_emb": False},
+    "dinov3": {"rope_type": "dinov3", "num_reg_tokens": 2, "dynamic_img_size": True},
+    "mixed": {"rope_type": "mixed", "attn_type": "rope", "global_pool": "token"},
+}
+BEITS: dict[str, dict[str, Any]] = {
+    "biased": {},
+    "cls_of_biased": {"global_pool": "token", "use_abs_pos_emb": True},
+    "unbiased": {"use_rel_pos_bias": False, "use_abs_pos_emb": True},
+}
+WITHOUT_OFFICIAL_CODE = [*EVAS, *BEITS]
+
+
+def variant_of(name: str) -> ViT:
+    if name in EVAS:
+        return tiny_eva(**EVAS[name])
+    return tiny_beit(**BEITS[name]) if name in BEITS else tiny_vit(**VARIANTS[name])
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -64,26 +82,30 @@ def batch() -> tuple[Tensor, Tensor]:
     return images, torch.tensor([0, 3, 1])
 
 
-def state_for(vit: VisionTransformer, prompt_type: str) -> dict[str, Tensor]:
+def state_for(vit: ViT, prompt_type: str) -> dict[str, Tensor]:
     state = peers.initial_state(vit, 4, prompt_type, NUM_CLASSES)
     return {name: tensor.double() for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OF_OFFICIAL_CODE = [("concat_reference", "deep"), ("concat_reference", "shallow")]
+OF_ALL = [
+    ("concat_timm", "deep"),
+    ("concat_timm", "shallow"),
+    ("concat_timm_compiled", "deep"),
+    ("concat_timm_checkpointed", "deep"),
+]
+
+
 @pytest.mark.parametrize(
-    "peer, prompt_type",
+    "peer, prompt_type, variant",
     [
-        ("concat_reference", "deep"),
-        ("concat_reference", "shallow"),
-        ("concat_timm", "deep"),
-        ("concat_timm", "shallow"),
-        ("concat_timm_compiled", "deep"),
-        ("concat_timm_checkpointed", "deep"),
+        *((*peer, variant) for variant in VARIANTS for peer in OF_OFFICIAL_CODE + OF_ALL),
+        *((*peer, variant) for variant in WITHOUT_OFFICIAL_CODE for peer in OF_ALL),
     ],
 )
 def test_peer_equals_the_plain_definition(peer: str, prompt_type: str, variant: str) -> None:
     torch._dynamo.reset()
-    vit = tiny_vit(**VARIANTS[variant])
+    vit = variant_of(variant)
     state = state_for(vit, prompt_type)
     plain = ConcatenatedViT(vit, NUM_CLASSES, 4, prompt_type).double().load_trainables(state)
     model = PEERS[peer](vit, state).double()
@@ -100,10 +122,10 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *WITHOUT_OFFICIAL_CODE])
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_bound_is_the_backbone_without_prompts(bound: str, variant: str) -> None:
-    vit = tiny_vit(**VARIANTS[variant])
+    vit = variant_of(variant)
     state = state_for(vit, "deep")
     images, labels = batch()
     plain = nn.Sequential(copy.deepcopy(vit), peers.make_head(state))
@@ -716,7 +738,14 @@ def test_what_is_named_twice_is_measured_once(tmp_path: Path, monkeypatch: pytes
         (["--memory", "none"], "memory: got 'none', want one of exact"),
         (["--find-batch"], "find-batch"),
         (["--models", "swinv2_tiny_window8_256"], "swinv2_tiny_window8_256 has no plain implementation"),
-        (["--models", "eva02_tiny_patch14_224"], "eva02_tiny_patch14_224 has no plain implementation"),
+        (
+            ["--models", "beit_base_patch16_224", "--implementations", "vpt_fast_sdpa_flash"],
+            "got vpt_fast_sdpa_flash with beit_base_patch16_224: it has no relative position bias",
+        ),
+        (
+            ["--models", "eva02_tiny_patch14_224", "--implementations", "concat_reference"],
+            "got concat_reference with eva02_tiny_patch14_224: the official code has no such backbone",
+        ),
         (
             ["--models", "deit_tiny_distilled_patch16_224"],
             "has no plain implementation here, as it has two heads",
