@@ -1,4 +1,4 @@
-"""The benchmark's peers of Swins, ConvNets and rotary ViTs compute the right thing, and are measured alike."""
+"""The benchmark's peers of Swins, ConvNets and rotary ViTs compute the right thing, measured alike."""
 
 from __future__ import annotations
 
