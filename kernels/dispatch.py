@@ -9,7 +9,7 @@ import torch
 from vpt_fast.kernels.launch import arch_of, require_driver, takes_kernels
 from vpt_fast.kernels.mlp import reference as mlp
 from vpt_fast.kernels.normalization import reference as normalization
-from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images, window_reference
+from vpt_fast.kernels.prompted_attention import HEAD_DIMS, WINDOW_HEAD_DIMS, by_images
 from vpt_fast.kernels.prompted_attention.flash import FLASH_BACKENDS, get_flash
 from vpt_fast.kernels.rotation import reference as rotation
 from vpt_fast.kernels.torch_op import is_for_other_programs
@@ -26,7 +26,7 @@ class Ops(NamedTuple):
     linear_activate, linear_activate_backward: from `mlp.gemm`, the MLP's GEMMs with the activation or its
         derivative in the epilogue; None: a GEMM of PyTorch's, then `activate` or `activate_backward`.
     needs_out: attention's backward needs attention's output.
-    forms_window_scores: attention in windows materialises the scores of all windows.
+    forms_window_scores: attention in windows materialises the scores of a few images at a time.
     """
 
     name: str
@@ -55,8 +55,8 @@ TORCH_OPS = Ops(
     normalize_backward=normalization.normalize_backward,
     attention=by_images.attention,
     attention_backward=by_images.attention_backward,
-    window_attention=window_reference.window_attention,
-    window_attention_backward=window_reference.window_attention_backward,
+    window_attention=by_images.window_attention,
+    window_attention_backward=by_images.window_attention_backward,
     activate=mlp.activate,
     activate_=mlp.activate_,
     activate_backward=mlp.activate_backward,

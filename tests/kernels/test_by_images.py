@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from attention_definition import inputs, random
-from vpt_fast.kernels.prompted_attention import by_images, reference
+from vpt_fast.kernels.prompted_attention import by_images, reference, window_reference
+from window_attention_definition import Size, make_case
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
@@ -28,14 +29,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     _, num_rows, num_keys, num_prompts, num_heads, _ = SIZE
     monkeypatch.setitem(by_images.SCORES_AT_ONCE, "cpu", 2 * num_rows * num_heads * (num_keys + num_prompts))
     found: list[int] = []
-    for name in ("attention", "attention_backward"):
-        original = getattr(reference, name)
+    for module, prefix in ((reference, ""), (window_reference, "window_")):
+        for name in (f"{prefix}attention", f"{prefix}attention_backward"):
+            original = getattr(module, name)
 
-        def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
-            found.append(args[0].shape[0])
-            return original(*args, **kwargs)
+            def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                found.append(args[0].shape[0])
+                return original(*args, **kwargs)
 
-        monkeypatch.setattr(by_images.reference, name, counted)
+            monkeypatch.setattr(module, name, counted)
     return found
 
 
@@ -107,3 +109,57 @@ def test_an_image_with_more_scores_than_are_wanted_is_taken_alone(
     monkeypatch.setitem(by_images.SCORES_AT_ONCE, "cpu", 1)
     by_images.attention(*inputs(SIZE, True, torch.float64))
     assert calls == [1] * BATCH
+
+
+WINDOWS = {  # B, W, T, m, f, H, D
+    "tokens": Size(BATCH, 2, 3, 2, 0, 2, 16),
+    "tokens_and_prompts": Size(BATCH, 2, 3, 2, 2, 2, 16),
+    "prompts_alone": Size(BATCH, 2, 3, 2, 2, 2, 16, reads_tokens=False),
+    "without_prompts": Size(BATCH, 2, 3, 0, 0, 2, 16),
+    "one_window": Size(BATCH, 1, 5, 2, 0, 2, 16, is_shifted=False),
+}
+
+
+@pytest.mark.parametrize("keeps_out", [True, False], ids=["out", "no_out"])
+@pytest.mark.parametrize("need_kv", [True, False], ids=["all", "queries"])
+@pytest.mark.parametrize("shared", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("size", WINDOWS.values(), ids=WINDOWS)
+def test_attention_in_windows_is_that_of_the_whole_batch(
+    size: Size,
+    shared: bool,
+    need_kv: bool,
+    keeps_out: bool,
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = size.windows * (size.tokens * size.reads_tokens + size.fresh)
+    scores = rows * (size.tokens + size.prompts) * size.heads
+    monkeypatch.setitem(by_images.SCORES_AT_ONCE, "cpu", 2 * scores)
+    case = make_case(size, shared, torch.float64)
+    options = dict(num_fresh=case.num_fresh)
+    out, lse = window_reference.window_attention(*case.tensors, case.bias, **options)
+    given = (case.grad, *case.tensors, out if keeps_out else None, lse, case.bias)
+    options |= dict(need_q=True, need_kv=need_kv)
+    gradients = window_reference.window_attention_backward(*given, **options)
+    calls.clear()
+    found = by_images.window_attention(*case.tensors, case.bias, num_fresh=case.num_fresh)
+    for actual, expected in zip(found, (out, lse), strict=True):
+        assert_same(actual, expected)
+    for actual, expected in zip(
+        by_images.window_attention_backward(*given, **options), gradients, strict=True
+    ):
+        assert_same(actual, expected)
+    assert calls == 2 * [2, 2, 1]
+
+
+@pytest.mark.parametrize("shared", PROMPTS.values(), ids=PROMPTS)
+def test_gradients_of_prompts_of_windows_alone_need_no_image_keys(shared: bool, calls: list[int]) -> None:
+    case = make_case(WINDOWS["tokens"], shared, torch.float64)
+    q, k, v, *prompts = case.tensors
+    out, lse = window_reference.window_attention(q, k, v, *prompts, case.bias, num_fresh=0)
+    given = (case.grad, q, None, None, *prompts, out, lse, case.bias)
+    wanted = dict(num_fresh=0, need_q=False, need_kv=False)
+    expected = window_reference.window_attention_backward(*given, **wanted)
+    calls.clear()
+    assert_same(by_images.window_attention_backward(*given, **wanted).prompt_kv, expected.prompt_kv)
+    assert sum(calls) == BATCH

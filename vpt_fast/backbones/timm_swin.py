@@ -51,6 +51,7 @@ from vpt_fast.engine.windows import (
     relative_bias,
 )
 from vpt_fast.kernels import Backend, get_backend
+from vpt_fast.kernels.prompted_attention.by_images import images_at_once
 
 
 class FrozenSwin(nn.Module):
@@ -315,17 +316,19 @@ class FrozenSwin(nn.Module):
     def _scores_bytes(
         self, block: FrozenWindowBlock, batch_size: int, num_prompts: int, num_fresh: int
     ) -> int:
-        """Bytes of window attention's temporaries, in at least float32: three times the scores of all
-        windows; in kernels, the outputs in each window of the `num_fresh` prompts whose output is read."""
+        """Bytes of window attention's temporaries, in at least float32: three times the scores of the images
+        that plain PyTorch takes at a time; in kernels, the outputs in each window of the `num_fresh` prompts
+        whose output is read."""
         dtype = compute_dtype(self.device.type, block.qkv_weight.dtype)
         heads, head_dim = block.spec.num_heads, block.spec.head_dim
         ops = block.backend.ops(self.device, dtype, head_dim, in_windows=True)
         if ops.forms_window_scores:
             per_window = block.num_tokens // block.num_windows + num_prompts
-            numbers = 3 * block.num_windows * heads * per_window**2
+            per_image = block.num_windows * heads * per_window**2
+            numbers = 3 * per_image * min(batch_size, images_at_once(self.device, per_image))
         else:
-            numbers = block.num_windows * num_fresh * heads * head_dim
-        return batch_size * numbers * torch.promote_types(dtype, torch.float32).itemsize
+            numbers = batch_size * block.num_windows * num_fresh * heads * head_dim
+        return numbers * torch.promote_types(dtype, torch.float32).itemsize
 
 
 def _normalized(norm: nn.Module, rows: torch.Tensor) -> torch.Tensor:
