@@ -438,6 +438,16 @@ def test_letters_that_the_output_s_encoding_lacks_are_escaped_as_in_json(monkeyp
     assert json.loads(written.decode("latin-1")) == text
 
 
+def test_a_very_large_image_is_named_in_one_warning(tmp_path, monkeypatch):
+    Image.new("L", (12, 10)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(cli, "app", lambda: decode.decode_image(tmp_path / "large.png"))
+    with pytest.warns(Image.DecompressionBombWarning) as warned:
+        cli.main()
+    (message,) = (str(each.message) for each in warned)
+    assert "large.png: all its 12×10 pixels are decoded" in message
+
+
 def test_predict_takes_no_name_for_an_emoji(command, run, images):
     good = (images / "val" / "red" / "0.png").rename(images / "a:dog:.png")
     broken = images / "b:100:.png"

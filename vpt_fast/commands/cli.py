@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -402,6 +403,8 @@ def main() -> None:
         if out.errors in ("strict", "surrogateescape"):  # else PYTHONIOENCODING chose what is done
             codecs.register_error("vpt_fast.escape", _escape)
             out.reconfigure(errors="vpt_fast.escape")
+    # Ours names the image: `data.decode.decode_image`.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", module=r"PIL\.Image")
     try:
         app()
     except OSError as error:
