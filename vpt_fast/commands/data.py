@@ -13,6 +13,7 @@ from vpt_fast.commands.flags import (
     PATH,
     DebugFlag,
     LastingConsole,
+    NameConsole,
     OutputConsole,
     one_line_errors,
     require_folder,
@@ -24,6 +25,7 @@ from vpt_fast.data.check import SplitFound, TaskFound, check_task, find_tasks
 from vpt_fast.data.images import DataError, Splits
 from vpt_fast.data.splits import open_splits
 from vpt_fast.data.tasks import HOW_TO_GET, TASKS, find_task
+from vpt_fast.training.bars import listing_shards, progress_bar
 
 app = CommandApp(help="Check benchmark tasks on disk, or prepare them.")
 
@@ -53,7 +55,9 @@ def check(
         console = OutputConsole()
         if not shown:
             try:
-                console.print(_splits_table(open_splits(root)))
+                with listing_shards(NameConsole(stderr=True)) as on_shards:
+                    splits = open_splits(root, on_shards=on_shards)
+                console.print(_splits_table(splits))
                 return
             except DataError as error:
                 said = f"none of the tasks, and {error}"
@@ -137,7 +141,6 @@ def prepare(
         chosen = find_task(task)
         require_folder_place(out)
         from vpt_fast.data.prepare import prepare_task
-        from vpt_fast.training.report import progress_bar
 
         console = LastingConsole()
         total = sum(chosen.sizes.values())

@@ -113,7 +113,7 @@ def run_sweep(
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
     stop = stop or threading.Event()
-    require_trials(sweep, cache)
+    require_trials(sweep, cache, console)
     plan = _FinalPlan.of(sweep, cache)
     inputs = digest_inputs(sweep, cache)
     try:
@@ -200,7 +200,7 @@ def _batch_size(recipe: Recipe, cache: TrainingCache) -> int:
     return resolved.batch_size
 
 
-def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
+def require_trials(sweep: Sweep, cache: TrainingCache, console: Console | None = None) -> None:
     """Opens the data and builds the model, without weights, once for each combination of settings that these
     depend on, so that a trial is refused at once and not after hours of other trials.
 
@@ -208,7 +208,7 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.first_recipe.device)
-    Classification().open(sweep.first_recipe, cache)  # what no searched setting is to blame for
+    Classification().open(sweep.first_recipe, cache, console)  # what no searched setting is to blame for
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]

@@ -126,7 +126,7 @@ def train(
             raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
         cache = cache or TrainingCache(kept=0)
         problem = problem_of(recipe)
-        splits = problem.open(recipe, cache)
+        splits = problem.open(recipe, cache, console)
         recipe = recipe.resolved(
             num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
         )
