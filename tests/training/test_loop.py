@@ -933,6 +933,30 @@ def test_run_where_tensorboard_is_not_installed_has_no_logs_and_may_ask_for_none
     assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_ends_the_tensorboard_log_by_name_and_training_goes_on_from_it(
+    recipe, tmp_path, monkeypatch
+):
+    from vpt_fast.training.events import RecordWriter
+
+    recipe = dataclasses.replace(recipe, tensorboard=True)
+    whole = train(recipe, tmp_path / "whole")
+    write = RecordWriter.write
+
+    def write_two_epochs(self, data):
+        if b"val_loss" in data and len(RunFolder(tmp_path / "parts").read().metrics) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write_two_epochs)
+        with pytest.raises(
+            SavingFailed, match="TensorBoard log of epoch 3 could not be saved .*: No space left on device"
+        ):
+            train(recipe, tmp_path / "parts")
+    require_equal(whole, train(recipe, tmp_path / "parts"))
+
+
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.TrainStep, "__call__", lambda *_: (torch.tensor(float("nan")), torch.tensor(0)))
     before = set(threading.enumerate())

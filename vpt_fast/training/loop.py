@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ from vpt_fast.training.step import (
 )
 from vpt_fast.training.world import World, join_world
 from vpt_fast.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from vpt_fast.training.events import EventLog
 
 CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU
 
@@ -277,13 +280,9 @@ def train(
             if world.is_main:
                 saver.end_epoch(rows, optimizer, scaler, is_last=len(rows) == recipe.epochs)
             if events is not None:
-                # Its thread writes at once, and would print a traceback if the folder were gone: it is waited
-                # for here, after a look at the folder.
                 with folder.saving(f"the TensorBoard log of epoch {len(rows)}", folder.tensorboard):
-                    for name in row.keys() - {"epoch", "seconds"}:
-                        if row[name] is not None:
-                            events.add_scalar(name, row[name], epoch)
-                    events.flush()
+                    shown = row.keys() - {"epoch", "seconds"}
+                    events.add(epoch, {name: row[name] for name in shown if row[name] is not None})
             progress.end_epoch(row)
             if on_epoch is not None:
                 on_epoch(row)
@@ -363,16 +362,17 @@ def init_prompts(
         prompted.init_prompts_from(inputs, torch.Generator().manual_seed(recipe.seed))
 
 
-def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
-    """A TensorBoard writer; None if none is wanted, and in all but the main process."""
+def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> EventLog | None:
+    """The TensorBoard log; None if none is wanted, and in all but the main process."""
     is_wanted = recipe.tensorboard
     if is_wanted is None:
         is_wanted = importlib.util.find_spec("tensorboard") is not None
     if not is_wanted or not world.is_main:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+    from vpt_fast.training.events import EventLog  # which imports the optional tensorboard
 
-    return SummaryWriter(str(folder.tensorboard), purge_step=epochs_done)
+    with folder.saving("the TensorBoard log"):
+        return EventLog(folder.tensorboard, epochs_done)
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
