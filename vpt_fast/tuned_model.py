@@ -328,6 +328,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
         """Raises ValueError for unsuitable images; `tied`: why only the model's own size is accepted."""
+        if isinstance(images, torch.fx.Proxy):
+            raise ValueError("images: got a Proxy, as torch.fx.symbolic_trace makes it; want torch.export")
         if not isinstance(images, torch.Tensor):
             raise ValueError(f"images: got a {type(images).__name__}, want a torch.Tensor (batch, C, H, W)")
         if not images.is_floating_point():
