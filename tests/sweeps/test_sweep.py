@@ -19,7 +19,7 @@ from vpt_fast.failures import TrainingDiverged
 from vpt_fast.sweeps import sweep, trials
 from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.sweeps.sweep import best_trial, run_sweep, trial_folder
-from vpt_fast.training import loop
+from vpt_fast.training import classification, loop
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.method_rules import METHODS
 from vpt_fast.training.recipe import Recipe
@@ -290,6 +290,12 @@ def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     with pytest.raises(ValueError, match=named):
         run_sweep(Sweep(given, axes, seeds=(1,)), tmp_path / "sweep")
     assert trained == [] and not (tmp_path / "sweep").exists()
+
+
+def test_backbone_that_there_is_not_is_refused_before_the_images_are_listed(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "open_splits", None)
+    with pytest.raises(ValueError, match="^backbone: got 'nosuch', want the name of a timm model"):
+        run_sweep(Sweep(settings | {"backbone": "nosuch"}, {"base_lr": (0.5,)}), tmp_path / "sweep")
 
 
 def test_data_that_cannot_be_used_are_not_blamed_on_what_is_searched(settings, tmp_path):

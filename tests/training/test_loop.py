@@ -808,6 +808,13 @@ def test_steps_on_a_gpu_are_captured_unless_they_cannot_be_or_should_not_and_thi
     assert note in printed and bool(printed) == bool(note)
 
 
+def test_backbone_that_there_is_not_is_refused_before_the_images_are_listed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "open_splits", None)
+    recipe = dataclasses.replace(recipe, backbone="vit_tiny_patch16_225")
+    with pytest.raises(ValueError, match="backbone: got 'vit_tiny_patch16_225', want .*vit_tiny_patch16_224"):
+        train(recipe, tmp_path / "run")
+
+
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("vpt_fast.training.methods.build_model", None)
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):

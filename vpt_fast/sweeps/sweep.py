@@ -32,6 +32,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from vpt_fast.backbones.resolve import require_name
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.counting import counted
@@ -208,6 +209,8 @@ def require_trials(sweep: Sweep, cache: TrainingCache, console: Console | None =
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.first_recipe.device)
+    if "backbone" not in sweep.axes:
+        require_name(sweep.first_recipe.backbone)  # to list the images may take minutes
     Classification().open(sweep.first_recipe, cache, console)  # what no searched setting is to blame for
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "batch_size", "accumulate", "cuda_graph")

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from vpt_fast.backbones.resolve import require_name
 from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.counting import counted
 from vpt_fast.data.decode import SkippedImage
@@ -203,6 +204,7 @@ def open_run(
     recipe. Whatever can be refused at once is refused before a folder is created or an image is read."""
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
+    require_name(recipe.backbone)  # to list the images may take minutes
     problem = problem_of(recipe)
     splits = problem.open(recipe, cache, console)
     recipe = recipe.resolved(
