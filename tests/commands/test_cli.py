@@ -544,6 +544,27 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     assert f"{tmp_path} is neither a run folder nor its prompts folder" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "predict", "plot"])
+def test_what_is_no_run_or_no_folder_is_refused_before_torch_is_imported(name, color_images, tmp_path):
+    picture = color_images / "val" / "red" / "0.png"
+    arguments = {
+        "train": ["train", "--data", str(picture), "--backbone", "test_vit"],
+        "eval": ["eval", str(tmp_path), "--data", str(color_images)],
+        "predict": ["predict", str(tmp_path), str(picture)],
+        "plot": ["plot", "tsne", str(tmp_path), "--data", str(color_images)],
+    }[name]
+    code = (
+        "import sys\n"
+        "from vpt_fast.__main__ import main\n"
+        "sys.modules['torch'] = None  # an import of it fails\n"
+        f"sys.argv = {['vpt-fast', *arguments]}\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = "a file; it must be a folder" if name == "train" else "neither a run folder nor its prompts"
+    assert ended.returncode == 2 and wanted in ended.stderr
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

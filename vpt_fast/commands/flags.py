@@ -31,6 +31,7 @@ from vpt_fast.failures import (
 )
 from vpt_fast.files import remove_unfinished
 from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.run_files import RunFiles
 from vpt_fast.training.setting_values import read_yaml
 
 
@@ -219,9 +220,19 @@ def require_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name} is {path}, which is no folder")
 
 
+def require_run(run: Path) -> None:
+    """Raises ValueError if there is no such folder, or no run in it."""
+    require_folder("RUN", run)
+    if not RunFiles(run).is_of_run:
+        raise ValueError(f"{run} is neither a run folder nor its prompts folder")
+
+
 def require_data(data: str) -> None:
-    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's."""
-    if not os.path.exists(os.path.expanduser(data) or ".") and not is_factory_name(data):
+    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's, or is a file."""
+    path = os.path.expanduser(data) or "."
+    if os.path.isfile(path):
+        raise ValueError(f"data is {data}, a file; it must be a folder")
+    if not os.path.exists(path) and not is_factory_name(data):
         names = ", ".join(f"{prefix}/NAME" for prefix in PREFIXES)
         raise ValueError(f"data is {data}; there is no such folder, and it is none of {names}")
 

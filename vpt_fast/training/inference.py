@@ -26,8 +26,8 @@ from vpt_fast.training.classification import FORWARD_BATCH, Evaluation, evaluate
 from vpt_fast.training.precision import AUTOCAST
 from vpt_fast.training.recipe import SEGMENTATION
 from vpt_fast.training.report import checking_images, evaluating
-from vpt_fast.training.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, list_digest
-from vpt_fast.training.run_files import RunFiles
+from vpt_fast.training.run import PROMPTS_GONE, Labels, RunError, list_digest
+from vpt_fast.training.run_files import LABELS_FILE, RunFiles
 from vpt_fast.training.world import World, find_device
 from vpt_fast.tuned_model import TunedModel
 

@@ -42,11 +42,10 @@ from vpt_fast.files import (
 )
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
-from vpt_fast.training.run_files import RunFiles
+from vpt_fast.training.run_files import LABELS_FILE, RunFiles
 from vpt_fast.tuned_model import TunedModel
 
 CHECKPOINT_FORMAT = "1"
-LABELS_FILE = "labels.json"
 PROMPTS_GONE = (
     "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
     "sweep's trials the best one's are kept); --fresh trains it again"
