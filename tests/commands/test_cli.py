@@ -542,6 +542,9 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
     assert result.exit_code == 2
     assert f"{tmp_path} is neither a run folder nor its prompts folder" in result.stderr
+    (tmp_path / "sweep.yaml").touch()
+    result = command("eval", tmp_path, "--data", color_images)
+    assert "prompts folder; of a sweep, want one of the runs in its final/" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "predict", "plot"])

@@ -443,8 +443,9 @@ def test_final_runs_train_on_what_the_search_held_out_by_a_fraction_of_its_own(s
 
 def test_folder_of_another_sweep_is_refused(settings, tmp_path):
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
-    with pytest.raises(ValueError, match="other settings: seeds, batch_size"):
-        run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
+    changed = "axes .none there, base_lr 0.1 now., seeds .1 there, 1, 2 now., batch_size .9 there, 3 now."
+    with pytest.raises(ValueError, match=f"other settings: {changed}; choose another --out"):
+        run_sweep(Sweep(dict(settings, batch_size=3), {"base_lr": (0.1,)}, seeds=(1, 2)), tmp_path)
 
 
 def test_results_are_written_after_each_final_run(settings, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from vpt_fast.failures import (
     said_of_memory,
 )
 from vpt_fast.files import remove_unfinished
+from vpt_fast.sweeps.entries import SWEEP_FILE
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.run_files import RunFiles
 from vpt_fast.training.setting_values import read_yaml
@@ -224,7 +225,8 @@ def require_run(run: Path) -> None:
     """Raises ValueError if there is no such folder, or no run in it."""
     require_folder("RUN", run)
     if not RunFiles(run).is_of_run:
-        raise ValueError(f"{run} is neither a run folder nor its prompts folder")
+        hint = "; of a sweep, want one of the runs in its final/" if (run / SWEEP_FILE).exists() else ""
+        raise ValueError(f"{run} is neither a run folder nor its prompts folder{hint}")
 
 
 def require_data(data: str) -> None:

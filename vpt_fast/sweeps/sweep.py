@@ -390,9 +390,13 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         return
     begun, recorded = _read_begun(path)
     ours, theirs = sweep.identity(), begun.identity()
-    changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
-    pairs = ((name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"])
-    changed += [name for name, one, other in pairs if one != other]
+    for each in (ours, theirs):
+        each.update(each.pop("settings"))
+    changed = [
+        f"{name} ({_as_given(theirs.get(name))} there, {_as_given(value)} now)"
+        for name, value in ours.items()
+        if value != theirs.get(name) and name not in begun.axes
+    ]
     for name, digest in inputs.items():
         if digest != recorded[name]:
             now, was = sweep.settings.get(name), begun.settings.get(name)
@@ -407,6 +411,13 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         raise ValueError(
             f"{out} holds a sweep with other settings: {', '.join(changed)}; choose another --out"
         )
+
+
+def _as_given(value: Any) -> str:
+    """A setting, or a sweep's axes, seeds or other choice, as text."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {_as_given(axis)}" for name, axis in value.items()) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:
