@@ -547,11 +547,13 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     assert "prompts folder; of a sweep, want one of the runs in its final/" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "predict", "plot"])
+@pytest.mark.parametrize("name", ["train", "weights", "eval", "predict", "plot"])
 def test_what_is_no_run_or_no_folder_is_refused_before_torch_is_imported(name, color_images, tmp_path):
     picture = color_images / "val" / "red" / "0.png"
+    train = ["train", "--backbone", "test_vit", "--data"]
     arguments = {
-        "train": ["train", "--data", str(picture), "--backbone", "test_vit"],
+        "train": [*train, str(picture)],
+        "weights": [*train, str(color_images), "--checkpoint", "no.pth"],
         "eval": ["eval", str(tmp_path), "--data", str(color_images)],
         "predict": ["predict", str(tmp_path), str(picture)],
         "plot": ["plot", "tsne", str(tmp_path), "--data", str(color_images)],
@@ -564,8 +566,9 @@ def test_what_is_no_run_or_no_folder_is_refused_before_torch_is_imported(name, c
         "main()"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    wanted = "a file; it must be a folder" if name == "train" else "neither a run folder nor its prompts"
-    assert ended.returncode == 2 and wanted in ended.stderr
+    wanted = {"train": "a file; it must be a folder", "weights": "checkpoint is no.pth, which is no file"}
+    assert ended.returncode == 2
+    assert wanted.get(name, "neither a run folder nor its prompts folder") in ended.stderr
 
 
 @pytest.mark.parametrize(

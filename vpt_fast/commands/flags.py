@@ -295,12 +295,15 @@ def with_recipe_flags(command: Callable[..., None], hidden: Collection[str] = ()
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration file, overridden by the flags that were given.
 
-    Raises ValueError if the file cannot be read or the data are not there.
+    Raises ValueError if the file cannot be read, or the data or the backbone's weights are not there.
     """
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     settings = {**(read_yaml(config) if config else {}), **given}
     if isinstance(data := settings.get("data"), str):  # the recipe refuses what is no text
         require_data(data)
+    checkpoint = settings.get("checkpoint")
+    if checkpoint and isinstance(checkpoint, str) and not os.path.isfile(checkpoint):
+        raise ValueError(f"checkpoint is {checkpoint}, which is no file")
     return settings
 
 
