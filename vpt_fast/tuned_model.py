@@ -406,15 +406,15 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def _changed_names(self) -> list[str]:
         """Frozen parameters with other values than they were built with, but for rounding to 16 bits."""
-        return [
-            name
-            for name, parameter in self.named_parameters()
-            if (built := self._frozen_values.get(name)) is not None
-            and _is_plain(parameter)
-            and not torch.allclose(
-                built, _first_values(parameter).to(built.dtype), rtol=0.01, atol=1e-6, equal_nan=True
-            )
-        ]
+        changed = []
+        for name, parameter in self.named_parameters():
+            built = self._frozen_values.get(name)
+            if built is None or not _is_plain(parameter):
+                continue
+            now = _first_values(parameter).to(built.dtype)
+            if now.shape == built.shape and not torch.allclose(now, built, 0.01, 1e-6, equal_nan=True):
+                changed.append(name)
+        return changed
 
     @property
     def unread_settings(self) -> tuple[str, ...]:
