@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -243,6 +244,13 @@ def test_first_convolution_whose_weight_is_computed_is_not_widened(change):
     change(plain.conv1[0])
     with pytest.raises(ValueError, match="prompt_location: .* whose conv1.0 computes its weight"):
         PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")
+
+
+def test_batch_norm_without_running_statistics_is_named():
+    norm = partial(nn.BatchNorm2d, track_running_stats=False)
+    plain = timm.create_model("resnet10t", norm_layer=norm)
+    with pytest.raises(ValueError, match="backbone: conv1.1 is a .*Norm.* without running statistics; want"):
+        PromptedConvNet(plain, 5, 2)
 
 
 def test_image_size_leaves_the_normalisation_of_a_known_backbone():

@@ -707,6 +707,14 @@ def test_torch_jit_script_is_refused_with_what_to_do_instead() -> None:
         torch.jit.script(build())
 
 
+@pytest.mark.parametrize("kind", [PromptedViT, PromptedSwin, PromptedConvNet])
+def test_symbolic_tracing_is_refused_with_what_to_do_instead(kind) -> None:
+    backbones = {PromptedViT: tiny_vit, PromptedSwin: tiny_swin}
+    backbone = backbones[kind]() if kind in backbones else "resnet10t"
+    with pytest.raises(ValueError, match=r"as torch\.fx\.symbolic_trace makes it; want torch\.export"):
+        torch.fx.symbolic_trace(kind(backbone, 5, 4))
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # as above
 @pytest.mark.parametrize("scores", [1, 2**20], ids=["an image at a time", "all images at once"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpt_fast.files import parse_json, remove_unfinished, replacing, unfinished
+from vpt_fast.files import parse_json, read_json, remove_unfinished, replacing, unfinished, write_json
 
 
 def test_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -69,3 +69,11 @@ def test_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:
 def test_brackets_without_end_are_no_json() -> None:
     with pytest.raises(ValueError, match="lie within each other"):
         parse_json("[" * 100_000)
+
+
+def test_json_files_show_names_as_they_are_and_keep_those_that_are_not_utf8(tmp_path: Path) -> None:
+    values = {"classes": ["café", "猫"], "checkpoint": b"caf\xe9.pth".decode(errors="surrogateescape")}
+    write_json(tmp_path / "labels.json", values)
+    text = (tmp_path / "labels.json").read_text(encoding="utf-8")
+    assert "café" in text and "猫" in text and r"caf\udce9.pth" in text
+    assert read_json(tmp_path / "labels.json") == values

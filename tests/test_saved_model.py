@@ -26,8 +26,10 @@ from vpt_fast import (
     load_pretrained,
 )
 from vpt_fast.classifier import TunedClassifier
+from vpt_fast.tuning.adapter import AdapterTuning
 from vpt_fast.tuning.bias import BiasTuning
 from vpt_fast.tuning.full import FullTuning
+from vpt_fast.tuning.partial import PartialTuning
 from vpt_fast.tuning.probes import MLPProbe
 
 SAVED = {
@@ -534,6 +536,30 @@ def test_model_into_which_another_backbone_was_loaded_is_not_saved_and_gives_awa
     right.save_pretrained(tmp_path / "new")
     images, _ = random_batch(model, dtype=torch.float32)
     assert torch.equal(kind.from_pretrained(tmp_path / "new", vit)(images), model(images))
+
+
+@pytest.mark.parametrize("kind", [BiasTuning, AdapterTuning, PartialTuning, LinearProbe])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "data"])
+def test_model_whose_frozen_weights_were_initialised_anew_is_not_saved(
+    kind, in_place, tmp_path: Path
+) -> None:
+    def init(module: torch.nn.Module) -> None:
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            weight = module.weight if in_place else module.weight.data
+            torch.nn.init.normal_(weight, std=0.02)
+
+    model = kind(tiny_vit(torch.float32), 5)
+    model.head.apply(init)
+    model.save_pretrained(tmp_path / "head alone")
+    model.apply(init)
+    with pytest.raises(ValueError, match=r"other values are in backbone\..*, as after model.apply"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_model_whose_frozen_weights_were_rounded_is_saved(dtype, tmp_path: Path) -> None:
+    BiasTuning(tiny_vit(torch.float32), 5).to(dtype).save_pretrained(tmp_path)
 
 
 def test_model_with_the_backbone_of_a_model_with_other_weights_is_not_saved(tmp_path: Path) -> None:

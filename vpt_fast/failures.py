@@ -41,6 +41,10 @@ def said_of_memory(error: BaseException) -> str:
 def find_cause(error: BaseException, kind: type[Cause]) -> Cause | None:
     """The first of this kind among the error and those that it was raised from or hides."""
     cause: BaseException | None = error
+    seen: set[int] = set()  # an error that is raised again may be among those that it was raised from
     while cause is not None and not isinstance(cause, kind):
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
+        if id(cause) in seen:
+            return None
     return cause

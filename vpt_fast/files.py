@@ -106,9 +106,16 @@ def write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def as_json(values: Any, *, indent: int = 2) -> bytes:
+    """The contents of a JSON file with these values: UTF-8, so that names can be read in any script."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False) + "\n"
+    # Bytes of a path that are not UTF-8 are surrogates in its text; this escapes them as JSON does.
+    return text.encode(errors="backslashreplace")
+
+
 def write_json(path: Path, values: Any, *, indent: int = 2) -> None:
     """Replaces `path` as `write` does, by these values as JSON."""
-    write(path, (json.dumps(values, indent=indent) + "\n").encode())
+    write(path, as_json(values, indent=indent))
 
 
 def holds(path: Path, data: bytes) -> bool:

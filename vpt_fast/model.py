@@ -426,13 +426,13 @@ class PromptedViT(PromptedClassifier):
             tokens, and its rotary positions.
         """
         settings = self.prompt_settings
-        require_shape(self.prompts, self._prompt_shape)
         if first:
             stream = Stream(images.to(self.backbone.residual_dtype or images.dtype))
             height, width = self.image_size
         else:
             stream = Stream(self._tokens(images))
             height, width = size_of(images)
+        require_shape(self.prompts, self._prompt_shape)
         batch_size, num_tokens = images.shape[0], stream.num_tokens
         sets = self._prompt_sets(given, batch_size)
         is_added = settings.prompt_location in ("add", "add-1")

@@ -7,11 +7,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 import huggingface_hub
@@ -82,6 +82,12 @@ class _Built(type):
             model.train()  # as any new module of PyTorch is; parts of the backbone have been set otherwise
         model._stored_names = {name for name, p in model.named_parameters() if p.requires_grad}
         model._built_names = set(model.state_dict())
+        if not model.stores_backbone:
+            model._frozen_values = {
+                name: _first_values(p)
+                for name, p in model.named_parameters()
+                if name not in model._stored_names and _is_plain(p)
+            }
         return model
 
 
@@ -117,6 +123,9 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     # The names of all tensors that the constructor makes.
     _built_names: set[str]
+
+    # Of parameters that are not saved, the first values that they were built with.
+    _frozen_values: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     # `ClassifierConfig.backbone_call` of the file that the model was loaded from with an instance.
     _recorded_call: str | None = None
@@ -320,6 +329,8 @@ class TunedModel(nn.Module, metaclass=_Built):
 
     def _check_images(self, images: torch.Tensor, tied: str | None = None) -> None:
         """Raises ValueError for unsuitable images; `tied`: why only the model's own size is accepted."""
+        if isinstance(images, torch.fx.Proxy):
+            raise ValueError("images: got a Proxy, as torch.fx.symbolic_trace makes it; want torch.export")
         if not isinstance(images, torch.Tensor):
             raise ValueError(f"images: got a {type(images).__name__}, want a torch.Tensor (batch, C, H, W)")
         if not images.is_floating_point():
@@ -378,12 +389,14 @@ class TunedModel(nn.Module, metaclass=_Built):
         """Raises ValueError if a saved model would be built again with another backbone than it has now."""
         if self.stores_backbone:
             return
-        replaced = sorted(self._replaced_names - self._stored().keys())
+        stored = self._stored().keys()
+        replaced = sorted(self._replaced_names - stored)
         if replaced:
-            others = f" and {len(replaced) - 1} others" if len(replaced) > 1 else ""
-            how = f"load_state_dict has replaced {replaced[0]}{others}"
+            how = f"load_state_dict has replaced {_first_of(replaced)}"
         elif self.backbone.fingerprint != self._backbone_config.fingerprint:
             how = "model.backbone is another model's"
+        elif changed := sorted(set(self._changed_names()) - stored):
+            how = f"other values are in {_first_of(changed)}, as after model.apply(init)"
         else:
             return
         raise ValueError(
@@ -391,6 +404,18 @@ class TunedModel(nn.Module, metaclass=_Built):
             "only what is trained; want a model that is built with the right backbone, given these tensors: "
             "right.load_trainable_state_dict(model.trainable_state_dict())"
         )
+
+    def _changed_names(self) -> list[str]:
+        """Frozen parameters with other values than they were built with, but for rounding to 16 bits."""
+        changed = []
+        for name, parameter in self.named_parameters():
+            built = self._frozen_values.get(name)
+            if built is None or not _is_plain(parameter):
+                continue
+            now = _first_values(parameter).to(built.dtype)
+            if now.shape == built.shape and not torch.allclose(now, built, 0.01, 1e-6, equal_nan=True):
+                changed.append(name)
+        return changed
 
     @property
     def unread_settings(self) -> tuple[str, ...]:
@@ -602,6 +627,21 @@ def _is_close(own: torch.Tensor, given: Any) -> bool:
     wide = torch.promote_types(own.dtype, torch.float32)
     own, given = own.detach().to(wide), given.detach().to(own.device, wide)
     return torch.equal(own, given) or bool((own - given).norm() <= max(rounding, _SAME_WITHIN) * own.norm())
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether the values of a parameter can be read: not on the meta device, nor of a subclass (DTensor)."""
+    return type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+def _first_values(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a few values, by which it is seen that they were initialised anew."""
+    first = parameter.detach()[(slice(1),) * (parameter.ndim - 1)]
+    return first.reshape(-1)[:8].to("cpu", copy=True)
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
 
 
 # A segmenter has its backbone in the encoder. Blocks are beside the rest of timm's model.

@@ -438,6 +438,16 @@ def test_letters_that_the_output_s_encoding_lacks_are_escaped_as_in_json(monkeyp
     assert json.loads(written.decode("latin-1")) == text
 
 
+def test_a_very_large_image_is_named_in_one_warning(tmp_path, monkeypatch):
+    Image.new("L", (12, 10)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(cli, "app", lambda: decode.decode_image(tmp_path / "large.png"))
+    with pytest.warns(Image.DecompressionBombWarning) as warned:
+        cli.main()
+    (message,) = (str(each.message) for each in warned)
+    assert "large.png: all its 12×10 pixels are decoded" in message
+
+
 def test_predict_takes_no_name_for_an_emoji(command, run, images):
     good = (images / "val" / "red" / "0.png").rename(images / "a:dog:.png")
     broken = images / "b:100:.png"
@@ -532,6 +542,33 @@ def test_folder_that_is_no_run_is_refused(command, color_images, tmp_path):
     result = command("eval", tmp_path, "--data", color_images)
     assert result.exit_code == 2
     assert f"{tmp_path} is neither a run folder nor its prompts folder" in result.stderr
+    (tmp_path / "sweep.yaml").touch()
+    result = command("eval", tmp_path, "--data", color_images)
+    assert "prompts folder; of a sweep, want one of the runs in its final/" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "weights", "eval", "predict", "plot"])
+def test_what_is_no_run_or_no_folder_is_refused_before_torch_is_imported(name, color_images, tmp_path):
+    picture = color_images / "val" / "red" / "0.png"
+    train = ["train", "--backbone", "test_vit", "--data"]
+    arguments = {
+        "train": [*train, str(picture)],
+        "weights": [*train, str(color_images), "--checkpoint", "no.pth"],
+        "eval": ["eval", str(tmp_path), "--data", str(color_images)],
+        "predict": ["predict", str(tmp_path), str(picture)],
+        "plot": ["plot", "tsne", str(tmp_path), "--data", str(color_images)],
+    }[name]
+    code = (
+        "import sys\n"
+        "from vpt_fast.__main__ import main\n"
+        "sys.modules['torch'] = None  # an import of it fails\n"
+        f"sys.argv = {['vpt-fast', *arguments]}\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = {"train": "a file; it must be a folder", "weights": "checkpoint is no.pth, which is no file"}
+    assert ended.returncode == 2
+    assert wanted.get(name, "neither a run folder nor its prompts folder") in ended.stderr
 
 
 @pytest.mark.parametrize(

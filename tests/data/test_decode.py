@@ -266,11 +266,20 @@ def test_missing_file_is_refused(tmp_path):
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     noise(20, 20).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DecodeError, match="exceeds limit of"):
+    with pytest.raises(DecodeError, match="400 pixels. exceeds limit of 200 pixels; wanted a smaller copy"):
         decode_image(tmp_path / "x.png")
 
 
 SQUASH = Preprocessing((4, 5))
+
+
+def test_image_near_the_limit_of_pixels_is_named(tmp_path, monkeypatch):
+    noise(10, 12).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.warns(Image.DecompressionBombWarning) as warned:
+        decode_image(tmp_path / "large.png")
+    _, ours = (str(each.message) for each in warned)  # the first is Pillow's
+    assert "large.png: all its 12×10 pixels are decoded" in ours
 
 
 def with_broken_files(root: Path, *names: str) -> Splits:

@@ -236,3 +236,10 @@ def test_lists_of_other_classes_are_not_joined():
 def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
     with pytest.raises(ValueError, match="labels: "):
         ImageList((tmp_path / "0.png", tmp_path / "1.png"), labels, ("a", "b"))
+
+
+def test_scenes_with_masks_are_not_taken_for_two_classes(write_images):
+    folders = ("images/training", "images/validation", "annotations/training", "annotations/validation")
+    root = write_images(dict.fromkeys(folders, 4))
+    with pytest.raises(DataError, match="holds images with masks, for task segmentation; wanted train/"):
+        open_splits(root)

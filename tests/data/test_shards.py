@@ -205,6 +205,14 @@ def test_broken_shards_are_named(root, break_it, message):
         open_splits(root)
 
 
+def test_progress_counts_every_byte_of_all_shards(root):
+    sizes = [path.stat().st_size for path in root.glob("*/*.tar")]
+    counted = []
+    open_splits(root, on_shards=lambda done, total: counted.append((done, total)))
+    assert len(sizes) > 2 and sum(done for done, _ in counted) == sum(sizes)
+    assert {total for _, total in counted} == {sum(sizes)} and all(done >= 0 for done, _ in counted)
+
+
 def with_header(path, **header: str) -> None:
     """Puts a header in the pax format before the first member, without its end."""
     text = "".join(f"{len(f'00 {key}={value}') + 1} {key}={value}\n" for key, value in header.items())

@@ -19,7 +19,7 @@ from vpt_fast.failures import TrainingDiverged
 from vpt_fast.sweeps import sweep, trials
 from vpt_fast.sweeps.settings import Sweep
 from vpt_fast.sweeps.sweep import best_trial, run_sweep, trial_folder
-from vpt_fast.training import loop
+from vpt_fast.training import classification, loop
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.method_rules import METHODS
 from vpt_fast.training.recipe import Recipe
@@ -292,6 +292,12 @@ def test_value_that_no_trial_can_have_is_refused_before_any_is_trained(
     assert trained == [] and not (tmp_path / "sweep").exists()
 
 
+def test_backbone_that_there_is_not_is_refused_before_the_images_are_listed(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "open_splits", None)
+    with pytest.raises(ValueError, match="^backbone: got 'nosuch', want the name of a timm model"):
+        run_sweep(Sweep(settings | {"backbone": "nosuch"}, {"base_lr": (0.5,)}), tmp_path / "sweep")
+
+
 def test_data_that_cannot_be_used_are_not_blamed_on_what_is_searched(settings, tmp_path):
     with pytest.raises(ValueError, match="^no such: there is no such folder"):
         run_sweep(Sweep(dict(settings, data="no such"), {"shots": (1, 2)}), tmp_path / "sweep")
@@ -437,8 +443,9 @@ def test_final_runs_train_on_what_the_search_held_out_by_a_fraction_of_its_own(s
 
 def test_folder_of_another_sweep_is_refused(settings, tmp_path):
     run_sweep(Sweep(settings, {}, seeds=(1,)), tmp_path)
-    with pytest.raises(ValueError, match="other settings: seeds, batch_size"):
-        run_sweep(Sweep(dict(settings, batch_size=3), {}, seeds=(2,)), tmp_path)
+    changed = "axes .none there, base_lr 0.1 now., seeds .1 there, 1, 2 now., batch_size .9 there, 3 now."
+    with pytest.raises(ValueError, match=f"other settings: {changed}; choose another --out"):
+        run_sweep(Sweep(dict(settings, batch_size=3), {"base_lr": (0.1,)}, seeds=(1, 2)), tmp_path)
 
 
 def test_results_are_written_after_each_final_run(settings, tmp_path, monkeypatch):

@@ -552,6 +552,27 @@ def test_runs_on_a_part_of_the_images_win_against_own_runs_of_full_alone(sweep):
     assert make_rows(read_entries(part)[0])[0][0].means["natural"].wins == 1
 
 
+def test_wins_against_published_numbers_are_counted_among_the_comparable_tasks(sweep):
+    part = sweep("vpt-deep", "vtab/cifar", 0.9, shots=4)
+    folders = [part, sweep("vpt-deep", "vtab/dtd", 0.7), sweep("vpt-deep", "vtab/svhn", 0.8)]
+    entries, notes = read_entries(folders)
+    ((row,), _) = make_rows(entries)
+    natural = row.means["natural"]
+    assert (natural.wins, natural.compared, natural.tasks) == (1, 2, 3)  # better than 64.3, not than 87.4
+    text = format_table(entries, notes, "markdown")
+    assert "| 80.00 (1 of 2), 3 of 7 tasks |" in text and "where not all can" in text
+    # The first task is not comparable; the others' published numbers are shown all the same.
+    assert "| vtab/cifar | 90.00 | - | - |" in text and "| vtab/dtd | 70.00 | 65.8 | +4.20 |" in text
+    *_, group = csv.DictReader(io.StringIO(format_table(entries, notes, "csv")))
+    assert (group["wins"], group["compared"]) == ("1", "2")
+
+
+def test_wins_of_all_tasks_do_not_say_of_how_many(sweep):
+    folders = [sweep("vpt-deep", name, 0.9) for name in NATURAL[:2]]
+    text = format_table(*read_entries(folders), "markdown")
+    assert "(2), 2 of 7 tasks" in text and "where not all can" not in text
+
+
 def test_published_total_is_shown_where_no_mean_was_published(sweep):
     text = format_table(*read_entries([sweep("vpt-deep", "birds", 0.5)]), "markdown")
     assert "| published | 1.18× of 24 tasks | - |" in text

@@ -648,6 +648,13 @@ def test_cause_is_found_where_an_error_was_raised_from_it_and_where_one_hides_it
     assert find_cause(neither, OSError) is None
 
 
+def test_an_error_that_is_raised_again_by_itself_has_no_other_cause():
+    first = OSError("full")
+    again = SavingFailed("not saved")
+    again.__cause__, first.__context__ = first, again
+    assert find_cause(first, TrainingDiverged) is None
+
+
 def test_trial_of_another_machine_is_left_to_its_heartbeat_and_a_dead_process_of_this_one_is_dead():
     def is_alive(**changes) -> bool:
         trial = SimpleNamespace(user_attrs={"owner": trials._owner() | changes})

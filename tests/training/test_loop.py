@@ -808,6 +808,13 @@ def test_steps_on_a_gpu_are_captured_unless_they_cannot_be_or_should_not_and_thi
     assert note in printed and bool(printed) == bool(note)
 
 
+def test_backbone_that_there_is_not_is_refused_before_the_images_are_listed(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(classification, "open_splits", None)
+    recipe = dataclasses.replace(recipe, backbone="vit_tiny_patch16_225")
+    with pytest.raises(ValueError, match="backbone: got 'vit_tiny_patch16_225', want .*vit_tiny_patch16_224"):
+        train(recipe, tmp_path / "run")
+
+
 def test_graph_that_cannot_be_captured_is_refused_before_the_model_is_built(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("vpt_fast.training.methods.build_model", None)
     with pytest.raises(ValueError, match="a step cannot be captured: the device is cpu"):
@@ -931,6 +938,30 @@ def test_run_where_tensorboard_is_not_installed_has_no_logs_and_may_ask_for_none
     assert not (tmp_path / "run").exists()
     result = train(recipe, tmp_path / "run")
     assert result.is_finished and not RunFolder(result.path).tensorboard.exists()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_ends_the_tensorboard_log_by_name_and_training_goes_on_from_it(
+    recipe, tmp_path, monkeypatch
+):
+    from vpt_fast.training.events import RecordWriter
+
+    recipe = dataclasses.replace(recipe, tensorboard=True)
+    whole = train(recipe, tmp_path / "whole")
+    write = RecordWriter.write
+
+    def write_two_epochs(self, data):
+        if b"val_loss" in data and len(RunFolder(tmp_path / "parts").read().metrics) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write_two_epochs)
+        with pytest.raises(
+            SavingFailed, match="TensorBoard log of epoch 3 could not be saved .*: No space left on device"
+        ):
+            train(recipe, tmp_path / "parts")
+    require_equal(whole, train(recipe, tmp_path / "parts"))
 
 
 def test_run_that_fails_leaves_no_thread_of_tensorboards(recipe, tmp_path, monkeypatch):

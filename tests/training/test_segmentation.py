@@ -249,6 +249,11 @@ def test_masks_that_would_replace_a_picture_are_refused(run, command, scenes, tm
     assert result.exit_code == 2 and "would both be written to photo-overlay.png" in result.stderr
 
 
+def test_check_reports_scenes_as_segmentation_reads_them(command, scenes):
+    result = command("data", "check", scenes)
+    assert result.exit_code == 0 and "images with masks" in result.stdout
+
+
 @pytest.mark.parametrize("way", ["folder", "file", "link in the folder", "link to the image"])
 def test_folder_of_the_images_is_refused_for_masks_before_the_run_is_loaded(command, scenes, tmp_path, way):
     photos, links = tmp_path / "photos", tmp_path / "links"
@@ -262,7 +267,7 @@ def test_folder_of_the_images_is_refused_for_masks_before_the_run_is_loaded(comm
         "link in the folder": (links, links),
         "link to the image": (links, photos),
     }[way]
-    (tmp_path / "no run").mkdir()
+    (tmp_path / "no run" / "prompts").mkdir(parents=True)
     result = command("predict", tmp_path / "no run", images, "--out", out)
     assert result.exit_code == 2 and "which holds the image" in result.stderr
     assert [path.name for path in photos.iterdir()] == ["photo.jpg"]

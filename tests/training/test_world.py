@@ -65,6 +65,7 @@ def test_gpu_that_a_run_is_used_on_is_the_current_one(
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jpg").touch()
+    (tmp_path / "prompts").mkdir()  # as of a run
     monkeypatch.setattr(LoadedRun, "load", load)
     CliRunner().invoke(app, [*command.split(), "--device=cuda:1"])
     assert found == [torch.device("cuda", 1)]

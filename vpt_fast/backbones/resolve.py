@@ -87,6 +87,19 @@ def _timm_name(backbone: str, source: Source | None) -> str:
     return source.architecture if source else known.timm_name if known else backbone
 
 
+def require_name(backbone: str) -> None:
+    """Raises ValueError for the name of no backbone. Those of folders and repositories pass, which
+    `resolve_backbone` reads: that may take a download."""
+    if ":" not in backbone:
+        _require_model(backbone, _timm_name(backbone, None))
+
+
+def _require_model(backbone: str, timm_name: str) -> None:
+    if not timm.is_model(timm_name):
+        hint = close_names(backbone, *KNOWN)
+        raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a backbone came from: its name, or None for an instance, with a folder's absolute path in it;
@@ -172,9 +185,7 @@ def resolve_backbone(
         raise ValueError(f"backbone: got a {class_name(backbone)}, want a timm name or a timm {wanted}")
     source = find_source(backbone)
     timm_name = _timm_name(backbone, source)
-    if not timm.is_model(timm_name):
-        hint = close_names(backbone, *KNOWN)
-        raise ValueError(f"backbone: got {backbone!r}, want the name of a timm model{hint}")
+    _require_model(backbone, timm_name)
     if source and "pretrained_cfg" in kwargs:
         raise ValueError(
             f"pretrained_cfg: got one with backbone {backbone!r}, which has its own; want "

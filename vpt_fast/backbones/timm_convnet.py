@@ -77,7 +77,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None and norm.running_var is not None, "see _check"
         wide = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = (norm.running_var.detach().to(wide) + norm.eps).rsqrt()
         if norm.weight is not None:
@@ -109,7 +109,7 @@ class FrozenConvNet(CopiedNetwork):
 
     Raises:
         ValueError: a backend or attention that ConvNets do not support, or a model that contains layers of
-            peft's or has hooks itself.
+            peft's or BatchNorms without running statistics, or has hooks itself.
     """
 
     def __init__(
@@ -180,12 +180,18 @@ class FrozenConvNet(CopiedNetwork):
 
 
 def _check(model: nn.Module) -> None:
-    """Raises ValueError for layers of peft's, which read the weights of the convolutions that they wrap, and
-    for hooks of the model as a whole, which is not called."""
+    """Raises ValueError for layers of peft's, which read the weights of the convolutions that they wrap, for
+    BatchNorms that normalise by the batch in eval mode too, by which an image's features would depend on the
+    other images, and for hooks of the model as a whole, which is not called."""
     require_no_hooks(model, f"backbone: {type(model).__name__}", below=False)
     for name, module in model.named_modules():
         if is_of_peft(module):
             raise ValueError(
                 f"backbone: {name} is a {class_name(module)}, which is not supported; want timm's own layers"
                 + merge_hint(module)
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"backbone: {name} is a {class_name(module)} without running statistics; "
+                "want track_running_stats=True, with the statistics of the images that it was trained on"
             )

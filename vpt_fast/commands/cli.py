@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,8 +45,8 @@ from vpt_fast.commands.flags import (
     print_error,
     refuse,
     require_data,
-    require_folder,
     require_folder_place,
+    require_run,
     with_recipe_flags,
 )
 from vpt_fast.commands.help import CommandApp
@@ -160,7 +161,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run: accuracy, or mIoU for segmentation, overall and per class."""
     with one_line_errors(debug):
-        require_folder("RUN", run)
+        require_run(run)
         require_data(data)
         from vpt_fast.training.classification import FORWARD_BATCH
         from vpt_fast.training.inference import LoadedRun, evaluate_run
@@ -261,7 +262,9 @@ def predict(
     """Classify or segment images. The exit status is 1 if an image cannot be read. If stopped, the results so
     far are printed."""
     with one_line_errors(debug):
-        require_folder("RUN", run)
+        if out is not None:
+            require_folder_place(out)
+        require_run(run)
         paths = expand_images(images)
         missing = missing_files(paths)
         for file, reason in missing.items():  # before torch and the backbone are loaded
@@ -311,7 +314,6 @@ def _predict(
     from vpt_fast.training.world import on_device
 
     if out is not None:
-        require_folder_place(out)
         from vpt_fast.training.scene_inference import require_masks_folder
 
         require_masks_folder(paths, out)  # before the backbone is loaded
@@ -402,6 +404,8 @@ def main() -> None:
         if out.errors in ("strict", "surrogateescape"):  # else PYTHONIOENCODING chose what is done
             codecs.register_error("vpt_fast.escape", _escape)
             out.reconfigure(errors="vpt_fast.escape")
+    # Ours names the image: `data.decode.decode_image`.
+    warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", module=r"PIL\.Image")
     try:
         app()
     except OSError as error:

@@ -13,6 +13,7 @@ from vpt_fast.commands.flags import (
     PATH,
     DebugFlag,
     LastingConsole,
+    NameConsole,
     OutputConsole,
     one_line_errors,
     require_folder,
@@ -21,9 +22,11 @@ from vpt_fast.commands.flags import (
 from vpt_fast.commands.help import CommandApp
 from vpt_fast.counting import counted
 from vpt_fast.data.check import SplitFound, TaskFound, check_task, find_tasks
-from vpt_fast.data.images import DataError, Splits
+from vpt_fast.data.folder import holds_scenes
+from vpt_fast.data.images import DataError
 from vpt_fast.data.splits import open_splits
 from vpt_fast.data.tasks import HOW_TO_GET, TASKS, find_task
+from vpt_fast.training.bars import listing_shards, progress_bar
 
 app = CommandApp(help="Check benchmark tasks on disk, or prepare them.")
 
@@ -53,7 +56,7 @@ def check(
         console = OutputConsole()
         if not shown:
             try:
-                console.print(_splits_table(open_splits(root)))
+                console.print(_scenes_table(root) if holds_scenes(root) else _splits_table(root))
                 return
             except DataError as error:
                 said = f"none of the tasks, and {error}"
@@ -75,7 +78,19 @@ def check(
         raise typer.Exit(1)
 
 
-def _splits_table(splits: Splits) -> Table:
+def _scenes_table(root: Path) -> Table:
+    from vpt_fast.data.scenes import open_scenes  # which imports torch
+
+    splits = open_scenes(root)
+    table = Table("split", "images with masks", "classes")
+    for name, scenes in (("train", splits.train), ("val", splits.val)):
+        table.add_row(name, f"{len(scenes):,}", str(len(scenes.classes)))
+    return table
+
+
+def _splits_table(root: Path) -> Table:
+    with listing_shards(NameConsole(stderr=True)) as on_shards:
+        splits = open_splits(root, on_shards=on_shards)
     table = Table("split", "images", "classes")
     for name, images in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if images is not None:
@@ -137,7 +152,6 @@ def prepare(
         chosen = find_task(task)
         require_folder_place(out)
         from vpt_fast.data.prepare import prepare_task
-        from vpt_fast.training.report import progress_bar
 
         console = LastingConsole()
         total = sum(chosen.sizes.values())

@@ -30,7 +30,9 @@ from vpt_fast.failures import (
     said_of_memory,
 )
 from vpt_fast.files import remove_unfinished
+from vpt_fast.sweeps.entries import SWEEP_FILE
 from vpt_fast.training.recipe import Recipe
+from vpt_fast.training.run_files import RunFiles
 from vpt_fast.training.setting_values import read_yaml
 
 
@@ -219,9 +221,20 @@ def require_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name} is {path}, which is no folder")
 
 
+def require_run(run: Path) -> None:
+    """Raises ValueError if there is no such folder, or no run in it."""
+    require_folder("RUN", run)
+    if not RunFiles(run).is_of_run:
+        hint = "; of a sweep, want one of the runs in its final/" if (run / SWEEP_FILE).exists() else ""
+        raise ValueError(f"{run} is neither a run folder nor its prompts folder{hint}")
+
+
 def require_data(data: str) -> None:
-    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's."""
-    if not os.path.exists(os.path.expanduser(data) or ".") and not is_factory_name(data):
+    """Raises ValueError if ``data`` is not there and is no name of a data set of timm's, or is a file."""
+    path = os.path.expanduser(data) or "."
+    if os.path.isfile(path):
+        raise ValueError(f"data is {data}, a file; it must be a folder")
+    if not os.path.exists(path) and not is_factory_name(data):
         names = ", ".join(f"{prefix}/NAME" for prefix in PREFIXES)
         raise ValueError(f"data is {data}; there is no such folder, and it is none of {names}")
 
@@ -282,12 +295,15 @@ def with_recipe_flags(command: Callable[..., None], hidden: Collection[str] = ()
 def given_settings(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration file, overridden by the flags that were given.
 
-    Raises ValueError if the file cannot be read or the data are not there.
+    Raises ValueError if the file cannot be read, or the data or the backbone's weights are not there.
     """
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     settings = {**(read_yaml(config) if config else {}), **given}
     if isinstance(data := settings.get("data"), str):  # the recipe refuses what is no text
         require_data(data)
+    checkpoint = settings.get("checkpoint")
+    if checkpoint and isinstance(checkpoint, str) and not os.path.isfile(checkpoint):
+        raise ValueError(f"checkpoint is {checkpoint}, which is no file")
     return settings
 
 

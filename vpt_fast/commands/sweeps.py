@@ -23,8 +23,8 @@ from vpt_fast.commands.flags import (
     given_settings,
     one_line_errors,
     require_data,
-    require_folder,
     require_place,
+    require_run,
     with_recipe_flags,
 )
 from vpt_fast.commands.help import CommandApp
@@ -244,7 +244,7 @@ def tsne(
     """Plot the head's input features of a split with t-SNE, coloured by class (Fig. 9)."""
     with one_line_errors(debug):
         path = out or run / f"tsne-{split}.png"
-        require_folder("RUN", run)
+        require_run(run)
         require_data(data)
         require_place(path)
         from vpt_fast.training.plots import plot_embedding

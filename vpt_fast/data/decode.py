@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,11 +96,21 @@ def decode_image(path: str | ImageItem) -> Image.Image:
       if any is above 1, in [0, 255].
     - CMYK, palette, 1-bit, YCbCr: Pillow's conversion.
 
+    Of an image with more pixels than `Image.MAX_IMAGE_PIXELS` a DecompressionBombWarning gives the name,
+    which Pillow's own does not.
+
     Raises:
-        DecodeError: the file is missing, unreadable, truncated or not an image; it has more pixels than
-            Pillow's limit against decompression bombs allows; or its pixels are outside the ranges above.
+        DecodeError: the file is missing, unreadable, truncated or not an image; it has more than twice
+            `Image.MAX_IMAGE_PIXELS`; or its pixels are outside the ranges above.
     """
     with decoding(path), open_image(path) if isinstance(path, str | os.PathLike) else path.open() as file:
+        if Image.MAX_IMAGE_PIXELS is not None and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+            warnings.warn(
+                f"{path}: all its {file.width}×{file.height} pixels are decoded whenever it is read; "
+                "a smaller copy takes less time",
+                Image.DecompressionBombWarning,
+                stacklevel=2,
+            )
         return upright_rgb(file)
 
 
@@ -115,6 +126,8 @@ def decoding(path: str | ImageItem) -> Iterator[None]:
         reason = str(error) or "broken file"
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"{reason.partition(', could be')[0]}; wanted a smaller copy"
         elif isinstance(error, UnidentifiedImageError):
             reason = "not an image in a format that Pillow decodes"
         raise DecodeError(path, reason) from error

@@ -18,6 +18,9 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".t
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Folder name, in any case -> the split that it holds."""
 
+SCENE_FOLDERS = ("images", "annotations")
+"""Folders of scenes with masks (`scenes`), each with a `training` folder in it."""
+
 LAYOUTS = "wanted train/ and val/ folders of class folders, or one folder of class folders"
 
 
@@ -40,8 +43,11 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     Raises:
         DataError: there are no images or only one class; a class has no images in train or in val, or too few
             to be split; val or test has a class that train lacks; a link leads back to a folder that it lies
-            in; a pipe, socket or device has an image's name.
+            in; a pipe, socket or device has an image's name; it is a data set of scenes, of which images and
+            masks would be the classes.
     """
+    if holds_scenes(root):
+        raise DataError(f"{root}: holds images with masks, for task segmentation; {LAYOUTS}")
     folders = _split_folders(root)
     if not folders:
         train, val = hold_out(_list_images(root), val_fraction, seed, where=root)
@@ -56,6 +62,11 @@ def open_folder(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
     if is_drawn := val is None:
         train, val = hold_out(train, val_fraction, seed, where=folders["train"])
     return Splits(train, val, found.get("test"), is_drawn)
+
+
+def holds_scenes(root: Path) -> bool:
+    """Whether the folder is a data set of scenes: has training images and their annotations."""
+    return all((root / name / "training").is_dir() for name in SCENE_FOLDERS)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -20,7 +20,7 @@ from .decode import (
     map_threads,
     transposition_of,
 )
-from .folder import IMAGE_EXTENSIONS
+from .folder import IMAGE_EXTENSIONS, SCENE_FOLDERS
 from .images import (
     DataError,
     open_image,
@@ -41,7 +41,6 @@ logits in windows of 512 pixels then take 8 GB."""
 ADE_CLASSES = 150
 ADE_NAMES = "objectInfo150.txt"
 CLASS_NAMES = "classnames.txt"
-FOLDERS = ("images", "annotations")
 LAYOUT = (
     "wanted images/training/NAME.jpg with annotations/training/NAME.png, and the same below "
     "images/validation/ and annotations/validation/"
@@ -142,13 +141,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def holds_scenes(root: Path) -> bool:
-    """Whether the folder is a data set: has training images and their annotations."""
-    return all((root / name / "training").is_dir() for name in FOLDERS)
-
-
 def _list_scenes(root: Path, split: str, classes: tuple[str, ...], no_zero: bool) -> SceneList:
-    folders = [root / name / split for name in FOLDERS]
+    folders = [root / name / split for name in SCENE_FOLDERS]
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder; {LAYOUT}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,21 +62,28 @@ def holds_shards(root: Path) -> bool:
     return any(_shard_files(root / name) for name, split in SPLIT_FOLDERS.items() if split == "train")
 
 
-def open_shards(root: Path, *, val_fraction: float | None, seed: int) -> Splits:
+def open_shards(
+    root: Path,
+    *,
+    val_fraction: float | None,
+    seed: int,
+    on_shards: Callable[[int, int], None] | None = None,
+) -> Splits:
     """The splits in a folder of shards; without val shards, train is split as for a folder of images.
 
     Raises:
         DataError: as for `read_shards`, or a class has too few images to be split.
     """
-    found = read_shards(root)
+    found = read_shards(root, on_shards)
     train, val = found["train"], found.get("val")
     if is_drawn := val is None:
         train, val = hold_out(train, val_fraction, seed, where=root)
     return Splits(train, val, found.get("test"), is_drawn)
 
 
-def read_shards(root: Path) -> dict[str, ImageList]:
-    """Split -> its images, in the order of the shards.
+def read_shards(root: Path, on_shards: Callable[[int, int], None] | None = None) -> dict[str, ImageList]:
+    """Split -> its images, in the order of the shards. `on_shards` is called with a number of bytes whenever
+    these are done, and those of all shards.
 
     Raises:
         DataError: a shard is missing, unexpected or broken, or has a sample without exactly one image and one
@@ -89,7 +97,14 @@ def read_shards(root: Path) -> dict[str, ImageList]:
                     f"{root}: found shards in {folders[split]}/ and {name}/, wanted one {split} folder"
                 )
             folders[split] = name
-    found = {split: _read_split(root, name) for split, name in folders.items()}
+    shards = {split: _shards_of(root / name) for split, name in folders.items()}
+    total = sum(path.stat().st_size for paths in shards.values() for path in paths)
+
+    def advance(count: int) -> None:
+        if on_shards is not None:
+            on_shards(count, total)
+
+    found = {split: _read_split(root / folders[split], paths, advance) for split, paths in shards.items()}
     count = 1 + max(label for samples in found.values() for _, label in samples)
     classes = read_class_names(root / "classnames.txt", count) or tuple(map(str, range(count)))
     return {
@@ -110,9 +125,8 @@ def _shard_files(folder: Path) -> dict[int, Path]:
     return found
 
 
-def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
-    """(image, label) of every sample, in the order of the shards."""
-    folder = root / name
+def _shards_of(folder: Path) -> list[Path]:
+    """The shards of a split in their order. Raises DataError if one is missing or unexpected."""
     shards = _shard_files(folder)
     count_file = folder / "nshards.txt"
     number = max(shards) + 1
@@ -128,20 +142,31 @@ def _read_split(root: Path, name: str) -> list[tuple[TarImage, int]]:
         )
     if more := sorted(each for each in shards if each >= number):
         raise DataError(f"{count_file}: says {number} shards, and {shards[more[0]].name} is there too")
+    return [shards[i] for i in range(number)]
+
+
+def _read_split(
+    folder: Path, shards: list[Path], advance: Callable[[int], None]
+) -> list[tuple[TarImage, int]]:
+    """(image, label) of every sample, in the order of the shards."""
     samples: list[tuple[TarImage, int]] = []
-    for i in range(number):
-        samples += _read_shard(shards[i], name)
+    for path in shards:
+        samples += _read_shard(path, folder.name, advance)
     if not samples:
-        raise DataError(f"{folder}: found no samples in {number} shards")
+        raise DataError(f"{folder}: found no samples in {len(shards)} shards")
     return samples
 
 
-def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
+def _read_shard(path: Path, split: str, advance: Callable[[int], None]) -> list[tuple[TarImage, int]]:
+    """(image, label) of every sample. `advance` is called with the bytes of each member, and of the end."""
+    done = 0
     images: dict[str, TarImage] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                advance(member.offset - done)
+                done = member.offset
                 if not member.isfile() or member.issparse():  # such as a link, which is not followed
                     continue
                 folder, slash, file = member.name.rpartition("/")
@@ -181,4 +206,5 @@ def _read_shard(path: Path, split: str) -> list[tuple[TarImage, int]]:
         if key not in labels or key not in images:
             has, lacks = ("a label", "image") if key in labels else ("an image", "label (.cls)")
             raise DataError(f"{path}: {key} has {has} and no {lacks}")
+    advance(path.stat().st_size - done)
     return [(images[key], labels[key]) for key in images]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from vpt_fast.data_names import PREFIXES, is_factory_name
@@ -25,6 +26,7 @@ def open_splits(
     val_fraction: float = 0.2,
     data_root: str | None = None,
     seed: int = 0,
+    on_shards: Callable[[int, int], None] | None = None,
 ) -> Splits:
     """Lists the images of `data`. None is decoded, except those of sequential data sets.
 
@@ -38,6 +40,8 @@ def open_splits(
             tasks have their own.
         data_root: folder that stores a data set of timm's factory.
         seed: 0 or more, for all random choices.
+        on_shards: called while shards are listed, which takes seconds for a gigabyte of small images, with
+            a number of bytes whenever these are done and those of all shards.
 
     Raises:
         DataError: the data cannot be used; the message names the path, what was found and what was wanted.
@@ -54,7 +58,7 @@ def open_splits(
     if seed < 0:
         raise ValueError(f"seed: {seed}, wanted 0 or more")
     held_out = val_fraction if train_on == "train" else None
-    splits = _open(data, task, with_test, held_out, data_root, seed)
+    splits = _open(data, task, with_test, held_out, data_root, seed, on_shards)
     if len(splits.classes) < 2:
         raise DataError(f"{data}: found one class, {splits.classes[0]!r}; wanted two or more")
     if with_test and splits.test is None:
@@ -72,6 +76,7 @@ def _open(
     val_fraction: float | None,
     data_root: str | None,
     seed: int,
+    on_shards: Callable[[int, int], None] | None,
 ) -> Splits:
     if task is None and is_factory_name(os.fspath(data)):
         from .factory import open_factory  # timm and torch, which the lists of a folder need not
@@ -91,6 +96,9 @@ def _open(
         raise DataError(f"{root}: is a file, not a folder; {wanted}")
     if task is not None:
         return open_task(find_task(task), root, holds_out=val_fraction is not None, seed=seed)
+    if all((root / name / "training").is_dir() for name in ("images", "annotations")):
+        # As a folder of class folders, its classes would be "annotations" and "images".
+        raise DataError(f"{root}: holds images with masks, for task segmentation; {wanted}")
     if holds_shards(root):
-        return open_shards(root, val_fraction=val_fraction, seed=seed)
+        return open_shards(root, val_fraction=val_fraction, seed=seed, on_shards=on_shards)
     return open_folder(root, val_fraction=val_fraction, seed=seed)

@@ -246,7 +246,7 @@ def run_ablation(
     remove_unfinished(results_file, picture)
     console = console or Console(quiet=True)
     ablation, cache, stop = ABLATIONS[name], TrainingCache(), threading.Event()
-    Classification().open(points[0].sweep.first_recipe, cache)  # what no point is to blame for
+    Classification().open(points[0].sweep.first_recipe, cache, console)  # what no point is to blame for
     for point in points:
         try:
             require_trials(point.sweep, cache)

@@ -32,6 +32,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from vpt_fast.backbones.resolve import require_name
 from vpt_fast.backbones.sharing import SharedBackbone, sharing_backbones
 from vpt_fast.backbones.sources import CONFIG_FILE
 from vpt_fast.counting import counted
@@ -113,7 +114,7 @@ def run_sweep(
     console = console or Console(quiet=True)
     cache = cache or TrainingCache()
     stop = stop or threading.Event()
-    require_trials(sweep, cache)
+    require_trials(sweep, cache, console)
     plan = _FinalPlan.of(sweep, cache)
     inputs = digest_inputs(sweep, cache)
     try:
@@ -200,7 +201,7 @@ def _batch_size(recipe: Recipe, cache: TrainingCache) -> int:
     return resolved.batch_size
 
 
-def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
+def require_trials(sweep: Sweep, cache: TrainingCache, console: Console | None = None) -> None:
     """Opens the data and builds the model, without weights, once for each combination of settings that these
     depend on, so that a trial is refused at once and not after hours of other trials.
 
@@ -208,7 +209,9 @@ def require_trials(sweep: Sweep, cache: TrainingCache) -> None:
         ValueError: training would refuse a combination; the message names the searched settings behind it.
     """
     device = find_device(sweep.first_recipe.device)
-    Classification().open(sweep.first_recipe, cache)  # what no searched setting is to blame for
+    if "backbone" not in sweep.axes:
+        require_name(sweep.first_recipe.backbone)  # to list the images may take minutes
+    Classification().open(sweep.first_recipe, cache, console)  # what no searched setting is to blame for
     panels = {field.name: field.metadata["panel"] for field in dataclasses.fields(Recipe)}
     others = ("precision", "batch_size", "accumulate", "cuda_graph")
     looked_at = [name for name in panels if panels[name] in (DATA, MODEL, PROMPTS) or name in others]
@@ -387,9 +390,13 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         return
     begun, recorded = _read_begun(path)
     ours, theirs = sweep.identity(), begun.identity()
-    changed = [name for name in ours if name != "settings" and ours[name] != theirs[name]]
-    pairs = ((name, ours["settings"].get(name), theirs["settings"].get(name)) for name in ours["settings"])
-    changed += [name for name, one, other in pairs if one != other]
+    for each in (ours, theirs):
+        each.update(each.pop("settings"))
+    changed = [
+        f"{name} ({_as_given(theirs.get(name))} there, {_as_given(value)} now)"
+        for name, value in ours.items()
+        if value != theirs.get(name) and name not in begun.axes
+    ]
     for name, digest in inputs.items():
         if digest != recorded[name]:
             now, was = sweep.settings.get(name), begun.settings.get(name)
@@ -404,6 +411,13 @@ def _require_same_sweep(sweep: Sweep, inputs: Mapping[str, str | None], out: Pat
         raise ValueError(
             f"{out} holds a sweep with other settings: {', '.join(changed)}; choose another --out"
         )
+
+
+def _as_given(value: Any) -> str:
+    """A setting, or a sweep's axes, seeds or other choice, as text."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {_as_given(axis)}" for name, axis in value.items()) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _begin(sweep: Sweep, inputs: Mapping[str, str | None], out: Path) -> None:

@@ -28,7 +28,8 @@ class Mean:
 
     published: the published mean over `published_tasks` tasks: the same ones, or all of the group if single
         tasks were not published.
-    wins: number of tasks on which the method is better than full fine-tuning.
+    wins: number of tasks on which the method is better than full fine-tuning, of the `compared` ones that can
+        be held against a result of it; None if there are none.
     """
 
     accuracy: float
@@ -36,6 +37,7 @@ class Mean:
     published_tasks: int
     tasks: int
     wins: int | None
+    compared: int
 
     @property
     def difference(self) -> float | None:
@@ -63,7 +65,7 @@ class Row:
     @property
     def published_accuracies(self) -> dict[str, float]:
         """Published accuracies of the method on this backbone, also for tasks without an entry."""
-        if self._first.incomparable:
+        if all(entry.incomparable for entry in self.entries.values()):
             return {}
         published = published_of(self.backbone, self._first.prompt_location)
         return published.accuracies.get(self.method, {}) if published is not None else {}
@@ -90,10 +92,11 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
     for backbone in backbones:
         here = [entry for entry in entries if entry.backbone == backbone]
         full = {(entry.task, entry.split): entry.accuracy for entry in here if entry.method == BASELINE}
+        has_own = bool(full)
         published = published_of(backbone)
         of_the_papers = [entry for entry in here if entry.task in TASKS]
         comparable = any(entry.incomparable is None for entry in of_the_papers)
-        if not full and published is not None and BASELINE in published.accuracies and comparable:
+        if not has_own and published is not None and BASELINE in published.accuracies and comparable:
             full = {(task, "test"): accuracy for task, accuracy in published.accuracies[BASELINE].items()}
             notes.append(f"wins are against {BASELINE} as published: there are no runs of it on {backbone}")
         if published is None and of_the_papers:
@@ -104,13 +107,10 @@ def make_rows(entries: Sequence[Entry]) -> tuple[list[Row], list[str]]:
             size = next(iter(mine.values())).backbone_parameters
             shared = 0 if parse_method(method).rule.stores_backbone else size
             total = (shared + sum(entry.stored for entry in mine.values())) / size
-            # What nothing published is comparable to is held against own runs alone.
-            has_baseline = any(entry.method == BASELINE for entry in here)
-            against = full if has_baseline or not any(entry.incomparable for entry in mine.values()) else {}
             means = {
                 group: mean
                 for group in (*GROUPS, OTHER)
-                if (mean := _mean(method, group, _of_group(mine, group), against)) is not None
+                if (mean := _mean(method, group, _of_group(mine, group), full, has_own)) is not None
             }
             rows.append(Row(name, method, mine, means, total))
     return rows, notes
@@ -122,12 +122,19 @@ def _of_group(entries: dict[str, Entry], group: str) -> list[Entry]:
     return [entries[name] for name, task in TASKS.items() if task.group == group and name in entries]
 
 
-def _mean(method: str, group: str, entries: list[Entry], full: dict[tuple[str, str], float]) -> Mean | None:
-    """`full` holds the baseline's accuracies by task and split."""
+def _mean(
+    method: str, group: str, entries: list[Entry], full: dict[tuple[str, str], float], has_own: bool
+) -> Mean | None:
+    """`full` holds the baseline's accuracies by task and split: of own runs, or published ones."""
     if not entries:
         return None
     published, published_tasks = _published_mean(method, group, entries)
-    comparable = [entry for entry in entries if (entry.task, entry.split) in full]
+    # What nothing published is comparable to is held against own runs alone.
+    comparable = [
+        entry
+        for entry in entries
+        if (entry.task, entry.split) in full and (has_own or entry.incomparable is None)
+    ]
     wins = sum(entry.accuracy > full[entry.task, entry.split] for entry in comparable)
     return Mean(
         statistics.fmean(entry.accuracy for entry in entries),
@@ -135,6 +142,7 @@ def _mean(method: str, group: str, entries: list[Entry], full: dict[tuple[str, s
         published_tasks,
         len(entries),
         wins if comparable and method != BASELINE else None,
+        len(comparable),
     )
 
 
@@ -167,11 +175,13 @@ def format_table(entries: Sequence[Entry], notes: Sequence[str], form: str) -> s
     means = [mean for row in rows for mean in row.means.values()]
     of_published = any(mean.published is not None for mean in means)
     of_wins = any(mean.wins is not None for mean in means)
+    of_fewer = any(mean.wins is not None and mean.compared < mean.tasks for mean in means)
     notes = [
         "Accuracy in percent; ± is the standard deviation of a sample (n - 1) over the seeds.",
         "Means are over the tasks that are there"
         + (", published ones too unless they say of how many" if of_published else "")
         + (f"; in brackets behind a mean: tasks better than {BASELINE}" if of_wins else "")
+        + (", of those that can be held against it where not all can" if of_fewer else "")
         + ".",
         *notes,
         *more,
@@ -203,7 +213,8 @@ def _summary(rows: list[Row]) -> Lines:
             of = mean.tasks if group == OTHER else _tasks_of(group)
             missing = "" if mean.tasks == of else f", {mean.tasks} of {of} tasks"
             all_tasks = "" if mean.published_tasks == mean.tasks else f" of {of} tasks"
-            wins = "" if mean.wins is None else f" ({mean.wins})"
+            compared = "" if mean.compared == mean.tasks else f" of {mean.compared}"
+            wins = "" if mean.wins is None else f" ({mean.wins}{compared})"
             cells[0].append(f"{mean.accuracy:.2f}{wins}{missing}")
             cells[1].append(MISSING if mean.published is None else f"{mean.published:.2f}{all_tasks}")
             cells[2].append(MISSING if mean.difference is None else f"{mean.difference:+.2f}")
@@ -288,6 +299,7 @@ def _latex(sections: Iterable[Lines], notes: Iterable[str]) -> str:
 CSV_COLUMNS = (
     "method", "backbone", "of", "accuracy", "standard_deviation", "runs", "tasks", "split",
     "stored_parameters", "published", "difference", "wins",
+    "compared",
 )  # fmt: skip
 
 
@@ -324,6 +336,7 @@ def _csv(rows: list[Row]) -> str:
                     "published": mean.published,
                     "difference": None if mean.difference is None else round(mean.difference, 6),
                     "wins": mean.wins,
+                    "compared": None if mean.wins is None else mean.compared,
                 }
             )
     return text.getvalue()

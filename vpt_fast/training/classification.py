@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich import filesize
+from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -18,6 +19,7 @@ from vpt_fast.data.images import ImageList, Splits, take_fraction, take_shots
 from vpt_fast.data.preprocessing import Preprocessing
 from vpt_fast.data.resident import least_bytes, resident_budget
 from vpt_fast.data.splits import open_splits
+from vpt_fast.training.bars import listing_shards
 from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.precision import autocast
 from vpt_fast.training.problem import Source
@@ -124,7 +126,7 @@ class Classification:
     score_names: tuple[str, ...] = ("accuracy",)
     graph_obstacle: str | None = None
 
-    def open(self, recipe: Recipe, cache: TrainingCache) -> Splits:
+    def open(self, recipe: Recipe, cache: TrainingCache, console: Console | None = None) -> Splits:
         named: dict[str, Any] = dict(
             task=recipe.task,
             train_on=recipe.train_on,
@@ -133,9 +135,12 @@ class Classification:
             data_root=recipe.data_root,
             seed=recipe.seed,
         )
-        splits = cache.get(
-            "splits", (recipe.data, *named.values()), lambda: open_splits(recipe.data, **named)
-        )
+
+        def list_images() -> Splits:
+            with listing_shards(console or Console(quiet=True)) as on_shards:
+                return open_splits(recipe.data, **named, on_shards=on_shards)
+
+        splits = cache.get("splits", (recipe.data, *named.values()), list_images)
         if splits.val is not None and not splits.val_is_drawn and recipe.val_fraction != Recipe.val_fraction:
             raise ValueError(
                 f"val_fraction is {recipe.val_fraction}, and {recipe.data} has a val split of its own; leave "

@@ -21,12 +21,13 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.splits import open_splits
 from vpt_fast.pretrained import class_of, load_pretrained
 from vpt_fast.saved_model import read_pretrained
+from vpt_fast.training.bars import listing_shards
 from vpt_fast.training.classification import FORWARD_BATCH, Evaluation, evaluate
 from vpt_fast.training.precision import AUTOCAST
 from vpt_fast.training.recipe import SEGMENTATION
 from vpt_fast.training.report import checking_images, evaluating
-from vpt_fast.training.run import LABELS_FILE, PROMPTS_GONE, Labels, RunError, list_digest
-from vpt_fast.training.run_files import RunFiles
+from vpt_fast.training.run import PROMPTS_GONE, Labels, RunError, list_digest
+from vpt_fast.training.run_files import LABELS_FILE, RunFiles
 from vpt_fast.training.world import World, find_device
 from vpt_fast.tuned_model import TunedModel
 
@@ -243,14 +244,16 @@ def list_split(
     labels = run.labels
     if split == "val" and labels.train_on == "train+val":
         raise ValueError("split is val, whose images the run was trained on; want test, if the data have it")
-    splits = open_splits(
-        data,
-        task=labels.task,
-        with_test=split == "test",
-        val_fraction=labels.val_fraction,
-        data_root=data_root,
-        seed=labels.seed,
-    )
+    with listing_shards(console) as on_shards:
+        splits = open_splits(
+            data,
+            task=labels.task,
+            with_test=split == "test",
+            val_fraction=labels.val_fraction,
+            data_root=data_root,
+            seed=labels.seed,
+            on_shards=on_shards,
+        )
     require_same_classes(data, splits.classes, labels)
     images = splits.test if split == "test" else splits.val
     if split == "val" and splits.val_is_drawn and list_digest(str(data), images) != labels.val_listed:

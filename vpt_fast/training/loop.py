@@ -13,17 +13,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
+from vpt_fast.backbones.resolve import require_name
 from vpt_fast.classifier import TrainedPart, TunedClassifier
 from vpt_fast.counting import counted
+from vpt_fast.data.decode import SkippedImage
 from vpt_fast.failures import OutOfMemory, TrainingDiverged, is_out_of_memory, said_of_memory
 from vpt_fast.segmenter import PromptedSegmenter
 from vpt_fast.training.cache import TrainingCache
@@ -52,7 +54,7 @@ from vpt_fast.training.resume import (
     require_same_recipe,
     take_finished,
 )
-from vpt_fast.training.run import RunError, RunFolder
+from vpt_fast.training.run import Begun, Labels, RunError, RunFolder
 from vpt_fast.training.saving import EpochSaver
 from vpt_fast.training.segmentation import Segmentation
 from vpt_fast.training.step import (
@@ -65,6 +67,9 @@ from vpt_fast.training.step import (
 )
 from vpt_fast.training.world import World, join_world
 from vpt_fast.tuned_model import TunedModel
+
+if TYPE_CHECKING:
+    from vpt_fast.training.events import EventLog
 
 CHECK_EVERY = 16  # steps between checks of the loss: each check makes the CPU wait for the GPU
 
@@ -120,145 +125,235 @@ def train(
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(join_world(recipe.device))
         console = console if console is not None and world.is_main else Console(quiet=True)
-
-        # Whatever can be refused at once is refused before a folder is created or an image is read.
-        if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
-        cache = cache or TrainingCache(kept=0)
-        problem = problem_of(recipe)
-        splits = problem.open(recipe, cache)
-        recipe = recipe.resolved(
-            num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
-        )
-
-        # The run folder: a new one, or one begun with this recipe.
-        folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
-        if not folder.is_locked:
-            print_no_locks(console, out)
-        if fresh:
-            world.from_main(folder.require_clearable)
-        begun = None if fresh else world.from_main(folder.read)
-        listed = world.from_main(lambda: digest_lists(recipe, splits, cache))
-        if begun:
-            require_same_recipe(recipe, begun, folder)
-            if begun.results is not None and (begun.results["test_images"] or not recipe.test):
-                world.from_main(
-                    lambda: take_finished(problem, recipe, begun, folder, splits, listed, cache, console)
-                )
-                return TrainResult(out, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
-            if begun.results is not None and begun.checkpoint is None:
-                raise RunError(
-                    f"{folder.path} holds this run, finished, but not its checkpoint, from which it would go "
-                    "on to the test images; vpt-fast eval takes --split test, and --fresh trains it again"
-                )
-
-        is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
-
-        # Model and images.
-        model = build_seeded(recipe, len(splits.classes), cache)
-        if (dtype := AUTOCAST[recipe.precision or "fp32"]) is not None:
-            model.hold_frozen_weights_in(dtype)
-        model.to(world.device)
-        require_operations(recipe, model, world.device)
-        preprocessing = problem.preprocessing(recipe, model)
-        require_same_lists(recipe, splits, world)  # of which each may check a share
-        train_images, val_images = read_images(problem, splits, preprocessing, recipe, world, console, cache)
-        skipped = (*train_images.skipped, *(val_images.skipped if val_images else ()))
-        splits = replace(
-            splits, train=train_images.images, val=None if val_images is None else val_images.images
-        )
-        require_same_lists(recipe, splits, world)
-        require_batches(recipe, model, len(splits.train), world)
-        used = world.from_main(lambda: digest_lists(recipe, splits, cache) if skipped else listed)
-        facts = describe_run(problem, recipe, model, splits, listed, used, preprocessing, world)
-        if begun:
-            require_same_inputs(facts, begun, folder)
-
-        rows: list[dict[str, Any]] = begun.metrics if begun and begun.checkpoint else []
-        done = len(rows)
-        if recipe.prompt_init == "tokens" and done == 0:
-            init_prompts(problem, model, train_images, preprocessing, recipe, world.device, console)
-
-        # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
-        lists = [splits.train] if splits.val is None else [splits.train, splits.val]
-        with_features = done < recipe.epochs and caches_features(
-            recipe, model, lists, preprocessing, world, cache
-        )
-        reads_images = done < recipe.epochs and not with_features
-        placed = recipe if reads_images else replace(recipe, resident="off")
-        train_batches: Any = problem.batches(train_images, preprocessing, placed, world, train=True)
-        val_batches: Any = None
-        if val_images is not None:
-            val_batches = problem.batches(val_images, preprocessing, placed, world, train=False)
-        images_text = problem.describe_images(recipe, train_batches, read_once=not reads_images)
-        print_start(console, recipe, model, splits, skipped, world, out, len(train_batches), images_text)
-
-        # The network to train: with cached features, the trained part alone.
-        network: nn.Module = model
-        feature_seconds = 0.0
-        if with_features:
-            assert isinstance(model, TunedClassifier)
-            network = TrainedPart(model)
-            train_batches, val_batches, feature_seconds = feature_batches(
-                model,
-                (train_images, train_batches),
-                None if val_images is None else (val_images, val_batches),
-                preprocessing,
-                recipe,
-                world,
-                console,
-                cache,
-                on_features,
-            )
-        del train_images, val_images  # pixels that are on the GPU are not kept in host memory too
-        optimizer = build_optimizer(recipe, model, capturable=is_graphed)
-        scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
-        joined = network
-        if is_graphed:
-            world.share_parameters(network)  # the step averages its gradients
-        else:
-            joined = stack.enter_context(world.joined(network))
-        step = TrainStep(
-            joined,
-            recipe,
-            optimizer,
-            scaler,
-            problem.objective(recipe, splits, world),
-            num_images=recipe.step_images(len(splits.train), world.size),
-            is_graphed=is_graphed,
-            process_group=world.group,
-        )
-
-        # Begin, or resume after the last completed epoch.
-        if begun and begun.checkpoint:
-            model.load_trainable_state_dict(begun.checkpoint.trainable)
-            load_optimizer(optimizer, begun.checkpoint.optimizer)
-            scaler.load_state_dict(begun.checkpoint.scaler)
-            facts = begun.facts
-            console.print(f"Going on after epoch {done} of {recipe.epochs}.")
-        elif world.is_main:
-            with folder.saving("the start of the run"):
-                folder.clear()
-                folder.begin(recipe, facts)
-        labels = labels_of(recipe, splits, preprocessing, listed["val"])
-        if done == recipe.epochs and world.is_main:
-            with folder.saving("the prompts"):  # they may be damaged, and no epoch is left to write them
-                folder.save_prompts(model, labels)
-        if (events := open_events(recipe, folder, world, done)) is not None:
-            stack.callback(events.close)
+        run = open_run(recipe, out, fresh, world, console, cache or TrainingCache(kept=0), stack)
+        if (finished := finished_result(run)) is not None:
+            return finished
+        training = prepare_training(run, on_features, stack)
+        begin_or_resume(run, training)
 
         stop = stop or threading.Event()
         stack.enter_context(stop_signals(stop))
-        saver = EpochSaver(folder, model, labels)
+        train_epochs(run, training, stop, on_epoch)
+        # Test images go where the graph's memory, the optimizer's state and the other images were.
+        del training
+        return end_run(run, draw_curves, stop)
+
+
+@dataclass
+class Run:
+    """What the parts of a training work on, to its end.
+
+    splits: the images; without those that cannot be decoded as soon as the others are read.
+    listed: digests of the lists of all images.
+    begun: what the folder held before.
+    The model, its preprocessing, the contents of run.json and the rows of the completed epochs, of which
+    `done` are from earlier calls, are there after `prepare_training`.
+    """
+
+    recipe: Recipe
+    problem: Problem
+    world: World
+    console: Console
+    cache: TrainingCache
+    folder: RunFolder
+    splits: Any
+    listed: dict[str, str | None]
+    begun: Begun | None
+    model: TunedModel = field(init=False)
+    preprocessing: Any = field(init=False)
+    facts: dict[str, Any] = field(init=False)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    done: int = 0
+
+    @property
+    def labels(self) -> Labels:
+        return labels_of(self.recipe, self.splits, self.preprocessing, self.listed["val"])
+
+    @property
+    def is_trained(self) -> bool:
+        return len(self.rows) == self.recipe.epochs
+
+
+@dataclass
+class Training:
+    """What is only needed until the last epoch has ended.
+
+    network: what is trained: the model, or with cached features the part of it that is trained.
+    feature_seconds: what train's frozen features took.
+    """
+
+    network: nn.Module
+    train_batches: Any
+    val_batches: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: TrainStep
+    feature_seconds: float
+
+
+def open_run(
+    recipe: Recipe,
+    out: Path,
+    fresh: bool,
+    world: World,
+    console: Console,
+    cache: TrainingCache,
+    stack: contextlib.ExitStack,
+) -> Run:
+    """Lists the images, resolves the recipe, and locks the run folder: a new one, or one begun with this
+    recipe. Whatever can be refused at once is refused before a folder is created or an image is read."""
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard is on, but not installed; pip install tensorboard")
+    require_name(recipe.backbone)  # to list the images may take minutes
+    problem = problem_of(recipe)
+    splits = problem.open(recipe, cache, console)
+    recipe = recipe.resolved(
+        num_train_images=len(splits.train), device_type=world.device.type, world_size=world.size
+    )
+    folder = world.from_main(lambda: stack.enter_context(RunFolder.locked(out)))
+    if not folder.is_locked:
+        print_no_locks(console, out)
+    if fresh:
+        world.from_main(folder.require_clearable)
+    begun = None if fresh else world.from_main(folder.read)
+    listed = world.from_main(lambda: digest_lists(recipe, splits, cache))
+    if begun:
+        require_same_recipe(recipe, begun, folder)
+    return Run(recipe, problem, world, console, cache, folder, splits, listed, begun)
+
+
+def finished_result(run: Run) -> TrainResult | None:
+    """The result of a run that an earlier call has finished; None if there is more to do. Raises RunError if
+    what is left cannot be done."""
+    begun, path = run.begun, run.folder.path
+    if begun is None or begun.results is None:
+        return None
+    if begun.results["test_images"] or not run.recipe.test:
+        run.world.from_main(
+            lambda: take_finished(
+                run.problem, run.recipe, begun, run.folder, run.splits, run.listed, run.cache, run.console
+            )
+        )
+        return TrainResult(path, begun.recipe, begun.facts, begun.metrics, 0, begun.results)
+    if begun.checkpoint is None:
+        raise RunError(
+            f"{path} holds this run, finished, but not its checkpoint, from which it would go "
+            "on to the test images; vpt-fast eval takes --split test, and --fresh trains it again"
+        )
+    return None
+
+
+def prepare_training(
+    run: Run, on_features: Callable[[int, int], None] | None, stack: contextlib.ExitStack
+) -> Training:
+    """Builds the model, reads the images, and says what will be trained."""
+    recipe, problem, world, console, cache = run.recipe, run.problem, run.world, run.console, run.cache
+    is_graphed = captures_steps(recipe, world, console, problem.graph_obstacle)
+    model = run.model = build_model_on_device(run)
+    preprocessing = run.preprocessing = problem.preprocessing(recipe, model)
+    train_images, val_images, skipped = read_usable_images(run)
+    splits = run.splits
+    used = world.from_main(lambda: digest_lists(recipe, splits, cache) if skipped else run.listed)
+    run.facts = describe_run(problem, recipe, model, splits, run.listed, used, preprocessing, world)
+    if run.begun:
+        require_same_inputs(run.facts, run.begun, run.folder)
+        if run.begun.checkpoint:
+            run.rows, run.done = run.begun.metrics, len(run.begun.metrics)
+    if recipe.prompt_init == "tokens" and run.done == 0:
+        init_prompts(problem, model, train_images, preprocessing, recipe, world.device, console)
+
+    # Pixels are kept for epochs that read images: not with cached features, nor if no epoch is left.
+    lists = [splits.train] if splits.val is None else [splits.train, splits.val]
+    with_features = not run.is_trained and caches_features(recipe, model, lists, preprocessing, world, cache)
+    reads_images = not run.is_trained and not with_features
+    placed = recipe if reads_images else replace(recipe, resident="off")
+    train_batches: Any = problem.batches(train_images, preprocessing, placed, world, train=True)
+    val_batches: Any = None
+    if val_images is not None:
+        val_batches = problem.batches(val_images, preprocessing, placed, world, train=False)
+    images_text = problem.describe_images(recipe, train_batches, read_once=not reads_images)
+    path, steps = run.folder.path, len(train_batches)
+    print_start(console, recipe, model, splits, skipped, world, path, steps, images_text)
+
+    network: nn.Module = model
+    feature_seconds = 0.0
+    if with_features:
+        assert isinstance(model, TunedClassifier)
+        network = TrainedPart(model)
+        train_batches, val_batches, feature_seconds = feature_batches(
+            model,
+            (train_images, train_batches),
+            None if val_images is None else (val_images, val_batches),
+            preprocessing,
+            recipe,
+            world,
+            console,
+            cache,
+            on_features,
+        )
+    del train_images, val_images  # pixels that are on the GPU are not kept in host memory too
+    optimizer = build_optimizer(recipe, model, capturable=is_graphed)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+    joined = network
+    if is_graphed:
+        world.share_parameters(network)  # the step averages its gradients
+    else:
+        joined = stack.enter_context(world.joined(network))
+    step = TrainStep(
+        joined,
+        recipe,
+        optimizer,
+        scaler,
+        problem.objective(recipe, splits, world),
+        num_images=recipe.step_images(len(splits.train), world.size),
+        is_graphed=is_graphed,
+        process_group=world.group,
+    )
+    return Training(network, train_batches, val_batches, optimizer, scaler, step, feature_seconds)
+
+
+def begin_or_resume(run: Run, training: Training) -> None:
+    """Writes the start of a new run; or goes on after the last completed epoch."""
+    begun, folder = run.begun, run.folder
+    if begun and begun.checkpoint:
+        run.model.load_trainable_state_dict(begun.checkpoint.trainable)
+        load_optimizer(training.optimizer, begun.checkpoint.optimizer)
+        training.scaler.load_state_dict(begun.checkpoint.scaler)
+        run.facts = begun.facts
+        run.console.print(f"Going on after epoch {run.done} of {run.recipe.epochs}.")
+    elif run.world.is_main:
+        with folder.saving("the start of the run"):
+            folder.clear()
+            folder.begin(run.recipe, run.facts)
+    if run.is_trained and run.world.is_main:
+        with folder.saving("the prompts"):  # they may be damaged, and no epoch is left to write them
+            folder.save_prompts(run.model, run.labels)
+
+
+def train_epochs(
+    run: Run,
+    training: Training,
+    stop: threading.Event,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Trains the epochs that are left, until ``stop`` is set, and saves each."""
+    recipe, world, folder, rows = run.recipe, run.world, run.folder, run.rows
+    optimizer, network, train_batches = training.optimizer, training.network, training.train_batches
+    feature_seconds = training.feature_seconds
+    with contextlib.ExitStack() as stack:
+        if (events := open_events(recipe, folder, world, run.done)) is not None:
+            stack.callback(events.close)
+        saver = EpochSaver(folder, run.model, run.labels)
         stack.callback(saver.close)
-        progress = stack.enter_context(Progress(console, recipe.epochs, len(train_batches), done=done))
-        for epoch in range(done, recipe.epochs):
+        progress = Progress(run.console, recipe.epochs, len(train_batches), done=run.done)
+        stack.enter_context(progress)
+        for epoch in range(run.done, recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(epoch)
             seed_epoch(recipe.seed, epoch, world.rank)
             network.train()  # which evaluation left in eval mode; the model is in it
             started = time.perf_counter()
-            totals = train_epoch(epoch, step, train_batches, recipe, world, stop, progress)
+            totals = train_epoch(epoch, training.step, train_batches, recipe, world, stop, progress)
             if totals is None:  # asked to stop: the incomplete epoch is dropped
                 break
             for norm in moving_norms(network):  # each process's are of its own images
@@ -267,52 +362,73 @@ def train(
             feature_seconds = 0.0
 
             validation: Evaluated | None = None
-            if val_batches is not None and recipe.evaluates_after(epoch):
-                validation = problem.evaluate(
-                    network, val_batches, len(splits.classes), world, recipe.precision, progress.validate
+            if training.val_batches is not None and recipe.evaluates_after(epoch):
+                num_classes = len(run.splits.classes)
+                validation = run.problem.evaluate(
+                    network, training.val_batches, num_classes, world, recipe.precision, progress.validate
                 )
-            require_finite_state(model, epoch, validation.loss if validation else 0.0)
-            row = epoch_row(problem, recipe, epoch, totals, validation, seconds)
+            require_finite_state(run.model, epoch, validation.loss if validation else 0.0)
+            row = epoch_row(run.problem, recipe, epoch, totals, validation, seconds)
             rows.append(row)
             if world.is_main:
-                saver.end_epoch(rows, optimizer, scaler, is_last=len(rows) == recipe.epochs)
+                saver.end_epoch(rows, optimizer, training.scaler, is_last=run.is_trained)
             if events is not None:
-                # Its thread writes at once, and would print a traceback if the folder were gone: it is waited
-                # for here, after a look at the folder.
                 with folder.saving(f"the TensorBoard log of epoch {len(rows)}", folder.tensorboard):
-                    for name in row.keys() - {"epoch", "seconds"}:
-                        if row[name] is not None:
-                            events.add_scalar(name, row[name], epoch)
-                    events.flush()
+                    shown = row.keys() - {"epoch", "seconds"}
+                    events.add(epoch, {name: row[name] for name in shown if row[name] is not None})
             progress.end_epoch(row)
             if on_epoch is not None:
                 on_epoch(row)
 
-        if rows and draw_curves and world.is_main:
-            from vpt_fast.training.plots import plot_curves  # matplotlib takes half a second
 
-            with folder.saving("the curves"):
-                plot_curves(rows, folder.curves)
-        results = None
-        if len(rows) == recipe.epochs:
-            test = None
-            progress.close()  # the test images have their own progress bar
-            if recipe.test:
-                # Test images go where the graph's memory, the optimizer's state and the other images were.
-                del step, optimizer, train_batches, val_batches
-                test = evaluate_test(
-                    problem, model, splits, preprocessing, recipe, world, console, cache, stop
-                )
-            results = summarise(problem, rows[-1], splits, test, listed["test"])
-            if world.is_main:
-                with folder.saving("the results"):
-                    folder.save_results(results)
-        return TrainResult(out, recipe, facts, rows, len(rows) - done, results)
+def end_run(run: Run, draw_curves: bool, stop: threading.Event) -> TrainResult:
+    """Draws the curves and, after the last epoch, evaluates on test and writes the results."""
+    folder, rows = run.folder, run.rows
+    if rows and draw_curves and run.world.is_main:
+        from vpt_fast.training.plots import plot_curves  # matplotlib takes half a second
+
+        with folder.saving("the curves"):
+            plot_curves(rows, folder.curves)
+    results = None
+    if run.is_trained:
+        test = None
+        if run.recipe.test:
+            test = evaluate_test(
+                run.problem, run.model, run.splits, run.preprocessing, run.recipe, run.world, run.console,
+                run.cache, stop,
+            )  # fmt: skip
+        results = summarise(run.problem, rows[-1], run.splits, test, run.listed["test"])
+        if run.world.is_main:
+            with folder.saving("the results"):
+                folder.save_results(results)
+    return TrainResult(folder.path, run.recipe, run.facts, rows, len(rows) - run.done, results)
 
 
 def problem_of(recipe: Recipe) -> Problem:
     """The problem that the recipe's task poses."""
     return Segmentation() if recipe.task == SEGMENTATION else Classification()
+
+
+def build_model_on_device(run: Run) -> TunedModel:
+    """The recipe's model as it starts. Raises ValueError if its operations cannot be had there."""
+    model = build_seeded(run.recipe, len(run.splits.classes), run.cache)
+    if (dtype := AUTOCAST[run.recipe.precision or "fp32"]) is not None:
+        model.hold_frozen_weights_in(dtype)
+    model.to(run.world.device)
+    require_operations(run.recipe, model, run.world.device)
+    return model
+
+
+def read_usable_images(run: Run) -> tuple[Any, Any, tuple[SkippedImage, ...]]:
+    """The results of `read_images`, and what they leave out, which is then in no split either."""
+    require_same_lists(run.recipe, run.splits, run.world)  # of which each may check a share
+    train, val = read_images(
+        run.problem, run.splits, run.preprocessing, run.recipe, run.world, run.console, run.cache
+    )
+    run.splits = replace(run.splits, train=train.images, val=None if val is None else val.images)
+    require_same_lists(run.recipe, run.splits, run.world)
+    require_batches(run.recipe, run.model, len(run.splits.train), run.world)
+    return train, val, (*train.skipped, *(val.skipped if val else ()))
 
 
 def read_images(
@@ -363,16 +479,17 @@ def init_prompts(
         prompted.init_prompts_from(inputs, torch.Generator().manual_seed(recipe.seed))
 
 
-def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> Any:
-    """A TensorBoard writer; None if none is wanted, and in all but the main process."""
+def open_events(recipe: Recipe, folder: RunFolder, world: World, epochs_done: int) -> EventLog | None:
+    """The TensorBoard log; None if none is wanted, and in all but the main process."""
     is_wanted = recipe.tensorboard
     if is_wanted is None:
         is_wanted = importlib.util.find_spec("tensorboard") is not None
     if not is_wanted or not world.is_main:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+    from vpt_fast.training.events import EventLog  # which imports the optional tensorboard
 
-    return SummaryWriter(str(folder.tensorboard), purge_step=epochs_done)
+    with folder.saving("the TensorBoard log"):
+        return EventLog(folder.tensorboard, epochs_done)
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:

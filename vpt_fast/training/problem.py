@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from vpt_fast.training.cache import TrainingCache
@@ -58,8 +59,8 @@ class Problem(Protocol):
     score_names: tuple[str, ...]
     graph_obstacle: str | None
 
-    def open(self, recipe: Recipe, cache: TrainingCache) -> Any:
-        """The images that a recipe names: train, val, test, classes."""
+    def open(self, recipe: Recipe, cache: TrainingCache, console: Console) -> Any:
+        """The images that a recipe names: train, val, test, classes. ``console`` shows how far it is."""
         ...
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> Any:

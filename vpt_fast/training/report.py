@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich import filesize
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from vpt_fast.counting import counted
@@ -22,6 +22,7 @@ from vpt_fast.data.decode import SkippedImage
 from vpt_fast.data.images import Splits
 from vpt_fast.data.scenes import SceneSplits
 from vpt_fast.free_memory import free_bytes
+from vpt_fast.training.bars import Advance, progress_bar
 from vpt_fast.training.recipe import Recipe
 from vpt_fast.training.world import World
 from vpt_fast.tuned_model import TunedModel
@@ -110,25 +111,6 @@ def print_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
         console.print(f"  {image.path}: {image.reason}", highlight=False)
     if len(skipped) > NAMES_SHOWN:
         console.print(f"  and {len(skipped) - NAMES_SHOWN} more")
-
-
-Advance = Callable[[int], None]  # called with a number of images whenever these are done
-
-
-@contextlib.contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Advance]:
-    """A bar for `total` images, on a terminal."""
-    with Bars(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bars:
-        task = bars.add_task("", total=total)
-        yield lambda count: bars.advance(task, count)
 
 
 def _print_in_log(console: Console, total: int, text: str) -> None:

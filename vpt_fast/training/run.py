@@ -30,14 +30,22 @@ from vpt_fast.data.scene_preprocessing import ScenePreprocessing
 from vpt_fast.data.scenes import SceneList
 from vpt_fast.data_names import is_factory_name
 from vpt_fast.failures import SavingFailed
-from vpt_fast.files import holds, lock_file, parse_json, read_json, remove_unfinished, write
+from vpt_fast.files import (
+    as_json,
+    holds,
+    lock_file,
+    parse_json,
+    read_json,
+    remove_unfinished,
+    write,
+    write_json,
+)
 from vpt_fast.saved_model import CONFIG_FILE, WEIGHTS_FILE, read_pretrained
 from vpt_fast.training.recipe import SEGMENTATION, Recipe
-from vpt_fast.training.run_files import RunFiles
+from vpt_fast.training.run_files import LABELS_FILE, RunFiles
 from vpt_fast.tuned_model import TunedModel
 
 CHECKPOINT_FORMAT = "1"
-LABELS_FILE = "labels.json"
 PROMPTS_GONE = (
     "its prompts are gone or damaged, and the checkpoint that they could be written from is gone (of a "
     "sweep's trials the best one's are kept); --fresh trains it again"
@@ -87,8 +95,8 @@ class Labels:
     ignore_zero: bool | None  # of a segmenter's data
     val_listed: str | None  # `list_digest` of val; None of a run without
 
-    def to_json(self) -> str:
-        return _json(
+    def to_json(self) -> bytes:
+        return as_json(
             {
                 "classes": list(self.classes),
                 "preprocessing": self.preprocessing.to_dict(),
@@ -217,7 +225,7 @@ class RunFolder(RunFiles):
 
     def begin(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         """Writes what stays the same for the whole run; config.yaml last, since it marks a run's folder."""
-        write(self.facts, _json(facts).encode())
+        write_json(self.facts, facts)
         write(self.config, recipe.to_yaml().encode())
         self.remove_unfinished()  # of a process that was killed before this folder was marked as a run's
 
@@ -265,13 +273,13 @@ class RunFolder(RunFiles):
             ) from error
 
     def save_results(self, results: Mapping[str, Any]) -> None:
-        write(self.results, _json(results).encode())
+        write_json(self.results, results)
 
     def save_prompts(self, model: TunedModel, labels: Labels) -> None:
         model.save_pretrained(self.prompts)
-        path, text = self.prompts / LABELS_FILE, labels.to_json().encode()
-        if not holds(path, text):
-            write(path, text)
+        path, data = self.prompts / LABELS_FILE, labels.to_json()
+        if not holds(path, data):
+            write(path, data)
 
     def holds_prompts_of(self, checkpoint: Checkpoint | None) -> bool:
         """Whether prompts/ is complete and, if there is a ``checkpoint``, has its weights."""
@@ -412,7 +420,3 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+LABELS_FILE = "labels.json"  # in the prompts folder
+
 
 class RunFiles:
     """The files of a run."""
@@ -31,3 +33,9 @@ class RunFiles:
         self.prompts = path / "prompts"
         self.checkpoint = path / "checkpoint.safetensors"
         self.tensorboard = path / "tensorboard"
+
+    @property
+    def is_of_run(self) -> bool:
+        """Whether there is a run or, where its prompts folder is named, a file of it."""
+        places = (self.config, self.prompts, self.path / LABELS_FILE)
+        return any(place.exists() for place in places)

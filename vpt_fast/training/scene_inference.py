@@ -15,15 +15,9 @@ from rich.console import Console
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vpt_fast.data.decode import DecodeError
+from vpt_fast.data.folder import SCENE_FOLDERS, holds_scenes
 from vpt_fast.data.scene_batches import SceneBatches
-from vpt_fast.data.scenes import (
-    FOLDERS,
-    check_scenes,
-    decode_scene,
-    holds_scenes,
-    ignores_zero,
-    open_scenes,
-)
+from vpt_fast.data.scenes import check_scenes, decode_scene, ignores_zero, open_scenes
 from vpt_fast.files import remove_unfinished, replacing
 from vpt_fast.training.inference import LoadedRun, require_same_classes
 from vpt_fast.training.plots import class_colors, plot_segmentation
@@ -146,7 +140,7 @@ def require_masks_folder(images: Sequence[Path], out: Path) -> None:
         if place in (image.parent.resolve(), image.resolve().parent):
             raise ValueError(f"out is {out}, which holds the image {image}; choose a folder for masks alone")
     for folder in (place, *place.parents):
-        if folder.name in FOLDERS and holds_scenes(folder.parent):
+        if folder.name in SCENE_FOLDERS and holds_scenes(folder.parent):
             raise ValueError(
                 f"out is {out}, which is part of the data set {folder.parent}; choose another folder"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
@@ -256,7 +257,7 @@ class Segmentation:
     score_names: tuple[str, ...] = ("miou", "accuracy")
     graph_obstacle: str | None = "a segmenter has several outputs"
 
-    def open(self, recipe: Recipe, cache: TrainingCache) -> SceneSplits:
+    def open(self, recipe: Recipe, cache: TrainingCache, console: Console) -> SceneSplits:
         return open_scenes(recipe.data, ignore_zero=recipe.ignore_zero)
 
     def preprocessing(self, recipe: Recipe, model: TunedModel) -> ScenePreprocessing:
