@@ -96,9 +96,6 @@ def _open(
         raise DataError(f"{root}: is a file, not a folder; {wanted}")
     if task is not None:
         return open_task(find_task(task), root, holds_out=val_fraction is not None, seed=seed)
-    if all((root / name / "training").is_dir() for name in ("images", "annotations")):
-        # As a folder of class folders, its classes would be "annotations" and "images".
-        raise DataError(f"{root}: holds images with masks, for task segmentation; {wanted}")
     if holds_shards(root):
         return open_shards(root, val_fraction=val_fraction, seed=seed, on_shards=on_shards)
     return open_folder(root, val_fraction=val_fraction, seed=seed)
