@@ -240,47 +240,30 @@ def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
         constexprs = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": one_row}
         constexprs |= {"size1": 1, "size2": 1} if one_row else {}
         found += [
-            _build(activate_kernel, f"{config} codes", forward, ("u",), constexprs, 4),
-            _build(activate_backward_kernel, config, backward, ("grad", "kept"), constexprs, 4),
+            _build(activate_kernel, f"{config} codes", forward, constexprs, 4),
+            _build(activate_backward_kernel, config, backward, constexprs, 4),
         ]
     return found
 
 
 def _gated_builds(dtype: torch.dtype) -> list[Build]:
     """Without codes, and with codes for the widest supported row."""
-    floats = f"*{TYPE_NAMES[dtype]}"
-    name = TYPE_NAMES[dtype]
-    forward, codes = {"u": floats, "a": floats}, {"codes": "*i8", "scale": "*fp32"}
-    one_row, num_warps = _packed_launch(MAX_PACKED_WIDTH)
-    from_u = {"grad": floats, "kept": floats, "grad_u": floats}
-    from_codes = {"grad": floats, "kept": "*i8", "scale": "*fp32", "grad_u": floats}
-    inputs, block = ("grad", "kept"), {"BLOCK": _GATED_BLOCK}
+    name, floats = TYPE_NAMES[dtype], f"*{TYPE_NAMES[dtype]}"
+    forward = {"u": floats, "a": floats, "codes": None, "scale": None}
+    backward = {"grad": floats, "kept": floats, "scale": None, "grad_u": floats}
+    of_codes = {"codes": "*i8", "scale": "*fp32"}
+    from_codes = {"kept": "*i8", "scale": "*fp32"}
+    whole_row, num_warps = _packed_launch(MAX_PACKED_WIDTH)
+    block = {"BLOCK": _GATED_BLOCK}
     return [
-        _build(swiglu_kernel, name, forward, ("u",), {"codes": None, "scale": None, **block}, 4),
-        _build(swiglu_kernel, f"{name} codes", forward | codes, ("u",), {"BLOCK": one_row}, num_warps),
-        _build(swiglu_backward_kernel, name, from_u, inputs, {"scale": None, **block}, 4),
-        _build(swiglu_backward_kernel, f"{name} codes", from_codes, inputs, block, 4),
+        _build(swiglu_kernel, name, forward, block, 4),
+        _build(swiglu_kernel, f"{name} codes", forward | of_codes, {"BLOCK": whole_row}, num_warps),
+        _build(swiglu_backward_kernel, name, backward, block, 4),
+        _build(swiglu_backward_kernel, f"{name} codes", backward | from_codes, block, 4),
     ]
 
 
 def _build(
-    kernel: Any,
-    config: str,
-    pointers: dict[str, str],
-    inputs: tuple[str, ...],
-    constexprs: dict[str, Any],
-    num_warps: int,
+    kernel: Any, config: str, pointers: dict[str, str | None], constexprs: dict[str, Any], num_warps: int
 ) -> Build:
-    """In the kernel's order: pointers, width and numbers of rows, strides of the inputs."""
-    strides = [f"{name}_stride{dim}" for name in inputs for dim in range(3)]
-    integers = [name for name in ("width", "size1", "size2", *strides) if name not in constexprs]
-    return Build(
-        kernel=kernel,
-        config=config,
-        signature={**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs=constexprs,
-        divisible=(*pointers, "width", *strides),
-        num_warps=num_warps,
-        num_stages=3,
-        wgmma=False,
-    )
+    return Build.of(kernel, config, pointers, constexprs, odd=("size1", "size2"), num_warps=num_warps)

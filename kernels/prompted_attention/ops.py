@@ -10,6 +10,7 @@ from vpt_fast.kernels.checks import once_per_layout, require_device, require_dty
 from vpt_fast.kernels.launch import DTYPES, MAX_ALONG_AXIS, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
+    SIZES,
     attention_forward_kernel,
     grad_kv_kernel,
     grad_q_kernel,
@@ -545,34 +546,30 @@ def make_build(
     kernel: Any, dtype: torch.dtype, head_dim: int, tiles: Tiles, variant: str, **flags: bool
 ) -> Build:
     """A kernel as it is launched, with prompts and without windows unless `flags` says otherwise."""
-    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
-    is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
-    odd = ["stride_lb", "stride_lh"]
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    pointers = {n: _type_of(n, TYPE_NAMES[dtype]) for n in names if not n.startswith(("stride_", "num_"))}
+    odd = [*SIZES, "stride_lb", "stride_lh"]
     if head_dim % 16:  # the compiler is told of multiples of 16 elements, which heads of 72 are not apart
-        odd += [n for n in is_aligned if n.startswith("stride") and n.endswith("h")]
+        odd += [name for name in names if name.startswith("stride_") and name.endswith("h")]
+    constexprs = {"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False, **flags}
     has_products = kernel is not terms_kernel or not flags["HAS_OUT"]
     first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its matmuls
-    return Build(
-        kernel=kernel,
-        config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
-        signature=signature,
-        constexprs={
-            **{"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
-        },
-        divisible=tuple(n for n in is_aligned if n not in odd),
+    return Build.of(
+        kernel,
+        f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
+        pointers,
+        {**constexprs, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        odd=odd,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         max_registers=tiles.max_registers,
         wgmma=dtype != torch.float32 and has_products and first_dimension >= 64,
         programs=1 if dtype == torch.float32 else 2,
-    )  # fmt: skip
+    )
 
 
 def _type_of(name: str, element: str) -> str:
-    """Triton's type of a kernel's argument."""
-    if name.startswith(("stride_", "num_")):
-        return "i32"
+    """Triton's type of a kernel's pointer."""
     if name == "regions":
         return "*i32"
     is_wide = name in ("bias", "lse", "terms", "fresh_out", "grad_fresh")
