@@ -15,7 +15,7 @@ from torch import nn
 from vpt_fast.engine.block import FrozenBlock
 from vpt_fast.engine.passes import images_at_once
 from vpt_fast.engine.policy import MemoryPolicy
-from vpt_fast.kernels.mlp.reference import PACKED
+from vpt_fast.kernels.mlp.reference import GATED
 
 
 class TrainingBytes(TypedDict):
@@ -156,7 +156,7 @@ def kept_bytes(
         total += batch_size * num_rows * attn_dim * size  # out
     total += x_hat(batch_size * num_rows, codes=policy.compact)
     if policy.compact:
-        is_gated = block.spec.activation in PACKED
+        is_gated = block.spec.activation in GATED
         total += batch_size * num_rows * (hidden_dim + (2 * stat if is_gated else 0))  # derivative
     elif not policy.recompute_mlp:
         total += batch_size * num_rows * hidden_dim * size  # u
@@ -197,7 +197,7 @@ def forward_bytes(
     # Attention's output after a norm, beside its projection.
     normalized = 0 if block.spec.attn_norm is None else num_rows * block.proj_weight.shape[1] * size
     # u beside a gated activation's output, which is narrower; others overwrite it. A kept u is not temporary.
-    is_gated = block.spec.activation in PACKED
+    is_gated = block.spec.activation in GATED
     u = hidden if is_gated and policy != MemoryPolicy() else 0
     tokens = batch_size * num_tokens * embed_dim
     return (
@@ -254,7 +254,7 @@ def workspace_bytes(
 
     # In the order of `engine.passes.backward`. The gradient of a gated activation's input is wider than that
     # of its output; for other activations one overwrites the other, or a fused GEMM writes the first alone.
-    is_gated = block.spec.activation in PACKED
+    is_gated = block.spec.activation in GATED
     through_activation = hidden + activated if is_gated else activated
     if block.spec.mlp_norm is not None:
         through_activation = max(through_activation, 2 * activated)

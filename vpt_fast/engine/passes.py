@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from vpt_fast.engine.call import Call, Kept, Rotation
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockWeights
-from vpt_fast.kernels.mlp.reference import PACKED
+from vpt_fast.kernels.mlp.reference import GATED
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, probabilities
 
 
@@ -130,7 +130,7 @@ def _up_to_fc2(
     else:
         u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
         del x_hat
-        if activate and (spec.activation in PACKED or (keeps_mlp and not pack)):
+        if activate and (spec.activation in GATED or (keeps_mlp and not pack)):
             activated, codes, scale = ops.activate(u, spec.activation, pack=pack)
         elif activate:  # u is not needed again
             activated, codes = u, ops.activate_(u, spec.activation, pack=pack)
@@ -280,7 +280,7 @@ def _grad_of_hidden(grad: torch.Tensor, kept: Kept, w: BlockWeights, call: Call)
         grad_activated = ops.normalize_backward(
             grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
         )
-    if spec.activation in PACKED:
+    if spec.activation in GATED:
         return ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     ops.activate_backward_(grad_activated, mlp, spec.activation)
     return grad_activated
