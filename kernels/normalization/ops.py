@@ -32,7 +32,8 @@ def _config(d: int) -> dict[str, int]:
 
 @once_per_layout
 def _forward_launch(eps: float, kind: str, dtype: torch.dtype, pack: bool, **inputs: torch.Tensor) -> Launch:
-    """inputs: x, or residual and update. Raises ValueError for what the kernel does not take."""
+    """inputs: x, whose strides then stand in for update's, or residual and update. Raises ValueError for what
+    the kernel does not take."""
     first = next(iter(inputs.values()))
     require_device(**inputs)
     require_dtype(DTYPES, **{name: tensor.dtype for name, tensor in inputs.items()}, dtype=dtype)

@@ -106,11 +106,11 @@ def _check(
     num_fresh: int, *, bias: torch.Tensor, regions: torch.Tensor | None, **tensors: torch.Tensor | None
 ) -> None:
     q, k = tensors["q"], tensors["k"]
-    require_device(**tensors, bias=bias, regions=regions)
     if q.shape[3] not in WINDOW_HEAD_DIMS:
         wanted = ", ".join(map(str, WINDOW_HEAD_DIMS))
         raise ValueError(f"head dim: got {q.shape[3]} in windows, want one of {wanted}")
     ops.check_tensors(**tensors)
+    require_device(q=q, bias=bias, regions=regions)
     window_size = bias.shape[1]
     columns = cdiv(window_size, BIAS_COLUMNS) * BIAS_COLUMNS
     require_shape((q.shape[2], window_size, columns), bias=bias)

@@ -15,7 +15,7 @@ The memory policy (`engine.policy`) decides what is kept for the rest. Shapes ar
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -334,7 +334,9 @@ def _through_attention(
         # Through the norms, in place: the gradients of q and k become those of the projection's outputs.
         kind = spec.qk_norm[0]
 
-        def through_norm(grad: torch.Tensor, weight: torch.Tensor | None, x_hat: Any, rstd: Any) -> None:
+        def through_norm(
+            grad: torch.Tensor, weight: torch.Tensor, x_hat: torch.Tensor, rstd: torch.Tensor
+        ) -> None:
             grad.copy_(ops.normalize_backward(grad * weight, x_hat, rstd, None, kind))
 
         if grad_q is not None:
@@ -487,7 +489,9 @@ def _attention_operands(
     return q, k, prompt_k
 
 
-def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _affine(
+    x_hat: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
     if x_hat is None:
         return None
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)
