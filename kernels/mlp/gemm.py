@@ -125,7 +125,8 @@ def _plan(is_backward: bool, config: dict[str, int], kind: str, pack: bool, arch
 
 
 def _descriptor_launch(plan: Plan, device: torch.device, num_tiles: int, **sizes: int) -> DescriptorLaunch:
-    """sizes: the kernel's integers, by name; a stride that a descriptor holds may be among them."""
+    """sizes: the kernel's integers, by name; a stride that a descriptor holds may be among them. Off the GPU
+    there is no delay: there is no clock to wait by."""
     programs = min(num_tiles, plan.programs_per_sm * num_sms(device))
     if "DELAY" in plan.options and (num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda"):
         plan = plan._replace(options={**plan.options, "DELAY": 0})
