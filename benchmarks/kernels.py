@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vpt_fast.kernels import get_backend
 from vpt_fast.kernels.dispatch import TORCH_OPS, Ops
-from vpt_fast.kernels.mlp.reference import CODE_OF_ZERO, CODES_PER_UNIT, PACKED
+from vpt_fast.kernels.mlp.reference import CODE_OF_ZERO, CODES_PER_UNIT, GATED
 
 IMPLEMENTATIONS = ("triton", "torch", "compiled", "library_triton")
 OURS = "triton"
@@ -84,7 +84,7 @@ class Case:
     @property
     def activated(self) -> int:
         """Width of the activation's output."""
-        return self.hidden // 2 if self.kind in PACKED else self.hidden
+        return self.hidden // 2 if self.kind in GATED else self.hidden
 
 
 class Operation(NamedTuple):
@@ -282,14 +282,14 @@ def linear_activate_backward_work(case: Case, size: int) -> Work:
 
 def _code_bytes(case: Case) -> int:
     """One byte per element; for a gated activation also two float32 scales per row."""
-    return case.rows * (case.hidden + (8 if case.kind in PACKED else 0))
+    return case.rows * (case.hidden + (8 if case.kind in GATED else 0))
 
 
 def _product(case: Case) -> int:
     return 2 * case.rows * case.width * case.hidden
 
 
-_NOT_GATED = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
+_NOT_GATED = tuple(kind for kind in ACTIVATIONS if kind not in GATED)
 OPERATIONS = {
     "normalize": Operation(NORMS, normalize_inputs, normalize, normalize_work),
     "add_normalize": Operation(NORMS, add_normalize_inputs, add_normalize, add_normalize_work),

@@ -134,10 +134,8 @@ def tma_launches() -> list[Launch]:
 
     found = []
     for launch in LINEAR_LAUNCHES:
-        for flatten in (False, True):
-            candidate = {**launch, "FLATTEN": flatten}
-            delays = DELAYS if gemm._programs(candidate) == 2 else (0,)
-            found += [{**candidate, "DELAY": delay} for delay in delays]
+        delays = DELAYS if gemm._programs_per_sm(launch) == 2 else (0,)
+        found += [{**launch, "DELAY": delay} for delay in delays]
     return found
 
 

@@ -20,7 +20,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, flo
 
 
 def torch_op(
-    name: str, *, schema: str | None = None, mutates_args: Sequence[str] = ()
+    name: str, *, mutates_args: Sequence[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the operator ``vpt_fast::name``, on every device.
 
@@ -32,7 +32,6 @@ def torch_op(
 
     Args:
         name: without the namespace.
-        schema: "(Tensor x, ...) -> ..."; None: inferred from the function's annotations.
         mutates_args: names of the arguments that the function writes to, and then calls `mark_changed` on; it
             must not change or return any other.
 
@@ -41,7 +40,7 @@ def torch_op(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        signature = schema or torch.library.infer_schema(function, mutates_args=mutates_args)
+        signature = torch.library.infer_schema(function, mutates_args=mutates_args)
         _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         operation = getattr(torch.ops.vpt_fast, name).default

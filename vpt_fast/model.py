@@ -548,7 +548,10 @@ class PromptedViT(PromptedClassifier):
             own = plan.prompt_index is not None
             rows = row_range(plan.read, num_tokens, self.backbone.num_prefix_tokens, m)
             if below or own:
-                call: dict[str, Any] = dict(
+                # Shared prompts that are formed once are kept once.
+                is_first = not settings.prompt_shared or plan.prompt_index == 0
+                call = cost.BlockCall(
+                    block=block,
                     dtype=dtype,
                     batch_size=batch_size,
                     num_tokens=num_tokens + (m if plan.prompts_in else 0),
@@ -558,13 +561,11 @@ class PromptedViT(PromptedClassifier):
                     policy=policy,
                     residual_dtype=self.backbone.residual_dtype,
                     key_value=settings.key_value,
+                    prompts_formed=own and (formed_anew or (formed_once and is_first)),
                 )
-                # Shared prompts that are formed once are kept once.
-                is_first = not settings.prompt_shared or plan.prompt_index == 0
-                own_prompts = own and (formed_anew or (formed_once and is_first))
-                kept = cost.kept_bytes(block, **call, prompts_formed=own_prompts)
+                kept = call.kept_bytes()
                 if index in shapes:
                     kept += mask_bytes(settings, batch_size, (m, self._prompt_width), self.prompts)
-                peak.add(kept, cost.workspace_bytes(block, **call))
+                peak.add(kept, call.workspace_bytes())
             below = below or own
         return peak.kept, peak.workspace

@@ -256,7 +256,8 @@ class PromptedSwin(PromptedClassifier):
         for index, block in enumerate(self.backbone.blocks):
             rows, flowed = self._rows(index), index >= num_sets
             per_image = flowed or settings.masks_per_image
-            call: dict[str, Any] = dict(
+            call = cost.BlockCall(
+                block=block,
                 dtype=dtype,
                 batch_size=batch_size,
                 num_tokens=block.num_tokens,
@@ -264,12 +265,12 @@ class PromptedSwin(PromptedClassifier):
                 prompt_shape=(batch_size, m) if per_image else shapes[index],
                 grad_tokens=index > 0 or self.backbone.trains_embedding,
                 policy=policy,
+                # What flows is an earlier block's output: for a single image it looks like shared prompts.
+                prompts_formed=flowed or settings.prompt_dropout > 0.0,
             )
-            # What flows is an earlier block's output: for a single image it looks like shared prompts.
-            is_formed = flowed or settings.prompt_dropout > 0.0
-            kept = cost.kept_bytes(block, **call, prompts_formed=is_formed)
+            kept = call.kept_bytes()
             if not flowed:
                 kept += mask_bytes(settings, batch_size, (m, block.proj_weight.shape[0]), self.prompts[0])
             kept += self.backbone.kept_on_entering(index, batch_size, m if flowed else 0, dtype, policy)
-            peak.add(kept, self.backbone.workspace_bytes(block, **call))
+            peak.add(kept, self.backbone.workspace_bytes(call))
         return peak.kept, peak.workspace

@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     kernel: its tensors come first, then integers: M, N, K, and strides that no descriptor holds.
     blocks: the block that it moves at a time, for each of its tensors in order; None: it takes a pointer.
-    programs: how many an SM is to hold.
+    programs_per_sm: how many an SM is to hold at once.
     options: constexprs and launch options.
     descriptor: the class of its descriptors. layout: how Gluon holds a block in shared memory, by dtype and
         block; None: it is Triton's choice.
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
 
     kernel: Any
     blocks: list[Block | None]
-    programs: int
+    programs_per_sm: int
     options: dict[str, Any]
     descriptor: type = TensorDescriptor
     layout: Callable[[torch.dtype, Block], Any] | None = None
@@ -83,6 +83,7 @@ class Plan(NamedTuple):
             num_stages=num_stages,
             max_registers=maxnreg,
             wgmma=True,
+            programs=self.programs_per_sm,
         )
 
 

@@ -45,7 +45,7 @@ def _tma_config() -> dict[str, int]:
     """The same for the kernels that use descriptors, in 16 bits. Two programs per SM here too: larger tiles,
     with one, were slower on an H200. DELAY, in ns, is about what an epilogue takes, judged from its
     instructions: not timed yet; benchmarks/tune.py tries other delays, and none."""
-    return {**_config(torch.bfloat16, aligned=True), "FLATTEN": False, "DELAY": 3000}
+    return {**_config(torch.bfloat16, aligned=True), "DELAY": 3000}
 
 
 SPECIALIZED = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "num_stages": 3}
@@ -60,14 +60,13 @@ _TILES_TO_DELAY = 8
 _SHARED_OF_TWO = 228 * 1024 // 2 - 1024
 
 
-def _programs(config: dict[str, int]) -> int:
+def _programs_per_sm(config: dict[str, int]) -> int:
     """How many programs of a kernel with descriptors an SM is to hold: two if every thread can have 128
     registers, half of them for accumulators, and shared memory suffices for both. The epilogue of one then
     overlaps with the main loop of the other."""
     threads, (m, n, k) = 32 * config["num_warps"], (config[f"BLOCK_{side}"] for side in "MNK")
     shared = 2 * (config["num_stages"] * (m + n) * k + m * n // 2)  # operands, and half a tile of results
-    is_small = m * n <= 64 * threads and shared <= _SHARED_OF_TWO and not config["FLATTEN"]
-    return 2 if threads <= 256 and is_small else 1
+    return 2 if threads <= 256 and m * n <= 64 * threads and shared <= _SHARED_OF_TWO else 1
 
 
 def _aligned(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor) -> bool:
@@ -90,11 +89,11 @@ def _takes_descriptors(rows: Rows, weight: torch.Tensor, *tensors: torch.Tensor)
     return is_matrix and is_apart and has_descriptors(weight.device, weight.dtype)
 
 
-def _num_programs(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
-    programs = cdiv(num_rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
-    if num_columns > MAX_ROWS or programs > MAX_PROGRAMS:  # columns have int32 indices too
+def _count_tiles(num_rows: int, num_columns: int, config: dict[str, int]) -> int:
+    tiles = cdiv(num_rows, config["BLOCK_M"]) * cdiv(num_columns, config["BLOCK_N"])
+    if num_columns > MAX_ROWS or tiles > MAX_PROGRAMS:  # columns have int32 indices too
         raise ValueError(f"rows: got {num_rows} x {num_columns} results, more than one launch can number")
-    return programs
+    return tiles
 
 
 def _columns(is_backward: bool, config: dict[str, int], pack: bool) -> int:
@@ -107,39 +106,31 @@ def _columns(is_backward: bool, config: dict[str, int], pack: bool) -> int:
 def _plan(is_backward: bool, config: dict[str, int], kind: str, pack: bool, arch: int) -> Plan:
     """How the kernel with descriptors is launched, for forward or backward. pack: whether the derivative is
     kept in 8 bits."""
-    if "FLATTEN" not in config:  # SPECIALIZED, or another candidate of its kind
+    if "num_warps" not in config:  # SPECIALIZED, or another candidate of its kind: their warps are fixed
         from vpt_fast.kernels.mlp import gemm_specialized
 
         return gemm_specialized.plan(is_backward, config, kind)
     m, n, k = (config[f"BLOCK_{side}"] for side in "MNK")
-    programs, part = _programs(config), (m, _columns(is_backward, config, pack))
+    programs_per_sm, part = _programs_per_sm(config), (m, _columns(is_backward, config, pack))
     # Left to itself, ptxas takes up to 190 registers, depending on Triton's version, which leaves no room for
     # a second program. The limit is for sm_90: on sm_100 it would make backward spill.
-    options = {**config, "KIND": kind, "maxnreg": 128 if programs == 2 and arch == 90 else None}
+    options = {**config, "KIND": kind, "maxnreg": 128 if programs_per_sm == 2 and arch == 90 else None}
+    blocks: list[Block | None]
     if is_backward:
-        return Plan(linear_activate_backward_tma_kernel, [(m, k), (k, n), (m, n), part], programs, options)
+        blocks = [(m, k), (k, n), (m, n), part]
+        return Plan(linear_activate_backward_tma_kernel, blocks, programs_per_sm, options)
     options["COLUMNS"] = part[1]
-    blocks: list[Block | None] = [(m, k), (n, k), None, part, part, part]
-    return Plan(linear_activate_tma_kernel, blocks, programs, options)
+    blocks = [(m, k), (n, k), None, part, part, part]
+    return Plan(linear_activate_tma_kernel, blocks, programs_per_sm, options)
 
 
-def _descriptor_launch(
-    is_backward: bool,
-    config: dict[str, int],
-    kind: str,
-    pack: bool,
-    device: torch.device,
-    num_tiles: int,
-    sizes: tuple[int, int, int],
-    kept_stride: int,
-) -> DescriptorLaunch:
-    """sizes: M, N, K; kept_stride: of the rows of what backward reads."""
-    plan = _plan(is_backward, config, kind, pack, arch_of(device))
-    programs = min(num_tiles, plan.programs * num_sms(device))
+def _descriptor_launch(plan: Plan, device: torch.device, num_tiles: int, **sizes: int) -> DescriptorLaunch:
+    """sizes: the kernel's integers, by name; a stride that a descriptor holds may be among them. Off the GPU
+    there is no delay: there is no clock to wait by."""
+    programs = min(num_tiles, plan.programs_per_sm * num_sms(device))
     if "DELAY" in plan.options and (num_tiles < _TILES_TO_DELAY * programs or device.type != "cuda"):
-        plan.options["DELAY"] = 0
-    has_stride = "kept_stride" in plan.integers  # else a descriptor has it
-    return DescriptorLaunch(plan, device, programs, (*sizes, kept_stride) if has_stride else sizes)
+        plan = plan._replace(options={**plan.options, "DELAY": 0})
+    return DescriptorLaunch(plan, device, programs, tuple(sizes[name] for name in plan.integers))
 
 
 @once_per_layout
@@ -161,15 +152,16 @@ def _forward_launch(
     aligned = _aligned(rows, weight, x)
     by_descriptors = aligned and _takes_descriptors(rows, weight, x)
     config = _tma_config() if by_descriptors else _config(x.dtype, aligned)
-    num_programs = _num_programs(rows.num_rows, num_columns, config)
-    sizes = rows.num_rows, num_columns, depth
+    num_tiles = _count_tiles(rows.num_rows, num_columns, config)
+    sizes = dict(M=rows.num_rows, N=num_columns, K=depth)
     if by_descriptors:
-        return _descriptor_launch(False, config, kind, pack, x.device, num_programs, sizes, 0)
+        plan = _plan(False, config, kind, pack, arch_of(x.device))
+        return _descriptor_launch(plan, x.device, num_tiles, **sizes)
     return Launch(
         linear_activate_kernel,
         x.device,
-        num_programs,
-        *sizes,
+        num_tiles,
+        *sizes.values(),
         *rows.sizes[1:],
         *rows.strides[0],
         weight.stride(0),
@@ -198,17 +190,16 @@ def _backward_launch(
     takes_descriptors = _takes_descriptors(rows, weight, grad, kept)
     by_descriptors = aligned and kept.dtype != torch.float32 and takes_descriptors
     config = _tma_config() if by_descriptors else _config(grad.dtype, aligned)
-    num_programs = _num_programs(rows.num_rows, num_columns, config)
-    sizes = rows.num_rows, num_columns, depth
+    num_tiles = _count_tiles(rows.num_rows, num_columns, config)
+    sizes = dict(M=rows.num_rows, N=num_columns, K=depth)
     if by_descriptors:
-        return _descriptor_launch(
-            True, config, kind, False, grad.device, num_programs, sizes, row_stride(kept)
-        )
+        plan = _plan(True, config, kind, False, arch_of(grad.device))
+        return _descriptor_launch(plan, grad.device, num_tiles, **sizes, kept_stride=row_stride(kept))
     return Launch(
         linear_activate_backward_kernel,
         grad.device,
-        num_programs,
-        *sizes,
+        num_tiles,
+        *sizes.values(),
         *rows.sizes[1:],
         *rows.strides[0],
         *rows.strides[1],
@@ -331,17 +322,15 @@ def builds(arch: int) -> list[Build]:
 
 def _forward_build(dtype: torch.dtype, pack: bool, even_k: bool, aligned: bool = True) -> Build:
     floats = f"*{TYPE_NAMES[dtype]}"
-    pointers = {"x": floats, "weight": floats, "bias": floats, "a": floats}
-    pointers["codes" if pack else "u"] = "*u8" if pack else floats
-    absent = {"u" if pack else "codes": None}
-    return _build(linear_activate_kernel, dtype, pack, even_k, aligned, pointers, ("x",), absent)
+    pointers = dict.fromkeys(("x", "weight", "bias", "a"), floats)
+    pointers |= {"u": None, "codes": "*u8"} if pack else {"u": floats, "codes": None}
+    return _build(linear_activate_kernel, dtype, pack, even_k, aligned, pointers)
 
 
 def _backward_build(dtype: torch.dtype, pack: bool, even_k: bool, aligned: bool = True) -> Build:
     floats = f"*{TYPE_NAMES[dtype]}"
     pointers = {"grad": floats, "weight": floats, "kept": "*u8" if pack else floats, "grad_u": floats}
-    inputs = ("grad", "kept")
-    return _build(linear_activate_backward_kernel, dtype, pack, even_k, aligned, pointers, inputs, {})
+    return _build(linear_activate_backward_kernel, dtype, pack, even_k, aligned, pointers)
 
 
 def _build(
@@ -350,24 +339,19 @@ def _build(
     pack: bool,
     even_k: bool,
     aligned: bool,
-    pointers: dict[str, str],
-    inputs: tuple[str, ...],
-    absent: dict[str, None],
+    pointers: dict[str, str | None],
 ) -> Build:
-    """In the kernel's order: pointers, sizes, strides of the inputs and of the weight."""
     config = _config(dtype, aligned)
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
-    strides = [*(f"{name}_stride{dim}" for name in inputs for dim in range(3)), "weight_stride"]
-    integers = ["M", "N", "K", "size1", "size2", *strides]
     tile = f"{config['BLOCK_M']}x{config['BLOCK_N']}x{config['BLOCK_K']}"
     kept = "codes" if pack else "u"
     remarks = f"{'' if even_k else ' ragged k'}{'' if aligned else ' not aligned'}"
-    return Build(
-        kernel=kernel,
-        config=f"{TYPE_NAMES[dtype]} gelu {kept} {tile}{remarks}",
-        signature={**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs={**absent, "KIND": "gelu", "EVEN_K": even_k, **config},
-        divisible=(*pointers, "N", "K", *strides) if aligned else (),
+    return Build.of(
+        kernel,
+        f"{TYPE_NAMES[dtype]} gelu {kept} {tile}{remarks}",
+        pointers,
+        {"KIND": "gelu", "EVEN_K": even_k, **config},
+        odd=("M", "size1", "size2") if aligned else kernel.arg_names,
         num_warps=num_warps,
         num_stages=num_stages,
         wgmma=dtype != torch.float32,

@@ -6,9 +6,8 @@ operands through the L2 cache.
 Each GEMM has two kernels. Those that end in `_tma_kernel` are for sm_90 and newer: TMA moves whole tiles by
 tensor descriptors and checks bounds; elements past the end read as 0 and are not stored. They are persistent:
 as many programs as the device holds at once process one tile after the other, so that the epilogue of one
-overlaps with the main loop of another. With FLATTEN the loops over tiles and over k become one, which loads
-the next tile's first operands during the epilogue. The other kernels compute every address; rows past the end
-read the last row and are not stored.
+overlaps with the main loop of another. The other kernels compute every address; rows past the end read the
+last row and are not stored.
 
 Two programs on an SM that start together, with equal work, would stay in step: both in their main loops, at
 half the speed each, and then both in their epilogues, while the tensor cores idle. So half of the programs
@@ -273,14 +272,13 @@ def linear_activate_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
     DELAY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     begin_apart(DELAY)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -309,7 +307,6 @@ def linear_activate_backward_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    FLATTEN: tl.constexpr,
     DELAY: tl.constexpr,
 ):
     begin_apart(DELAY)
@@ -318,7 +315,7 @@ def linear_activate_backward_tma_kernel(
         tl.assume(K > 0)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     half: tl.constexpr = BLOCK_N // 2
-    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_tile(tile, num_m, num_n, GROUP)
         m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

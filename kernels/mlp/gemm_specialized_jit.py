@@ -76,16 +76,19 @@ def load_operands(
 
 @gluon.jit
 def multiply(
-    left,  # (M, K)
-    right,  # (K, N), or (N, K) if TRANSPOSED
-    bias,  # (N,), a pointer, or None
-    M, N, K,
-    left_tiles, right_tiles, loaded, released, results, filled, emptied,
+    work,
     HALF: gl.constexpr,  # 0 or 1: which of a tile's rows; the first loads for both
     TRANSPOSED: gl.constexpr,
     GROUP: gl.constexpr,
-):  # fmt: skip
-    """left · right + bias of half the rows of each tile, handed over in `results`."""
+):
+    """left · right + bias of half the rows of each tile, handed over in `results`.
+
+    work: left (M, K); right (K, N), or (N, K) if TRANSPOSED; bias (N,), a pointer, or None; sizes; tiles of
+    shared memory, and barriers.
+    """
+    (
+        left, right, bias, M, N, K, left_tiles, right_tiles, loaded, released, results, filled, emptied
+    ) = work  # fmt: skip
     STAGES: gl.constexpr = left_tiles.shape[0]
     BLOCK_M: gl.constexpr = left_tiles.shape[1]
     BLOCK_K: gl.constexpr = left_tiles.shape[2]
@@ -307,27 +310,18 @@ def linear_activate_specialized_kernel(
     results = results_of(x, weight.block_type.shape[0])
     loaded, released = make_barriers(STAGES), make_barriers(STAGES)
     filled, emptied = make_barriers(2), make_barriers(2)
+    work = (
+        x, weight, bias, M, N, K, x_tiles, weight_tiles, loaded, released, results, filled, emptied
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                multiply,
-                (
-                    x, weight, bias, M, N, K, x_tiles, weight_tiles, loaded, released,
-                    results, filled, emptied, 0, True, GROUP,
-                ),
-            ),
-            (
-                multiply,
-                (
-                    x, weight, bias, M, N, K, x_tiles, weight_tiles, loaded, released,
-                    results, filled, emptied, 1, True, GROUP,
-                ),
-            ),
+            (multiply, (work, 0, True, GROUP)),
+            (multiply, (work, 1, True, GROUP)),
             (finish_activation, (a, u, codes, M, N, results, filled, emptied, KIND, COLUMNS, GROUP)),
         ],
         [_WARPS, _WARPS],
         [MULTIPLY_REGISTERS, FINISH_REGISTERS],
-    )  # fmt: skip
+    )
 
 
 @gluon.jit(do_not_specialize=["M", "K"])
@@ -351,22 +345,13 @@ def linear_activate_backward_specialized_kernel(
     results = results_of(grad, weight.block_type.shape[1])
     loaded, released = make_barriers(STAGES), make_barriers(STAGES)
     filled, emptied = make_barriers(2), make_barriers(2)
+    work = (
+        grad, weight, None, M, N, K, grad_tiles, weight_tiles, loaded, released, results, filled, emptied
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                multiply,
-                (
-                    grad, weight, None, M, N, K, grad_tiles, weight_tiles, loaded, released,
-                    results, filled, emptied, 0, False, GROUP,
-                ),
-            ),
-            (
-                multiply,
-                (
-                    grad, weight, None, M, N, K, grad_tiles, weight_tiles, loaded, released,
-                    results, filled, emptied, 1, False, GROUP,
-                ),
-            ),
+            (multiply, (work, 0, False, GROUP)),
+            (multiply, (work, 1, False, GROUP)),
             (
                 finish_gradient,
                 (kept, grad_u, M, N, kept_stride, results, filled, emptied, KIND, COLUMNS, GROUP),
@@ -374,4 +359,4 @@ def linear_activate_backward_specialized_kernel(
         ],
         [_WARPS, _WARPS],
         [MULTIPLY_REGISTERS, FINISH_REGISTERS],
-    )  # fmt: skip
+    )

@@ -5,15 +5,15 @@ A program processes a block of one row. The launcher treats a contiguous tensor 
 
 import triton
 import triton.language as tl
-from vpt_fast.kernels.mlp.reference import CODE_OF_ZERO, CODES_PER_UNIT, QUICK_GELU_SLOPE
-from vpt_fast.kernels.rows import (
+from vpt_fast.kernels.codes import (
     INTEGER,
     INTEGER_BITS,
     decode_symmetric,
     encode_symmetric,
-    row_offset,
     symmetric_scale,
 )
+from vpt_fast.kernels.mlp.reference import CODE_OF_ZERO, CODES_PER_UNIT, QUICK_GELU_SLOPE
+from vpt_fast.kernels.rows import row_offset
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)

@@ -18,15 +18,15 @@ from vpt_fast.kernels.mlp.jit import (
     swiglu_backward_kernel,
     swiglu_kernel,
 )
-from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
+from vpt_fast.kernels.mlp.reference import ACTIVATIONS, GATED
 from vpt_fast.kernels.rows import Rows, leading_rows
 from vpt_fast.kernels.torch_op import mark_changed, torch_op
 
-ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in PACKED)
+ELEMENTWISE = tuple(kind for kind in ACTIVATIONS if kind not in GATED)
 MAX_PACKED_WIDTH = 8192
 """Largest width of a gated unit whose derivatives are packed: one program finds the scales of a row."""
-_BLOCK = 2048  # with 4 warps, 16 elements per thread, 8 at a time: 16-byte accesses in 16-bit dtypes
-_GATED_BLOCK = 1024
+# 16 elements per thread, 8 at a time: 16-byte accesses in 16-bit dtypes. A gated unit has 8 of each half.
+_NUM_WARPS, _BLOCK, _GATED_BLOCK = 4, 2048, 1024
 
 
 def check_kind(kind: str, wanted: tuple[str, ...]) -> None:
@@ -47,22 +47,15 @@ def _forward_launch(kind: str, pack: bool, *, u: torch.Tensor) -> Launch:
     check_kind(kind, ACTIVATIONS)
     require_device(u=u)
     require_dtype(DTYPES, u=u.dtype)
-    if kind != "swiglu":
-        rows, width = _rows_and_width(u=u)
-        address = (width, *rows.sizes[1:], *rows.strides[0])
-        options = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": rows.num_rows == 1}
-        programs = _num_programs(rows, width, _BLOCK)
-        return Launch(activate_kernel, u.device, programs, *address, **options, num_warps=4)
+    if kind not in GATED:
+        return _elementwise_launch(activate_kernel, kind, u=u)
     if u.shape[-1] % 2:
         raise ValueError(f"u: got width {u.shape[-1]}, want an even one: gate before value")
     width = u.shape[-1] // 2
     if pack and width > MAX_PACKED_WIDTH:
         raise ValueError(f"u: got width 2 x {width}, want at most 2 x {MAX_PACKED_WIDTH} to pack")
-    rows = leading_rows(u=u)
-    block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, 4)
-    address = (width, *rows.sizes[1:], *rows.strides[0])
-    programs = _num_programs(rows, width, block)
-    return Launch(swiglu_kernel, u.device, programs, *address, BLOCK=block, num_warps=num_warps)
+    block, num_warps = _packed_launch(width) if pack else (_GATED_BLOCK, _NUM_WARPS)
+    return _launch(swiglu_kernel, u.device, leading_rows(u=u), width, BLOCK=block, num_warps=num_warps)
 
 
 @once_per_layout
@@ -71,28 +64,42 @@ def _backward_launch(
 ) -> Launch:
     """Raises ValueError for what the kernel does not take."""
     check_kind(kind, ACTIVATIONS)
-    gated = kind == "swiglu"
-    options: dict[str, Any]
+    gated = kind in GATED
     require_device(grad=grad, kept=kept, scale=scale)
     require_dtype(DTYPES, grad=grad.dtype)
     require_shape((*grad.shape[:-1], grad.shape[-1] * (2 if gated else 1)), kept=kept)
-    if scale is not None and not gated:
-        raise ValueError(f"scale: got one of shape {tuple(scale.shape)} for {kind!r}, want None")
+    if not gated:
+        if scale is not None:
+            raise ValueError(f"scale: got one of shape {tuple(scale.shape)} for {kind!r}, want None")
+        require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
+        return _elementwise_launch(activate_backward_kernel, kind, grad=grad, kept=kept)
     if scale is not None:
         require_dtype((torch.float32,), scale=scale.dtype)
         require_shape((*grad.shape[:-1], 2), scale=scale)
-    if gated:
-        require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
-        kernel, options = swiglu_backward_kernel, {"BLOCK": _GATED_BLOCK}
-        rows, width = leading_rows(grad=grad, kept=kept), grad.shape[-1]
-    else:
-        require_dtype((*DTYPES, torch.uint8), kept=kept.dtype)
-        rows, width = _rows_and_width(grad=grad, kept=kept)
-        kernel = activate_backward_kernel
-        options = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": rows.num_rows == 1}
-    address = (width, *rows.sizes[1:], *rows.strides[0], *rows.strides[1])
-    programs = _num_programs(rows, width, options["BLOCK"])
-    return Launch(kernel, grad.device, programs, *address, **options, num_warps=4)
+    require_dtype(DTYPES if scale is None else (torch.int8,), kept=kept.dtype)
+    rows, width = leading_rows(grad=grad, kept=kept), grad.shape[-1]
+    return _launch(swiglu_backward_kernel, grad.device, rows, width, BLOCK=_GATED_BLOCK, num_warps=_NUM_WARPS)
+
+
+def _elementwise_launch(kernel: Any, kind: str, **inputs: torch.Tensor) -> Launch:
+    rows, width = _rows_and_width(**inputs)
+    device = next(iter(inputs.values())).device
+    one_row = rows.num_rows == 1
+    return _launch(
+        kernel, device, rows, width, KIND=kind, BLOCK=_BLOCK, ONE_ROW=one_row, num_warps=_NUM_WARPS
+    )
+
+
+def _launch(kernel: Any, device: torch.device, rows: Rows, width: int, **options: Any) -> Launch:
+    """A kernel for every block of every row."""
+    block = options["BLOCK"]
+    programs = rows.num_rows * cdiv(width, block)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"u: got {rows.num_rows} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
+        )
+    strides = (stride for of_tensor in rows.strides for stride in of_tensor)
+    return Launch(kernel, device, programs, width, *rows.sizes[1:], *strides, **options)
 
 
 def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
@@ -103,18 +110,9 @@ def _rows_and_width(**tensors: torch.Tensor) -> tuple[Rows, int]:
     return leading_rows(**tensors), first.shape[-1]
 
 
-def _num_programs(rows: Rows, width: int, block: int) -> int:
-    programs = rows.num_rows * cdiv(width, block)
-    if programs > MAX_PROGRAMS:
-        raise ValueError(
-            f"u: got {rows.num_rows} rows of {width}, want at most {MAX_PROGRAMS} blocks of {block}"
-        )
-    return programs
-
-
 def _empty_forward(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
     """a; with `pack` also codes and, for a gated unit, scale."""
-    if kind != "swiglu":
+    if kind not in GATED:
         return [u.new_empty(u.shape), *_empty_codes(u, pack)]
     outputs = [u.new_empty((*u.shape[:-1], u.shape[-1] // 2))]
     if pack:
@@ -134,7 +132,7 @@ def _activate(u: torch.Tensor, kind: str, pack: bool) -> list[torch.Tensor]:
     if pack:
         launch(u, *outputs)
     else:
-        launch(u, *outputs, *((None, None) if kind == "swiglu" else (None,)))
+        launch(u, *outputs, *((None, None) if kind in GATED else (None,)))
     return outputs
 
 
@@ -167,7 +165,7 @@ def _activate_backward(
     scale = None if scale is None else scale.contiguous()  # as the kernel reads it
     launch = _backward_launch(kind, grad=grad, kept=kept, scale=scale)
     grad_u = grad.new_empty(kept.shape)
-    launch(grad, kept, *((scale,) if kind == "swiglu" else ()), grad_u)
+    launch(grad, kept, *((scale,) if kind in GATED else ()), grad_u)
     return grad_u
 
 
@@ -240,47 +238,30 @@ def _elementwise_builds(dtype: torch.dtype, kind: str) -> list[Build]:
         constexprs = {"KIND": kind, "BLOCK": _BLOCK, "ONE_ROW": one_row}
         constexprs |= {"size1": 1, "size2": 1} if one_row else {}
         found += [
-            _build(activate_kernel, f"{config} codes", forward, ("u",), constexprs, 4),
-            _build(activate_backward_kernel, config, backward, ("grad", "kept"), constexprs, 4),
+            _build(activate_kernel, f"{config} codes", forward, constexprs, _NUM_WARPS),
+            _build(activate_backward_kernel, config, backward, constexprs, _NUM_WARPS),
         ]
     return found
 
 
 def _gated_builds(dtype: torch.dtype) -> list[Build]:
     """Without codes, and with codes for the widest supported row."""
-    floats = f"*{TYPE_NAMES[dtype]}"
-    name = TYPE_NAMES[dtype]
-    forward, codes = {"u": floats, "a": floats}, {"codes": "*i8", "scale": "*fp32"}
-    one_row, num_warps = _packed_launch(MAX_PACKED_WIDTH)
-    from_u = {"grad": floats, "kept": floats, "grad_u": floats}
-    from_codes = {"grad": floats, "kept": "*i8", "scale": "*fp32", "grad_u": floats}
-    inputs, block = ("grad", "kept"), {"BLOCK": _GATED_BLOCK}
+    name, floats = TYPE_NAMES[dtype], f"*{TYPE_NAMES[dtype]}"
+    forward = {"u": floats, "a": floats, "codes": None, "scale": None}
+    backward = {"grad": floats, "kept": floats, "scale": None, "grad_u": floats}
+    of_codes = {"codes": "*i8", "scale": "*fp32"}
+    from_codes = {"kept": "*i8", "scale": "*fp32"}
+    whole_row, num_warps = _packed_launch(MAX_PACKED_WIDTH)
+    block = {"BLOCK": _GATED_BLOCK}
     return [
-        _build(swiglu_kernel, name, forward, ("u",), {"codes": None, "scale": None, **block}, 4),
-        _build(swiglu_kernel, f"{name} codes", forward | codes, ("u",), {"BLOCK": one_row}, num_warps),
-        _build(swiglu_backward_kernel, name, from_u, inputs, {"scale": None, **block}, 4),
-        _build(swiglu_backward_kernel, f"{name} codes", from_codes, inputs, block, 4),
+        _build(swiglu_kernel, name, forward, block, _NUM_WARPS),
+        _build(swiglu_kernel, f"{name} codes", forward | of_codes, {"BLOCK": whole_row}, num_warps),
+        _build(swiglu_backward_kernel, name, backward, block, _NUM_WARPS),
+        _build(swiglu_backward_kernel, f"{name} codes", backward | from_codes, block, _NUM_WARPS),
     ]
 
 
 def _build(
-    kernel: Any,
-    config: str,
-    pointers: dict[str, str],
-    inputs: tuple[str, ...],
-    constexprs: dict[str, Any],
-    num_warps: int,
+    kernel: Any, config: str, pointers: dict[str, str | None], constexprs: dict[str, Any], num_warps: int
 ) -> Build:
-    """In the kernel's order: pointers, width and numbers of rows, strides of the inputs."""
-    strides = [f"{name}_stride{dim}" for name in inputs for dim in range(3)]
-    integers = [name for name in ("width", "size1", "size2", *strides) if name not in constexprs]
-    return Build(
-        kernel=kernel,
-        config=config,
-        signature={**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs=constexprs,
-        divisible=(*pointers, "width", *strides),
-        num_warps=num_warps,
-        num_stages=3,
-        wgmma=False,
-    )
+    return Build.of(kernel, config, pointers, constexprs, odd=("size1", "size2"), num_warps=num_warps)

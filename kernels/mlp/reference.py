@@ -1,6 +1,6 @@
 """MLP activations, forward and backward, in plain PyTorch.
 
-`PACKED` activations are gated linear units: they take (..., 2h), gate before value, and return (..., h).
+`GATED` activations are gated linear units: they take (..., 2h), gate before value, and return (..., h).
 
 For backward either the pre-activation is kept, or its local derivative in 8 bits. An activation's derivative
 lies in about [-0.13, 1.13], so its codes are uniform, in steps of 1/200, with 0 and 1 exact. The two
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "swiglu")
-PACKED = ("swiglu",)
+GATED = ("swiglu",)
 
 QUICK_GELU_SLOPE = 1.702  # x · sigmoid(1.702 x): CLIP's approximation of GELU (Hendrycks & Gimpel, 2016)
 
@@ -44,7 +44,7 @@ def activate(
     if not pack:
         return _activate(u, kind), None, None
     wide = u.to(torch.promote_types(u.dtype, torch.float32))
-    if kind in PACKED:
+    if kind in GATED:
         ones = torch.ones_like(wide[..., : wide.shape[-1] // 2])
         halves = activate_backward(ones, wide, None, kind).unflatten(-1, (2, -1))
         scale = halves.abs().amax(-1) / GATED_CODE_MAX
@@ -154,7 +154,7 @@ def activate_backward_(grad: torch.Tensor, kept: torch.Tensor, kind: str) -> Non
 
 
 def _refuse_gated(kind: str) -> None:
-    if kind in PACKED:
+    if kind in GATED:
         raise ValueError(f"activation: got {kind!r} in place, want one that is not gated")
 
 

@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from vpt_fast.kernels.rows import decode_symmetric, encode_symmetric, row_offset, symmetric_scale
+from vpt_fast.kernels.codes import decode_symmetric, encode_symmetric, symmetric_scale
+from vpt_fast.kernels.rows import row_offset
 
 
 @triton.jit

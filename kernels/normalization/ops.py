@@ -32,7 +32,8 @@ def _config(d: int) -> dict[str, int]:
 
 @once_per_layout
 def _forward_launch(eps: float, kind: str, dtype: torch.dtype, pack: bool, **inputs: torch.Tensor) -> Launch:
-    """inputs: x, or residual and update. Raises ValueError for what the kernel does not take."""
+    """inputs: x, whose strides then stand in for update's, or residual and update. Raises ValueError for what
+    the kernel does not take."""
     first = next(iter(inputs.values()))
     require_device(**inputs)
     require_dtype(DTYPES, **{name: tensor.dtype for name, tensor in inputs.items()}, dtype=dtype)
@@ -225,7 +226,6 @@ def builds(arch: int) -> list[Build]:
 
 def _forward_build(config: str, d: int, dtype: torch.dtype) -> Build:
     in_dtype = f"*{TYPE_NAMES[dtype]}"
-    strides = [f"{name}_stride{dim}" for name in ("x", "update") for dim in range(3)]
     pointers = {
         "x": "*fp32",
         "update": in_dtype,
@@ -235,43 +235,25 @@ def _forward_build(config: str, d: int, dtype: torch.dtype) -> Build:
         "codes": "*i8",
         "scale": "*fp32",
     }
-    return _build(normalize_kernel, config, pointers, strides, {"eps": "fp32"}, {}, _config(d))
+    return _build(normalize_kernel, config, pointers, d)
 
 
 def _backward_build(config: str, d: int, dtype: torch.dtype, *, packed: bool) -> Build:
     in_dtype = f"*{TYPE_NAMES[dtype]}"
-    strides = [f"{name}_stride{dim}" for name in ("grad", "x_hat", "residual") for dim in range(3)]
-    pointers = {"grad": in_dtype, "x_hat": "*i8" if packed else in_dtype, "rstd": "*fp32"}
-    if packed:
-        pointers["scale"] = "*fp32"
-    pointers |= {"residual": in_dtype, "dx": in_dtype}
-    absent = {} if packed else {"scale": None}
-    return _build(normalize_backward_kernel, config, pointers, strides, {}, absent, _config(d))
+    pointers = {
+        "grad": in_dtype,
+        "x_hat": "*i8" if packed else in_dtype,
+        "rstd": "*fp32",
+        "scale": "*fp32" if packed else None,
+        "residual": in_dtype,
+        "dx": in_dtype,
+    }
+    return _build(normalize_backward_kernel, config, pointers, d)
 
 
-def _build(
-    kernel: Any,
-    config: str,
-    pointers: dict[str, str],
-    strides: list[str],
-    scalars: dict[str, str],
-    absent: dict[str, None],
-    launch: dict[str, int],
-) -> Build:
-    """In the kernel's order: pointers, numbers of rows and columns, strides, other scalars."""
-    integers = ["num_rows", "d", "size1", "size2", *strides]
-    return Build(
-        kernel=kernel,
-        config=config,
-        signature={**pointers, **dict.fromkeys(integers, "i32"), **scalars},
-        constexprs={
-            **absent,
-            "LAYER": True,
-            "BLOCK_ROWS": launch["BLOCK_ROWS"],
-            "BLOCK_D": launch["BLOCK_D"],
-        },
-        divisible=(*pointers, "d", *strides),
-        num_warps=launch["num_warps"],
-        num_stages=3,
-        wgmma=False,
-    )
+def _build(kernel: Any, config: str, pointers: dict[str, str | None], d: int) -> Build:
+    blocks = _config(d)
+    num_warps = blocks.pop("num_warps")
+    constexprs = {"LAYER": True, **blocks}
+    odd = ("num_rows", "size1", "size2")
+    return Build.of(kernel, config, pointers, constexprs, odd=odd, floats=("eps",), num_warps=num_warps)

@@ -60,7 +60,7 @@ def get_flash(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
     if name not in _LIBRARIES:
         raise ValueError(f"attention: got {name!r}, want one of {', '.join(map(repr, _LIBRARIES))}")
-    _LIBRARIES[name]()  # raises before any work if the package is missing
+    _library(name)  # raises before any work if the package is missing
     return partial(_attention, name), partial(_attention_backward, name)
 
 
@@ -109,7 +109,7 @@ def _require_supported(name: str, q: torch.Tensor) -> None:
             f"attention={name!r}: got a model to export, whose file would need this package's operators; "
             "want one built or loaded with 'auto'"
         )
-    library = _LIBRARIES[name]()
+    library = _library(name)
     if q.dtype not in library.dtypes:
         wanted = " or ".join(_dtype_name(dtype) for dtype in library.dtypes)
         raise ValueError(f"attention={name!r}: got dtype {_dtype_name(q.dtype)}, want {wanted}")
@@ -129,10 +129,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 # One operator for all libraries, so that torch.compile need not trace into their Python.
 
 
-@torch_op(
-    "flash_attention",
-    schema="(str name, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v) -> (Tensor, Tensor)",
-)
+@torch_op("flash_attention")
 def _flash_attention(
     name: str,
     q: torch.Tensor,
@@ -141,7 +138,7 @@ def _flash_attention(
     prompt_k: torch.Tensor | None,
     prompt_v: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _LIBRARIES[name]().forward(q, _extend(prompt_k, k), _extend(prompt_v, v))
+    out, lse = _library(name).forward(q, _extend(prompt_k, k), _extend(prompt_v, v))
     return out.contiguous(), lse.contiguous()
 
 
@@ -152,11 +149,7 @@ def _(name, q, k, v, prompt_k, prompt_v):
     return q.new_empty(q.shape), q.new_empty((batch, heads, rows), dtype=stat)
 
 
-@torch_op(
-    "flash_attention_backward",
-    schema="(str name, Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? prompt_k, Tensor? prompt_v, "
-    "Tensor out, Tensor lse, bool need_q, bool need_kv, bool packed) -> Tensor[]",
-)
+@torch_op("flash_attention_backward")
 def _flash_attention_backward(
     name: str,
     grad_out: torch.Tensor,
@@ -176,7 +169,7 @@ def _flash_attention_backward(
     if not (need_q or need_kv):
         k = v = q[:, :0]  # no image keys: the prompts' columns are enough
     keys, values = _extend(prompt_k, k), _extend(prompt_v, v)  # (B, m + N, H, D)
-    grad_q, grad_k, grad_v = _LIBRARIES[name]().backward(
+    grad_q, grad_k, grad_v = _library(name).backward(
         grad_out.contiguous(), q, keys, values, out.contiguous(), lse.contiguous()
     )  # (B, R, H, D) and twice (B, m + N, H, D)
     grads = []
@@ -411,3 +404,13 @@ _LIBRARIES: dict[str, Callable[[], _Library]] = {
     "sdpa_cpu": _sdpa_cpu,
 }
 FLASH_BACKENDS = tuple(_LIBRARIES)
+
+_made: dict[str, _Library] = {}
+
+
+def _library(name: str) -> _Library:
+    """Made once, since every call of attention asks. Not by functools.cache, which Dynamo warns that it
+    ignores."""
+    if name not in _made:
+        _made[name] = _LIBRARIES[name]()
+    return _made[name]

@@ -59,16 +59,17 @@ def row_pointers(first, rows, stride):
 
 @triton.jit
 def load_keys(
-    prompt, image, stride_prompt, stride_image, keys, keys_exist, num_prompts, num_keys,
+    joined, keys, keys_exist, num_prompts, num_keys,
     D: tl.constexpr, PROMPTS: tl.constexpr, IMAGE: tl.constexpr, WINDOWS: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows `keys` of the joined sequence of keys, or of values. PROMPTS, IMAGE: which of the two
-    tensors exist.
+    """Loads the rows `keys` of a joined sequence of keys, or of values: see `enter_sequence`. PROMPTS, IMAGE:
+    which of the two tensors exist.
 
     If both do, a row's tensor, number and stride are selected, and then its address is computed: to compute
     one in each tensor and select the address would take 5 to 14 % more instructions in the loops over keys
     (sm_90). Selecting hides that rows start at multiples of 16 bytes, as in `row_pointers`.
     """
+    image, stride_image, prompt, stride_prompt = joined
     if PROMPTS and IMAGE:
         if WINDOWS:
             window_size = num_keys - num_prompts
@@ -144,16 +145,18 @@ def store_terms(
 
 
 @triton.jit
-def enter_sequence(
-    k, v, prompt_k, prompt_v, bias, regions,
-    stride_kb, stride_kn, stride_kh,
-    stride_vb, stride_vn, stride_vh,
-    stride_pkb, stride_pkh,
-    stride_pvb, stride_pvh, stride_bias,
-    image, window, head, window_size, WINDOWS: tl.constexpr,
-):  # fmt: skip
-    """Pointers to the head's first key and value of the sequence and of the prompts; for a window also to the
-    head's bias and the window's regions."""
+def enter_sequence(k, v, prompt_k, prompt_v, bias, image, window, head, window_size, WINDOWS: tl.constexpr):
+    """The head's keys and values in a sequence, each joined from two tensors: (first row of the image's, its
+    stride, first row of the prompts', its stride). And for a window (bias of the head, stride of its rows,
+    regions of the window).
+
+    k, v, prompt_k, prompt_v: (tensor, strides of images, rows and heads). bias: (tensor, stride, regions).
+    """
+    k, stride_kb, stride_kn, stride_kh = k
+    v, stride_vb, stride_vn, stride_vh = v
+    prompt_k, stride_pkb, stride_pkm, stride_pkh = prompt_k
+    prompt_v, stride_pvb, stride_pvm, stride_pvh = prompt_v
+    bias, stride_bias, regions = bias
     k += image * stride_kb + head * stride_kh
     v += image * stride_vb + head * stride_vh
     prompt_k += image * stride_pkb + head * stride_pkh
@@ -164,44 +167,46 @@ def enter_sequence(
         v += first * stride_vn
         bias += head * window_size * stride_bias
         regions += first
-    return k, v, prompt_k, prompt_v, bias, regions
+    return (
+        (k, stride_kn, prompt_k, stride_pkm),
+        (v, stride_vn, prompt_v, stride_pvm),
+        (bias, stride_bias, regions),
+    )
 
 
 @triton.jit
-def add_bias(
-    scores, bias, regions, stride_bias, queries, keys, num_queries, window_size, SHIFTED: tl.constexpr
-):
-    """S plus what a window adds between its tokens. queries, keys: index tensors that broadcast to S; indices
-    past the last token are those of prompts, or of nothing. Columns of the bias past the last token are zero,
-    so the mask admits whole vectors of them.
+def add_bias(scores, bias, queries, keys, num_tokens, window_size, SHIFTED: tl.constexpr):
+    """S plus what a window adds between its tokens. bias: as `enter_sequence` returns it. queries, keys:
+    index tensors that broadcast to S; indices past the last token, of `num_tokens` among the queries, are
+    those of prompts, or of nothing. Columns of the bias past the last token are zero, so the mask admits
+    whole vectors of them.
 
     The sum is an fma by 1, which Triton leaves alone. It would turn S + bias into a matmul whose accumulator
     starts from the bias: those registers would be written while the matmul of the tile before is still in
     flight, and ptxas would serialize every wgmma.
     """
+    bias, stride_bias, regions = bias
     between = tl.load(
-        bias + queries * stride_bias + keys, mask=(queries < num_queries) & (keys < stride_bias), other=0.0
+        bias + queries * stride_bias + keys, mask=(queries < num_tokens) & (keys < stride_bias), other=0.0
     )
     if SHIFTED:
-        query_regions = tl.load(regions + queries, mask=queries < num_queries, other=0)
+        query_regions = tl.load(regions + queries, mask=queries < num_tokens, other=0)
         key_regions = tl.load(regions + keys, mask=keys < window_size, other=0)
-        are_tokens = (queries < num_queries) & (keys < window_size)
+        are_tokens = (queries < num_tokens) & (keys < window_size)
         between += tl.where(are_tokens & (query_regions != key_regions), APART, 0.0)
     return tl.fma(scores, 1.0, between)
 
 
 @triton.jit
 def score_rows(
-    q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist, some_do_not,
-    num_tokens, window_size, D: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
+    q1, q2, k1, k2, bias, rows, keys, keys_exist, passes_end, num_tokens, window_size,
+    D: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """S of query rows and keys; -inf where there is no key."""
+    """S of query rows and keys; -inf where there is no key, if the tile `passes_end` of the keys."""
     scores = dot_rows(q1, q2, k1, k2, D)
     if WINDOWS:
-        scores = add_bias(
-            scores, bias, regions, stride_bias, rows[:, None], keys[None, :], num_tokens, window_size, SHIFTED
-        )
-    if some_do_not:
+        scores = add_bias(scores, bias, rows[:, None], keys[None, :], num_tokens, window_size, SHIFTED)
+    if passes_end:
         scores = tl.where(keys_exist[None, :], scores, float("-inf"))
     return scores
 
@@ -234,11 +239,10 @@ def attention_forward_kernel(
 
     q_rows = row_pointers(q + image * stride_qb + head * stride_qh, places, stride_qr)
     q1, q2 = load_rows(q_rows, rows_exist, D)
-    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
-        k, v, prompt_k, prompt_v, bias, regions,
-        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
-        image, window, head, window_size, WINDOWS,
+    all_keys, all_values, bias = enter_sequence(
+        (k, stride_kb, stride_kn, stride_kh), (v, stride_vb, stride_vn, stride_vh),
+        (prompt_k, stride_pkb, stride_pkm, stride_pkh), (prompt_v, stride_pvb, stride_pvm, stride_pvh),
+        (bias, stride_bias, regions), image, window, head, window_size, WINDOWS,
     )  # fmt: skip
 
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -247,13 +251,10 @@ def attention_forward_kernel(
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
-        k1, k2 = load_keys(
-            prompt_k, k, stride_pkm, stride_kn, keys, keys_exist, num_prompts, num_keys,
-            D, PROMPTS, True, WINDOWS,
-        )  # fmt: skip
+        k1, k2 = load_keys(all_keys, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
         scores = score_rows(
-            q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-            start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
+            q1, q2, k1, k2, bias, rows, keys, keys_exist, start + BLOCK_N > num_keys, num_tokens, window_size,
+            D, WINDOWS, SHIFTED,
         )  # fmt: skip
 
         new_max = tl.maximum(row_max, tl.max(scores, 1) * LOG2_E)  # finite: the first tile has a key
@@ -262,10 +263,7 @@ def attention_forward_kernel(
         row_max = new_max
         row_sum = row_sum * correction + tl.sum(weights, 1)
 
-        v1, v2 = load_keys(
-            prompt_v, v, stride_pvm, stride_vn, keys, keys_exist, num_prompts, num_keys,
-            D, PROMPTS, True, WINDOWS,
-        )  # fmt: skip
+        v1, v2 = load_keys(all_values, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
         out1 = out1 * correction[:, None]
         if second_width(D) > 0:
             out2 = out2 * correction[:, None]
@@ -318,28 +316,21 @@ def terms_kernel(
     else:
         q_rows = row_pointers(q + image * stride_qb + head * stride_qh, places, stride_qr)
         q1, q2 = load_rows(q_rows, rows_exist, D)
-        k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
-            k, v, prompt_k, prompt_v, bias, regions,
-            stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-            stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
-            image, window, head, window_size, WINDOWS,
+        all_keys, all_values, bias = enter_sequence(
+            (k, stride_kb, stride_kn, stride_kh), (v, stride_vb, stride_vn, stride_vh),
+            (prompt_k, stride_pkb, stride_pkm, stride_pkh), (prompt_v, stride_pvb, stride_pvm, stride_pvh),
+            (bias, stride_bias, regions), image, window, head, window_size, WINDOWS,
         )  # fmt: skip
         delta = tl.zeros((BLOCK_M,), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, num_keys, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             keys_exist = keys < num_keys
-            k1, k2 = load_keys(
-                prompt_k, k, stride_pkm, stride_kn, keys, keys_exist, num_prompts, num_keys,
-                D, PROMPTS, True, WINDOWS,
-            )  # fmt: skip
-            v1, v2 = load_keys(
-                prompt_v, v, stride_pvm, stride_vn, keys, keys_exist, num_prompts, num_keys,
-                D, PROMPTS, True, WINDOWS,
-            )  # fmt: skip
+            k1, k2 = load_keys(all_keys, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
+            v1, v2 = load_keys(all_values, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
             scores = score_rows(
-                q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-                start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
+                q1, q2, k1, k2, bias, rows, keys, keys_exist, start + BLOCK_N > num_keys, num_tokens,
+                window_size, D, WINDOWS, SHIFTED,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2_E - (row_lse * LOG2_E)[:, None])
             row_sum += tl.sum(weights, 1)
@@ -394,27 +385,20 @@ def grad_q_kernel(
         lse2 = tl.load(terms + statistics, mask=rows_exist, other=0.0)
         delta = tl.load(terms + rows_of_lse + statistics, mask=rows_exist, other=0.0)
 
-    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
-        k, v, prompt_k, prompt_v, bias, regions,
-        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
-        image, window, head, window_size, WINDOWS,
+    all_keys, all_values, bias = enter_sequence(
+        (k, stride_kb, stride_kn, stride_kh), (v, stride_vb, stride_vn, stride_vh),
+        (prompt_k, stride_pkb, stride_pkm, stride_pkh), (prompt_v, stride_pvb, stride_pvm, stride_pvh),
+        (bias, stride_bias, regions), image, window, head, window_size, WINDOWS,
     )  # fmt: skip
     dq1, dq2 = zero_rows(BLOCK_M, D)
     for start in range(0, num_keys, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         keys_exist = keys < num_keys
-        k1, k2 = load_keys(
-            prompt_k, k, stride_pkm, stride_kn, keys, keys_exist, num_prompts, num_keys,
-            D, PROMPTS, True, WINDOWS,
-        )  # fmt: skip
-        v1, v2 = load_keys(
-            prompt_v, v, stride_pvm, stride_vn, keys, keys_exist, num_prompts, num_keys,
-            D, PROMPTS, True, WINDOWS,
-        )  # fmt: skip
+        k1, k2 = load_keys(all_keys, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
+        v1, v2 = load_keys(all_values, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, True, WINDOWS)
         scores = score_rows(
-            q1, q2, k1, k2, bias, regions, stride_bias, rows, keys, keys_exist,
-            start + BLOCK_N > num_keys, num_tokens, window_size, D, WINDOWS, SHIFTED,
+            q1, q2, k1, k2, bias, rows, keys, keys_exist, start + BLOCK_N > num_keys, num_tokens, window_size,
+            D, WINDOWS, SHIFTED,
         )  # fmt: skip
         weights = tl.exp2(scores * LOG2_E - lse2[:, None])
         grad_scores = weights * (dot_rows(g1, g2, v1, v2, D) - delta[:, None])
@@ -429,8 +413,7 @@ def grad_q_kernel(
 
 @triton.jit
 def add_rows_to_keys(
-    dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
-    stride_qr, stride_gr, stride_bias,
+    dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, stride_qr, stride_gr, planes, bias,
     rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
     D: tl.constexpr, WINDOWS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
@@ -447,9 +430,7 @@ def add_rows_to_keys(
 
     scores = dot_rows(k1, k2, q1, q2, D)  # Sᵀ (keys, rows)
     if WINDOWS:
-        scores = add_bias(
-            scores, bias, regions, stride_bias, rows[None, :], keys[:, None], num_tokens, window_size, SHIFTED
-        )
+        scores = add_bias(scores, bias, rows[None, :], keys[:, None], num_tokens, window_size, SHIFTED)
     # Rows that do not exist have dO = 0 and δ = 0 and add nothing; keys that do not are not stored.
     weights = tl.exp2(scores * LOG2_E - lse2[None, :])  # Pᵀ
     grad_scores = weights * (dot_rows(v1, v2, g1, g2, D) - delta[None, :])  # dSᵀ
@@ -483,20 +464,13 @@ def grad_kv_kernel(
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     keys_exist = keys < num_keys
 
-    k, v, prompt_k, prompt_v, bias, regions = enter_sequence(
-        k, v, prompt_k, prompt_v, bias, regions,
-        stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-        stride_pkb, stride_pkh, stride_pvb, stride_pvh, stride_bias,
-        image, window, head, window_size, WINDOWS,
+    all_keys, all_values, bias = enter_sequence(
+        (k, stride_kb, stride_kn, stride_kh), (v, stride_vb, stride_vn, stride_vh),
+        (prompt_k, stride_pkb, stride_pkm, stride_pkh), (prompt_v, stride_pvb, stride_pvm, stride_pvh),
+        (bias, stride_bias, regions), image, window, head, window_size, WINDOWS,
     )  # fmt: skip
-    k1, k2 = load_keys(
-        prompt_k, k, stride_pkm, stride_kn, keys, keys_exist, num_prompts, num_keys,
-        D, PROMPTS, IMAGE, WINDOWS,
-    )  # fmt: skip
-    v1, v2 = load_keys(
-        prompt_v, v, stride_pvm, stride_vn, keys, keys_exist, num_prompts, num_keys,
-        D, PROMPTS, IMAGE, WINDOWS,
-    )  # fmt: skip
+    k1, k2 = load_keys(all_keys, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, IMAGE, WINDOWS)
+    v1, v2 = load_keys(all_values, keys, keys_exist, num_prompts, num_keys, D, PROMPTS, IMAGE, WINDOWS)
 
     grad_out += image * stride_gb + head * stride_gh
     q += image * stride_qb + head * stride_qh
@@ -510,8 +484,7 @@ def grad_kv_kernel(
         rows_in_tiles -= num_rows % BLOCK_M
         rest = rows_in_tiles + tl.arange(0, TAIL)
         dk1, dk2, dv1, dv2 = add_rows_to_keys(
-            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
-            stride_qr, stride_gr, stride_bias,
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, stride_qr, stride_gr, planes, bias,
             rest, rest < num_rows, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
             D, WINDOWS, SHIFTED,
         )  # fmt: skip
@@ -519,8 +492,7 @@ def grad_kv_kernel(
         rows = row + tl.arange(0, BLOCK_M)
         rows_exist = None if TAIL > 0 else rows < num_rows
         dk1, dk2, dv1, dv2 = add_rows_to_keys(
-            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, planes, bias, regions,
-            stride_qr, stride_gr, stride_bias,
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, grad_out, stride_qr, stride_gr, planes, bias,
             rows, rows_exist, keys, window, num_rows, num_windows, num_fresh, num_tokens, window_size,
             D, WINDOWS, SHIFTED,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from vpt_fast.kernels.checks import once_per_layout, require_device, require_dty
 from vpt_fast.kernels.launch import DTYPES, MAX_ALONG_AXIS, TYPE_NAMES, Launch, arch_of, cdiv
 from vpt_fast.kernels.prompted_attention import HEAD_DIMS
 from vpt_fast.kernels.prompted_attention.jit import (
+    SIZES,
     attention_forward_kernel,
     grad_kv_kernel,
     grad_q_kernel,
@@ -123,8 +124,6 @@ def tail_rows(tiles: Tiles, head_dim: int, num_rows: int) -> int:
 
 TERMS_TILES = Tiles(32, 64, 4, 1)  # of δ from O: one pass over dO and O, without matmuls
 
-_ONE_SEQUENCE = (1, 0)  # num_windows and num_fresh, which only windows have
-
 
 def attention(
     q: torch.Tensor,
@@ -235,9 +234,20 @@ def prompt_strides(prompts: torch.Tensor | None) -> tuple[int, int, int]:
     return strides(prompts, shared=prompts is not None and prompts.shape[0] == 1)
 
 
+class Sizes(NamedTuple):
+    """The sizes that every kernel takes, in its order. An image is one sequence, or one for each window."""
+
+    num_heads: int
+    num_rows: int  # of a sequence
+    num_prompts: int
+    num_keys: int  # of a sequence: the prompts and the image's
+    num_windows: int
+    num_fresh: int
+
+
 class Inputs(NamedTuple):
     """What every kernel reads: q (B, R, H, D), k and v (B, N, H, D), prompt_k and prompt_v (1 or B, m, H, D),
-    and in windows the fields of a `WindowBias`."""
+    and in windows the fields of a `WindowBias`, and how many of the R rows are prompts'."""
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -246,11 +256,27 @@ class Inputs(NamedTuple):
     prompt_v: torch.Tensor | None
     bias: torch.Tensor | None = None
     regions: torch.Tensor | None = None
+    num_fresh: int = 0
 
     @property
     def pointers(self) -> tuple[torch.Tensor, ...]:
         """q stands in for absent tensors, which no kernel reads."""
-        return tuple(self.q if t is None else t for t in self)
+        *tensors, _ = self
+        return tuple(self.q if t is None else t for t in tensors)
+
+    @property
+    def sizes(self) -> Sizes:
+        _, num_rows, num_heads, _ = self.q.shape
+        num_prompts, num_image = num_rows_of(self.prompt_k), num_rows_of(self.k)
+        num_windows = 1 if self.bias is None else num_image // self.bias.shape[1]
+        return Sizes(
+            num_heads,
+            num_rows=(num_rows - self.num_fresh) // num_windows + self.num_fresh,
+            num_prompts=num_prompts,
+            num_keys=num_prompts + num_image // num_windows,
+            num_windows=num_windows,
+            num_fresh=self.num_fresh,
+        )
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -270,28 +296,29 @@ class Inputs(NamedTuple):
         )
 
 
+def _launch(
+    kernel: Any, inputs: Inputs, num_tiles: int, all_strides: tuple[int, ...], tiles: Tiles, **flags: Any
+) -> Launch:
+    """A kernel for so many tiles of every sequence and head."""
+    sizes = inputs.sizes
+    grid = num_tiles, sizes.num_windows * sizes.num_heads, inputs.q.shape[0]
+    return Launch(
+        kernel, inputs.q.device, grid, *all_strides, *sizes, **inputs.flags, **flags, **tiles.launch
+    )
+
+
+def forward_launch(inputs: Inputs, tiles: Tiles) -> Launch:
+    num_tiles = cdiv(inputs.sizes.num_rows, tiles.block_m)
+    return _launch(attention_forward_kernel, inputs, num_tiles, inputs.strides, tiles)
+
+
 @once_per_layout
 def _forward_launch(**tensors: torch.Tensor | None) -> Launch:
     check_tensors(**tensors)
-    inputs = Inputs(**tensors)
+    inputs = Inputs(**tensors, num_fresh=0)
     check_shapes(inputs)
-    q = inputs.q
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_prompts = num_rows_of(inputs.prompt_k)
-    tiles = forward_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
-    return Launch(
-        attention_forward_kernel,
-        q.device,
-        (cdiv(num_rows, tiles.block_m), num_heads, batch),
-        *inputs.strides,
-        num_heads,
-        num_rows,
-        num_prompts,
-        num_prompts + num_rows_of(inputs.k),
-        *_ONE_SEQUENCE,
-        **inputs.flags,
-        **tiles.launch,
-    )
+    _, num_rows, _, head_dim = inputs.q.shape
+    return forward_launch(inputs, forward_tiles(inputs.q.dtype, head_dim, num_rows, arch_of(inputs.q.device)))
 
 
 @torch_op("prompted_attention")
@@ -338,6 +365,51 @@ def packed_strides(num_rows: int, parts: int, num_heads: int, head_dim: int) -> 
     return num_rows * row, row, head_dim
 
 
+def rows_launches(
+    inputs: Inputs,
+    grad_out: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    need_q: bool,
+    packed: bool,
+    tiles: Tiles,
+    terms_tiles: Tiles,
+) -> tuple[Launch | None, Launch | None]:
+    """The launches for the rows' terms and for dQ, those that are needed.
+
+    Given O, the kernel for dQ computes the rows' terms too; without O or dQ they have a kernel of their own.
+    """
+    _, num_rows, num_heads, head_dim = inputs.q.shape
+    has_out = out is not None
+    read = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
+    terms = grad_q = None
+    if not (has_out and need_q):
+        num_tiles = cdiv(inputs.sizes.num_rows, terms_tiles.block_m)
+        terms = _launch(terms_kernel, inputs, num_tiles, read, terms_tiles, HAS_OUT=has_out)
+    if need_q:
+        num_tiles = cdiv(inputs.sizes.num_rows, tiles.block_m)
+        written = packed_strides(num_rows, 3 if packed else 1, num_heads, head_dim)
+        grad_q = _launch(grad_q_kernel, inputs, num_tiles, (*read, *written), tiles, HAS_OUT=has_out)
+    return terms, grad_q
+
+
+def grad_kv_launch(inputs: Inputs, grad_out: torch.Tensor, packed: bool, tiles: Tiles) -> Launch:
+    """The launch for dK and dV, and for each image's gradients of the prompts; without the image's keys for
+    these alone, since the rows' terms already cover all keys."""
+    _, _, num_heads, head_dim = inputs.q.shape
+    sizes = inputs.sizes
+    written = packed_strides(num_rows_of(inputs.k), 3 if packed else 2, num_heads, head_dim)
+    return _launch(
+        grad_kv_kernel,
+        inputs,
+        cdiv(sizes.num_keys, tiles.block_n),
+        (*strides(grad_out), *inputs.strides, *written),
+        tiles,
+        IMAGE=inputs.k is not None,
+        TAIL=tail_rows(tiles, head_dim, sizes.num_rows),
+    )
+
+
 class _BackwardLaunches(NamedTuple):
     """The launches that are needed, in this order."""
 
@@ -358,67 +430,20 @@ def _backward_launches(
     **tensors: torch.Tensor | None,
 ) -> _BackwardLaunches:
     check_tensors(grad_out=grad_out, **tensors, out=out)
-    inputs = Inputs(**tensors)
+    inputs = Inputs(**tensors, num_fresh=0)
     check_shapes(inputs, grad_out=grad_out, out=out)
-    q, flags = inputs.q, inputs.flags
-    batch, num_rows, num_heads, head_dim = q.shape
-    check_lse(q, lse, num_rows)
-    num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k)
-    arch, has_out = arch_of(q.device), out is not None
-    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
-    sizes = (num_heads, num_rows, num_prompts, num_prompts + num_image, *_ONE_SEQUENCE)
-
-    def grid(tiles: Tiles) -> tuple[int, int, int]:
-        return cdiv(num_rows, tiles.block_m), num_heads, batch
-
-    terms = grad_q = grad_kv = None
-    # Given O, the kernel for dQ computes the rows' terms too; without O or dQ they have a kernel of their
-    # own.
-    if not (has_out and need_q):
-        tiles = TERMS_TILES if has_out else grad_q_tiles(q.dtype, head_dim, num_rows, arch)
-        terms = Launch(
-            terms_kernel, q.device, grid(tiles), *all_strides, *sizes, **flags, HAS_OUT=has_out,
-            **tiles.launch,
-        )  # fmt: skip
-    if need_q:
-        tiles = grad_q_tiles(q.dtype, head_dim, num_rows, arch)
-        grad_strides = packed_strides(num_rows, 3 if packed else 1, num_heads, head_dim)
-        grad_q = Launch(
-            grad_q_kernel, q.device, grid(tiles), *all_strides, *grad_strides, *sizes, **flags,
-            HAS_OUT=has_out, **tiles.launch,
-        )  # fmt: skip
-    if need_kv or num_prompts:
-        grad_kv = grad_kv_launch(grad_out, 0 if not need_kv else 3 if packed else 2, inputs)
-    return _BackwardLaunches(terms, grad_q, grad_kv)
-
-
-def grad_kv_launch(grad_out: torch.Tensor, parts: int, inputs: Inputs) -> Launch:
-    """The launch for dK and dV, and for each image's gradients of the prompts.
-
-    parts: of the packed tensor that dK and dV are written to; with 0 the keys are the prompts alone, since
-        the rows' terms already cover all keys.
-    """
     q = inputs.q
-    batch, num_rows, num_heads, head_dim = q.shape
-    num_prompts, num_image = num_rows_of(inputs.prompt_k), num_rows_of(inputs.k) if parts else 0
-    tiles = grad_kv_tiles(q.dtype, head_dim, num_rows, arch_of(q.device))
-    return Launch(
-        grad_kv_kernel,
-        q.device,
-        (cdiv(num_prompts + num_image, tiles.block_n), num_heads, batch),
-        *strides(grad_out),
-        *inputs.strides,
-        *packed_strides(num_image, parts, num_heads, head_dim),
-        num_heads,
-        num_rows,
-        num_prompts,
-        num_prompts + num_image,
-        *_ONE_SEQUENCE,
-        **inputs.flags,
-        IMAGE=parts > 0,
-        TAIL=tail_rows(tiles, head_dim, num_rows),
-        **tiles.launch,
-    )
+    _, num_rows, _, head_dim = q.shape
+    check_lse(q, lse, num_rows)
+    request = q.dtype, head_dim, num_rows, arch_of(q.device)
+    tiles = grad_q_tiles(*request)
+    terms_tiles = tiles if out is None else TERMS_TILES
+    terms, grad_q = rows_launches(inputs, grad_out, out, lse, need_q, packed, tiles, terms_tiles)
+    grad_kv = None
+    if need_kv or inputs.prompt_k is not None:
+        of_keys = inputs if need_kv else inputs._replace(k=None, v=None)
+        grad_kv = grad_kv_launch(of_keys, grad_out, packed, grad_kv_tiles(*request))
+    return _BackwardLaunches(terms, grad_q, grad_kv)
 
 
 @torch_op("prompted_attention_backward")
@@ -521,34 +546,30 @@ def make_build(
     kernel: Any, dtype: torch.dtype, head_dim: int, tiles: Tiles, variant: str, **flags: bool
 ) -> Build:
     """A kernel as it is launched, with prompts and without windows unless `flags` says otherwise."""
-    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    signature = {name: _type_of(name, TYPE_NAMES[dtype]) for name in kernel.arg_names if not name.isupper()}
-    is_aligned = [n for n, t in signature.items() if t != "i32" or n.startswith("stride")]
-    odd = ["stride_lb", "stride_lh"]
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    pointers = {n: _type_of(n, TYPE_NAMES[dtype]) for n in names if not n.startswith(("stride_", "num_"))}
+    odd = [*SIZES, "stride_lb", "stride_lh"]
     if head_dim % 16:  # the compiler is told of multiples of 16 elements, which heads of 72 are not apart
-        odd += [n for n in is_aligned if n.startswith("stride") and n.endswith("h")]
+        odd += [name for name in names if name.startswith("stride_") and name.endswith("h")]
+    constexprs = {"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False, **flags}
     has_products = kernel is not terms_kernel or not flags["HAS_OUT"]
     first_dimension = tiles.block_n if kernel is grad_kv_kernel else tiles.block_m  # of its matmuls
-    return Build(
-        kernel=kernel,
-        config=f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
-        signature=signature,
-        constexprs={
-            **{"D": head_dim, "PROMPTS": True, "WINDOWS": False, "SHIFTED": False}, **flags, **blocks
-        },
-        divisible=tuple(n for n in is_aligned if n not in odd),
+    return Build.of(
+        kernel,
+        f"{TYPE_NAMES[dtype]} D{head_dim} {tiles.block_m}x{tiles.block_n} {variant}".rstrip(),
+        pointers,
+        {**constexprs, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n},
+        odd=odd,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         max_registers=tiles.max_registers,
         wgmma=dtype != torch.float32 and has_products and first_dimension >= 64,
         programs=1 if dtype == torch.float32 else 2,
-    )  # fmt: skip
+    )
 
 
 def _type_of(name: str, element: str) -> str:
-    """Triton's type of a kernel's argument."""
-    if name.startswith(("stride_", "num_")):
-        return "i32"
+    """Triton's type of a kernel's pointer."""
     if name == "regions":
         return "*i32"
     is_wide = name in ("bias", "lse", "terms", "fresh_out", "grad_fresh")

@@ -9,31 +9,15 @@ import torch
 from vpt_fast.kernels.build import Build
 from vpt_fast.kernels.checks import once_per_layout, require_device, require_dtype, require_shape
 from vpt_fast.kernels.launch import MAX_ALONG_AXIS, Launch, arch_of, cdiv
-from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS
+from vpt_fast.kernels.prompted_attention import WINDOW_HEAD_DIMS, ops
 from vpt_fast.kernels.prompted_attention.jit import (
     attention_forward_kernel,
     grad_kv_kernel,
     grad_q_kernel,
     terms_kernel,
 )
-from vpt_fast.kernels.prompted_attention.ops import (
-    Inputs,
-    Tiles,
-    attention_backward,
-    check_lse,
-    check_shapes,
-    check_tensors,
-    empty_per_image,
-    empty_terms,
-    grad_kv_launch,
-    grad_pointers,
-    make_build,
-    packed_strides,
-    strides,
-    sum_over_images,
-    tail_rows,
-)
-from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads, num_rows_of
+from vpt_fast.kernels.prompted_attention.ops import Inputs, Tiles
+from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, empty_grads, name_grads
 from vpt_fast.kernels.prompted_attention.window_reference import BIAS_COLUMNS, WindowBias
 from vpt_fast.kernels.torch_op import torch_op
 
@@ -109,7 +93,7 @@ def window_attention_backward(
         raise ValueError("packed: wanted without all of dQ, dK and dV, or with other queries than tokens'")
     if not (need_q or need_kv or num_fresh) and out is not None:
         # Prompts have no bias, so for their keys all windows are one sequence of rows.
-        return attention_backward(
+        return ops.attention_backward(
             grad_out, q, None, None, prompt_k, prompt_v, out, lse, need_q=False, need_kv=False
         )
     grads = _window_attention_backward(
@@ -118,24 +102,15 @@ def window_attention_backward(
     return name_grads(grads, need_q=need_q, need_kv=need_kv, packed=packed)
 
 
-class _Sizes(NamedTuple):
-    """window_size: tokens of a window, T. num_windows: of an image, W. num_rows: rows of a window that are
-    wanted, T or 0, plus f."""
-
-    window_size: int
-    num_windows: int
-    num_rows: int
-
-
 def _check(
     num_fresh: int, *, bias: torch.Tensor, regions: torch.Tensor | None, **tensors: torch.Tensor | None
-) -> _Sizes:
+) -> None:
     q, k = tensors["q"], tensors["k"]
-    require_device(**tensors, bias=bias, regions=regions)
     if q.shape[3] not in WINDOW_HEAD_DIMS:
         wanted = ", ".join(map(str, WINDOW_HEAD_DIMS))
         raise ValueError(f"head dim: got {q.shape[3]} in windows, want one of {wanted}")
-    check_tensors(**tensors)
+    ops.check_tensors(**tensors)
+    require_device(q=q, bias=bias, regions=regions)
     window_size = bias.shape[1]
     columns = cdiv(window_size, BIAS_COLUMNS) * BIAS_COLUMNS
     require_shape((q.shape[2], window_size, columns), bias=bias)
@@ -144,8 +119,7 @@ def _check(
         raise ValueError(f"k: got {k.shape[1]} rows, want one or more windows of {window_size}")
     if num_windows * q.shape[2] > MAX_ALONG_AXIS:
         raise ValueError(f"k: got {num_windows} windows of {q.shape[2]} heads, want {MAX_ALONG_AXIS} at most")
-    num_tokens = q.shape[1] - num_fresh
-    if num_tokens not in (0, k.shape[1]):
+    if q.shape[1] - num_fresh not in (0, k.shape[1]):
         raise ValueError(
             f"q: got {q.shape[1]} rows, {num_fresh} of them prompts', want those of all {k.shape[1]} tokens "
             "beside, or none"
@@ -153,33 +127,16 @@ def _check(
     if regions is not None:
         require_dtype((torch.int32,), regions=regions.dtype)
         require_shape((num_windows, window_size), regions=regions)
-    return _Sizes(window_size, num_windows, num_tokens // num_windows + num_fresh)
 
 
 @once_per_layout
-def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> tuple[Launch, _Sizes]:
-    window_size, num_windows, num_rows = sizes = _check(num_fresh, **tensors)
-    inputs = Inputs(**tensors)
-    check_shapes(inputs)
-    q = inputs.q
-    batch, _, num_heads, head_dim = q.shape
-    num_prompts = num_rows_of(inputs.prompt_k)
-    tiles = forward_tiles(q.dtype, head_dim, arch_of(q.device))
-    launch = Launch(
-        attention_forward_kernel,
-        q.device,
-        (cdiv(num_rows, tiles.block_m), num_windows * num_heads, batch),
-        *inputs.strides,
-        num_heads,
-        num_rows,
-        num_prompts,
-        num_prompts + window_size,
-        num_windows,
-        num_fresh,
-        **inputs.flags,
-        **tiles.launch,
+def _forward_launch(num_fresh: int, **tensors: torch.Tensor | None) -> Launch:
+    _check(num_fresh, **tensors)
+    inputs = Inputs(**tensors, num_fresh=num_fresh)
+    ops.check_shapes(inputs)
+    return ops.forward_launch(
+        inputs, forward_tiles(inputs.q.dtype, inputs.q.shape[3], arch_of(inputs.q.device))
     )
-    return launch, sizes
 
 
 @torch_op("window_attention")
@@ -194,13 +151,11 @@ def _window_attention(
     num_fresh: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bias, regions = _as_read(bias, regions)
-    launch, sizes = _forward_launch(
+    launch = _forward_launch(
         num_fresh, q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions
     )
-    batch, _, num_heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((batch, num_heads, sizes.num_windows * sizes.num_rows), dtype=torch.float32)
-    fresh_out = _fresh(q, sizes.num_windows, num_fresh)
+    out, lse = _empty_forward(q, k, bias, num_fresh)
+    fresh_out = _empty_fresh(q, k, bias, num_fresh)
     launch(*Inputs(q, k, v, prompt_k, prompt_v, bias, regions).pointers, out, lse, fresh_out)
     if num_fresh:
         out[:, -num_fresh:] = fresh_out.mean(1)
@@ -209,19 +164,34 @@ def _window_attention(
 
 @torch.library.register_fake("vpt_fast::window_attention")
 def _(q, k, v, prompt_k, prompt_v, bias, regions, num_fresh):
-    num_windows = k.shape[1] // bias.shape[1]
-    num_statistics = q.shape[1] + (num_windows - 1) * num_fresh
+    return _empty_forward(q, k, bias, num_fresh)
+
+
+def _empty_forward(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, num_fresh: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_statistics = q.shape[1] + (_num_windows(k, bias) - 1) * num_fresh
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], num_statistics), dtype=torch.float32)
 
 
-class _BackwardLaunches(NamedTuple):
-    """The launches that are needed, in this order; the prompts' gradients have their own
-    (`_prompts_launch`)."""
+def _empty_fresh(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, num_fresh: int) -> torch.Tensor:
+    """An empty (B, W, f, H, D) in float32 for the prompts' rows of every window."""
+    shape = (q.shape[0], _num_windows(k, bias), num_fresh, *q.shape[2:])
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-    sizes: _Sizes
+
+def _num_windows(k: torch.Tensor, bias: torch.Tensor) -> int:
+    return k.shape[1] // bias.shape[1]
+
+
+class _BackwardLaunches(NamedTuple):
+    """The launches that are needed, in this order. Prompts have no bias, so to their keys all windows are one
+    sequence of rows: they have a launch of their own."""
+
     terms: Launch | None
     grad_q: Launch | None
     grad_kv: Launch | None
+    grad_prompts: Launch | None
 
 
 @once_per_layout
@@ -236,50 +206,32 @@ def _backward_launches(
     lse: torch.Tensor,
     **tensors: torch.Tensor | None,
 ) -> _BackwardLaunches:
-    sizes = _check(num_fresh, grad_out=grad_out, **tensors, out=out)
-    window_size, num_windows, num_rows = sizes
-    inputs = Inputs(**tensors)
-    check_shapes(inputs, grad_out=grad_out, out=out)
-    q, flags = inputs.q, inputs.flags
-    batch, rows, num_heads, head_dim = q.shape
-    num_prompts = num_rows_of(inputs.prompt_k)
-    sequences = (num_windows * num_heads, batch)
-    check_lse(q, lse, num_windows * num_rows)
+    _check(num_fresh, grad_out=grad_out, **tensors, out=out)
+    inputs = Inputs(**tensors, num_fresh=num_fresh)
+    ops.check_shapes(inputs, grad_out=grad_out, out=out)
+    q, sizes = inputs.q, inputs.sizes
+    _, num_rows, _, head_dim = q.shape
+    ops.check_lse(q, lse, sizes.num_windows * sizes.num_rows)
     arch = arch_of(q.device)
-    all_strides = (*strides(grad_out), *inputs.strides, *strides(out), lse.stride(0), lse.stride(1))
-    numbers = (num_heads, num_rows, num_prompts, num_prompts + window_size, num_windows, num_fresh)
-
-    terms = grad_q = grad_kv = None
-    if not (out is not None and need_q):
-        tiles = grad_q_tiles(q.dtype, head_dim, arch)
-        terms = Launch(
-            terms_kernel, q.device, (cdiv(num_rows, tiles.block_m), *sequences), *all_strides, *numbers,
-            **flags, HAS_OUT=out is not None, **tiles.launch,
-        )  # fmt: skip
-    if need_q:
-        tiles = grad_q_tiles(q.dtype, head_dim, arch)
-        grad_strides = packed_strides(rows, 3 if packed else 1, num_heads, head_dim)
-        grad_q = Launch(
-            grad_q_kernel, q.device, (cdiv(num_rows, tiles.block_m), *sequences), *all_strides, *grad_strides,
-            *numbers, **flags, HAS_OUT=out is not None, **tiles.launch,
-        )  # fmt: skip
+    tiles = grad_q_tiles(q.dtype, head_dim, arch)
+    terms, grad_q = ops.rows_launches(inputs, grad_out, out, lse, need_q, packed, tiles, tiles)
+    grad_kv = grad_prompts = None
     if need_kv:
-        alone = inputs._replace(prompt_k=None, prompt_v=None)  # a window's tokens, without prompts
-        tiles = grad_kv_tiles(q.dtype, arch)
-        grad_strides = packed_strides(num_rows_of(inputs.k), 3 if packed else 2, num_heads, head_dim)
-        grad_kv = Launch(
-            grad_kv_kernel, q.device, (cdiv(window_size, tiles.block_n), *sequences), *strides(grad_out),
-            *alone.strides, *grad_strides, num_heads, num_rows, 0, window_size, num_windows,
-            num_fresh, **alone.flags, IMAGE=True, TAIL=tail_rows(tiles, head_dim, num_rows),
-            **tiles.launch,
-        )  # fmt: skip
-    return _BackwardLaunches(sizes, terms, grad_q, grad_kv)
+        grad_kv = ops.grad_kv_launch(_tokens_of(inputs), grad_out, packed, grad_kv_tiles(q.dtype, arch))
+    if inputs.prompt_k is not None:
+        tiles = ops.grad_kv_tiles(q.dtype, head_dim, num_rows, arch)
+        grad_prompts = ops.grad_kv_launch(_prompts_of(inputs), grad_out, False, tiles)
+    return _BackwardLaunches(terms, grad_q, grad_kv, grad_prompts)
 
 
-@once_per_layout
-def _prompts_launch(*, grad_out: torch.Tensor, **tensors: torch.Tensor) -> Launch:
-    """Prompts have no bias, so for their keys all windows are one sequence of rows."""
-    return grad_kv_launch(grad_out, 0, Inputs(k=None, v=None, **tensors))
+def _tokens_of(inputs: Inputs) -> Inputs:
+    """With the tokens' keys alone."""
+    return inputs._replace(prompt_k=None, prompt_v=None)
+
+
+def _prompts_of(inputs: Inputs) -> Inputs:
+    """With the prompts' keys alone, and all windows as one sequence."""
+    return Inputs(inputs.q, None, None, inputs.prompt_k, inputs.prompt_v)
 
 
 @torch_op("window_attention_backward")
@@ -302,35 +254,31 @@ def _window_attention_backward(
     bias, regions = _as_read(bias, regions)
     # Only the mean of a prompt's outputs is known, and each window's δ needs that window's own output.
     out = None if num_fresh else out
-    (_, num_windows, _), *launches = _backward_launches(
+    launches = _backward_launches(
         num_fresh, need_q, need_kv, packed, grad_out=grad_out, out=out, lse=lse, q=q, k=k, v=v,
         prompt_k=prompt_k, prompt_v=prompt_v, bias=bias, regions=regions,
     )  # fmt: skip
-    launch_terms, launch_grad_q, launch_grad_kv = launches
     results = empty_grads(q, k, prompt_k, need_q=need_q, need_kv=need_kv, packed=packed)
     grads = name_grads(results, need_q=need_q, need_kv=need_kv, packed=packed)
-    grad_q, grad_k, grad_v = grad_pointers(q, grads)
-    terms = empty_terms(lse)
+    grad_q, grad_k, grad_v = ops.grad_pointers(q, grads)
+    terms = ops.empty_terms(lse)
     inputs = Inputs(q, k, v, prompt_k, prompt_v, bias, regions)
     out = q if out is None else out
-    if launch_terms is not None:
-        launch_terms(grad_out, *inputs.pointers, out, lse, terms)
-    if launch_grad_q is not None:
-        grad_fresh = _fresh(q, num_windows, num_fresh)
-        launch_grad_q(grad_out, *inputs.pointers, out, lse, terms, grad_q, grad_fresh)
+    if launches.terms is not None:
+        launches.terms(grad_out, *inputs.pointers, out, lse, terms)
+    if launches.grad_q is not None:
+        grad_fresh = _empty_fresh(q, k, bias, num_fresh)
+        launches.grad_q(grad_out, *inputs.pointers, out, lse, terms, grad_q, grad_fresh)
         if num_fresh:
             grad_q[:, -num_fresh:] = grad_fresh.sum(1)
-    if launch_grad_kv is not None:
-        alone = inputs._replace(prompt_k=None, prompt_v=None)
-        launch_grad_kv(grad_out, *alone.pointers, terms, grad_k, grad_v, q)
-    if prompt_k is not None:
+    if launches.grad_kv is not None:
+        launches.grad_kv(grad_out, *_tokens_of(inputs).pointers, terms, grad_k, grad_v, q)
+    if launches.grad_prompts is not None:
         if num_fresh:
-            terms = _over_windows(terms, num_windows, num_fresh)
-        launch = _prompts_launch(grad_out=grad_out, q=q, prompt_k=prompt_k, prompt_v=prompt_v)
-        per_image = empty_per_image(q, grads.prompt_kv)
-        prompts = Inputs(q, None, None, prompt_k, prompt_v)
-        launch(grad_out, *prompts.pointers, terms, q, q, per_image)
-        sum_over_images(per_image, grads.prompt_kv)
+            terms = _over_windows(terms, _num_windows(k, bias), num_fresh)
+        per_image = ops.empty_per_image(q, grads.prompt_kv)
+        launches.grad_prompts(grad_out, *_prompts_of(inputs).pointers, terms, q, q, per_image)
+        ops.sum_over_images(per_image, grads.prompt_kv)
     return results
 
 
@@ -342,12 +290,6 @@ def _(grad_out, q, k, v, prompt_k, prompt_v, out, lse, bias, regions, num_fresh,
 def _as_read(bias: torch.Tensor, regions: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Bias and regions as kernels read them; what a block holds in float32 is not copied."""
     return bias.float().contiguous(), None if regions is None else regions.contiguous()
-
-
-def _fresh(q: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
-    """An empty (B, W, f, H, D) in float32 for the prompts' rows of every window."""
-    shape = (q.shape[0], num_windows, num_fresh, *q.shape[2:])
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def _over_windows(terms: torch.Tensor, num_windows: int, num_fresh: int) -> torch.Tensor:
@@ -380,9 +322,9 @@ def builds(arch: int) -> list[Build]:
 def _builds_of(dtype: torch.dtype, head_dim: int, arch: int) -> list[Build]:
     forward, grad_q = forward_tiles(dtype, head_dim, arch), grad_q_tiles(dtype, head_dim, arch)
     grad_kv = grad_kv_tiles(dtype, arch)
-    tail = tail_rows(grad_kv, head_dim, 144)
+    tail = ops.tail_rows(grad_kv, head_dim, 144)
     return [
-        make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
+        ops.make_build(kernel, dtype, head_dim, tiles, variant, WINDOWS=True, SHIFTED=True, **flags)
         for kernel, tiles, variant, flags in (
             (attention_forward_kernel, forward, "windows", {}),
             (terms_kernel, grad_q, "windows from O", {"HAS_OUT": True}),

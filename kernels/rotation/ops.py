@@ -83,17 +83,14 @@ def builds(arch: int) -> list[Build]:
 
 
 def _build(dtype: torch.dtype, head_dim: int, *, inverse: bool) -> Build:
-    pointers = {"x": f"*{TYPE_NAMES[dtype]}", "sin": "*fp32", "cos": "*fp32"}
-    strides = [f"x_stride{dim}" for dim in range(3)]
-    integers = ["num_rows", "num_patches", "num_heads", "table_heads", "size1", "size2", *strides]
-    aligned = strides if head_dim % 16 == 0 else strides[:2]  # heads of 72 are 72 elements apart
-    return Build(
-        kernel=rotate_kernel,
-        config=f"{TYPE_NAMES[dtype]} D{head_dim}{' inverse' if inverse else ''}",
-        signature={**pointers, **dict.fromkeys(integers, "i32")},
-        constexprs={"INVERSE": inverse, **_config(head_dim // 2)},
-        divisible=(*pointers, *aligned),
+    odd = ["num_rows", "num_patches", "num_heads", "table_heads", "size1", "size2"]
+    if head_dim % 16:
+        odd.append("x_stride2")  # heads of 72 are 72 elements apart
+    return Build.of(
+        rotate_kernel,
+        f"{TYPE_NAMES[dtype]} D{head_dim}{' inverse' if inverse else ''}",
+        {"x": f"*{TYPE_NAMES[dtype]}", "sin": "*fp32", "cos": "*fp32"},
+        {"INVERSE": inverse, **_config(head_dim // 2)},
+        odd=odd,
         num_warps=_NUM_WARPS,
-        num_stages=3,
-        wgmma=False,
     )

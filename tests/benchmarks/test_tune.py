@@ -79,9 +79,9 @@ def test_candidates_by_descriptors_are_right(op: str) -> None:
     settings = dataclasses.replace(SETTINGS, dtype=torch.float16)
     case = kernels.Case(op, "gelu", False, batch_size=1, num_tokens=67, width=48)
     (target,) = tune.linear_targets(case, settings)
-    candidate = {**gemm._tma_config(), "BLOCK_M": 64, "FLATTEN": True}
+    candidate = {**gemm._tma_config(), "BLOCK_M": 64}
     rows = tune.measure_target(target._replace(candidates=[candidate]), settings)
-    assert [(row.launch["FLATTEN"], row.exact) for row in rows] == [(False, True), (True, True)]
+    assert [(row.launch["BLOCK_M"], row.exact) for row in rows] == [(128, True), (64, True)]
 
 
 def test_a_candidate_is_what_the_kernel_is_launched_with(launched: list[dict[str, Any]]) -> None:

@@ -298,6 +298,11 @@ class FakeAten:
         return tuple(x.transpose(1, 2) for x in grads)
 
 
+@pytest.fixture(autouse=True)
+def no_library_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "_made", {})
+
+
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> FakeAten:
     """Every library as if it were installed; in float64 on the CPU where a test allows it."""
@@ -409,6 +414,23 @@ def test_pytorch_takes_these_arguments(name: str, rows: int) -> None:
     assert (out.shape, lse.shape) == (q.shape, (2, 3, rows))
     grads = library.backward(q, q, k, v, out, lse)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_a_library_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    library = flash._LIBRARIES["sdpa_cpu"]()
+    monkeypatch.setitem(flash._LIBRARIES, "sdpa_cpu", lambda: made.append("sdpa_cpu") or library)
+    for _ in range(2):
+        check_against_definition("sdpa_cpu", make_case("shared"), WANTED["q_and_kv"])
+    assert made == ["sdpa_cpu"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_torch_compile_takes_attention_by_name_in_one_graph() -> None:
+    attention, _ = get_flash("sdpa_cpu")
+    inputs = make_case("shared").inputs
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs)[0], attention(*inputs)[0])
 
 
 # What is refused, and in what words.

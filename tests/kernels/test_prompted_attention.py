@@ -183,6 +183,14 @@ def test_builds_promise_the_compiler_nothing_that_launches_do_not_keep(head_dim,
     assert launched and not promised.intersection(launched)
 
 
+def test_every_kernel_takes_the_sizes_in_one_order() -> None:
+    wanted = list(ops.Sizes._fields)
+    for kernel in (
+        ops.attention_forward_kernel, ops.terms_kernel, ops.grad_q_kernel, ops.grad_kv_kernel
+    ):  # fmt: skip
+        assert [name for name in kernel.arg_names if name in wanted] == wanted
+
+
 # Of keys past the end, whose gradients are not stored.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("scale", [1e4, -1e4])

@@ -7,7 +7,7 @@ import torch
 from attention_definition import definition, inputs, leaves, random
 from torch.nn import functional as F
 from vpt_fast.kernels.dispatch import TORCH_OPS as OPS
-from vpt_fast.kernels.mlp.reference import ACTIVATIONS, PACKED
+from vpt_fast.kernels.mlp.reference import ACTIVATIONS, GATED
 
 
 class TestNormalize:
@@ -57,7 +57,7 @@ class TestActivation:
     def test_backward_equals_autograd(self, kind: str) -> None:
         u = random(3, 5, 8, seed=0).requires_grad_()
         output, _, _ = OPS.activate(u, kind)
-        assert output.shape == (3, 5, 4 if kind in PACKED else 8)
+        assert output.shape == (3, 5, 4 if kind in GATED else 8)
         grad = random(*output.shape, seed=1)
         (expected,) = torch.autograd.grad(output, u, grad)
         torch.testing.assert_close(OPS.activate_backward(grad, u.detach(), None, kind), expected)
@@ -69,7 +69,7 @@ class TestActivation:
         output, codes, scale = OPS.activate(u, kind, pack=True)
         torch.testing.assert_close(output, OPS.activate(u, kind)[0])
         error = OPS.activate_backward(grad, codes, scale, kind) - OPS.activate_backward(grad, u, None, kind)
-        if kind in PACKED:
+        if kind in GATED:
             assert (error.unflatten(-1, (2, -1)).abs() <= scale.unsqueeze(-1) * 0.5000001).all()
         else:
             assert error.abs().max() <= 0.5000001 / 200

@@ -285,33 +285,24 @@ class FrozenSwin(nn.Module):
         """Bytes of temporaries while a block runs and nothing is kept for backward."""
         return max(
             self._scores_bytes(block, batch_size, 0, 0)
-            + cost.forward_bytes(
-                block,
+            + cost.BlockCall(
+                block=block,
                 dtype=compute_dtype(self.device.type, block.qkv_weight.dtype),
                 batch_size=batch_size,
                 num_tokens=block.num_tokens,
                 rows=(0, block.num_tokens),
                 policy=None,
-            )
+            ).forward_bytes()
             for block in self.blocks
         )
 
-    def workspace_bytes(
-        self,
-        block: FrozenWindowBlock,
-        *,
-        dtype: torch.dtype,
-        batch_size: int,
-        rows: tuple[int, int],
-        prompt_shape: tuple[int, int] | None,
-        **call: Any,
-    ) -> int:
-        """`cost.workspace_bytes` of one of the blocks, plus the temporaries of window attention."""
-        num_prompts = 0 if prompt_shape is None else prompt_shape[1]
-        num_fresh = max(rows[1] - block.num_tokens, 0)
-        return self._scores_bytes(block, batch_size, num_prompts, num_fresh) + cost.workspace_bytes(
-            block, dtype=dtype, batch_size=batch_size, rows=rows, prompt_shape=prompt_shape, **call
-        )
+    def workspace_bytes(self, call: cost.BlockCall) -> int:
+        """The workspace of a call of one of the blocks, and the temporaries of window attention."""
+        assert isinstance(call.block, FrozenWindowBlock)
+        num_prompts = 0 if call.prompt_shape is None else call.prompt_shape[1]
+        num_fresh = max(call.rows[1] - call.num_tokens, 0)
+        scores = self._scores_bytes(call.block, call.batch_size, num_prompts, num_fresh)
+        return scores + call.workspace_bytes()
 
     def _scores_bytes(
         self, block: FrozenWindowBlock, batch_size: int, num_prompts: int, num_fresh: int

@@ -311,15 +311,15 @@ class FrozenViT(nn.Module):
         folded blocks."""
         return max(
             (
-                cost.forward_bytes(
-                    block,
+                cost.BlockCall(
+                    block=block,
                     dtype=compute_dtype(self.device.type, block.qkv_weight.dtype),
                     batch_size=batch_size,
                     num_tokens=self.num_tokens,
                     rows=(0, self.num_tokens),
                     policy=None,
                     residual_dtype=self.residual_dtype,
-                )
+                ).forward_bytes()
                 for block in self.folded_blocks
             ),
             default=0,

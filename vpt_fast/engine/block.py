@@ -27,7 +27,7 @@ from vpt_fast.engine.policy import MemoryPolicy
 from vpt_fast.engine.stream import Stream, require_stream
 from vpt_fast.engine.weights import BlockSpec, BlockWeights, require_frozen
 from vpt_fast.kernels import Backend
-from vpt_fast.kernels.mlp.reference import PACKED
+from vpt_fast.kernels.mlp.reference import GATED
 
 
 class FrozenBlock(nn.Module):
@@ -51,7 +51,7 @@ class FrozenBlock(nn.Module):
 
     def __init__(self, spec: BlockSpec, weights: BlockWeights, backend: Backend) -> None:
         super().__init__()
-        if backend.always_fuses_mlp and spec.activation in PACKED:
+        if backend.always_fuses_mlp and spec.activation in GATED:
             raise ValueError(
                 f"backend='triton_fused_mlp': got a backbone with the gated activation {spec.activation!r}, "
                 "want 'triton'"
@@ -193,7 +193,7 @@ class FrozenBlock(nn.Module):
         device, num_tokens = stream.base.device, stream.num_tokens
         dtype = compute_dtype(device.type, self.qkv_weight.dtype)
         self.spec.require_dtype(dtype)
-        is_gated = self.spec.activation in PACKED
+        is_gated = self.spec.activation in GATED
         # Before the minima below: torch 2.11's compiler fails if a size turns out to be known after them.
         is_whole = rows == (0, num_tokens)
         return Call(

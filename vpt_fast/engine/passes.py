@@ -15,7 +15,7 @@ The memory policy (`engine.policy`) decides what is kept for the rest. Shapes ar
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from vpt_fast.engine.call import Call, Kept, Rotation, Windows
 from vpt_fast.engine.stream import Stream
 from vpt_fast.engine.weights import BlockWeights
-from vpt_fast.kernels.mlp.reference import PACKED
+from vpt_fast.kernels.mlp.reference import GATED
 from vpt_fast.kernels.prompted_attention.reference import AttentionGrads, probabilities
 from vpt_fast.kernels.prompted_attention.window_reference import WindowBias, pad_bias
 
@@ -131,7 +131,7 @@ def _up_to_fc2(
     else:
         u = F.linear(x_hat, w.fc1_weight, w.fc1_bias)  # (B, R, h)
         del x_hat
-        if activate and (spec.activation in PACKED or (keeps_mlp and not pack)):
+        if activate and (spec.activation in GATED or (keeps_mlp and not pack)):
             activated, codes, scale = ops.activate(u, spec.activation, pack=pack)
         elif activate:  # u is not needed again
             activated, codes = u, ops.activate_(u, spec.activation, pack=pack)
@@ -281,7 +281,7 @@ def _grad_of_hidden(grad: torch.Tensor, kept: Kept, w: BlockWeights, call: Call)
         grad_activated = ops.normalize_backward(
             grad_activated, x_hat3, rstd3, kept.scale3, norm3, None, dtype
         )
-    if spec.activation in PACKED:
+    if spec.activation in GATED:
         return ops.activate_backward(grad_activated, mlp, kept.mlp_scale, spec.activation)
     ops.activate_backward_(grad_activated, mlp, spec.activation)
     return grad_activated
@@ -335,7 +335,9 @@ def _through_attention(
         # Through the norms, in place: the gradients of q and k become those of the projection's outputs.
         kind = spec.qk_norm[0]
 
-        def through_norm(grad: torch.Tensor, weight: torch.Tensor | None, x_hat: Any, rstd: Any) -> None:
+        def through_norm(
+            grad: torch.Tensor, weight: torch.Tensor, x_hat: torch.Tensor, rstd: torch.Tensor
+        ) -> None:
             grad.copy_(ops.normalize_backward(grad * weight, x_hat, rstd, None, kind))
 
         if grad_q is not None:
@@ -488,7 +490,9 @@ def _attention_operands(
     return q, k, prompt_k
 
 
-def _affine(x_hat: torch.Tensor | None, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+def _affine(
+    x_hat: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
     if x_hat is None:
         return None
     return x_hat * weight if bias is None else torch.addcmul(bias, x_hat, weight)

@@ -118,7 +118,7 @@ class BlockWeights(NamedTuple):
     k_norm_bias: torch.Tensor | None
     proj_weight: torch.Tensor  # (d, H·D)
     proj_bias: torch.Tensor | None
-    fc1_weight: torch.Tensor  # (h, d), (2h, d) for a packed activation
+    fc1_weight: torch.Tensor  # (h, d), (2h, d) for a gated activation
     fc1_bias: torch.Tensor | None
     fc2_weight: torch.Tensor  # (d, h)
     fc2_bias: torch.Tensor | None

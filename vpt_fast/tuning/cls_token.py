@@ -39,16 +39,16 @@ class ClsTokenTuning(FoldedClassifier):
         read = row_range(self._reads, num_tokens, self.backbone.num_prefix_tokens, 0)
         peak = cost.Peak()
         for index, block in enumerate(self.backbone.blocks):
-            call: dict[str, Any] = dict(
+            call = cost.BlockCall(
+                block=block,
                 dtype=compute_dtype(self.backbone.device.type, block.qkv_weight.dtype),
                 batch_size=batch_size,
                 num_tokens=num_tokens,
                 rows=read if index == self.num_blocks - 1 else (0, num_tokens),
-                prompt_shape=None,
                 grad_tokens=True,
                 policy=POLICIES["exact"],
             )
-            peak.add(cost.kept_bytes(block, **call), cost.workspace_bytes(block, **call))
+            peak.add(call.kept_bytes(), call.workspace_bytes())
         beside = self.backbone.embed_bytes(grad_images=False) + self._bytes_behind_blocks(read[1] - read[0])
         return cost.TrainingBytes(
             weights=self._weight_bytes(), kept=peak.kept + batch_size * beside, workspace=peak.workspace
