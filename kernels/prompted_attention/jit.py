@@ -189,11 +189,13 @@ def add_bias(scores, bias, queries, keys, num_tokens, window_size, SHIFTED: tl.c
     between = tl.load(
         bias + queries * stride_bias + keys, mask=(queries < num_tokens) & (keys < stride_bias), other=0.0
     )
+    are_tokens = (queries < num_tokens) & (keys < window_size)
     if SHIFTED:
         query_regions = tl.load(regions + queries, mask=queries < num_tokens, other=0)
         key_regions = tl.load(regions + keys, mask=keys < window_size, other=0)
-        are_tokens = (queries < num_tokens) & (keys < window_size)
         between += tl.where(are_tokens & (query_regions != key_regions), APART, 0.0)
+    else:  # of zeros; without this too, ptxas would serialize every wgmma at head dim 32
+        between = tl.where(are_tokens, between, 0.0)
     return tl.fma(scores, 1.0, between)
 
 

@@ -53,8 +53,11 @@ def prompted_attention() -> None:
 
 
 def window_attention() -> None:
+    """Windows that are shifted, and that are not; and a single one that holds an image."""
     for size, dtype, keep_out in (
         (Size(1, 2, 49, 20, 0, 1, 32), BF16, True),
+        (Size(1, 2, 49, 20, 0, 1, 32, is_shifted=False), BF16, True),
+        (Size(1, 1, 70, 20, 0, 1, 64, is_shifted=False), BF16, True),
         (Size(1, 3, 49, 20, 7, 1, 32), BF16, False),
         (Size(1, 1, 35, 0, 0, 1, 64, is_shifted=False), FP16, True),
     ):
