@@ -329,7 +329,6 @@ NO_INDUCTOR = why_inductor_cannot_run()
 @pytest.mark.parametrize(
     "backend, prompts",
     [
-        ("aot_eager", "deep"),
         ("aot_eager", "shallow"),
         ("aot_eager", "key-value"),
         pytest.param(

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fills every parameter with random values of a sensible size, norm affines, biases and LayerScales too.
+def randomise(module: nn.Module, seed: int = 0, trained_only: bool = False) -> nn.Module:
+    """Fills every parameter, or those that require a gradient, with random values of a sensible size, norm
+    affines, biases and LayerScales too.
 
     Freshly built layers start with affines of one and biases of zero, which would hide a folding mistake.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         if name.endswith(("gamma", "gamma_1", "gamma_2")):  # LayerScale
             parameter.copy_(0.7 + 0.3 * noise)
