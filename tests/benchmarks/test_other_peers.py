@@ -21,11 +21,10 @@ import torch
 from concatenated_swin import ConcatenatedSwin
 from concatenation import Step, relative_error, step
 from rich.console import Console
-from test_convnet import convnet
 from test_flops import BATCH, CLASSES, ON_A_CPU
 from test_swin import SIZES
 from timm.models.swin_transformer import SwinTransformer
-from tiny import tiny_swin
+from tiny import tiny_convnet, tiny_swin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import flop_counter
@@ -126,7 +125,7 @@ class Bordered(nn.Module):
     + [("checkpointed", "test_convnext")],
 )
 def test_peer_of_a_convnet_equals_the_plain_definition(peer: str, name: str) -> None:
-    backbone = convnet(name).requires_grad_(False)
+    backbone = tiny_convnet(name).requires_grad_(False)
     state = doubled(convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
     batch = batch_for(convnet_peers.image_size(backbone))
     assert_same(step(CONVNET_PEERS[peer](backbone, state), *batch), step(Bordered(backbone, state), *batch))
@@ -138,7 +137,7 @@ def swin_state() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def convnet_state() -> tuple[nn.Module, dict[str, Tensor]]:
-    backbone = convnet("test_convnext")
+    backbone = tiny_convnet("test_convnext")
     return backbone, doubled(convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
 
 
@@ -181,7 +180,7 @@ def test_operations_with_prompts_in_windows(prompt_type: str, size: str) -> None
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
 def test_operations_with_a_border(name: str) -> None:
-    backbone = convnet(name).float().requires_grad_(False)
+    backbone = tiny_convnet(name).float().requires_grad_(False)
     work = convnet_flops.essential(convnet_flops.shape_of(backbone), 3, "shallow", BATCH, CLASSES)
     state = convnet_peers.initial_state(backbone, 3, "shallow", CLASSES)
     for model in (PromptedConvNet(backbone, CLASSES, 3), convnet_peers.ConcatTimm(backbone, state)):
@@ -198,7 +197,7 @@ def test_operations_of_a_swin_s_bounds(size: str, bound: str) -> None:
 @pytest.mark.parametrize("bound", ["no_prompts", "linear_probe", "full_finetuning"])
 def test_operations_of_a_convnet_s_bounds(bound: str) -> None:
     # None of its convolutions has groups, which PyTorch's counter leaves out of a weight's gradient.
-    backbone = convnet("test_resnet").float().requires_grad_(False)
+    backbone = tiny_convnet("test_resnet").float().requires_grad_(False)
     assert_work_of_bound(bound, backbone, convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
 
 
