@@ -19,7 +19,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.distributed as dist
 import torch.nn.functional as F
 from concatenation import ConcatenatedViT, Step, relative_error, step
-from tiny import random_batch, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_convnet, tiny_eva, tiny_swin, tiny_vit
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -474,7 +474,7 @@ def test_exported_prompts_are_joined_to_the_tokens_and_written_into_nothing(prom
 OUTSIDE_OF_AUTOGRAD = {
     "ViT": build,
     "Swin": lambda: PromptedSwin(tiny_swin(), NUM_CLASSES, 4).double(),
-    "ConvNet": lambda: PromptedConvNet("resnet10t", NUM_CLASSES, 2, img_size=32).double(),
+    "ConvNet": lambda: PromptedConvNet(tiny_convnet("resnet10t"), NUM_CLASSES, 2).double(),
 }
 
 
