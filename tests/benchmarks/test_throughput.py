@@ -69,17 +69,19 @@ def state_for(vit: VisionTransformer, prompt_type: str) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+EAGER = [
+    ("concat_reference", "deep"),
+    ("concat_reference", "shallow"),
+    ("concat_timm", "deep"),
+    ("concat_timm", "shallow"),
+    ("concat_timm_checkpointed", "deep"),
+]
+# Compiled ones take seconds: where a row alone is pooled, and where all are.
+COMPILED = [("concat_timm_compiled", "deep", variant) for variant in ("registers", "attention_pool")]
+
+
 @pytest.mark.parametrize(
-    "peer, prompt_type",
-    [
-        ("concat_reference", "deep"),
-        ("concat_reference", "shallow"),
-        ("concat_timm", "deep"),
-        ("concat_timm", "shallow"),
-        ("concat_timm_compiled", "deep"),
-        ("concat_timm_checkpointed", "deep"),
-    ],
+    "peer, prompt_type, variant", [(*peer, variant) for variant in VARIANTS for peer in EAGER] + COMPILED
 )
 def test_peer_equals_the_plain_definition(peer: str, prompt_type: str, variant: str) -> None:
     torch._dynamo.reset()
