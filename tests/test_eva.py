@@ -284,12 +284,6 @@ def test_loaded_frequencies_are_those_of_other_image_sizes_too() -> None:
     assert torch.equal(models[1](images), expected)
 
 
-def test_compiled_for_another_image_size_equals_eager() -> None:
-    images, model = sized_images_and_model()
-    compiled = torch.compile(model, backend="eager")(images)
-    torch.testing.assert_close(compiled, model(images))
-
-
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 NAMES: dict[str, dict[str, Any]] = {
     "vit_small_patch16_dinov3": {"img_size": 32},
