@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from test_loop import require_equal
+from runs import require_equal
 
 from vpt_fast import PromptedViT
 from vpt_fast.backbones import timm_vit

@@ -24,6 +24,7 @@ import timm
 import torch
 from graph_on_cpu import capture_on_cpu
 from rich.console import Console
+from runs import interrupt_at_step, require_equal, trained, untimed
 from safetensors.torch import load_file, save_file
 
 from vpt_fast import PromptedViT, load_pretrained
@@ -37,35 +38,6 @@ from vpt_fast.training.methods import build_model
 from vpt_fast.training.run import Labels, RunError, RunFolder
 from vpt_fast.training.step import build_optimizer, captures_steps
 from vpt_fast.training.world import World
-
-
-def trained(result) -> dict[str, torch.Tensor]:
-    return RunFolder(result.path).read().checkpoint.trainable
-
-
-def untimed(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
-
-
-def require_equal(one, other) -> None:
-    """Bit for bit, metrics too."""
-    a, b = trained(one), trained(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert untimed(one.metrics) == untimed(other.metrics)
-
-
-def interrupt_at_step(monkeypatch, number: int, signal_number=signal.SIGINT) -> None:
-    """Sends this process a signal in its step `number`, counted from 1 over all epochs."""
-    original, steps = loop.TrainStep.__call__, []
-
-    def train_step(*arguments):
-        steps.append(1)
-        if len(steps) == number:
-            signal.raise_signal(signal_number)
-        return original(*arguments)
-
-    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
 
 
 @pytest.fixture(scope="module")
