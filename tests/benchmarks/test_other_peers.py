@@ -19,7 +19,7 @@ import swin_peers
 import throughput
 import torch
 from concatenated_swin import ConcatenatedSwin
-from concatenation import Step, relative_error, step
+from concatenation import assert_same_step, relative_error, step
 from rich.console import Console
 from test_flops import BATCH, CLASSES, ON_A_CPU
 from test_swin import SIZES
@@ -56,13 +56,6 @@ def batch_for(size: tuple[int, int], dtype: torch.dtype = torch.float64) -> tupl
     return images.to(dtype), torch.arange(BATCH)
 
 
-def assert_same(actual: Step, expected: Step) -> None:
-    assert relative_error(actual.logits, expected.logits) < 1e-9
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert relative_error(actual.gradients[name], gradient) < 1e-9, name
-
-
 SWIN_PEERS: dict[str, Build] = {
     "reference": swin_peers.ConcatReference,
     "timm": swin_peers.ConcatTimm,
@@ -84,7 +77,7 @@ def test_peer_of_a_swin_equals_the_plain_definition(peer: str, size: str, prompt
     state = doubled(swin_peers.initial_state(swin, 3, prompt_type, CLASSES))
     plain = ConcatenatedSwin(swin, CLASSES, 3, prompt_type).double().load_trainables(state)
     batch = batch_for(swin_peers.image_size(swin))
-    assert_same(step(SWIN_PEERS[peer](swin, state), *batch), step(plain, *batch))
+    assert_same_step(step(SWIN_PEERS[peer](swin, state), *batch), step(plain, *batch), 1e-9)
 
 
 def test_tokens_that_fill_the_windows_are_not_copied_to_be_padded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +121,8 @@ def test_peer_of_a_convnet_equals_the_plain_definition(peer: str, name: str) -> 
     backbone = tiny_convnet(name).requires_grad_(False)
     state = doubled(convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
     batch = batch_for(convnet_peers.image_size(backbone))
-    assert_same(step(CONVNET_PEERS[peer](backbone, state), *batch), step(Bordered(backbone, state), *batch))
+    expected = step(Bordered(backbone, state), *batch)
+    assert_same_step(step(CONVNET_PEERS[peer](backbone, state), *batch), expected, 1e-9)
 
 
 def swin_state() -> tuple[nn.Module, dict[str, Tensor]]:
