@@ -300,6 +300,24 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> Step:
     return Step(logits.detach(), loss.detach(), gradients)
 
 
+def assert_same_step(
+    actual: Step, expected: Step, tolerance: float, of_gradients: float | None = None
+) -> None:
+    """Equal to within a tolerance relative to each tensor's norm; that of gradients may be another."""
+    assert relative_error(actual.logits, expected.logits) <= tolerance, "logits"
+    assert relative_error(actual.loss, expected.loss) <= tolerance, "loss"
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        error = relative_error(actual.gradients[name], gradient)
+        assert error <= (tolerance if of_gradients is None else of_gradients), f"gradient of {name}"
+
+
+def assert_same_gradients(model: nn.Module, expected: Step, tolerance: float) -> None:
+    """The same of the gradients that a backward pass has left on a model's parameters."""
+    for name, gradient in expected.gradients.items():
+        assert relative_error(model.get_parameter(name).grad, gradient) <= tolerance, f"gradient of {name}"
+
+
 def training_steps(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[Step]:
     """A step of each, in training mode, on the same random numbers: each draws one dropout mask a set of
     prompts, in order."""

@@ -76,7 +76,7 @@ def digits(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(color_images) -> Recipe:
     """VPT-Deep in 4 epochs of 4 steps, the last of 3 images, with prompt dropout."""
     return Recipe(

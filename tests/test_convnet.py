@@ -11,7 +11,7 @@ import torch
 from concatenation import relative_error
 from kept_bytes import KeptBytes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from tiny import random_batch, randomise
+from tiny import random_batch, tiny_convnet
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -46,20 +46,9 @@ MORE_FAMILIES = (
 )
 
 
-def convnet(name: str, size: int = 32) -> nn.Module:
-    """A timm ConvNet with random weights and statistics, in float64."""
-    model = timm.create_model(name, num_classes=0, pretrained_cfg_overlay={"input_size": (3, size, size)})
-    randomise(model)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.3, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
-    return model.double().eval()
-
-
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_border_gives_the_logits_and_gradients_of_the_plain_definition(name):
-    plain = convnet(name)
+    plain = tiny_convnet(name)
     model = PromptedConvNet(plain, 5, 3).double()
     images, labels = random_batch(model)
     F.cross_entropy(model(images), labels).backward()
@@ -74,7 +63,7 @@ def test_border_gives_the_logits_and_gradients_of_the_plain_definition(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_feature_map_and_its_gradient_are_timms_own_of_the_image_with_its_border(name):
-    plain = convnet(name)
+    plain = tiny_convnet(name)
     model = PromptedConvNet(plain, 5, 3).double()
     images, _ = random_batch(model)
     rows, sides = (t.detach().clone().requires_grad_() for t in (model.prompts, model.prompts_sides))
@@ -89,7 +78,7 @@ def test_feature_map_and_its_gradient_are_timms_own_of_the_image_with_its_border
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
 def test_extra_channels_are_the_image_plus_a_convolution_of_the_prompts(name):
-    plain = convnet(name)
+    plain = tiny_convnet(name)
     model = PromptedConvNet(copy.deepcopy(plain), 5, 2, prompt_location="concat-channel").double()
     images, labels = random_batch(model)
     first = model.backbone.first_name
@@ -105,7 +94,7 @@ def test_extra_channels_are_the_image_plus_a_convolution_of_the_prompts(name):
 
 
 def test_less_is_kept_than_by_timm_and_what_is_kept_is_what_the_estimate_says():
-    plain = convnet("resnet10t").requires_grad_(False)
+    plain = tiny_convnet("resnet10t").requires_grad_(False)
     model = PromptedConvNet(plain, 5, 3).double()
     images, _ = random_batch(model)
     rows, sides = model.prompts, model.prompts_sides
@@ -120,14 +109,14 @@ def test_less_is_kept_than_by_timm_and_what_is_kept_is_what_the_estimate_says():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_estimate_is_that_of_training_in_every_mode(mode):
-    model = PromptedConvNet(convnet("resnet10t"), 5, 3)
+    model = PromptedConvNet(tiny_convnet("resnet10t"), 5, 3)
     in_training = model.estimate_training_bytes(2)
     with mode():
         assert model.estimate_training_bytes(2) == in_training
 
 
 def test_saved_model_gives_the_same_logits(tmp_path):
-    plain = convnet("resnet10t")
+    plain = tiny_convnet("resnet10t")
     model = PromptedConvNet(plain, 5, 3).double()
     images, _ = random_batch(model)
     model.save_pretrained(tmp_path)
@@ -138,7 +127,7 @@ def test_saved_model_gives_the_same_logits(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("location", ["pad", "concat-channel"])
 def test_model_may_be_brought_into_another_dtype(location, dtype):
-    plain = convnet("resnet10t").float()
+    plain = tiny_convnet("resnet10t").float()
     model = PromptedConvNet(plain, 5, 3, prompt_location=location)
     images, labels = random_batch(model, dtype=torch.float32)
     expected = model(images)
@@ -150,19 +139,19 @@ def test_model_may_be_brought_into_another_dtype(location, dtype):
 
 
 def test_memory_policy_is_checked_when_it_is_changed():
-    model = PromptedConvNet(convnet("resnet10t"), 5, 3)
+    model = PromptedConvNet(tiny_convnet("resnet10t"), 5, 3)
     with pytest.raises(ValueError, match="memory: got 'recompute' with a ConvNet"):
         model.memory = "recompute"
 
 
 def test_frozen_weights_that_want_a_gradient_are_refused():
-    model = PromptedConvNet(convnet("resnet10t"), 5, 3).requires_grad_(True)
+    model = PromptedConvNet(tiny_convnet("resnet10t"), 5, 3).requires_grad_(True)
     with pytest.raises(ValueError, match="got frozen weights with requires_grad True"):
         model(torch.randn(1, 3, *model.image_size))
 
 
 def test_backbone_in_16_bits_is_refused_where_its_first_convolution_is_trained():
-    plain = convnet("resnet10t").bfloat16()
+    plain = tiny_convnet("resnet10t").bfloat16()
     message = "backbone: got one in torch.bfloat16 with prompt_location='concat-channel'"
     with pytest.raises(ValueError, match=message):
         PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")
@@ -170,14 +159,14 @@ def test_backbone_in_16_bits_is_refused_where_its_first_convolution_is_trained()
 
 
 def test_linear_probe_reads_the_pooled_features():
-    plain = convnet("resnet10t")
+    plain = tiny_convnet("resnet10t")
     probe = LinearProbe(plain, 5)
     images, _ = random_batch(probe)
     torch.testing.assert_close(probe.frozen_features(images), plain(images).float())
 
 
 def test_border_is_normalised_before_it_is_rounded():
-    model = PromptedConvNet(convnet("resnet10t").float(), 5, 4, dtype=torch.bfloat16)
+    model = PromptedConvNet(tiny_convnet("resnet10t").float(), 5, 4, dtype=torch.bfloat16)
     first = model.backbone.stem.get_submodule(model.backbone.first_name)
     seen = []
     first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -188,7 +177,7 @@ def test_border_is_normalised_before_it_is_rounded():
 
 
 def test_frozen_weights_are_in_the_dtype_that_is_asked_for():
-    probe = LinearProbe(convnet("resnet10t"), 5, dtype=torch.bfloat16)
+    probe = LinearProbe(tiny_convnet("resnet10t"), 5, dtype=torch.bfloat16)
     assert {p.dtype for p in probe.backbone.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in probe.head.parameters()} == {torch.float32}
 
@@ -240,7 +229,7 @@ def test_an_instance_that_takes_no_extra_channels_is_named_by_its_class():
     "change", [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)], ids=["norm", "pruned"]
 )
 def test_first_convolution_whose_weight_is_computed_is_not_widened(change):
-    plain = convnet("resnet10t")
+    plain = tiny_convnet("resnet10t")
     change(plain.conv1[0])
     with pytest.raises(ValueError, match="prompt_location: .* whose conv1.0 computes its weight"):
         PromptedConvNet(plain, 5, 2, prompt_location="concat-channel")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from concatenation import relative_error, training_steps
+from concatenation import assert_same_step, training_steps
 from kept_bytes import KeptBytes
 from test_concatenation import (
     LAYERS,
@@ -116,9 +116,7 @@ def test_prompt_dropout_on_eva(layers: str, per: str) -> None:
     settings = LAYERS[layers] | {"num_prompts": 3, "prompt_dropout": 0.4, "prompt_dropout_per": per}
     prompted, concatenated = prompted_and_concatenated(tiny_eva(**DINOV3), **settings)
     images, labels = random_batch(prompted, 3, NUM_CLASSES)
-    actual, expected = training_steps((prompted, concatenated), images, labels)
-    for name, gradient in expected.gradients.items():
-        assert relative_error(actual.gradients[name], gradient) < TOLERANCE, name
+    assert_same_step(*training_steps((prompted, concatenated), images, labels), TOLERANCE)
 
 
 @pytest.mark.parametrize("layers", ["all", "shallow"])
@@ -282,12 +280,6 @@ def test_loaded_frequencies_are_those_of_other_image_sizes_too() -> None:
     models[1](images)
     models[1].load_state_dict(models[0].state_dict())
     assert torch.equal(models[1](images), expected)
-
-
-def test_compiled_for_another_image_size_equals_eager() -> None:
-    images, model = sized_images_and_model()
-    compiled = torch.compile(model, backend="eager")(images)
-    torch.testing.assert_close(compiled, model(images))
 
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}

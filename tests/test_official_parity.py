@@ -203,11 +203,7 @@ def test_settings_without_a_counterpart_are_refused(
         mapped_settings(Golden.read(path))
 
 
-# The golden files of settings that prompts can be moved with both ways.
-MOVED = [path for path in GOLDEN_FILES if not path.stem.startswith("swin")]
-
-
-@pytest.mark.parametrize("path", MOVED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
 def test_official_prompts_give_the_official_logits_and_go_back_bit_by_bit(path: Path, tmp_path: Path) -> None:
     golden = Golden.read(path)
     tensors = {

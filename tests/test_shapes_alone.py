@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import random_batch, tiny_beit, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_beit, tiny_convnet, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,7 +24,7 @@ MODELS = {
     "eva": lambda: PromptedViT(tiny_eva(FLOAT, scale_mlp=True, swiglu_mlp=True), CLASSES, 4, "shallow"),
     "beit": lambda: PromptedViT(tiny_beit(FLOAT), CLASSES, 4, "shallow"),
     "padded Swin": lambda: PromptedSwin(tiny_swin(FLOAT, img_size=40), CLASSES, 4, memory="compact"),
-    "ConvNet": lambda: PromptedConvNet("resnet10t", CLASSES, 2, img_size=32),
+    "ConvNet": lambda: PromptedConvNet(tiny_convnet("resnet10t").float(), CLASSES, 2),
     "segmenter": lambda: PromptedSegmenter(tiny_vit(FLOAT), CLASSES, num_prompts=4, head_channels=8),
     "linear": lambda: LinearProbe(tiny_vit(FLOAT), CLASSES),
     "partial": lambda: PartialTuning(tiny_vit(FLOAT), CLASSES),

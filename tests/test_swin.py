@@ -13,7 +13,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from concatenated_swin import ConcatenatedSwin
-from concatenation import Step, relative_error, step, training_steps
+from concatenation import Step, assert_same_step, relative_error, step, training_steps
 from given_back import GivenBack
 from kept_bytes import KeptBytes
 from safetensors import safe_open
@@ -48,18 +48,10 @@ def prompted_and_defined(swin: SwinTransformer, **settings: Any) -> tuple[Prompt
     return prompted, defined.load_trainables(prompted.trainable_state_dict())
 
 
-def assert_same(actual: Step, expected: Step, tolerance: float = TOLERANCE) -> None:
-    assert relative_error(actual.logits, expected.logits) < tolerance, "logits"
-    assert relative_error(actual.loss, expected.loss) < tolerance, "loss"
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert relative_error(actual.gradients[name], gradient) < tolerance, f"gradient of {name}"
-
-
 def assert_as_defined(swin: SwinTransformer, batch_size: int = 2, **settings: Any) -> None:
     prompted, defined = prompted_and_defined(swin, **settings)
     images, labels = random_batch(prompted, batch_size, NUM_CLASSES)
-    assert_same(step(prompted, images, labels), step(defined, images, labels))
+    assert_same_step(step(prompted, images, labels), step(defined, images, labels), TOLERANCE)
 
 
 class Golden:
@@ -101,7 +93,7 @@ def test_matches_the_official_implementation(kind: Any, path: Path, dtype: torch
     (model.load_trainables if kind is ConcatenatedSwin else model.load_trainable_state_dict)(start)
     actual = step(model, golden.tensors["images"].to(dtype), golden.tensors["labels"])
     expected = Step(golden.tensors["logits"], golden.tensors["loss"], golden.trained("grad:"))
-    assert_same(actual, expected, 2e-5)  # the files were computed in float32
+    assert_same_step(actual, expected, 2e-5)  # the files were computed in float32
 
 
 @pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
@@ -230,7 +222,7 @@ def test_prompt_dropout(prompt_type: str, per: str) -> None:
         tiny_swin(), num_prompts=3, prompt_type=prompt_type, prompt_dropout=0.4, prompt_dropout_per=per
     )
     images, labels = random_batch(prompted, 3, NUM_CLASSES)
-    assert_same(*training_steps((prompted, defined), images, labels))
+    assert_same_step(*training_steps((prompted, defined), images, labels), TOLERANCE)
 
 
 @pytest.mark.parametrize("prompt_type", TYPES)
@@ -249,7 +241,7 @@ def test_gradients_under_a_memory_policy(memory: str, tolerance: float, prompt_t
     settings = dict(num_prompts=3, prompt_type=prompt_type)
     prompted, defined = prompted_and_defined(tiny_swin(window_size=3), memory=memory, **settings)
     images, labels = random_batch(prompted, 2, NUM_CLASSES)
-    assert_same(step(prompted, images, labels), step(defined, images, labels), tolerance)
+    assert_same_step(step(prompted, images, labels), step(defined, images, labels), tolerance)
 
 
 @pytest.mark.parametrize("prompt_type", TYPES)
@@ -260,7 +252,7 @@ def test_blocks_that_run_again_a_few_images_at_a_time(
     settings = dict(num_prompts=3, prompt_type=prompt_type)
     prompted, defined = prompted_and_defined(tiny_swin(window_size=3), memory="recompute", **settings)
     images, labels = random_batch(prompted, 3, NUM_CLASSES)
-    assert_same(step(prompted, images, labels), step(defined, images, labels), TOLERANCE)
+    assert_same_step(step(prompted, images, labels), step(defined, images, labels), TOLERANCE)
 
 
 def test_half_precision_is_near() -> None:
@@ -268,7 +260,7 @@ def test_half_precision_is_near() -> None:
     images, labels = random_batch(prompted, 4, NUM_CLASSES)
     half = PromptedSwin(tiny_swin(torch.float32), NUM_CLASSES, 3, dtype=torch.bfloat16)
     half.load_trainable_state_dict(prompted.trainable_state_dict())
-    assert_same(step(half, images.float(), labels), step(prompted, images, labels), 0.05)
+    assert_same_step(step(half, images.float(), labels), step(prompted, images, labels), 0.05)
 
 
 @pytest.mark.parametrize("size", ["whole_windows", "odd_image"])

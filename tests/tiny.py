@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fills every parameter with random values of a sensible size, norm affines, biases and LayerScales too.
+def randomise(module: nn.Module, seed: int = 0, trained_only: bool = False) -> nn.Module:
+    """Fills every parameter, or those that require a gradient, with random values of a sensible size, norm
+    affines, biases and LayerScales too.
 
     Freshly built layers start with affines of one and biases of zero, which would hide a folding mistake.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
         if name.endswith(("gamma", "gamma_1", "gamma_2")):  # LayerScale
             parameter.copy_(0.7 + 0.3 * noise)
@@ -79,6 +83,24 @@ def tiny_swin(dtype: torch.dtype = torch.float64, seed: int = 0, **arguments: An
     swin = SwinTransformer(**(defaults | arguments))
     randomise(swin, seed)
     return swin.to(dtype).eval()
+
+
+_CONVNETS: dict[str, Any] = {  # narrow; others are as timm has them
+    "resnet10t": dict(stem_width=8, channels=[8, 8, 16, 16]),
+    "convnext_atto": dict(depths=[1] * 4, dims=[8, 8, 16, 16]),
+}
+
+
+def tiny_convnet(name: str) -> nn.Module:
+    """A timm ConvNet for 32x32 images with random weights and statistics, in float64."""
+    overlay = {"input_size": (3, 32, 32)}
+    model = timm.create_model(name, num_classes=0, pretrained_cfg_overlay=overlay, **_CONVNETS.get(name, {}))
+    randomise(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.double().eval()
 
 
 def random_batch(

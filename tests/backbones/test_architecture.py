@@ -101,6 +101,26 @@ CHANGES = [
 ]  # fmt: skip
 
 
+class Wrapper(nn.Module):
+    """As peft has it: settings that it lacks are those of the module inside."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inside"), name)
+
+
+def test_settings_that_a_module_finds_elsewhere_are_recorded() -> None:
+    found = architecture(Wrapper(nn.Conv2d(3, 4, 5, stride=2)))
+    assert found["kernel_size"] == found["inside.kernel_size"] == [5, 5]
+    assert found["stride"] == [2, 2]
+
+
 @pytest.mark.parametrize(
     "name, changes, message", CHANGES, ids=[f"{c[0]}-{next(iter(c[1]))}" for c in CHANGES]
 )

@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.layers import HybridEmbed, PatchEmbed
-from tiny import random_batch, randomise, tiny_eva, tiny_swin, tiny_vit
+from tiny import random_batch, tiny_convnet, tiny_eva, tiny_swin, tiny_vit
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
@@ -25,8 +24,7 @@ CLASSES = 5
 
 
 def small_resnet() -> nn.Module:
-    model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
-    return randomise(model).double().eval()
+    return tiny_convnet("resnet10t")
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,12 @@ import swin_peers
 import throughput
 import torch
 from concatenated_swin import ConcatenatedSwin
-from concatenation import Step, relative_error, step
+from concatenation import assert_same_step, relative_error, step
 from rich.console import Console
-from test_convnet import convnet
 from test_flops import BATCH, CLASSES, ON_A_CPU
 from test_swin import SIZES
 from timm.models.swin_transformer import SwinTransformer
-from tiny import tiny_eva, tiny_swin
+from tiny import tiny_convnet, tiny_eva, tiny_swin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import flop_counter
@@ -57,13 +56,6 @@ def batch_for(size: tuple[int, int], dtype: torch.dtype = torch.float64) -> tupl
     return images.to(dtype), torch.arange(BATCH)
 
 
-def assert_same(actual: Step, expected: Step) -> None:
-    assert relative_error(actual.logits, expected.logits) < 1e-9
-    assert actual.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        assert relative_error(actual.gradients[name], gradient) < 1e-9, name
-
-
 SWIN_PEERS: dict[str, Build] = {
     "reference": swin_peers.ConcatReference,
     "timm": swin_peers.ConcatTimm,
@@ -85,7 +77,7 @@ def test_peer_of_a_swin_equals_the_plain_definition(peer: str, size: str, prompt
     state = doubled(swin_peers.initial_state(swin, 3, prompt_type, CLASSES))
     plain = ConcatenatedSwin(swin, CLASSES, 3, prompt_type).double().load_trainables(state)
     batch = batch_for(swin_peers.image_size(swin))
-    assert_same(step(SWIN_PEERS[peer](swin, state), *batch), step(plain, *batch))
+    assert_same_step(step(SWIN_PEERS[peer](swin, state), *batch), step(plain, *batch), 1e-9)
 
 
 def test_tokens_that_fill_the_windows_are_not_copied_to_be_padded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,10 +118,11 @@ class Bordered(nn.Module):
     + [("checkpointed", "test_convnext")],
 )
 def test_peer_of_a_convnet_equals_the_plain_definition(peer: str, name: str) -> None:
-    backbone = convnet(name).requires_grad_(False)
+    backbone = tiny_convnet(name).requires_grad_(False)
     state = doubled(convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
     batch = batch_for(convnet_peers.image_size(backbone))
-    assert_same(step(CONVNET_PEERS[peer](backbone, state), *batch), step(Bordered(backbone, state), *batch))
+    expected = step(Bordered(backbone, state), *batch)
+    assert_same_step(step(CONVNET_PEERS[peer](backbone, state), *batch), expected, 1e-9)
 
 
 def swin_state() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -138,7 +131,7 @@ def swin_state() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def convnet_state() -> tuple[nn.Module, dict[str, Tensor]]:
-    backbone = convnet("test_convnext")
+    backbone = tiny_convnet("test_convnext")
     return backbone, doubled(convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
 
 
@@ -181,7 +174,7 @@ def test_operations_with_prompts_in_windows(prompt_type: str, size: str) -> None
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
 def test_operations_with_a_border(name: str) -> None:
-    backbone = convnet(name).float().requires_grad_(False)
+    backbone = tiny_convnet(name).float().requires_grad_(False)
     work = convnet_flops.essential(convnet_flops.shape_of(backbone), 3, "shallow", BATCH, CLASSES)
     state = convnet_peers.initial_state(backbone, 3, "shallow", CLASSES)
     for model in (PromptedConvNet(backbone, CLASSES, 3), convnet_peers.ConcatTimm(backbone, state)):
@@ -198,7 +191,7 @@ def test_operations_of_a_swin_s_bounds(size: str, bound: str) -> None:
 @pytest.mark.parametrize("bound", ["no_prompts", "linear_probe", "full_finetuning"])
 def test_operations_of_a_convnet_s_bounds(bound: str) -> None:
     # None of its convolutions has groups, which PyTorch's counter leaves out of a weight's gradient.
-    backbone = convnet("test_resnet").float().requires_grad_(False)
+    backbone = tiny_convnet("test_resnet").float().requires_grad_(False)
     assert_work_of_bound(bound, backbone, convnet_peers.initial_state(backbone, 3, "shallow", CLASSES))
 
 

@@ -471,7 +471,7 @@ def test_another_backbone_is_refused(command, run, color_images, tmp_path):
 
 
 def test_run_on_a_backbone_that_its_seed_drew_is_evaluated(command, color_images, tmp_path, monkeypatch):
-    flags = dict(backbone="test_vit", seed=7, epochs=1)
+    flags = {"backbone": "test_vit", "backbone-arg": "img_size=32", "seed": 7, "epochs": 1}
     trained = command(*train_arguments(color_images, tmp_path / "run", **flags), "--no-pretrained")
     assert trained.exit_code == 0, trained.output
     torch.manual_seed(1)

@@ -124,7 +124,7 @@ def test_linear_probe_of_the_demo_gets_the_most_epochs(tmp_path):
 
 def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_path):
     few = tmp_path / "few"
-    for split, count in (("train", 25), ("val", 10)):
+    for split, count in (("train", 15), ("val", 10)):
         for name in "0123456789":
             (few / split / name).mkdir(parents=True)
             for path in sorted((digits / split / name).iterdir())[:count]:
@@ -134,7 +134,7 @@ def test_deep_prompts_learn_real_digits_with_the_packaged_backbone(digits, tmp_p
         backbone="vpt_fast_demo",
         epochs=3,
         warmup_epochs=0,
-        batch_size=8,
+        batch_size=4,
         optimizer="adamw",
         base_lr=1.5,
         device="cpu",

@@ -1,11 +1,12 @@
-"""Runs operators' kernels as compiled for a GPU, without one, against float64.
+"""Runs operators' kernels as compiled for GPUs, without one, against float64.
 
-    python compiled_kernels.py ARCH [OPERATOR...]
+    python compiled_kernels.py ARCH[,ARCH...] [OPERATOR...]
 
-Without an operator: all of them.
+Without an operator: all of them. Says of each GPU at last whether all is right.
 """
 
 import importlib
+import multiprocessing
 import sys
 import time
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ OPERATORS = {
 }
 
 
-def main(arch: int, operators: Sequence[str]) -> None:
+def run(arch: int, operators: Sequence[str]) -> None:
     triton.knobs.runtime.interpret = True  # only now, when the kernels are compiled ones: for CPU tensors
     pretend(arch)
     for name in MODULES:
@@ -207,5 +208,14 @@ def main(arch: int, operators: Sequence[str]) -> None:
         print(f"{operator}: {time.process_time() - start:.1f} s", flush=True)
 
 
+def main(archs: Sequence[int], operators: Sequence[str]) -> None:
+    fork = multiprocessing.get_context("fork")  # which shares what is imported, as that takes seconds
+    for arch in archs:
+        process = fork.Process(target=run, args=(arch, operators))
+        process.start()
+        process.join()
+        print(f"sm_{arch}: {'wrong' if process.exitcode else 'right'}", flush=True)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main([int(arch) for arch in sys.argv[1].split(",")], sys.argv[2:])

@@ -180,22 +180,28 @@ print(json.dumps([build.enable_fp_fusion for build in (builds[0], ahead.metadata
 """
 
 
-def run_on_no_device(script: str, **variables: str) -> Any:
-    """What ON_NO_DEVICE and then this script print."""
+@pytest.fixture(scope="module")
+def on_no_device() -> list[Any]:
+    """What the scripts above print, in one process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", ON_NO_DEVICE + script]
-    found = subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+    script = ON_NO_DEVICE + TWICE + AHEAD_OF_TIME
+    found = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", script],
+        env=environment | {"TRITON_DEFAULT_FP_FUSION": "0"},
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    return [json.loads(line) for line in found.stdout.splitlines()]
 
 
-def test_later_calls_give_tritons_launcher_what_the_first_one_gave() -> None:
-    count, are_equal = run_on_no_device(TWICE)
+def test_later_calls_give_tritons_launcher_what_the_first_one_gave(on_no_device) -> None:
+    count, are_equal = on_no_device[0]
     assert count > 12 and are_equal  # the kernel's own 12 among them
 
 
-def test_builds_fuse_products_and_sums_whatever_tritons_default() -> None:
-    assert run_on_no_device(AHEAD_OF_TIME, TRITON_DEFAULT_FP_FUSION="0") == [True, True]
+def test_builds_fuse_products_and_sums_whatever_tritons_default(on_no_device) -> None:
+    assert on_no_device[1] == [True, True]
 
 
 WITHOUT_COMPILER = """

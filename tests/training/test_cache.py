@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from test_loop import require_equal
+from runs import require_equal
 
 from vpt_fast import PromptedViT
 from vpt_fast.backbones import timm_vit
@@ -22,14 +22,15 @@ from vpt_fast.training.cache import TrainingCache
 from vpt_fast.training.run import RunFolder
 from vpt_fast.training.world import World
 
+# A backbone whose weights the seed draws.
+RANDOM = dict(backbone="test_vit", backbone_arg={"img_size": 32}, pretrained=False)
+
 
 @pytest.mark.parametrize("method", ["vpt-deep", "linear", "full"])
 def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
     if method != "vpt-deep":
         recipe = dataclasses.replace(recipe, method=method, num_prompts=None, prompt_dropout=None)
-    recipe = dataclasses.replace(
-        recipe, backbone="test_vit", pretrained=False, epochs=2, test=True, base_lr=0.1
-    )
+    recipe = dataclasses.replace(recipe, **RANDOM, epochs=2, test=True, base_lr=0.1)
     cache = TrainingCache()
     loop.train(recipe, tmp_path / "before", cache=cache)
     cached = loop.train(recipe, tmp_path / "cached", cache=cache)
@@ -40,7 +41,7 @@ def test_run_with_a_filled_cache_equals_one_without(recipe, tmp_path, method):
 
 
 def test_run_in_float32_is_the_same_after_one_whose_weights_were_rounded(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=2, base_lr=0.1)
+    recipe = dataclasses.replace(recipe, **RANDOM, epochs=2, base_lr=0.1)
     cache = TrainingCache()
     loop.train(dataclasses.replace(recipe, precision="bf16"), tmp_path / "rounded", cache=cache)
     wide = dataclasses.replace(recipe, precision="fp32")
@@ -128,7 +129,7 @@ def test_bytes_of_frozen_features_are_those_of_float32():
 
 
 def test_another_seed_draws_other_random_weights(recipe, tmp_path):
-    recipe = dataclasses.replace(recipe, backbone="test_vit", pretrained=False, epochs=1, warmup_epochs=0)
+    recipe = dataclasses.replace(recipe, **RANDOM, epochs=1, warmup_epochs=0)
     cache = TrainingCache()
     one, other = (
         loop.train(dataclasses.replace(recipe, seed=seed), tmp_path / str(seed), cache=cache)

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from run_fixtures import train_arguments
-from test_loop import interrupt_at_step
+from runs import interrupt_at_step
 from timm.models import save_for_hf
 
 from vpt_fast.data.preprocessing import Preprocessing

@@ -24,6 +24,7 @@ import timm
 import torch
 from graph_on_cpu import capture_on_cpu
 from rich.console import Console
+from runs import interrupt_at_step, require_equal, trained, untimed
 from safetensors.torch import load_file, save_file
 
 from vpt_fast import PromptedViT, load_pretrained
@@ -39,37 +40,21 @@ from vpt_fast.training.step import build_optimizer, captures_steps
 from vpt_fast.training.world import World
 
 
-def trained(result) -> dict[str, torch.Tensor]:
-    return RunFolder(result.path).read().checkpoint.trainable
+@pytest.fixture(scope="module")
+def trained_once(recipe, tmp_path_factory):
+    """The result of training by the recipe, in a folder that is not to be changed."""
+    return train(recipe, tmp_path_factory.mktemp("once") / "run")
 
 
-def untimed(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+@pytest.fixture
+def first(trained_once, tmp_path):
+    """The same, and a copy of its folder as tmp_path / "run"."""
+    shutil.copytree(trained_once.path, tmp_path / "run")
+    return trained_once
 
 
-def require_equal(one, other) -> None:
-    """Bit for bit, metrics too."""
-    a, b = trained(one), trained(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert untimed(one.metrics) == untimed(other.metrics)
-
-
-def interrupt_at_step(monkeypatch, number: int, signal_number=signal.SIGINT) -> None:
-    """Sends this process a signal in its step `number`, counted from 1 over all epochs."""
-    original, steps = loop.TrainStep.__call__, []
-
-    def train_step(*arguments):
-        steps.append(1)
-        if len(steps) == number:
-            signal.raise_signal(signal_number)
-        return original(*arguments)
-
-    monkeypatch.setattr(loop.TrainStep, "__call__", train_step)
-
-
-def test_training_lowers_the_loss(recipe, tmp_path):
-    metrics = train(recipe, tmp_path / "run").metrics
+def test_training_lowers_the_loss(trained_once):
+    metrics = trained_once.metrics
     assert metrics[-1]["train_loss"] < 0.7 * metrics[0]["train_loss"]
 
 
@@ -290,11 +275,10 @@ def test_facts_of_a_run_that_went_on_are_those_in_its_folder(recipe, tmp_path, m
     assert train(recipe, folder.path).facts == facts
 
 
-def test_finished_run_without_its_checkpoint_is_finished(recipe, tmp_path):
-    rows = train(recipe, tmp_path / "run").metrics
+def test_finished_run_without_its_checkpoint_is_finished(recipe, first, tmp_path):
     RunFolder(tmp_path / "run").checkpoint.unlink()
     result = train(recipe, tmp_path / "run")
-    assert result.is_finished and result.metrics == rows
+    assert result.is_finished and result.metrics == first.metrics
 
 
 @pytest.mark.parametrize(
@@ -347,8 +331,7 @@ def test_interrupted_run_does_not_go_on_in_another_number_of_processes(recipe, t
         train(recipe, tmp_path / "run")
 
 
-def test_finished_run_is_not_trained_again(recipe, tmp_path, monkeypatch):
-    first = train(recipe, tmp_path / "run")
+def test_finished_run_is_not_trained_again(recipe, first, tmp_path, monkeypatch):
     monkeypatch.setattr("vpt_fast.training.methods.build_model", None)
     again = train(recipe, tmp_path / "run")
     assert again.is_finished and again.new_epochs == 0 and again.metrics == first.metrics
@@ -386,9 +369,8 @@ def one_tensor_of_another_epoch(prompts):
     "damage", [removed, one_file_gone, cut_short, one_tensor_gone, one_tensor_of_another_epoch]
 )
 def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
-    recipe, tmp_path, monkeypatch, damage, with_results
+    recipe, first, tmp_path, monkeypatch, damage, with_results
 ):
-    first = train(recipe, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     saved = files_of(folder.prompts)
     damage(folder.prompts)
@@ -400,8 +382,7 @@ def test_damaged_prompts_of_a_trained_run_are_written_again_from_its_checkpoint(
     assert files_of(folder.prompts) == saved
 
 
-def test_damaged_prompts_on_a_backbone_that_changed_are_refused(recipe, tmp_path):
-    train(recipe, tmp_path / "run")
+def test_damaged_prompts_on_a_backbone_that_changed_are_refused(recipe, first, tmp_path):
     folder = RunFolder(tmp_path / "run")
     removed(folder.prompts)
     values = json.loads(folder.facts.read_text())
@@ -413,26 +394,33 @@ def test_damaged_prompts_on_a_backbone_that_changed_are_refused(recipe, tmp_path
         train(recipe, tmp_path / "run")
 
 
-def test_fresh_trains_again_from_the_start(recipe, tmp_path):
-    first = train(recipe, tmp_path / "run")
+def test_fresh_trains_again_from_the_start(recipe, first, tmp_path):
     again = train(dataclasses.replace(recipe, workers=0), tmp_path / "run", fresh=True)
     assert again.new_epochs == 4
     require_equal(first, again)
 
 
-def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, tmp_path):
-    old = train(recipe, tmp_path / "run")
+def test_fresh_run_that_cannot_begin_leaves_the_old_one(recipe, first, tmp_path):
     with pytest.raises(ValueError, match="img_size"):
         train(dataclasses.replace(recipe, backbone_arg={"img_size": 18}), tmp_path / "run", fresh=True)
-    assert train(recipe, tmp_path / "run").metrics == old.metrics
+    assert train(recipe, tmp_path / "run").metrics == first.metrics
+
+
+@pytest.fixture(scope="module")
+def short_runs(recipe, tmp_path_factory):
+    """Two of one epoch, with other settings."""
+    folder = tmp_path_factory.mktemp("short")
+    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, tensorboard=False)
+    other = dataclasses.replace(recipe, base_lr=0.25)
+    return train(recipe, folder / "run"), other, train(other, folder / "other")
 
 
 @pytest.mark.parametrize("removals", range(7))
 def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
-    recipe, tmp_path, monkeypatch, removals
+    short_runs, tmp_path, monkeypatch, removals
 ):
-    recipe = dataclasses.replace(recipe, epochs=1, warmup_epochs=0, tensorboard=False)
-    train(recipe, tmp_path / "run")
+    one, other, alone = short_runs
+    shutil.copytree(one.path, tmp_path / "run")
     unlink, rmtree, done = Path.unlink, shutil.rmtree, []
 
     def until_stopped(remove):
@@ -450,11 +438,10 @@ def test_run_whose_removal_was_stopped_leaves_nothing_for_another_to_go_on_from(
         with contextlib.suppress(KeyboardInterrupt):
             RunFolder(tmp_path / "run").clear()
     assert len(done) == removals
-    other = dataclasses.replace(recipe, base_lr=0.25)
     fresh = (tmp_path / "run" / "config.yaml").exists()  # else there is no run to be seen
     interrupt_at_step(monkeypatch, 1)
     train(other, tmp_path / "run", fresh=fresh)
-    require_equal(train(other, tmp_path / "run"), train(other, tmp_path / "alone"))
+    require_equal(train(other, tmp_path / "run"), alone)
 
 
 def test_fresh_removes_nothing_that_is_not_of_a_run(recipe, tmp_path):
@@ -465,8 +452,7 @@ def test_fresh_removes_nothing_that_is_not_of_a_run(recipe, tmp_path):
     assert (tmp_path / "prompts").is_dir() and (tmp_path / "config.yaml").read_text() == "mine: yes\n"
 
 
-def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, tmp_path):
-    train(recipe, tmp_path / "run")
+def test_other_settings_in_the_same_folder_are_refused_by_name(recipe, first, tmp_path):
     with pytest.raises(RunError, match=r"base_lr \(0.5 there, 1.0 now\), epochs|epochs .*base_lr"):
         train(dataclasses.replace(recipe, base_lr=1.0, epochs=5), tmp_path / "run")
 

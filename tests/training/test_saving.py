@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_loop import interrupt_at_step, require_equal, trained
+from runs import interrupt_at_step, require_equal, trained
 
 from vpt_fast import load_pretrained
 from vpt_fast.training import saving

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import interrupt_at_step, require_equal
 from test_folder_backbone import write
-from test_loop import interrupt_at_step, require_equal
 from torch import nn
 from torch.nn import functional as F
 

@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from rich.console import Console
-from test_loop import interrupt_at_step, require_equal, trained
+from runs import interrupt_at_step, require_equal, trained
 
 from vpt_fast import LinearProbe, load_pretrained
 from vpt_fast.backbones.timm_vit import FrozenViT

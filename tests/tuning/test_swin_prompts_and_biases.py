@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from concatenated_swin import ConcatenatedSwin
-from concatenation import relative_error, step
+from concatenation import assert_same_step, relative_error, step
 from kept_bytes import KeptBytes
-from test_swin import SIZES, assert_same
+from test_swin import SIZES, TOLERANCE
 from timm.models.swin_transformer import SwinTransformer
 from tiny import random_batch, tiny_swin
 
@@ -54,7 +54,7 @@ def assert_as_defined(model: PromptAndBiasSwinTuning, swin: SwinTransformer, bat
         results.append(step(either, images, labels))
     found, wanted = results
     gradients = {in_definition(name): gradient for name, gradient in found.gradients.items()}
-    assert_same(dataclasses.replace(found, gradients=gradients), wanted)
+    assert_same_step(dataclasses.replace(found, gradients=gradients), wanted, TOLERANCE)
 
 
 @pytest.mark.parametrize("size", SIZES)

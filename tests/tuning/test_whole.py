@@ -10,8 +10,7 @@ import timm
 import torch
 from concatenation import relative_error, step
 from kept_bytes import KeptBytes
-from test_convnet import convnet
-from tiny import random_batch, randomise
+from tiny import random_batch, randomise, tiny_convnet
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -252,7 +251,7 @@ CONVNETS = {
 @pytest.fixture(scope="module", params=CONVNETS)
 def network(request: pytest.FixtureRequest) -> nn.Module:
     """Built once for all tests, which only read it."""
-    return convnet(request.param)
+    return tiny_convnet(request.param)
 
 
 def test_lora_on_a_convnet_is_the_network_of_merged_weights(network: nn.Module) -> None:
@@ -271,7 +270,7 @@ def test_lora_on_a_convnet_is_the_network_of_merged_weights(network: nn.Module) 
 
 
 def test_lora_on_a_convnet_starts_as_the_frozen_network() -> None:
-    network = convnet("resnet10t")
+    network = tiny_convnet("resnet10t")
     model = LoRATuning(network, CLASSES).double().eval()
     images, _ = random_batch(model)
     assert relative_error(model.image_features(images), network(images)) < 1e-12
@@ -286,7 +285,7 @@ def test_lora_on_a_convnet_leaves_stem_and_what_is_no_plain_layer_frozen(network
 
 
 def test_lora_on_a_resnet_trains_two_matrices_of_every_convolution_of_its_blocks_and_the_head() -> None:
-    network = convnet("resnet10t")
+    network = tiny_convnet("resnet10t")
     model = LoRATuning(network, CLASSES, rank=2)
     blocks = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and n.startswith("layer")}
     sides = {f"backbone.stem.{layer}.lora_{side}.default.weight" for layer in blocks for side in "AB"}

@@ -67,9 +67,7 @@ def architecture(model: nn.Module, classifiers: Sequence[str] = CLASSIFIERS) -> 
         if path.partition(".")[0] in classifiers:
             continue
         settings = {
-            name: getattr(module, name)
-            for name in _ATTRIBUTES
-            if hasattr(module, name) and _is_plain(getattr(module, name))
+            name: getattr(module, name) for name in _present(module) if _is_plain(getattr(module, name))
         }
         if hasattr(module, "kernel_size") and hasattr(module, "padding"):
             settings["same_padding"] = _is_padded_by_size(module)
@@ -100,6 +98,16 @@ def differences(saved: dict[str, Any], got: dict[str, Any], unread: Collection[s
         if (name in saved and name in got) or name.rpartition(".")[2] in _OF_MODULES
         if not _is_same(saved.get(name), got.get(name))
     ]
+
+
+def _present(module: nn.Module) -> list[str]:
+    """Those of `_ATTRIBUTES` that it has. As nn.Module takes long to say that it lacks one, only those that
+    it may have are asked for; all where the class finds some itself (peft's)."""
+    kind = type(module)
+    if kind.__getattr__ is not nn.Module.__getattr__:
+        return [name for name in _ATTRIBUTES if hasattr(module, name)]
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    return [name for name in _ATTRIBUTES if (name in own or hasattr(kind, name)) and hasattr(module, name)]
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vpt_fast.backbones import demo
 
-LOG = Path(__file__).parent.parent / "scripts" / "pretrain_demo_backbone.log.jsonl"
+LOG = Path(__file__).parents[2] / "scripts" / "pretrain_demo_backbone.log.jsonl"
 
 
 @pytest.fixture(scope="module")
