@@ -485,7 +485,7 @@ def test_frozen_blocks_keep_nothing_and_drop_nothing_in_training() -> None:
     "name", [*BACKBONES, "efficientnet_b0", "mobilenetv3_small_050", "inception_next_atto", "starnet_s050"]
 )
 def test_frozen_features_and_the_trained_part_make_up_a_network(name: str, k: int) -> None:
-    backbone = make("partial", name)[0] if name in BACKBONES else convnet(name, 64)
+    backbone = make("partial", name)[0] if name in BACKBONES else tiny_convnet(name)
     model = PartialNetworkTuning(backbone, CLASSES, k).double().train()
     whole = copy.deepcopy(model)
     images, labels = random_batch(model)
