@@ -324,7 +324,7 @@ def test_settings_are_checked_before_a_backbone_is_built(monkeypatch: pytest.Mon
     [
         ("vit_base_patch16_225", "'vit_base_patch16_225'.*close names: vit_base_patch16_224"),
         ("swin_tiny_patch4_window7_224", "not a timm VisionTransformer"),
-        ("resnet50", "not a timm VisionTransformer or Eva, the one kind supported here"),
+        ("resnet50", "not a timm VisionTransformer, Eva or Beit, the one kind supported here"),
         ("swinv2_tiny_window8_256", r"not a timm Vis.*, nor of another .*\(SwinTransformer, ConvNet\)"),
         (
             torch.nn.Linear(2, 2),
